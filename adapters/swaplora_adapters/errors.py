@@ -1,0 +1,79 @@
+"""The one family of errors about adapters. Each carries the stable code that clients decide by, never its text."""
+
+from collections.abc import Sequence
+
+
+class AdapterError(Exception):
+    """Something about an adapter that its sender or caller can mend; `code` is stable, the message says what to do."""
+
+    code = "adapter_error"
+
+
+class InvalidAdapterError(AdapterError, ValueError):
+    """The files are malformed, or do not fit the base. `reasons` lists every complaint found, not just the first."""
+
+    code = "invalid_adapter"
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__("; ".join(self.reasons))
+
+
+class UnsupportedAdapterError(InvalidAdapterError):
+    """The files are well formed but ask for something that is not served; `reasons` names every such field."""
+
+    code = "unsupported_adapter"
+
+
+class AdapterTooLargeError(AdapterError):
+    """A file is larger than the configured limit, or can never fit the memory budget."""
+
+    code = "adapter_too_large"
+
+
+class InvalidAdapterNameError(AdapterError, ValueError):
+    """The name is not one that an adapter may have."""
+
+    code = "invalid_adapter_name"
+
+
+class AdapterNotFoundError(AdapterError, LookupError):
+    """No adapter of that name."""
+
+    code = "adapter_not_found"
+
+
+class VersionNotFoundError(AdapterError, LookupError):
+    """The adapter exists, the version asked for does not."""
+
+    code = "version_not_found"
+
+
+class PreconditionFailedError(AdapterError):
+    """If-Match or If-None-Match does not hold for the name as it is now."""
+
+    code = "precondition_failed"
+
+
+class AdapterFailedError(AdapterError):
+    """The stored version cannot be loaded; the message carries the stored reason."""
+
+    code = "adapter_failed"
+
+
+class AdapterBusyError(AdapterError):
+    """The operation did not finish in time because requests still run on the adapter."""
+
+    code = "adapter_busy"
+
+
+class StorageFullError(AdapterError, OSError):
+    """The disk under the data directory has no room left."""
+
+    code = "storage_full"
+
+
+class MemoryFullError(AdapterError):
+    """Every resident adapter is in use, and the budget leaves no room for another."""
+
+    code = "memory_full"

@@ -1,0 +1,110 @@
+"""The resident base: loaded by transformers, given our attention and wrapped linears, and proven before it serves."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from swaplora_adapters.apply.activation import Activation
+from swaplora_adapters.apply.attach import attach, shape_of
+from swaplora_adapters.apply.ops import LoraDelta
+from swaplora_adapters.artifact.weights import LinearShape
+from swaplora_server.engine import attention
+from swaplora_server.engine.attention import PagedKV
+from swaplora_server.engine.packed import pack
+from swaplora_server.engine.proof import UnsupportedModelError, prove, stock_logits
+from swaplora_server.engine.runner import Runner
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A base that is ready to serve, and what is known of it. `shapes` lists the linears that adapters may target."""
+
+    model: PreTrainedModel
+    activation: Activation
+    tokenizer: PreTrainedTokenizerFast
+    shapes: Mapping[str, LinearShape]
+    device: torch.device
+    dtype: torch.dtype
+    vocab_size: int
+    max_positions: int
+    eos_token_ids: frozenset[int]
+    kv_bytes_per_token: int
+    weight_bytes: int
+
+    def runner(self, kv: PagedKV) -> Runner:
+        return Runner(self.model, self.activation, kv, self.device)
+
+
+def pick_device(wanted: str) -> torch.device:
+    """auto takes a GPU where there is one. Raises UnsupportedModelError when cuda is wanted and absent."""
+    has_cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not has_cuda:
+        raise UnsupportedModelError("no CUDA device was found: start with --device cpu, or check the driver")
+    return torch.device("cuda" if has_cuda and wanted != "cpu" else "cpu")
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """auto is bf16 wherever it is fast: GPUs, and CPUs with matrix instructions for it; fp32 elsewhere."""
+    if wanted == "auto":
+        is_fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.bfloat16 if is_fast else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
+
+
+def load_base(source: str | Path, *, device: torch.device, dtype: torch.dtype, lora_delta: LoraDelta) -> BaseModel:
+    """Load, wrap and prove a base from a folder or hub id. Raises UnsupportedModelError naming the reason."""
+    model = _load_model(source, dtype).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    expected = stock_logits(model)
+    attention.register()
+    model.set_attn_implementation(attention.IMPLEMENTATION)
+    activation = Activation()
+    linears = attach(
+        model,
+        activation,
+        lora_delta,
+        head=model.get_output_embeddings(),
+        prepare=pack if device.type == "cpu" else lambda linear: linear,
+    )
+    proof = prove(model, activation, linears, expected)
+    return BaseModel(
+        model=model,
+        activation=activation,
+        tokenizer=tokenizer,
+        shapes={path: shape_of(linears[path].base) for path in linears if path in proof.addressable},
+        device=device,
+        dtype=dtype,
+        vocab_size=model.config.get_text_config().vocab_size,
+        max_positions=model.config.get_text_config().max_position_embeddings,
+        eos_token_ids=_eos_token_ids(model, tokenizer),
+        kv_bytes_per_token=proof.kv_bytes_per_token,
+        weight_bytes=weight_bytes,
+    )
+
+
+def _load_model(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(source)
+    _check_layer_types(config.get_text_config())
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager")
+    except ValueError as error:
+        raise UnsupportedModelError(f"{config.model_type} cannot be loaded as a causal language model: {error}") from error
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _check_layer_types(config: Any) -> None:
+    """Attention of another kind than full and sliding would be computed as full beyond what the proof's length shows."""
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise UnsupportedModelError(f"{config.model_type} has layers of kind {', '.join(sorted(kinds))}")
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in [*ids, tokenizer.eos_token_id] if token is not None)

@@ -1,0 +1,163 @@
+"""The engine thread: takes commands, and while there is work runs the step, which is schedule, run, commit."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from swaplora_server.engine.request import FinishReason, Request, TokenEvent
+from swaplora_server.engine.runner import Runner
+from swaplora_server.engine.scheduler import Scheduler
+
+_IDLE_BEAT_SECONDS = 1.0
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """End a request before its time, or one of its sequences."""
+
+    request: Request
+    index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Run something on the engine's thread between two steps."""
+
+    function: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    pass
+
+
+Command = Submit | Abort | Call | Stop
+
+
+class Engine:
+    """One thread that owns the scheduler, the KV cache and the model. Everyone else sends it small commands.
+
+    A request that was submitted is the engine's: it ends exactly once, and the engine calls its `release`.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._is_stopping = False
+        self._lock = threading.Lock()  # between a submission and the thread's last look at its inbox
+        self.failure: str | None = None
+        self.last_beat = time.monotonic()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive() and self.failure is None
+
+    @property
+    def num_running(self) -> int:
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self._scheduler.num_waiting + self._inbox.qsize()
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self._scheduler.pool.num_free
+
+    @property
+    def num_blocks(self) -> int:
+        return self._scheduler.pool.num_blocks
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End what still runs with an error, and the thread with it."""
+        self._inbox.put(Stop())
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, request: Request) -> None:
+        """Hand a request over. On a stopped engine it ends at once with an error event."""
+        with self._lock:
+            if not self._is_stopping:
+                self._inbox.put(Submit(request))
+                return
+        _refuse(request, self.failure or "the engine has stopped")
+
+    def abort(self, request: Request, index: int | None = None) -> None:
+        """End the request, or one sequence of it, before the next step. Harmless when it has ended already."""
+        self._inbox.put(Abort(request, index))
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have `function` run on the engine's thread between two steps."""
+        self._inbox.put(Call(function))
+
+    def _loop(self) -> None:
+        try:
+            while not self._is_stopping:
+                self._take_commands()
+                if self._scheduler.has_work:
+                    self._step()
+                self.last_beat = time.monotonic()
+            self._finish("the server is shutting down")
+        except Exception as error:  # noqa: BLE001 - the thread's boundary: everyone waiting must be told
+            _log.exception("engine failed", error=repr(error))
+            self.failure = "the engine has failed; see the server's log"
+            self._finish(self.failure)
+
+    def _step(self) -> None:
+        batch = self._scheduler.schedule()
+        outputs = self._runner.run(batch)
+        self._scheduler.commit(batch, outputs)
+
+    def _take_commands(self) -> None:
+        """Obey all that has arrived; with nothing to run, wait for something to."""
+        if not self._scheduler.has_work and self._inbox.empty():
+            self._runner.forget_adapters()
+            self._scheduler.check_integrity()
+            try:
+                self._obey(self._inbox.get(timeout=_IDLE_BEAT_SECONDS))
+            except queue.Empty:
+                return
+        while not self._inbox.empty():
+            self._obey(self._inbox.get_nowait())
+
+    def _obey(self, command: Command) -> None:
+        match command:
+            case Submit(request):
+                self._scheduler.add(request)
+            case Abort(request, index):
+                self._scheduler.abort(request, index)
+            case Call(function):
+                function()
+            case Stop():
+                self._is_stopping = True
+
+    def _finish(self, message: str) -> None:
+        """Leave nobody waiting: neither what runs, nor what is still in the inbox."""
+        with self._lock:
+            self._is_stopping = True
+        self._scheduler.fail_all(message)
+        while not self._inbox.empty():
+            command = self._inbox.get_nowait()
+            if isinstance(command, Submit):
+                _refuse(command.request, message)
+
+
+def _refuse(request: Request, message: str) -> None:
+    request.release()
+    for index in range(request.num_sequences):
+        request.emit(TokenEvent(index, finish_reason=FinishReason.ERROR, error=message))

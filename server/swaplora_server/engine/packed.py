@@ -1,0 +1,32 @@
+"""Linears laid out once for oneDNN on CPU: the same numbers, up to rounding, in less time. No plain copy is kept."""
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+# the row count that the layout is tuned for; measured best, or within noise of it, from 2 to 128 rows
+_ROWS_HINT = 16
+
+
+class PackedLinear(nn.Module):
+    """y = x Wᵀ + b with W in oneDNN's own layout."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """weight: [out_features, in_features], on CPU."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS_HINT)
+        self._bias = None if bias is None else bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., num_rows, in_features] → [..., num_rows, out_features]."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return y
+
+
+def pack(linear: nn.Module) -> nn.Module:
+    """A packed stand-in for a linear or Conv1D on CPU."""
+    if isinstance(linear, Conv1D):
+        return PackedLinear(linear.weight.t(), linear.bias)
+    assert isinstance(linear, nn.Linear)
+    return PackedLinear(linear.weight, linear.bias)

@@ -1,0 +1,122 @@
+"""The proof that an architecture can be served, run once at start on the base itself.
+
+Before anything is replaced, the stock model computes a few logits. Afterwards the same tokens go through the real runner:
+several sequences packed together, in chunks and one by one, over paged KV. Where the two disagree, the base is refused.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from swaplora_adapters.apply.activation import Activation
+from swaplora_adapters.apply.layers import LoraLinear
+from swaplora_server.engine.attention import PagedKV, UnsupportedAttentionError
+from swaplora_server.engine.kv_cache import BlockPool
+from swaplora_server.engine.request import Request, SamplingParams, Sequence
+from swaplora_server.engine.runner import Runner
+from swaplora_server.engine.scheduler import Batch, ScheduledRows
+
+# where each sequence is cut: its chunk of step k is [cuts[k], cuts[k + 1])
+_CUTS = ((0, 4, 7, 8, 9), (0, 13, 14), (0, 1, 2, 3))
+_BLOCK_SIZE = 4
+_NUM_BLOCKS = sum(-(-cuts[-1] // _BLOCK_SIZE) for cuts in _CUTS)
+# the largest difference of a logit, in standard deviations of the stock model's logits, that rounding explains
+_TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.5, torch.float16: 0.1}
+
+
+class UnsupportedModelError(ValueError):
+    """The base cannot be served; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a passed proof found out on its way."""
+
+    kv_bytes_per_token: int
+    addressable: frozenset[str]  # linears that see one row per token, or per sampled token: adapters may target these
+
+
+@torch.inference_mode()
+def stock_logits(model: PreTrainedModel) -> list[Tensor]:
+    """[length, vocab_size] for each of the proof's sequences, alone, through the model as transformers made it."""
+    return [
+        model(torch.tensor([_tokens(cuts[-1], model)], device=model.device), use_cache=False).logits[0].float()
+        for cuts in _CUTS
+    ]
+
+
+def prove(
+    model: PreTrainedModel, activation: Activation, linears: Mapping[str, LoraLinear], expected: list[Tensor]
+) -> Proof:
+    """Run the proof's sequences through the runner. Raises UnsupportedModelError when the logits disagree with `expected`."""
+    kv = PagedKV(_NUM_BLOCKS, _BLOCK_SIZE)
+    pool = BlockPool(_NUM_BLOCKS, _BLOCK_SIZE)
+    runner = Runner(model, activation, kv, model.device)
+    request = Request("proof", (), SamplingParams(max_tokens=1), emit=lambda _event: None)
+    sequences = [Sequence(request, index) for index in range(len(_CUTS))]
+    batches: list[Batch] = []
+    with _watching(linears) as seen:
+        for step in range(max(map(len, _CUTS)) - 1):
+            batches.append(_batch(model, sequences, step, pool))
+            _compare(model, batches[-1], _run(model, runner, batches[-1]), expected)
+    tokens = [sum(rows.num_rows for rows in batch.rows) for batch in batches]
+    sampled = [len(batch.rows) for batch in batches]
+    return Proof(
+        kv_bytes_per_token=kv.bytes_per_token,
+        addressable=frozenset(path for path in seen if seen[path] == (sampled if linears[path].is_head else tokens)),
+    )
+
+
+def _tokens(length: int, model: PreTrainedModel) -> list[int]:
+    vocab_size = model.config.get_text_config().vocab_size
+    return [(7 + 13 * position) % vocab_size for position in range(length)]
+
+
+def _batch(model: PreTrainedModel, sequences: list[Sequence], step: int, pool: BlockPool) -> Batch:
+    """Each sequence's chunk of `step`. Its tokens end with the chunk, so that the chunk's last row samples."""
+    rows = []
+    for sequence, cuts in zip(sequences, _CUTS, strict=True):
+        if step + 1 < len(cuts):
+            sequence.token_ids = _tokens(cuts[step + 1], model)
+            pool.grow(sequence.block_table, cuts[step + 1])
+            rows.append(ScheduledRows(sequence, cuts[step], cuts[step + 1]))
+    return Batch(tuple(rows))
+
+
+def _run(model: PreTrainedModel, runner: Runner, batch: Batch) -> Tensor:
+    try:
+        return runner.logits(batch).float()
+    except (TypeError, AttributeError, UnsupportedAttentionError) as error:
+        raise UnsupportedModelError(f"{model.config.model_type} does not run packed: {error}") from error
+
+
+def _compare(model: PreTrainedModel, batch: Batch, logits: Tensor, expected: list[Tensor]) -> None:
+    for actual, rows in zip(logits, batch.rows, strict=True):
+        stock = expected[rows.sequence.index][rows.stop - 1]
+        deviations = float((actual - stock).abs().max() / stock.std())
+        if not deviations <= _TOLERANCE[model.dtype]:
+            raise UnsupportedModelError(
+                f"{model.config.model_type} computes something else when sequences are packed: "
+                f"its logits are off by {deviations:.2g} standard deviations"
+            )
+
+
+@contextmanager
+def _watching(linears: Mapping[str, LoraLinear]) -> Iterator[dict[str, list[int]]]:
+    """How many rows each linear sees, step by step, filled in as the model runs."""
+    seen: dict[str, list[int]] = {path: [] for path in linears}
+
+    def note(linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(linear, LoraLinear)
+        seen[linear.path].append(inputs[0].shape[:-1].numel())
+
+    handles = [linear.register_forward_pre_hook(note) for linear in linears.values()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,133 @@
+"""A request as the engine knows it: token ids in, token events out. Imports no torch, knows no HTTP and no text."""
+
+import enum
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from swaplora_adapters.artifact.weights import AdapterWeights
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended. Every sequence ends exactly once."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 do not filter."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    num_logprobs: int | None = None  # None: none wanted; k: the chosen token's and the k likeliest
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Natural-log probabilities at one position, of the model's own distribution (before temperature and filters)."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), likeliest first
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One step of one sequence: a token, an end, or both. `error` is for the client to read when it ended in one."""
+
+    index: int
+    token_id: int | None = None
+    logprobs: Logprobs | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """One term of a request's sum of adapters. The weights are those of the version that was leased at admission."""
+
+    weights: "AdapterWeights"
+    scale: float
+    digest: str
+
+
+@dataclass(eq=False)
+class Request:
+    """Something to generate. `emit` receives every event on the engine's thread; `release` is called once, at the end."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    emit: Callable[[TokenEvent], None]
+    adapters: tuple[AdapterUse, ...] = ()
+    num_sequences: int = 1
+    release: Callable[[], None] = lambda: None
+    num_unfinished: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_unfinished = self.num_sequences
+
+    @property
+    def adapter_key(self) -> tuple[tuple[str, float], ...]:
+        """Equal for requests whose rows can share a segment; empty for the base, which sorts first."""
+        return tuple((use.digest, use.scale) for use in self.adapters)
+
+
+_arrivals = itertools.count()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One of a request's continuations: its tokens so far, how many of them are in the KV cache, and where."""
+
+    request: Request
+    index: int
+    token_ids: list[int] = field(init=False)
+    num_computed: int = 0
+    block_table: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    arrival: int = field(default_factory=lambda: next(_arrivals))
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return self.num_tokens - len(self.request.prompt_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens whose keys and values are not in the cache yet: the rest of a prompt, or 1 while decoding."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def finish_reason_after(self, token_id: int) -> FinishReason | None:
+        """Why the sequence ends with `token_id`, its newest token, or None while it goes on."""
+        params = self.request.params
+        if token_id in params.stop_token_ids and self.num_generated >= params.min_tokens:
+            return FinishReason.STOP
+        if self.num_generated >= params.max_tokens:
+            return FinishReason.LENGTH
+        return None

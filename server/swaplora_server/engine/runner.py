@@ -1,0 +1,153 @@
+"""Running one step: the batch becomes tensors, goes through the model once, and comes back as sampled tokens."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swaplora_adapters.apply.activation import NO_ADAPTERS, Activation, Segment, StepAdapters
+from swaplora_adapters.artifact.weights import AdapterWeights
+from swaplora_server.engine import attention
+from swaplora_server.engine.attention import DecodeGroup, PagedKV, PagedStep, PrefillRun
+from swaplora_server.engine.request import AdapterUse, Request
+from swaplora_server.engine.sampling import Sampler
+from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows
+
+Slots = np.ndarray[tuple[int], np.dtype[np.int64]]
+_StepKey = tuple[tuple[object, ...], ...]
+
+
+class AdapterMismatchError(RuntimeError):
+    """A row was about to run with weights other than those its request was admitted with."""
+
+
+@dataclass(slots=True)
+class _Layout:
+    """Where each sequence's rows lie in the packed step, and where its output row lies among those that sample."""
+
+    rows: ScheduledRows
+    start: int
+    stop: int
+    head_start: int
+    head_stop: int
+
+    @property
+    def request(self) -> Request:
+        return self.rows.sequence.request
+
+
+class Runner:
+    """Turns batches into forwards of one model over one paged cache. Only the engine's thread calls it."""
+
+    def __init__(self, model: torch.nn.Module, activation: Activation, kv: PagedKV, device: torch.device) -> None:
+        self._model = model
+        self._activation = activation
+        self._kv = kv
+        self._device = device
+        self._sampler = Sampler()
+        self._adapters: tuple[_StepKey, StepAdapters] = ((), NO_ADAPTERS)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> list[Sampled]:
+        """One forward over all of `batch`, then one token for each of `batch.sampling`, in that order."""
+        logits = self.logits(batch)
+        sampling = batch.sampling
+        return self._sampler.sample(logits[: len(sampling)], sampling)
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch) -> Tensor:
+        """[max(1, num_sampling), vocab_size]: the model's output for the last row of each sampling sequence."""
+        layouts = list(_lay_out(batch.rows))
+        token_ids = [token for rows in batch.rows for token in rows.sequence.token_ids[rows.start : rows.stop]]
+        positions = [position for rows in batch.rows for position in range(rows.start, rows.stop)]
+        keep = [layout.stop - 1 for layout in layouts if layout.rows.is_sampling] or [0]
+        with self._activation.use(self._step_adapters(layouts)), attention.use(self._paged_step(layouts)):
+            output = self._model(
+                input_ids=self._tensor([token_ids]),
+                position_ids=self._tensor([positions]),
+                logits_to_keep=self._tensor(keep),
+                use_cache=False,
+            )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self._device, non_blocking=True)
+
+    def _step_adapters(self, layouts: list[_Layout]) -> StepAdapters:
+        """This step's segments; the last step's when nothing about them changed, as while decoding."""
+        key = tuple((layout.request.adapter_key, layout.stop, layout.head_stop) for layout in layouts)
+        if key != self._adapters[0]:
+            tokens = _segments(layouts, lambda layout: (layout.start, layout.stop))
+            head = _segments(layouts, lambda layout: (layout.head_start, layout.head_stop))
+            self._adapters = (key, StepAdapters(tuple(tokens), tuple(head)))
+        return self._adapters[1]
+
+    def forget_adapters(self) -> None:
+        """Drop the remembered segments, so that an idle engine keeps no adapter alive."""
+        self._adapters = ((), NO_ADAPTERS)
+
+    def _paged_step(self, layouts: list[_Layout]) -> PagedStep:
+        slots = [self._slots(layout.rows) for layout in layouts]
+        written = np.concatenate([held[layout.rows.start :] for held, layout in zip(slots, layouts, strict=True)])
+        decodes = [(layout, held) for layout, held in zip(layouts, slots, strict=True) if layout.rows.num_rows == 1]
+        prefills = [
+            PrefillRun(layout.start, layout.stop, layout.rows.start, torch.from_numpy(held).to(self._device))
+            for layout, held in zip(layouts, slots, strict=True)
+            if layout.rows.num_rows > 1
+        ]
+        return PagedStep(self._kv, torch.from_numpy(written).to(self._device), self._decode_groups(decodes), prefills)
+
+    def _slots(self, rows: ScheduledRows) -> Slots:
+        """The cache slots of a sequence's tokens up to `rows.stop`."""
+        block_size = self._kv.block_size
+        blocks = np.asarray(rows.sequence.block_table, dtype=np.int64)
+        return (blocks[:, None] * block_size + np.arange(block_size)).ravel()[: rows.stop]
+
+    def _decode_groups(
+        self, decodes: list[tuple[_Layout, Slots]]
+    ) -> list[DecodeGroup]:
+        """Decoding rows by length, a doubling to a group, so that one long sequence does not pad all the others."""
+        by_magnitude: dict[int, list[tuple[_Layout, Slots]]] = {}
+        for layout, held in decodes:
+            by_magnitude.setdefault(len(held).bit_length(), []).append((layout, held))
+        return [self._decode_group(members) for members in by_magnitude.values()]
+
+    def _decode_group(self, members: list[tuple[_Layout, Slots]]) -> DecodeGroup:
+        lengths = [len(held) for _, held in members]
+        padded = np.zeros((len(members), max(lengths)), dtype=np.int64)
+        for row, (_, held) in enumerate(members):
+            padded[row, : len(held)] = held
+        return DecodeGroup(
+            rows=self._tensor([layout.start for layout, _ in members]),
+            slots=torch.from_numpy(padded).to(self._device),
+            lengths=self._tensor([[length] for length in lengths]),
+        )
+
+
+def _lay_out(scheduled: Sequence[ScheduledRows]) -> Iterator[_Layout]:
+    start = head_start = 0
+    for rows in scheduled:
+        head_stop = head_start + rows.is_sampling
+        yield _Layout(rows, start, start + rows.num_rows, head_start, head_stop)
+        start, head_start = start + rows.num_rows, head_stop
+
+
+def _segments(layouts: Iterable[_Layout], span: Callable[[_Layout], tuple[int, int]]) -> Iterator[Segment]:
+    """Segments over the rows that `span` gives each sequence; neighbours with the same adapters share one."""
+    for _, neighbours in groupby(layouts, key=lambda layout: layout.request.adapter_key):
+        members = list(neighbours)
+        start, stop = span(members[0])[0], span(members[-1])[1]
+        if start < stop:
+            for use in members[0].request.adapters:
+                yield Segment(_checked(use), use.scale, start, stop)
+
+
+def _checked(use: AdapterUse) -> AdapterWeights:
+    """The weights of `use`, if they are still those that the request was admitted with."""
+    if use.weights.digest != use.digest:
+        raise AdapterMismatchError(f"admitted with {use.digest}, about to run with {use.weights.digest}")
+    return use.weights

@@ -1,0 +1,171 @@
+"""Who runs in the next step, and what becomes of a step's tokens. Pure decisions: imports no torch.
+
+Decoding sequences come first, one row each; what is left of the token budget goes to prompts, in chunks, in order of
+arrival. When blocks run out, the youngest running sequence gives its blocks back and is computed again later.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from swaplora_server.engine.kv_cache import BlockPool
+from swaplora_server.engine.request import FinishReason, Logprobs, Request, Sequence, TokenEvent
+
+
+class ScheduledRows(NamedTuple):
+    """Tokens [start, stop) of one sequence, computed in one step; it samples when they end with its newest token."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def is_sampling(self) -> bool:
+        return self.stop == self.sequence.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's work, sorted so that sequences of one adapter lie side by side and the base comes first."""
+
+    rows: tuple[ScheduledRows, ...]
+
+    @property
+    def sampling(self) -> tuple[Sequence, ...]:
+        return tuple(rows.sequence for rows in self.rows if rows.is_sampling)
+
+
+class Sampled(NamedTuple):
+    """What the model said for one sampling sequence; `token_id` is None when its logits were not finite."""
+
+    token_id: int | None
+    logprobs: Logprobs | None = None
+
+
+class Scheduler:
+    """Owns every live sequence and the block pool. Only the engine's thread calls it."""
+
+    def __init__(self, pool: BlockPool, *, max_batch_tokens: int, max_num_seqs: int) -> None:
+        self.pool = pool
+        self._max_batch_tokens = max_batch_tokens
+        self._max_num_seqs = max_num_seqs
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def add(self, request: Request) -> None:
+        """Queue every sequence of `request`. The caller has checked that one of them fits the pool by itself."""
+        self._waiting.extend(Sequence(request, index) for index in range(request.num_sequences))
+
+    def schedule(self) -> Batch:
+        """Choose the next step's rows and give them blocks."""
+        budget = self._max_batch_tokens
+        chosen: list[ScheduledRows] = []
+        for sequence in sorted(self._running, key=lambda sequence: (sequence.num_uncomputed > 1, sequence.arrival)):
+            num_rows = min(sequence.num_uncomputed, budget)
+            if num_rows and sequence in self._running and self._make_room(sequence, num_rows, chosen):
+                chosen.append(_next_rows(sequence, num_rows))
+                budget -= num_rows
+        while budget and self._waiting and len(self._running) < self._max_num_seqs:
+            sequence = self._waiting[0]
+            num_rows = min(sequence.num_uncomputed, budget)
+            if not self._can_admit(sequence):
+                break
+            self.pool.grow(sequence.block_table, num_rows)
+            self._running.append(self._waiting.popleft())
+            chosen.append(_next_rows(sequence, num_rows))
+            budget -= num_rows
+        return Batch(tuple(sorted(chosen, key=lambda rows: (rows.sequence.request.adapter_key, rows.sequence.arrival))))
+
+    def commit(self, batch: Batch, outputs: Iterable[Sampled]) -> None:
+        """Record that `batch` ran: advance every sequence, append what was sampled, finish what ended."""
+        sampling = batch.sampling
+        for rows in batch.rows:
+            rows.sequence.num_computed = rows.stop
+        for sequence, sampled in zip(sampling, outputs, strict=True):
+            self._append(sequence, sampled)
+
+    def abort(self, request: Request, index: int | None = None) -> None:
+        """End the request's unfinished sequences, or the one at `index`, and free what they hold."""
+        for sequence in [*self._running, *self._waiting]:
+            if sequence.request is request and index in (None, sequence.index):
+                self._finish(sequence, TokenEvent(sequence.index, finish_reason=FinishReason.ABORT))
+
+    def fail_all(self, message: str) -> None:
+        """End everything with an error: the engine cannot go on."""
+        for sequence in [*self._running, *self._waiting]:
+            self._finish(sequence, TokenEvent(sequence.index, finish_reason=FinishReason.ERROR, error=message))
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless the pool is whole and held by exactly the running sequences."""
+        self.pool.check_integrity()
+        held = sum(len(sequence.block_table) for sequence in self._running)
+        if held != self.pool.num_blocks - self.pool.num_free or any(sequence.block_table for sequence in self._waiting):
+            raise RuntimeError("blocks are held by no running sequence")
+
+    def _can_admit(self, sequence: Sequence) -> bool:
+        """Whether its whole prompt fits, with a block to spare for each running sequence, lest it be preempted at once."""
+        return self.pool.blocks_for(sequence.num_tokens) + len(self._running) <= self.pool.num_free
+
+    def _make_room(self, sequence: Sequence, num_rows: int, chosen: list[ScheduledRows]) -> bool:
+        """Grow `sequence` for its next rows, preempting the youngest others; False when it was itself the youngest."""
+        num_tokens = sequence.num_computed + num_rows
+        while not self.pool.can_grow(sequence.block_table, num_tokens):
+            scheduled = {id(rows.sequence) for rows in chosen}
+            victim = max(
+                (other for other in self._running if id(other) not in scheduled), key=lambda other: other.arrival
+            )
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        self.pool.grow(sequence.block_table, num_tokens)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self.pool.release(sequence.block_table)
+        sequence.num_computed = 0
+        self._waiting.appendleft(sequence)
+
+    def _append(self, sequence: Sequence, sampled: Sampled) -> None:
+        if sampled.token_id is None:
+            message = "the model's output was not finite for this request"
+            self._finish(sequence, TokenEvent(sequence.index, finish_reason=FinishReason.ERROR, error=message))
+            return
+        sequence.token_ids.append(sampled.token_id)
+        reason = sequence.finish_reason_after(sampled.token_id)
+        event = TokenEvent(sequence.index, sampled.token_id, sampled.logprobs, reason)
+        if reason is None:
+            sequence.request.emit(event)
+        else:
+            self._finish(sequence, event)
+
+    def _finish(self, sequence: Sequence, event: TokenEvent) -> None:
+        (self._running if sequence in self._running else self._waiting).remove(sequence)
+        self.pool.release(sequence.block_table)
+        sequence.finish_reason = event.finish_reason
+        request = sequence.request
+        request.num_unfinished -= 1
+        if not request.num_unfinished:
+            request.release()
+        request.emit(event)
+
+
+def _next_rows(sequence: Sequence, num_rows: int) -> ScheduledRows:
+    return ScheduledRows(sequence, sequence.num_computed, sequence.num_computed + num_rows)
