@@ -57,7 +57,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 def load(folder: Path) -> Any:
     return load_base(
-        folder, device=torch.device("cpu"), dtype=torch.float32, lora_delta=torch_form.lora_delta
+        folder, device=torch.device("cpu"), dtype=torch.float32, op=torch_form.OP
     )
 
 

@@ -5,10 +5,10 @@ and B at 0.4" is two segments over the same run. Base rows stand in no segment a
 does not target finds no segment of it, so there is nothing to zero and nothing stale.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -35,21 +35,30 @@ class ModuleSegment(NamedTuple):
     stop: int
 
 
+class LoraOp(NamedTuple):
+    """One form of y[rows] += scale · (x[rows] Aᵀ) Bᵀ: segments are prepared once a step, then added where they apply."""
+
+    prepare: Callable[[Sequence[ModuleSegment]], Any]
+    add: Callable[[Tensor, Tensor, Any], None]  # (y [num_rows, out_features], x [num_rows, in_features], prepared)
+
+
 class StepAdapters:
     """The segments of one step, in the two row spaces a model has: every token, and the rows that reach the output head."""
 
-    def __init__(self, tokens: Sequence[Segment], head: Sequence[Segment]) -> None:
+    def __init__(self, tokens: Sequence[Segment], head: Sequence[Segment], op: LoraOp) -> None:
         self._tokens = tuple(tokens)
         self._head = tuple(head)
-        self._by_module: dict[str, tuple[ModuleSegment, ...]] = {}
+        self._op = op
+        self._by_module: dict[str, Any] = {}
 
-    def of_module(self, path: str, *, is_head: bool) -> tuple[ModuleSegment, ...]:
-        """The segments whose adapter targets the module at `path`; found once, then remembered for the step."""
-        found = self._by_module.get(path)
-        if found is None:
-            found = tuple(_seen_from(path, self._head if is_head else self._tokens))
-            self._by_module[path] = found
-        return found
+    def of_module(self, path: str, *, is_head: bool) -> Any:
+        """The prepared segments whose adapters target the module at `path`, or None; found once, then remembered."""
+        if not self._tokens:
+            return None
+        if path not in self._by_module:
+            segments = list(_seen_from(path, self._head if is_head else self._tokens))
+            self._by_module[path] = self._op.prepare(segments) if segments else None
+        return self._by_module[path]
 
 
 def _seen_from(path: str, segments: Sequence[Segment]) -> Iterator[ModuleSegment]:
@@ -59,14 +68,16 @@ def _seen_from(path: str, segments: Sequence[Segment]) -> Iterator[ModuleSegment
             yield ModuleSegment(module.lora_A, module.lora_B, segment.scale, segment.start, segment.stop)
 
 
-NO_ADAPTERS = StepAdapters((), ())
-
-
 class Activation:
-    """The one place that wrapped layers look at to learn what the running step is made of."""
+    """The one place that wrapped layers look at to learn what the running step is made of, and add it."""
 
-    def __init__(self) -> None:
+    def __init__(self, op: LoraOp) -> None:
+        self._op = op
         self._step: StepAdapters | None = None
+
+    def plan(self, tokens: Sequence[Segment], head: Sequence[Segment]) -> StepAdapters:
+        """A step's segments, to `use` for as many passes as nothing about them changes."""
+        return StepAdapters(tokens, head, self._op)
 
     @contextmanager
     def use(self, step: StepAdapters) -> Iterator[None]:
@@ -79,8 +90,13 @@ class Activation:
         finally:
             self._step = None
 
-    def segments_of(self, path: str, *, is_head: bool) -> tuple[ModuleSegment, ...]:
-        """What the running step adds to the module at `path`. Raises RuntimeError outside of `use`."""
+    def add_delta(self, path: str, y: Tensor, x: Tensor, *, is_head: bool) -> None:
+        """Add to y [..., out_features] what the running step's adapters make of x [..., in_features] at `path`.
+
+        Raises RuntimeError outside of `use`.
+        """
         if self._step is None:
             raise RuntimeError("a wrapped layer ran outside of a step")
-        return self._step.of_module(path, is_head=is_head)
+        prepared = self._step.of_module(path, is_head=is_head)
+        if prepared is not None:
+            self._op.add(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), prepared)

@@ -7,14 +7,12 @@ from transformers.pytorch_utils import Conv1D
 
 from swaplora_adapters.apply.activation import Activation
 from swaplora_adapters.apply.layers import LoraLinear
-from swaplora_adapters.apply.ops import LoraDelta
 from swaplora_adapters.artifact.weights import LinearShape
 
 
 def attach(
     model: nn.Module,
     activation: Activation,
-    lora_delta: LoraDelta,
     *,
     head: nn.Module | None,
     prepare: Callable[[nn.Module], nn.Module] = lambda linear: linear,
@@ -28,7 +26,7 @@ def attach(
     wrapped: dict[str, LoraLinear] = {}
     while targets:
         path, module = targets.pop()
-        linear = LoraLinear(path, prepare(module), activation, lora_delta, is_head=module is head)
+        linear = LoraLinear(path, prepare(module), activation, is_head=module is head)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, linear)
         wrapped[path] = linear

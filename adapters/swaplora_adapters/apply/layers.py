@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from swaplora_adapters.apply.activation import Activation
-from swaplora_adapters.apply.ops import LoraDelta
 
 
 class LoraLinear(nn.Module):
@@ -14,13 +13,12 @@ class LoraLinear(nn.Module):
     The base is never written: the delta goes into its fresh output. `path` is the module's exact name in the model.
     """
 
-    def __init__(self, path: str, base: nn.Module, activation: Activation, lora_delta: LoraDelta, *, is_head: bool) -> None:
+    def __init__(self, path: str, base: nn.Module, activation: Activation, *, is_head: bool) -> None:
         super().__init__()
         self.path = path
         self.base = base
         self.is_head = is_head
         self._activation = activation
-        self._lora_delta = lora_delta
 
     def __getattr__(self, name: str) -> Any:
         """Let a model read what it would of its own linear (`weight`, `in_features`, …)."""
@@ -32,7 +30,5 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., num_rows, in_features] → [..., num_rows, out_features]."""
         y: Tensor = self.base(x)
-        segments = self._activation.segments_of(self.path, is_head=self.is_head)
-        if segments:
-            self._lora_delta(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), segments)
+        self._activation.add_delta(self.path, y, x, is_head=self.is_head)
         return y

@@ -5,7 +5,7 @@ the rows' keys and values go into the cache, then decoding rows attend in batche
 one. Which rows belong to whom is settled once a step, in `PagedStep`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -105,6 +105,65 @@ class PrefillRun:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """What one layer asks of its attention, the same for all of its rows."""
+
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+    window: int | None
+
+    def decode(self, query: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup) -> Tensor:
+        """One row a sequence. The query heads that share a KV head lie along the query-length axis."""
+        num_kv_heads = keys.shape[1]
+        grouped = query[group.rows].unflatten(1, (num_kv_heads, -1))  # [num_sequences, num_kv_heads, heads_per_kv_head, head_dim]
+        sinks = None if self.sinks is None else self.sinks.view(1, num_kv_heads, -1, 1)
+        out = self._attend(
+            grouped,
+            keys[group.slots].transpose(1, 2),
+            values[group.slots].transpose(1, 2),
+            group.mask(self.window),
+            sinks,
+        )
+        return out.flatten(1, 2)
+
+    def prefill(self, query: Tensor, keys: Tensor, values: Tensor, run: PrefillRun) -> Tensor:
+        """One chunk of one prompt against everything before it and itself. → [num_queries, num_heads, head_dim]."""
+        num_heads, heads_per_kv_head = query.shape[1], query.shape[1] // keys.shape[1]
+        sinks = None if self.sinks is None else self.sinks.view(1, num_heads, 1, 1)
+        out = self._attend(
+            query[run.start : run.stop].transpose(0, 1).unsqueeze(0),
+            keys[run.slots].repeat_interleave(heads_per_kv_head, dim=1).transpose(0, 1).unsqueeze(0),
+            values[run.slots].repeat_interleave(heads_per_kv_head, dim=1).transpose(0, 1).unsqueeze(0),
+            run.mask(self.window),
+            sinks,
+        )
+        return out[0].transpose(0, 1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
+        """Softmax attention; `mask` None means causal from the first key on. Shapes as torch's SDPA."""
+        if self.softcap is None and sinks is None:
+            return scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scaling
+            )
+        scores = (query @ key.transpose(-1, -2)).float() * self.scaling
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if mask is None:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~mask, float("-inf"))
+        if sinks is None:
+            return scores.softmax(-1).to(value.dtype) @ value
+        with_sinks = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], dim=-1)
+        return with_sinks.softmax(-1)[..., :-1].to(value.dtype) @ value
+
+
+# (query [num_rows, num_heads, head_dim], keys, values, group, layer, out [num_rows, num_heads, head_dim]) → whether it
+# wrote the group's rows of `out`; what it has no code for it leaves to `LayerAttention.decode`
+DecodeKernel = Callable[[Tensor, Tensor, Tensor, DecodeGroup, LayerAttention, Tensor], bool]
+
+
+@dataclass(frozen=True, slots=True)
 class PagedStep:
     """One step as attention sees it."""
 
@@ -112,6 +171,7 @@ class PagedStep:
     slot_mapping: Tensor  # [num_rows]: where each row's key and value are stored
     decodes: Sequence[DecodeGroup]
     prefills: Sequence[PrefillRun]
+    kernel: DecodeKernel | None
 
 
 _current: ContextVar[PagedStep | None] = ContextVar("paged_step", default=None)
@@ -157,68 +217,15 @@ def paged_attention(
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
     )
-    attend = _Attend(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux, sliding_window)
-    out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
+    layer = LayerAttention(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux, sliding_window)
+    by_row = query[0].transpose(0, 1)  # [num_rows, num_heads, head_dim]
+    out = query.new_empty(*by_row.shape[:2], value.shape[-1])
     for group in step.decodes:
-        out[group.rows] = attend.decode(query, keys, values, group)
+        if step.kernel is None or not step.kernel(by_row, keys, values, group, layer, out):
+            out[group.rows] = layer.decode(by_row, keys, values, group)
     for run in step.prefills:
-        out[run.start : run.stop] = attend.prefill(query, keys, values, run)
+        out[run.start : run.stop] = layer.prefill(by_row, keys, values, run)
     return out.unsqueeze(0), None
-
-
-@dataclass(frozen=True, slots=True)
-class _Attend:
-    """What one layer asks of its attention, the same for all of its rows."""
-
-    scaling: float
-    softcap: float | None
-    sinks: Tensor | None
-    window: int | None
-
-    def decode(self, query: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup) -> Tensor:
-        """One row a sequence. The query heads that share a KV head lie along the query-length axis."""
-        num_kv_heads = keys.shape[1]
-        rows = query[0, :, group.rows].transpose(0, 1)  # [num_sequences, num_heads, head_dim]
-        grouped = rows.unflatten(1, (num_kv_heads, -1))  # [num_sequences, num_kv_heads, heads_per_kv_head, head_dim]
-        sinks = None if self.sinks is None else self.sinks.view(1, num_kv_heads, -1, 1)
-        out = self._attend(
-            grouped,
-            keys[group.slots].transpose(1, 2),
-            values[group.slots].transpose(1, 2),
-            group.mask(self.window),
-            sinks,
-        )
-        return out.flatten(1, 2)
-
-    def prefill(self, query: Tensor, keys: Tensor, values: Tensor, run: PrefillRun) -> Tensor:
-        """One chunk of one prompt against everything before it and itself. → [num_queries, num_heads, head_dim]."""
-        num_heads, heads_per_kv_head = query.shape[1], query.shape[1] // keys.shape[1]
-        sinks = None if self.sinks is None else self.sinks.view(1, num_heads, 1, 1)
-        out = self._attend(
-            query[:, :, run.start : run.stop],
-            keys[run.slots].repeat_interleave(heads_per_kv_head, dim=1).transpose(0, 1).unsqueeze(0),
-            values[run.slots].repeat_interleave(heads_per_kv_head, dim=1).transpose(0, 1).unsqueeze(0),
-            run.mask(self.window),
-            sinks,
-        )
-        return out[0].transpose(0, 1)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
-        """Softmax attention; `mask` None means causal from the first key on. Shapes as torch's SDPA."""
-        if self.softcap is None and sinks is None:
-            return scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scaling
-            )
-        scores = (query @ key.transpose(-1, -2)).float() * self.scaling
-        if self.softcap is not None:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
-        if mask is None:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~mask, float("-inf"))
-        if sinks is None:
-            return scores.softmax(-1).to(value.dtype) @ value
-        with_sinks = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], dim=-1)
-        return with_sinks.softmax(-1)[..., :-1].to(value.dtype) @ value
 
 
 def _refuse_unknown(attention_mask: Tensor | None, others: dict[str, Any]) -> None:

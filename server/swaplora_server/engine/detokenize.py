@@ -25,11 +25,15 @@ class Detokenizer:
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._held = ""
+        self._undecoded: list[int] = []  # ids behind a character that is not complete yet
+        self._skip_special_tokens = skip_special_tokens
         self.is_stopped = False
 
     def push(self, token_id: int) -> str:
         """The text that is settled by one more token; sets `is_stopped` when a stop string is complete."""
-        self._held += self._stream.step(self._tokenizer, token_id) or ""
+        text = self._stream.step(self._tokenizer, token_id)
+        self._undecoded = [*self._undecoded, token_id] if text is None else []
+        self._held += text or ""
         found = self._earliest_stop()
         if found is not None:
             start, stop = found
@@ -41,8 +45,9 @@ class Detokenizer:
         return settled
 
     def flush(self) -> str:
-        """What was held back, when the sequence ends otherwise."""
-        rest, self._held = self._held, ""
+        """What was held back, when the sequence ends otherwise; bytes of a character cut short show as U+FFFD."""
+        cut = self._tokenizer.decode(self._undecoded, skip_special_tokens=self._skip_special_tokens)
+        rest, self._held, self._undecoded = self._held + cut, "", []
         return rest
 
     def _earliest_stop(self) -> tuple[int, str] | None:

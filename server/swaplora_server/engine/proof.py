@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from swaplora_adapters.apply.activation import Activation
 from swaplora_adapters.apply.layers import LoraLinear
-from swaplora_server.engine.attention import PagedKV, UnsupportedAttentionError
+from swaplora_server.engine.attention import DecodeKernel, PagedKV, UnsupportedAttentionError
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import Request, SamplingParams, Sequence
 from swaplora_server.engine.runner import Runner
@@ -50,12 +50,16 @@ def stock_logits(model: PreTrainedModel) -> list[Tensor]:
 
 
 def prove(
-    model: PreTrainedModel, activation: Activation, linears: Mapping[str, LoraLinear], expected: list[Tensor]
+    model: PreTrainedModel,
+    activation: Activation,
+    linears: Mapping[str, LoraLinear],
+    expected: list[Tensor],
+    kernel: DecodeKernel | None,
 ) -> Proof:
     """Run the proof's sequences through the runner. Raises UnsupportedModelError when the logits disagree with `expected`."""
     kv = PagedKV(_NUM_BLOCKS, _BLOCK_SIZE)
     pool = BlockPool(_NUM_BLOCKS, _BLOCK_SIZE)
-    runner = Runner(model, activation, kv, model.device)
+    runner = Runner(model, activation, kv, model.device, kernel)
     request = Request("proof", (), SamplingParams(max_tokens=1), emit=lambda _event: None)
     sequences = [Sequence(request, index) for index in range(len(_CUTS))]
     batches: list[Batch] = []

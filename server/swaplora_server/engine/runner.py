@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swaplora_adapters.apply.activation import NO_ADAPTERS, Activation, Segment, StepAdapters
+from swaplora_adapters.apply.activation import Activation, Segment, StepAdapters
 from swaplora_adapters.artifact.weights import AdapterWeights
 from swaplora_server.engine import attention
-from swaplora_server.engine.attention import DecodeGroup, PagedKV, PagedStep, PrefillRun
+from swaplora_server.engine.attention import DecodeGroup, DecodeKernel, PagedKV, PagedStep, PrefillRun
 from swaplora_server.engine.request import AdapterUse, Request
 from swaplora_server.engine.sampling import Sampler
 from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows
@@ -42,13 +42,21 @@ class _Layout:
 class Runner:
     """Turns batches into forwards of one model over one paged cache. Only the engine's thread calls it."""
 
-    def __init__(self, model: torch.nn.Module, activation: Activation, kv: PagedKV, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        activation: Activation,
+        kv: PagedKV,
+        device: torch.device,
+        kernel: DecodeKernel | None = None,
+    ) -> None:
         self._model = model
         self._activation = activation
         self._kv = kv
         self._device = device
+        self._kernel = kernel
         self._sampler = Sampler()
-        self._adapters: tuple[_StepKey, StepAdapters] = ((), NO_ADAPTERS)
+        self._adapters: tuple[_StepKey, StepAdapters] = ((), activation.plan((), ()))
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Sampled]:
@@ -83,12 +91,12 @@ class Runner:
         if key != self._adapters[0]:
             tokens = _segments(layouts, lambda layout: (layout.start, layout.stop))
             head = _segments(layouts, lambda layout: (layout.head_start, layout.head_stop))
-            self._adapters = (key, StepAdapters(tuple(tokens), tuple(head)))
+            self._adapters = (key, self._activation.plan(tuple(tokens), tuple(head)))
         return self._adapters[1]
 
     def forget_adapters(self) -> None:
         """Drop the remembered segments, so that an idle engine keeps no adapter alive."""
-        self._adapters = ((), NO_ADAPTERS)
+        self._adapters = ((), self._activation.plan((), ()))
 
     def _paged_step(self, layouts: list[_Layout]) -> PagedStep:
         slots = [self._slots(layout.rows) for layout in layouts]
@@ -99,7 +107,7 @@ class Runner:
             for layout, held in zip(layouts, slots, strict=True)
             if layout.rows.num_rows > 1
         ]
-        return PagedStep(self._kv, torch.from_numpy(written).to(self._device), self._decode_groups(decodes), prefills)
+        return PagedStep(self._kv, torch.from_numpy(written).to(self._device), self._decode_groups(decodes), prefills, self._kernel)
 
     def _slots(self, rows: ScheduledRows) -> Slots:
         """The cache slots of a sequence's tokens up to `rows.stop`."""

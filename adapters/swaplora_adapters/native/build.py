@@ -1,0 +1,74 @@
+"""Native code, compiled on first use into a cache folder and loaded from there ever after."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+
+
+class NoCompilerError(RuntimeError):
+    """Native code cannot be had on this machine; the message says why."""
+
+
+def load(source: Path, cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
+    """The shared library made of one C++ file. Raises NoCompilerError.
+
+    OpenMP's runtime is the one that torch has loaded already, so that its threads are torch's own.
+    """
+    library = cache_dir / f"{source.stem}-{_fingerprint(source)}.so"
+    if not library.exists():
+        report(f"compiling {source.name}")
+        _compile(source, library)
+    return ctypes.CDLL(str(library))
+
+
+def num_threads() -> int:
+    """As many as torch computes with."""
+    return torch.get_num_threads()
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise NoCompilerError("there is no C++ compiler (g++ or clang++)")
+
+
+def _compile(source: Path, library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, unfinished = tempfile.mkstemp(suffix=".so", dir=library.parent)
+    os.close(descriptor)
+    try:
+        command = [_compiler(), *_FLAGS, f"-I{HERE}", "-o", unfinished, str(source)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        os.replace(unfinished, library)  # noqa: PTH105 - one rename, so that no other process sees half a file
+    except (subprocess.SubprocessError, OSError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        raise NoCompilerError(f"{source.name} does not compile: {detail.strip().splitlines()[0]}") from error
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+
+
+def _fingerprint(source: Path) -> str:
+    """Changes with the code, the flags, and the processor that the code is compiled for."""
+    parts = [source.read_bytes(), (HERE / "vec.h").read_bytes(), " ".join(_FLAGS).encode(), _processor().encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """The architecture and, on Linux, the instruction sets that the kernel lists."""
+    try:
+        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        flags = ""
+    return platform.machine() + flags

@@ -1,0 +1,45 @@
+"""The application: its routes, who may use which, and how errors are answered."""
+
+from fastapi import APIRouter, Depends, FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from swaplora_adapters.errors import AdapterError
+from swaplora_server.http import adapters, chat, completions, health, models
+from swaplora_server.http.auth import KeyRing, authenticate
+from swaplora_server.http.errors import (
+    ApiError,
+    on_api_error,
+    on_client_gone,
+    on_defect,
+    on_http_error,
+    on_invalid_parameter,
+)
+from swaplora_server.http.request_id import RequestIdMiddleware
+from swaplora_server.http.sse import ClientGoneError
+from swaplora_server.service import Service
+
+_HANDLERS = {
+    ApiError: on_api_error,
+    AdapterError: on_api_error,
+    HTTPException: on_http_error,
+    RequestValidationError: on_invalid_parameter,
+    ClientDisconnect: on_client_gone,
+    ClientGoneError: on_client_gone,
+    Exception: on_defect,
+}
+
+
+def create_app(service: Service) -> FastAPI:
+    """The whole HTTP surface over `service`, which may still be starting. Only the health routes need no key."""
+    app = FastAPI(title="swaplora", exception_handlers=_HANDLERS, docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.state.keys = KeyRing(service.settings.api_key)
+    app.include_router(health.router)
+    private = APIRouter(dependencies=[Depends(authenticate)])
+    for module in (models, completions, chat, adapters):
+        private.include_router(module.router)
+    app.include_router(private)
+    app.add_middleware(RequestIdMiddleware)
+    return app

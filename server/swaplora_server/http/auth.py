@@ -1,0 +1,36 @@
+"""Who may ask: every route but the public ones depends on `authenticate`."""
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+from fastapi import Request
+from pydantic import SecretStr
+
+from swaplora_server.http.errors import ApiError
+
+
+class KeyRing:
+    """The keys of which a request must carry one, kept as hashes. An empty ring lets everyone in."""
+
+    def __init__(self, keys: Sequence[SecretStr]) -> None:
+        self._digests = [_digest(key.get_secret_value()) for key in keys]
+
+    def admits(self, key: str | None) -> bool:
+        """Compared in constant time, against every key."""
+        if not self._digests:
+            return True
+        given = _digest(key or "")
+        return bool(sum(hmac.compare_digest(given, digest) for digest in self._digests)) and key is not None
+
+
+async def authenticate(request: Request) -> None:
+    """A dependency. Raises ApiError unless the request carries `Authorization: Bearer KEY` with one of the keys."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    keys: KeyRing = request.app.state.keys
+    if not keys.admits(key.strip() if scheme.lower() == "bearer" else None):
+        raise ApiError("invalid_api_key", "send a valid API key as Authorization: Bearer KEY")
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

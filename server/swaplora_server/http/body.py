@@ -1,0 +1,70 @@
+"""Reading a JSON body: its size bounded, its numbers finite, its unknown fields told from those that change meaning."""
+
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+import structlog
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from swaplora_server.http.errors import ApiError
+
+_log = structlog.get_logger(__name__)
+Model = TypeVar("Model", bound="WireModel")
+
+
+class WireModel(BaseModel):
+    """A request body. Numbers are finite and of their own type; unknown fields are kept, to be looked at."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True, hide_input_in_errors=True)
+
+
+def json_body(model: type[Model]) -> Callable[[Request], Coroutine[Any, Any, Model]]:
+    """A dependency that reads the request's body as `model`, or raises ApiError naming the field at fault."""
+
+    async def read(request: Request) -> Model:
+        raw = await read_limited(request, request.app.state.service.settings.max_body_bytes)
+        try:
+            return model.model_validate_json(raw)
+        except ValidationError as error:
+            raise _as_api_error(error) from error
+
+    return read
+
+
+def body_schema(model: type[WireModel]) -> dict[str, Any]:
+    """What a route that reads its own body says of it in the OpenAPI document."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+async def read_limited(request: Request, limit: int) -> bytes:
+    """The whole body. Raises ApiError body_too_large as soon as it is known to pass `limit` bytes."""
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise ApiError("body_too_large", f"the body is larger than {limit} bytes")
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def refuse_unsupported(body: WireModel, unsupported: Mapping[str, tuple[object, ...]]) -> None:
+    """Raise ApiError for a field that would change the answer and is not honoured, unless its value asks for nothing.
+
+    `unsupported` lists the values that ask for nothing, beside null. What nobody defines is logged and ignored.
+    """
+    for name, value in (body.model_extra or {}).items():
+        if name not in unsupported:
+            _log.debug("ignored an unknown field", field=name[:64])
+        elif value is not None and value not in unsupported[name]:
+            raise ApiError("unsupported_field", f"{name} is not supported; leave it out", name)
+
+
+def _as_api_error(error: ValidationError) -> ApiError:
+    """The first few complaints in one line; `param` is the path of the first."""
+    details = error.errors(include_url=False, include_context=False, include_input=False)
+    named = [(".".join(str(part) for part in detail["loc"]), detail["msg"]) for detail in details]
+    message = "; ".join(f"{path}: {text}" if path else text for path, text in named[:5])
+    return ApiError("invalid_request", message, named[0][0] or None)

@@ -1,0 +1,82 @@
+"""POST /v1/chat/completions."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from swaplora_server.engine.request import Logprobs
+from swaplora_server.http.answers import Choice, Shape, answer
+from swaplora_server.http.body import body_schema, json_body, refuse_unsupported
+from swaplora_server.http.errors import ApiError
+from swaplora_server.http.generation import Piece, admit
+from swaplora_server.http.wire import UNSUPPORTED_CHAT, UNSUPPORTED_MESSAGE, ChatBody
+from swaplora_server.service import Service
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody))
+async def chat(request: Request, body: Annotated[ChatBody, Depends(json_body(ChatBody))]) -> Response:
+    """Answer the conversation."""
+    refuse_unsupported(body, UNSUPPORTED_CHAT)
+    for message in body.messages:
+        refuse_unsupported(message, UNSUPPORTED_MESSAGE)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError("invalid_request", "top_logprobs needs logprobs to be true", "top_logprobs")
+    service: Service = request.app.state.service
+    service.check_serving()
+    prompt = await service.render_chat(
+        [message.as_template_input() for message in body.messages],
+        add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+        continue_final_message=body.continue_final_message,
+        **(body.chat_template_kwargs or {}),
+    )
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    admission = await admit(service, body, [prompt], max_tokens=max_tokens, num_logprobs=body.num_logprobs)
+    return await answer(request, body, admission, _shape(service))
+
+
+def _shape(service: Service) -> Shape:
+    """Chat's objects; logprobs name tokens as text, so the tokenizer is needed."""
+
+    def logprobs(tokens: list[tuple[int, Logprobs]]) -> dict[str, Any] | None:
+        return {"content": [_token_logprobs(service, *token) for token in tokens]} if tokens else None
+
+    def choice(choice: Choice) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text},
+            "logprobs": logprobs(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+        }
+
+    def chunks(piece: Piece) -> list[dict[str, Any]]:
+        tokens = [] if piece.token_id is None or piece.logprobs is None else [(piece.token_id, piece.logprobs)]
+        deltas = []
+        if piece.text or piece.token_id is not None:
+            deltas.append(_chunk(piece.index, {"content": piece.text}, logprobs=logprobs(tokens)))
+        if piece.finish_reason is not None:
+            deltas.append(_chunk(piece.index, {}, finish_reason=piece.finish_reason))
+        return deltas
+
+    def opening(index: int) -> dict[str, Any]:
+        return _chunk(index, {"role": "assistant", "content": ""})
+
+    return Shape("chatcmpl", "chat.completion", "chat.completion.chunk", choice, chunks, opening)
+
+
+def _chunk(
+    index: int, delta: dict[str, str], logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _token_logprobs(service: Service, token_id: int, logprobs: Logprobs) -> dict[str, Any]:
+    top = [_token(service, other, logprob) for other, logprob in logprobs.top]
+    return {**_token(service, token_id, logprobs.chosen), "top_logprobs": top}
+
+
+def _token(service: Service, token_id: int, logprob: float) -> dict[str, Any]:
+    text = service.base.tokenizer.decode([token_id])
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

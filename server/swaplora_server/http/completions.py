@@ -1,0 +1,36 @@
+"""POST /v1/completions."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from swaplora_server.http.answers import Choice, Shape, answer
+from swaplora_server.http.body import body_schema, json_body, refuse_unsupported
+from swaplora_server.http.generation import Piece, admit
+from swaplora_server.http.wire import UNSUPPORTED_COMPLETION, CompletionBody
+from swaplora_server.service import Service
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", openapi_extra=body_schema(CompletionBody))
+async def complete(request: Request, body: Annotated[CompletionBody, Depends(json_body(CompletionBody))]) -> Response:
+    """Continue each prompt."""
+    refuse_unsupported(body, UNSUPPORTED_COMPLETION)
+    service: Service = request.app.state.service
+    service.check_serving()
+    prompts = [prompt if isinstance(prompt, list) else await service.encode(prompt) for prompt in body.prompts]
+    admission = await admit(service, body, prompts, max_tokens=body.max_tokens or 16)
+    return await answer(request, body, admission, _SHAPE)
+
+
+def _choice(choice: Choice) -> dict[str, Any]:
+    return {"index": choice.index, "text": choice.text, "logprobs": None, "finish_reason": choice.finish_reason}
+
+
+def _chunks(piece: Piece) -> list[dict[str, Any]]:
+    return [{"index": piece.index, "text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}]
+
+
+_SHAPE = Shape("cmpl", "text_completion", "text_completion", _choice, _chunks, opening=None)

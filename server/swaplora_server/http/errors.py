@@ -1,0 +1,97 @@
+"""The one error body, and the one table from error to HTTP status."""
+
+from collections.abc import Mapping
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from swaplora_adapters.errors import AdapterError
+
+_STATUS = {
+    "invalid_request": 400,
+    "unsupported_field": 400,
+    "context_length_exceeded": 400,
+    "invalid_adapter_name": 400,
+    "invalid_api_key": 401,
+    "model_not_found": 404,
+    "adapter_not_found": 404,
+    "version_not_found": 404,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "adapter_busy": 409,
+    "adapter_failed": 409,
+    "precondition_failed": 412,
+    "body_too_large": 413,
+    "adapter_too_large": 413,
+    "invalid_adapter": 422,
+    "unsupported_adapter": 422,
+    "overloaded": 429,
+    "internal_error": 500,
+    "not_ready": 503,
+    "draining": 503,
+    "engine_failed": 503,
+    "storage_full": 507,
+    "memory_full": 507,
+}
+_RETRY_AFTER = {"overloaded": "1", "not_ready": "5", "draining": "5", "memory_full": "5"}
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+
+class ApiError(Exception):
+    """A request that is answered with an error. `code` is a key of the status table; `param` names the field at fault."""
+
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.param = param
+
+
+def error_body(code: str, message: str, param: str | None = None) -> dict[str, dict[str, str | None]]:
+    """OpenAI's error object, as it stands in a JSON answer and in a stream."""
+    status = _STATUS[code]
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(error: ApiError | AdapterError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The answer to a request that failed with `error`."""
+    param = error.param if isinstance(error, ApiError) else None
+    retry = {"Retry-After": _RETRY_AFTER[error.code]} if error.code in _RETRY_AFTER else {}
+    body = error_body(error.code, str(error), param)
+    return JSONResponse(body, _STATUS[error.code], headers={**retry, **(headers or {})})
+
+
+async def on_api_error(_request: Request, error: Exception) -> JSONResponse:
+    """Exception handler for ApiError and AdapterError."""
+    assert isinstance(error, ApiError | AdapterError)
+    return error_response(error)
+
+
+async def on_http_error(_request: Request, error: Exception) -> JSONResponse:
+    """Exception handler for what the framework refuses itself: unknown routes and methods."""
+    assert isinstance(error, HTTPException)
+    code = _HTTP_CODES.get(error.status_code, "invalid_request")
+    return JSONResponse(error_body(code, error.detail), error.status_code, headers=dict(error.headers or {}))
+
+
+async def on_invalid_parameter(_request: Request, error: Exception) -> JSONResponse:
+    """Exception handler for a path, query or header parameter that is not what the route takes."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param = str(first["loc"][-1])
+    return JSONResponse(error_body("invalid_request", f"{param}: {first['msg']}", param), 400)
+
+
+async def on_client_gone(_request: Request, _error: Exception) -> Response:
+    """Exception handler for a client that left before it was answered: nobody reads this."""
+    return Response(status_code=499)
+
+
+async def on_defect(_request: Request, _error: Exception) -> JSONResponse:
+    """Exception handler for what nobody foresaw: the log has the traceback, the client has nothing of it."""
+    message = "the server made a mistake; its log says more under this answer's X-Request-Id"
+    return JSONResponse(error_body("internal_error", message), 500)

@@ -1,0 +1,206 @@
+"""One HTTP generation: leased, submitted, read back as pieces of text, and aborted when nobody listens any more."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+from swaplora_adapters.errors import AdapterNotFoundError
+from swaplora_adapters.registry.lease import Lease
+from swaplora_server.engine.detokenize import Detokenizer
+from swaplora_server.engine.request import AdapterUse, FinishReason, Logprobs, Request, SamplingParams, TokenEvent
+from swaplora_server.http.errors import ApiError
+from swaplora_server.http.wire import GenerationBody
+from swaplora_server.service import Service
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one step added to one choice. `text` may be empty while a character or a stop string is incomplete."""
+
+    index: int
+    text: str
+    token_id: int | None
+    logprobs: Logprobs | None
+    finish_reason: FinishReason | None
+
+
+class GenerationError(Exception):
+    """The engine ended a sequence with an error; the message is for the client."""
+
+
+class Generation:
+    """The choices of one HTTP request: n continuations of each prompt, in one stream of pieces.
+
+    Owns the requests until each of its choices has ended. Lives on the event loop; the engine posts events to it.
+    """
+
+    def __init__(self, service: Service, body: GenerationBody, prompts: Sequence[Sequence[int]]) -> None:
+        self._service = service
+        self._body = body
+        self._prompts = prompts
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, TokenEvent]] = asyncio.Queue()
+        self._requests: list[Request] = []
+        self._detokenizers = [self._detokenizer() for _ in range(len(prompts) * body.n)]
+        self._open = set(range(len(self._detokenizers)))
+        self.num_generated = [0] * len(self._detokenizers)
+
+    @property
+    def num_choices(self) -> int:
+        return len(self._detokenizers)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(map(len, self._prompts))
+
+    def prompt_ids(self, choice: int) -> Sequence[int]:
+        return self._prompts[choice // self._body.n]
+
+    def submit(self, params: SamplingParams, uses: tuple[AdapterUse, ...], lease: Lease | None) -> None:
+        """Hand every prompt to the engine, and with them the lease, which goes back when the last of them has ended."""
+        release = _after_last(len(self._prompts), lease.release) if lease else lambda: None
+        for number, prompt in enumerate(self._prompts):
+            request = Request(
+                request_id=f"{id(self):x}-{number}",
+                prompt_ids=tuple(prompt),
+                params=params,
+                emit=partial(self._post, number * self._body.n),
+                adapters=uses,
+                num_sequences=self._body.n,
+                release=release,
+            )
+            self._requests.append(request)
+            self._service.engine.submit(request)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Everything that is generated, as it comes, until every choice has ended. Raises GenerationError."""
+        try:
+            while self._open:
+                choice, event = await self._events.get()
+                if choice in self._open:
+                    yield self._piece(choice, event)
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Have the engine end what still runs. Harmless when nothing does."""
+        if self._open:
+            self._open.clear()
+            for request in self._requests:
+                self._service.engine.abort(request)
+
+    def _post(self, first_choice: int, event: TokenEvent) -> None:
+        """Called on the engine's thread. A loop that has closed has nobody left to tell."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (first_choice + event.index, event))
+
+    def _piece(self, choice: int, event: TokenEvent) -> Piece:
+        if event.finish_reason is FinishReason.ERROR:
+            raise GenerationError(event.error or "the generation failed")
+        text = self._text(choice, event)
+        reason = event.finish_reason
+        if self._detokenizers[choice].is_stopped and reason is not FinishReason.STOP:
+            reason = FinishReason.STOP
+            self._service.engine.abort(self._requests[choice // self._body.n], choice % self._body.n)
+        elif reason is not None:
+            text += self._detokenizers[choice].flush()
+        if reason is not None:
+            self._open.discard(choice)
+        return Piece(choice, text, event.token_id, event.logprobs, reason)
+
+    def _text(self, choice: int, event: TokenEvent) -> str:
+        if event.token_id is None:
+            return ""
+        self.num_generated[choice] += 1
+        if event.finish_reason is FinishReason.STOP and not self._body.include_stop_str_in_output:
+            return ""  # a stop token is counted, not shown
+        return self._detokenizers[choice].push(event.token_id)
+
+    def _detokenizer(self) -> Detokenizer:
+        return Detokenizer(
+            self._service.base.tokenizer.backend_tokenizer,
+            stop=self._body.stops,
+            include_stop=self._body.include_stop_str_in_output,
+            skip_special_tokens=self._body.skip_special_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A generation that has begun, and the headers that say who answers it."""
+
+    generation: Generation
+    headers: dict[str, str]
+
+
+async def admit(
+    service: Service,
+    body: GenerationBody,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int | None,
+    num_logprobs: int | None = None,
+) -> Admission:
+    """Check the prompts, bind the model's name to a version, wait for its weights, and submit.
+
+    max_tokens None means as many as fit. Raises ApiError, and AdapterError for an adapter that cannot be had.
+    """
+    service.check_serving()
+    limit = min(_room(service, prompt, max_tokens) for prompt in prompts)
+    service.check_queue(len(prompts) * body.n)
+    lease = None if service.is_base(body.model) else _lease(service, body.model)
+    try:
+        uses = () if lease is None else (await _use(lease),)
+        generation = Generation(service, body, prompts)
+    except BaseException:
+        if lease is not None:
+            lease.release()
+        raise
+    generation.submit(body.sampling(limit, service.base.eos_token_ids, num_logprobs), uses, lease)
+    return Admission(generation, _headers(lease))
+
+
+def _lease(service: Service, model: str) -> Lease:
+    try:
+        return service.registry.lease(model)
+    except AdapterNotFoundError as error:
+        message = f"there is no model {model[:128]!r}; GET /v1/models lists what there is"
+        raise ApiError("model_not_found", message, "model") from error
+
+
+async def _use(lease: Lease) -> AdapterUse:
+    weights = await asyncio.wrap_future(lease.weights)
+    return AdapterUse(weights, 1.0, lease.record.digest)
+
+
+def _headers(lease: Lease | None) -> dict[str, str]:
+    if lease is None:
+        return {}
+    return {"x-swaplora-adapter": f"{lease.record.name}@{lease.record.version}", "x-swaplora-digest": lease.record.digest}
+
+
+def _room(service: Service, prompt: Sequence[int], max_tokens: int | None) -> int:
+    """How many tokens may follow `prompt`. Raises ApiError when it, or it and what is asked for, do not fit."""
+    if not prompt:
+        raise ApiError("invalid_request", "the prompt is empty", "prompt")
+    largest = max(prompt)
+    if largest >= service.base.vocab_size:
+        raise ApiError("invalid_request", f"token id {largest} is not in the vocabulary", "prompt")
+    length, wanted = service.max_model_len, max_tokens or 1
+    if len(prompt) + wanted > length:
+        raise ApiError(
+            "context_length_exceeded",
+            f"This model's maximum context length is {length} tokens. However, you requested {len(prompt) + wanted} "
+            f"tokens ({len(prompt)} in the prompt, {wanted} to generate). Shorten one of them.",
+            "prompt" if max_tokens is None else "max_tokens",
+        )
+    return max_tokens or length - len(prompt)
+
+
+def _after_last(count: int, release: Callable[[], None]) -> Callable[[], None]:
+    """A function that calls `release` when it is itself called for the `count`th time."""
+    calls = itertools.count(1)
+    return lambda: release() if next(calls) == count else None

@@ -1,0 +1,34 @@
+"""The public routes: alive, ready, version."""
+
+from importlib.metadata import version
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse
+
+from swaplora_server.service import Service
+
+router = APIRouter()
+_VERSION = version("swaplora")
+
+
+@router.get("/health")
+async def health(request: Request) -> JSONResponse:
+    """200 while the engine's heart beats, or while the server starts; 503 once it does not."""
+    service: Service = request.app.state.service
+    return JSONResponse({"status": "ok"} if service.is_healthy else {"status": "engine failed"}, _status(service.is_healthy))
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> JSONResponse:
+    """200 while new requests are taken; 503 while starting or shutting down."""
+    service: Service = request.app.state.service
+    return JSONResponse({"ready": service.is_ready}, _status(service.is_ready))
+
+
+@router.get("/version")
+async def get_version() -> dict[str, str]:
+    return {"version": _VERSION}
+
+
+def _status(is_good: bool) -> int:
+    return 200 if is_good else 503

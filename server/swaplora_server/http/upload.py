@@ -1,0 +1,124 @@
+"""Streaming a multipart upload to disk: two parts of known names, every length bounded, nothing kept of the client's file names."""
+
+import asyncio
+from contextlib import ExitStack
+from email.message import Message
+
+from fastapi import Request
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import MultipartParser
+
+from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES
+from swaplora_adapters.artifact.staging import Part, Staging, Writer
+from swaplora_server.http.errors import ApiError
+
+_MAX_HEADER_BYTES = 8 << 10
+_REMEDY = "send exactly two parts: config (adapter_config.json) and weights (adapter_model.safetensors)"
+
+
+async def receive_files(request: Request, staging: Staging, max_weights_bytes: int) -> None:
+    """Write the request's parts `config` and `weights` into `staging`.
+
+    Raises ApiError for anything but these two parts, AdapterTooLargeError and StorageFullError.
+    """
+    parts = _Parts(staging, {"config": MAX_CONFIG_BYTES, "weights": max_weights_bytes})
+    with parts.open_file:
+        parser = MultipartParser(_boundary(request), parts.callbacks())
+        try:
+            async for chunk in request.stream():
+                await asyncio.to_thread(parser.write, chunk)
+            await asyncio.to_thread(parser.finalize)
+        except MultipartParseError as error:
+            raise ApiError("invalid_request", f"the body is not well-formed multipart; {_REMEDY}") from error
+    parts.check_complete()
+
+
+def _boundary(request: Request) -> bytes:
+    message = Message()
+    message["content-type"] = request.headers.get("content-type", "")
+    boundary = message.get_param("boundary", "")
+    if message.get_content_type() != "multipart/form-data" or not isinstance(boundary, str) or not boundary:
+        raise ApiError("invalid_request", f"the body must be multipart/form-data; {_REMEDY}")
+    return boundary.encode()
+
+
+class _Parts:
+    """The parser's callbacks: one part at a time goes into its file in the staging folder."""
+
+    def __init__(self, staging: Staging, limits: dict[Part, int]) -> None:
+        self._staging = staging
+        self._limits = limits
+        self._received: set[Part] = set()
+        self._is_finished = False
+        self._header_name = b""
+        self._header_value = b""
+        self._num_header_bytes = 0
+        self._disposition: bytes | None = None
+        self._writer: Writer | None = None
+        self.open_file = ExitStack()
+
+    def callbacks(self) -> dict[str, object]:
+        return {
+            "on_part_begin": self._begin,
+            "on_header_field": self._on_header_field,
+            "on_header_value": self._on_header_value,
+            "on_header_end": self._on_header_end,
+            "on_headers_finished": self._open,
+            "on_part_data": self._write,
+            "on_part_end": self._close,
+            "on_end": self._finish,
+        }
+
+    def check_complete(self) -> None:
+        missing = sorted(self._limits.keys() - self._received)
+        if missing or not self._is_finished:
+            what = f"part {' and '.join(missing)} is missing" if missing else "the body ends early"
+            raise ApiError("invalid_request", f"{what}; {_REMEDY}", missing[0] if missing else None)
+
+    def _begin(self) -> None:
+        self._disposition = None
+        self._num_header_bytes = 0
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header_name += self._bounded(data[start:end])
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header_value += self._bounded(data[start:end])
+
+    def _bounded(self, piece: bytes) -> bytes:
+        self._num_header_bytes += len(piece)
+        if self._num_header_bytes > _MAX_HEADER_BYTES:
+            raise ApiError("invalid_request", f"a part's headers are larger than {_MAX_HEADER_BYTES} bytes; {_REMEDY}")
+        return piece
+
+    def _on_header_end(self) -> None:
+        if self._header_name.lower() == b"content-disposition":
+            self._disposition = self._header_value
+        self._header_name = self._header_value = b""
+
+    def _open(self) -> None:
+        sent = _part_name(self._disposition)
+        name = next((part for part in self._limits if part == sent), None)
+        if name is None:
+            raise ApiError("invalid_request", f"there is a part of another name; {_REMEDY}")
+        if name in self._received:
+            raise ApiError("invalid_request", f"part {name} is sent twice; {_REMEDY}", name)
+        self._received.add(name)
+        self._writer = self.open_file.enter_context(self._staging.writer(name, self._limits[name]))
+
+    def _write(self, data: bytes, start: int, end: int) -> None:
+        assert self._writer is not None
+        self._writer.write(data[start:end])
+
+    def _close(self) -> None:
+        self.open_file.close()
+
+    def _finish(self) -> None:
+        self._is_finished = True
+
+
+def _part_name(disposition: bytes | None) -> str | None:
+    message = Message()
+    message["content-disposition"] = (disposition or b"").decode("latin-1").replace("\r", " ").replace("\n", " ")
+    name = message.get_param("name", header="content-disposition")
+    return name if isinstance(name, str) else None

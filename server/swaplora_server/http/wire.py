@@ -1,0 +1,188 @@
+"""The bodies of generation requests, as OpenAI defines them and vLLM extends them. Imports no torch."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from swaplora_server.engine.request import SamplingParams
+from swaplora_server.http.body import WireModel
+
+MAX_N = 16
+MAX_PROMPTS = 64
+MAX_STOPS = 16
+MAX_LOGPROBS = 20
+MAX_SEED = 2**63 - 1
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+# fields that clients of OpenAI's or vLLM's API send and that would change the answer, with the values that would not
+UNSUPPORTED_ANYWHERE: dict[str, tuple[object, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "min_tokens": (0,),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "response_format": ({"type": "text"},),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "logits_processors": ([],),
+    "adapters": ([],),
+    "lora_request": (),
+    "priority": (0,),
+    "vllm_xargs": ({},),
+    "kv_transfer_params": (),
+    "add_special_tokens": (),
+    "spaces_between_special_tokens": (True,),
+}
+UNSUPPORTED_COMPLETION = UNSUPPORTED_ANYWHERE | {
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (),
+    "prompt_embeds": (),
+}
+UNSUPPORTED_CHAT = UNSUPPORTED_ANYWHERE | {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "web_search_options": (),
+    "documents": ([],),
+    "chat_template": (),
+    "verbosity": (),
+    "moderation": (),
+}
+
+
+UNSUPPORTED_MESSAGE: dict[str, tuple[object, ...]] = {
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "function_call": (),
+    "audio": (),
+    "reasoning_content": ("",),
+}
+
+
+class StreamOptions(WireModel):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class GenerationBody(WireModel):
+    """What completions and chat completions share."""
+
+    model: Annotated[str, Field(min_length=1, max_length=512)]
+    n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
+    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED - MAX_N)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOPS)] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    return_token_ids: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    cache_salt: str | None = None
+
+    @field_validator("n", "temperature", "top_p", "top_k", "min_p", "stream", "ignore_eos", mode="before")
+    @classmethod
+    def _null_means_default(cls, value: object, info: Any) -> object:
+        """OpenAI's clients send null for what they leave open."""
+        return cls.model_fields[info.field_name].default if value is None else value
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_is_not_empty(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if value is not None and "" in ([value] if isinstance(value, str) else value):
+            raise ValueError("a stop string must not be empty")
+        return value
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def sampling(self, max_tokens: int, eos_token_ids: frozenset[int], num_logprobs: int | None) -> SamplingParams:
+        """What the engine is told; the end-of-sequence ids stop a request unless it ignores them."""
+        own = frozenset(self.stop_token_ids or ())
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(0, self.top_k),
+            min_p=self.min_p,
+            seed=self.seed,
+            stop_token_ids=own if self.ignore_eos else own | eos_token_ids,
+            num_logprobs=num_logprobs,
+        )
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: Annotated[int, Field(ge=1)] | None = 16
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One entry per prompt, whichever of the four forms it came in."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]  # the union's third form, told apart by its first item
+        return list(self.prompt)  # type: ignore[arg-type]
+
+
+class TextPart(WireModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(WireModel):
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def as_template_input(self) -> dict[str, str]:
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": content} | ({"name": self.name} if self.name else {})
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None

@@ -1,0 +1,129 @@
+"""Running the server: listen at once, load in the background, drain and exit cleanly when told to."""
+
+import asyncio
+import logging
+import socket
+import sys
+import time
+from types import FrameType
+
+import structlog
+import uvicorn
+from rich.console import Console
+
+from swaplora_adapters.errors import AdapterError
+from swaplora_server.banner import Progress, show_banner
+from swaplora_server.config import Settings
+from swaplora_server.embedded import EmbeddedBaseError
+from swaplora_server.engine.proof import UnsupportedModelError
+from swaplora_server.http.app import create_app
+from swaplora_server.service import Service
+
+# beyond the time that running requests get, for their last bytes to go out
+_LAST_BYTES_SECONDS = 5
+
+
+class StartError(RuntimeError):
+    """The server cannot start; the message says why and what to do."""
+
+
+def run(settings: Settings) -> None:
+    """Serve until told to stop. Raises StartError."""
+    configure_logging(settings)
+    service = Service(settings)
+    with _listen(settings) as listener:
+        asyncio.run(_serve(service, listener))
+
+
+async def _serve(service: Service, listener: socket.socket) -> None:
+    began = time.monotonic()
+    server = _Server(service)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        with Progress() as progress:
+            await asyncio.to_thread(service.start, progress.step)
+    except (UnsupportedModelError, EmbeddedBaseError, AdapterError, OSError, ValueError) as error:
+        raise StartError(str(error)) from error
+    else:
+        _show(service, listener, time.monotonic() - began)
+        await serving
+    finally:
+        server.should_exit = True
+        await serving
+        await asyncio.to_thread(service.stop)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which on a first signal lets requests end and on a second does not."""
+
+    def __init__(self, service: Service) -> None:
+        drain_seconds = service.settings.drain_seconds
+        super().__init__(
+            uvicorn.Config(
+                create_app(service),
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=int(drain_seconds) + _LAST_BYTES_SECONDS,
+            )
+        )
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop taking requests; when the time to drain is over, or at a second signal, end what still runs."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+        self._service.is_draining = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        deadline = asyncio.create_task(self._end_in_time())
+        await super().shutdown(sockets)
+        deadline.cancel()
+
+    async def _end_in_time(self) -> None:
+        await asyncio.sleep(self._service.settings.drain_seconds)
+        await asyncio.to_thread(self._service.stop)
+
+
+def configure_logging(settings: Settings) -> None:
+    """Log lines on stderr, for people or as JSON; what libraries log goes through the same lines."""
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    shared = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    renderer = structlog.processors.JSONRenderer() if settings.log_json else structlog.dev.ConsoleRenderer(colors=False)
+    structlog.configure(
+        processors=[*shared, structlog.processors.format_exc_info, renderer]
+        if settings.log_json
+        else [*shared, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    logging.basicConfig(level=max(level, logging.WARNING), format="%(levelname)s %(name)s: %(message)s")
+
+
+def _show(service: Service, listener: socket.socket, seconds: float) -> None:
+    settings = service.settings
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    show_banner(
+        Console(stderr=True),
+        url=f"http://{host}:{listener.getsockname()[1]}",
+        base=settings.base_id,
+        device=service.base.device.type,
+        dtype=str(service.base.dtype).removeprefix("torch."),
+        memory=service.memory_plan(),
+        adapters=[record.name for record in service.registry.current_versions()],
+        seconds=seconds,
+    )
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise StartError(
+            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); stop what does, or choose another --port"
+        ) from error

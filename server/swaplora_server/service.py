@@ -1,0 +1,181 @@
+"""The server's parts, put together: the base, the engine on it, and the registry of its adapters."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+import transformers
+from jinja2 import TemplateError
+
+from swaplora_adapters.apply.activation import LoraOp
+from swaplora_adapters.apply.ops import native, torch_form
+from swaplora_adapters.artifact.store import Store
+from swaplora_adapters.native.build import NoCompilerError
+from swaplora_adapters.registry.registry import Registry
+from swaplora_server.config import EMBEDDED, Settings
+from swaplora_server.embedded import ensure_embedded_base
+from swaplora_server.engine import native_attention
+from swaplora_server.engine.attention import DecodeKernel, PagedKV
+from swaplora_server.engine.base_model import BaseModel, load_base, pick_device, pick_dtype
+from swaplora_server.engine.engine import Engine
+from swaplora_server.engine.kv_cache import BlockPool
+from swaplora_server.engine.proof import UnsupportedModelError
+from swaplora_server.engine.scheduler import Scheduler
+from swaplora_server.http.errors import ApiError
+
+_HEARTBEAT_LIMIT_SECONDS = 60.0
+_LONG_CHARACTERS = 4096
+_log = structlog.get_logger(__name__)
+
+
+class Service:
+    """What the routes work with. Everything but the settings is there once `start` has returned."""
+
+    base: BaseModel
+    engine: Engine
+    registry: Registry
+    max_model_len: int
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.started_at = int(time.time())
+        self.is_draining = False
+        self._is_ready = threading.Event()
+
+    @property
+    def is_ready(self) -> bool:
+        return self._is_ready.is_set() and not self.is_draining and self.engine.is_alive
+
+    @property
+    def is_healthy(self) -> bool:
+        """Starting, or with an engine whose heart beats."""
+        if not self._is_ready.is_set():
+            return True
+        return self.engine.is_alive and time.monotonic() - self.engine.last_beat < _HEARTBEAT_LIMIT_SECONDS
+
+    def start(self, report: Callable[[str], None]) -> None:
+        """Load the base, open the registry, and start the engine. `report` hears what is being done.
+
+        Raises UnsupportedModelError, EmbeddedBaseError, AdapterError and OSError, each with a message for the operator.
+        """
+        settings = self.settings
+        self.base = self._load_base(report)
+        report("reading adapters")
+        self.registry = Registry(
+            Store(settings.data_dir),
+            shapes=self.base.shapes,
+            dtype=self.base.dtype,
+            device=self.base.device,
+            memory_budget=settings.adapter_memory_bytes,
+            keep_versions=settings.keep_versions,
+        )
+        self._register_folders()
+        self.engine = self._make_engine()
+        self.engine.start()
+        self._is_ready.set()
+
+    def stop(self) -> None:
+        """End the engine and close the registry, whichever of them came to be."""
+        self.is_draining = True
+        if self._is_ready.is_set():
+            self.engine.stop()
+            self.registry.close()
+
+    def check_serving(self) -> None:
+        """Raise ApiError unless a new request can be taken."""
+        if self.is_draining:
+            raise ApiError("draining", "the server is shutting down and takes no new requests")
+        if not self._is_ready.is_set():
+            raise ApiError("not_ready", "the server is still starting; GET /health/ready says when it has")
+        if not self.engine.is_alive:
+            raise ApiError("engine_failed", self.engine.failure or "the engine has stopped")
+
+    def check_queue(self, num_sequences: int) -> None:
+        """Raise ApiError when `num_sequences` more would wait longer in line than the operator allows."""
+        limit = self.settings.max_waiting + self.settings.max_num_seqs
+        if self.engine.num_running + self.engine.num_waiting + num_sequences > limit:
+            raise ApiError("overloaded", "too many requests are waiting; try again in a moment")
+
+    def is_base(self, model: str) -> bool:
+        return model == self.settings.base_id
+
+    async def encode(self, text: str) -> list[int]:
+        """A prompt's token ids, computed off the event loop when it is long."""
+        return await _off_loop_if_long(len(text), lambda: self.base.tokenizer.encode(text))
+
+    async def render_chat(self, messages: Sequence[Mapping[str, str]], **template_options: Any) -> list[int]:
+        """A conversation's token ids by the base's own template. Raises ApiError when the template refuses it."""
+        tokenizer = self.base.tokenizer
+        if tokenizer.chat_template is None:
+            raise ApiError("invalid_request", "the base has no chat template; use /v1/completions", "messages")
+
+        def render() -> list[int]:
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, **template_options)
+            return tokenizer.encode(text, add_special_tokens=False)
+
+        try:
+            return await _off_loop_if_long(sum(len(message["content"]) for message in messages), render)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ApiError("invalid_request", f"the chat template refuses this: {error}", "messages") from error
+
+    def memory_plan(self) -> list[tuple[str, int]]:
+        """What the server's memory is for, in bytes."""
+        return [
+            ("base weights", self.base.weight_bytes),
+            ("KV cache, at most", self.settings.kv_cache_bytes),
+            ("adapters, at most", self.settings.adapter_memory_bytes),
+        ]
+
+    def _load_base(self, report: Callable[[str], None]) -> BaseModel:
+        settings = self.settings
+        source: str | Path = settings.base
+        if settings.base == EMBEDDED:
+            source = ensure_embedded_base(settings.cache_dir, report)
+        report(f"loading {settings.base_id}")
+        transformers.logging.disable_progress_bar()
+        device = pick_device(settings.device)
+        op, kernel = _native_code(device, settings.cache_dir / "native", report)
+        return load_base(source, device=device, dtype=pick_dtype(settings.dtype, device), op=op, kernel=kernel)
+
+    def _make_engine(self) -> Engine:
+        settings, base = self.settings, self.base
+        block_bytes = base.kv_bytes_per_token * settings.block_size
+        pool = BlockPool(settings.kv_cache_bytes // block_bytes - 1, settings.block_size)
+        self.max_model_len = min(settings.max_model_len or base.max_positions, base.max_positions, pool.capacity)
+        if self.max_model_len < (settings.max_model_len or 1):
+            raise UnsupportedModelError(
+                f"--max-model-len {settings.max_model_len} cannot be had: the base has {base.max_positions} positions "
+                f"and --kv-cache-bytes holds {pool.capacity} tokens"
+            )
+        scheduler = Scheduler(
+            pool, max_batch_tokens=settings.max_batch_tokens, max_num_seqs=min(settings.max_num_seqs, settings.max_batch_tokens)
+        )
+        return Engine(scheduler, base.runner(PagedKV(pool.num_blocks, settings.block_size)))
+
+    def _register_folders(self) -> None:
+        for name, folder in self.settings.adapter_folders.items():
+            self.registry.put_folder(name, folder)
+        if self.settings.adapter_dir is not None:
+            for config in sorted(self.settings.adapter_dir.glob("*/adapter_config.json")):
+                self.registry.put_folder(config.parent.name, config.parent)
+
+
+def _native_code(
+    device: torch.device, cache_dir: Path, report: Callable[[str], None]
+) -> tuple[LoraOp, DecodeKernel | None]:
+    """The kernels for this device: native on a CPU with a compiler, else torch's own operations."""
+    if device.type == "cpu":
+        try:
+            return native.load(cache_dir, report), native_attention.load(cache_dir, report)
+        except NoCompilerError as error:
+            _log.warning("serving without native kernels, several times slower with many adapters", reason=str(error))
+    return torch_form.OP, None
+
+
+async def _off_loop_if_long(num_characters: int, tokenize: Callable[[], list[int]]) -> list[int]:
+    return await asyncio.to_thread(tokenize) if num_characters > _LONG_CHARACTERS else tokenize()
