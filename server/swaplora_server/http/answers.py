@@ -103,8 +103,10 @@ async def _stream(
             for index in range(generation.num_choices):
                 yield chunk(shape.opening(index))
         async for piece in pieces:
+            token_ids = [] if piece.token_id is None else [piece.token_id]
             for choice in shape.chunks(piece):
-                yield chunk(_with_ids(body, choice, [] if piece.token_id is None else [piece.token_id]))
+                yield chunk(_with_ids(body, choice, token_ids))
+                token_ids = []
         if options and options.include_usage:
             yield event({**head, "choices": [], "usage": usage(generation)})
     except GenerationError as error:

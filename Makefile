@@ -1,0 +1,50 @@
+# A virtual environment in .venv, made on first use; stamp files in it remember what is installed.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
+	@echo 'ARGS="..." is passed on: make serve ARGS="--port 9000", make test ARGS="-k config"'
+
+serve: $(VENV)/.runtime ## serve the embedded base and the demo adapters on 127.0.0.1:8000
+	$(BIN)/swaplora serve --adapter-dir adapters/demo $(ARGS)
+
+test: $(VENV)/.dev ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev ## lint, format check, types, Dockerfile
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy server adapters tests
+	$(BIN)/hadolint Dockerfile
+
+clean: ## remove the environment and all caches
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and stays pinned beside everything else: the build chosen here (a CPU one where pip is set up with
+# an index that has it) is the one that stays, and no later package pulls in gigabytes of another.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "swaplora needs Python 3.11 or newer: set PYTHON=")'
+	@echo "making $(VENV) and installing $(TORCH) (once, about a minute)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) $(TORCH)
+	@touch $@
+
+$(VENV)/.runtime: pyproject.toml $(VENV)/.torch
+	@echo "installing swaplora"
+	@$(INSTALL) $(TORCH) -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.torch
+	@echo "installing swaplora and its development tools"
+	@$(INSTALL) $(TORCH) -e '.[dev]'
+	@touch $@

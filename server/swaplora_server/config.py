@@ -1,0 +1,233 @@
+"""What the operator decides: one frozen object, read once at start from flags, environment, a YAML file and defaults.
+
+Imports no torch, so a wrong setting is refused before anything slow begins.
+"""
+
+import ipaddress
+import os
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BeforeValidator, DirectoryPath, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+EMBEDDED = "embedded"
+EMBEDDED_ID = "smollm2-135m-instruct"
+ENV_PREFIX = "SWAPLORA_"
+CLIENT_VARIABLES = frozenset({"SWAPLORA_URL"})  # read by the client commands, so not a misspelt setting
+FOREIGN_ADAPTER_DIRS = ("NIM_PEFT_SOURCE", "VLLM_LORA_RESOLVER_CACHE_DIR")
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?", re.IGNORECASE)
+
+
+def parse_size(value: object) -> object:
+    """`"512MiB"`, `"4GB"` or `"1.5G"` as bytes (KiB is 1024, KB is 1000); what is not a string as it is."""
+    if not isinstance(value, str):
+        return value
+    match = SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(f"{value!r} is not a size: write bytes, or a number with a unit such as 512MiB or 4GB")
+    number, prefix, binary = match.groups(default="")
+    exponent = " KMGT".index(prefix.upper() or " ")
+    return int(float(number) * (1024 if binary else 1000) ** exponent)
+
+
+def _split_commas(value: object) -> object:
+    """A comma-separated string (the environment, YAML) as a list; anything else as it is."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _expand_home(value: object) -> object:
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def _xdg_folder(variable: str, fallback: str) -> Path:
+    """The program's folder below an XDG base directory; a relative one is ignored, as the XDG specification asks."""
+    root = Path(os.environ.get(variable, ""))
+    return (root if root.is_absolute() else Path.home() / fallback) / "swaplora"
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1, le=2**50)]
+HomePath = Annotated[Path, BeforeValidator(_expand_home)]
+Folder = Annotated[DirectoryPath, BeforeValidator(_expand_home)]
+ApiKey = Annotated[SecretStr, Field(min_length=1)]
+
+
+class Settings(BaseSettings):
+    """All that a server is started with. Sizes are bytes, times seconds; raises ValidationError, SettingsError."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", hide_input_in_errors=True
+    )
+
+    config: HomePath | None = Field(None, description="YAML file with settings, named as here")
+    base: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
+        EMBEDDED, min_length=1, description="base model: embedded, a local folder, or a hub id"
+    )
+    served_model_name: str | None = Field(None, pattern=r"^\S+$", description="what requests call the base")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
+    dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="number format of the base")
+
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    api_key: Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
+        (), description="keys of which a request must carry one"
+    )
+    insecure_no_auth: bool = Field(False, description="listen beyond this machine without an API key")
+
+    adapter: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
+        (), description="adapters to serve, each as NAME=PATH"
+    )
+    adapter_dir: Folder | None = Field(None, description="folder whose sub-folders are adapters")
+    data_dir: HomePath = Field(
+        default_factory=lambda: _xdg_folder("XDG_DATA_HOME", ".local/share"), description="uploaded adapters"
+    )
+    cache_dir: HomePath = Field(
+        default_factory=lambda: _xdg_folder("XDG_CACHE_HOME", ".cache"),
+        description="downloads and compiled code; may be deleted",
+    )
+    keep_versions: int = Field(8, ge=1, le=10_000, description="versions kept of each adapter")
+
+    max_model_len: int | None = Field(None, ge=1, le=2**24, description="longest context in tokens; default the base's")
+    max_batch_tokens: int = Field(512, ge=1, le=2**20, description="most tokens computed in one step")
+    max_num_seqs: int = Field(64, ge=1, le=2**16, description="most requests running at once")
+    max_waiting: int = Field(256, ge=0, le=2**20, description="most requests waiting; one more is answered 429")
+    block_size: int = Field(16, ge=1, le=1024, description="tokens in one block of the KV cache")
+    kv_cache_bytes: Size = Field(2**30, description="memory for the KV cache")
+    adapter_memory_bytes: Size = Field(4 * 2**30, description="memory for resident adapters")
+    max_adapter_bytes: Size = Field(2**30, description="largest adapter that may be uploaded")
+    max_body_bytes: Size = Field(32 * 2**20, description="largest JSON body")
+
+    drain_seconds: float = Field(30, ge=0, le=86_400, description="time running requests get to end at shutdown")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    log_json: bool = Field(False, description="log one JSON object a line")
+
+    @property
+    def base_id(self) -> str:
+        """What requests call the base: `served_model_name`, else the last part of the base's folder or hub id."""
+        if self.served_model_name is not None:
+            return self.served_model_name
+        return EMBEDDED_ID if self.base == EMBEDDED else os.path.basename(os.path.abspath(self.base))
+
+    @property
+    def adapter_folders(self) -> dict[str, Path]:
+        """Name → folder of every adapter named one by one in `adapter`."""
+        pairs = (entry.partition("=") for entry in self.adapter)
+        return {name: Path(path).expanduser() for name, _, path in pairs}
+
+    @property
+    def is_loopback(self) -> bool:
+        """True if only this machine can reach the address listened on."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a host name: who can reach it is not known here
+            return False
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> Self:
+        for entry in self.adapter:
+            name, _, path = entry.partition("=")
+            if not (name and path):
+                raise ValueError(f"adapter: {entry!r} is not NAME=PATH")
+        if len(self.adapter_folders) < len(self.adapter):
+            raise ValueError("adapter: a name is given twice; each adapter needs its own")
+        for name, folder in self.adapter_folders.items():
+            if not folder.is_dir():
+                raise ValueError(f"adapter: {name}: {folder} is not a folder")
+        return self
+
+    @model_validator(mode="after")
+    def _check_access(self) -> Self:
+        if not (self.is_loopback or self.api_key or self.insecure_no_auth):
+            raise ValueError(
+                f"host: other machines can reach {self.host}, so requests need a key: set --api-key "
+                "(SWAPLORA_API_KEY), or --insecure-no-auth to let anyone in"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """First wins: what is passed in, `SWAPLORA_*`, the YAML file, other servers' adapter folder variables."""
+        config = init_settings().get("config") or os.environ.get(f"{ENV_PREFIX}CONFIG")
+        from_file = _read_yaml(Path(config).expanduser()) if config else {}
+        return (
+            init_settings,
+            _StrictEnvironment(settings_cls),
+            InitSettingsSource(settings_cls, from_file),
+            InitSettingsSource(settings_cls, _foreign_environment()),
+        )
+
+
+class _StrictEnvironment(EnvSettingsSource):
+    """The `SWAPLORA_*` variables, with those that match no setting kept, so that `extra="forbid"` names them."""
+
+    def __call__(self) -> dict[str, Any]:
+        known = {self.env_prefix + name for name in self.settings_cls.model_fields} | CLIENT_VARIABLES
+        given = {name.upper(): value for name, value in self.env_vars.items()}
+        unknown = given.keys() - {name.upper() for name in known}
+        return super().__call__() | {name: given[name] for name in unknown if name.startswith(self.env_prefix)}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a config file. Raises SettingsError if there is no such file or it holds something else."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"config: cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SettingsError(f"config: {path} must be a mapping of setting to value")
+    if "config" in content:
+        raise SettingsError(f"config: {path} cannot name another config file")
+    return {str(key): value for key, value in content.items()}
+
+
+def _foreign_environment() -> dict[str, Any]:
+    """The adapter folder as other servers' variables give it, so that a deployment of theirs starts unchanged."""
+    folders = [folder for name in FOREIGN_ADAPTER_DIRS if (folder := os.environ.get(name))]
+    return {"adapter_dir": folders[0]} if folders else {}
+
+
+def complaints(error: ValidationError) -> list[str]:
+    """One line for each thing wrong, saying what to change. Never shows a value, which may be a key."""
+    return [_complaint(detail) for detail in error.errors(include_input=False, include_url=False)]
+
+
+def _complaint(detail: Mapping[str, Any]) -> str:
+    if not detail["loc"]:
+        return str(detail["ctx"]["error"])
+    name = str(detail["loc"][0])
+    if detail["type"] == "extra_forbidden":
+        return _unknown(name)
+    reason = detail.get("ctx", {}).get("error") or detail["msg"]
+    return f"{name}: {reason} (--{name.replace('_', '-')}, {ENV_PREFIX}{name.upper()} or {name} in the config file)"
+
+
+def _unknown(name: str) -> str:
+    prefix = ENV_PREFIX if name.startswith(ENV_PREFIX) else ""
+    known = [prefix + (field.upper() if prefix else field) for field in Settings.model_fields]
+    close = get_close_matches(name, known, n=1)
+    return f"{name}: no such setting" + (f"; did you mean {close[0]}?" if close else "")

@@ -1,0 +1,35 @@
+"""What many tests share: a tiny base on disk, adapters for it, and a server of them that lives for a module."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import tiny
+from serving import Running, serving, settings
+
+torch.set_num_threads(2)
+transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama with grouped heads and a tied head."""
+    return tiny.save_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Eight adapters of ranks 1 to 64 on every linear, no two alike."""
+    folder = tmp_path_factory.mktemp("adapters")
+    ranks = (1, 2, 4, 7, 8, 16, 32, 64)
+    return [tiny.save_adapter(folder / f"a{n}", base, seed=n, rank=rank) for n, rank in enumerate(ranks)]
+
+
+@pytest.fixture(scope="module")
+def server(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server of the tiny base with nothing uploaded yet."""
+    with serving(settings(base, tmp_path_factory.mktemp("data"))) as running:
+        yield running

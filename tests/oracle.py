@@ -1,0 +1,35 @@
+"""PEFT, in the test's process, as the reference for what an adapter does."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+
+class Oracle:
+    """Stock transformers in float32, with one adapter or none."""
+
+    def __init__(self, base: Path, adapter: Path | None = None) -> None:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+        self._model = model if adapter is None else PeftModel.from_pretrained(model, str(adapter))
+        self._model.eval()
+
+    @torch.no_grad()
+    def logprobs(self, token_ids: list[int]) -> Tensor:
+        """[len(token_ids), vocab_size]: the log-distribution of the token behind each position."""
+        logits: Tensor = self._model(torch.tensor([token_ids])).logits[0]
+        return logits.log_softmax(-1)
+
+    def worst_error(self, prompt: list[int], generated: list[int], logprobs: list[float]) -> float:
+        """The largest |Δ logprob| of generated tokens, teacher-forced."""
+        expected = self.logprobs(prompt + generated)[len(prompt) - 1 : -1]
+        chosen = expected[torch.arange(len(generated)), torch.tensor(generated)]
+        return float((chosen - torch.tensor(logprobs)).abs().max())
+
+    def is_greedy(self, prompt: list[int], generated: list[int], tie: float) -> bool:
+        """Whether every generated token was the likeliest, or within `tie` of it."""
+        expected = self.logprobs(prompt + generated)[len(prompt) - 1 : -1]
+        chosen = expected[torch.arange(len(generated)), torch.tensor(generated)]
+        return bool((expected.max(-1).values - chosen <= tie).all())
