@@ -31,6 +31,9 @@ RUN pip wheel --no-deps --wheel-dir dist . && pip install --no-deps dist/*.whl &
 
 
 FROM python:${PYTHON}-slim
+# the kernels are compiled on first start, for the processor that they will run on
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /cache --shell /usr/sbin/nologin swaplora \
     && install --directory --owner=swaplora --group=swaplora --mode=0750 /cache /data
 COPY --from=builder /opt/swaplora /opt/swaplora

@@ -45,7 +45,8 @@ async def _serve(service: Service, listener: socket.socket) -> None:
     except (UnsupportedModelError, EmbeddedBaseError, AdapterError, OSError, ValueError) as error:
         raise StartError(str(error)) from error
     else:
-        _show(service, listener, time.monotonic() - began)
+        if not service.is_draining:
+            _show(service, listener, time.monotonic() - began)
         await serving
     finally:
         server.should_exit = True

@@ -1,0 +1,66 @@
+"""A client that goes away costs nothing from the next step on, however its request was made."""
+
+import asyncio
+import random
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serving import BASE, Running
+
+PROMPT = list(range(40, 60))
+LONG = {"prompt": PROMPT, "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture
+def loaded(server: Running, adapters: list[Path]) -> Running:
+    server.put("gone", adapters[3])
+    return server
+
+
+async def leave_after(server: Running, seconds: float, **fields: object) -> None:
+    async with httpx.AsyncClient(base_url=server.url) as client:
+        with pytest.raises((TimeoutError, asyncio.CancelledError)):
+            async with asyncio.timeout(seconds):
+                await client.post("/v1/completions", json=LONG | fields)
+
+
+@pytest.mark.parametrize("is_streaming", [True, False])
+@pytest.mark.parametrize("model", [BASE, "gone"])
+async def test_a_disconnect_frees_every_block(loaded: Running, model: str, is_streaming: bool) -> None:
+    task = asyncio.create_task(leave_after(loaded, 0.3, model=model, stream=is_streaming, n=4))
+    while loaded.service.engine.num_running < 4:
+        await asyncio.sleep(0.005)
+    assert loaded.service.engine.num_free_blocks < loaded.service.engine.num_blocks
+    await task
+    await asyncio.to_thread(loaded.wait_idle, 2.0)
+    assert loaded.client.get("/v1/adapters/gone").json()["in_flight"] == 0
+
+
+async def test_sixty_disconnects_at_random_moments_leave_nothing_behind(loaded: Running) -> None:
+    rng = random.Random(7)
+    for _ in range(6):
+        moments = [rng.uniform(0.005, 0.25) for _ in range(10)]
+        await asyncio.gather(
+            *(
+                leave_after(loaded, moment, model=rng.choice([BASE, "gone"]), stream=rng.random() < 0.5)
+                for moment in moments
+            )
+        )
+    await asyncio.to_thread(loaded.wait_idle)
+    assert loaded.client.delete("/v1/adapters/gone").json()["state"] == "deleted"
+
+
+async def test_waiting_requests_can_be_abandoned_too(loaded: Running) -> None:
+    await asyncio.gather(*(leave_after(loaded, 0.2, model=BASE, n=16) for _ in range(8)))
+    await asyncio.to_thread(loaded.wait_idle)
+
+
+def test_a_stop_string_ends_the_sequence_in_the_engine_as_well(loaded: Running) -> None:
+    whole = loaded.generate("gone", PROMPT, max_tokens=40, ignore_eos=True).json()["choices"][0]
+    stop = whole["text"][5:7]
+    choice = loaded.generate("gone", PROMPT, max_tokens=400, ignore_eos=True, stop=stop).json()["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert choice["text"] == whole["text"][: whole["text"].index(stop)]
+    loaded.wait_idle(2.0)

@@ -1,0 +1,90 @@
+"""What was acknowledged is there after the process is killed, with the same digest and the same answers."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from serving import Running
+
+PROMPT = list(range(70, 90))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def process(base: Path, data_dir: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+    """`swaplora serve` as a user starts it, on a free port."""
+    port = free_port()
+    cache = Path(__file__).parent.parent / ".cache"
+    command = [sys.executable, "-m", "swaplora_server", "serve", str(base), "--port", str(port), "--dtype", "fp32"]
+    command += ["--data-dir", str(data_dir), "--cache-dir", str(cache), "--kv-cache-bytes", "4MiB", *flags]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            wait_ready(server, client)
+            yield server, client
+    finally:
+        server.kill()
+        server.wait()
+
+
+def wait_ready(server: subprocess.Popen[bytes], client: httpx.Client) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert server.poll() is None, "the server ended while starting"
+        try:
+            if client.get("/health/ready").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    raise AssertionError("the server did not become ready")
+
+
+def test_acknowledged_adapters_survive_kill_nine(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    with process(base, tmp_path) as (server, client):
+        running = Running(str(client.base_url), None, client)  # type: ignore[arg-type]  # another process's
+        for name, folder in [("one", adapters[0]), ("two", adapters[1]), ("one", adapters[2])]:
+            assert running.put(name, folder).status_code in (200, 201)
+        assert client.delete("/v1/adapters/one?version=1").status_code == 200
+        cards = [client.get(f"/v1/adapters/{name}").json() for name in ("one", "two")]
+        answers = [running.token_ids(name, PROMPT) for name in ("one", "two")]
+        os.kill(server.pid, signal.SIGKILL)
+        server.wait()
+    with process(base, tmp_path) as (server, client):
+        running = Running(str(client.base_url), None, client)  # type: ignore[arg-type]  # another process's
+        again = [client.get(f"/v1/adapters/{name}").json() for name in ("one", "two")]
+        for before, after in zip(cards, again, strict=True):
+            assert {**before, "state": "", "last_used": 0} == {**after, "state": "", "last_used": 0}
+        assert [running.token_ids(name, PROMPT) for name in ("one", "two")] == answers
+        assert [card["versions"][-1]["version"] for card in again] == [2, 1]
+
+
+def test_a_signal_ends_the_process_cleanly(base: Path, tmp_path: Path) -> None:
+    with process(base, tmp_path) as (server, client):
+        assert client.get("/health").status_code == 200
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=20) == 0
+
+
+def test_a_port_in_use_is_one_line_with_a_remedy(base: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = [sys.executable, "-m", "swaplora_server", "serve", str(base), "--data-dir", str(tmp_path)]
+        command += ["--port", str(taken.getsockname()[1])]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == 1
+    assert "choose another --port" in ended.stderr
+    assert "Traceback" not in ended.stderr
