@@ -29,9 +29,10 @@ class Running:
 
     def put(self, name: str, folder: Path, **headers: str) -> httpx.Response:
         """Upload an adapter's two files, as curl would."""
-        with (folder / "adapter_config.json").open("rb") as config, (
-            folder / "adapter_model.safetensors"
-        ).open("rb") as weights:
+        with (
+            (folder / "adapter_config.json").open("rb") as config,
+            (folder / "adapter_model.safetensors").open("rb") as weights,
+        ):
             files = {"config": config, "weights": weights}
             return self.client.put(f"/v1/adapters/{name}", files=files, headers=headers)
 
@@ -58,7 +59,7 @@ class Running:
 
 def settings(base: Path, data_dir: Path, **fields: Any) -> Settings:
     """A small server: fp32, a KV cache of a few hundred blocks, nothing read from this machine's environment."""
-    defaults = {
+    defaults: dict[str, Any] = {
         "base": str(base),
         "served_model_name": BASE,
         "data_dir": data_dir,
@@ -77,7 +78,9 @@ def serving(config: Settings) -> Iterator[Running]:
     """Start, yield, stop. Every test leaves the server at rest, which is checked here."""
     service = Service(config)
     service.start(lambda _message: None)
-    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_config=None, access_log=False, lifespan="off"))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(service), port=0, log_config=None, access_log=False, lifespan="off")
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

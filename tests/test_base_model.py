@@ -1,4 +1,4 @@
-"""Every architecture that goes through the attention interface: its logits, packed and paged, are stock transformers' own."""
+"""Every architecture that goes through the attention interface: its logits are stock transformers' own."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mistral": SMALL | {"sliding_window": 5},
     "mixtral": SMALL | {"sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma2": SMALL | {"head_dim": 16, "sliding_window": 5, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
-    "gemma3_text": SMALL | {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": SMALL
+    | {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": SMALL | {"sliding_window": 5},
     "olmo": SMALL,
     "olmo2": SMALL,
@@ -56,9 +57,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def load(folder: Path) -> Any:
-    return load_base(
-        folder, device=torch.device("cpu"), dtype=torch.float32, op=torch_form.OP
-    )
+    return load_base(folder, device=torch.device("cpu"), dtype=torch.float32, op=torch_form.OP)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from oracle import Oracle
-from serving import BASE, Running, Streamed, stream_chat
+from serving import BASE, Running, Streamed, serving, settings, stream_chat
 
 TOLERANCE = 1e-4  # of a log-probability, in float32
 MAX_TOKENS = 24
@@ -45,10 +44,10 @@ def sixteen(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def loaded(server: Running, sixteen: list[Path]) -> Iterator[Running]:
+def loaded(server: Running, sixteen: list[Path]) -> Running:
     for folder in sixteen:
         assert server.put(folder.name, folder).status_code == 201
-    yield server
+    return server
 
 
 async def stream_all(server: Running, names: list[str]) -> list[Streamed]:
@@ -132,13 +131,13 @@ async def test_n_continuations_of_an_adapter_are_each_its_own(loaded: Running, b
 async def test_chunked_prefill_and_preemption_change_nothing(
     max_batch_tokens: int, base: Path, adapters: list[Path], tmp_path: Path
 ) -> None:
-    from serving import serving, settings  # a server of its own: few blocks, small steps
-
-    config = settings(base, tmp_path, max_batch_tokens=max_batch_tokens, max_num_seqs=3, kv_cache_bytes=48 << 10, block_size=4)
+    limits = {"max_batch_tokens": max_batch_tokens, "max_num_seqs": 3, "kv_cache_bytes": 48 << 10, "block_size": 4}
+    config = settings(base, tmp_path, **limits)
     with serving(config) as small:
         for folder in adapters[:4]:
             assert small.put(folder.name, folder).status_code == 201
         names = [BASE, *(folder.name for folder in adapters[:4])]
         answers = await stream_all(small, names)
-        for name, said, folder in zip(names, answers, [None, *adapters[:4]], strict=True):
-            assert error_against(Oracle(base, folder), name, said) <= TOLERANCE, name
+        oracles = [Oracle(base), *(Oracle(base, folder) for folder in adapters[:4])]
+        for name, said, oracle in zip(names, answers, oracles, strict=True):
+            assert error_against(oracle, name, said) <= TOLERANCE, name

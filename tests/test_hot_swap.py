@@ -9,8 +9,8 @@ import pytest
 import tiny
 from oracle import Oracle
 from serving import BASE, Running, Streamed, stream_chat
-from swaplora_server.engine.runner import AdapterMismatchError, _checked
 from swaplora_server.engine.request import AdapterUse
+from swaplora_server.engine.runner import AdapterMismatchError, checked_weights
 
 TOLERANCE = 1e-4
 PROMPT: list[int] = tiny.byte_tokenizer().encode("<user>hello\n<assistant>", add_special_tokens=False)
@@ -82,7 +82,9 @@ async def test_a_delete_that_does_not_wait_says_that_the_adapter_drains(server: 
     assert server.client.get("/v1/adapters/slow").status_code == 404
 
 
-def test_fifty_replaces_leave_every_version_answering_as_itself(server: Running, base: Path, versions: list[Path]) -> None:
+def test_fifty_replaces_leave_every_version_answering_as_itself(
+    server: Running, base: Path, versions: list[Path]
+) -> None:
     expected = [server.put("solo", folder) and server.token_ids("solo", PROMPT) for folder in versions]
     assert expected[0] != expected[1]
     for turn in range(50):
@@ -119,9 +121,9 @@ def test_the_engine_refuses_weights_of_another_digest_than_was_admitted(server: 
     lease = server.service.registry.lease("checked")
     weights = lease.weights.result()
     lease.release()
-    assert _checked(AdapterUse(weights, 1.0, weights.digest)) is weights
+    assert checked_weights(AdapterUse(weights, 1.0, weights.digest)) is weights
     with pytest.raises(AdapterMismatchError):
-        _checked(AdapterUse(weights, 1.0, "sha256:" + "0" * 64))
+        checked_weights(AdapterUse(weights, 1.0, "sha256:" + "0" * 64))
 
 
 def test_a_lease_that_is_given_back_twice_is_a_defect(server: Running, versions: list[Path]) -> None:

@@ -1,4 +1,4 @@
-"""Tiny models made from a config, a byte tokenizer, and seeded adapters: everything a test needs, nothing downloaded."""
+"""Tiny models made from a config, a byte tokenizer, seeded adapters: all that a test needs, nothing downloaded."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 259
 BOS, EOS, PAD = 256, 257, 258
@@ -84,7 +84,7 @@ def save_adapter(
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = LoraConfig(
         r=rank,
-        lora_alpha=2 * rank + 1 if alpha is None else alpha,  # type: ignore[arg-type]
+        lora_alpha=2 * rank + 1 if alpha is None else alpha,
         target_modules=list(target_modules),
         task_type="CAUSAL_LM",
         **fields,
@@ -94,7 +94,9 @@ def save_adapter(
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
             if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * strength / parameter.shape[-1] ** 0.5)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator) * strength / parameter.shape[-1] ** 0.5
+                )
     peft_model.save_pretrained(folder)
     return folder
 

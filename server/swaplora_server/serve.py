@@ -89,7 +89,7 @@ class _Server(uvicorn.Server):
 def configure_logging(settings: Settings) -> None:
     """Log lines on stderr, for people or as JSON; what libraries log goes through the same lines."""
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
-    shared = [
+    shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -126,5 +126,6 @@ def _listen(settings: Settings) -> socket.socket:
         return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
         raise StartError(
-            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); stop what does, or choose another --port"
+            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); "
+            "stop what does, or choose another --port"
         ) from error

@@ -1,6 +1,7 @@
 """The server's parts, put together: the base, the engine on it, and the registry of its adapters."""
 
 import asyncio
+import inspect
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -73,6 +74,7 @@ class Service:
             device=self.base.device,
             memory_budget=settings.adapter_memory_bytes,
             keep_versions=settings.keep_versions,
+            base_model=settings.base_id,
         )
         self._register_folders()
         self.engine = self._make_engine()
@@ -108,15 +110,23 @@ class Service:
         """A prompt's token ids, computed off the event loop when it is long."""
         return await _off_loop_if_long(len(text), lambda: self.base.tokenizer.encode(text))
 
-    async def render_chat(self, messages: Sequence[Mapping[str, str]], **template_options: Any) -> list[int]:
-        """A conversation's token ids by the base's own template. Raises ApiError when the template refuses it."""
+    async def render_chat(
+        self, messages: Sequence[Mapping[str, str]], template_kwargs: Mapping[str, Any], **options: bool
+    ) -> list[int]:
+        """A conversation's token ids by the base's own template, which sees `template_kwargs` as variables.
+
+        Raises ApiError when the template refuses it, or for a variable that is really an option of the renderer's.
+        """
         tokenizer = self.base.tokenizer
+        reserved = sorted(template_kwargs.keys() & inspect.signature(tokenizer.apply_chat_template).parameters.keys())
+        if reserved:
+            raise ApiError("unsupported_field", f"{', '.join(reserved)} cannot be given here", "chat_template_kwargs")
         if tokenizer.chat_template is None:
             raise ApiError("invalid_request", "the base has no chat template; use /v1/completions", "messages")
 
         def render() -> list[int]:
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False, **template_options)
-            return tokenizer.encode(text, add_special_tokens=False)
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options, **template_kwargs)
+            return list(tokenizer.encode(text, add_special_tokens=False))
 
         try:
             return await _off_loop_if_long(sum(len(message["content"]) for message in messages), render)
@@ -153,7 +163,9 @@ class Service:
                 f"and --kv-cache-bytes holds {pool.capacity} tokens"
             )
         scheduler = Scheduler(
-            pool, max_batch_tokens=settings.max_batch_tokens, max_num_seqs=min(settings.max_num_seqs, settings.max_batch_tokens)
+            pool,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_num_seqs=min(settings.max_num_seqs, settings.max_batch_tokens),
         )
         return Engine(scheduler, base.runner(PagedKV(pool.num_blocks, settings.block_size)))
 

@@ -1,8 +1,8 @@
 """One step's adapters: which rows use which adapter at which scale, settled once and read by every wrapped layer.
 
-A step packs the rows of many sequences one after the other. Each sequence is a run of rows, so "rows 4 to 7 use A at 1.0
-and B at 0.4" is two segments over the same run. Base rows stand in no segment and cost nothing; a module that an adapter
-does not target finds no segment of it, so there is nothing to zero and nothing stale.
+A step packs the rows of many sequences one after the other. Each sequence is a run of rows, so "rows 4 to 7 use A at
+1.0 and B at 0.4" is two segments over the same run. Base rows stand in no segment and cost nothing; a module that an
+adapter does not target finds no segment of it, so there is nothing to zero and nothing stale.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,14 +36,14 @@ class ModuleSegment(NamedTuple):
 
 
 class LoraOp(NamedTuple):
-    """One form of y[rows] += scale · (x[rows] Aᵀ) Bᵀ: segments are prepared once a step, then added where they apply."""
+    """One form of y[rows] += scale · (x[rows] Aᵀ) Bᵀ: prepared once a step, then added where it applies."""
 
     prepare: Callable[[Sequence[ModuleSegment]], Any]
     add: Callable[[Tensor, Tensor, Any], None]  # (y [num_rows, out_features], x [num_rows, in_features], prepared)
 
 
 class StepAdapters:
-    """The segments of one step, in the two row spaces a model has: every token, and the rows that reach the output head."""
+    """The segments of one step, in a model's two row spaces: every token, and the rows that reach the output head."""
 
     def __init__(self, tokens: Sequence[Segment], head: Sequence[Segment], op: LoraOp) -> None:
         self._tokens = tuple(tokens)

@@ -37,4 +37,7 @@ def shape_of(linear: nn.Module) -> LinearShape:
     """What the factors of an adapter must match: in and out features of a linear, or of GPT-2's transposed Conv1D."""
     if isinstance(linear, Conv1D):
         return LinearShape(in_features=linear.nx, out_features=linear.nf)
-    return LinearShape(in_features=linear.in_features, out_features=linear.out_features)
+    in_features, out_features = linear.in_features, linear.out_features
+    if not (isinstance(in_features, int) and isinstance(out_features, int)):
+        raise TypeError(f"{type(linear).__name__} does not say how many features it has")
+    return LinearShape(in_features, out_features)

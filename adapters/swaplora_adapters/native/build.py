@@ -51,7 +51,7 @@ def _compile(source: Path, library: Path) -> None:
     try:
         command = [_compiler(), *_FLAGS, f"-I{HERE}", "-o", unfinished, str(source)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-        os.replace(unfinished, library)  # noqa: PTH105 - one rename, so that no other process sees half a file
+        os.replace(unfinished, library)
     except (subprocess.SubprocessError, OSError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         raise NoCompilerError(f"{source.name} does not compile: {detail.strip().splitlines()[0]}") from error

@@ -1,7 +1,7 @@
 """Who is called what, and who holds what. A name is bound to one immutable version when a request is admitted.
 
-Replace and delete act on names at once, and on versions when the last lease on them is back. Requests look only at memory:
-`_changes` serialises what touches the disk, and `_lock`, which leases take, is never held across it.
+Replace and delete act on names at once, and on versions when the last lease on them is back. Requests look only at
+memory: `_changes` serialises what touches the disk, and `_lock`, which leases take, is never held across it.
 """
 
 import threading
@@ -54,13 +54,18 @@ class Registry:
         device: torch.device,
         memory_budget: int,
         keep_versions: int,
+        base_model: str,
     ) -> None:
-        """`shapes` are the base's linears that adapters may target; weights are kept in `dtype` on `device`."""
+        """`shapes` are the base's linears that adapters may target; weights are kept in `dtype` on `device`.
+
+        `base_model` is the base's name: an adapter that was made for another one is taken with a warning.
+        """
         self._store = store
         self._shapes = shapes
         self._dtype = dtype
         self._device = device
         self._keep_versions = keep_versions
+        self._base_model = base_model
         self._residency = Residency(self._load, memory_budget)
         self._index = Index()
         self._changes = threading.Lock()
@@ -98,7 +103,9 @@ class Registry:
 
         Raises InvalidAdapterError with every reason, AdapterTooLargeError, PreconditionFailedError, StorageFullError.
         """
-        details = inspect_files(staging.config_path, staging.weights_path, self._shapes, self._dtype).details
+        details = inspect_files(
+            staging.config_path, staging.weights_path, self._shapes, self._dtype, base_model=self._base_model
+        ).details
         self._residency.check_size(details.num_parameters * self._dtype.itemsize)
         with self._changes:
             published = self._store.publish(
@@ -166,7 +173,7 @@ class Registry:
         self._store.close()
 
     def _give_back(self, lease: Lease) -> None:
-        """Called by a lease, once, on whatever thread its request ended on; what touches the disk is left to the cleaner."""
+        """Called by a lease, once, on the thread its request ended on; what touches the disk is the cleaner's."""
         with self._lock:
             self._residency.release(lease.record.digest, lease.weights)
             _count_down(self._in_flight, lease.record.name)

@@ -1,8 +1,8 @@
 """Attention over paged keys and values, put into transformers' models through its attention interface.
 
-A step's rows are packed one sequence after the other into [1, num_rows]. The model calls `paged_attention` once a layer:
-the rows' keys and values go into the cache, then decoding rows attend in batches of like length and prompt chunks one by
-one. Which rows belong to whom is settled once a step, in `PagedStep`.
+A step's rows are packed one sequence after the other into [1, num_rows]. The model calls `paged_attention` once a
+layer: the rows' keys and values go into the cache, then decoding rows attend in batches of like length and prompt
+chunks one by one. Which rows belong to whom is settled once a step, in `PagedStep`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -116,7 +116,8 @@ class LayerAttention:
     def decode(self, query: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup) -> Tensor:
         """One row a sequence. The query heads that share a KV head lie along the query-length axis."""
         num_kv_heads = keys.shape[1]
-        grouped = query[group.rows].unflatten(1, (num_kv_heads, -1))  # [num_sequences, num_kv_heads, heads_per_kv_head, head_dim]
+        # heads [num_heads] become [num_kv_heads, heads_per_kv_head]
+        grouped = query[group.rows].reshape(len(group.rows), num_kv_heads, -1, query.shape[-1])
         sinks = None if self.sinks is None else self.sinks.view(1, num_kv_heads, -1, 1)
         out = self._attend(
             grouped,
@@ -204,8 +205,9 @@ def paged_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function for a packed step.
 
-    query: [1, num_heads, num_rows, head_dim]; key, value: [1, num_kv_heads, num_rows, head_dim]; s_aux: attention sinks,
-    one logit a head. Returns [1, num_rows, num_heads, head_dim]. Raises UnsupportedAttentionError for anything else.
+    query: [1, num_heads, num_rows, head_dim]; key, value: [1, num_kv_heads, num_rows, head_dim]; s_aux: attention
+    sinks, one logit a head. Returns [1, num_rows, num_heads, head_dim]. Raises UnsupportedAttentionError for anything
+    else that a model asks for.
     """
     step = _current.get()
     if step is None:
@@ -231,7 +233,9 @@ def paged_attention(
 def _refuse_unknown(attention_mask: Tensor | None, others: dict[str, Any]) -> None:
     if attention_mask is not None:
         raise UnsupportedAttentionError("the model adds a mask of its own to its attention, which is not supported")
-    unknown = sorted(name for name, given in others.items() if given is not None and given is not False and name not in _INERT)
+    unknown = sorted(
+        name for name, given in others.items() if given is not None and given is not False and name not in _INERT
+    )
     if unknown or others.get("is_causal") is False:
         raise UnsupportedAttentionError(f"the model's attention asks for {', '.join(unknown) or 'is_causal=False'}")
 

@@ -17,6 +17,7 @@ from swaplora_server.engine.packed import pack
 from swaplora_server.engine.proof import UnsupportedModelError, prove, stock_logits
 from swaplora_server.engine.runner import Runner
 
+
 @dataclass(frozen=True, slots=True)
 class BaseModel:
     """A base that is ready to serve, and what is known of it. `shapes` lists the linears that adapters may target."""
@@ -49,7 +50,7 @@ def pick_device(wanted: str) -> torch.device:
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """auto is bf16 wherever it is fast: GPUs, and CPUs with matrix instructions for it; fp32 elsewhere."""
     if wanted == "auto":
-        is_fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        is_fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001 - torch's only way to ask
         return torch.bfloat16 if is_fast else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
 
@@ -94,13 +95,15 @@ def _load_model(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager")
     except ValueError as error:
-        raise UnsupportedModelError(f"{config.model_type} cannot be loaded as a causal language model: {error}") from error
+        raise UnsupportedModelError(
+            f"{config.model_type} cannot be loaded as a causal language model: {error}"
+        ) from error
     model.requires_grad_(False)
     return model.eval()
 
 
 def _check_layer_types(config: Any) -> None:
-    """Attention of another kind than full and sliding would be computed as full beyond what the proof's length shows."""
+    """Other kinds than full and sliding would be computed as full, beyond what the proof's length shows."""
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         raise UnsupportedModelError(f"{config.model_type} has layers of kind {', '.join(sorted(kinds))}")

@@ -44,4 +44,6 @@ class BlockPool:
         """Raise RuntimeError unless every block is either free or held, once."""
         free = set(self._free)
         if len(free) != len(self._free) or free & self._held or len(free) + len(self._held) != self.num_blocks:
-            raise RuntimeError(f"block pool is broken: {len(self._free)} free, {len(self._held)} held of {self.num_blocks}")
+            raise RuntimeError(
+                f"block pool is broken: {len(self._free)} free, {len(self._held)} held of {self.num_blocks}"
+            )

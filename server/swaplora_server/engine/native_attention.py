@@ -35,7 +35,9 @@ def load(cache_dir: Path, report: Callable[[str], None]) -> DecodeKernel:
         kernel.restype = None
         kernel.argtypes = [ctypes.POINTER(_Shape), *[ctypes.c_void_p] * 8, ctypes.c_int]
 
-    def decode(query: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup, layer: LayerAttention, out: Tensor) -> bool:
+    def decode(
+        query: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup, layer: LayerAttention, out: Tensor
+    ) -> bool:
         """See DecodeKernel. Leaves to the caller what it has no code for: odd head sizes, values of another size."""
         head_dim = query.shape[2]
         if query.dtype not in kernels or head_dim % _LANES or values.shape[2] != head_dim:

@@ -6,6 +6,8 @@ from transformers.pytorch_utils import Conv1D
 
 # the row count that the layout is tuned for; measured best, or within noise of it, from 2 to 128 rows
 _ROWS_HINT = 16
+# torch's compiler uses these two; they are private because they have no autograd, which is not needed here
+_OPS = torch.ops.mkldnn
 
 
 class PackedLinear(nn.Module):
@@ -15,12 +17,12 @@ class PackedLinear(nn.Module):
         """weight: [out_features, in_features], on CPU."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS_HINT)
+        self._packed = _OPS._reorder_linear_weight(weight.detach().contiguous(), _ROWS_HINT)  # noqa: SLF001
         self._bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., num_rows, in_features] → [..., num_rows, out_features]."""
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        y: Tensor = _OPS._linear_pointwise(x, self._packed, self._bias, "none", [], "")  # noqa: SLF001
         return y
 
 

@@ -1,7 +1,8 @@
 """The proof that an architecture can be served, run once at start on the base itself.
 
-Before anything is replaced, the stock model computes a few logits. Afterwards the same tokens go through the real runner:
-several sequences packed together, in chunks and one by one, over paged KV. Where the two disagree, the base is refused.
+Before anything is replaced, the stock model computes a few logits. Afterwards the same tokens go through the real
+runner: several sequences packed together, in chunks and one by one, over paged KV. Where the two disagree, the base is
+refused.
 """
 
 from collections.abc import Iterator, Mapping
@@ -56,7 +57,7 @@ def prove(
     expected: list[Tensor],
     kernel: DecodeKernel | None,
 ) -> Proof:
-    """Run the proof's sequences through the runner. Raises UnsupportedModelError when the logits disagree with `expected`."""
+    """Run the proof's sequences. Raises UnsupportedModelError when their logits disagree with `expected`."""
     kv = PagedKV(_NUM_BLOCKS, _BLOCK_SIZE)
     pool = BlockPool(_NUM_BLOCKS, _BLOCK_SIZE)
     runner = Runner(model, activation, kv, model.device, kernel)

@@ -68,7 +68,7 @@ class AdapterUse:
 
 @dataclass(eq=False)
 class Request:
-    """Something to generate. `emit` receives every event on the engine's thread; `release` is called once, at the end."""
+    """Something to generate. On the engine's thread, `emit` receives every event, and `release` is called once."""
 
     request_id: str
     prompt_ids: tuple[int, ...]

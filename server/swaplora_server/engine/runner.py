@@ -107,7 +107,9 @@ class Runner:
             for layout, held in zip(layouts, slots, strict=True)
             if layout.rows.num_rows > 1
         ]
-        return PagedStep(self._kv, torch.from_numpy(written).to(self._device), self._decode_groups(decodes), prefills, self._kernel)
+        return PagedStep(
+            self._kv, torch.from_numpy(written).to(self._device), self._decode_groups(decodes), prefills, self._kernel
+        )
 
     def _slots(self, rows: ScheduledRows) -> Slots:
         """The cache slots of a sequence's tokens up to `rows.stop`."""
@@ -115,9 +117,7 @@ class Runner:
         blocks = np.asarray(rows.sequence.block_table, dtype=np.int64)
         return (blocks[:, None] * block_size + np.arange(block_size)).ravel()[: rows.stop]
 
-    def _decode_groups(
-        self, decodes: list[tuple[_Layout, Slots]]
-    ) -> list[DecodeGroup]:
+    def _decode_groups(self, decodes: list[tuple[_Layout, Slots]]) -> list[DecodeGroup]:
         """Decoding rows by length, a doubling to a group, so that one long sequence does not pad all the others."""
         by_magnitude: dict[int, list[tuple[_Layout, Slots]]] = {}
         for layout, held in decodes:
@@ -151,10 +151,10 @@ def _segments(layouts: Iterable[_Layout], span: Callable[[_Layout], tuple[int, i
         start, stop = span(members[0])[0], span(members[-1])[1]
         if start < stop:
             for use in members[0].request.adapters:
-                yield Segment(_checked(use), use.scale, start, stop)
+                yield Segment(checked_weights(use), use.scale, start, stop)
 
 
-def _checked(use: AdapterUse) -> AdapterWeights:
+def checked_weights(use: AdapterUse) -> AdapterWeights:
     """The weights of `use`, if they are still those that the request was admitted with."""
     if use.weights.digest != use.digest:
         raise AdapterMismatchError(f"admitted with {use.digest}, about to run with {use.weights.digest}")

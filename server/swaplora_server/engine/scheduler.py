@@ -120,7 +120,7 @@ class Scheduler:
             raise RuntimeError("blocks are held by no running sequence")
 
     def _can_admit(self, sequence: Sequence) -> bool:
-        """Whether its whole prompt fits, with a block to spare for each running sequence, lest it be preempted at once."""
+        """Whether its whole prompt fits and leaves each running sequence a block, lest one be preempted at once."""
         return self.pool.blocks_for(sequence.num_tokens) + len(self._running) <= self.pool.num_free
 
     def _make_room(self, sequence: Sequence, num_rows: int, chosen: list[ScheduledRows]) -> bool:

@@ -1,5 +1,7 @@
 """The application: its routes, who may use which, and how errors are answered."""
 
+from typing import Any
+
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -20,7 +22,7 @@ from swaplora_server.http.request_id import RequestIdMiddleware
 from swaplora_server.http.sse import ClientGoneError
 from swaplora_server.service import Service
 
-_HANDLERS = {
+_HANDLERS: dict[int | type[Exception], Any] = {
     ApiError: on_api_error,
     AdapterError: on_api_error,
     HTTPException: on_http_error,
@@ -33,13 +35,14 @@ _HANDLERS = {
 
 def create_app(service: Service) -> FastAPI:
     """The whole HTTP surface over `service`, which may still be starting. Only the health routes need no key."""
-    app = FastAPI(title="swaplora", exception_handlers=_HANDLERS, docs_url=None, redoc_url=None)
+    app = FastAPI(title="swaplora", exception_handlers=_HANDLERS, openapi_url=None)
     app.state.service = service
     app.state.keys = KeyRing(service.settings.api_key)
     app.include_router(health.router)
     private = APIRouter(dependencies=[Depends(authenticate)])
     for module in (models, completions, chat, adapters):
         private.include_router(module.router)
+    private.get("/openapi.json", include_in_schema=False)(app.openapi)
     app.include_router(private)
     app.add_middleware(RequestIdMiddleware)
     return app

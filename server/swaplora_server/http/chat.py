@@ -28,9 +28,9 @@ async def chat(request: Request, body: Annotated[ChatBody, Depends(json_body(Cha
     service.check_serving()
     prompt = await service.render_chat(
         [message.as_template_input() for message in body.messages],
+        body.chat_template_kwargs or {},
         add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
         continue_final_message=body.continue_final_message,
-        **(body.chat_template_kwargs or {}),
     )
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     admission = await admit(service, body, [prompt], max_tokens=max_tokens, num_logprobs=body.num_logprobs)

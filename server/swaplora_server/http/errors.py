@@ -41,7 +41,7 @@ _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 class ApiError(Exception):
-    """A request that is answered with an error. `code` is a key of the status table; `param` names the field at fault."""
+    """What a request is answered with. `code` is a key of the status table; `param` names the field at fault."""
 
     def __init__(self, code: str, message: str, param: str | None = None) -> None:
         super().__init__(message)

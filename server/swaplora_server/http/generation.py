@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -75,7 +75,7 @@ class Generation:
             self._requests.append(request)
             self._service.engine.submit(request)
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece]:
         """Everything that is generated, as it comes, until every choice has ended. Raises GenerationError."""
         try:
             while self._open:
@@ -179,7 +179,10 @@ async def _use(lease: Lease) -> AdapterUse:
 def _headers(lease: Lease | None) -> dict[str, str]:
     if lease is None:
         return {}
-    return {"x-swaplora-adapter": f"{lease.record.name}@{lease.record.version}", "x-swaplora-digest": lease.record.digest}
+    return {
+        "x-swaplora-adapter": f"{lease.record.name}@{lease.record.version}",
+        "x-swaplora-digest": lease.record.digest,
+    }
 
 
 def _room(service: Service, prompt: Sequence[int], max_tokens: int | None) -> int:

@@ -15,7 +15,9 @@ _VERSION = version("swaplora")
 async def health(request: Request) -> JSONResponse:
     """200 while the engine's heart beats, or while the server starts; 503 once it does not."""
     service: Service = request.app.state.service
-    return JSONResponse({"status": "ok"} if service.is_healthy else {"status": "engine failed"}, _status(service.is_healthy))
+    return JSONResponse(
+        {"status": "ok"} if service.is_healthy else {"status": "engine failed"}, _status(service.is_healthy)
+    )
 
 
 @router.get("/health/ready")

@@ -5,7 +5,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from swaplora_adapters.artifact.store import VersionRecord
-from swaplora_server.http.errors import ApiError
 from swaplora_server.service import Service
 
 router = APIRouter()

@@ -1,4 +1,4 @@
-"""Streaming a multipart upload to disk: two parts of known names, every length bounded, nothing kept of the client's file names."""
+"""Streaming a multipart upload to disk: two parts, every length bounded, the client's file names never looked at."""
 
 import asyncio
 from contextlib import ExitStack

@@ -1,0 +1,124 @@
+"""The files of stored adapters: one folder per digest, moved in and out whole. Knows no names or versions."""
+
+import os
+import secrets
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from swaplora_adapters.artifact.digest import digest_of, hex_of
+from swaplora_adapters.artifact.disk import full_disk_is_told, read_bounded, regular_size, remove, sync_folder
+from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES, AdapterSpec
+from swaplora_adapters.artifact.staging import Staging
+from swaplora_adapters.errors import InvalidAdapterError, StorageFullError
+
+RESERVE_BYTES = 256 << 10
+
+
+class BlobPaths(NamedTuple):
+    """Where a blob's two files lie."""
+
+    config: Path
+    weights: Path
+
+
+class Blobs:
+    """The folders `blobs`, `staging` and `quarantine` of a data directory, and a reserve of room for a full disk."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._blobs, self._staging, self._quarantine = (data_dir / x for x in ("blobs", "staging", "quarantine"))
+        self._reserve = data_dir / "reserve"
+        for folder in (self._blobs, self._staging, self._quarantine):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def stage(self) -> Staging:
+        """A new folder on the same file system; StorageFullError."""
+        return Staging(self._staging)
+
+    def paths(self, digest: str) -> BlobPaths:
+        """Where the files of a digest lie, or would lie."""
+        folder = self._folder(digest)
+        return BlobPaths(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
+
+    def is_empty(self) -> bool:
+        """Whether there is no blob at all."""
+        return next(self._blobs.iterdir(), None) is None
+
+    def has(self, digest: str) -> bool:
+        """Whether anything lies where the digest's files would."""
+        return os.path.lexists(self._folder(digest))
+
+    def place(self, staging: Staging, digest: str) -> tuple[int, int]:
+        """Move the staged files to their blob, over any files it has; durable when this returns their sizes."""
+        sizes = regular_size(staging.config_path), regular_size(staging.weights_path)
+        if sizes[0] is None or sizes[1] is None:
+            raise InvalidAdapterError([f"{CONFIG_FILE} and {WEIGHTS_FILE} must both be sent"])
+        folder = self._folder(digest)
+        if folder.is_symlink() or not folder.is_dir():
+            remove(folder)
+            sync_folder(staging.path)
+            staging.path.rename(folder)
+        else:
+            for source, target in zip((staging.config_path, staging.weights_path), self.paths(digest), strict=True):
+                source.replace(target)
+            sync_folder(folder)
+        sync_folder(self._blobs)
+        return sizes[0], sizes[1]
+
+    def discard(self, digest: str) -> None:
+        """Remove a blob, if there: out of the way in one step, then gone. What a crash leaves in staging is swept."""
+        if self.has(digest):
+            doomed = self._staging / secrets.token_hex(16)
+            self._folder(digest).rename(doomed)
+            remove(doomed)
+
+    def quarantine(self, digest: str) -> None:
+        """Set a blob aside, if there, in the place of an older one with the same digest."""
+        target = self._quarantine / hex_of(digest)
+        if self.has(digest):
+            remove(target)
+            self._folder(digest).rename(target)
+
+    def sweep(self, known: Collection[str]) -> None:
+        """Remove what staging holds and every blob whose digest is not `known`."""
+        folders = {hex_of(digest) for digest in known}
+        for leftover in self._staging.iterdir():
+            remove(leftover)
+        for blob in self._blobs.iterdir():
+            if blob.name not in folders:
+                remove(blob)
+
+    def size_complaint(self, digest: str, sizes: Sequence[int]) -> str | None:
+        """What is wrong with the files at a glance: whether they are there and have these sizes in bytes."""
+        for path, size in zip(self.paths(digest), sizes, strict=True):
+            found = regular_size(path)
+            if found is None:
+                return f"its stored {path.name} is missing"
+            if found != size:
+                return f"its stored {path.name} has {found} bytes instead of {size}"
+        return None
+
+    def digest_complaint(self, digest: str) -> str | None:
+        """What is wrong with the files once every byte is hashed again."""
+        paths = self.paths(digest)
+        try:
+            spec = AdapterSpec.parse(read_bounded(paths.config, MAX_CONFIG_BYTES))
+            if digest_of(spec.canonical, paths.weights) == digest:
+                return None
+        except InvalidAdapterError as error:
+            return f"its stored files are damaged: {error}"
+        return "its stored files no longer have the digest that they were stored with"
+
+    def fill_reserve(self) -> None:
+        """Hold back the room that a delete needs; a disk already full can only wait for the next chance."""
+        with suppress(StorageFullError), full_disk_is_told(), self._reserve.open("ab") as file:
+            os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+
+    def free_reserve(self) -> None:
+        """Give the room back to the disk."""
+        self._reserve.unlink(missing_ok=True)
+
+    def _folder(self, digest: str) -> Path:
+        return self._blobs / hex_of(digest)

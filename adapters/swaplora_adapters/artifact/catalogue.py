@@ -1,0 +1,214 @@
+"""The names, versions and blobs of a store, in SQLite. Knows no files but its own."""
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from swaplora_adapters.artifact.disk import full_disk_is_told
+from swaplora_adapters.artifact.records import Details, VersionRecord
+
+# Each script brings `user_version` one further. Never change one that was released: append.
+MIGRATIONS = (
+    """
+    CREATE TABLE blobs (
+        digest TEXT PRIMARY KEY,
+        config_bytes INTEGER NOT NULL,
+        weights_bytes INTEGER NOT NULL,
+        failure TEXT
+    ) STRICT;
+    CREATE TABLE names (
+        name TEXT PRIMARY KEY,
+        current INTEGER,
+        last_version INTEGER NOT NULL
+    ) STRICT;
+    CREATE TABLE versions (
+        name TEXT NOT NULL REFERENCES names,
+        version INTEGER NOT NULL,
+        digest TEXT NOT NULL REFERENCES blobs,
+        rank INTEGER NOT NULL,
+        targets TEXT NOT NULL,
+        base_model TEXT,
+        num_parameters INTEGER NOT NULL,
+        created REAL NOT NULL,
+        source TEXT NOT NULL,
+        warnings TEXT NOT NULL,
+        PRIMARY KEY (name, version)
+    ) STRICT;
+    CREATE INDEX versions_by_digest ON versions (digest);
+    """,
+)
+_RECORDS = """
+    SELECT v.name, v.version, v.digest, v.rank, v.targets, v.base_model, v.num_parameters,
+           b.config_bytes + b.weights_bytes AS nbytes, v.created, v.source, v.warnings, b.failure
+    FROM versions v JOIN blobs b USING (digest)
+"""
+
+
+class StoreError(RuntimeError):
+    """The data directory cannot be used as it is. Meant for the operator: the message says what is wrong with it."""
+
+
+class Catalogue:
+    """One connection, used by one thread at a time: the store's lock sees to that.
+
+    A name whose versions are all deleted keeps its row, so that its version numbers never start again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        try:
+            self._configure()
+            self._migrate()
+        except sqlite3.DatabaseError as error:
+            self.close()
+            raise StoreError(f"the catalogue {path.name} cannot be opened: {error}") from error
+        except StoreError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the connection; every committed change is on disk already."""
+        self._connection.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All changes of the body or none, durable when it ends; StorageFullError if there is no room."""
+        with full_disk_is_told():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def current(self, name: str) -> VersionRecord | None:
+        """The version that the name stands for."""
+        condition = "JOIN names n ON n.name = v.name AND n.current = v.version WHERE v.name = ?"
+        return next(iter(self._records(condition, name)), None)
+
+    def version(self, name: str, version: int) -> VersionRecord | None:
+        """One version by number."""
+        return next(iter(self._records("WHERE v.name = ? AND v.version = ?", name, version)), None)
+
+    def versions(self, name: str) -> list[VersionRecord]:
+        """All versions of a name, oldest first."""
+        return self._records("WHERE v.name = ? ORDER BY v.version", name)
+
+    def all_current(self) -> list[VersionRecord]:
+        """The current version of every name, in the order of names."""
+        return self._records("JOIN names n ON n.name = v.name AND n.current = v.version ORDER BY v.name")
+
+    def failed(self) -> list[VersionRecord]:
+        """Versions whose blob is marked unusable."""
+        return self._records("WHERE b.failure IS NOT NULL ORDER BY v.name, v.version")
+
+    def names(self) -> list[str]:
+        """Every name that has a version, in order."""
+        rows = self._connection.execute("SELECT name FROM names WHERE current IS NOT NULL ORDER BY name")
+        return [name for (name,) in rows]
+
+    def is_referenced(self, digest: str) -> bool:
+        """Whether any version has this digest."""
+        return self._connection.execute("SELECT 1 FROM versions WHERE digest = ?", (digest,)).fetchone() is not None
+
+    def failure(self, digest: str) -> str | None:
+        """Why the blob is unusable, if it is."""
+        row = self._connection.execute("SELECT failure FROM blobs WHERE digest = ?", (digest,)).fetchone()
+        return None if row is None else row[0]
+
+    def blobs(self) -> list[tuple[str, int, int, str | None]]:
+        """Digest, config bytes, weights bytes and failure of every blob."""
+        return self._connection.execute("SELECT digest, config_bytes, weights_bytes, failure FROM blobs").fetchall()
+
+    def put_blob(self, digest: str, config_bytes: int, weights_bytes: int) -> None:
+        """Record a blob whose files are in place and sound."""
+        self._connection.execute(
+            "INSERT INTO blobs (digest, config_bytes, weights_bytes) VALUES (?, ?, ?) ON CONFLICT (digest) DO UPDATE"
+            " SET config_bytes = excluded.config_bytes, weights_bytes = excluded.weights_bytes, failure = NULL",
+            (digest, config_bytes, weights_bytes),
+        )
+
+    def mark_blob(self, digest: str, failure: str | None) -> None:
+        """Note why a blob is unusable, or that it is sound again."""
+        self._connection.execute("UPDATE blobs SET failure = ? WHERE digest = ?", (failure, digest))
+
+    def add_version(self, name: str, details: Details, source: str) -> int:
+        """Give the name a new version, make it current, and return its number."""
+        [(version,)] = self._connection.execute(
+            "INSERT INTO names (name, current, last_version) VALUES (?, 1, 1) ON CONFLICT (name) DO UPDATE"
+            " SET last_version = last_version + 1, current = last_version + 1 RETURNING last_version",
+            (name,),
+        ).fetchall()
+        self._connection.execute(
+            "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                name,
+                version,
+                details.digest,
+                details.rank,
+                json.dumps(details.targets),
+                details.base_model,
+                details.num_parameters,
+                time.time(),
+                source,
+                json.dumps(details.warnings),
+            ),
+        )
+        return int(version)
+
+    def remove_version(self, record: VersionRecord) -> None:
+        """Delete one version, and its blob's row with the last; a name it was current for moves to its newest left."""
+        self._connection.execute("DELETE FROM versions WHERE name = ? AND version = ?", (record.name, record.version))
+        self._connection.execute(
+            "DELETE FROM blobs WHERE digest = ? AND NOT EXISTS (SELECT 1 FROM versions v WHERE v.digest = ?)",
+            (record.digest, record.digest),
+        )
+        self._connection.execute(
+            "UPDATE names SET current = (SELECT max(version) FROM versions v WHERE v.name = names.name)"
+            " WHERE name = ? AND current = ?",
+            (record.name, record.version),
+        )
+
+    def set_current(self, name: str, version: int) -> None:
+        """Let the name stand for one of its versions."""
+        self._connection.execute("UPDATE names SET current = ? WHERE name = ?", (version, name))
+
+    def complaints(self) -> list[str]:
+        """What is inconsistent: damaged pages, broken references, names whose current version does not exist."""
+        found = [row[0] for row in self._connection.execute("PRAGMA quick_check") if row[0] != "ok"]
+        found += [f"broken reference in {row[0]}" for row in self._connection.execute("PRAGMA foreign_key_check")]
+        dangling = self._connection.execute(
+            "SELECT name FROM names n WHERE (current IS NOT NULL) !="
+            " EXISTS (SELECT 1 FROM versions v WHERE v.name = n.name AND v.version = n.current)"
+            " OR (current IS NULL AND EXISTS (SELECT 1 FROM versions v WHERE v.name = n.name))"
+        )
+        return found + [f"{name} has no current version" for (name,) in dangling]
+
+    def _records(self, condition: str, *values: Any) -> list[VersionRecord]:
+        cursor = self._connection.execute(_RECORDS + condition, values)
+        columns = [column for column, *_ in cursor.description]
+        return [_record(dict(zip(columns, row, strict=True))) for row in cursor]
+
+    def _configure(self) -> None:
+        """Exclusive locking keeps the WAL's index in memory of our own, where a full disk cannot hurt it."""
+        for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            self._connection.execute(f"PRAGMA {pragma}").fetchall()
+
+    def _migrate(self) -> None:
+        [(found,)] = self._connection.execute("PRAGMA user_version").fetchall()
+        if found > len(MIGRATIONS):
+            raise StoreError(f"the catalogue was written by a newer release (schema {found})")
+        for number, script in enumerate(MIGRATIONS[found:], start=found + 1):
+            self._connection.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;")
+
+
+def _record(row: dict[str, Any]) -> VersionRecord:
+    return VersionRecord(
+        **row | {"targets": tuple(json.loads(row["targets"])), "warnings": tuple(json.loads(row["warnings"]))}
+    )

@@ -1,0 +1,93 @@
+"""All that an adapter's files must pass before they are published; works as well offline, on any folder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from swaplora_adapters.artifact.complaints import capped, quoted
+from swaplora_adapters.artifact.digest import digest_of
+from swaplora_adapters.artifact.disk import read_bounded
+from swaplora_adapters.artifact.records import Details
+from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES, AdapterSpec
+from swaplora_adapters.artifact.tensorfile import DEFAULT_LIMITS, Header, Limits, iter_tensors, read_header
+from swaplora_adapters.artifact.weights import LinearShape, check_fit, check_values, last_names, module_ranks
+from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What the two files hold, once they are known to be sound and to fit."""
+
+    spec: AdapterSpec
+    header: Header
+    details: Details
+
+    @property
+    def digest(self) -> str:
+        """The adapter's identity."""
+        return self.details.digest
+
+
+def inspect_files(
+    config_path: Path,
+    weights_path: Path,
+    shapes: Mapping[str, LinearShape],
+    dtype: torch.dtype = torch.float32,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    base_model: str | None = None,
+) -> Inspection:
+    """Check both files against the base's `shapes`, holding one tensor at a time in memory.
+
+    `dtype` is what the adapter will be served in, `base_model` the name to compare with the one in the config. Raises
+    InvalidAdapterError with every complaint of the first stage that has any (the two files by themselves, their fit to
+    the base, their values), or UnsupportedAdapterError if all of those are about what is not served.
+    """
+    spec, header = _read_both(config_path, weights_path, limits)
+    check_fit(spec, header, shapes)
+    has_effect = check_values(spec, iter_tensors(weights_path, header), dtype)
+    ranks = module_ranks(header)
+    details = Details(
+        digest=digest_of(spec.canonical, weights_path),
+        rank=max(ranks.values()),
+        targets=last_names(ranks),
+        base_model=spec.base_model_name_or_path,
+        num_parameters=header.num_parameters,
+        warnings=tuple(_warnings(spec, has_effect, base_model)),
+    )
+    return Inspection(spec, header, details)
+
+
+def _read_both(config_path: Path, weights_path: Path, limits: Limits) -> tuple[AdapterSpec, Header]:
+    errors: list[InvalidAdapterError] = []
+    try:
+        spec = AdapterSpec.parse(read_bounded(config_path, MAX_CONFIG_BYTES))
+    except InvalidAdapterError as error:
+        errors.append(error)
+    try:
+        header = read_header(weights_path, limits)
+    except InvalidAdapterError as error:
+        errors.append(error)
+    if errors:
+        is_unsupported = all(isinstance(error, UnsupportedAdapterError) for error in errors)
+        kind = UnsupportedAdapterError if is_unsupported else InvalidAdapterError
+        raise kind(capped([reason for error in errors for reason in error.reasons]))
+    return spec, header
+
+
+def _warnings(spec: AdapterSpec, has_effect: bool, base_model: str | None) -> list[str]:
+    warnings = []
+    claimed = spec.base_model_name_or_path
+    if base_model is not None and claimed is not None and _last_part(claimed) != _last_part(base_model):
+        made_for = quoted(claimed)
+        warnings.append(f"made for the base model {made_for}, not {base_model}; its shapes fit")
+    if not has_effect:
+        warnings.append("every lora_B is zero: the adapter changes nothing")
+    return warnings
+
+
+def _last_part(name: str) -> str:
+    """What two spellings of one base share: a hub id, a folder and a served name differ in what comes before."""
+    return name.rstrip("/").rpartition("/")[2].lower()

@@ -1,0 +1,50 @@
+"""What is kept of a stored adapter besides its files. Plain data: no tensors, no SQL."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """What inspecting an adapter's files found out."""
+
+    digest: str
+    rank: int  # the largest of any module
+    targets: tuple[str, ...]  # distinct last names of modules, sorted
+    base_model: str | None
+    num_parameters: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRecord:
+    """One immutable version under a name; versions count from 1 and are never used twice."""
+
+    name: str
+    version: int
+    digest: str
+    rank: int
+    targets: tuple[str, ...]
+    base_model: str | None
+    num_parameters: int
+    nbytes: int  # of both files
+    created: float  # seconds since the epoch
+    source: str
+    warnings: tuple[str, ...]
+    failure: str | None  # why its files cannot be used
+
+
+class Published(NamedTuple):
+    """The outcome of a publish: `is_new` is false when the name's current version already was these bytes."""
+
+    record: VersionRecord
+    is_new: bool
+    previous: VersionRecord | None  # the current version before
+
+
+class Quarantined(NamedTuple):
+    """A version whose files were found unusable."""
+
+    name: str
+    version: int
+    reason: str

@@ -1,0 +1,92 @@
+"""Files on their way in: written below the data directory, counted, made durable, gone unless published."""
+
+import hashlib
+import os
+import secrets
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from swaplora_adapters.artifact.disk import full_disk_is_told, remove
+from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.errors import AdapterTooLargeError, InvalidAdapterError
+
+Part = Literal["config", "weights"]
+FILE_NAMES: dict[Part, str] = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE}
+
+
+class Staging:
+    """A new folder for the two files of one adapter. As a context manager it removes what was not published."""
+
+    def __init__(self, parent: Path) -> None:
+        self.path = parent / secrets.token_hex(16)
+        with full_disk_is_told():
+            self.path.mkdir(mode=0o700)
+
+    @property
+    def config_path(self) -> Path:
+        """Where adapter_config.json is written."""
+        return self.path / FILE_NAMES["config"]
+
+    @property
+    def weights_path(self) -> Path:
+        """Where adapter_model.safetensors is written."""
+        return self.path / FILE_NAMES["weights"]
+
+    def writer(self, part: Part, max_bytes: int) -> "Writer":
+        """A writer for one of the two files; InvalidAdapterError if that file was written before."""
+        return Writer(self.path / FILE_NAMES[part], max_bytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        remove(self.path)
+
+
+class Writer:
+    """Writes one new file, hashing on the way; leaving the `with` block without an error makes it durable.
+
+    Raises AdapterTooLargeError past `max_bytes`, and StorageFullError.
+    """
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        self._name = path.name
+        self._max_bytes = max_bytes
+        self._sha256 = hashlib.sha256()
+        self.num_bytes = 0
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with full_disk_is_told():
+            try:
+                self._descriptor = os.open(path, flags, mode=0o600)
+            except FileExistsError:
+                raise InvalidAdapterError([f"{path.name} was sent twice"]) from None
+
+    @property
+    def sha256(self) -> str:
+        """Hex sha256 of what was written so far, to compare with what a sender announced."""
+        return self._sha256.hexdigest()
+
+    def write(self, chunk: bytes | bytearray | memoryview) -> None:
+        """Append all of `chunk`."""
+        rest = memoryview(chunk).cast("B")
+        self.num_bytes += len(rest)
+        if self.num_bytes > self._max_bytes:
+            raise AdapterTooLargeError(f"{self._name} is larger than {self._max_bytes} bytes")
+        self._sha256.update(rest)
+        with full_disk_is_told():
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                with full_disk_is_told():
+                    os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)

@@ -1,0 +1,262 @@
+"""The durable store of adapters: content-addressed files, and a catalogue of names and versions beside them.
+
+    catalogue.sqlite3   lock   reserve
+    blobs/<digest>/adapter_config.json, adapter_model.safetensors
+    staging/            on their way in, or on their way out
+    quarantine/         blobs found unusable
+
+A publish is durable when it returns: files synced, folder renamed into place, folder synced, catalogue committed.
+What a crash leaves behind is either in the catalogue and whole, or swept at the next start.
+"""
+
+import fcntl
+import os
+import re
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from swaplora_adapters.artifact.blobs import BlobPaths, Blobs
+from swaplora_adapters.artifact.catalogue import Catalogue, StoreError
+from swaplora_adapters.artifact.digest import hex_of
+from swaplora_adapters.artifact.disk import sync_folder
+from swaplora_adapters.artifact.names import validate_name
+from swaplora_adapters.artifact.records import Details, Published, Quarantined, VersionRecord
+from swaplora_adapters.artifact.staging import Staging
+from swaplora_adapters.errors import (
+    AdapterFailedError,
+    AdapterNotFoundError,
+    PreconditionFailedError,
+    StorageFullError,
+    VersionNotFoundError,
+)
+
+__all__ = ["BlobPaths", "Details", "Published", "Quarantined", "Staging", "Store", "StoreError", "VersionRecord"]
+
+_HEX_PREFIX = re.compile(r"[0-9a-f]{12,64}")
+
+
+class Store:
+    """One process's hold on a data directory. Any thread may call any method.
+
+    `quarantined` lists the versions whose files were found unusable at the start. They stay in the catalogue with their
+    `failure`; publishing the same bytes again mends them.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        """Lock, open, migrate and recover `data_dir`, which is made if need be; StoreError if it cannot be used."""
+        self._mutex = threading.RLock()
+        self._blobs = Blobs(data_dir)
+        self._lock_descriptor = _lock(data_dir / "lock")
+        try:
+            self._catalogue = _open_catalogue(data_dir / "catalogue.sqlite3", self._blobs)
+            self.quarantined = self._recover()
+        except BaseException:
+            os.close(self._lock_descriptor)
+            raise
+
+    def close(self) -> None:
+        """Let go of the data directory."""
+        with self._mutex:
+            self._catalogue.close()
+            os.close(self._lock_descriptor)
+
+    def stage(self) -> Staging:
+        """A place on the same file system to write the two files of an adapter to; StorageFullError."""
+        return self._blobs.stage()
+
+    def publish(
+        self,
+        name: str,
+        staging: Staging,
+        details: Details,
+        *,
+        source: str = "upload",
+        if_none_match: bool = False,
+        if_match: str | None = None,
+    ) -> Published:
+        """Make the staged files the current version of `name`; durable when this returns.
+
+        A new version is made only if the current one has another digest, also where an older one has the same; files
+        are shared by digest. `if_none_match` wants the name unused, `if_match` wants its current digest to be this one:
+        PreconditionFailedError otherwise. Also raises InvalidAdapterNameError, InvalidAdapterError if a file is
+        missing, and StorageFullError; then the store is as before.
+        """
+        validate_name(name)
+        with self._mutex:
+            had_files = self._blobs.has(details.digest)
+            try:
+                with self._catalogue.transaction():
+                    previous = self._catalogue.current(name)
+                    _check_preconditions(previous, if_none_match, if_match)
+                    is_new = previous is None or previous.digest != details.digest
+                    self._catalogue.put_blob(details.digest, *self._blobs.place(staging, details.digest))
+                    if is_new:
+                        self._catalogue.add_version(name, details, source)
+            except BaseException:
+                if not had_files:
+                    self._blobs.discard(details.digest)
+                raise
+            return Published(self.current(name), is_new, previous)
+
+    def current(self, name: str) -> VersionRecord:
+        """The version that `name` stands for; AdapterNotFoundError."""
+        with self._mutex:
+            record = self._catalogue.current(name)
+        if record is None:
+            raise AdapterNotFoundError(f"there is no adapter named {name!a}")
+        return record
+
+    def versions(self, name: str) -> list[VersionRecord]:
+        """All versions of a name, oldest first; AdapterNotFoundError if there is none."""
+        with self._mutex:
+            records = self._catalogue.versions(name)
+        if not records:
+            raise AdapterNotFoundError(f"there is no adapter named {name!a}")
+        return records
+
+    def version(self, name: str, version: int) -> VersionRecord:
+        """One version by number; AdapterNotFoundError or VersionNotFoundError."""
+        return _newest([record for record in self.versions(name) if record.version == version])
+
+    def by_digest(self, name: str, hex_prefix: str) -> VersionRecord:
+        """The newest version of `name` whose digest starts with these 12 to 64 hex digits.
+
+        Raises AdapterNotFoundError, or VersionNotFoundError if none does or two different digests do.
+        """
+        is_prefix = _HEX_PREFIX.fullmatch(hex_prefix) is not None
+        return _newest([r for r in self.versions(name) if is_prefix and hex_of(r.digest).startswith(hex_prefix)])
+
+    def names(self) -> list[str]:
+        """Every name, in order."""
+        with self._mutex:
+            return self._catalogue.names()
+
+    def all_current(self) -> list[VersionRecord]:
+        """The current version of every name, in the order of names."""
+        with self._mutex:
+            return self._catalogue.all_current()
+
+    def set_current(self, name: str, version: int) -> VersionRecord:
+        """Let `name` stand for another of its versions; AdapterNotFoundError or VersionNotFoundError."""
+        with self._mutex:
+            record = self.version(name, version)
+            with self._catalogue.transaction():
+                self._catalogue.set_current(name, version)
+            return record
+
+    def delete(self, name: str, version: int | None = None) -> list[VersionRecord]:
+        """Remove a name, or one version of it, and return what was removed; the files stay until they are discarded.
+
+        Without its current version a name stands for the newest that remains. Its version numbers never start again.
+        Works on a full disk too, where the reserve makes room for the catalogue's own change. Raises
+        AdapterNotFoundError or VersionNotFoundError.
+        """
+        with self._mutex:
+            doomed = self.versions(name) if version is None else [self.version(name, version)]
+            try:
+                self._remove_versions(doomed)
+            except StorageFullError:
+                self._blobs.free_reserve()
+                self._remove_versions(doomed)
+            return doomed
+
+    def discard_unreferenced(self, digest: str) -> bool:
+        """Remove a blob's files for good if no version refers to them any more; whether that was so."""
+        with self._mutex:
+            if self._catalogue.is_referenced(digest):
+                return False
+            self._blobs.discard(digest)
+            self._blobs.fill_reserve()
+            return True
+
+    def blob_paths(self, digest: str) -> BlobPaths:
+        """Where the files of a digest lie, or would lie."""
+        return self._blobs.paths(digest)
+
+    def verify(self, digest: str) -> None:
+        """Hash a blob's files again; unusable ones are quarantined, and AdapterFailedError carries the reason."""
+        with self._mutex:
+            failure = self._catalogue.failure(digest)
+        if failure is None and self._blobs.digest_complaint(digest) is None:
+            return
+        with self._mutex:  # where a publish of the same bytes may have mended it by now
+            failure = self._catalogue.failure(digest) or self._blobs.digest_complaint(digest)
+            if failure is None:
+                return
+            self._give_up(digest, failure)
+        raise AdapterFailedError(failure)
+
+    def check_integrity(self) -> None:
+        """Raise StoreError unless the catalogue is sound and every version's files are there or known to be bad."""
+        with self._mutex:
+            complaints = self._catalogue.complaints()
+            for digest, *sizes, failure in self._catalogue.blobs():
+                if failure is None and (complaint := self._blobs.size_complaint(digest, sizes)):
+                    complaints.append(f"{digest}: {complaint}")
+        if complaints:
+            raise StoreError("; ".join(complaints))
+
+    def _recover(self) -> list[Quarantined]:
+        """Sweep what was never acknowledged, set aside what is damaged, and list the versions that cannot be used."""
+        blobs = self._catalogue.blobs()
+        self._blobs.sweep([digest for digest, *_ in blobs])
+        for digest, *sizes, failure in blobs:
+            complaint = self._blobs.size_complaint(digest, sizes)
+            if complaint and failure is None:
+                self._give_up(digest, complaint)
+            elif failure is not None and complaint is None:
+                self._mark(digest, None)
+        self._blobs.fill_reserve()
+        return [Quarantined(r.name, r.version, r.failure or "") for r in self._catalogue.failed()]
+
+    def _give_up(self, digest: str, reason: str) -> None:
+        """Quarantine a blob that versions refer to, and mark them."""
+        if self._catalogue.is_referenced(digest):
+            self._blobs.quarantine(digest)
+            self._mark(digest, reason)
+
+    def _mark(self, digest: str, failure: str | None) -> None:
+        """Note what was found about a blob; on a full disk that is left to the next start, which finds it again."""
+        with suppress(StorageFullError), self._catalogue.transaction():
+            self._catalogue.mark_blob(digest, failure)
+
+    def _remove_versions(self, records: Sequence[VersionRecord]) -> None:
+        with self._catalogue.transaction():
+            for record in records:
+                self._catalogue.remove_version(record)
+
+
+def _lock(path: Path) -> int:
+    """An exclusive lock on the data directory, held until the descriptor is closed or the process ends."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode=0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StoreError("the data directory is in use by another process") from None
+    return descriptor
+
+
+def _open_catalogue(path: Path, blobs: Blobs) -> Catalogue:
+    """An empty catalogue beside stored files would have them all swept, so that is refused."""
+    if not path.exists() and not blobs.is_empty():
+        raise StoreError(f"{path.name} is missing beside stored adapters: bring it back, or empty the data directory")
+    catalogue = Catalogue(path)
+    sync_folder(path.parent)
+    return catalogue
+
+
+def _newest(records: Sequence[VersionRecord]) -> VersionRecord:
+    """The last of the versions that a reference matched; a reference to none, or to different bytes, names nothing."""
+    if len({record.digest for record in records}) != 1:
+        raise VersionNotFoundError("the adapter has no such version")
+    return records[-1]
+
+
+def _check_preconditions(current: VersionRecord | None, if_none_match: bool, if_match: str | None) -> None:
+    if if_none_match and current is not None:
+        raise PreconditionFailedError(f"adapter {current.name} exists already")
+    if if_match is not None and (current is None or current.digest != if_match):
+        raise PreconditionFailedError("the adapter's current version is not the one that If-Match names")

@@ -1,0 +1,373 @@
+"""The config is PEFT's: its rules for targets, ranks and scalings, every field either honoured or refused by name."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+import time
+from typing import Any
+
+import peft
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+
+from adapter_files import CONFIG, SHAPES, config_bytes
+from swaplora_adapters.artifact.matching import Matcher
+from swaplora_adapters.artifact.spec import IGNORED_FIELDS, AdapterSpec
+from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
+
+HONOURED = {field.name for field in dataclasses.fields(AdapterSpec)} | {"peft_type", "bias", "init_lora_weights"}
+PEFT_FIELDS = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+MODULES = [
+    *SHAPES,
+    "q_proj",
+    "xq_proj",
+    "model.layers.10.self_attn.q_proj",
+    "model.layers.1.experts.0.up_proj",
+    "transformer.h.1.attn.c_attn",
+    "layers.1.q_proj",
+    "model.layersX1.q_proj",
+]
+
+
+def parse(**fields: Any) -> AdapterSpec:
+    return AdapterSpec.parse(config_bytes(**fields))
+
+
+def reasons(raw: bytes, error: type[InvalidAdapterError] = InvalidAdapterError) -> str:
+    with pytest.raises(InvalidAdapterError) as caught:
+        AdapterSpec.parse(raw)
+    assert caught.type is error
+    return "\n".join(caught.value.reasons)
+
+
+def peft_config(**fields: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(**{name: value for name, value in {**CONFIG, **fields}.items() if name != "peft_type"})
+
+
+def test_what_peft_writes_by_default_is_read() -> None:
+    raw = peft_config(task_type="CAUSAL_LM").to_dict() | {"target_modules": ["q_proj"]}
+    assert raw.keys() | {"runtime_config"} == PEFT_FIELDS
+    spec = AdapterSpec.parse(json.dumps(raw).encode())
+    assert (spec.r, spec.lora_alpha, spec.target_modules) == (4, 9.0, frozenset({"q_proj"}))
+
+
+def test_absent_fields_have_pefts_defaults() -> None:
+    spec = AdapterSpec.parse(b'{"peft_type": "LORA", "target_modules": ["q_proj"]}')
+    default = peft.LoraConfig()
+    assert (spec.r, spec.lora_alpha, spec.use_rslora) == (default.r, default.lora_alpha, default.use_rslora)
+
+
+@pytest.mark.parametrize("field", sorted(PEFT_FIELDS - HONOURED - IGNORED_FIELDS))
+def test_every_other_field_of_peft_is_refused_by_name(field: str) -> None:
+    assert repr(field) in reasons(config_bytes(**{field: {"x": 1}}), UnsupportedAdapterError)
+
+
+@pytest.mark.parametrize("field", sorted(IGNORED_FIELDS))
+def test_ignored_fields_are_pefts_and_change_nothing(field: str) -> None:
+    assert field in PEFT_FIELDS
+    assert parse(**{field: {"x": 1}}) == parse()
+
+
+@pytest.mark.parametrize("value", [None, False, "", [], {}], ids=repr)
+def test_unknown_fields_may_be_inert(value: object) -> None:
+    assert parse(auto_map=value, use_dora=value) == parse()
+
+
+@pytest.mark.parametrize("value", [True, 0, 0.0, 1, "x", [0], {"AutoModel": "evil.Model"}], ids=repr)
+def test_unknown_fields_that_say_something_are_refused(value: object) -> None:
+    assert "'auto_map'" in reasons(config_bytes(auto_map=value), UnsupportedAdapterError)
+
+
+MALFORMED = {
+    "r zero": ({"r": 0}, "r must be an integer from 1 to 4096"),
+    "r huge": ({"r": 4097}, "r must be an integer"),
+    "r bool": ({"r": True}, "r must be an integer"),
+    "r float": ({"r": 4.0}, "r must be an integer"),
+    "r text": ({"r": "4"}, "r must be an integer"),
+    "alpha text": ({"lora_alpha": "16"}, "lora_alpha must be a number"),
+    "alpha null": ({"lora_alpha": None}, "lora_alpha must be a number"),
+    "alpha bool": ({"lora_alpha": True}, "lora_alpha must be a number"),
+    "alpha zero": ({"lora_alpha": 0}, "lora_alpha must be a number other than 0"),
+    "alpha huge": ({"lora_alpha": 1e7}, "lora_alpha must be a number"),
+    "rslora int": ({"use_rslora": 1}, "use_rslora must be true or false"),
+    "rank pattern list": ({"rank_pattern": [1]}, "rank_pattern must map"),
+    "rank pattern zero": ({"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj'] must be an integer"),
+    "alpha pattern text": ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern['q_proj'] must be a number"),
+    "pattern empty": ({"rank_pattern": {"": 4}}, "the pattern '' must have 1 to 2048 characters"),
+    "no targets": ({"target_modules": []}, "target_modules names nothing"),
+    "null targets": ({"target_modules": None}, "target_modules names nothing"),
+    "targets number": ({"target_modules": 7}, "target_modules must be a list of strings"),
+    "target empty": ({"target_modules": ["q_proj", ""]}, "target_modules must be a list of strings"),
+    "targets unbalanced": ({"target_modules": "(q_proj"}, "has a ( without a )"),
+    "exclude number": ({"exclude_modules": [1]}, "exclude_modules must be a list of strings"),
+    "layer negative": ({"layers_to_transform": [-1]}, "layers_to_transform must be layer numbers"),
+    "layer 10^9": ({"layers_to_transform": 10**9}, "layers_to_transform must be layer numbers"),
+    "layer bool": ({"layers_to_transform": [True]}, "layers_to_transform must be layer numbers"),
+    "layers and regex": ({"target_modules": ".*q_proj", "layers_to_transform": [1]}, "to be a list"),
+    "pattern alone": ({"layers_pattern": "h"}, "layers_pattern needs layers_to_transform"),
+    "base is a list": ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path must be null or"),
+    "base has a newline": ({"base_model_name_or_path": "a\nb"}, "base_model_name_or_path must be null or"),
+    "no kind": ({"peft_type": None}, "peft_type must be a string"),
+}
+
+
+@pytest.mark.parametrize(("fields", "complaint"), MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed(fields: dict[str, Any], complaint: str) -> None:
+    assert complaint in reasons(config_bytes(**fields))
+
+
+UNSUPPORTED = {
+    "AdaLoRA": {"peft_type": "ADALORA"},
+    "task": {"task_type": "SEQ_CLS"},
+    "bias": {"bias": "lora_only"},
+    "DoRA": {"use_dora": True},
+    "heads": {"modules_to_save": ["lm_head"]},
+    "aLoRA": {"alora_invocation_tokens": [1, 2]},
+}
+
+
+@pytest.mark.parametrize("fields", UNSUPPORTED.values(), ids=UNSUPPORTED.keys())
+def test_unsupported_is_named(fields: dict[str, Any]) -> None:
+    [field] = fields
+    assert field in reasons(config_bytes(**fields), UnsupportedAdapterError)
+
+
+@pytest.mark.parametrize("raw", [b"[]", b"7", b"null", b"{}", b"not json", b'{"r": 1, "r": 2}', b" " * (2 << 20)])
+def test_not_a_config(raw: bytes) -> None:
+    reasons(raw)
+
+
+def test_every_complaint_comes_at_once() -> None:
+    text = reasons(config_bytes(r=0, lora_alpha="x", use_dora=True, bias="all", auto_map={"a": "b"}))
+    for part in ("r must", "lora_alpha must", "use_dora", "bias", "auto_map"):
+        assert part in text
+
+
+def test_complaints_are_short_and_counted() -> None:
+    text = reasons(config_bytes(**{f"field_{i}" + "x" * 500: "y" * 5000 for i in range(70)}), UnsupportedAdapterError)
+    assert "... and 20 more" in text
+    assert len(text) < 20_000
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica", "Gaussian"])
+def test_inits_that_leave_the_base_alone(init: object) -> None:
+    assert parse(init_lora_weights=init) == parse()
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "new", 1])
+def test_inits_that_change_the_base_are_refused_with_the_remedy(init: object) -> None:
+    text = reasons(config_bytes(init_lora_weights=init), UnsupportedAdapterError)
+    assert "init_lora_weights" in text
+    assert "path_initial_model_for_weight_conversion" in text
+
+
+TARGETS: dict[str, dict[str, Any]] = {
+    "names": {"target_modules": ["q_proj", "c_attn"]},
+    "full path": {"target_modules": ["model.layers.0.self_attn.q_proj"]},
+    "end of a path": {"target_modules": ["self_attn.q_proj"]},
+    "regex": {"target_modules": r".*\.(q|v)_proj"},
+    "regex as Unsloth writes it": {
+        "target_modules": r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:k_proj|q_proj).*?)"
+        r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp|dense)\.(?:(?:k_proj|v_proj|up_proj)))"
+    },
+    "alternatives": {"target_modules": "lm_head|.*up_proj"},
+    "plain string is a whole path": {"target_modules": "q_proj"},
+    "excluded names": {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
+    "excluded by regex": {"target_modules": ["q_proj"], "exclude_modules": r".*layers\.1\..*"},
+    "one layer": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 1},
+    "no layers": {"target_modules": ["q_proj"], "layers_to_transform": []},
+    "layers": {"target_modules": ["q_proj", "c_attn"], "layers_to_transform": [0, 10]},
+    "layers by pattern": {
+        "target_modules": ["q_proj", "c_attn"],
+        "layers_to_transform": [1],
+        "layers_pattern": ["layers", "h"],
+    },
+    "layers by regex": {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "lay.rs"},
+    "a path named whole is in any layer": {"target_modules": ["lm_head", "q_proj"], "layers_to_transform": [1]},
+}
+
+
+@pytest.mark.parametrize("fields", TARGETS.values(), ids=TARGETS.keys())
+def test_targets_what_peft_targets(fields: dict[str, Any]) -> None:
+    spec, config = parse(**fields), peft_config(**fields)
+    expected = [bool(check_target_module_exists(config, module)) for module in MODULES]
+    assert [spec.targets(module) for module in MODULES] == expected
+    assert any(expected)
+
+
+def test_all_linear_targets_all_but_what_is_excluded() -> None:
+    spec = parse(target_modules="All-Linear", exclude_modules=["q_proj"])
+    assert spec.is_all_linear
+    assert [module for module in MODULES if not spec.targets(module)] == [
+        m for m in MODULES if m.split(".")[-1] == "q_proj"
+    ]
+
+
+PATTERNS = [
+    {"q_proj": 2, "v_proj": 3},
+    {"proj": 2, "layers.1.self_attn.q_proj": 3, "q_proj": 5},
+    {"^model.layers.0.self_attn.q_proj": 2, "self_attn.q_proj$": 3},
+    {r"layers\.(0|10)\..*": 2, ".*_proj": 3},
+    {"q_proj|up_proj": 2, "layers.1.q_proj": 3},
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=range(len(PATTERNS)))
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_rank_alpha_and_scaling_are_pefts(pattern: dict[str, int], use_rslora: bool) -> None:
+    alphas = {key: value + 0.5 for key, value in reversed(pattern.items())}
+    spec = parse(use_rslora=use_rslora, rank_pattern=pattern, alpha_pattern=alphas)
+    for module in MODULES:
+        rank = pattern.get(get_pattern_key(pattern, module), 4)
+        alpha = alphas.get(get_pattern_key(alphas, module), 9)
+        assert (spec.rank_of(module), spec.alpha_of(module)) == (rank, alpha)
+        assert spec.scaling_of(module) == alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+BOMBS = {
+    "time": r"(a+)+$",
+    "more time": r".*.*.*.*.*.*.*a.*\.q_projx?a",
+    "nested stars": "(?:" * 30 + "a" + ")*" * 30,
+    "memory": "(?:" * 8 + "a" + "){9}" * 8,
+    "memory by plus": "(?:" * 31 + "a" + ")+" * 31,
+    "depth": "(" * 1000 + ")" * 1000,
+    "count": "a{4999999}",
+    "recursion": "(?R)",
+    "back reference": r"(a+)\1+",
+    "fuzzy": "(?:abc){e<=3}",
+    "property": r"\p{L}+",
+    "named": "(?P<idx>a)",
+    "length": "a" * 5000,
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS.keys())
+@pytest.mark.parametrize("field", ["target_modules", "layers_pattern"])
+def test_a_regex_bomb_is_a_complaint_in_time(field: str, bomb: str) -> None:
+    values: dict[str, dict[str, Any]] = {
+        "target_modules": {"target_modules": bomb, "rank_pattern": {bomb: 4}},
+        "layers_pattern": {"layers_pattern": [bomb], "layers_to_transform": [0]},
+    }
+    started = time.thread_time()
+    with contextlib.suppress(InvalidAdapterError):
+        spec = parse(**values[field])
+        matcher = Matcher()
+        for i in range(200):
+            module = "a" * 400 + f"!{i}.q_proj"
+            spec.targets(module, matcher)
+            spec.rank_of(module, matcher)
+    assert time.thread_time() - started < 1
+
+
+def test_the_time_bound_holds_for_all_modules_together() -> None:
+    spec = parse(rank_pattern={BOMBS["nested stars"]: 4})
+    matcher = Matcher()
+    with pytest.raises(InvalidAdapterError, match="rank_pattern: its patterns take too long"):
+        sum(spec.rank_of("a" * 400 + f"!{i}", matcher) for i in range(10_000))
+
+
+def test_many_plain_patterns_are_fast() -> None:
+    names = [f"model.layers.{layer}.self_attn.{x}_proj" for layer in range(80) for x in "qkvogud"]
+    spec = parse(rank_pattern=dict.fromkeys(names, 8), alpha_pattern=dict.fromkeys(names, 16))
+    matcher = Matcher()
+    started = time.thread_time()
+    assert {spec.scaling_of(name, matcher) for name in names} == {2.0}
+    assert time.thread_time() - started < 0.5
+
+
+def test_the_dot_of_a_plain_pattern_is_any_character() -> None:
+    spec = parse(rank_pattern={"self.attn.q_proj": 7, "self_attn.q_proj": 8})
+    assert spec.rank_of("model.layers.0.self_attn.q_proj") == 7
+    assert spec.rank_of("model.layers.0.self_attn.v_proj") == 4
+
+
+def test_too_many_patterns_to_compare_are_refused_in_time() -> None:
+    spec = parse(rank_pattern={f"m.{i:05}.x": 8 for i in range(9000)})
+    started = time.thread_time()
+    matcher = Matcher()
+    with pytest.raises(InvalidAdapterError, match="rank_pattern: its patterns take too long"):
+        sum(spec.rank_of(f"ma{i:05}.y", matcher) for i in range(9000))
+    assert time.thread_time() - started < 1
+
+
+@given(
+    pattern=st.text(alphabet=r"ab.|()*+?[]\d^$1_-{,}", min_size=1, max_size=10), module=st.text("ab.1_", max_size=10)
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # re warns of sets that it may read differently one day
+def test_an_accepted_pattern_means_what_it_means_to_peft(pattern: str, module: str) -> None:
+    matcher = Matcher()
+    try:
+        matcher.check("field", pattern)
+        re.compile(pattern)
+    except (InvalidAdapterError, re.error):
+        return
+    assert matcher.is_fullmatch("field", pattern, module) == bool(re.fullmatch(pattern, module))
+    expected = get_pattern_key([pattern], module) == pattern if pattern != module else True
+    assert matcher.value_for("field", [(pattern, True)], module, False) == expected
+
+
+SAME = {
+    "order of targets": ({"target_modules": ["a", "b"]}, {"target_modules": ["b", "a", "a"]}),
+    "number's spelling": ({"lora_alpha": 16}, {"lora_alpha": 16.0}),
+    "one layer or a list": (
+        {"target_modules": ["a"], "layers_to_transform": 1},
+        {"target_modules": ["a"], "layers_to_transform": [1]},
+    ),
+    "base's name": ({"base_model_name_or_path": "a"}, {"base_model_name_or_path": "b", "task_type": "CAUSAL_LM"}),
+    "how it was trained": ({"lora_dropout": 0.1}, {"inference_mode": True, "peft_version": "0.21.0"}),
+    "spelled-out defaults": ({}, {"use_rslora": False, "rank_pattern": {}, "exclude_modules": None}),
+}
+DIFFERENT = {
+    "alpha": {"lora_alpha": 10},
+    "rank": {"r": 5},
+    "rslora": {"use_rslora": True},
+    "rank pattern": {"rank_pattern": {"q_proj": 4}},
+    "alpha pattern": {"alpha_pattern": {"q_proj": 4}},
+    "targets": {"target_modules": ["q_proj"]},
+    "excluded": {"exclude_modules": ["v_proj"]},
+    "layers": {"layers_to_transform": [1]},
+}
+
+
+@pytest.mark.parametrize(("one", "other"), SAME.values(), ids=SAME.keys())
+def test_canonical_is_the_same_for_the_same_meaning(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert parse(**one).canonical == parse(**other).canonical
+
+
+@pytest.mark.parametrize("fields", DIFFERENT.values(), ids=DIFFERENT.keys())
+def test_canonical_differs_where_the_meaning_does(fields: dict[str, Any]) -> None:
+    assert parse(**fields).canonical != parse().canonical
+
+
+def test_canonical_keeps_the_order_of_patterns() -> None:
+    one, other = {"q_proj": 1, "proj": 2}, {"proj": 2, "q_proj": 1}
+    assert parse(rank_pattern=one).canonical != parse(rank_pattern=other).canonical
+
+
+def test_canonical_is_settled() -> None:
+    assert parse().canonical == (
+        b'{"alpha_pattern":[],"exclude_modules":[],"layers_pattern":[],"layers_to_transform":[],"lora_alpha":9.0,'
+        b'"peft_type":"LORA","r":4,"rank_pattern":[],"target_modules":["q_proj","v_proj"],"use_rslora":false}'
+    )
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(PEFT_FIELDS | {"auto_map"})), VALUES, max_size=6))
+def test_any_values_parse_or_are_refused(fields: dict[str, Any]) -> None:
+    try:
+        spec = parse(**fields)
+    except InvalidAdapterError:
+        return
+    spec.targets("model.layers.0.self_attn.q_proj")
+    assert math.isfinite(spec.scaling_of("model.layers.0.self_attn.q_proj"))

@@ -1,0 +1,561 @@
+"""The store keeps what it acknowledged, whole, through kills, full disks and damage, and nothing else."""
+
+import errno
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from adapter_files import config_bytes
+from swaplora_adapters.artifact.catalogue import Catalogue
+from swaplora_adapters.artifact.digest import digest_of, hex_of
+from swaplora_adapters.artifact.disk import full_disk_is_told
+from swaplora_adapters.artifact.spec import AdapterSpec
+from swaplora_adapters.artifact.store import Details, Published, Staging, Store, StoreError
+from swaplora_adapters.errors import (
+    AdapterError,
+    AdapterFailedError,
+    AdapterNotFoundError,
+    AdapterTooLargeError,
+    InvalidAdapterError,
+    InvalidAdapterNameError,
+    PreconditionFailedError,
+    StorageFullError,
+    VersionNotFoundError,
+)
+
+Disturb = Callable[[Path], object]
+
+
+def fill(staging: Staging, config: bytes, weights: bytes) -> None:
+    with staging.writer("config", 1 << 20) as writer:
+        writer.write(config)
+    with staging.writer("weights", 1 << 20) as writer:
+        writer.write(weights)
+
+
+def publish(store: Store, name: str, weights: bytes, **preconditions: Any) -> Published:
+    """Publish weights of any bytes at all: the store does not look into them."""
+    with store.stage() as staging:
+        fill(staging, config_bytes(), weights)
+        digest = digest_of(AdapterSpec.parse(config_bytes()).canonical, staging.weights_path)
+        details = Details(digest, 4, ("q_proj", "v_proj"), "base", 32, ("a warning",))
+        return store.publish(name, staging, details, **preconditions)
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def store(data_dir: Path) -> Iterator[Store]:
+    opened = Store(data_dir)
+    yield opened
+    opened.check_integrity()
+    assert list((data_dir / "staging").iterdir()) == []
+    opened.close()
+
+
+def test_a_published_version_is_described_and_found_again(data_dir: Path) -> None:
+    store = Store(data_dir)
+    record, is_new, previous = publish(store, "sql", b"weights", source="hf://org/sql")
+    assert (is_new, previous, record.version, record.failure) == (True, None, 1, None)
+    assert (record.rank, record.targets, record.base_model) == (4, ("q_proj", "v_proj"), "base")
+    assert (record.source, record.warnings) == ("hf://org/sql", ("a warning",))
+    assert record.nbytes == len(b"weights") + len(config_bytes())
+    store.close()
+    again = Store(data_dir)
+    assert again.current("sql") == record
+    assert again.quarantined == []
+    assert again.blob_paths(record.digest).weights.read_bytes() == b"weights"
+    again.verify(record.digest)
+    again.close()
+
+
+def test_versions_count_and_the_same_bytes_make_none(store: Store) -> None:
+    first = publish(store, "sql", b"one").record
+    assert publish(store, "sql", b"one") == (first, False, first)
+    second = publish(store, "sql", b"two")
+    assert (second.record.version, second.is_new, second.previous) == (2, True, first)
+    third = publish(store, "sql", b"one").record
+    assert (third.version, third.digest) == (3, first.digest)
+    assert [record.version for record in store.versions("sql")] == [1, 2, 3]
+
+
+def test_the_same_bytes_under_two_names_are_stored_once(store: Store, data_dir: Path) -> None:
+    digests = {publish(store, name, b"same").record.digest for name in ("b", "a")}
+    assert len(digests) == len(list((data_dir / "blobs").iterdir())) == 1
+    assert store.names() == ["a", "b"]
+    assert [record.name for record in store.all_current()] == ["a", "b"]
+
+
+def test_lookups(store: Store) -> None:
+    first, second = publish(store, "sql", b"one").record, publish(store, "sql", b"two").record
+    assert store.version("sql", 1) == first
+    assert store.by_digest("sql", hex_of(second.digest)[:12]) == second
+    assert store.by_digest("sql", hex_of(first.digest)) == first
+    publish(store, "sql", b"one")
+    assert store.by_digest("sql", hex_of(first.digest)).version == 3
+    for prefix in ("", "0" * 12, hex_of(first.digest)[:11], hex_of(first.digest) + "0", "%"):
+        with pytest.raises(VersionNotFoundError):
+            store.by_digest("sql", prefix)
+    with pytest.raises(VersionNotFoundError):
+        store.version("sql", 9)
+    unknown: list[Callable[[str], object]] = [store.current, store.versions, store.delete]
+    for lookup in unknown:
+        with pytest.raises(AdapterNotFoundError):
+            lookup("nosql")
+
+
+def test_preconditions(store: Store) -> None:
+    with pytest.raises(PreconditionFailedError):
+        publish(store, "sql", b"one", if_match="sha256:" + "0" * 64)
+    first = publish(store, "sql", b"one", if_none_match=True).record
+    for content in (b"one", b"two"):
+        with pytest.raises(PreconditionFailedError):
+            publish(store, "sql", content, if_none_match=True)
+    second = publish(store, "sql", b"two", if_match=first.digest).record
+    with pytest.raises(PreconditionFailedError):
+        publish(store, "sql", b"three", if_match=first.digest)
+    assert store.current("sql") == second
+
+
+def test_a_refused_publish_leaves_no_files(store: Store, data_dir: Path) -> None:
+    publish(store, "sql", b"one")
+    with pytest.raises(PreconditionFailedError):
+        publish(store, "sql", b"two", if_none_match=True)
+    assert len(list((data_dir / "blobs").iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["", ".x", "-x", "a/b", "a b", "a\n", "\u0430", "x" * 129, "..", "a\0", "a@1", "a:b"])
+def test_names_that_are_refused(store: Store, name: str) -> None:
+    with pytest.raises(InvalidAdapterNameError):
+        publish(store, name, b"one")
+
+
+def test_names_that_look_alike_are_kept_apart(store: Store) -> None:
+    names = ["foo", "foobar", "lora", "default", "a.b", "a-b", "A", "a", "0", "x" * 128]
+    for name in names:
+        publish(store, name, name.encode())
+    assert store.names() == sorted(names)
+    store.delete("foo")
+    assert [store.current(name).name for name in names[1:]] == names[1:]
+
+
+def test_rolling_back(store: Store) -> None:
+    publish(store, "sql", b"one")
+    publish(store, "sql", b"two")
+    assert store.set_current("sql", 1) == store.current("sql") == store.version("sql", 1)
+    assert publish(store, "sql", b"two").record.version == 3
+    with pytest.raises(VersionNotFoundError):
+        store.set_current("sql", 7)
+
+
+def test_deleting_versions(store: Store) -> None:
+    for content in (b"one", b"two", b"three"):
+        publish(store, "sql", content)
+    assert [record.version for record in store.delete("sql", 3)] == [3]
+    assert store.current("sql").version == 2
+    store.delete("sql", 1)
+    assert store.current("sql").version == 2
+    store.delete("sql", 2)
+    assert store.names() == []
+
+
+def test_a_version_number_never_means_two_things(store: Store) -> None:
+    publish(store, "sql", b"one")
+    publish(store, "sql", b"two")
+    store.delete("sql")
+    assert publish(store, "sql", b"three", if_none_match=True).record.version == 3
+
+
+def test_files_go_when_nothing_refers_to_them(store: Store, data_dir: Path) -> None:
+    digest = publish(store, "a", b"same").record.digest
+    publish(store, "b", b"same")
+    store.delete("a")
+    assert not store.discard_unreferenced(digest)
+    store.delete("b")
+    assert store.blob_paths(digest).weights.exists()
+    assert store.discard_unreferenced(digest)
+    assert list((data_dir / "blobs").iterdir()) == []
+    assert publish(store, "a", b"same").is_new
+
+
+def test_files_left_by_a_delete_are_swept_at_the_next_start(data_dir: Path) -> None:
+    store = Store(data_dir)
+    publish(store, "a", b"one")
+    store.delete("a")
+    store.close()
+    Store(data_dir).close()
+    assert list((data_dir / "blobs").iterdir()) == []
+
+
+def test_concurrent_publishes_all_count(store: Store) -> None:
+    threads = [threading.Thread(target=publish, args=(store, "sql", bytes([i]))) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [record.version for record in store.versions("sql")] == [*range(1, 9)]
+
+
+def test_one_process_at_a_time(data_dir: Path, store: Store) -> None:
+    with pytest.raises(StoreError, match="in use by another process"):
+        Store(data_dir)
+    assert store.names() == []
+
+
+def test_the_writer_counts_hashes_and_refuses(store: Store) -> None:
+    with store.stage() as staging:
+        with staging.writer("weights", max_bytes=5) as writer:
+            writer.write(b"abc")
+            writer.write(memoryview(b"de"))
+        assert (writer.num_bytes, writer.sha256[:8]) == (5, "36bbe50e")
+        with pytest.raises(InvalidAdapterError, match="was sent twice"):
+            staging.writer("weights", max_bytes=5)
+        with pytest.raises(AdapterTooLargeError), staging.writer("config", max_bytes=5) as writer:
+            writer.write(b"abcdef")
+    assert not staging.path.exists()
+
+
+def test_a_missing_part_is_refused(store: Store) -> None:
+    details = Details("sha256:" + "0" * 64, 1, (), None, 1, ())
+    with store.stage() as staging, pytest.raises(InvalidAdapterError, match="must both be sent"):
+        store.publish("sql", staging, details)
+    assert store.names() == []
+
+
+DAMAGE: dict[str, Disturb] = {
+    "truncated": lambda folder: os.truncate(folder / "adapter_model.safetensors", 3),
+    "unlinked": lambda folder: (folder / "adapter_model.safetensors").unlink(),
+    "config unlinked": lambda folder: (folder / "adapter_config.json").unlink(),
+    "folder gone": shutil.rmtree,
+    "linked elsewhere": lambda folder: link_to(folder / "adapter_model.safetensors", Path("/etc/passwd")),
+    "a folder": lambda folder: replace_by_folder(folder / "adapter_model.safetensors"),
+}
+SUBTLE_DAMAGE: dict[str, Disturb] = {
+    "overwritten": lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"WEIGHTS"),
+    "config changed": lambda folder: (folder / "adapter_config.json").write_bytes(config_bytes().replace(b"9", b"8")),
+}
+
+
+def link_to(path: Path, target: Path) -> None:
+    path.unlink()
+    path.symlink_to(target)
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_damage_is_found_at_the_start_and_named(data_dir: Path, damage: Disturb) -> None:
+    store = Store(data_dir)
+    broken = publish(store, "broken", b"weights").record
+    sound = publish(store, "sound", b"other").record
+    damage(store.blob_paths(broken.digest).config.parent)
+    store.close()
+    store = Store(data_dir)
+    [(name, version, reason)] = store.quarantined
+    assert (name, version) == ("broken", 1)
+    assert store.current("broken").failure == reason
+    assert str(data_dir) not in reason
+    with pytest.raises(AdapterFailedError):
+        store.verify(broken.digest)
+    store.verify(sound.digest)
+    store.check_integrity()
+    store.close()
+
+
+@pytest.mark.parametrize("damage", (DAMAGE | SUBTLE_DAMAGE).values(), ids=(DAMAGE | SUBTLE_DAMAGE).keys())
+def test_damage_is_found_before_a_load_and_mended_by_the_same_bytes(
+    store: Store, data_dir: Path, damage: Disturb
+) -> None:
+    record = publish(store, "sql", b"weights").record
+    damage(store.blob_paths(record.digest).config.parent)
+    with pytest.raises(AdapterFailedError):
+        store.verify(record.digest)
+    assert store.current("sql").failure is not None
+    assert not publish(store, "sql", b"weights").is_new
+    store.verify(record.digest)
+    assert store.current("sql") == record
+
+
+def test_a_failed_version_can_be_deleted(store: Store) -> None:
+    record = publish(store, "sql", b"weights").record
+    store.blob_paths(record.digest).weights.unlink()
+    with pytest.raises(AdapterFailedError):
+        store.verify(record.digest)
+    store.delete("sql")
+    assert store.discard_unreferenced(record.digest)
+
+
+def test_strangers_in_the_data_directory_are_swept(data_dir: Path) -> None:
+    Store(data_dir).close()
+    (data_dir / "staging" / "x").mkdir()
+    (data_dir / "staging" / "x" / "adapter_config.json").touch()
+    (data_dir / "blobs" / ("0" * 64)).mkdir()
+    (data_dir / "blobs" / "link").symlink_to("/etc")
+    Store(data_dir).close()
+    assert list((data_dir / "staging").iterdir()) == list((data_dir / "blobs").iterdir()) == []
+
+
+def test_a_lost_catalogue_does_not_cost_the_files(data_dir: Path) -> None:
+    store = Store(data_dir)
+    publish(store, "sql", b"weights")
+    store.close()
+    (data_dir / "catalogue.sqlite3").unlink()
+    with pytest.raises(StoreError, match="is missing beside stored adapters"):
+        Store(data_dir)
+    assert len(list((data_dir / "blobs").iterdir())) == 1
+
+
+def test_a_damaged_catalogue_is_a_clear_error(data_dir: Path) -> None:
+    Store(data_dir).close()
+    (data_dir / "catalogue.sqlite3").write_bytes(b"junk" * 1000)
+    with pytest.raises(StoreError, match="cannot be opened"):
+        Store(data_dir)
+
+
+def test_a_catalogue_of_a_newer_release_is_left_alone(data_dir: Path) -> None:
+    Store(data_dir).close()
+    connection = sqlite3.connect(data_dir / "catalogue.sqlite3")
+    connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(StoreError, match="newer release"):
+        Store(data_dir)
+
+
+def failing(call: str, code: int, after: int) -> Callable[[pytest.MonkeyPatch], None]:
+    def plant(monkeypatch: pytest.MonkeyPatch) -> None:
+        real, calls = getattr(os, call), iter(range(10_000))
+
+        def fake(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) >= after:
+                raise OSError(code, os.strerror(code))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(os, call, fake)
+
+    return plant
+
+
+FAULTS = [("write", n) for n in range(2)] + [("fsync", n) for n in range(4)] + [("mkdir", 0), ("rename", 0)]
+
+
+@pytest.mark.parametrize(("call", "after"), FAULTS)
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_fault_at_any_call_leaves_the_store_as_it_was(
+    store: Store, data_dir: Path, monkeypatch: pytest.MonkeyPatch, call: str, after: int, code: int
+) -> None:
+    before = publish(store, "sql", b"one").record
+    with monkeypatch.context() as patch:
+        failing(call, code, after)(patch)
+        with pytest.raises(OSError) as caught:  # noqa: PT011 - which kind is the next line's matter
+            publish(store, "sql", b"two")
+    assert isinstance(caught.value, StorageFullError) == (code != errno.EIO)
+    assert store.versions("sql") == [before]
+    assert len(list((data_dir / "blobs").iterdir())) == 1
+    assert publish(store, "sql", b"two").is_new
+
+
+def test_a_full_catalogue_is_told_as_a_full_disk() -> None:
+    connection = sqlite3.connect(":memory:")
+    connection.execute("PRAGMA max_page_count = 2")
+    with pytest.raises(StorageFullError), full_disk_is_told():
+        connection.executescript("CREATE TABLE a (x); CREATE TABLE b (x); CREATE TABLE c (x)")
+    with pytest.raises(sqlite3.OperationalError), full_disk_is_told():
+        connection.execute("SELECT nonsense")
+    connection.close()
+
+
+def test_delete_works_on_a_full_disk(store: Store, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = publish(store, "sql", b"one").record.digest
+    real = Catalogue.remove_version
+
+    def remove_version(self: Catalogue, record: Any) -> None:
+        if (data_dir / "reserve").exists():
+            raise StorageFullError("full")
+        real(self, record)
+
+    monkeypatch.setattr(Catalogue, "remove_version", remove_version)
+    store.delete("sql")
+    assert store.names() == []
+    assert store.discard_unreferenced(digest)
+    assert (data_dir / "reserve").stat().st_size > 0
+
+
+PUBLISHER = """
+import os, signal, sys
+from pathlib import Path
+from swaplora_adapters.artifact.digest import digest_of
+from swaplora_adapters.artifact.spec import AdapterSpec
+from swaplora_adapters.artifact.store import Details, Store
+
+data_dir, config, first, die_at = Path(sys.argv[1]), sys.argv[2].encode(), int(sys.argv[3]), int(sys.argv[4])
+assert "torch" not in sys.modules
+store = Store(data_dir)
+calls = 0
+
+def deadly(real):
+    def call(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    return call
+
+for name in ("mkdir", "open", "write", "fsync", "rename", "close"):
+    setattr(os, name, deadly(getattr(os, name)))
+
+for number in range(first, first + (1 if die_at else 1000)):
+    with store.stage() as staging:
+        for part, content in (("config", config), ("weights", b"%d" % number)):
+            with staging.writer(part, 1 << 20) as writer:
+                writer.write(content)
+        digest = digest_of(AdapterSpec.parse(config).canonical, staging.weights_path)
+        record = store.publish(f"n{number % 3}", staging, Details(digest, 1, (), None, 1, ())).record
+        print(record.name, record.version, record.digest, flush=True)
+"""
+
+
+def start_publisher(data_dir: Path, first: int, die_at: int) -> "subprocess.Popen[str]":
+    arguments = [str(data_dir), config_bytes().decode(), str(first), str(die_at)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    return subprocess.Popen(
+        [sys.executable, "-c", PUBLISHER, *arguments], stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def assert_whole(data_dir: Path, acknowledged: list[str]) -> None:
+    """Every acknowledged version is there, and whatever is there is whole."""
+    store = Store(data_dir)
+    assert store.quarantined == []
+    assert list((data_dir / "staging").iterdir()) == []
+    for line in acknowledged:
+        name, version, digest = line.split()
+        assert store.version(name, int(version)).digest == digest
+    for name in store.names():
+        for record in store.versions(name):
+            store.verify(record.digest)
+    store.check_integrity()
+    store.close()
+
+
+def test_what_was_acknowledged_survives_sigkill_at_any_time(data_dir: Path) -> None:
+    acknowledged: list[str] = []
+    for round_number in range(5):
+        with start_publisher(data_dir, first=1000 * round_number, die_at=0) as process:
+            assert process.stdout is not None
+            acknowledged += [process.stdout.readline() for _ in range(1 + 7 * round_number)]
+            process.send_signal(signal.SIGKILL)
+            acknowledged += [line for line in process.stdout if line.endswith("\n")]
+        assert_whole(data_dir, acknowledged)
+
+
+def test_sigkill_at_every_call_leaves_a_version_whole_or_absent(data_dir: Path) -> None:
+    acknowledged: list[str] = []
+    for die_at in range(1, 100):
+        with start_publisher(data_dir, first=die_at, die_at=die_at) as process:
+            output, _ = process.communicate()
+        acknowledged += output.splitlines()
+        assert_whole(data_dir, acknowledged)
+        if process.returncode == 0:
+            break
+    assert die_at > 10
+    assert acknowledged
+
+
+NAMES = st.sampled_from(["a", "ab", "b"])
+CONTENTS = st.sampled_from([b"0", b"1", b"2"])
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """The store against plain dictionaries: name → {version: content}, name → current, name → last number."""
+
+    folder: Path
+
+    def __init__(self) -> None:
+        super().__init__()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.store = Store(self.folder)
+        self.versions: dict[str, dict[int, bytes]] = {}
+        self.current: dict[str, int] = {}
+        self.last: dict[str, int] = {}
+
+    @rule(name=NAMES, content=CONTENTS)
+    def publish(self, name: str, content: bytes) -> None:
+        published = publish(self.store, name, content)
+        is_same = name in self.current and self.versions[name][self.current[name]] == content
+        assert published.is_new is not is_same
+        if not is_same:
+            self.last[name] = self.current[name] = self.last.get(name, 0) + 1
+            self.versions.setdefault(name, {})[self.last[name]] = content
+        assert published.record.version == self.current[name]
+
+    @rule(name=NAMES, version=st.none() | st.integers(1, 4))
+    def delete(self, name: str, version: int | None) -> None:
+        known = self.versions.get(name, {})
+        doomed = [number for number in known if version in (None, number)]
+        try:
+            removed = self.store.delete(name, version)
+        except AdapterError:
+            removed = []
+        assert [record.version for record in removed] == doomed
+        for record in removed:
+            del known[record.version]
+            self.store.discard_unreferenced(record.digest)
+        if not known:
+            self.versions.pop(name, None)
+            self.current.pop(name, None)
+        elif self.current[name] not in known:
+            self.current[name] = max(known)
+
+    @rule(name=NAMES, version=st.integers(1, 4))
+    def roll_back(self, name: str, version: int) -> None:
+        if version in self.versions.get(name, {}):
+            self.store.set_current(name, version)
+            self.current[name] = version
+
+    @rule()
+    def restart(self) -> None:
+        self.store.close()
+        self.store = Store(self.folder)
+        assert self.store.quarantined == []
+
+    @invariant()
+    def agrees(self) -> None:
+        assert self.store.names() == sorted(self.versions)
+        for name, known in self.versions.items():
+            records = self.store.versions(name)
+            contents = {r.version: self.store.blob_paths(r.digest).weights.read_bytes() for r in records}
+            assert contents == known
+            assert self.store.current(name).version == self.current[name]
+        self.store.check_integrity()
+
+    def teardown(self) -> None:
+        self.store.close()
+
+
+def test_the_store_behaves_like_dictionaries(tmp_path: Path) -> None:
+    machine = type("Machine", (StoreMachine,), {"folder": tmp_path / "data"})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=12, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        ),
+    )
