@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import tiny
-from swaplora_adapters.apply.ops import torch_form
-from swaplora_server.engine.base_model import load_base
+from swaplora_server.engine import proof
+from swaplora_server.engine.attention import PrefillRun
+from swaplora_server.engine.base_model import BaseModel, load_base
+from swaplora_server.engine.kernels import TORCH, Kernels, pick_kernels
 from swaplora_server.engine.proof import UnsupportedModelError
 
 SMALL = {
@@ -56,15 +58,34 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def load(folder: Path) -> Any:
-    return load_base(folder, device=torch.device("cpu"), dtype=torch.float32, op=torch_form.OP)
+CPU = torch.device("cpu")
+NATIVE = pick_kernels(CPU, torch.float32, Path(__file__).parent.parent / ".cache" / "native", lambda _message: None)
 
 
+def load(folder: Path, kernels: Kernels = NATIVE) -> BaseModel:
+    return load_base(folder, device=CPU, dtype=torch.float32, kernels=kernels)
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the proof allow a ten-thousandth of a standard deviation of the logits, and no more."""
+    monkeypatch.setitem(proof._TOLERANCE, torch.float32, 1e-4)  # noqa: SLF001
+
+
+@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_architecture_passes_its_proof(model_type: str, tmp_path: Path) -> None:
-    base = load(tiny.save_tiny_base(tmp_path, {"model_type": model_type, **ARCHITECTURES[model_type]}))
-    assert base.shapes
-    assert base.kv_bytes_per_token > 0
+def test_logits_are_stock_transformers_own(model_type: str, tmp_path: Path) -> None:
+    folder = tiny.save_tiny_base(tmp_path, {"model_type": model_type, **ARCHITECTURES[model_type]})
+    for kernels in (NATIVE, TORCH):
+        base = load(folder, kernels)
+        assert base.shapes
+        assert base.kv_bytes_per_token > 0
+
+
+def test_a_wrong_window_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PrefillRun, "mask", lambda self, _window: PrefillRun._make_mask(self, None))  # noqa: SLF001
+    with pytest.raises(UnsupportedModelError, match="something else"):
+        load(tiny.save_tiny_base(tmp_path, {"model_type": "mistral", **ARCHITECTURES["mistral"]}))
 
 
 @pytest.mark.parametrize(
@@ -72,6 +93,7 @@ def test_architecture_passes_its_proof(model_type: str, tmp_path: Path) -> None:
     [
         ({"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}, "bloom"),
         ({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2}, "mamba"),
+        ({"model_type": "gptj", "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "gptj"),
     ],
 )
 def test_architecture_that_cannot_be_served_is_refused_with_the_reason(
@@ -79,3 +101,19 @@ def test_architecture_that_cannot_be_served_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):
         load(tiny.save_tiny_base(tmp_path, fields))
+
+
+def test_linears_that_do_not_see_every_token_are_no_targets(tmp_path: Path) -> None:
+    """Routed experts compute some rows only, so a row's adapter could not be told."""
+    base = load(tiny.save_tiny_base(tmp_path, {"model_type": "mixtral", **ARCHITECTURES["mixtral"]}))
+    assert {path.rpartition(".")[2] for path in base.shapes} == {"q_proj", "k_proj", "v_proj", "o_proj", "lm_head"}
+
+
+def test_no_plain_copy_of_a_packed_weight_is_kept(tmp_path: Path) -> None:
+    base = load(tiny.save_tiny_base(tmp_path))
+    left = {name for name, _ in base.model.named_parameters()}
+    assert left == {"model.embed_tokens.weight", "model.norm.weight"} | {
+        f"model.layers.{layer}.{norm}.weight"
+        for layer in range(2)
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    }

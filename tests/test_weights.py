@@ -95,7 +95,7 @@ def test_weights_say_what_they_are() -> None:
     for path, module in weights.modules.items():
         assert module.lora_A.shape == (4, SHAPES[path].in_features)
         assert module.lora_B.shape == (SHAPES[path].out_features, 4)
-        assert all(t.dtype == torch.bfloat16 and t.is_contiguous() for t in (module.lora_A, module.lora_B))
+        assert all(t.dtype == torch.bfloat16 and t.is_contiguous() for t in (module.lora_A, module.lora_B.t()))
 
 
 def test_the_scaling_is_folded_in_float32_and_leaves_the_file_s_tensors_alone() -> None:
@@ -212,7 +212,16 @@ def test_targets_by_regex() -> None:
 def test_values_that_are_not_finite_are_named(value: float, dtype: torch.dtype) -> None:
     tensors = factors()
     tensors[Q_A][1, 2] = tensors[Q_B][0, 0] = value
-    assert reasons(tensors) == (f"{Q_A!r} holds NaN or infinity", f"{Q_B!r} holds NaN or infinity")
+    assert reasons(tensors, dtype=dtype) == (f"{Q_A!r} holds NaN or infinity", f"{Q_B!r} holds NaN or infinity")
+
+
+def test_pieces_make_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swaplora_adapters.artifact.weights.PIECE", 24)
+    tensors = factors()
+    module = build(tensors, torch.bfloat16).modules["model.layers.0.self_attn.q_proj"]
+    assert torch.equal(module.lora_B, (tensors[Q_B] * 2.25).bfloat16())
+    tensors[Q_B][-1, -1] = float("nan")
+    assert reasons(tensors) == (f"{Q_B!r} holds NaN or infinity",)
 
 
 def test_values_that_overflow_only_as_they_are_served_are_named() -> None:

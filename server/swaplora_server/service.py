@@ -8,22 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import structlog
-import torch
 import transformers
 from jinja2 import TemplateError
 
-from swaplora_adapters.apply.activation import LoraOp
-from swaplora_adapters.apply.ops import native, torch_form
 from swaplora_adapters.artifact.store import Store
-from swaplora_adapters.native.build import NoCompilerError
 from swaplora_adapters.registry.registry import Registry
 from swaplora_server.config import EMBEDDED, Settings
 from swaplora_server.embedded import ensure_embedded_base
-from swaplora_server.engine import native_attention
-from swaplora_server.engine.attention import DecodeKernel, PagedKV
+from swaplora_server.engine.attention import PagedKV
 from swaplora_server.engine.base_model import BaseModel, load_base, pick_device, pick_dtype
 from swaplora_server.engine.engine import Engine
+from swaplora_server.engine.kernels import pick_kernels
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.proof import UnsupportedModelError
 from swaplora_server.engine.scheduler import Scheduler
@@ -31,7 +26,6 @@ from swaplora_server.http.errors import ApiError
 
 _HEARTBEAT_LIMIT_SECONDS = 60.0
 _LONG_CHARACTERS = 4096
-_log = structlog.get_logger(__name__)
 
 
 class Service:
@@ -149,8 +143,9 @@ class Service:
         report(f"loading {settings.base_id}")
         transformers.logging.disable_progress_bar()
         device = pick_device(settings.device)
-        op, kernel = _native_code(device, settings.cache_dir / "native", report)
-        return load_base(source, device=device, dtype=pick_dtype(settings.dtype, device), op=op, kernel=kernel)
+        dtype = pick_dtype(settings.dtype, device)
+        kernels = pick_kernels(device, dtype, settings.cache_dir / "native", report)
+        return load_base(source, device=device, dtype=dtype, kernels=kernels)
 
     def _make_engine(self) -> Engine:
         settings, base = self.settings, self.base
@@ -175,18 +170,6 @@ class Service:
         if self.settings.adapter_dir is not None:
             for config in sorted(self.settings.adapter_dir.glob("*/adapter_config.json")):
                 self.registry.put_folder(config.parent.name, config.parent)
-
-
-def _native_code(
-    device: torch.device, cache_dir: Path, report: Callable[[str], None]
-) -> tuple[LoraOp, DecodeKernel | None]:
-    """The kernels for this device: native on a CPU with a compiler, else torch's own operations."""
-    if device.type == "cpu":
-        try:
-            return native.load(cache_dir, report), native_attention.load(cache_dir, report)
-        except NoCompilerError as error:
-            _log.warning("serving without native kernels, several times slower with many adapters", reason=str(error))
-    return torch_form.OP, None
 
 
 async def _off_loop_if_long(num_characters: int, tokenize: Callable[[], list[int]]) -> list[int]:

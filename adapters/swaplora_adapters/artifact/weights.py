@@ -108,7 +108,7 @@ def build_weights(
 ) -> AdapterWeights:
     """Turn a file's tensors into weights to serve: contiguous, of `dtype`, on `device`, alpha and rank folded into B.
 
-    A factor A that already is all of that is used as it is. Raises like `check_fit`, and InvalidAdapterError for values
+    A factor that already is all of that is used as it is. Raises like `check_fit`, and InvalidAdapterError for values
     that are not finite or overflow `dtype`.
     """
     _require_fit(spec, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes)
@@ -156,7 +156,7 @@ def _assemble(
     factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for factor in _served_factors(spec, tensors, dtype):
         complaints += factor.complaints
-        factors[factor.module][factor.letter] = factor.tensor.to(device)
+        factors[factor.module][factor.letter] = _laid_out(factor).to(device)
     if complaints:
         raise InvalidAdapterError(capped(complaints))
     modules = {path: ModuleWeights(pair["A"], pair["B"]) for path, pair in factors.items()}
@@ -169,6 +169,11 @@ class _ServedFactor(NamedTuple):
     tensor: Tensor
     is_zero: bool
     complaints: list[str]
+
+
+def _laid_out(factor: _ServedFactor) -> Tensor:
+    """B column by column: kernels read both factors along the rank."""
+    return factor.tensor.t().contiguous().t() if factor.letter == "B" else factor.tensor
 
 
 def _served_factors(
@@ -189,12 +194,12 @@ def _served_factors(
 def _scaled(tensor: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, bool, bool]:
     """A contiguous tensor times `scaling`, in `dtype`; whether all of the result is finite; whether all of it is zero.
 
-    Worked through in pieces that torch keeps on the calling thread: the cores belong to the engine.
+    Worked through in pieces that torch keeps on the calling thread: a load must not hold up what the other cores do.
     """
     is_served = scaling == 1 and tensor.dtype == dtype
     served = tensor if is_served else torch.empty(tensor.shape, dtype=dtype)
     is_finite = is_zero = True
-    for source, target in zip(tensor.view(-1).split(PIECE), served.view(-1).split(PIECE), strict=True):
+    for source, target in zip(torch.split(tensor.view(-1), PIECE), torch.split(served.view(-1), PIECE), strict=True):
         if not is_served:
             target.copy_(source.to(torch.float32) * scaling)
         low, high = (extreme.item() for extreme in torch.aminmax(target))

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from swaplora_adapters.apply.activation import Activation, LoraOp
+from swaplora_adapters.apply.activation import Activation
 from swaplora_adapters.apply.attach import attach, shape_of
 from swaplora_adapters.artifact.weights import LinearShape
 from swaplora_server.engine import attention
-from swaplora_server.engine.attention import DecodeKernel, PagedKV
-from swaplora_server.engine.packed import pack
+from swaplora_server.engine.attention import PagedKV
+from swaplora_server.engine.kernels import Kernels
 from swaplora_server.engine.proof import UnsupportedModelError, prove, stock_logits
 from swaplora_server.engine.runner import Runner
 
@@ -24,7 +24,7 @@ class BaseModel:
 
     model: PreTrainedModel
     activation: Activation
-    kernel: DecodeKernel | None
+    kernels: Kernels
     tokenizer: PreTrainedTokenizerFast
     shapes: Mapping[str, LinearShape]
     device: torch.device
@@ -36,7 +36,7 @@ class BaseModel:
     weight_bytes: int
 
     def runner(self, kv: PagedKV) -> Runner:
-        return Runner(self.model, self.activation, kv, self.device, self.kernel)
+        return Runner(self.model, self.activation, kv, self.device, self.kernels.decode)
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -55,9 +55,7 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
 
 
-def load_base(
-    source: str | Path, *, device: torch.device, dtype: torch.dtype, op: LoraOp, kernel: DecodeKernel | None = None
-) -> BaseModel:
+def load_base(source: str | Path, *, device: torch.device, dtype: torch.dtype, kernels: Kernels) -> BaseModel:
     """Load, wrap and prove a base from a folder or hub id. Raises UnsupportedModelError naming the reason."""
     model = _load_model(source, dtype).to(device)
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -65,18 +63,18 @@ def load_base(
     expected = stock_logits(model)
     attention.register()
     model.set_attn_implementation(attention.IMPLEMENTATION)
-    activation = Activation(op)
+    activation = Activation(kernels.lora)
     linears = attach(
         model,
         activation,
         head=model.get_output_embeddings(),
-        prepare=pack if device.type == "cpu" else lambda linear: linear,
+        prepare=kernels.prepare_linear,
     )
-    proof = prove(model, activation, linears, expected, kernel)
+    proof = prove(model, activation, linears, expected, kernels.decode)
     return BaseModel(
         model=model,
         activation=activation,
-        kernel=kernel,
+        kernels=kernels,
         tokenizer=tokenizer,
         shapes={path: shape_of(linears[path].base) for path in linears if path in proof.addressable},
         device=device,

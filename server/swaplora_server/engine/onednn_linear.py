@@ -1,4 +1,4 @@
-"""Linears laid out once for oneDNN on CPU: the same numbers, up to rounding, in less time. No plain copy is kept."""
+"""Linears in oneDNN's layout, for CPUs with matrix instructions for bfloat16."""
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,8 @@ _ROWS_HINT = 16
 _OPS = torch.ops.mkldnn
 
 
-class PackedLinear(nn.Module):
-    """y = x Wᵀ + b with W in oneDNN's own layout."""
+class OnednnLinear(nn.Module):
+    """y = x Wᵀ + b with W in oneDNN's own layout; no plain copy is kept."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """weight: [out_features, in_features], on CPU."""
@@ -27,8 +27,8 @@ class PackedLinear(nn.Module):
 
 
 def pack(linear: nn.Module) -> nn.Module:
-    """A packed stand-in for a linear or Conv1D on CPU."""
+    """A packed stand-in for a bfloat16 linear or Conv1D on CPU."""
     if isinstance(linear, Conv1D):
-        return PackedLinear(linear.weight.t(), linear.bias)
+        return OnednnLinear(linear.weight.t(), linear.bias)
     assert isinstance(linear, nn.Linear)
-    return PackedLinear(linear.weight, linear.bias)
+    return OnednnLinear(linear.weight, linear.bias)
