@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check demo-adapters clean
+.PHONY: help serve test check bench demo-adapters clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -25,6 +25,9 @@ check: $(VENV)/.dev ## lint, format check, types, Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy server adapters tests
 	$(BIN)/hadolint Dockerfile
+
+bench: $(VENV)/.dev ## measure throughput on this machine, base against adapters
+	$(BIN)/python tests/bench.py $(ARGS)
 
 demo-adapters: $(VENV)/.dev ## train the demo adapters again (about half an hour on two cores)
 	$(BIN)/python adapters/demo/train.py $(ARGS)

@@ -15,6 +15,7 @@ import httpx
 from serving import Running
 
 PROMPT = list(range(70, 90))
+SMALL = ("--dtype", "fp32", "--kv-cache-bytes", "4MiB")
 
 
 def free_port() -> int:
@@ -29,8 +30,8 @@ def process(base: Path, data_dir: Path, *flags: str) -> Iterator[tuple[subproces
     """`swaplora serve` as a user starts it, on a free port."""
     port = free_port()
     cache = Path(__file__).parent.parent / ".cache"
-    command = [sys.executable, "-m", "swaplora_server", "serve", str(base), "--port", str(port), "--dtype", "fp32"]
-    command += ["--data-dir", str(data_dir), "--cache-dir", str(cache), "--kv-cache-bytes", "4MiB", *flags]
+    command = [sys.executable, "-m", "swaplora_server", "serve", str(base), "--port", str(port)]
+    command += ["--data-dir", str(data_dir), "--cache-dir", str(cache), *flags]
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
@@ -55,7 +56,7 @@ def wait_ready(server: subprocess.Popen[bytes], client: httpx.Client) -> None:
 
 
 def test_acknowledged_adapters_survive_kill_nine(base: Path, adapters: list[Path], tmp_path: Path) -> None:
-    with process(base, tmp_path) as (server, client):
+    with process(base, tmp_path, *SMALL) as (server, client):
         running = Running(str(client.base_url), None, client)  # type: ignore[arg-type]  # another process's
         for name, folder in [("one", adapters[0]), ("two", adapters[1]), ("one", adapters[2])]:
             assert running.put(name, folder).status_code in (200, 201)
@@ -64,7 +65,7 @@ def test_acknowledged_adapters_survive_kill_nine(base: Path, adapters: list[Path
         answers = [running.token_ids(name, PROMPT) for name in ("one", "two")]
         os.kill(server.pid, signal.SIGKILL)
         server.wait()
-    with process(base, tmp_path) as (server, client):
+    with process(base, tmp_path, *SMALL) as (server, client):
         running = Running(str(client.base_url), None, client)  # type: ignore[arg-type]  # another process's
         again = [client.get(f"/v1/adapters/{name}").json() for name in ("one", "two")]
         for before, after in zip(cards, again, strict=True):
@@ -74,7 +75,7 @@ def test_acknowledged_adapters_survive_kill_nine(base: Path, adapters: list[Path
 
 
 def test_a_signal_ends_the_process_cleanly(base: Path, tmp_path: Path) -> None:
-    with process(base, tmp_path) as (server, client):
+    with process(base, tmp_path, *SMALL) as (server, client):
         assert client.get("/health").status_code == 200
         server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=20) == 0
