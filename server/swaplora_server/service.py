@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import structlog
 import transformers
 from jinja2 import TemplateError
 
 from swaplora_adapters.artifact.store import Store
+from swaplora_adapters.errors import AdapterTooLargeError, InvalidAdapterError, InvalidAdapterNameError
 from swaplora_adapters.registry.registry import Registry
 from swaplora_server.config import EMBEDDED, Settings
 from swaplora_server.embedded import ensure_embedded_base
@@ -26,6 +28,7 @@ from swaplora_server.http.errors import ApiError
 
 _HEARTBEAT_LIMIT_SECONDS = 60.0
 _LONG_CHARACTERS = 4096
+_log = structlog.get_logger(__name__)
 
 
 class Service:
@@ -61,8 +64,11 @@ class Service:
         settings = self.settings
         self.base = self._load_base(report)
         report("reading adapters")
+        store = Store(settings.data_dir)
+        for name, version, reason in store.quarantined:
+            _log.warning("an adapter's files are damaged", adapter=name, version=version, reason=reason)
         self.registry = Registry(
-            Store(settings.data_dir),
+            store,
             shapes=self.base.shapes,
             dtype=self.base.dtype,
             device=self.base.device,
@@ -169,7 +175,10 @@ class Service:
             self.registry.put_folder(name, folder)
         if self.settings.adapter_dir is not None:
             for config in sorted(self.settings.adapter_dir.glob("*/adapter_config.json")):
-                self.registry.put_folder(config.parent.name, config.parent)
+                try:
+                    self.registry.put_folder(config.parent.name, config.parent)
+                except (InvalidAdapterError, InvalidAdapterNameError, AdapterTooLargeError) as error:
+                    _log.warning("left out an adapter of --adapter-dir", adapter=config.parent.name, reason=str(error))
 
 
 async def _off_loop_if_long(num_characters: int, tokenize: Callable[[], list[int]]) -> list[int]:

@@ -3,7 +3,6 @@
 import queue
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
@@ -30,18 +29,11 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """Run something on the engine's thread between two steps."""
-
-    function: Callable[[], None]
-
-
-@dataclass(frozen=True, slots=True)
 class Stop:
     pass
 
 
-Command = Submit | Abort | Call | Stop
+Command = Submit | Abort | Stop
 
 
 class Engine:
@@ -56,7 +48,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._is_stopping = False
-        self._lock = threading.Lock()  # between a submission and the thread's last look at its inbox
+        self._lock = threading.Lock()  # between a command and the thread's last look at its inbox
         self.failure: str | None = None
         self.last_beat = time.monotonic()
 
@@ -85,25 +77,25 @@ class Engine:
 
     def stop(self) -> None:
         """End what still runs with an error, and the thread with it."""
-        self._inbox.put(Stop())
+        self._send(Stop())
         if self._thread.is_alive():
             self._thread.join()
 
     def submit(self, request: Request) -> None:
         """Hand a request over. On a stopped engine it ends at once with an error event."""
-        with self._lock:
-            if not self._is_stopping:
-                self._inbox.put(Submit(request))
-                return
-        _refuse(request, self.failure or "the engine has stopped")
+        if not self._send(Submit(request)):
+            _refuse(request, self.failure or "the engine has stopped")
 
     def abort(self, request: Request, index: int | None = None) -> None:
         """End the request, or one sequence of it, before the next step. Harmless when it has ended already."""
-        self._inbox.put(Abort(request, index))
+        self._send(Abort(request, index))
 
-    def call(self, function: Callable[[], None]) -> None:
-        """Have `function` run on the engine's thread between two steps."""
-        self._inbox.put(Call(function))
+    def _send(self, command: Command) -> bool:
+        """Whether the thread will still obey `command`."""
+        with self._lock:
+            if not self._is_stopping:
+                self._inbox.put(command)
+            return not self._is_stopping
 
     def _loop(self) -> None:
         try:
@@ -141,8 +133,6 @@ class Engine:
                 self._scheduler.add(request)
             case Abort(request, index):
                 self._scheduler.abort(request, index)
-            case Call(function):
-                function()
             case Stop():
                 self._is_stopping = True
 
