@@ -124,7 +124,7 @@ def test_logprobs_of_a_chat(loaded: Running) -> None:
     content = chat(loaded, logprobs=True, top_logprobs=2, temperature=0, ignore_eos=True).json()["choices"][0]
     for token in content["logprobs"]["content"]:
         assert token["logprob"] == token["top_logprobs"][0]["logprob"] >= token["top_logprobs"][1]["logprob"]
-        assert bytes(token["bytes"]).decode() == token["token"]
+        assert token["bytes"] == (None if "\ufffd" in token["token"] else list(token["token"].encode()))
 
 
 REFUSED_ANYWHERE: dict[str, Any] = {
@@ -133,7 +133,6 @@ REFUSED_ANYWHERE: dict[str, Any] = {
     "repetition_penalty": 1.1,
     "logit_bias": {"5": 10},
     "best_of": 2,
-    "min_tokens": 3,
     "guided_json": {},
     "structured_outputs": {"regex": "a"},
     "response_format": {"type": "json_object"},
@@ -168,6 +167,35 @@ def test_a_field_that_is_not_honoured_is_refused_by_name(loaded: Running, field:
 )
 def test_fields_of_one_route_are_refused_there(loaded: Running, post: Any, field: str, value: Any) -> None:
     assert post(loaded, **{field: value}).json()["error"]["param"] == field
+
+
+@pytest.mark.parametrize("raw", [b"[" + b"-1," * 300_000 + b"-1]", b"[" + b'"a",' * 300_000 + b"1]"])
+def test_a_long_list_of_bad_items_costs_no_more_than_a_good_one(loaded: Running, raw: bytes) -> None:
+    answer = loaded.client.post("/v1/completions", content=b'{"model":"base","prompt":' + raw + b"}", timeout=5)
+    assert answer.status_code == 400
+    assert len(answer.content) < 2000
+
+
+def test_a_body_of_nothing_but_unknown_fields_is_refused(loaded: Running) -> None:
+    assert complete(loaded, **{f"x{n}": n for n in range(100)}).status_code == 400
+
+
+def test_null_stands_for_the_default(loaded: Running) -> None:
+    names = ["n", "temperature", "top_p", "seed", "stop", "stream", "logprobs", "user", "skip_special_tokens"]
+    assert chat(loaded, **dict.fromkeys([*names, "add_generation_prompt", "return_token_ids"])).status_code == 200
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy(loaded: Running) -> None:
+    texts = {complete(loaded, temperature=t, max_tokens=9).json()["choices"][0]["text"] for t in (0, 1e-46, 1e-9)}
+    assert len(texts) == 1
+
+
+def test_min_tokens_holds_a_stop_token_back(loaded: Running) -> None:
+    fields = {"max_tokens": 12, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    whole = complete(loaded, **fields).json()["choices"][0]["token_ids"]
+    held = complete(loaded, **fields, stop_token_ids=[whole[1]], min_tokens=6).json()["choices"][0]["token_ids"]
+    assert len(held) > 6
+    assert whole[1] not in held[:6]
 
 
 def test_a_field_that_nobody_defines_is_ignored(loaded: Running) -> None:
@@ -303,8 +331,14 @@ def test_unknown_routes_and_methods_have_the_same_error_body(loaded: Running) ->
 def test_a_full_queue_is_told_at_once(base: Path, tmp_path: Path) -> None:
     with serving(settings(base, tmp_path, max_waiting=0, max_num_seqs=2)) as small:
         answer = complete(small, n=3)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
-        assert answer.headers["retry-after"] == "1"
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+        long = {"model": BASE, "prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "n": 2, "stream": True}
+        with small.client.stream("POST", "/v1/completions", json=long) as running:
+            next(running.iter_raw())
+            answer = complete(small)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
+            assert answer.headers["retry-after"] == "1"
+        small.wait_idle()
         assert complete(small, n=2).status_code == 200
 
 
@@ -322,6 +356,19 @@ def test_every_route_but_three_wants_the_key(base: Path, tmp_path: Path) -> None
                     is_public = path in ("/health", "/health/ready", "/version")
                     assert answer.status_code == (200 if is_public else 401), (method, path)
         assert locked.client.get("/v1/models", headers=keyed).status_code == 200
+
+
+def test_a_defect_is_answered_under_its_request_id_and_says_nothing_else(
+    loaded: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_name: str) -> None:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(loaded.service.registry, "card", broken)
+    answer = loaded.client.get("/v1/adapters/tuned", headers={"X-Request-Id": "trace-me"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert answer.headers["x-request-id"] == "trace-me"
+    assert "secret" not in answer.text
 
 
 def test_health_ready_and_version(loaded: Running) -> None:

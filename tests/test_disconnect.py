@@ -2,12 +2,14 @@
 
 import asyncio
 import random
+import time
 from pathlib import Path
 
 import httpx
 import pytest
 
 from serving import BASE, Running
+from swaplora_adapters.artifact.weights import AdapterWeights
 
 PROMPT = list(range(40, 60))
 LONG = {"prompt": PROMPT, "max_tokens": 400, "temperature": 0, "ignore_eos": True}
@@ -50,6 +52,30 @@ async def test_sixty_disconnects_at_random_moments_leave_nothing_behind(loaded: 
         )
     await asyncio.to_thread(loaded.wait_idle)
     assert loaded.client.delete("/v1/adapters/gone").json()["state"] == "deleted"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("is_streaming", [True, False])
+async def test_a_client_that_does_not_wait_for_a_cold_adapter_is_forgotten(
+    server: Running, adapters: list[Path], path: str, is_streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = server.service.registry._load  # noqa: SLF001
+
+    def slowly(digest: str) -> AdapterWeights:
+        time.sleep(0.5)
+        return load(digest)
+
+    monkeypatch.setattr(server.service.registry._residency, "_load", slowly)  # noqa: SLF001
+    server.put("cold", adapters[5])
+    body = LONG | {"model": "cold", "stream": is_streaming, "n": 4, "messages": [{"role": "user", "content": "x"}]}
+    async with httpx.AsyncClient(base_url=server.url) as client:
+        with pytest.raises((TimeoutError, asyncio.CancelledError)):
+            async with asyncio.timeout(0.2):
+                await client.post(path, json=body)
+    await asyncio.to_thread(time.sleep, 0.5)
+    await asyncio.to_thread(server.wait_idle, 2.0)
+    assert server.client.get("/v1/adapters/cold").json()["in_flight"] == 0
+    server.client.delete("/v1/adapters/cold")
 
 
 async def test_waiting_requests_can_be_abandoned_too(loaded: Running) -> None:

@@ -82,6 +82,18 @@ async def test_a_delete_that_does_not_wait_says_that_the_adapter_drains(server: 
     assert server.client.get("/v1/adapters/slow").status_code == 404
 
 
+async def test_a_delete_does_not_wait_for_another_name_with_the_same_bytes(
+    server: Running, versions: list[Path]
+) -> None:
+    server.put("busy", versions[0])
+    server.put("twin", versions[0])
+    running = asyncio.create_task(stream(server, "busy", 300))
+    await wait_running(server, 1)
+    answer = await asyncio.to_thread(server.client.delete, "/v1/adapters/twin?timeout=5")
+    assert (answer.json()["state"], running.done()) == ("deleted", False)
+    await running
+
+
 def test_fifty_replaces_leave_every_version_answering_as_itself(
     server: Running, base: Path, versions: list[Path]
 ) -> None:

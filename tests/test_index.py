@@ -16,7 +16,7 @@ def record(version: int, digit: str, name: str = "sql") -> VersionRecord:
 def index() -> Index:
     made = Index()
     versions = [record(1, "a"), record(3, "b"), record(4, "a")]
-    made.set("sql", versions, versions[1])
+    made.put("sql", versions, versions[1])
     return made
 
 
@@ -77,4 +77,4 @@ def test_a_removed_name_is_not_found(index: Index) -> None:
     index.remove("sql")
     with pytest.raises(AdapterNotFoundError):
         index.get("sql")
-    assert index.names() == []
+    assert index.all() == []

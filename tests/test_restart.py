@@ -81,6 +81,38 @@ def test_a_signal_ends_the_process_cleanly(base: Path, tmp_path: Path) -> None:
         assert server.wait(timeout=20) == 0
 
 
+def test_streams_that_outlive_the_time_to_drain_end_with_an_error(base: Path, tmp_path: Path) -> None:
+    with process(base, tmp_path, *SMALL, "--drain-seconds", "0.2") as (server, client):
+        body = {"model": base.name, "prompt": PROMPT, "max_tokens": 400, "n": 16, "ignore_eos": True, "stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.send_signal(signal.SIGTERM)
+            events = [line for line in lines if line]
+        assert '"engine_failed"' in events[-2]
+        assert events[-1] == "data: [DONE]"
+        assert server.wait(timeout=20) == 0
+
+
+def test_two_servers_on_one_data_folder_is_one_line(base: Path, tmp_path: Path) -> None:
+    with process(base, tmp_path, *SMALL):
+        command = [
+            sys.executable,
+            "-m",
+            "swaplora_server",
+            "serve",
+            str(base),
+            "--data-dir",
+            str(tmp_path),
+            "--port",
+            "0",
+        ]
+        ended = subprocess.run([*command, *SMALL], capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == 1
+    assert "in use by another process" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def test_a_port_in_use_is_one_line_with_a_remedy(base: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         command = [sys.executable, "-m", "swaplora_server", "serve", str(base), "--data-dir", str(tmp_path)]

@@ -61,12 +61,6 @@ class AdapterFailedError(AdapterError):
     code = "adapter_failed"
 
 
-class AdapterBusyError(AdapterError):
-    """The operation did not finish in time because requests still run on the adapter."""
-
-    code = "adapter_busy"
-
-
 class StorageFullError(AdapterError, OSError):
     """The disk under the data directory has no room left."""
 

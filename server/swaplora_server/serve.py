@@ -11,6 +11,7 @@ import structlog
 import uvicorn
 from rich.console import Console
 
+from swaplora_adapters.artifact.store import StoreError
 from swaplora_adapters.errors import AdapterError
 from swaplora_server.banner import Progress, show_banner
 from swaplora_server.config import Settings
@@ -42,7 +43,7 @@ async def _serve(service: Service, listener: socket.socket) -> None:
     try:
         with Progress() as progress:
             await asyncio.to_thread(service.start, progress.step)
-    except (UnsupportedModelError, EmbeddedBaseError, AdapterError, OSError, ValueError) as error:
+    except (UnsupportedModelError, EmbeddedBaseError, AdapterError, StoreError, OSError, ValueError) as error:
         raise StartError(str(error)) from error
     else:
         if not service.is_draining:

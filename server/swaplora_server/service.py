@@ -44,6 +44,10 @@ class Service:
         self.started_at = int(time.time())
         self.is_draining = False
         self._is_ready = threading.Event()
+        self._lock = threading.Lock()
+        self._count_lock = threading.Lock()
+        self._is_stopped = False
+        self._num_sequences = 0  # admitted and not ended
 
     @property
     def is_ready(self) -> bool:
@@ -82,11 +86,13 @@ class Service:
         self._is_ready.set()
 
     def stop(self) -> None:
-        """End the engine and close the registry, whichever of them came to be."""
+        """End the engine and close the registry, if they came to be; whoever asks a second time waits for the first."""
         self.is_draining = True
-        if self._is_ready.is_set():
-            self.engine.stop()
-            self.registry.close()
+        with self._lock:
+            if self._is_ready.is_set() and not self._is_stopped:
+                self._is_stopped = True
+                self.engine.stop()
+                self.registry.close()
 
     def check_serving(self) -> None:
         """Raise ApiError unless a new request can be taken."""
@@ -97,11 +103,20 @@ class Service:
         if not self.engine.is_alive:
             raise ApiError("engine_failed", self.engine.failure or "the engine has stopped")
 
-    def check_queue(self, num_sequences: int) -> None:
-        """Raise ApiError when `num_sequences` more would wait longer in line than the operator allows."""
+    def enter(self, num_sequences: int) -> None:
+        """Count `num_sequences` in, until `leave`. Raises ApiError when more would wait than the operator allows."""
         limit = self.settings.max_waiting + self.settings.max_num_seqs
-        if self.engine.num_running + self.engine.num_waiting + num_sequences > limit:
-            raise ApiError("overloaded", "too many requests are waiting; try again in a moment")
+        if num_sequences > limit:
+            raise ApiError("invalid_request", f"n times the prompts is {num_sequences}; at most {limit} can run", "n")
+        with self._count_lock:
+            if self._num_sequences + num_sequences > limit:
+                raise ApiError("overloaded", "too many requests are waiting; try again in a moment")
+            self._num_sequences += num_sequences
+
+    def leave(self, num_sequences: int) -> None:
+        """Count out what `enter` counted in."""
+        with self._count_lock:
+            self._num_sequences -= num_sequences
 
     def is_base(self, model: str) -> bool:
         return model == self.settings.base_id
@@ -156,13 +171,14 @@ class Service:
     def _make_engine(self) -> Engine:
         settings, base = self.settings, self.base
         block_bytes = base.kv_bytes_per_token * settings.block_size
-        pool = BlockPool(settings.kv_cache_bytes // block_bytes - 1, settings.block_size)
-        self.max_model_len = min(settings.max_model_len or base.max_positions, base.max_positions, pool.capacity)
-        if self.max_model_len < (settings.max_model_len or 1):
+        pool = BlockPool(max(0, settings.kv_cache_bytes // block_bytes - 1), settings.block_size)
+        wanted = settings.max_model_len or min(base.max_positions, pool.capacity)
+        if not 2 <= wanted <= min(base.max_positions, pool.capacity):
             raise UnsupportedModelError(
-                f"--max-model-len {settings.max_model_len} cannot be had: the base has {base.max_positions} positions "
-                f"and --kv-cache-bytes holds {pool.capacity} tokens"
+                f"a context of {wanted} tokens cannot be had: the base has {base.max_positions} positions, and "
+                f"--kv-cache-bytes holds {pool.capacity} tokens"
             )
+        self.max_model_len = wanted
         scheduler = Scheduler(
             pool,
             max_batch_tokens=settings.max_batch_tokens,

@@ -258,5 +258,5 @@ def _newest(records: Sequence[VersionRecord]) -> VersionRecord:
 def _check_preconditions(current: VersionRecord | None, if_none_match: bool, if_match: str | None) -> None:
     if if_none_match and current is not None:
         raise PreconditionFailedError(f"adapter {current.name} exists already")
-    if if_match is not None and (current is None or current.digest != if_match):
+    if if_match is not None and (current is None or if_match not in ("*", current.digest)):
         raise PreconditionFailedError("the adapter's current version is not the one that If-Match names")

@@ -26,14 +26,19 @@ class Index:
     def __init__(self) -> None:
         self._names: dict[str, NamedVersions] = {}
 
-    def set(self, name: str, versions: Sequence[VersionRecord], current: VersionRecord) -> None:
+    def put(self, name: str, versions: Sequence[VersionRecord], current: VersionRecord) -> None:
         self._names[name] = NamedVersions(current, tuple(versions))
 
     def remove(self, name: str) -> None:
         self._names.pop(name, None)
 
-    def names(self) -> list[str]:
-        return sorted(self._names)
+    def all(self) -> list[NamedVersions]:
+        """In order of name, as they are at one moment."""
+        return [named for _, named in sorted(self._names.items())]
+
+    def digests(self) -> frozenset[str]:
+        """Of every version of every name."""
+        return frozenset(record.digest for named in self.all() for record in named.versions)
 
     def get(self, name: str) -> NamedVersions:
         """Raises AdapterNotFoundError."""

@@ -1,6 +1,5 @@
 """A request's hold on a version, and a version's way out once nobody holds it."""
 
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
@@ -33,11 +32,4 @@ class Removal:
     def __init__(self, records: Sequence[VersionRecord]) -> None:
         self.records = tuple(records)
         self.digests = {record.digest for record in records}
-        self._is_free = threading.Event()
-
-    def finish(self) -> None:
-        self._is_free.set()
-
-    def wait(self, timeout: float) -> bool:
-        """Whether memory and files are free, waiting up to `timeout` seconds for it."""
-        return self._is_free.wait(timeout)
+        self.freed: Future[None] = Future()  # done when memory and files are free, or belong to another name as well

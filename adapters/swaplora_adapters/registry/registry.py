@@ -11,19 +11,20 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from swaplora_adapters.artifact.disk import open_regular
 from swaplora_adapters.artifact.intake import inspect_files
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE, validate_name
-from swaplora_adapters.artifact.records import Published, VersionRecord
+from swaplora_adapters.artifact.records import VersionRecord
 from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES
 from swaplora_adapters.artifact.staging import Part, Staging
 from swaplora_adapters.artifact.store import Store
 from swaplora_adapters.artifact.weights import AdapterWeights, LinearShape, load_weights
-from swaplora_adapters.errors import AdapterNotFoundError, InvalidAdapterError
-from swaplora_adapters.registry.index import Index
+from swaplora_adapters.errors import AdapterNotFoundError, InvalidAdapterError, InvalidAdapterNameError
+from swaplora_adapters.registry.index import Index, NamedVersions
 from swaplora_adapters.registry.lease import Lease, Removal
 from swaplora_adapters.registry.residency import Residency
 
@@ -40,6 +41,13 @@ class Card:
     reason: str | None
     num_in_flight: int
     last_used: float | None
+
+
+class Put(NamedTuple):
+    """An upload's outcome."""
+
+    card: Card
+    is_first: bool  # of its name
 
 
 class Registry:
@@ -77,6 +85,10 @@ class Registry:
         self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-free")
         for name in store.names():
             self._refresh(name)
+        if base_model in store.names():
+            raise InvalidAdapterNameError(
+                f"an adapter is stored as {base_model}, which is what the base is called; choose a --served-model-name"
+            )
 
     def resolve(self, reference: str) -> VersionRecord:
         """See `Index.resolve`."""
@@ -98,7 +110,7 @@ class Registry:
 
     def put(
         self, name: str, staging: Staging, *, source: str, if_match: str | None = None, if_none_match: bool = False
-    ) -> Published:
+    ) -> Put:
         """Check staged files whole and make them the current version of `name`, durably.
 
         Raises InvalidAdapterError with every reason, AdapterTooLargeError, PreconditionFailedError, StorageFullError.
@@ -106,6 +118,8 @@ class Registry:
         details = inspect_files(
             staging.config_path, staging.weights_path, self._shapes, self._dtype, base_model=self._base_model
         ).details
+        if name == self._base_model:
+            raise InvalidAdapterNameError(f"{name} is what the base is called; choose another name")
         self._residency.check_size(details.num_parameters * self._dtype.itemsize)
         with self._changes:
             published = self._store.publish(
@@ -116,9 +130,9 @@ class Registry:
             for record in self._index.get(name).versions[: -self._keep_versions]:
                 if record.version != published.record.version:
                     self._remove(name, record.version)
-        return published
+            return Put(self.card(name), is_first=published.previous is None)
 
-    def put_folder(self, name: str, folder: Path) -> Published:
+    def put_folder(self, name: str, folder: Path) -> Put:
         """Take in an adapter from a folder of the operator's, as if it had been uploaded."""
         validate_name(name)
         with self._store.stage() as staging:
@@ -139,19 +153,23 @@ class Registry:
 
     def current_versions(self) -> list[VersionRecord]:
         """What each name stands for, in order of name."""
-        return [self._index.get(name).current for name in self._index.names()]
+        return [named.current for named in self._index.all()]
 
     def cards(self) -> list[Card]:
         """Every adapter, in order of name."""
-        return [self.card(name) for name in self._index.names()]
+        return [self._card(named) for named in self._index.all()]
 
     def card(self, name: str) -> Card:
         """Raises AdapterNotFoundError."""
-        named = self._index.get(name)
-        state, reason = self._residency.state(named.current.digest)
-        if named.current.failure is not None:
-            state, reason = "failed", named.current.failure
-        return Card(named.current, named.versions, state, reason, self._in_flight[name], self._last_used.get(name))
+        return self._card(self._index.get(name))
+
+    def _card(self, named: NamedVersions) -> Card:
+        record = named.current
+        state, reason = self._residency.state(record.digest)
+        if record.failure is not None:
+            state, reason = "failed", record.failure
+        in_flight, last_used = self._in_flight[record.name], self._last_used.get(record.name)
+        return Card(record, named.versions, state, reason, in_flight, last_used)
 
     @property
     def resident_bytes(self) -> int:
@@ -198,25 +216,28 @@ class Registry:
     def _refresh(self, name: str) -> None:
         """Let the index know a name as the store does. Needs `_changes`."""
         try:
-            self._index.set(name, self._store.versions(name), self._store.current(name))
+            self._index.put(name, self._store.versions(name), self._store.current(name))
         except AdapterNotFoundError:
             self._index.remove(name)
+            self._last_used.pop(name, None)
 
     def _finish_removals(self) -> None:
         """The cleaner's job: free what was removed and is held by nobody any more, and tell who waits for it."""
         with self._changes:
             with self._lock:
                 removals = list(self._removals)
-                free = {digest for removal in removals for digest in removal.digests if not self._holders[digest]}
+                elsewhere = self._index.digests()
+                removed = {digest for removal in removals for digest in removal.digests}
+                free = {digest for digest in removed - elsewhere if not self._holders[digest]}
             for digest in free:
-                if self._store.discard_unreferenced(digest):
-                    self._residency.drop(digest)
+                self._store.discard_unreferenced(digest)
+                self._residency.drop(digest)
             with self._lock:
                 for removal in removals:
-                    removal.digests -= free
+                    removal.digests -= free | elsewhere
                     if not removal.digests:
                         self._removals.remove(removal)
-                        removal.finish()
+                        removal.freed.set_result(None)
 
 
 def _count_down(counter: Counter[str], key: str) -> None:

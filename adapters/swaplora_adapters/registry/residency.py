@@ -5,13 +5,20 @@ per digest however many wait for it.
 """
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from swaplora_adapters.artifact.weights import AdapterWeights
-from swaplora_adapters.errors import AdapterError, AdapterFailedError, AdapterTooLargeError, MemoryFullError
+from swaplora_adapters.errors import (
+    AdapterError,
+    AdapterFailedError,
+    AdapterTooLargeError,
+    InvalidAdapterError,
+    MemoryFullError,
+)
 
 _ROOM_TIMEOUT_SECONDS = 30.0
 
@@ -119,7 +126,7 @@ class Residency:
         except AdapterError as error:
             self._fail(digest, entry, error)
         except Exception as error:  # noqa: BLE001 - the worker's boundary: a waiter must never hang
-            self._fail(digest, entry, AdapterFailedError(f"the adapter could not be loaded ({type(error).__name__})"))
+            self._fail(digest, entry, MemoryFullError(f"the adapter could not be loaded now ({type(error).__name__})"))
         else:
             with self._changed:
                 self._reasons.pop(digest, None)
@@ -127,7 +134,8 @@ class Residency:
 
     def _fail(self, digest: str, entry: _Entry, error: AdapterError) -> None:
         with self._changed:
-            if not isinstance(error, MemoryFullError):
+            # only what is wrong with the files stays wrong; the rest may have passed by the next request
+            if isinstance(error, InvalidAdapterError | AdapterFailedError):
                 self._reasons[digest] = str(error)
             del self._entries[digest]
             entry.weights.set_exception(error)
@@ -135,9 +143,11 @@ class Residency:
 
     def _make_room(self, nbytes: int) -> None:
         """Evict the least recently used until `nbytes` fit; wait for users to finish where all are in use."""
+        self.check_size(nbytes)
+        deadline = time.monotonic() + _ROOM_TIMEOUT_SECONDS
         while self._resident_bytes() + nbytes > self._budget:
             idle = next((d for d, entry in self._entries.items() if entry.weights.done() and not entry.num_users), None)
             if idle is not None:
                 del self._entries[idle]
-            elif not self._changed.wait(_ROOM_TIMEOUT_SECONDS):
+            elif not self._changed.wait(deadline - time.monotonic()):
                 raise MemoryFullError("every resident adapter is in use; try again, or raise --adapter-memory-bytes")

@@ -19,6 +19,10 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
+# a temperature beneath this is greedy in the limit, and too small to divide by
+_GREEDY_BELOW = 1e-5
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 do not filter."""
@@ -35,7 +39,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < _GREEDY_BELOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +52,14 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One step of one sequence: a token, an end, or both. `error` is for the client to read when it ended in one."""
+    """One step of one sequence: a token, an end, or both. When it ended in an error, the client reads the last two."""
 
     index: int
     token_id: int | None = None
     logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = None
-    error: str | None = None
+    error: str = ""
+    error_code: str = "engine_failed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,6 @@ class Sampler:
 
 def filtered_probs(logits: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities of one row [vocab_size] after temperature, then top_k, top_p and min_p, each of what is left."""
-    # with the maximum subtracted first, a tiny temperature overflows to -inf, which is greedy, and not to NaN
     probs = ((logits - logits.max()) / params.temperature).softmax(-1)
     if params.top_k or params.top_p < 1.0:
         ordered, order = probs.sort(descending=True, stable=True)

@@ -145,8 +145,9 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, sampled: Sampled) -> None:
         if sampled.token_id is None:
-            message = "the model's output was not finite for this request"
-            self._finish(sequence, TokenEvent(sequence.index, finish_reason=FinishReason.ERROR, error=message))
+            message = "the output is not finite: the adapter's weights are too large for this prompt"
+            failed = TokenEvent(sequence.index, None, None, FinishReason.ERROR, message, "adapter_failed")
+            self._finish(sequence, failed)
             return
         sequence.token_ids.append(sampled.token_id)
         reason = sequence.finish_reason_after(sampled.token_id)

@@ -53,10 +53,10 @@ async def put_adapter(
             name,
             staging,
             source="upload",
-            if_match=if_match.strip('"') if if_match else None,
+            if_match=if_match if if_match is None else if_match.strip('"'),
             if_none_match=if_none_match is not None,
         )
-    return JSONResponse(_card(service, registry.card(name)), 201 if put.previous is None else 200)
+    return JSONResponse(_card(service, put.card), 201 if put.is_first else 200)
 
 
 @router.get("/v1/adapters")
@@ -97,14 +97,15 @@ async def delete_adapter(
     service: Service = request.app.state.service
     service.check_serving()
     removal = await asyncio.to_thread(service.registry.delete, name, version)
-    is_free = await asyncio.to_thread(removal.wait, timeout)
+    freed = asyncio.wrap_future(removal.freed)
+    await asyncio.wait({freed}, timeout=timeout)
     body = {
         "object": "adapter.deleted",
         "name": name,
         "versions": [record.version for record in removal.records],
-        "state": "deleted" if is_free else "draining",
+        "state": "deleted" if freed.done() else "draining",
     }
-    return JSONResponse(body, 200 if is_free else 202)
+    return JSONResponse(body, 200 if freed.done() else 202)
 
 
 def _card(service: Service, card: Card) -> dict[str, Any]:

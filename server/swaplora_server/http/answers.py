@@ -15,8 +15,6 @@ from swaplora_server.http.generation import Admission, Generation, GenerationErr
 from swaplora_server.http.sse import DONE, EventStreamResponse, event, until_disconnect
 from swaplora_server.http.wire import GenerationBody
 
-_ENGINE_ENDED = "engine_failed"
-
 
 @dataclass(slots=True)
 class Choice:
@@ -53,19 +51,20 @@ async def answer(request: Request, body: GenerationBody, admission: Admission, s
     """The whole answer or a stream of it. The generation is aborted when the client goes before it has ended."""
     envelope = {"id": f"{shape.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
     if body.stream:
-        return EventStreamResponse(_stream(body, admission.generation, shape, envelope), admission.headers)
+        events = _stream(body, admission.generation, shape, envelope)
+        return EventStreamResponse(events, admission.headers, at_end=admission.generation.abort)
     try:
         choices = await until_disconnect(request.receive, _collect(admission.generation))
     except GenerationError as error:
-        raise ApiError(_ENGINE_ENDED, str(error)) from error
+        raise ApiError(error.code, str(error)) from error
+    finally:
+        admission.generation.abort()
     content = {
         **envelope,
         "object": shape.object,
-        "choices": [_with_ids(body, shape.choice(choice), choice.token_ids) for choice in choices],
+        "choices": [_whole_choice(body, admission.generation, shape, choice) for choice in choices],
         "usage": usage(admission.generation),
     }
-    if body.return_token_ids:
-        content["prompt_token_ids"] = list(admission.generation.prompt_ids(0))
     return JSONResponse(content, headers=admission.headers)
 
 
@@ -110,10 +109,15 @@ async def _stream(
         if options and options.include_usage:
             yield event({**head, "choices": [], "usage": usage(generation)})
     except GenerationError as error:
-        yield event(error_body(_ENGINE_ENDED, str(error)))
+        yield event(error_body(error.code, str(error)))
     finally:
         await pieces.aclose()
     yield DONE
+
+
+def _whole_choice(body: GenerationBody, generation: Generation, shape: Shape, choice: Choice) -> dict[str, Any]:
+    prompt = {"prompt_token_ids": list(generation.prompt_ids(choice.index))} if body.return_token_ids else {}
+    return {**_with_ids(body, shape.choice(choice), choice.token_ids), **prompt}
 
 
 def _with_ids(body: GenerationBody, choice: dict[str, Any], token_ids: list[int]) -> dict[str, Any]:

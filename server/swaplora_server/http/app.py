@@ -33,7 +33,7 @@ _HANDLERS: dict[int | type[Exception], Any] = {
 }
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Service) -> RequestIdMiddleware:
     """The whole HTTP surface over `service`, which may still be starting. Only the health routes need no key."""
     app = FastAPI(title="swaplora", exception_handlers=_HANDLERS, openapi_url=None)
     app.state.service = service
@@ -44,5 +44,4 @@ def create_app(service: Service) -> FastAPI:
         private.include_router(module.router)
     private.get("/openapi.json", include_in_schema=False)(app.openapi)
     app.include_router(private)
-    app.add_middleware(RequestIdMiddleware)
-    return app
+    return RequestIdMiddleware(app)  # outermost, so that it sees every failure

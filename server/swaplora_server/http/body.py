@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from swaplora_server.http.errors import ApiError
 
 _log = structlog.get_logger(__name__)
+_MAX_UNKNOWN_FIELDS = 64
 Model = TypeVar("Model", bound="WireModel")
 
 
@@ -55,7 +56,10 @@ def refuse_unsupported(body: WireModel, unsupported: Mapping[str, tuple[object, 
 
     `unsupported` lists the values that ask for nothing, beside null. What nobody defines is logged and ignored.
     """
-    for name, value in (body.model_extra or {}).items():
+    extra = body.model_extra or {}
+    if len(extra) > _MAX_UNKNOWN_FIELDS:
+        raise ApiError("invalid_request", f"the body has {len(extra)} fields that are not known here")
+    for name, value in extra.items():
         if name not in unsupported:
             _log.debug("ignored an unknown field", field=name[:64])
         elif value is not None and value not in unsupported[name]:
@@ -65,6 +69,6 @@ def refuse_unsupported(body: WireModel, unsupported: Mapping[str, tuple[object, 
 def _as_api_error(error: ValidationError) -> ApiError:
     """The first few complaints in one line; `param` is the path of the first."""
     details = error.errors(include_url=False, include_context=False, include_input=False)
-    named = [(".".join(str(part) for part in detail["loc"]), detail["msg"]) for detail in details]
-    message = "; ".join(f"{path}: {text}" if path else text for path, text in named[:5])
+    named = [(".".join(str(part)[:64] for part in detail["loc"]), detail["msg"][:200]) for detail in details[:5]]
+    message = "; ".join(f"{path}: {text}" if path else text for path, text in named)
     return ApiError("invalid_request", message, named[0][0] or None)

@@ -33,7 +33,7 @@ async def chat(request: Request, body: Annotated[ChatBody, Depends(json_body(Cha
         continue_final_message=body.continue_final_message,
     )
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    admission = await admit(service, body, [prompt], max_tokens=max_tokens, num_logprobs=body.num_logprobs)
+    admission = await admit(request, service, body, [prompt], max_tokens=max_tokens, num_logprobs=body.num_logprobs)
     return await answer(request, body, admission, _shape(service))
 
 
@@ -79,4 +79,5 @@ def _token_logprobs(service: Service, token_id: int, logprobs: Logprobs) -> dict
 
 def _token(service: Service, token_id: int, logprob: float) -> dict[str, Any]:
     text = service.base.tokenizer.decode([token_id])
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    # part of a character decodes to U+FFFD, whose own bytes would be wrong
+    return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}

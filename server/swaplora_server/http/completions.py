@@ -21,7 +21,7 @@ async def complete(request: Request, body: Annotated[CompletionBody, Depends(jso
     service: Service = request.app.state.service
     service.check_serving()
     prompts = [prompt if isinstance(prompt, list) else await service.encode(prompt) for prompt in body.prompts]
-    admission = await admit(service, body, prompts, max_tokens=body.max_tokens or 16)
+    admission = await admit(request, service, body, prompts, max_tokens=body.max_tokens or 16)
     return await answer(request, body, admission, _SHAPE)
 
 

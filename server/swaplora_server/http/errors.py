@@ -20,7 +20,6 @@ _STATUS = {
     "version_not_found": 404,
     "not_found": 404,
     "method_not_allowed": 405,
-    "adapter_busy": 409,
     "adapter_failed": 409,
     "precondition_failed": 412,
     "body_too_large": 413,

@@ -7,11 +7,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+from starlette.requests import Request as HttpRequest
+
 from swaplora_adapters.errors import AdapterNotFoundError
 from swaplora_adapters.registry.lease import Lease
 from swaplora_server.engine.detokenize import Detokenizer
 from swaplora_server.engine.request import AdapterUse, FinishReason, Logprobs, Request, SamplingParams, TokenEvent
 from swaplora_server.http.errors import ApiError
+from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.wire import GenerationBody
 from swaplora_server.service import Service
 
@@ -28,7 +31,11 @@ class Piece:
 
 
 class GenerationError(Exception):
-    """The engine ended a sequence with an error; the message is for the client."""
+    """The engine ended a sequence with an error; code and message are for the client."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class Generation:
@@ -61,7 +68,13 @@ class Generation:
 
     def submit(self, params: SamplingParams, uses: tuple[AdapterUse, ...], lease: Lease | None) -> None:
         """Hand every prompt to the engine, and with them the lease, which goes back when the last of them has ended."""
-        release = _after_last(len(self._prompts), lease.release) if lease else lambda: None
+
+        def give_back() -> None:
+            self._service.leave(self.num_choices)
+            if lease is not None:
+                lease.release()
+
+        release = _after_last(len(self._prompts), give_back)
         for number, prompt in enumerate(self._prompts):
             request = Request(
                 request_id=f"{id(self):x}-{number}",
@@ -99,7 +112,7 @@ class Generation:
 
     def _piece(self, choice: int, event: TokenEvent) -> Piece:
         if event.finish_reason is FinishReason.ERROR:
-            raise GenerationError(event.error or "the generation failed")
+            raise GenerationError(event.error_code, event.error)
         text = self._text(choice, event)
         reason = event.finish_reason
         if self._detokenizers[choice].is_stopped and reason is not FinishReason.STOP:
@@ -137,6 +150,7 @@ class Admission:
 
 
 async def admit(
+    http_request: HttpRequest,
     service: Service,
     body: GenerationBody,
     prompts: Sequence[Sequence[int]],
@@ -146,16 +160,31 @@ async def admit(
 ) -> Admission:
     """Check the prompts, bind the model's name to a version, wait for its weights, and submit.
 
-    max_tokens None means as many as fit. Raises ApiError, and AdapterError for an adapter that cannot be had.
+    max_tokens None means as many as fit. Raises ApiError, AdapterError for an adapter that cannot be had, and
+    ClientGoneError for a client that does not wait for it.
     """
+    admission = _admit(service, body, prompts, max_tokens=max_tokens, num_logprobs=num_logprobs)
+    return await until_disconnect(http_request.receive, admission)
+
+
+async def _admit(
+    service: Service,
+    body: GenerationBody,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int | None,
+    num_logprobs: int | None,
+) -> Admission:
     service.check_serving()
     limit = min(_room(service, prompt, max_tokens) for prompt in prompts)
-    service.check_queue(len(prompts) * body.n)
-    lease = None if service.is_base(body.model) else _lease(service, body.model)
+    service.enter(len(prompts) * body.n)
+    lease = None
     try:
+        lease = None if service.is_base(body.model) else lease_model(service, body.model)
         uses = () if lease is None else (await _use(lease),)
         generation = Generation(service, body, prompts)
     except BaseException:
+        service.leave(len(prompts) * body.n)
         if lease is not None:
             lease.release()
         raise
@@ -163,7 +192,8 @@ async def admit(
     return Admission(generation, _headers(lease))
 
 
-def _lease(service: Service, model: str) -> Lease:
+def lease_model(service: Service, model: str) -> Lease:
+    """Raises ApiError model_not_found, and VersionNotFoundError."""
     try:
         return service.registry.lease(model)
     except AdapterNotFoundError as error:
@@ -172,7 +202,8 @@ def _lease(service: Service, model: str) -> Lease:
 
 
 async def _use(lease: Lease) -> AdapterUse:
-    weights = await asyncio.wrap_future(lease.weights)
+    # shielded: others wait for the same load, and one that gives up must not cancel it for them
+    weights = await asyncio.shield(asyncio.wrap_future(lease.weights))
     return AdapterUse(weights, 1.0, lease.record.digest)
 
 

@@ -4,7 +4,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from swaplora_adapters.artifact.store import VersionRecord
+from swaplora_adapters.artifact.records import VersionRecord
+from swaplora_adapters.errors import AdapterNotFoundError
+from swaplora_server.http.errors import ApiError
 from swaplora_server.service import Service
 
 router = APIRouter()
@@ -26,7 +28,11 @@ async def get_model(request: Request, model: str) -> dict[str, Any]:
     service.check_serving()
     if service.is_base(model):
         return _base(service)
-    return _adapter(service, service.registry.resolve(model), model)
+    try:
+        record = service.registry.resolve(model)
+    except AdapterNotFoundError as error:
+        raise ApiError("model_not_found", f"there is no model {model[:128]!r}", "model") from error
+    return _adapter(service, record, model)
 
 
 def _base(service: Service) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -31,15 +31,20 @@ class EventStreamResponse(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes], headers: Mapping[str, str]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], headers: Mapping[str, str], at_end: Callable[[], None]) -> None:
+        """`at_end` is called when the response is over, even one whose events were never begun."""
         self._events = events
+        self._at_end = at_end
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(ClientGoneError, OSError):
-            await until_disconnect(receive, self._send_all(send))
+        try:
+            with suppress(ClientGoneError, OSError):
+                await until_disconnect(receive, self._send_all(send))
+        finally:
+            self._at_end()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -10,10 +10,14 @@ from swaplora_server.http.body import WireModel
 MAX_N = 16
 MAX_PROMPTS = 64
 MAX_STOPS = 16
+MAX_PROMPT_TOKENS = 2**22
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+# a list stops at its first complaint: a long one of bad items must not cost more than a good one
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)
+]
 
 # fields that clients of OpenAI's or vLLM's API send and that would change the answer, with the values that would not
 UNSUPPORTED_ANYWHERE: dict[str, tuple[object, ...]] = {
@@ -24,7 +28,6 @@ UNSUPPORTED_ANYWHERE: dict[str, tuple[object, ...]] = {
     "logit_bias": ({},),
     "best_of": (1,),
     "use_beam_search": (False,),
-    "min_tokens": (0,),
     "allowed_token_ids": (),
     "bad_words": ([],),
     "guided_json": (),
@@ -38,6 +41,20 @@ UNSUPPORTED_ANYWHERE: dict[str, tuple[object, ...]] = {
     "logits_processors": ([],),
     "adapters": ([],),
     "lora_request": (),
+    "lora_path": (),  # what other servers call the field that names an adapter
+    "adapter_id": (),
+    "adapter_source": (),
+    "regex": (),
+    "ebnf": (),
+    "grammar": (),
+    "json_schema": (),
+    "structural_tag": (),
+    "stop_regex": (),
+    "typical_p": (1,),
+    "mirostat": (0,),
+    "return_tokens_as_token_ids": (False,),
+    "thinking_token_budget": (),
+    "mm_processor_kwargs": (),
     "priority": (0,),
     "vllm_xargs": ({},),
     "kv_transfer_params": (),
@@ -51,6 +68,8 @@ UNSUPPORTED_COMPLETION = UNSUPPORTED_ANYWHERE | {
     "prompt_embeds": (),
 }
 UNSUPPORTED_CHAT = UNSUPPORTED_ANYWHERE | {
+    "echo": (False,),
+    "include_reasoning": (True,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -74,6 +93,7 @@ UNSUPPORTED_MESSAGE: dict[str, tuple[object, ...]] = {
     "function_call": (),
     "audio": (),
     "reasoning_content": ("",),
+    "reasoning": ("",),
 }
 
 
@@ -92,10 +112,13 @@ class GenerationBody(WireModel):
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     seed: Annotated[int, Field(ge=0, le=MAX_SEED - MAX_N)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOPS)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOPS, fail_fast=True)] | None = (
+        None
+    )
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_PROMPT_TOKENS)] = 0
     skip_special_tokens: bool = True
     return_token_ids: bool = False
     stream: bool = False
@@ -103,11 +126,12 @@ class GenerationBody(WireModel):
     user: str | None = None
     cache_salt: str | None = None
 
-    @field_validator("n", "temperature", "top_p", "top_k", "min_p", "stream", "ignore_eos", mode="before")
+    @field_validator("*", mode="before")
     @classmethod
     def _null_means_default(cls, value: object, info: Any) -> object:
         """OpenAI's clients send null for what they leave open."""
-        return cls.model_fields[info.field_name].default if value is None else value
+        field = cls.model_fields[info.field_name]
+        return field.default if value is None and not field.is_required() else value
 
     @field_validator("stop")
     @classmethod
@@ -131,6 +155,7 @@ class GenerationBody(WireModel):
             min_p=self.min_p,
             seed=self.seed,
             stop_token_ids=own if self.ignore_eos else own | eos_token_ids,
+            min_tokens=self.min_tokens,
             num_logprobs=num_logprobs,
         )
 
@@ -140,9 +165,9 @@ class CompletionBody(GenerationBody):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
 
@@ -163,7 +188,7 @@ class TextPart(WireModel):
 
 class Message(WireModel):
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=4096, fail_fast=True)]
     name: str | None = None
 
     def as_template_input(self) -> dict[str, str]:
@@ -174,7 +199,7 @@ class Message(WireModel):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
