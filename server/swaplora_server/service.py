@@ -145,8 +145,10 @@ class Service:
 
         try:
             return await _off_loop_if_long(sum(len(message["content"]) for message in messages), render)
-        except (TemplateError, TypeError, ValueError) as error:
+        except TemplateError as error:
             raise ApiError("invalid_request", f"the chat template refuses this: {error}", "messages") from error
+        except (TypeError, ValueError) as error:
+            raise ApiError("invalid_request", "the chat template cannot make a prompt of this", "messages") from error
 
     def memory_plan(self) -> list[tuple[str, int]]:
         """What the server's memory is for, in bytes."""

@@ -13,11 +13,11 @@ MAX_STOPS = 16
 MAX_PROMPT_TOKENS = 2**22
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
+MAX_INT = 2**31 - 1
 
 # a list stops at its first complaint: a long one of bad items must not cost more than a good one
-TokenIds = Annotated[
-    list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)
-]
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 
 # fields that clients of OpenAI's or vLLM's API send and that would change the answer, with the values that would not
 UNSUPPORTED_ANYWHERE: dict[str, tuple[object, ...]] = {
@@ -109,13 +109,11 @@ class GenerationBody(WireModel):
     n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] = 0
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INT)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     seed: Annotated[int, Field(ge=0, le=MAX_SEED - MAX_N)] | None = None
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOPS, fail_fast=True)] | None = (
-        None
-    )
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0, le=MAX_PROMPT_TOKENS)] = 0
@@ -169,7 +167,7 @@ class CompletionBody(GenerationBody):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
-    max_tokens: Annotated[int, Field(ge=1)] | None = 16
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = 16
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -200,8 +198,8 @@ class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
