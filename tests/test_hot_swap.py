@@ -71,8 +71,10 @@ async def test_a_deleted_adapter_ends_its_streams_whole_and_is_unknown_at_once(
     assert Oracle(base, versions[0]).worst_error(PROMPT, said.token_ids, said.logprobs) <= TOLERANCE
 
 
-async def test_a_delete_that_does_not_wait_says_that_the_adapter_drains(server: Running, versions: list[Path]) -> None:
-    server.put("slow", versions[0])
+async def test_a_delete_that_does_not_wait_says_that_the_adapter_drains(
+    server: Running, base: Path, tmp_path: Path
+) -> None:
+    server.put("slow", tiny.save_adapter(tmp_path / "slow", base, seed=77))  # bytes that no other name has
     running = asyncio.create_task(stream(server, "slow", 300))
     await wait_running(server, 1)
     answer = await asyncio.to_thread(server.client.delete, "/v1/adapters/slow?timeout=0")
