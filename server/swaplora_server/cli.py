@@ -118,7 +118,7 @@ def serve(
     """
     given = {name: value for name, value in ctx.params.items() if value not in (None, [], ())}
     settings = _settings(_in_our_terms(given))
-    # OpenMP's runtime reads this when torch loads it: threads that wait spin some 10 us, then leave their core to HTTP
+    # OpenMP's runtime reads this when torch loads it: threads that wait spin briefly, then leave their core to HTTP
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     from swaplora_server.serve import StartError, run
 
