@@ -14,7 +14,7 @@ import uvicorn
 
 from swaplora_server.config import Settings
 from swaplora_server.http.app import create_app
-from swaplora_server.service import Service
+from swaplora_server.http.service import Service
 
 BASE = "base"
 

@@ -217,12 +217,12 @@ def test_one_process_at_a_time(data_dir: Path, store: Store) -> None:
     assert store.names() == []
 
 
-def test_the_writer_counts_hashes_and_refuses(store: Store) -> None:
+def test_the_writer_counts_and_refuses(store: Store) -> None:
     with store.stage() as staging:
         with staging.writer("weights", max_bytes=5) as writer:
             writer.write(b"abc")
             writer.write(memoryview(b"de"))
-        assert (writer.num_bytes, writer.sha256[:8]) == (5, "36bbe50e")
+        assert writer.num_bytes == 5
         with pytest.raises(InvalidAdapterError, match="was sent twice"):
             staging.writer("weights", max_bytes=5)
         with pytest.raises(AdapterTooLargeError), staging.writer("config", max_bytes=5) as writer:

@@ -18,7 +18,7 @@ from swaplora_server.config import Settings
 from swaplora_server.embedded import EmbeddedBaseError
 from swaplora_server.engine.proof import UnsupportedModelError
 from swaplora_server.http.app import create_app
-from swaplora_server.service import Service
+from swaplora_server.http.service import Service
 
 # beyond the time that running requests get, for their last bytes to go out
 _LAST_BYTES_SECONDS = 5

@@ -1,6 +1,5 @@
 """Files on their way in: written below the data directory, counted, made durable, gone unless published."""
 
-import hashlib
 import os
 import secrets
 from pathlib import Path
@@ -45,7 +44,7 @@ class Staging:
 
 
 class Writer:
-    """Writes one new file, hashing on the way; leaving the `with` block without an error makes it durable.
+    """Writes one new file and counts its bytes; leaving the `with` block without an error makes it durable.
 
     Raises AdapterTooLargeError past `max_bytes`, and StorageFullError.
     """
@@ -53,7 +52,6 @@ class Writer:
     def __init__(self, path: Path, max_bytes: int) -> None:
         self._name = path.name
         self._max_bytes = max_bytes
-        self._sha256 = hashlib.sha256()
         self.num_bytes = 0
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with full_disk_is_told():
@@ -62,18 +60,12 @@ class Writer:
             except FileExistsError:
                 raise InvalidAdapterError([f"{path.name} was sent twice"]) from None
 
-    @property
-    def sha256(self) -> str:
-        """Hex sha256 of what was written so far, to compare with what a sender announced."""
-        return self._sha256.hexdigest()
-
     def write(self, chunk: bytes | bytearray | memoryview) -> None:
         """Append all of `chunk`."""
         rest = memoryview(chunk).cast("B")
         self.num_bytes += len(rest)
         if self.num_bytes > self._max_bytes:
             raise AdapterTooLargeError(f"{self._name} is larger than {self._max_bytes} bytes")
-        self._sha256.update(rest)
         with full_disk_is_told():
             while rest:
                 rest = rest[os.write(self._descriptor, rest) :]

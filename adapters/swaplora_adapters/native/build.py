@@ -10,8 +10,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 HERE = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
@@ -30,11 +28,6 @@ def load(source: Path, cache_dir: Path, report: Callable[[str], None]) -> ctypes
         report(f"compiling {source.name}")
         _compile(source, library)
     return ctypes.CDLL(str(library))
-
-
-def num_threads() -> int:
-    """As many as torch computes with."""
-    return torch.get_num_threads()
 
 
 def _compiler() -> str:

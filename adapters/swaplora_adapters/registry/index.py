@@ -38,7 +38,7 @@ class Index:
 
     def digests(self) -> frozenset[str]:
         """Of every version of every name."""
-        return frozenset(record.digest for named in self.all() for record in named.versions)
+        return frozenset(record.digest for named in list(self._names.values()) for record in named.versions)
 
     def get(self, name: str) -> NamedVersions:
         """Raises AdapterNotFoundError."""

@@ -115,11 +115,11 @@ class Registry:
 
         Raises InvalidAdapterError with every reason, AdapterTooLargeError, PreconditionFailedError, StorageFullError.
         """
+        if name == self._base_model:
+            raise InvalidAdapterNameError(f"{name} is what the base is called; choose another name")
         details = inspect_files(
             staging.config_path, staging.weights_path, self._shapes, self._dtype, base_model=self._base_model
         ).details
-        if name == self._base_model:
-            raise InvalidAdapterNameError(f"{name} is what the base is called; choose another name")
         self._residency.check_size(details.num_parameters * self._dtype.itemsize)
         with self._changes:
             published = self._store.publish(
@@ -224,9 +224,9 @@ class Registry:
     def _finish_removals(self) -> None:
         """The cleaner's job: free what was removed and is held by nobody any more, and tell who waits for it."""
         with self._changes:
+            elsewhere = self._index.digests()  # before the lock, which the engine's thread takes to give a lease back
             with self._lock:
                 removals = list(self._removals)
-                elsewhere = self._index.digests()
                 removed = {digest for removal in removals for digest in removal.digests}
                 free = {digest for digest in removed - elsewhere if not self._holders[digest]}
             for digest in free:

@@ -105,7 +105,6 @@ class Sequence:
     token_ids: list[int] = field(init=False)
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
     arrival: int = field(default_factory=lambda: next(_arrivals))
 
     def __post_init__(self) -> None:
@@ -123,10 +122,6 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Tokens whose keys and values are not in the cache yet: the rest of a prompt, or 1 while decoding."""
         return self.num_tokens - self.num_computed
-
-    @property
-    def is_finished(self) -> bool:
-        return self.finish_reason is not None
 
     def finish_reason_after(self, token_id: int) -> FinishReason | None:
         """Why the sequence ends with `token_id`, its newest token, or None while it goes on."""

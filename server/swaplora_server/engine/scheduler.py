@@ -160,7 +160,6 @@ class Scheduler:
     def _finish(self, sequence: Sequence, event: TokenEvent) -> None:
         (self._running if sequence in self._running else self._waiting).remove(sequence)
         self.pool.release(sequence.block_table)
-        sequence.finish_reason = event.finish_reason
         request = sequence.request
         request.num_unfinished -= 1
         if not request.num_unfinished:

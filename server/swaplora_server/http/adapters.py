@@ -9,8 +9,8 @@ from starlette.responses import JSONResponse
 from swaplora_adapters.artifact.names import validate_name
 from swaplora_adapters.registry.registry import Card
 from swaplora_server.http.errors import ApiError
+from swaplora_server.http.service import Service
 from swaplora_server.http.upload import receive_files
-from swaplora_server.service import Service
 
 router = APIRouter()
 _MULTIPART_SCHEMA = {

@@ -19,8 +19,8 @@ from swaplora_server.http.errors import (
     on_invalid_parameter,
 )
 from swaplora_server.http.request_id import RequestIdMiddleware
+from swaplora_server.http.service import Service
 from swaplora_server.http.sse import ClientGoneError
-from swaplora_server.service import Service
 
 _HANDLERS: dict[int | type[Exception], Any] = {
     ApiError: on_api_error,

@@ -10,8 +10,8 @@ from swaplora_server.http.answers import Choice, Shape, answer
 from swaplora_server.http.body import body_schema, json_body, refuse_unsupported
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.generation import Piece, admit
+from swaplora_server.http.service import Service
 from swaplora_server.http.wire import UNSUPPORTED_CHAT, UNSUPPORTED_MESSAGE, ChatBody
-from swaplora_server.service import Service
 
 router = APIRouter()
 

@@ -8,8 +8,8 @@ from starlette.responses import Response
 from swaplora_server.http.answers import Choice, Shape, answer
 from swaplora_server.http.body import body_schema, json_body, refuse_unsupported
 from swaplora_server.http.generation import Piece, admit
+from swaplora_server.http.service import Service
 from swaplora_server.http.wire import UNSUPPORTED_COMPLETION, CompletionBody
-from swaplora_server.service import Service
 
 router = APIRouter()
 

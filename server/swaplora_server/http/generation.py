@@ -14,9 +14,9 @@ from swaplora_adapters.registry.lease import Lease
 from swaplora_server.engine.detokenize import Detokenizer
 from swaplora_server.engine.request import AdapterUse, FinishReason, Logprobs, Request, SamplingParams, TokenEvent
 from swaplora_server.http.errors import ApiError
+from swaplora_server.http.service import Service
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.wire import GenerationBody
-from swaplora_server.service import Service
 
 
 @dataclass(frozen=True, slots=True)

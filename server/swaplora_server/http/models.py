@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from swaplora_adapters.artifact.records import VersionRecord
 from swaplora_adapters.errors import AdapterNotFoundError
 from swaplora_server.http.errors import ApiError
-from swaplora_server.service import Service
+from swaplora_server.http.service import Service
 
 router = APIRouter()
 

@@ -160,11 +160,11 @@ class Service:
 
     def _load_base(self, report: Callable[[str], None]) -> BaseModel:
         settings = self.settings
+        transformers.logging.disable_progress_bar()
         source: str | Path = settings.base
         if settings.base == EMBEDDED:
             source = ensure_embedded_base(settings.cache_dir, report)
         report(f"loading {settings.base_id}")
-        transformers.logging.disable_progress_bar()
         device = pick_device(settings.device)
         dtype = pick_dtype(settings.dtype, device)
         kernels = pick_kernels(device, dtype, settings.cache_dir / "native", report)
