@@ -49,6 +49,36 @@ class VersionNotFoundError(AdapterError, LookupError):
     code = "version_not_found"
 
 
+class AliasNotFoundError(AdapterError, LookupError):
+    """No alias of that name."""
+
+    code = "alias_not_found"
+
+
+class AdapterBusyError(AdapterError):
+    """Something else still points to what is to be removed; the message names it."""
+
+    code = "adapter_busy"
+
+
+class SourceNotAllowedError(AdapterError, ValueError):
+    """The source is not one that the operator enabled, or is written wrongly."""
+
+    code = "source_not_allowed"
+
+
+class SourceNotFoundError(AdapterError, LookupError):
+    """The source was asked and does not have the adapter; the message says what exactly is missing."""
+
+    code = "source_not_found"
+
+
+class SourceFailedError(AdapterError):
+    """The source could not be asked, or broke off; the message says at which step. Trying again may help."""
+
+    code = "source_failed"
+
+
 class PreconditionFailedError(AdapterError):
     """If-Match or If-None-Match does not hold for the name as it is now."""
 

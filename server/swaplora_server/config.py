@@ -90,6 +90,15 @@ class Settings(BaseSettings):
         (), description="adapters to serve, each as NAME=PATH"
     )
     adapter_dir: Folder | None = Field(None, description="folder whose sub-folders are adapters")
+    adapter_rescan_seconds: float = Field(
+        10, ge=0, le=86_400, description="time between looks at adapter_dir for what has changed; 0 looks at start only"
+    )
+    allow_source: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
+        (), description="what adapters may be fetched from: hf://, hf://ORG, s3://BUCKET/PREFIX"
+    )
+    resolver: str | None = Field(
+        None, description="source, with {name} in it, of an adapter that is asked for and not here yet"
+    )
     data_dir: HomePath = Field(
         default_factory=lambda: _xdg_folder("XDG_DATA_HOME", ".local/share"), description="uploaded adapters"
     )

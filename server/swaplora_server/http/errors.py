@@ -14,12 +14,16 @@ _STATUS = {
     "unsupported_field": 400,
     "context_length_exceeded": 400,
     "invalid_adapter_name": 400,
+    "source_not_allowed": 400,
     "invalid_api_key": 401,
     "model_not_found": 404,
     "adapter_not_found": 404,
     "version_not_found": 404,
+    "alias_not_found": 404,
+    "source_not_found": 404,
     "not_found": 404,
     "method_not_allowed": 405,
+    "adapter_busy": 409,
     "adapter_failed": 409,
     "precondition_failed": 412,
     "body_too_large": 413,
@@ -28,13 +32,14 @@ _STATUS = {
     "unsupported_adapter": 422,
     "overloaded": 429,
     "internal_error": 500,
+    "source_failed": 502,
     "not_ready": 503,
     "draining": 503,
     "engine_failed": 503,
     "storage_full": 507,
     "memory_full": 507,
 }
-_RETRY_AFTER = {"overloaded": "1", "not_ready": "5", "draining": "5", "memory_full": "5"}
+_RETRY_AFTER = {"overloaded": "1", "not_ready": "5", "draining": "5", "memory_full": "5", "source_failed": "5"}
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
