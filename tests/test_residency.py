@@ -1,6 +1,7 @@
 """Memory for adapters: within its budget, never taken from who uses it, one load however many wait."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from swaplora_adapters.artifact.weights import AdapterWeights, ModuleWeights
 from swaplora_adapters.errors import AdapterFailedError, AdapterTooLargeError, InvalidAdapterError, MemoryFullError
+from swaplora_adapters.registry import residency as residency_module
 from swaplora_adapters.registry.residency import Residency
 
 SIZE = 40
@@ -138,3 +140,93 @@ def test_a_dropped_adapter_frees_its_memory(make: Callable[[int], Residency]) ->
     use(residency, "a")
     residency.drop("a")
     assert (residency.resident_bytes, residency.state("a")[0]) == (0, "stored")
+
+
+def test_a_load_that_waits_long_makes_what_is_in_use_retire(
+    make: Callable[[int], Residency], loader: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residency_module, "_PATIENCE_SECONDS", 0.05)
+    residency = make(2 * SIZE)
+    held = {digest: residency.retain(digest, SIZE) for digest in "ab"}
+    for weights in held.values():
+        weights.result(5)
+    waiting = residency.retain("c", SIZE)
+    while residency.state("a")[0] != "draining":  # the least recently used
+        time.sleep(0.01)
+    again = residency.retain("a", SIZE)  # a new user waits for a fresh load, behind c
+    assert again is not held["a"]
+    assert not waiting.done()
+    residency.release("a", held["a"])
+    assert waiting.result(5).digest == "c"
+    residency.release("b", held["b"])
+    assert again.result(5).digest == "a"
+    assert loader.loaded == ["a", "b", "c", "a"]
+    for digest, weights in [("c", waiting), ("a", again)]:
+        residency.release(digest, weights)
+
+
+def test_a_hot_adapter_does_not_keep_the_others_out(
+    make: Callable[[int], Residency], loader: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residency_module, "_PATIENCE_SECONDS", 0.05)
+    residency = make(SIZE)
+    users = [residency.retain("hot", SIZE)]
+    users[0].result(5)
+    cold = residency.retain("cold", SIZE)
+    deadline = time.monotonic() + 30
+    while not cold.done():  # always one user of the hot one at least, as overlapping requests are
+        users.append(residency.retain("hot", SIZE))
+        if users[-1] is not users[0] or len(users) > 2:
+            residency.release("hot", users.pop(0))
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    residency.release("cold", cold)
+    for weights in users:
+        weights.result(5)
+        residency.release("hot", weights)
+
+
+def test_a_small_load_passes_a_large_one_that_still_has_patience(
+    make: Callable[[int], Residency], loader: Loader
+) -> None:
+    residency = make(3 * SIZE)
+    held = residency.retain("a", 2 * SIZE)
+    held.result(5)
+    large, small = residency.retain("large", 2 * SIZE), residency.retain("small", SIZE)
+    assert small.result(5).digest == "small"
+    assert not large.done()
+    residency.release("a", held)
+    residency.release("small", small)
+    large.result(5)
+    residency.release("large", large)
+
+
+def test_what_is_pinned_is_loaded_and_stays(make: Callable[[int], Residency], loader: Loader) -> None:
+    residency = make(2 * SIZE)
+    residency.pin({"a": SIZE})
+    while residency.state("a")[0] != "resident":
+        time.sleep(0.01)
+    for digest in "bcd":
+        use(residency, digest)
+    assert residency.state("a")[0] == "resident"
+    with pytest.raises(MemoryFullError, match="pinned"):
+        residency.check_pins({"a": SIZE, "b": SIZE, "c": SIZE})
+    with pytest.raises(MemoryFullError, match="pinned"):
+        residency.retain("large", 2 * SIZE).result(5)  # at once: waiting would not help
+    residency.pin({})
+    for digest in "ef":
+        use(residency, digest)
+    assert residency.state("a")[0] == "stored"
+
+
+def test_a_load_that_finds_no_room_in_time_says_so(
+    make: Callable[[int], Residency], loader: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residency_module, "_ROOM_TIMEOUT_SECONDS", 0.1)
+    residency = make(SIZE)
+    held = residency.retain("a", SIZE)
+    held.result(5)
+    with pytest.raises(MemoryFullError, match="adapter-memory-bytes"):
+        residency.retain("b", SIZE).result(5)
+    residency.release("a", held)
+    use(residency, "b")

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from adapter_files import config_bytes
-from swaplora_adapters.artifact.catalogue import Catalogue
-from swaplora_adapters.artifact.digest import digest_of, hex_of
+from swaplora_adapters.artifact import catalogue
+from swaplora_adapters.artifact.catalogue import MIGRATIONS, Catalogue
+from swaplora_adapters.artifact.digest import digest_of
 from swaplora_adapters.artifact.disk import full_disk_is_told
+from swaplora_adapters.artifact.records import Alias, Target
 from swaplora_adapters.artifact.spec import AdapterSpec
 from swaplora_adapters.artifact.store import Details, Published, Staging, Store, StoreError
 from swaplora_adapters.errors import (
@@ -28,6 +30,7 @@ from swaplora_adapters.errors import (
     AdapterFailedError,
     AdapterNotFoundError,
     AdapterTooLargeError,
+    AliasNotFoundError,
     InvalidAdapterError,
     InvalidAdapterNameError,
     PreconditionFailedError,
@@ -103,14 +106,7 @@ def test_the_same_bytes_under_two_names_are_stored_once(store: Store, data_dir: 
 
 def test_lookups(store: Store) -> None:
     first, second = publish(store, "sql", b"one").record, publish(store, "sql", b"two").record
-    assert store.version("sql", 1) == first
-    assert store.by_digest("sql", hex_of(second.digest)[:12]) == second
-    assert store.by_digest("sql", hex_of(first.digest)) == first
-    publish(store, "sql", b"one")
-    assert store.by_digest("sql", hex_of(first.digest)).version == 3
-    for prefix in ("", "0" * 12, hex_of(first.digest)[:11], hex_of(first.digest) + "0", "%"):
-        with pytest.raises(VersionNotFoundError):
-            store.by_digest("sql", prefix)
+    assert [store.version("sql", 1), store.version("sql", 2)] == [first, second]
     with pytest.raises(VersionNotFoundError):
         store.version("sql", 9)
     unknown: list[Callable[[str], object]] = [store.current, store.versions, store.delete]
@@ -157,10 +153,54 @@ def test_names_that_look_alike_are_kept_apart(store: Store) -> None:
 def test_rolling_back(store: Store) -> None:
     publish(store, "sql", b"one")
     publish(store, "sql", b"two")
-    assert store.set_current("sql", 1) == store.current("sql") == store.version("sql", 1)
+    store.change("sql", current=1)
+    assert store.current("sql") == store.version("sql", 1)
     assert publish(store, "sql", b"two").record.version == 3
     with pytest.raises(VersionNotFoundError):
-        store.set_current("sql", 7)
+        store.change("sql", current=7, is_pinned=True)
+    assert not store.is_pinned("sql")
+
+
+def test_pins_origins_and_aliases_survive_a_restart(data_dir: Path) -> None:
+    store = Store(data_dir)
+    for name in ("sql", "json"):
+        publish(store, name, b"one")
+    store.change("sql", is_pinned=True)
+    store.set_origin("sql", "a folder")
+    canary = Alias("canary", (Target("sql", 90), Target("json@1", 10)))
+    store.put_alias(Alias("canary", (Target("sql", 1),)))
+    store.put_alias(canary)
+    store.close()
+    again = Store(data_dir)
+    assert (again.is_pinned("sql"), again.is_pinned("json"), again.is_pinned("nosql")) == (True, False, False)
+    assert again.origins() == {"sql": "a folder", "json": None}
+    assert again.aliases() == [canary]
+    again.delete("sql")
+    publish(again, "sql", b"two")
+    assert not again.is_pinned("sql")  # it was the deleted adapter that was pinned
+    assert again.origins()["sql"] == "a folder"
+    again.remove_alias("canary")
+    with pytest.raises(AliasNotFoundError):
+        again.remove_alias("canary")
+    again.check_integrity()
+    again.close()
+
+
+def test_a_catalogue_of_the_first_schema_is_brought_up_to_date(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(catalogue, "MIGRATIONS", MIGRATIONS[:1])
+        data_dir.mkdir(exist_ok=True)
+        old = Catalogue(data_dir / "catalogue.sqlite3")
+        with old.transaction():
+            old.put_blob("sha256:" + "0" * 64, 1, 1)
+            old.add_version("sql", Details("sha256:" + "0" * 64, 4, ("q_proj",), None, 10, ()), "upload")
+        old.close()
+    (data_dir / "blobs" / ("0" * 64)).mkdir(parents=True)
+    store = Store(data_dir)
+    assert store.current("sql").version == 1
+    assert not store.is_pinned("sql")
+    assert store.aliases() == []
+    store.close()
 
 
 def test_deleting_versions(store: Store) -> None:
@@ -384,14 +424,14 @@ def test_a_full_catalogue_is_told_as_a_full_disk() -> None:
 
 def test_delete_works_on_a_full_disk(store: Store, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = publish(store, "sql", b"one").record.digest
-    real = Catalogue.remove_version
+    real = Catalogue.remove_versions
 
     def remove_version(self: Catalogue, record: Any) -> None:
         if (data_dir / "reserve").exists():
             raise StorageFullError("full")
         real(self, record)
 
-    monkeypatch.setattr(Catalogue, "remove_version", remove_version)
+    monkeypatch.setattr(Catalogue, "remove_versions", remove_version)
     store.delete("sql")
     assert store.names() == []
     assert store.discard_unreferenced(digest)
@@ -528,7 +568,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(name=NAMES, version=st.integers(1, 4))
     def roll_back(self, name: str, version: int) -> None:
         if version in self.versions.get(name, {}):
-            self.store.set_current(name, version)
+            self.store.change(name, current=version)
             self.current[name] = version
 
     @rule()

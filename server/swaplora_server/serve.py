@@ -116,7 +116,7 @@ def _show(service: Service, listener: socket.socket, seconds: float) -> None:
         device=service.base.device.type,
         dtype=str(service.base.dtype).removeprefix("torch."),
         memory=service.memory_plan(),
-        adapters=[record.name for record in service.registry.current_versions()],
+        adapters=[named.current.name for named in service.registry.names.index.all()],
         seconds=seconds,
     )
 

@@ -3,13 +3,13 @@
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from swaplora_adapters.artifact.disk import full_disk_is_told
-from swaplora_adapters.artifact.records import Details, VersionRecord
+from swaplora_adapters.artifact.records import Alias, Details, Target, VersionRecord
 
 # Each script brings `user_version` one further. Never change one that was released: append.
 MIGRATIONS = (
@@ -39,6 +39,14 @@ MIGRATIONS = (
         PRIMARY KEY (name, version)
     ) STRICT;
     CREATE INDEX versions_by_digest ON versions (digest);
+    """,
+    """
+    ALTER TABLE names ADD COLUMN is_pinned INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE names ADD COLUMN origin TEXT;
+    CREATE TABLE aliases (
+        alias TEXT PRIMARY KEY,
+        targets TEXT NOT NULL
+    ) STRICT;
     """,
 )
 _RECORDS = """
@@ -92,10 +100,6 @@ class Catalogue:
         condition = "JOIN names n ON n.name = v.name AND n.current = v.version WHERE v.name = ?"
         return next(iter(self._records(condition, name)), None)
 
-    def version(self, name: str, version: int) -> VersionRecord | None:
-        """One version by number."""
-        return next(iter(self._records("WHERE v.name = ? AND v.version = ?", name, version)), None)
-
     def versions(self, name: str) -> list[VersionRecord]:
         """All versions of a name, oldest first."""
         return self._records("WHERE v.name = ? ORDER BY v.version", name)
@@ -112,6 +116,20 @@ class Catalogue:
         """Every name that has a version, in order."""
         rows = self._connection.execute("SELECT name FROM names WHERE current IS NOT NULL ORDER BY name")
         return [name for (name,) in rows]
+
+    def is_pinned(self, name: str) -> bool:
+        """Whether the name's current version is to stay in memory."""
+        row = self._connection.execute("SELECT is_pinned FROM names WHERE name = ?", (name,)).fetchone()
+        return row is not None and bool(row[0])
+
+    def origins(self) -> dict[str, str | None]:
+        """What each name was last taken in from by itself, for all that were ever used, the deleted ones too."""
+        return dict(self._connection.execute("SELECT name, origin FROM names"))
+
+    def aliases(self) -> list[Alias]:
+        """In order of alias."""
+        rows = self._connection.execute("SELECT alias, targets FROM aliases ORDER BY alias")
+        return [Alias(alias, tuple(Target(*target) for target in json.loads(targets))) for alias, targets in rows]
 
     def is_referenced(self, digest: str) -> bool:
         """Whether any version has this digest."""
@@ -162,22 +180,43 @@ class Catalogue:
         )
         return int(version)
 
-    def remove_version(self, record: VersionRecord) -> None:
-        """Delete one version, and its blob's row with the last; a name it was current for moves to its newest left."""
-        self._connection.execute("DELETE FROM versions WHERE name = ? AND version = ?", (record.name, record.version))
-        self._connection.execute(
-            "DELETE FROM blobs WHERE digest = ? AND NOT EXISTS (SELECT 1 FROM versions v WHERE v.digest = ?)",
-            (record.digest, record.digest),
-        )
-        self._connection.execute(
-            "UPDATE names SET current = (SELECT max(version) FROM versions v WHERE v.name = names.name)"
-            " WHERE name = ? AND current = ?",
-            (record.name, record.version),
-        )
+    def remove_versions(self, records: Iterable[VersionRecord]) -> None:
+        """Delete versions, and a blob's row with its last one; a name without its current one moves to its newest."""
+        for record in records:
+            key = (record.name, record.version)
+            self._connection.execute("DELETE FROM versions WHERE name = ? AND version = ?", key)
+            self._connection.execute(
+                "DELETE FROM blobs WHERE digest = ? AND NOT EXISTS (SELECT 1 FROM versions v WHERE v.digest = ?)",
+                (record.digest, record.digest),
+            )
+            self._connection.execute(
+                "UPDATE names SET current = (SELECT max(version) FROM versions v WHERE v.name = names.name)"
+                " WHERE name = ? AND current = ?",
+                key,
+            )
+            self._connection.execute("UPDATE names SET is_pinned = 0 WHERE name = ? AND current IS NULL", key[:1])
 
     def set_current(self, name: str, version: int) -> None:
         """Let the name stand for one of its versions."""
         self._connection.execute("UPDATE names SET current = ? WHERE name = ?", (version, name))
+
+    def set_pinned(self, name: str, is_pinned: bool) -> None:
+        """Note whether the name's current version is to stay in memory."""
+        self._connection.execute("UPDATE names SET is_pinned = ? WHERE name = ?", (is_pinned, name))
+
+    def set_origin(self, name: str, origin: str) -> None:
+        """Note what the name was taken in from, so that it is not taken in again unchanged."""
+        self._connection.execute("UPDATE names SET origin = ? WHERE name = ?", (origin, name))
+
+    def put_alias(self, alias: Alias) -> None:
+        """Make an alias, or let it stand for something else."""
+        self._connection.execute(
+            "INSERT OR REPLACE INTO aliases VALUES (?, ?)", (alias.alias, json.dumps(alias.targets))
+        )
+
+    def remove_alias(self, alias: str) -> bool:
+        """Delete an alias; whether there was one."""
+        return self._connection.execute("DELETE FROM aliases WHERE alias = ?", (alias,)).rowcount > 0
 
     def complaints(self) -> list[str]:
         """What is inconsistent: damaged pages, broken references, names whose current version does not exist."""

@@ -34,6 +34,21 @@ class VersionRecord:
     failure: str | None  # why its files cannot be used
 
 
+class Target(NamedTuple):
+    """Where an alias leads (a name, `name@2` or `name@sha256:…`), and with how much of the traffic."""
+
+    reference: str
+    weight: int
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A name that stands for others; with several targets it splits what is asked of it by their weights."""
+
+    alias: str
+    targets: tuple[Target, ...]
+
+
 class Published(NamedTuple):
     """The outcome of a publish: `is_new` is false when the name's current version already was these bytes."""
 

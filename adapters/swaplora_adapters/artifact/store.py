@@ -11,22 +11,22 @@ What a crash leaves behind is either in the catalogue and whole, or swept at the
 
 import fcntl
 import os
-import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from swaplora_adapters.artifact.blobs import BlobPaths, Blobs
 from swaplora_adapters.artifact.catalogue import Catalogue, StoreError
-from swaplora_adapters.artifact.digest import hex_of
 from swaplora_adapters.artifact.disk import sync_folder
 from swaplora_adapters.artifact.names import validate_name
-from swaplora_adapters.artifact.records import Details, Published, Quarantined, VersionRecord
+from swaplora_adapters.artifact.records import Alias, Details, Published, Quarantined, VersionRecord
 from swaplora_adapters.artifact.staging import Staging
 from swaplora_adapters.errors import (
     AdapterFailedError,
     AdapterNotFoundError,
+    AliasNotFoundError,
     PreconditionFailedError,
     StorageFullError,
     VersionNotFoundError,
@@ -34,7 +34,7 @@ from swaplora_adapters.errors import (
 
 __all__ = ["BlobPaths", "Details", "Published", "Quarantined", "Staging", "Store", "StoreError", "VersionRecord"]
 
-_HEX_PREFIX = re.compile(r"[0-9a-f]{12,64}")
+T = TypeVar("T")
 
 
 class Store:
@@ -118,15 +118,10 @@ class Store:
 
     def version(self, name: str, version: int) -> VersionRecord:
         """One version by number; AdapterNotFoundError or VersionNotFoundError."""
-        return _newest([record for record in self.versions(name) if record.version == version])
-
-    def by_digest(self, name: str, hex_prefix: str) -> VersionRecord:
-        """The newest version of `name` whose digest starts with these 12 to 64 hex digits.
-
-        Raises AdapterNotFoundError, or VersionNotFoundError if none does or two different digests do.
-        """
-        is_prefix = _HEX_PREFIX.fullmatch(hex_prefix) is not None
-        return _newest([r for r in self.versions(name) if is_prefix and hex_of(r.digest).startswith(hex_prefix)])
+        found = next((record for record in self.versions(name) if record.version == version), None)
+        if found is None:
+            raise VersionNotFoundError(f"adapter {name!a} has no version {version}")
+        return found
 
     def names(self) -> list[str]:
         """Every name, in order."""
@@ -138,13 +133,50 @@ class Store:
         with self._mutex:
             return self._catalogue.all_current()
 
-    def set_current(self, name: str, version: int) -> VersionRecord:
-        """Let `name` stand for another of its versions; AdapterNotFoundError or VersionNotFoundError."""
+    def change(self, name: str, *, current: int | None = None, is_pinned: bool | None = None) -> None:
+        """Let `name` stand for another of its versions, or pin it, or both at once.
+
+        Raises AdapterNotFoundError, VersionNotFoundError and StorageFullError; then nothing has changed.
+        """
         with self._mutex:
-            record = self.version(name, version)
+            self.current(name) if current is None else self.version(name, current)
             with self._catalogue.transaction():
-                self._catalogue.set_current(name, version)
-            return record
+                if current is not None:
+                    self._catalogue.set_current(name, current)
+                if is_pinned is not None:
+                    self._catalogue.set_pinned(name, is_pinned)
+
+    def is_pinned(self, name: str) -> bool:
+        """Whether the current version of `name` is to stay in memory."""
+        with self._mutex:
+            return self._catalogue.is_pinned(name)
+
+    def origins(self) -> dict[str, str | None]:
+        """What each name was last taken in from by itself, for all that were ever used, the deleted ones too."""
+        with self._mutex:
+            return self._catalogue.origins()
+
+    def set_origin(self, name: str, origin: str) -> None:
+        """Note what `name` was taken in from; StorageFullError."""
+        with self._mutex, self._catalogue.transaction():
+            self._catalogue.set_origin(name, origin)
+
+    def aliases(self) -> list[Alias]:
+        """In order of alias."""
+        with self._mutex:
+            return self._catalogue.aliases()
+
+    def put_alias(self, alias: Alias) -> None:
+        """Make an alias, or let it stand for something else; InvalidAdapterNameError, StorageFullError."""
+        validate_name(alias.alias)
+        with self._mutex, self._catalogue.transaction():
+            self._catalogue.put_alias(alias)
+
+    def remove_alias(self, alias: str) -> None:
+        """Raises AliasNotFoundError. Works on a full disk too."""
+        with self._mutex:
+            if not self._even_if_full(lambda: self._catalogue.remove_alias(alias)):
+                raise AliasNotFoundError(f"there is no alias called {alias[:128]!r}; GET /v1/aliases lists them")
 
     def delete(self, name: str, version: int | None = None) -> list[VersionRecord]:
         """Remove a name, or one version of it, and return what was removed; the files stay until they are discarded.
@@ -155,11 +187,7 @@ class Store:
         """
         with self._mutex:
             doomed = self.versions(name) if version is None else [self.version(name, version)]
-            try:
-                self._remove_versions(doomed)
-            except StorageFullError:
-                self._blobs.free_reserve()
-                self._remove_versions(doomed)
+            self._even_if_full(lambda: self._catalogue.remove_versions(doomed))
             return doomed
 
     def discard_unreferenced(self, digest: str) -> bool:
@@ -222,10 +250,15 @@ class Store:
         with suppress(StorageFullError), self._catalogue.transaction():
             self._catalogue.mark_blob(digest, failure)
 
-    def _remove_versions(self, records: Sequence[VersionRecord]) -> None:
-        with self._catalogue.transaction():
-            for record in records:
-                self._catalogue.remove_version(record)
+    def _even_if_full(self, change: Callable[[], T]) -> T:
+        """What `change` returns, in a transaction that takes its room from the reserve if the disk has none left."""
+        try:
+            with self._catalogue.transaction():
+                return change()
+        except StorageFullError:
+            self._blobs.free_reserve()
+            with self._catalogue.transaction():
+                return change()
 
 
 def _lock(path: Path) -> int:
@@ -246,13 +279,6 @@ def _open_catalogue(path: Path, blobs: Blobs) -> Catalogue:
     catalogue = Catalogue(path)
     sync_folder(path.parent)
     return catalogue
-
-
-def _newest(records: Sequence[VersionRecord]) -> VersionRecord:
-    """The last of the versions that a reference matched; a reference to none, or to different bytes, names nothing."""
-    if len({record.digest for record in records}) != 1:
-        raise VersionNotFoundError("the adapter has no such version")
-    return records[-1]
 
 
 def _check_preconditions(current: VersionRecord | None, if_none_match: bool, if_match: str | None) -> None:

@@ -1,40 +1,74 @@
 """What each name stands for, in memory: looked at for every request, so never behind a disk."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from swaplora_adapters.artifact.records import VersionRecord
-from swaplora_adapters.errors import AdapterNotFoundError, VersionNotFoundError
+from swaplora_adapters.artifact.records import Alias, VersionRecord
+from swaplora_adapters.errors import AdapterNotFoundError, AliasNotFoundError, VersionNotFoundError
+from swaplora_adapters.registry.split import choose
 
 _REFERENCE = re.compile(
     r"(?:base:)?(?P<name>[^@:]+)(?:@(?:(?P<version>[1-9][0-9]{0,8})|sha256:(?P<digest>[0-9a-f]{12,64})))?"
 )
 
 
+class Reference(NamedTuple):
+    """`name`, `name@3` or `name@sha256:<12 or more hex>`, taken apart."""
+
+    name: str
+    version: int | None
+    digest: str | None  # the hex that it begins with
+
+    def means(self, record: VersionRecord) -> bool:
+        """Whether it stands for this version of its name, if not for the current one."""
+        if self.version is not None:
+            return record.version == self.version
+        return self.digest is None or record.digest.startswith(f"sha256:{self.digest}")
+
+
 @dataclass(frozen=True, slots=True)
 class NamedVersions:
-    """One name's versions, oldest first, and the one it stands for."""
+    """One name's versions, oldest first, the one it stands for, and whether that one is to stay in memory."""
 
     current: VersionRecord
     versions: tuple[VersionRecord, ...]
+    is_pinned: bool
 
 
 class Index:
-    """Name → versions. Every change is one assignment, so a reader sees a name as it was or as it is."""
+    """Names → versions, aliases → names. Every change is one assignment: a reader sees a name as it was or as it is."""
 
     def __init__(self) -> None:
         self._names: dict[str, NamedVersions] = {}
+        self._aliases: dict[str, Alias] = {}
 
-    def put(self, name: str, versions: Sequence[VersionRecord], current: VersionRecord) -> None:
-        self._names[name] = NamedVersions(current, tuple(versions))
+    def put(self, name: str, versions: Sequence[VersionRecord], current: VersionRecord, is_pinned: bool) -> None:
+        self._names[name] = NamedVersions(current, tuple(versions), is_pinned)
 
     def remove(self, name: str) -> None:
         self._names.pop(name, None)
 
+    def put_alias(self, alias: Alias) -> None:
+        self._aliases[alias.alias] = alias
+
+    def remove_alias(self, alias: str) -> None:
+        self._aliases.pop(alias, None)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def is_alias(self, name: str) -> bool:
+        return name in self._aliases
+
     def all(self) -> list[NamedVersions]:
         """In order of name, as they are at one moment."""
         return [named for _, named in sorted(self._names.items())]
+
+    def aliases(self) -> list[Alias]:
+        """In order of alias."""
+        return [alias for _, alias in sorted(self._aliases.items())]
 
     def digests(self) -> frozenset[str]:
         """Of every version of every name."""
@@ -44,31 +78,52 @@ class Index:
         """Raises AdapterNotFoundError."""
         found = self._names.get(name)
         if found is None:
-            raise AdapterNotFoundError(f"there is no adapter called {name[:128]!r}; GET /v1/adapters lists them")
+            raise _unknown(name)
         return found
 
-    def resolve(self, reference: str) -> VersionRecord:
-        """The version that `name`, `base:name`, `name@3` or `name@sha256:<12 or more hex>` stands for.
+    def alias(self, alias: str) -> Alias:
+        """Raises AliasNotFoundError."""
+        found = self._aliases.get(alias)
+        if found is None:
+            raise AliasNotFoundError(f"there is no alias called {alias[:128]!r}; GET /v1/aliases lists them")
+        return found
 
-        Raises AdapterNotFoundError and VersionNotFoundError; nothing else is ever tried instead.
+    def resolve(self, reference: str, client: str | None = None) -> VersionRecord:
+        """The version that an alias or `name`, `base:name`, `name@3`, `name@sha256:<12 or more hex>` stands for.
+
+        An alias that splits gives one `client` the same target each time. Raises AdapterNotFoundError and
+        VersionNotFoundError; nothing else is ever tried instead.
         """
-        match = _REFERENCE.fullmatch(reference)
-        if match is None:
-            raise AdapterNotFoundError(f"there is no adapter called {reference[:128]!r}; GET /v1/adapters lists them")
-        named = self.get(match["name"])
-        if match["version"] is None and match["digest"] is None:
+        alias = self._aliases.get(reference.removeprefix("base:"))
+        return self.resolve_name(reference if alias is None else choose(alias, client).reference)
+
+    def resolve_name(self, reference: str) -> VersionRecord:
+        """The same for what is no alias."""
+        parsed = parse_reference(reference)
+        named = self.get(parsed.name)
+        if parsed.version is None and parsed.digest is None:
             return named.current
-        return _only(reference, [record for record in named.versions if _is_meant(match, record)])
+        records = [record for record in named.versions if parsed.means(record)]
+        if len({record.digest for record in records}) != 1:
+            raise VersionNotFoundError(f"{reference[:200]!r} names no version, or more than one")
+        return records[-1]
+
+    def aliases_that_need(self, name: str, versions: Collection[int]) -> list[str]:
+        """The aliases that would lead nowhere without these versions of `name`."""
+        left = [record for record in self.get(name).versions if record.version not in versions]
+        references = ((alias.alias, parse_reference(t.reference)) for alias in self.aliases() for t in alias.targets)
+        found = {alias for alias, ref in references if ref.name == name and not any(map(ref.means, left))}
+        return sorted(found)
 
 
-def _is_meant(match: re.Match[str], record: VersionRecord) -> bool:
-    if match["version"] is not None:
-        return record.version == int(match["version"])
-    return record.digest.startswith(f"sha256:{match['digest']}")
+def parse_reference(reference: str) -> Reference:
+    """Raises AdapterNotFoundError for what no adapter can be called."""
+    match = _REFERENCE.fullmatch(reference)
+    if match is None:
+        raise _unknown(reference)
+    version = match["version"]
+    return Reference(match["name"], None if version is None else int(version), match["digest"])
 
 
-def _only(reference: str, records: list[VersionRecord]) -> VersionRecord:
-    """The newest of `records` if all have one digest."""
-    if len({record.digest for record in records}) != 1:
-        raise VersionNotFoundError(f"{reference[:200]!r} names no version, or more than one")
-    return records[-1]
+def _unknown(reference: str) -> AdapterNotFoundError:
+    return AdapterNotFoundError(f"there is no adapter called {reference[:128]!r}; GET /v1/adapters lists them")

@@ -1,53 +1,35 @@
 """Who is called what, and who holds what. A name is bound to one immutable version when a request is admitted.
 
 Replace and delete act on names at once, and on versions when the last lease on them is back. Requests look only at
-memory: `_changes` serialises what touches the disk, and `_lock`, which leases take, is never held across it.
+memory: `Names.changes` serialises what touches the disk, and `_lock`, which leases take, is never held across it.
 """
 
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from swaplora_adapters.artifact.disk import open_regular
 from swaplora_adapters.artifact.intake import inspect_files
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE, validate_name
-from swaplora_adapters.artifact.records import VersionRecord
-from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES
-from swaplora_adapters.artifact.staging import Part, Staging
+from swaplora_adapters.artifact.records import Alias, Target, VersionRecord
+from swaplora_adapters.artifact.staging import Staging
 from swaplora_adapters.artifact.store import Store
 from swaplora_adapters.artifact.weights import AdapterWeights, LinearShape, load_weights
-from swaplora_adapters.errors import AdapterNotFoundError, InvalidAdapterError, InvalidAdapterNameError
-from swaplora_adapters.registry.index import Index, NamedVersions
+from swaplora_adapters.errors import AdapterError, PreconditionFailedError
+from swaplora_adapters.registry.card import Card, Failure, Put
+from swaplora_adapters.registry.index import NamedVersions
 from swaplora_adapters.registry.lease import Lease, Removal
+from swaplora_adapters.registry.names import Names
 from swaplora_adapters.registry.residency import Residency
+from swaplora_adapters.registry.sources.folder import fetch_from_folder
+from swaplora_adapters.registry.sources.source import Sources
+from swaplora_adapters.registry.sources.uri import FolderUri
 
-_COPY_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """What is known of an adapter, as of now."""
-
-    record: VersionRecord
-    versions: Sequence[VersionRecord]
-    state: str
-    reason: str | None
-    num_in_flight: int
-    last_used: float | None
-
-
-class Put(NamedTuple):
-    """An upload's outcome."""
-
-    card: Card
-    is_first: bool  # of its name
+_ANY_SIZE = 1 << 62  # the operator's own folder, which only memory limits
 
 
 class Registry:
@@ -57,6 +39,7 @@ class Registry:
         self,
         store: Store,
         *,
+        sources: Sources,
         shapes: Mapping[str, LinearShape],
         dtype: torch.dtype,
         device: torch.device,
@@ -69,36 +52,35 @@ class Registry:
         `base_model` is the base's name: an adapter that was made for another one is taken with a warning.
         """
         self._store = store
+        self._sources = sources
         self._shapes = shapes
         self._dtype = dtype
         self._device = device
-        self._keep_versions = keep_versions
         self._base_model = base_model
+        self._names = Names(store, base_model=base_model, keep_versions=keep_versions)
         self._residency = Residency(self._load, memory_budget)
-        self._index = Index()
-        self._changes = threading.Lock()
         self._lock = threading.Lock()
         self._in_flight: Counter[str] = Counter()  # leases by name
         self._holders: Counter[str] = Counter()  # leases by digest
         self._last_used: dict[str, float] = {}
+        self._last_failure: dict[str, Failure] = {}
         self._removals: list[Removal] = []
         self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-free")
-        for name in store.names():
-            self._refresh(name)
-        if base_model in store.names():
-            raise InvalidAdapterNameError(
-                f"an adapter is stored as {base_model}, which is what the base is called; choose a --served-model-name"
-            )
+        self._residency.pin(self._pinned())
 
-    def resolve(self, reference: str) -> VersionRecord:
-        """See `Index.resolve`."""
-        return self._index.resolve(reference)
+    @property
+    def names(self) -> Names:
+        """To look at; what is changed is changed here."""
+        return self._names
 
-    def lease(self, reference: str) -> Lease:
-        """Bind `reference` to a version now, and have its weights loaded if they are not in memory."""
+    def lease(self, reference: str, client: str | None = None) -> Lease:
+        """Bind `reference` to a version now, and have its weights loaded if they are not in memory.
+
+        `client` is whose request it is, for an alias that splits. Raises AdapterNotFoundError, VersionNotFoundError.
+        """
         with self._lock:
-            record = self._index.resolve(reference)
-            weights = self._residency.retain(record.digest, record.num_parameters * self._dtype.itemsize)
+            record = self._names.index.resolve(reference, client)
+            weights = self._residency.retain(record.digest, self._num_bytes(record))
             self._in_flight[record.name] += 1
             self._holders[record.digest] += 1
             self._last_used[record.name] = time.time()
@@ -113,63 +95,83 @@ class Registry:
     ) -> Put:
         """Check staged files whole and make them the current version of `name`, durably.
 
-        Raises InvalidAdapterError with every reason, AdapterTooLargeError, PreconditionFailedError, StorageFullError.
+        Raises InvalidAdapterError with every reason, AdapterTooLargeError, PreconditionFailedError, StorageFullError,
+        and MemoryFullError for a pinned name whose new version does not fit beside the others. The old version then
+        serves on, and its card says why.
         """
-        if name == self._base_model:
-            raise InvalidAdapterNameError(f"{name} is what the base is called; choose another name")
-        details = inspect_files(
-            staging.config_path, staging.weights_path, self._shapes, self._dtype, base_model=self._base_model
-        ).details
-        self._residency.check_size(details.num_parameters * self._dtype.itemsize)
-        with self._changes:
-            published = self._store.publish(
-                name, staging, details, source=source, if_match=if_match, if_none_match=if_none_match
-            )
-            self._residency.forget_failure(details.digest)  # its file may have been damaged, and is whole again
-            self._refresh(name)
-            for record in self._index.get(name).versions[: -self._keep_versions]:
-                if record.version != published.record.version:
-                    self._remove(name, record.version)
-            return Put(self.card(name), is_first=published.previous is None)
+        self._names.check_adapter_name(name)
+        try:
+            return self._put(name, staging, source, if_match, if_none_match)
+        except AdapterError as error:
+            if name in self._names.index:
+                self._last_failure[name] = Failure(time.time(), str(error))
+            raise
+
+    def put_source(
+        self,
+        name: str,
+        uri: str,
+        *,
+        if_match: str | None = None,
+        if_none_match: bool = False,
+        is_operators: bool = False,
+    ) -> Put:
+        """Fetch an adapter from a source that the operator enabled, or wrote (`is_operators`), and `put` it.
+
+        Raises SourceNotAllowedError, SourceNotFoundError and SourceFailedError as well.
+        """
+        self._names.check_adapter_name(name)
+        if if_none_match and name in self._names.index:
+            raise PreconditionFailedError(f"adapter {name} exists already")
+        with self._store.stage() as staging:
+            pinned_uri = self._sources.fetch(uri, staging, is_operators=is_operators)
+            return self.put(name, staging, source=pinned_uri, if_match=if_match, if_none_match=if_none_match)
 
     def put_folder(self, name: str, folder: Path) -> Put:
-        """Take in an adapter from a folder of the operator's, as if it had been uploaded."""
-        validate_name(name)
+        """Take in an adapter from any folder of the operator's, wherever its links lead, as if it had been uploaded."""
+        self._names.check_adapter_name(name)
         with self._store.stage() as staging:
-            try:
-                _copy(folder / CONFIG_FILE, staging, "config", MAX_CONFIG_BYTES)
-                _copy(folder / WEIGHTS_FILE, staging, "weights", 1 << 62)
-                return self.put(name, staging, source=f"folder:{folder.name}")
-            except InvalidAdapterError as error:
-                raise type(error)([f"adapter {name}: {reason}" for reason in error.reasons]) from error
+            fetch_from_folder(FolderUri(os.path.abspath(folder)), Path("/"), staging, _ANY_SIZE)
+            return self.put(name, staging, source=f"folder:{folder.name}")
+
+    def change(self, name: str, *, current: int | None = None, is_pinned: bool | None = None) -> Card:
+        """Roll `name` back or forward to one of its versions, keep it in memory or no longer, or both at once.
+
+        Raises AdapterNotFoundError, VersionNotFoundError, and MemoryFullError when all that is pinned would not fit.
+        """
+        with self._names.changes:
+            record = self._names.index.resolve_name(name if current is None else f"{name}@{current}")
+            if self._names.index.get(name).is_pinned if is_pinned is None else is_pinned:
+                self._check_pins(name, record.digest, self._num_bytes(record))
+            named = self._names.change(name, current=current, is_pinned=is_pinned)
+            self._residency.pin(self._pinned())
+            return self._card(named)
 
     def delete(self, name: str, version: int | None = None) -> Removal:
         """Remove a name, or one version of it, for new requests now; running ones end on what they hold.
 
-        Raises AdapterNotFoundError and VersionNotFoundError.
+        Raises AdapterNotFoundError, VersionNotFoundError and AdapterBusyError.
         """
-        with self._changes:
-            return self._remove(name, version)
+        with self._names.changes:
+            removal = self._remove(name, version)
+            self._residency.pin(self._pinned())
+            return removal
 
-    def current_versions(self) -> list[VersionRecord]:
-        """What each name stands for, in order of name."""
-        return [named.current for named in self._index.all()]
+    def put_alias(self, alias: str, targets: Sequence[Target]) -> Alias:
+        """See `Names.put_alias`."""
+        return self._names.put_alias(alias, targets)
+
+    def delete_alias(self, alias: str) -> None:
+        """Raises AliasNotFoundError."""
+        self._names.remove_alias(alias)
 
     def cards(self) -> list[Card]:
         """Every adapter, in order of name."""
-        return [self._card(named) for named in self._index.all()]
+        return [self._card(named) for named in self._names.index.all()]
 
     def card(self, name: str) -> Card:
         """Raises AdapterNotFoundError."""
-        return self._card(self._index.get(name))
-
-    def _card(self, named: NamedVersions) -> Card:
-        record = named.current
-        state, reason = self._residency.state(record.digest)
-        if record.failure is not None:
-            state, reason = "failed", record.failure
-        in_flight, last_used = self._in_flight[record.name], self._last_used.get(record.name)
-        return Card(record, named.versions, state, reason, in_flight, last_used)
+        return self._card(self._names.index.get(name))
 
     @property
     def resident_bytes(self) -> int:
@@ -190,6 +192,55 @@ class Registry:
         self._residency.close()
         self._store.close()
 
+    def _put(self, name: str, staging: Staging, source: str, if_match: str | None, if_none_match: bool) -> Put:
+        details = inspect_files(
+            staging.config_path, staging.weights_path, self._shapes, self._dtype, base_model=self._base_model
+        ).details
+        nbytes = details.num_parameters * self._dtype.itemsize
+        self._residency.check_size(nbytes)
+        with self._names.changes:
+            if name in self._names.index and self._names.index.get(name).is_pinned:
+                self._check_pins(name, details.digest, nbytes)
+            published = self._names.publish(
+                name, staging, details, source=source, if_match=if_match, if_none_match=if_none_match
+            )
+            self._residency.forget_failure(details.digest)  # its file may have been damaged, and is whole again
+            self._last_failure.pop(name, None)
+            for record in self._names.outdated(name):
+                self._remove(name, record.version)
+            self._residency.pin(self._pinned())
+            return Put(self.card(name), is_first=published.previous is None)
+
+    def _num_bytes(self, record: VersionRecord) -> int:
+        """In memory."""
+        return record.num_parameters * self._dtype.itemsize
+
+    def _pinned(self) -> dict[str, int]:
+        """Digest → bytes of what is to stay in memory."""
+        pinned = (named.current for named in self._names.index.all() if named.is_pinned)
+        return {record.digest: self._num_bytes(record) for record in pinned}
+
+    def _check_pins(self, name: str, digest: str, nbytes: int) -> None:
+        """Raise MemoryFullError if what is pinned would not fit with this as the current version of `name`."""
+        others = (n.current for n in self._names.index.all() if n.is_pinned and n.current.name != name)
+        self._residency.check_pins({r.digest: self._num_bytes(r) for r in others} | {digest: nbytes})
+
+    def _card(self, named: NamedVersions) -> Card:
+        record = named.current
+        state, reason = self._residency.state(record.digest)
+        if record.failure is not None:
+            state, reason = "failed", record.failure
+        return Card(
+            record,
+            named.versions,
+            state,
+            reason,
+            named.is_pinned,
+            self._in_flight[record.name],
+            self._last_used.get(record.name),
+            self._last_failure.get(record.name),
+        )
+
     def _give_back(self, lease: Lease) -> None:
         """Called by a lease, once, on the thread its request ended on; what touches the disk is the cleaner's."""
         with self._lock:
@@ -205,26 +256,20 @@ class Registry:
         return load_weights(digest, paths.config, paths.weights, self._shapes, self._dtype, self._device)
 
     def _remove(self, name: str, version: int | None) -> Removal:
-        """Needs `_changes`."""
-        removal = Removal(self._store.delete(name, version))
-        self._refresh(name)
+        """Needs `Names.changes`."""
+        removal = Removal(self._names.remove(name, version))
+        if name not in self._names.index:
+            self._last_used.pop(name, None)
+            self._last_failure.pop(name, None)
         with self._lock:
             self._removals.append(removal)
         self._cleaner.submit(self._finish_removals)
         return removal
 
-    def _refresh(self, name: str) -> None:
-        """Let the index know a name as the store does. Needs `_changes`."""
-        try:
-            self._index.put(name, self._store.versions(name), self._store.current(name))
-        except AdapterNotFoundError:
-            self._index.remove(name)
-            self._last_used.pop(name, None)
-
     def _finish_removals(self) -> None:
         """The cleaner's job: free what was removed and is held by nobody any more, and tell who waits for it."""
-        with self._changes:
-            elsewhere = self._index.digests()  # before the lock, which the engine's thread takes to give a lease back
+        with self._names.changes:
+            elsewhere = self._names.index.digests()  # before the lock, which the engine's thread takes to give back
             with self._lock:
                 removals = list(self._removals)
                 removed = {digest for removal in removals for digest in removal.digests}
@@ -244,9 +289,3 @@ def _count_down(counter: Counter[str], key: str) -> None:
     counter[key] -= 1
     if not counter[key]:
         del counter[key]
-
-
-def _copy(path: Path, staging: Staging, part: Part, max_bytes: int) -> None:
-    with open_regular(path) as file, staging.writer(part, max_bytes) as writer:
-        while chunk := file.read(_COPY_BYTES):
-            writer.write(chunk)

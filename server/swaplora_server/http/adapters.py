@@ -1,38 +1,51 @@
-"""/v1/adapters: upload, list, look at, delete."""
+"""/v1/adapters: upload, fetch, list, look at, roll back, pin, warm, delete."""
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Depends, Header, Query, Request
+from pydantic import Field, model_validator
 from starlette.responses import JSONResponse
 
-from swaplora_adapters.artifact.names import validate_name
-from swaplora_adapters.registry.registry import Card
+from swaplora_adapters.registry.card import Put
+from swaplora_server.http.body import ClosedModel, body_schema, json_body, read_json
+from swaplora_server.http.cards import card_body
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.service import Service
 from swaplora_server.http.upload import receive_files
 
 router = APIRouter()
-_MULTIPART_SCHEMA = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["config", "weights"],
-                    "properties": {
-                        "config": {"type": "string", "format": "binary"},
-                        "weights": {"type": "string", "format": "binary"},
-                    },
-                }
-            }
-        },
-    }
-}
 
 
-@router.put("/v1/adapters/{name}", openapi_extra=_MULTIPART_SCHEMA)
+class SourceBody(ClosedModel):
+    """Where to fetch an adapter from."""
+
+    source: str = Field(min_length=1, max_length=1024)
+
+
+class ChangeBody(ClosedModel):
+    """What of an adapter can be changed."""
+
+    pinned: bool | None = None
+    current: int | None = Field(None, ge=1, le=2**31 - 1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.pinned is None and self.current is None:
+            raise ValueError("give pinned, current, or both")
+        return self
+
+
+def _put_schema() -> dict[str, Any]:
+    """The two bodies that a PUT takes, for the OpenAPI document."""
+    schema = body_schema(SourceBody)
+    files = {part: {"type": "string", "format": "binary"} for part in ("config", "weights")}
+    form = {"type": "object", "required": [*files], "properties": files}
+    schema["requestBody"]["content"]["multipart/form-data"] = {"schema": form}
+    return schema
+
+
+@router.put("/v1/adapters/{name}", openapi_extra=_put_schema())
 async def put_adapter(
     request: Request,
     name: str,
@@ -44,19 +57,29 @@ async def put_adapter(
     service.check_serving()
     if if_none_match not in (None, "*"):
         raise ApiError("invalid_request", 'If-None-Match can only be "*": create, never replace', "If-None-Match")
+    service.registry.names.check_adapter_name(name)
+    wanted = None if if_match is None else if_match.strip('"')
+    take_in = _fetch if request.headers.get("content-type", "").startswith("application/json") else _receive
+    put = await take_in(request, service, name, wanted, if_none_match is not None)
+    return JSONResponse(card_body(service, put.card), 201 if put.is_first else 200)
+
+
+async def _receive(request: Request, service: Service, name: str, if_match: str | None, if_none_match: bool) -> Put:
+    """Take the two files out of the body."""
     registry = service.registry
-    validate_name(name)
     with registry.stage() as staging:
         await receive_files(request, staging, service.settings.max_adapter_bytes)
-        put = await asyncio.to_thread(
-            registry.put,
-            name,
-            staging,
-            source="upload",
-            if_match=if_match if if_match is None else if_match.strip('"'),
-            if_none_match=if_none_match is not None,
+        return await asyncio.to_thread(
+            registry.put, name, staging, source="upload", if_match=if_match, if_none_match=if_none_match
         )
-    return JSONResponse(_card(service, put.card), 201 if put.is_first else 200)
+
+
+async def _fetch(request: Request, service: Service, name: str, if_match: str | None, if_none_match: bool) -> Put:
+    """Get them from the source that the body names."""
+    body = await read_json(request, SourceBody)
+    return await asyncio.to_thread(
+        service.registry.put_source, name, body.source, if_match=if_match, if_none_match=if_none_match
+    )
 
 
 @router.get("/v1/adapters")
@@ -73,7 +96,7 @@ async def list_adapters(
     chosen = [card for card in cards if (not after or card.record.name > after) and state in (None, card.state)]
     return {
         "object": "list",
-        "data": [_card(service, card) for card in chosen[:limit]],
+        "data": [card_body(service, card) for card in chosen[:limit]],
         "has_more": len(chosen) > limit,
     }
 
@@ -83,7 +106,27 @@ async def get_adapter(request: Request, name: str) -> dict[str, Any]:
     """One card."""
     service: Service = request.app.state.service
     service.check_serving()
-    return _card(service, service.registry.card(name))
+    return card_body(service, service.registry.card(name))
+
+
+@router.patch("/v1/adapters/{name}", openapi_extra=body_schema(ChangeBody))
+async def change_adapter(
+    request: Request, name: str, body: Annotated[ChangeBody, Depends(json_body(ChangeBody))]
+) -> dict[str, Any]:
+    """Roll back or forward (`current`), keep in memory or no longer (`pinned`). When this answers, it is durable."""
+    service: Service = request.app.state.service
+    service.check_serving()
+    card = await asyncio.to_thread(service.registry.change, name, current=body.current, is_pinned=body.pinned)
+    return card_body(service, card)
+
+
+@router.post("/v1/adapters/{name}/warm")
+async def warm_adapter(request: Request, name: str) -> dict[str, Any]:
+    """Load it, or one version as `name@2`, into memory now; answers when it is there, or why it cannot be."""
+    service: Service = request.app.state.service
+    service.check_serving()
+    warmed = await service.warm(name)
+    return card_body(service, service.registry.card(warmed.name))
 
 
 @router.delete("/v1/adapters/{name}")
@@ -106,31 +149,3 @@ async def delete_adapter(
         "state": "deleted" if freed.done() else "draining",
     }
     return JSONResponse(body, 200 if freed.done() else 202)
-
-
-def _card(service: Service, card: Card) -> dict[str, Any]:
-    """A card as the contract lists it; `base` is this server's, the shapes having been checked against it."""
-    record = card.record
-    return {
-        "object": "adapter",
-        "name": record.name,
-        "version": record.version,
-        "digest": record.digest,
-        "base": service.settings.base_id,
-        "kind": "lora",
-        "rank": record.rank,
-        "targets": list(record.targets),
-        "parameters": record.num_parameters,
-        "bytes": record.nbytes,
-        "created": record.created,
-        "state": card.state,
-        "reason": card.reason,
-        "in_flight": card.num_in_flight,
-        "last_used": card.last_used,
-        "source": record.source,
-        "warnings": list(record.warnings),
-        "versions": [
-            {"version": version.version, "digest": version.digest, "created": version.created, "bytes": version.nbytes}
-            for version in card.versions
-        ],
-    }

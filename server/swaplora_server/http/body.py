@@ -20,17 +20,28 @@ class WireModel(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True, hide_input_in_errors=True)
 
 
+class ClosedModel(WireModel):
+    """A request body of our own: a field that nobody defines is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
 def json_body(model: type[Model]) -> Callable[[Request], Coroutine[Any, Any, Model]]:
     """A dependency that reads the request's body as `model`, or raises ApiError naming the field at fault."""
 
     async def read(request: Request) -> Model:
-        raw = await read_limited(request, request.app.state.service.settings.max_body_bytes)
-        try:
-            return model.model_validate_json(raw)
-        except ValidationError as error:
-            raise _as_api_error(error) from error
+        return await read_json(request, model)
 
     return read
+
+
+async def read_json(request: Request, model: type[Model]) -> Model:
+    """The request's body as `model`. Raises ApiError naming the field at fault."""
+    raw = await read_limited(request, request.app.state.service.settings.max_body_bytes)
+    try:
+        return model.model_validate_json(raw)
+    except ValidationError as error:
+        raise _as_api_error(error) from error
 
 
 def body_schema(model: type[WireModel]) -> dict[str, Any]:

@@ -54,6 +54,11 @@ class ApiError(Exception):
         self.param = param
 
 
+def status_of(error: ApiError | AdapterError) -> int:
+    """The status that a request which failed with `error` is answered with."""
+    return _STATUS[error.code]
+
+
 def error_body(code: str, message: str, param: str | None = None) -> dict[str, dict[str, str | None]]:
     """OpenAI's error object, as it stands in a JSON answer and in a stream."""
     status = _STATUS[code]

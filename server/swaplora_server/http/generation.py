@@ -18,6 +18,8 @@ from swaplora_server.http.service import Service
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.wire import GenerationBody
 
+_SESSION_HEADER = "x-session-id"
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -163,7 +165,8 @@ async def admit(
     max_tokens None means as many as fit. Raises ApiError, AdapterError for an adapter that cannot be had, and
     ClientGoneError for a client that does not wait for it.
     """
-    admission = _admit(service, body, prompts, max_tokens=max_tokens, num_logprobs=num_logprobs)
+    client = http_request.headers.get(_SESSION_HEADER) or body.user
+    admission = _admit(service, body, prompts, client, max_tokens=max_tokens, num_logprobs=num_logprobs)
     return await until_disconnect(http_request.receive, admission)
 
 
@@ -171,6 +174,7 @@ async def _admit(
     service: Service,
     body: GenerationBody,
     prompts: Sequence[Sequence[int]],
+    client: str | None,
     *,
     max_tokens: int | None,
     num_logprobs: int | None,
@@ -180,7 +184,7 @@ async def _admit(
     service.enter(len(prompts) * body.n)
     lease = None
     try:
-        lease = None if service.is_base(body.model) else lease_model(service, body.model)
+        lease = None if service.is_base(body.model) else await lease_model(service, body.model, client)
         uses = () if lease is None else (await _use(lease),)
         generation = Generation(service, body, prompts)
     except BaseException:
@@ -192,10 +196,18 @@ async def _admit(
     return Admission(generation, _headers(lease))
 
 
-def lease_model(service: Service, model: str) -> Lease:
-    """Raises ApiError model_not_found, and VersionNotFoundError."""
+async def lease_model(service: Service, model: str, client: str | None) -> Lease:
+    """A lease on who `model` stands for, looked for where the operator says if it is not here yet.
+
+    `client` keeps to one side of an alias that splits. Raises ApiError model_not_found, and VersionNotFoundError.
+    """
     try:
-        return service.registry.lease(model)
+        try:
+            return service.registry.lease(model, client)
+        except AdapterNotFoundError:
+            if not await service.arrivals.bring(model):
+                raise
+            return service.registry.lease(model, client)
     except AdapterNotFoundError as error:
         message = f"there is no model {model[:128]!r}; GET /v1/models lists what there is"
         raise ApiError("model_not_found", message, "model") from error

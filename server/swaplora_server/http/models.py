@@ -1,10 +1,11 @@
 """GET /v1/models: everything that can be called now."""
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
 
-from swaplora_adapters.artifact.records import VersionRecord
+from swaplora_adapters.artifact.records import Alias, VersionRecord
 from swaplora_adapters.errors import AdapterNotFoundError
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.service import Service
@@ -14,11 +15,13 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
-    """The base, and every adapter."""
+    """The base, every adapter that is not known to be damaged, and every alias."""
     service: Service = request.app.state.service
     service.check_serving()
-    adapters = [_adapter(service, record) for record in service.registry.current_versions()]
-    return {"object": "list", "data": [_base(service), *adapters]}
+    cards = await asyncio.to_thread(service.registry.cards)
+    adapters = [_adapter(service, card.record) for card in cards if card.state != "failed"]
+    aliases = [_alias(service, alias) for alias in service.registry.names.index.aliases()]
+    return {"object": "list", "data": [_base(service), *adapters, *aliases]}
 
 
 @router.get("/v1/models/{model:path}")
@@ -28,11 +31,14 @@ async def get_model(request: Request, model: str) -> dict[str, Any]:
     service.check_serving()
     if service.is_base(model):
         return _base(service)
+    index = service.registry.names.index
+    if index.is_alias(model):
+        return _alias(service, index.alias(model))
     try:
-        record = service.registry.resolve(model)
+        record = index.resolve_name(model)
     except AdapterNotFoundError as error:
         raise ApiError("model_not_found", f"there is no model {model[:128]!r}", "model") from error
-    return _adapter(service, record, model)
+    return _adapter(service, record) | {"id": model}
 
 
 def _base(service: Service) -> dict[str, Any]:
@@ -47,9 +53,9 @@ def _base(service: Service) -> dict[str, Any]:
     }
 
 
-def _adapter(service: Service, record: VersionRecord, called: str | None = None) -> dict[str, Any]:
+def _adapter(service: Service, record: VersionRecord) -> dict[str, Any]:
     return {
-        "id": called or record.name,
+        "id": record.name,
         "object": "model",
         "created": int(record.created),
         "owned_by": "swaplora",
@@ -57,3 +63,10 @@ def _adapter(service: Service, record: VersionRecord, called: str | None = None)
         "parent": service.settings.base_id,
         "max_model_len": service.max_model_len,
     }
+
+
+def _alias(service: Service, alias: Alias) -> dict[str, Any]:
+    """As the version that it leads to; a split has no root, since no one digest answers for it."""
+    records = [service.registry.names.index.resolve_name(target.reference) for target in alias.targets]
+    root = records[0].digest if len(records) == 1 else None
+    return _adapter(service, records[0]) | {"id": alias.alias, "root": root}

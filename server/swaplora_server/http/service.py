@@ -12,9 +12,10 @@ import structlog
 import transformers
 from jinja2 import TemplateError
 
+from swaplora_adapters.artifact.records import VersionRecord
 from swaplora_adapters.artifact.store import Store
-from swaplora_adapters.errors import AdapterTooLargeError, InvalidAdapterError, InvalidAdapterNameError
 from swaplora_adapters.registry.registry import Registry
+from swaplora_adapters.registry.sources.source import Sources
 from swaplora_server.config import EMBEDDED, Settings
 from swaplora_server.embedded import ensure_embedded_base
 from swaplora_server.engine.attention import PagedKV
@@ -24,6 +25,7 @@ from swaplora_server.engine.kernels import pick_kernels
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.proof import UnsupportedModelError
 from swaplora_server.engine.scheduler import Scheduler
+from swaplora_server.http.arrivals import Arrivals
 from swaplora_server.http.errors import ApiError
 
 _HEARTBEAT_LIMIT_SECONDS = 60.0
@@ -37,6 +39,7 @@ class Service:
     base: BaseModel
     engine: Engine
     registry: Registry
+    arrivals: Arrivals
     max_model_len: int
 
     def __init__(self, settings: Settings) -> None:
@@ -71,8 +74,12 @@ class Service:
         store = Store(settings.data_dir)
         for name, version, reason in store.quarantined:
             _log.warning("an adapter's files are damaged", adapter=name, version=version, reason=reason)
+        sources = Sources(
+            allowed=settings.allow_source, folder=settings.adapter_dir, max_weights_bytes=settings.max_adapter_bytes
+        )
         self.registry = Registry(
             store,
+            sources=sources,
             shapes=self.base.shapes,
             dtype=self.base.dtype,
             device=self.base.device,
@@ -80,7 +87,10 @@ class Service:
             keep_versions=settings.keep_versions,
             base_model=settings.base_id,
         )
-        self._register_folders()
+        for name, folder in settings.adapter_folders.items():
+            self.registry.put_folder(name, folder)
+        self.arrivals = Arrivals(self.registry, settings.adapter_dir, settings.resolver, _report_arrival)
+        self.arrivals.start(settings.adapter_rescan_seconds)
         self.engine = self._make_engine()
         self.engine.start()
         self._is_ready.set()
@@ -91,6 +101,7 @@ class Service:
         with self._lock:
             if self._is_ready.is_set() and not self._is_stopped:
                 self._is_stopped = True
+                self.arrivals.stop()
                 self.engine.stop()
                 self.registry.close()
 
@@ -150,6 +161,15 @@ class Service:
         except (TypeError, ValueError) as error:
             raise ApiError("invalid_request", "the chat template cannot make a prompt of this", "messages") from error
 
+    async def warm(self, reference: str) -> VersionRecord:
+        """Load who `reference` names into memory, and wait until it is there. Raises AdapterError."""
+        lease = self.registry.lease(reference)
+        try:
+            await asyncio.shield(asyncio.wrap_future(lease.weights))
+        finally:
+            lease.release()
+        return lease.record
+
     def memory_plan(self) -> list[tuple[str, int]]:
         """What the server's memory is for, in bytes."""
         return [
@@ -188,15 +208,9 @@ class Service:
         )
         return Engine(scheduler, base.runner(PagedKV(pool.num_blocks, settings.block_size)))
 
-    def _register_folders(self) -> None:
-        for name, folder in self.settings.adapter_folders.items():
-            self.registry.put_folder(name, folder)
-        if self.settings.adapter_dir is not None:
-            for config in sorted(self.settings.adapter_dir.glob("*/adapter_config.json")):
-                try:
-                    self.registry.put_folder(config.parent.name, config.parent)
-                except (InvalidAdapterError, InvalidAdapterNameError, AdapterTooLargeError) as error:
-                    _log.warning("left out an adapter of --adapter-dir", adapter=config.parent.name, reason=str(error))
+
+def _report_arrival(name: str, error: Exception) -> None:
+    _log.warning("an adapter of --adapter-dir cannot be taken in", adapter=name, reason=str(error))
 
 
 async def _off_loop_if_long(num_characters: int, tokenize: Callable[[], list[int]]) -> list[int]:

@@ -1,0 +1,35 @@
+"""What is told of an adapter and of an upload. Plain data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from swaplora_adapters.artifact.records import VersionRecord
+
+
+class Failure(NamedTuple):
+    """What went wrong with the last attempt to replace an adapter; it serves as before."""
+
+    at: float  # seconds since the epoch
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What is known of an adapter, as of now."""
+
+    record: VersionRecord
+    versions: Sequence[VersionRecord]
+    state: str
+    reason: str | None
+    is_pinned: bool
+    num_in_flight: int
+    last_used: float | None
+    last_failure: Failure | None
+
+
+class Put(NamedTuple):
+    """An upload's outcome."""
+
+    card: Card
+    is_first: bool  # of its name

@@ -1,0 +1,126 @@
+"""Who is called what: the store's names and aliases, known in memory as well. Every change reaches the disk first."""
+
+import threading
+from collections.abc import Sequence
+
+from swaplora_adapters.artifact.names import validate_name
+from swaplora_adapters.artifact.records import Alias, Details, Published, Target, VersionRecord
+from swaplora_adapters.artifact.staging import Staging
+from swaplora_adapters.artifact.store import Store
+from swaplora_adapters.errors import AdapterBusyError, AdapterNotFoundError, InvalidAdapterNameError
+from swaplora_adapters.registry.index import Index, NamedVersions
+
+
+class Names:
+    """Owns the index. Readers use `index` at any time; a change holds `changes`, which serialises them."""
+
+    def __init__(self, store: Store, *, base_model: str, keep_versions: int) -> None:
+        """Raises InvalidAdapterNameError if something stored is called as the base is."""
+        self.index = Index()
+        self.changes = threading.RLock()
+        self._store = store
+        self._base_model = base_model
+        self._keep_versions = keep_versions
+        for name in store.names():
+            self._refresh(name)
+        for alias in store.aliases():
+            self.index.put_alias(alias)
+        if base_model in {*store.names(), *(alias.alias for alias in store.aliases())}:
+            raise InvalidAdapterNameError(
+                f"an adapter is stored as {base_model}, which is what the base is called; choose a --served-model-name"
+            )
+        self._origins = store.origins()
+
+    def check_adapter_name(self, name: str) -> None:
+        """Raise InvalidAdapterNameError for what an adapter cannot be called, or what something else is called."""
+        validate_name(name)
+        if name == self._base_model:
+            raise InvalidAdapterNameError(f"{name} is what the base is called; choose another name")
+        if self.index.is_alias(name):
+            raise InvalidAdapterNameError(f"{name} is an alias; choose another name, or delete the alias first")
+
+    def publish(
+        self, name: str, staging: Staging, details: Details, *, source: str, if_match: str | None, if_none_match: bool
+    ) -> Published:
+        """See `Store.publish`."""
+        with self.changes:
+            self.check_adapter_name(name)
+            published = self._store.publish(
+                name, staging, details, source=source, if_match=if_match, if_none_match=if_none_match
+            )
+            self._origins.setdefault(name, None)
+            self._refresh(name)
+            return published
+
+    def outdated(self, name: str) -> list[VersionRecord]:
+        """Versions beyond those that are kept, without the current one and those that an alias leads to."""
+        named = self.index.get(name)
+        oldest = named.versions[: -self._keep_versions]
+        return [r for r in oldest if r != named.current and not self.index.aliases_that_need(name, {r.version})]
+
+    def change(self, name: str, *, current: int | None, is_pinned: bool | None) -> NamedVersions:
+        """Roll a name to another of its versions, pin it, or both; AdapterNotFoundError, VersionNotFoundError."""
+        with self.changes:
+            self._store.change(name, current=current, is_pinned=is_pinned)
+            self._refresh(name)
+            return self.index.get(name)
+
+    def remove(self, name: str, version: int | None) -> list[VersionRecord]:
+        """Remove a name or one version of it, and return what was removed.
+
+        Raises AdapterNotFoundError, VersionNotFoundError, and AdapterBusyError if an alias would then lead nowhere.
+        """
+        with self.changes:
+            doomed = {record.version for record in self.index.get(name).versions} if version is None else {version}
+            aliases = self.index.aliases_that_need(name, doomed)
+            if aliases:
+                raise AdapterBusyError(
+                    f"{', '.join(aliases)} leads there: point the alias elsewhere or delete it first"
+                )
+            removed = self._store.delete(name, version)
+            self._refresh(name)
+            return removed
+
+    def put_alias(self, alias: str, targets: Sequence[Target]) -> Alias:
+        """Make an alias, or point it elsewhere.
+
+        Raises InvalidAdapterNameError, and AdapterNotFoundError or VersionNotFoundError for a target.
+        """
+        with self.changes:
+            validate_name(alias)
+            if alias == self._base_model or alias in self.index:
+                raise InvalidAdapterNameError(f"{alias} is what the base or an adapter is called; choose another alias")
+            for target in targets:
+                self.index.resolve_name(target.reference)
+            made = Alias(alias, tuple(targets))
+            self._store.put_alias(made)
+            self.index.put_alias(made)
+            return made
+
+    def remove_alias(self, alias: str) -> None:
+        """Raises AliasNotFoundError."""
+        with self.changes:
+            self._store.remove_alias(alias)
+            self.index.remove_alias(alias)
+
+    def was_used(self, name: str) -> bool:
+        """Whether there is or was an adapter of this name: what was deleted is not to come back by itself."""
+        return name in self._origins or name in self.index
+
+    def origin(self, name: str) -> str | None:
+        """What the name was last taken in from by itself."""
+        return self._origins.get(name)
+
+    def set_origin(self, name: str, origin: str) -> None:
+        """Note what a name in use was taken in from."""
+        with self.changes:
+            self._store.set_origin(name, origin)
+            self._origins[name] = origin
+
+    def _refresh(self, name: str) -> None:
+        """Let the index know a name as the store does. Needs `changes`."""
+        try:
+            versions, current = self._store.versions(name), self._store.current(name)
+            self.index.put(name, versions, current, self._store.is_pinned(name))
+        except AdapterNotFoundError:
+            self.index.remove(name)

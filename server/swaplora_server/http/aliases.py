@@ -1,0 +1,81 @@
+"""/v1/aliases: names that stand for an adapter, a version, or a split between several."""
+
+import asyncio
+from typing import Annotated, Any, Self
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import Field, model_validator
+
+from swaplora_adapters.artifact.records import Target
+from swaplora_server.http.body import ClosedModel, body_schema, json_body
+from swaplora_server.http.cards import alias_body
+from swaplora_server.http.service import Service
+
+router = APIRouter()
+MAX_TARGETS = 16
+MAX_WEIGHT = 1_000_000
+
+
+class WeightedTarget(ClosedModel):
+    """One side of a split."""
+
+    target: str = Field(min_length=1, max_length=256)
+    weight: int = Field(ge=0, le=MAX_WEIGHT)
+
+
+class AliasBody(ClosedModel):
+    """Either `target`, or `targets` with their weights."""
+
+    target: str | None = Field(None, min_length=1, max_length=256)
+    targets: list[WeightedTarget] | None = Field(None, min_length=1, max_length=MAX_TARGETS)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.target is None) == (self.targets is None):
+            raise ValueError("give either target, or targets with a weight each")
+        if self.targets is not None and not any(target.weight for target in self.targets):
+            raise ValueError("targets: at least one weight must be greater than 0")
+        if self.targets is not None and len({target.target for target in self.targets}) < len(self.targets):
+            raise ValueError("targets: one is given twice")
+        return self
+
+    def as_targets(self) -> list[Target]:
+        if self.targets is None:
+            return [Target(self.target or "", 1)]
+        return [Target(target.target, target.weight) for target in self.targets]
+
+
+@router.get("/v1/aliases")
+async def list_aliases(request: Request) -> dict[str, Any]:
+    """Every alias, in order."""
+    service: Service = request.app.state.service
+    service.check_serving()
+    aliases = service.registry.names.index.aliases()
+    return {"object": "list", "data": [alias_body(alias) for alias in aliases]}
+
+
+@router.get("/v1/aliases/{alias}")
+async def get_alias(request: Request, alias: str) -> dict[str, Any]:
+    """One alias."""
+    service: Service = request.app.state.service
+    service.check_serving()
+    return alias_body(service.registry.names.index.alias(alias))
+
+
+@router.put("/v1/aliases/{alias}", openapi_extra=body_schema(AliasBody))
+async def put_alias(
+    request: Request, alias: str, body: Annotated[AliasBody, Depends(json_body(AliasBody))]
+) -> dict[str, Any]:
+    """Make an alias or point it elsewhere, durably: requests that are admitted from now on follow it."""
+    service: Service = request.app.state.service
+    service.check_serving()
+    return alias_body(await asyncio.to_thread(service.registry.put_alias, alias, body.as_targets()))
+
+
+@router.delete("/v1/aliases/{alias}")
+async def delete_alias(request: Request, alias: str) -> dict[str, Any]:
+    """Unknown for new requests at once; what it led to stays."""
+    service: Service = request.app.state.service
+    service.check_serving()
+    await asyncio.to_thread(service.registry.delete_alias, alias)
+    return {"object": "alias.deleted", "alias": alias}
