@@ -60,16 +60,47 @@ class Client:
         self, name: str, config: BinaryIO, weights: BinaryIO, *, create_only: bool = False, if_match: str | None = None
     ) -> Card:
         """Store a version of an adapter, sent as it is read from two open files; its card, once it is durable."""
-        headers = {"If-None-Match": "*"} if create_only else {}
-        if if_match is not None:
-            headers["If-Match"] = f'"{if_match}"'
+        headers = _conditions(create_only, if_match)
         return self._json("PUT", _path(name), headers=headers, files={"config": config, "weights": weights})
+
+    def put_source(self, name: str, source: str, *, create_only: bool = False, if_match: str | None = None) -> Card:
+        """Have the server fetch a version of an adapter from `source` and store it; its card, once it is durable."""
+        headers = _conditions(create_only, if_match)
+        return self._json("PUT", _path(name), headers=headers, json={"source": source})
+
+    def pin_adapter(self, name: str, *, pinned: bool) -> Card:
+        """Keep an adapter in memory, or no longer."""
+        return self._json("PATCH", _path(name), json={"pinned": pinned})
+
+    def set_current(self, name: str, version: int) -> Card:
+        """Let a name stand for another of its versions."""
+        return self._json("PATCH", _path(name), json={"current": version})
+
+    def warm_adapter(self, name: str) -> Card:
+        """Load an adapter, or the version in `name@2`, into memory; its card, once it is there."""
+        return self._json("POST", f"{_path(name)}/warm")
+
+    def inspect_adapter(self, name: str) -> Mapping[str, Any]:
+        """What an adapter, or the version in `name@2`, does to each module, and `warnings` about it."""
+        return self._json("GET", f"{_path(name)}/inspect")
 
     def delete_adapter(self, name: str, *, version: int | None = None, timeout: float | None = None) -> bool:
         """Delete an adapter or a version. True once its memory is free; False if it is not within `timeout` seconds."""
         wanted = {"version": version, "timeout": timeout}
         params = {key: value for key, value in wanted.items() if value is not None}
         return self._send("DELETE", _path(name), params=params).status_code != httpx.codes.ACCEPTED
+
+    def aliases(self) -> list[Mapping[str, Any]]:
+        """Every alias with its targets."""
+        return list(self._json("GET", "/v1/aliases")["data"])
+
+    def set_alias(self, alias: str, targets: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Make or change an alias. `targets` is `{"target": …}` or `{"targets": [{"target": …, "weight": …}, …]}`."""
+        return self._json("PUT", _alias_path(alias), json=targets)
+
+    def delete_alias(self, alias: str) -> None:
+        """Remove an alias."""
+        self._send("DELETE", _alias_path(alias))
 
     def chat(self, model: str, messages: Sequence[Message]) -> Iterator[str]:
         """The answer to a conversation, piece by piece as it is generated."""
@@ -121,6 +152,18 @@ class Conversation:
 
 def _path(name: str) -> str:
     return f"/v1/adapters/{quote(name, safe='')}"
+
+
+def _alias_path(alias: str) -> str:
+    return f"/v1/aliases/{quote(alias, safe='')}"
+
+
+def _conditions(create_only: bool, if_match: str | None) -> dict[str, str]:
+    """The headers under which an upload is to be refused."""
+    headers = {"If-None-Match": "*"} if create_only else {}
+    if if_match is not None:
+        headers["If-Match"] = f'"{if_match}"'
+    return headers
 
 
 @contextmanager

@@ -5,23 +5,20 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import structlog
-import transformers
 from jinja2 import TemplateError
 
 from swaplora_adapters.artifact.records import VersionRecord
 from swaplora_adapters.artifact.store import Store
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.registry.sources.source import Sources
-from swaplora_server.config import EMBEDDED, Settings
-from swaplora_server.embedded import ensure_embedded_base
+from swaplora_server.config import Settings
 from swaplora_server.engine.attention import PagedKV
-from swaplora_server.engine.base_model import BaseModel, load_base, pick_device, pick_dtype
+from swaplora_server.engine.base_model import BaseModel
+from swaplora_server.engine.chosen_base import load_chosen_base
 from swaplora_server.engine.engine import Engine
-from swaplora_server.engine.kernels import pick_kernels
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.proof import UnsupportedModelError
 from swaplora_server.engine.scheduler import Scheduler
@@ -69,7 +66,7 @@ class Service:
         Raises UnsupportedModelError, EmbeddedBaseError, AdapterError and OSError, each with a message for the operator.
         """
         settings = self.settings
-        self.base = self._load_base(report)
+        self.base = load_chosen_base(settings, report)
         report("reading adapters")
         store = Store(settings.data_dir)
         for name, version, reason in store.quarantined:
@@ -177,18 +174,6 @@ class Service:
             ("KV cache, at most", self.settings.kv_cache_bytes),
             ("adapters, at most", self.settings.adapter_memory_bytes),
         ]
-
-    def _load_base(self, report: Callable[[str], None]) -> BaseModel:
-        settings = self.settings
-        transformers.logging.disable_progress_bar()
-        source: str | Path = settings.base
-        if settings.base == EMBEDDED:
-            source = ensure_embedded_base(settings.cache_dir, report)
-        report(f"loading {settings.base_id}")
-        device = pick_device(settings.device)
-        dtype = pick_dtype(settings.dtype, device)
-        kernels = pick_kernels(device, dtype, settings.cache_dir / "native", report)
-        return load_base(source, device=device, dtype=dtype, kernels=kernels)
 
     def _make_engine(self) -> Engine:
         settings, base = self.settings, self.base

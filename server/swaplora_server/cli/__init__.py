@@ -1,0 +1,59 @@
+"""The `swaplora` command: start a server, manage the adapters of one that runs, talk to it.
+
+Nothing slow is imported before a command needs it: `--help` must answer at once.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+
+import typer
+
+from swaplora_server.cli import adapters, aliases, chat, inspection, serve, upkeep, validation
+
+
+def main() -> None:
+    """Run the command line."""
+    app(args=serve.spread_values(sys.argv[1:]))
+
+
+def _group(description: str, commands: Mapping[str, Callable[..., None]]) -> typer.Typer:
+    group = typer.Typer(
+        help=description,
+        no_args_is_help=True,
+        rich_markup_mode=None,  # plain help: rich's panels alone take a third of the half second that it may take
+        pretty_exceptions_enable=False,
+    )
+    for name, command in commands.items():
+        group.command(name)(command)
+    return group
+
+
+app = _group(
+    "One frozen base model, any number of LoRA adapters, one batch, over HTTP.",
+    {"serve": serve.serve, "chat": chat.chat},
+)
+app.add_typer(
+    _group(
+        "Manage the adapters of a running server.",
+        {
+            "list": adapters.list_adapters,
+            "get": adapters.get_adapter,
+            "put": adapters.put_adapter,
+            "delete": adapters.delete_adapter,
+            "rollback": upkeep.roll_back,
+            "pin": upkeep.pin,
+            "unpin": upkeep.unpin,
+            "warm": upkeep.warm,
+            "inspect": inspection.inspect,
+            "validate": validation.validate,
+        },
+    ),
+    name="adapters",
+)
+app.add_typer(
+    _group(
+        "Manage the aliases of a running server: names that stand for other versions, or share requests among several.",
+        {"list": aliases.list_aliases, "set": aliases.set_alias, "delete": aliases.delete_alias},
+    ),
+    name="aliases",
+)

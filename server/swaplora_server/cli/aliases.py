@@ -1,0 +1,75 @@
+"""`swaplora aliases list`, `set`, `delete`: names that stand for versions of adapters."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from swaplora_server.cli.common import LOCAL, AsJson, Key, Url, connected, fail, show_json, show_table
+
+WEIGHT = re.compile(r"[0-9]{1,9}")
+
+Alias = Annotated[str, typer.Argument(help="The alias.")]
+
+
+def list_aliases(url: Url = LOCAL, api_key: Key = None, as_json: AsJson = False) -> None:
+    """Show every alias of the server."""
+    with connected(url, api_key) as client:
+        aliases = client.aliases()
+    if as_json:
+        show_json(aliases)
+        return
+    table = Table("alias", "targets", box=None)
+    for alias in aliases:
+        table.add_row(Text(alias["alias"]), Text(_targets(alias)))
+    show_table(table)
+
+
+def set_alias(
+    alias: Alias,
+    target: Annotated[
+        list[str], typer.Argument(metavar="TARGET[=WEIGHT]", help="Who answers: sql@2, or sql@2=90 sql@3=10.")
+    ],
+    url: Url = LOCAL,
+    api_key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let an alias stand for one target, or share its requests among several by weight."""
+    body = _body(target)
+    with connected(url, api_key) as client:
+        content = client.set_alias(alias, body)
+    if as_json:
+        show_json(content)
+    else:
+        typer.echo(f"{alias} stands for {_targets(content)}")
+
+
+def _body(targets: list[str]) -> dict[str, Any]:
+    if len(targets) == 1 and "=" not in targets[0]:
+        return {"target": targets[0]}
+    return {"targets": [_weighted(target) for target in targets]}
+
+
+def _weighted(text: str) -> dict[str, Any]:
+    target, _, weight = text.rpartition("=")
+    if not (target and WEIGHT.fullmatch(weight)):
+        fail(f"{text} has no weight: give each of several targets a whole number, such as sql@2=90 sql@3=10", code=2)
+    return {"target": target, "weight": int(weight)}
+
+
+def _targets(alias: Mapping[str, Any]) -> str:
+    """A single target by itself, several with their weights, as `set` takes them."""
+    targets = alias["targets"]
+    if len(targets) == 1:
+        return str(targets[0]["target"])
+    return " ".join(f"{target['target']}={target['weight']}" for target in targets)
+
+
+def delete_alias(alias: Alias, url: Url = LOCAL, api_key: Key = None) -> None:
+    """Delete an alias. What it stood for stays."""
+    with connected(url, api_key) as client:
+        client.delete_alias(alias)
+    typer.echo(f"{alias} is deleted")

@@ -1,0 +1,90 @@
+"""What several commands share: their options, settings, a connection, how they print and how they fail."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from swaplora_server.client import Card, Client
+    from swaplora_server.config import Settings
+
+WIDE = 1000  # characters: more than any table needs
+LOCAL = "http://127.0.0.1:8000"
+
+Url = Annotated[str, typer.Option("--url", envvar="SWAPLORA_URL", help="The server to talk to.")]
+Key = Annotated[str | None, typer.Option("--api-key", envvar="SWAPLORA_API_KEY", help="Its API key, if it wants one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Name = Annotated[str, typer.Argument(help="The adapter's name.")]
+VersionedName = Annotated[str, typer.Argument(help="The adapter's name, or one version of it: sql@2.")]
+
+
+def fail(*lines: str, code: int = 1) -> NoReturn:
+    """End the command with one line on stderr for each thing wrong."""
+    for line in lines:
+        typer.echo(f"swaplora: {' '.join(line.splitlines())}", err=True)
+    raise typer.Exit(code)
+
+
+def show_json(value: object) -> None:
+    """Print what a script reads."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def show_table(table: Table, notes: Iterable[str] = ()) -> None:
+    """Print a table, and a line below it for each note. A row is folded only where a terminal is too narrow for it."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDE
+    console.print(table)
+    for note in notes:
+        console.print(Text(note), soft_wrap=True)
+
+
+def read_settings(flags: Mapping[str, Any]) -> "Settings":
+    """The settings that a server started with these flags would have; ends the command if they are wrong."""
+    from pydantic import ValidationError
+    from pydantic_settings import SettingsError
+
+    from swaplora_server.config import Settings, complaints
+
+    try:
+        return Settings(**flags)
+    except ValidationError as error:
+        fail(*complaints(error), code=2)
+    except SettingsError as error:
+        fail(str(error), code=2)
+
+
+@contextmanager
+def connected(url: str, api_key: str | None) -> "Iterator[Client]":
+    """A client whose failures, and those of the files it is given, end the command with one line."""
+    from swaplora_server.client import Client, ClientError
+
+    try:
+        with Client(url, api_key) as client:
+            yield client
+    except ClientError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"cannot read {error.filename}: {error.strerror}")
+
+
+def adapter_files(folder: Path, or_else: str = "") -> tuple[Path, Path]:
+    """The config and the weights in a folder; ends the command if one is missing, with `or_else` as another remedy."""
+    files = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    for file in files:
+        if not file.is_file():
+            fail(f"{folder} has no {file.name}: give the folder that PEFT's save_pretrained wrote{or_else}")
+    return files
+
+
+def short_digest(card: "Card") -> str:
+    """The start of a card's digest, enough to tell versions apart."""
+    return str(card.get("digest", "-")).removeprefix("sha256:")[:12]
