@@ -14,7 +14,13 @@ from swaplora_server.config import Settings, complaints, parse_size
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("SWAPLORA_CONFIG", "SWAPLORA_API_KEY", "NIM_PEFT_SOURCE", "VLLM_LORA_RESOLVER_CACHE_DIR"):
+    for name in (
+        "SWAPLORA_CONFIG",
+        "SWAPLORA_API_KEY",
+        "NIM_PEFT_SOURCE",
+        "VLLM_LORA_RESOLVER_CACHE_DIR",
+        "NIM_PEFT_REFRESH_INTERVAL",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -213,6 +219,10 @@ def test_the_adapter_folder_falls_back_to_other_servers_variables(
     monkeypatch.setenv("NIM_PEFT_SOURCE", str(theirs))
     assert settings().adapter_dir == theirs
     assert settings(config=yaml_file(tmp_path, f"adapter_dir: {ours}\n")).adapter_dir == ours
+    assert settings().adapter_rescan_seconds == 10
+    monkeypatch.setenv("NIM_PEFT_REFRESH_INTERVAL", "60")
+    assert settings().adapter_rescan_seconds == 60
+    assert settings(adapter_rescan_seconds=0).adapter_rescan_seconds == 0
 
 
 def test_an_adapter_folder_must_be_there(tmp_path: Path) -> None:

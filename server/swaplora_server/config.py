@@ -28,6 +28,7 @@ EMBEDDED_ID = "smollm2-135m-instruct"
 ENV_PREFIX = "SWAPLORA_"
 CLIENT_VARIABLES = frozenset({"SWAPLORA_URL"})  # read by the client commands, so not a misspelt setting
 FOREIGN_ADAPTER_DIRS = ("NIM_PEFT_SOURCE", "VLLM_LORA_RESOLVER_CACHE_DIR")
+FOREIGN_RESCAN = "NIM_PEFT_REFRESH_INTERVAL"
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?", re.IGNORECASE)
 
 
@@ -217,7 +218,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _foreign_environment() -> dict[str, Any]:
     """The adapter folder as other servers' variables give it, so that a deployment of theirs starts unchanged."""
     folders = [folder for name in FOREIGN_ADAPTER_DIRS if (folder := os.environ.get(name))]
-    return {"adapter_dir": folders[0]} if folders else {}
+    rescan = os.environ.get(FOREIGN_RESCAN)
+    return ({"adapter_dir": folders[0]} if folders else {}) | ({"adapter_rescan_seconds": rescan} if rescan else {})
 
 
 def complaints(error: ValidationError) -> list[str]:

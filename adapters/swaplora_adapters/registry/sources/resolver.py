@@ -20,6 +20,7 @@ from swaplora_adapters.errors import (
 from swaplora_adapters.registry.sources.uri import FOLDER, parse_uri
 
 PLACE = "{name}"
+STOPPING = "the server is stopping"
 NUM_WORKERS = 2
 MISS_SECONDS, FAILURE_SECONDS = 30.0, 5.0
 MAX_REMEMBERED = 10_000
@@ -43,6 +44,11 @@ class Resolver:
         self._remembered: OrderedDict[str, tuple[float, Future[bool]]] = OrderedDict()  # until when; oldest first
         self._workers = ThreadPoolExecutor(max_workers=NUM_WORKERS, thread_name_prefix="adapter-resolve")
         self._is_closed = False
+
+    @property
+    def num_looks(self) -> int:
+        """Names that are being looked for now."""
+        return len(self._looks)
 
     def candidates(self, name: str) -> list[str]:
         """The URIs to try, in order; none for what cannot be an adapter's name, or cannot be in the template."""
@@ -69,22 +75,21 @@ class Resolver:
             if known is not None:
                 return known
             if self._is_closed:
-                return _failed("the server is stopping")
+                return _failed(STOPPING)
             if len(self._looks) >= MAX_LOOKS:
                 return _failed(f"{MAX_LOOKS} other adapters are being looked for; try again later")
             look: Future[bool] = Future()
             look.set_running_or_notify_cancel()
             self._looks[name] = look
-            self._workers.submit(self._look, name, uris, look)
+            job = self._workers.submit(self._look, name, uris, look)
+            job.add_done_callback(lambda job: _end_if_cancelled(job, look))
             return look
 
     def close(self) -> None:
-        """Fail what waits for a worker, and wait for what runs."""
+        """Fail what waits for a worker at once, and wait for what runs."""
         with self._lock:
             self._is_closed = True
         self._workers.shutdown(wait=True, cancel_futures=True)
-        for look in self._looks.values():
-            look.set_exception(SourceFailedError("the server is stopping"))
         self._looks.clear()
 
     def _recall(self, name: str) -> Future[bool] | None:
@@ -139,6 +144,11 @@ def _is_sound(uri: str) -> bool:
     except SourceNotAllowedError:
         return False
     return True
+
+
+def _end_if_cancelled(job: Future[None], look: Future[bool]) -> None:
+    if job.cancelled():
+        look.set_exception(SourceFailedError(STOPPING))
 
 
 def _done(is_found: bool) -> Future[bool]:

@@ -1,0 +1,127 @@
+"""A stand-in for the Hugging Face hub, or for any other server, on a free port of this machine."""
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Literal
+
+from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
+
+Fault = Literal["hangs", "cut", "endless", "short"]
+_BLOCK = bytes(1 << 16)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is sent for one request. The faults: no answer at all, a body that breaks off halfway, one without end,
+    and one that is declared shorter than it is."""
+
+    status: int = 200
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    fault: Fault | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A request that came."""
+
+    path: str
+    headers: Mapping[str, str]
+
+
+class StandIn:
+    """Answers by path. Of several answers to one path each is given once, and the last for ever."""
+
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.seen: list[Seen] = []
+        self.is_over = threading.Event()
+        self._answers: dict[str, list[Answer]] = {}
+        self._lock = threading.Lock()
+
+    def put(self, path: str, *answers: Answer) -> None:
+        """Answer requests for `path`, whatever their query."""
+        with self._lock:
+            self._answers[path] = list(answers)
+
+    def put_repo(self, repo: str, revision: str, commit: str, folder: Path, under: str = "") -> None:
+        """Serve an adapter's two files as a repository whose `revision` is `commit`."""
+        listing = {"id": repo, "sha": commit}
+        self.put(f"/api/models/{repo}/revision/{revision}", Answer(body=json.dumps(listing).encode()))
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            self.put(f"/{repo}/resolve/{commit}/{under}{file}", Answer(body=(folder / file).read_bytes()))
+
+    def count(self, file: str) -> int:
+        """How many requests there were for a file of that name."""
+        return sum(seen.path.partition("?")[0].endswith("/" + file) for seen in self.seen)
+
+    def answer(self, path: str, headers: Mapping[str, str]) -> Answer:
+        """Note a request and choose its answer."""
+        with self._lock:
+            self.seen.append(Seen(path, headers))
+            answers = self._answers.get(path.partition("?")[0])
+            if answers is None:
+                return Answer(404, headers={"X-Error-Code": "EntryNotFound"})
+            return answers.pop(0) if len(answers) > 1 else answers[0]
+
+
+@contextmanager
+def stand_in() -> Iterator[StandIn]:
+    """Start, yield, stop; what hangs is let go."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
+        server.stand_in = StandIn(server.server_port)  # type: ignore[attr-defined]
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield server.stand_in  # type: ignore[attr-defined]
+        finally:
+            server.stand_in.is_over.set()  # type: ignore[attr-defined]
+            server.shutdown()
+            thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._send(with_body=True)
+
+    def do_HEAD(self) -> None:
+        self._send(with_body=False)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+    def _send(self, with_body: bool) -> None:
+        stand_in: StandIn = self.server.stand_in  # type: ignore[attr-defined]
+        answer = stand_in.answer(self.path, dict(self.headers))
+        self.close_connection = answer.fault is not None
+        if answer.fault == "hangs":
+            stand_in.is_over.wait(60)
+            return
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        if answer.fault == "endless":
+            self._send_without_end()
+            return
+        length = len(answer.body) // 2 if answer.fault == "short" else len(answer.body)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(answer.body[: len(answer.body) // 2] if answer.fault == "cut" else answer.body)
+
+    def _send_without_end(self) -> None:
+        """Chunks, until the client has had enough."""
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        try:
+            while not self.server.stand_in.is_over.is_set():  # type: ignore[attr-defined]
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(_BLOCK), _BLOCK))
+        except (BrokenPipeError, ConnectionResetError):
+            return

@@ -1,0 +1,267 @@
+"""Looking for a name that is not here: where, how often, and what is remembered of it."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+
+import pytest
+
+from swaplora_adapters.errors import InvalidAdapterError, SourceFailedError, SourceNotAllowedError, SourceNotFoundError
+from swaplora_adapters.registry.sources import resolver as module
+from swaplora_adapters.registry.sources.resolver import Resolver
+
+GUARD_SECONDS = 60
+
+
+class Bringer:
+    """Brings what is in `there`, fails with `error` if set, counts what it was asked; `gate` holds it up."""
+
+    def __init__(self, *there: str) -> None:
+        self.there = set(there)
+        self.error: Exception | None = None
+        self.asked: list[tuple[str, str]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.num_running = self.most_running = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, name: str, uri: str) -> None:
+        with self._lock:
+            self.asked.append((name, uri))
+            self.num_running += 1
+            self.most_running = max(self.most_running, self.num_running)
+        assert self.gate.wait(GUARD_SECONDS)
+        with self._lock:
+            self.num_running -= 1
+        if self.error is not None:
+            raise self.error
+        if uri not in self.there:
+            raise SourceNotFoundError(uri)
+
+
+class Clock:
+    """Stands still until it is set forward."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+@contextmanager
+def resolving(
+    bring: Bringer, *, has_folder: bool = True, template: str | None = "hf://org/{name}"
+) -> Iterator[Resolver]:
+    resolver = Resolver(bring, has_folder=has_folder, template=template)
+    try:
+        yield resolver
+    finally:
+        bring.gate.set()
+        resolver.close()
+
+
+def outcome(look: Future[bool]) -> bool:
+    return look.result(GUARD_SECONDS)
+
+
+@pytest.mark.parametrize(
+    ("has_folder", "template", "uris"),
+    [
+        (True, "hf://org/{name}", ["file:one", "hf://org/one"]),
+        (True, None, ["file:one"]),
+        (False, "hf://org/repo@{name}", ["hf://org/repo@one"]),
+        (False, "hf://org/repo/lora-{name}", ["hf://org/repo/lora-one"]),
+        (False, "s3://bucket/adapters/{name}/latest", ["s3://bucket/adapters/one/latest"]),
+        (False, None, []),
+    ],
+)
+def test_the_adapter_folder_comes_before_the_template(has_folder: bool, template: str | None, uris: list[str]) -> None:
+    with resolving(Bringer(), has_folder=has_folder, template=template) as resolver:
+        assert resolver.candidates("one") == uris
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "hf://org/repo",
+        "hf://{name}/{name}",
+        "file:{name}",
+        "hf://{name}",
+        "s3://{name}",
+        "hf://org/{name}/..",
+        "{name}",
+    ],
+)
+def test_a_badly_written_template_is_refused_at_the_start(template: str) -> None:
+    with pytest.raises(SourceNotAllowedError):
+        Resolver(Bringer(), has_folder=True, template=template)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "a@b", "a:b", "a\n", "é", "a" * 129, "{name}"])
+def test_what_cannot_be_a_name_is_a_miss_and_no_source_is_asked(name: str) -> None:
+    bringer = Bringer()
+    with resolving(bringer) as resolver:
+        assert not outcome(resolver.find(name))
+    assert not bringer.asked
+
+
+def test_a_name_that_the_template_cannot_hold_is_looked_for_in_the_folder_alone() -> None:
+    with resolving(Bringer()) as resolver:
+        assert resolver.candidates("a" * 128) == ["file:" + "a" * 128]
+
+
+def test_the_first_source_that_has_it_is_the_only_one_that_brings_it() -> None:
+    bringer = Bringer("file:one", "hf://org/one", "hf://org/two")
+    with resolving(bringer) as resolver:
+        assert outcome(resolver.find("one"))
+        assert outcome(resolver.find("two"))
+    assert bringer.asked == [("one", "file:one"), ("two", "file:two"), ("two", "hf://org/two")]
+
+
+def test_a_source_that_fails_is_not_passed_over_for_the_next() -> None:
+    bringer = Bringer("hf://org/one")
+    bringer.error = InvalidAdapterError(["broken"])
+    with resolving(bringer) as resolver, pytest.raises(InvalidAdapterError, match="broken"):
+        outcome(resolver.find("one"))
+    assert bringer.asked == [("one", "file:one")]
+
+
+def test_however_many_ask_there_is_one_look_that_nobody_can_cancel() -> None:
+    bringer = Bringer("file:one")
+    bringer.gate.clear()
+    with resolving(bringer) as resolver:
+        barrier = threading.Barrier(16)
+        looks: list[Future[bool]] = []
+
+        def ask() -> None:
+            barrier.wait(GUARD_SECONDS)
+            looks.append(resolver.find("one"))
+
+        askers = [threading.Thread(target=ask) for _ in range(16)]
+        for asker in askers:
+            asker.start()
+        for asker in askers:
+            asker.join(GUARD_SECONDS)
+        assert not any(look.cancel() for look in looks)
+        bringer.gate.set()
+        assert [outcome(look) for look in looks] == [True] * 16
+    assert bringer.asked == [("one", "file:one")]
+
+
+def test_at_most_two_names_are_looked_for_at_once() -> None:
+    bringer = Bringer()
+    bringer.gate.clear()
+    with resolving(bringer, template=None) as resolver:
+        looks = [resolver.find(f"name{n}") for n in range(50)]
+        while bringer.num_running < 2:
+            threading.Event().wait(0.01)
+        bringer.gate.set()
+        assert not any(outcome(look) for look in looks)
+    assert len(bringer.asked) == 50
+    assert bringer.most_running <= 2
+
+
+def test_a_miss_is_remembered_for_half_a_minute(clock: Clock) -> None:
+    bringer = Bringer()
+    with resolving(bringer, template=None) as resolver:
+        assert not outcome(resolver.find("one"))
+        settle(resolver)
+        bringer.there.add("file:one")
+        clock.now += 29.9
+        assert not outcome(resolver.find("one"))
+        assert len(bringer.asked) == 1
+        clock.now += 0.1
+        assert outcome(resolver.find("one"))
+        assert len(bringer.asked) == 2
+
+
+def test_a_failure_is_remembered_for_five_seconds(clock: Clock) -> None:
+    bringer = Bringer("file:one")
+    bringer.error = SourceFailedError("down")
+    with resolving(bringer) as resolver:
+        with pytest.raises(SourceFailedError, match="down"):
+            outcome(resolver.find("one"))
+        settle(resolver)
+        bringer.error = None
+        clock.now += 4.9
+        with pytest.raises(SourceFailedError, match="down"):
+            outcome(resolver.find("one"))
+        assert len(bringer.asked) == 1
+        clock.now += 0.1
+        assert outcome(resolver.find("one"))
+
+
+def test_a_find_is_not_remembered() -> None:
+    bringer = Bringer("file:one")
+    with resolving(bringer) as resolver:
+        assert outcome(resolver.find("one"))
+        settle(resolver)
+        assert outcome(resolver.find("one"))
+    assert len(bringer.asked) == 2
+
+
+def test_an_error_of_any_kind_reaches_who_waits() -> None:
+    bringer = Bringer()
+    bringer.error = ZeroDivisionError()
+    with resolving(bringer) as resolver, pytest.raises(ZeroDivisionError):
+        outcome(resolver.find("one"))
+
+
+def test_remembered_names_are_bounded_and_the_oldest_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_REMEMBERED", 3)
+    bringer = Bringer()
+    with resolving(bringer, template=None) as resolver:
+        for name in ("a", "b", "c", "d"):
+            outcome(resolver.find(name))
+            settle(resolver)
+        for name in ("b", "c", "d", "a"):
+            outcome(resolver.find(name))
+            settle(resolver)
+    assert [name for name, _ in bringer.asked] == ["a", "b", "c", "d", "a"]
+
+
+def test_names_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_LOOKS", 3)
+    bringer = Bringer()
+    bringer.gate.clear()
+    with resolving(bringer, template=None) as resolver:
+        looks = [resolver.find(name) for name in ("a", "b", "c")]
+        with pytest.raises(SourceFailedError, match="3 other adapters are being looked for"):
+            outcome(resolver.find("d"))
+        assert resolver.find("a") is looks[0]
+        bringer.gate.set()
+        assert not any(outcome(look) for look in looks)
+        settle(resolver)
+        assert not outcome(resolver.find("d"))
+
+
+def test_closing_ends_every_wait() -> None:
+    bringer = Bringer("file:a")
+    bringer.gate.clear()
+    resolver = Resolver(bringer, has_folder=True)
+    running, waiting = [resolver.find(name) for name in ("a", "b")], resolver.find("c")
+    while bringer.num_running < 2:
+        threading.Event().wait(0.01)
+    closing = threading.Thread(target=resolver.close)
+    closing.start()
+    with pytest.raises(SourceFailedError, match="stopping"):
+        outcome(waiting)
+    bringer.gate.set()
+    closing.join(GUARD_SECONDS)
+    assert [outcome(look) for look in running] == [True, False]
+    with pytest.raises(SourceFailedError, match="stopping"):
+        outcome(resolver.find("d"))
+
+
+def settle(resolver: Resolver) -> None:
+    """Return once no look is under way: a future is done a moment before its answer is remembered."""
+    while resolver.num_looks:
+        threading.Event().wait(0.001)
