@@ -103,6 +103,8 @@ class Matcher:
         The first pattern, in the file's order, that matches the whole path or what follows one of its dots. A field
         always comes with the same `patterns`.
         """
+        if not patterns:
+            return default
         plain = self._plain.get(field)
         if plain is None:
             plain = self._plain[field] = _PlainPatterns([pattern for pattern, _ in patterns])

@@ -6,7 +6,7 @@ Files name tensors as PEFT's `save_pretrained` does: `base_model.model.<module p
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +22,7 @@ from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES, AdapterSpec
 from swaplora_adapters.artifact.tensorfile import Header, iter_tensors, read_header
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 
-PIECE = 1 << 14  # elements; torch shares work between threads from 32,768 on
+PIECE = (1 << 15) - 1  # elements; torch shares work between threads from one more on
 OUTPUT_HEADS = frozenset({"lm_head", "embed_out"})
 _FACTOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _UNSERVED_NAME = re.compile(
@@ -199,13 +199,17 @@ def _scaled(tensor: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor,
     is_served = scaling == 1 and tensor.dtype == dtype
     served = tensor if is_served else torch.empty(tensor.shape, dtype=dtype)
     is_finite = is_zero = True
-    for source, target in zip(torch.split(tensor.view(-1), PIECE), torch.split(served.view(-1), PIECE), strict=True):
+    for source, target in zip(_pieces(tensor), _pieces(served), strict=True):
         if not is_served:
-            target.copy_(source.to(torch.float32) * scaling)
+            torch.mul(source.to(torch.float32), scaling, out=target)
         low, high = (extreme.item() for extreme in torch.aminmax(target))
         is_finite = is_finite and math.isfinite(low) and math.isfinite(high)  # a NaN is both extremes
         is_zero = is_zero and low == high == 0
     return served, is_finite, is_zero
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    return (tensor,) if tensor.numel() <= PIECE else torch.split(tensor.view(-1), PIECE)
 
 
 def _value_complaint(name: str, tensor: Tensor, dtype: torch.dtype) -> str:
