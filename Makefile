@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check bench demo-adapters clean
+.PHONY: help serve test check bench bench-life demo-adapters clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -28,6 +28,9 @@ check: $(VENV)/.dev ## lint, format check, types, Dockerfile
 
 bench: $(VENV)/.dev ## measure throughput on this machine, base against adapters
 	$(BIN)/python tests/bench.py $(ARGS)
+
+bench-life: $(VENV)/.dev ## measure what loads, uploads and a working set beyond the memory cost
+	$(BIN)/python tests/bench_life.py $(ARGS)
 
 demo-adapters: $(VENV)/.dev ## train the demo adapters again (about half an hour on two cores)
 	$(BIN)/python adapters/demo/train.py $(ARGS)

@@ -47,11 +47,11 @@ class Answer:
     tpot: float
 
 
-def make_adapters(base: Path, folder: Path) -> list[Path]:
+def make_adapters(base: Path, folder: Path, count: int) -> None:
     """Random adapters with non-zero B, in bfloat16 as trainers save them."""
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), config)
-    for number in range(NUM_ADAPTERS):
+    for number in range(count):
         generator = torch.Generator().manual_seed(number)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -59,7 +59,6 @@ def make_adapters(base: Path, folder: Path) -> list[Path]:
                     scale = 0.1 / RANK**0.5 if "lora_B" in name else parameter.shape[1] ** -0.5
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         model.save_pretrained(folder / f"a{number}")
-    return [folder / f"a{number}" for number in range(NUM_ADAPTERS)]
 
 
 def prompt(number: int) -> list[int]:
@@ -67,11 +66,11 @@ def prompt(number: int) -> list[int]:
     return [rng.randrange(100, 40_000) for _ in range(PROMPT_TOKENS)]
 
 
-async def complete(client: httpx.AsyncClient, model: str, number: int) -> Answer:
+async def complete(client: httpx.AsyncClient, model: str, number: int, num_tokens: int = OUTPUT_TOKENS) -> Answer:
     body = {
         "model": model,
         "prompt": prompt(number),
-        "max_tokens": OUTPUT_TOKENS,
+        "max_tokens": num_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
@@ -181,7 +180,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         adapters = folder / "adapters"
-        make_adapters(base, adapters)
+        make_adapters(base, adapters, NUM_ADAPTERS)
         flags = ["--served-model-name", "base", "--adapter-dir", str(adapters), "--dtype", arguments.dtype]
         with process(base, folder / "data", *flags, "--kv-cache-bytes", "1GiB") as (server, client):
             runs = measure(

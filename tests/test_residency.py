@@ -230,3 +230,14 @@ def test_a_load_that_finds_no_room_in_time_says_so(
         residency.retain("b", SIZE).result(5)
     residency.release("a", held)
     use(residency, "b")
+
+
+def test_closing_leaves_nobody_waiting(make: Callable[[int], Residency], loader: Loader) -> None:
+    residency = make(SIZE)
+    held = residency.retain("a", SIZE)
+    held.result(5)
+    waiting = [residency.retain(digest, SIZE) for digest in "bcdefgh"]
+    residency.close()
+    for weights in waiting:
+        with pytest.raises(MemoryFullError):
+            weights.result(5)

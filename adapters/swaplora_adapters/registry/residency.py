@@ -55,6 +55,7 @@ class Residency:
         self._waiting: deque[_Entry] = deque()  # for room, in order
         self._pinned: dict[str, int] = {}
         self._reasons: dict[str, str] = {}
+        self._is_closed = False
         self._changed = threading.Condition()
         self._one_at_a_time = threading.Lock()
         self._workers = ThreadPoolExecutor(_NUM_WORKERS, thread_name_prefix="adapter-load")
@@ -139,7 +140,14 @@ class Residency:
                 self._retire(entry)
 
     def close(self) -> None:
+        """Let the load that runs end, and fail all others."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
         self._workers.shutdown(wait=True, cancel_futures=True)
+        for entry in self._all():
+            if not entry.weights.done():
+                entry.weights.set_exception(MemoryFullError("the server is stopping"))
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if a count went below zero, the budget is exceeded, or what retired stays for nobody."""
@@ -246,9 +254,10 @@ class Residency:
         self._changed.notify_all()
 
     def _is_hopeless(self, entry: _Entry) -> bool:
-        """Whether what is pinned leaves it no room, or it has waited long enough."""
+        """Whether what is pinned leaves it no room, or it has waited long enough, or nobody will be served any more."""
         pinned = sum(nbytes for digest, nbytes in self._pinned.items() if digest != entry.digest)
-        return pinned + entry.nbytes > self._budget or self._has_waited(entry, _ROOM_TIMEOUT_SECONDS)
+        is_too_late = self._is_closed or self._has_waited(entry, _ROOM_TIMEOUT_SECONDS)
+        return is_too_late or pinned + entry.nbytes > self._budget
 
     def _has_waited(self, entry: _Entry, seconds: float) -> bool:
         return time.monotonic() - entry.waits_since > seconds
