@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
+SOAK_TESTS := tests/test_isolation.py tests/test_linearizable.py tests/test_leaks.py tests/test_registry_machine.py
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check bench bench-life demo-adapters clean
+.PHONY: help serve test check isolation soak bench bench-life demo-adapters clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -25,6 +26,12 @@ check: $(VENV)/.dev ## lint, format check, types, Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy server adapters tests
 	$(BIN)/hadolint Dockerfile
+
+isolation: $(VENV)/.dev ## the proof that no request is answered with another's weights
+	$(BIN)/python tests/isolation.py $(ARGS)
+
+soak: $(VENV)/.dev ## the long forms of the tests that have one (about half an hour on two cores)
+	SWAPLORA_SOAK=1 $(BIN)/python -m pytest -s $(SOAK_TESTS) $(ARGS)
 
 bench: $(VENV)/.dev ## measure throughput on this machine, base against adapters
 	$(BIN)/python tests/bench.py $(ARGS)

@@ -191,7 +191,8 @@ class Residency:
     def _fail(self, entry: _Entry, error: AdapterError) -> None:
         with self._changed:
             # only what is wrong with the files stays wrong; the rest may have passed by the next request
-            if isinstance(error, InvalidAdapterError | AdapterFailedError):
+            is_asked_for = self._entries.get(entry.digest) is entry
+            if is_asked_for and isinstance(error, InvalidAdapterError | AdapterFailedError):
                 self._reasons[entry.digest] = str(error)
             self._forget(entry)
             entry.weights.set_exception(error)

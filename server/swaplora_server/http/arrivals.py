@@ -1,6 +1,5 @@
 """Adapters that come without an upload: from the operator's folder, and by being asked for where a resolver is set."""
 
-import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from swaplora_adapters.registry.folder import AdapterFolder
 from swaplora_adapters.registry.index import parse_reference
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.registry.sources.resolver import Resolver
+from swaplora_server.http.shared import result_of
 
 
 class Arrivals:
@@ -47,7 +47,7 @@ class Arrivals:
         if self._registry.names.was_used(name):
             return name in self._registry.names.index
         try:
-            return await asyncio.shield(asyncio.wrap_future(self._resolver.find(name)))
+            return await result_of(self._resolver.find(name))
         except InvalidAdapterError as error:
             raise AdapterFailedError(f"{name} was found, and cannot be used: {error}") from error
 

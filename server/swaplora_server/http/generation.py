@@ -15,6 +15,7 @@ from swaplora_server.engine.detokenize import Detokenizer
 from swaplora_server.engine.request import AdapterUse, FinishReason, Logprobs, Request, SamplingParams, TokenEvent
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.service import Service
+from swaplora_server.http.shared import result_of
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.wire import GenerationBody
 
@@ -101,11 +102,12 @@ class Generation:
             self.abort()
 
     def abort(self) -> None:
-        """Have the engine end what still runs. Harmless when nothing does."""
+        """Have the engine end what still runs, and let go of it. Harmless when nothing does."""
         if self._open:
             self._open.clear()
             for request in self._requests:
                 self._service.engine.abort(request)
+        self._requests.clear()  # which point back here: weights must not wait for the cycle collector
 
     def _post(self, first_choice: int, event: TokenEvent) -> None:
         """Called on the engine's thread. A loop that has closed has nobody left to tell."""
@@ -214,9 +216,7 @@ async def lease_model(service: Service, model: str, client: str | None) -> Lease
 
 
 async def _use(lease: Lease) -> AdapterUse:
-    # shielded: others wait for the same load, and one that gives up must not cancel it for them
-    weights = await asyncio.shield(asyncio.wrap_future(lease.weights))
-    return AdapterUse(weights, 1.0, lease.record.digest)
+    return AdapterUse(await result_of(lease.weights), 1.0, lease.record.digest)
 
 
 def _headers(lease: Lease | None) -> dict[str, str]:

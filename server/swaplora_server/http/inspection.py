@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from swaplora_adapters.artifact.weights import AdapterWeights
 from swaplora_adapters.derive.inspection import inspect_weights, warnings_about
 from swaplora_server.http.service import Service
+from swaplora_server.http.shared import result_of
 
 router = APIRouter()
 
@@ -23,7 +24,7 @@ async def inspect_adapter(request: Request, name: str) -> dict[str, Any]:
     service.check_serving()
     lease = service.registry.lease(name)
     try:
-        weights = await asyncio.shield(asyncio.wrap_future(lease.weights))
+        weights = await result_of(lease.weights)
         found = await asyncio.to_thread(_inspect, weights)
     finally:
         lease.release()

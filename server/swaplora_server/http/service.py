@@ -24,6 +24,7 @@ from swaplora_server.engine.proof import UnsupportedModelError
 from swaplora_server.engine.scheduler import Scheduler
 from swaplora_server.http.arrivals import Arrivals
 from swaplora_server.http.errors import ApiError
+from swaplora_server.http.shared import result_of
 
 _HEARTBEAT_LIMIT_SECONDS = 60.0
 _LONG_CHARACTERS = 4096
@@ -162,7 +163,7 @@ class Service:
         """Load who `reference` names into memory, and wait until it is there. Raises AdapterError."""
         lease = self.registry.lease(reference)
         try:
-            await asyncio.shield(asyncio.wrap_future(lease.weights))
+            await result_of(lease.weights)
         finally:
             lease.release()
         return lease.record

@@ -1,0 +1,60 @@
+"""What a run of the proof of isolation did, and what it found."""
+
+import weakref
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from rich.table import Table
+
+from swaplora_adapters.artifact.weights import AdapterWeights
+from swaplora_adapters.registry import registry
+
+
+@dataclass
+class Report:
+    """What was done, and everything that was not as it must be."""
+
+    swaps: int = 0
+    replaces: int = 0
+    loads: int = 0
+    freed: int = 0
+    answers: int = 0
+    tokens: int = 0
+    ties: int = 0
+    closest: float = float("inf")
+    refused: int = 0
+    seconds: float = 0.0
+    problems: list[str] = field(default_factory=list)
+    log: list[MutableMapping[str, Any]] = field(default_factory=list)  # what the server said meanwhile
+
+    def table(self) -> Table:
+        table = Table("isolation", "", show_header=False)
+        table.add_row("swaps: requests to others, uploads, replaces, deletes", str(self.swaps))
+        table.add_row("replaces of one name under sixteen streams", str(self.replaces))
+        table.add_row("loads into memory", str(self.loads))
+        table.add_row("of them freed again", str(self.freed))
+        table.add_row("answers compared", str(self.answers))
+        table.add_row("tokens compared", str(self.tokens))
+        table.add_row("refused for want of memory, and not compared", str(self.refused))
+        table.add_row("ties in the controls (second token as likely)", f"{self.ties}, closest {self.closest:.1e}")
+        table.add_row("mismatches", str(len(self.problems)))
+        table.add_row("seconds", f"{self.seconds:.0f}")
+        return table
+
+    def count_loads(self, patch: pytest.MonkeyPatch) -> None:
+        """Watch every adapter that comes into memory, and that it goes."""
+        load: Callable[..., AdapterWeights] = vars(registry)["load_weights"]
+
+        def counted(*arguments: Any) -> AdapterWeights:
+            weights = load(*arguments)
+            self.loads += 1
+            tensor = next(iter(weights.modules.values())).lora_A
+            weakref.finalize(tensor, self._count_freed).atexit = False
+            return weights
+
+        patch.setattr(registry, "load_weights", counted)
+
+    def _count_freed(self) -> None:
+        self.freed += 1

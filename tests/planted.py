@@ -1,0 +1,93 @@
+"""Faults to plant: each makes a server answer with the wrong weights, so that the proof can be seen to fail."""
+
+import itertools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from swaplora_adapters.apply.activation import Activation, Segment, StepAdapters
+from swaplora_adapters.artifact.weights import AdapterWeights, load_weights
+from swaplora_adapters.registry import registry
+from swaplora_adapters.registry.lease import Lease
+from swaplora_adapters.registry.registry import Registry
+from swaplora_server.engine import runner
+
+NUM_SLOTS = 3
+
+
+def keyed_by_name(patch: pytest.MonkeyPatch) -> None:
+    """Weights are remembered by name: a replaced name goes on with what it was loaded with first."""
+    lease = Registry.lease
+    kept: dict[str, Future[AdapterWeights]] = {}
+
+    def remembering(self: Registry, reference: str, client: str | None = None) -> Lease:
+        own = lease(self, reference, client)
+        weights = kept.setdefault(own.record.name, own.weights)
+        return Lease(own.record, weights, lambda _lease: own.release())
+
+    patch.setattr(Registry, "lease", remembering)
+
+
+def keyed_by_name_unchecked(patch: pytest.MonkeyPatch) -> None:
+    """The same, and the engine does not compare digests: nothing but the answer's tokens can tell."""
+    keyed_by_name(patch)
+    patch.setattr(runner, "checked_weights", lambda use: use.weights)
+
+
+def freed_in_use(patch: pytest.MonkeyPatch) -> None:
+    """A lease goes back as soon as its weights are there, and a load overwrites the oldest of a few fixed slots."""
+    lease, load = Registry.lease, load_weights
+    slots: list[AdapterWeights] = []
+    turns = itertools.cycle(range(NUM_SLOTS))
+
+    def too_early(self: Registry, reference: str, client: str | None = None) -> Lease:
+        own = lease(self, reference, client)
+        own.weights.add_done_callback(lambda _weights: threading.Thread(target=own.release).start())
+        return Lease(own.record, own.weights, lambda _lease: None)
+
+    def reusing(*arguments: Any) -> AdapterWeights:
+        weights = load(*arguments)
+        if len(slots) < NUM_SLOTS:
+            slots.append(weights)
+            return weights
+        return _overwritten(slots[next(turns)], weights)
+
+    patch.setattr(Registry, "lease", too_early)
+    patch.setattr(registry, "load_weights", reusing)
+
+
+def neighbours_weights(patch: pytest.MonkeyPatch) -> None:
+    """Each run of rows in a step gets the adapter of the run behind it, and the last that of the first."""
+    plan = Activation.plan
+
+    def shifted(self: Activation, tokens: Sequence[Segment], head: Sequence[Segment]) -> StepAdapters:
+        return plan(self, _rotated(tokens), _rotated(head))
+
+    patch.setattr(Activation, "plan", shifted)
+
+
+FAULTS: Mapping[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "name": keyed_by_name,
+    "name-unchecked": keyed_by_name_unchecked,
+    "freed": freed_in_use,
+    "neighbour": neighbours_weights,
+}
+
+
+def _overwritten(slot: AdapterWeights, weights: AdapterWeights) -> AdapterWeights:
+    """`weights` in the memory of `slot`, whose adapter has the same shapes."""
+    with torch.no_grad():
+        for path, module in weights.modules.items():
+            slot.modules[path].lora_A.copy_(module.lora_A)
+            slot.modules[path].lora_B.copy_(module.lora_B)
+    return replace(slot, digest=weights.digest)
+
+
+def _rotated(segments: Sequence[Segment]) -> list[Segment]:
+    behind = [*segments[1:], *segments[:1]]
+    return [replace(segment, weights=other.weights) for segment, other in zip(segments, behind, strict=True)]
