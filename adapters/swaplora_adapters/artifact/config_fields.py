@@ -93,7 +93,8 @@ class ConfigFields:
     def finish(self) -> None:
         """Raise what was found: UnsupportedAdapterError if nothing is malformed, else InvalidAdapterError with all."""
         if self.malformed:
-            raise InvalidAdapterError(capped([*self.malformed, *sorted(self.unsupported)]))
+            malformed = dict.fromkeys(self.malformed)  # patterns that are out of time all say the same
+            raise InvalidAdapterError(capped([*malformed, *sorted(self.unsupported)]))
         if self.unsupported:
             raise UnsupportedAdapterError(capped(sorted(self.unsupported)))
 

@@ -88,7 +88,9 @@ class Matcher:
 
     def check(self, field: str, pattern: str) -> None:
         """Raise unless `pattern` is one that the other methods accept."""
-        if complaint := pattern_complaint(pattern):
+        with self._spending(field):
+            complaint = pattern_complaint(pattern)
+        if complaint:
             raise InvalidAdapterError([f"{field}: the pattern {quoted(pattern)} {complaint}"])
         if not _PLAIN.fullmatch(pattern):
             self._match(field, pattern, "")

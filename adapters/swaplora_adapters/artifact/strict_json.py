@@ -10,20 +10,21 @@ from swaplora_adapters.artifact.complaints import quoted
 from swaplora_adapters.errors import InvalidAdapterError
 
 MAX_INTEGER_DIGITS = 20
-_NO_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[^"\[\]{}]+', re.DOTALL)
+BYTES_PER_VALUE = 8
+_NO_MARKS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[^",\[\]{}]+', re.DOTALL)
 
 
 def loads(raw: bytes, *, what: str, max_bytes: int, max_depth: int) -> Any:
     """Parse UTF-8 JSON; `what` names the document in complaints.
 
-    Raises InvalidAdapterError for more than `max_bytes` bytes or `max_depth` levels, text that is not UTF-8 or not
-    JSON, a key twice in one object (however it is escaped), NaN, infinity, numbers out of range, and lone surrogates.
+    Raises InvalidAdapterError for more than `max_bytes` bytes, a value for every 8 of those, or `max_depth` levels;
+    for text that is not UTF-8 or not JSON, a key twice in one object (however it is escaped), NaN, infinity, numbers
+    out of range, and lone surrogates.
     """
     if len(raw) > max_bytes:
         raise InvalidAdapterError([f"{what} is larger than {max_bytes} bytes"])
     text = _decode(raw, what)
-    if _is_deeper(text, max_depth):
-        raise InvalidAdapterError([f"{what} is nested deeper than {max_depth} levels"])
+    _check_extent(_NO_MARKS.sub("", text), max_bytes // BYTES_PER_VALUE, max_depth, what)
     try:
         value = json.loads(
             text,
@@ -52,10 +53,18 @@ def _decode(raw: bytes, what: str) -> str:
         raise InvalidAdapterError([f"{what} is not UTF-8 (byte {error.start})"]) from None
 
 
-def _is_deeper(text: str, max_depth: int) -> bool:
-    """Whether brackets outside strings nest deeper than `max_depth`: asked before the parser recurses."""
+def _check_extent(marks: str, max_values: int, max_depth: int, what: str) -> None:
+    """Raise for too many levels or values by their brackets and commas: asked before any object is made of them."""
+    if _is_deeper(marks.replace(",", ""), max_depth):
+        raise InvalidAdapterError([f"{what} is nested deeper than {max_depth} levels"])
+    if sum(marks.count(mark) for mark in "[{,") > max_values:
+        raise InvalidAdapterError([f"{what} holds more than {max_values} values"])
+
+
+def _is_deeper(brackets: str, max_depth: int) -> bool:
+    """Whether brackets nest deeper than `max_depth`."""
     depth = 0
-    for bracket in _NO_BRACKETS.sub("", text):
+    for bracket in brackets:
         depth += 1 if bracket in "[{" else -1
         if depth > max_depth:
             return True

@@ -222,12 +222,16 @@ def _require_fit(spec: AdapterSpec, found: Mapping[str, tuple[int, ...]], shapes
     """`found` are the shapes of the file's tensors by name."""
     modules, strangers, unserved = _sorted_by_kind(found)
     matcher = Matcher()
-    targeted = {path for path in modules.keys() | shapes.keys() if _is_targeted(spec, path, matcher)}
+    targeted = {path for path in shapes if _is_targeted(spec, path, matcher)}
     complaints = [_stranger_complaint(name) for name in strangers]
     for path, pair in modules.items():
+        shape = shapes.get(path)
+        if shape is None:  # nor is it matched with patterns: a header may hold many such paths, and long ones
+            complaints.append(f"{quoted(path)} is no linear layer of the base model")
+            continue
         if path not in targeted:
             complaints.append(f"{quoted(path)} is in the file, but the config does not target it")
-        complaints += _module_complaints(path, pair, spec.rank_of(path, matcher), shapes.get(path))
+        complaints += _module_complaints(path, pair, spec.rank_of(path, matcher), shape)
     missing = targeted - modules.keys()
     complaints += [f"{quoted(path)} is targeted, but not in the file" for path in shapes if path in missing]
     if not modules and not unserved:
@@ -260,12 +264,7 @@ def _is_targeted(spec: AdapterSpec, path: str, matcher: Matcher) -> bool:
     return not is_left_out and spec.targets(path, matcher)
 
 
-def _module_complaints(
-    path: str, pair: Mapping[str, tuple[int, ...]], rank: int, shape: LinearShape | None
-) -> Iterator[str]:
-    if shape is None:
-        yield f"{quoted(path)} is no linear layer of the base model"
-        return
+def _module_complaints(path: str, pair: Mapping[str, tuple[int, ...]], rank: int, shape: LinearShape) -> Iterator[str]:
     for letter, expected in (("A", (rank, shape.in_features)), ("B", (shape.out_features, rank))):
         if letter not in pair:
             yield f"{quoted(path)} has no lora_{letter}.weight"

@@ -1,18 +1,20 @@
 """Streaming a multipart upload to disk: two parts, every length bounded, the client's file names never looked at."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import ExitStack
-from email.message import Message
 
 from fastapi import Request
-from python_multipart.exceptions import MultipartParseError
-from python_multipart.multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
 
 from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES
 from swaplora_adapters.artifact.staging import Part, Staging, Writer
 from swaplora_server.http.errors import ApiError
 
 _MAX_HEADER_BYTES = 8 << 10
+_MAX_FRAME_BYTES = 1 << 20  # what a body may hold beside the two files
+_MAX_TYPE_CHARS = 1024  # of the Content-Type, which is parsed while nothing else runs
 _REMEDY = "send exactly two parts: config (adapter_config.json) and weights (adapter_model.safetensors)"
 
 
@@ -21,25 +23,36 @@ async def receive_files(request: Request, staging: Staging, max_weights_bytes: i
 
     Raises ApiError for anything but these two parts, AdapterTooLargeError and StorageFullError.
     """
-    parts = _Parts(staging, {"config": MAX_CONFIG_BYTES, "weights": max_weights_bytes})
+    limits: dict[Part, int] = {"config": MAX_CONFIG_BYTES, "weights": max_weights_bytes}
+    parts = _Parts(staging, limits)
     with parts.open_file:
-        parser = MultipartParser(_boundary(request), parts.callbacks())
         try:
-            async for chunk in request.stream():
+            parser = MultipartParser(_boundary(request), parts.callbacks())
+            async for chunk in _bounded_body(request, sum(limits.values()) + _MAX_FRAME_BYTES):
                 await asyncio.to_thread(parser.write, chunk)
             await asyncio.to_thread(parser.finalize)
-        except MultipartParseError as error:
+        except FormParserError as error:
             raise ApiError("invalid_request", f"the body is not well-formed multipart; {_REMEDY}") from error
     parts.check_complete()
 
 
+async def _bounded_body(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
+    """The body's chunks; what lies around the parts is skipped by the parser, and has to end too."""
+    num_bytes = 0
+    async for chunk in request.stream():
+        num_bytes += len(chunk)
+        if num_bytes > max_bytes:
+            raise ApiError("body_too_large", f"the body is larger than {max_bytes} bytes; {_REMEDY}")
+        yield chunk
+
+
 def _boundary(request: Request) -> bytes:
-    message = Message()
-    message["content-type"] = request.headers.get("content-type", "")
-    boundary = message.get_param("boundary", "")
-    if message.get_content_type() != "multipart/form-data" or not isinstance(boundary, str) or not boundary:
+    content_type = request.headers.get("content-type", "")
+    kind, options = parse_options_header(content_type if len(content_type) <= _MAX_TYPE_CHARS else "")
+    boundary: bytes = options.get(b"boundary", b"")
+    if kind != b"multipart/form-data" or not boundary:
         raise ApiError("invalid_request", f"the body must be multipart/form-data; {_REMEDY}")
-    return boundary.encode()
+    return boundary
 
 
 class _Parts:
@@ -118,7 +131,5 @@ class _Parts:
 
 
 def _part_name(disposition: bytes | None) -> str | None:
-    message = Message()
-    message["content-disposition"] = (disposition or b"").decode("latin-1").replace("\r", " ").replace("\n", " ")
-    name = message.get_param("name", header="content-disposition")
-    return name if isinstance(name, str) else None
+    kind, options = parse_options_header(disposition)
+    return options.get(b"name", b"").decode("latin-1") if kind == b"form-data" else None
