@@ -14,7 +14,6 @@ TOO_LARGE: Answer = (413, "adapter_too_large")
 CREATED: Answer = (201, None)
 MALFORMED: Answer = (400, "invalid_request")
 BAD_NAME: Answer = (400, "invalid_adapter_name")
-NOT_HTTP: Answer = (400, None)  # refused below the application, which has no code for it
 NONE: Answer = (None, None)  # the client is gone before it could be answered
 
 

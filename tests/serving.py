@@ -14,6 +14,7 @@ import uvicorn
 
 from swaplora_server.config import Settings
 from swaplora_server.http.app import create_app
+from swaplora_server.http.protocol import BoundedHttpProtocol
 from swaplora_server.http.service import Service
 
 BASE = "base"
@@ -79,7 +80,9 @@ def serving(config: Settings) -> Iterator[Running]:
     service = Service(config)
     service.start(lambda _message: None)
     server = uvicorn.Server(
-        uvicorn.Config(create_app(service), port=0, log_config=None, access_log=False, lifespan="off")
+        uvicorn.Config(
+            create_app(service), http=BoundedHttpProtocol, port=0, log_config=None, access_log=False, lifespan="off"
+        )
     )
     thread = threading.Thread(target=server.run)
     thread.start()

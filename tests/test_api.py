@@ -1,6 +1,8 @@
 """The HTTP contract: shapes, streams, refusals by name, and no input that makes the server fail."""
 
 import json
+import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +342,27 @@ def test_a_full_queue_is_told_at_once(base: Path, tmp_path: Path) -> None:
             assert answer.headers["retry-after"] == "1"
         small.wait_idle()
         assert complete(small, n=2).status_code == 200
+
+
+def test_a_head_without_end_is_refused_before_it_has_arrived(loaded: Running) -> None:
+    host, port = loaded.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: ")
+        with suppress(ConnectionError):  # the server hangs up while we still send
+            for _ in range(1024):
+                connection.sendall(b"a" * (64 << 10))
+        with suppress(ConnectionError):
+            assert connection.recv(100).startswith(b"HTTP/1.1 431")
+    assert loaded.client.get("/health", headers={"X-Long": "a" * 60_000}).status_code == 200
+
+
+def test_what_is_no_http_is_told_in_the_one_error_body(loaded: Running) -> None:
+    host, port = loaded.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(b"nonsense\r\n\r\n")
+        head, _, body = connection.recv(4096).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400")
+    assert json.loads(body)["error"]["code"] == "invalid_request"
 
 
 def test_every_route_but_three_wants_the_key(base: Path, tmp_path: Path) -> None:

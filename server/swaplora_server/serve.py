@@ -1,6 +1,7 @@
 """Running the server: listen at once, load in the background, drain and exit cleanly when told to."""
 
 import asyncio
+import gc
 import logging
 import socket
 import sys
@@ -18,6 +19,7 @@ from swaplora_server.config import Settings
 from swaplora_server.embedded import EmbeddedBaseError
 from swaplora_server.engine.proof import UnsupportedModelError
 from swaplora_server.http.app import create_app
+from swaplora_server.http.protocol import BoundedHttpProtocol
 from swaplora_server.http.service import Service
 
 # beyond the time that running requests get, for their last bytes to go out
@@ -43,6 +45,7 @@ async def _serve(service: Service, listener: socket.socket) -> None:
     try:
         with Progress() as progress:
             await asyncio.to_thread(service.start, progress.step)
+        gc.freeze()  # the collector need not go through what stays for good: a step would wait for it
     except (UnsupportedModelError, EmbeddedBaseError, AdapterError, StoreError, OSError, ValueError) as error:
         raise StartError(str(error)) from error
     else:
@@ -63,6 +66,7 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(service),
+                http=BoundedHttpProtocol,
                 log_config=None,
                 access_log=False,
                 lifespan="off",
