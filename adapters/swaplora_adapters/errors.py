@@ -97,6 +97,12 @@ class StorageFullError(AdapterError, OSError):
     code = "storage_full"
 
 
+class StorageFailedError(AdapterError, OSError):
+    """The disk under the data directory does not read or write as it should; the message says what it answered."""
+
+    code = "storage_failed"
+
+
 class MemoryFullError(AdapterError):
     """Every resident adapter is in use, and the budget leaves no room for another."""
 

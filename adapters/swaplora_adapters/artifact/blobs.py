@@ -12,7 +12,7 @@ from swaplora_adapters.artifact.disk import full_disk_is_told, read_bounded, reg
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES, AdapterSpec
 from swaplora_adapters.artifact.staging import Staging
-from swaplora_adapters.errors import InvalidAdapterError, StorageFullError
+from swaplora_adapters.errors import InvalidAdapterError
 
 RESERVE_BYTES = 256 << 10
 
@@ -68,18 +68,23 @@ class Blobs:
         return sizes[0], sizes[1]
 
     def discard(self, digest: str) -> None:
-        """Remove a blob, if there: out of the way in one step, then gone. What a crash leaves in staging is swept."""
+        """Remove a blob, if there: out of the way in one step, then gone.
+
+        What a crash leaves in staging, or a failing disk anywhere, is swept at the next start.
+        """
         if self.has(digest):
             doomed = self._staging / secrets.token_hex(16)
-            self._folder(digest).rename(doomed)
-            remove(doomed)
+            with suppress(OSError):
+                self._folder(digest).rename(doomed)
+                remove(doomed)
 
     def quarantine(self, digest: str) -> None:
-        """Set a blob aside, if there, in the place of an older one with the same digest."""
+        """Set a blob aside, if there, in the place of an older one; on a failing disk it stays where it is."""
         target = self._quarantine / hex_of(digest)
         if self.has(digest):
-            remove(target)
-            self._folder(digest).rename(target)
+            with suppress(OSError):
+                remove(target)
+                self._folder(digest).rename(target)
 
     def sweep(self, known: Collection[str]) -> None:
         """Remove what staging holds and every blob whose digest is not `known`."""
@@ -101,24 +106,26 @@ class Blobs:
         return None
 
     def digest_complaint(self, digest: str) -> str | None:
-        """What is wrong with the files once every byte is hashed again."""
+        """What is wrong with the files once every byte is hashed again; StorageFailedError if the disk is at fault."""
         paths = self.paths(digest)
         try:
-            spec = AdapterSpec.parse(read_bounded(paths.config, MAX_CONFIG_BYTES))
-            if digest_of(spec.canonical, paths.weights) == digest:
-                return None
+            with full_disk_is_told():
+                spec = AdapterSpec.parse(read_bounded(paths.config, MAX_CONFIG_BYTES))
+                if digest_of(spec.canonical, paths.weights) == digest:
+                    return None
         except InvalidAdapterError as error:
             return f"its stored files are damaged: {error}"
         return "its stored files no longer have the digest that they were stored with"
 
     def fill_reserve(self) -> None:
-        """Hold back the room that a delete needs; a disk already full can only wait for the next chance."""
-        with suppress(StorageFullError), full_disk_is_told(), self._reserve.open("ab") as file:
+        """Hold back the room that a delete needs; a full or failing disk can only wait for the next chance."""
+        with suppress(OSError), self._reserve.open("ab") as file:
             os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
 
     def free_reserve(self) -> None:
         """Give the room back to the disk."""
-        self._reserve.unlink(missing_ok=True)
+        with full_disk_is_told():
+            self._reserve.unlink(missing_ok=True)
 
     def _folder(self, digest: str) -> Path:
         return self._blobs / hex_of(digest)

@@ -84,7 +84,10 @@ class Catalogue:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All changes of the body or none, durable when it ends; StorageFullError if there is no room."""
+        """All changes of the body or none, durable when it ends; StorageFullError if there is no room.
+
+        A commit that ends in StorageFailedError may come to be after all, if the next start finds it written.
+        """
         with full_disk_is_told():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
@@ -235,8 +238,17 @@ class Catalogue:
         return [_record(dict(zip(columns, row, strict=True))) for row in cursor]
 
     def _configure(self) -> None:
-        """Exclusive locking keeps the WAL's index in memory of our own, where a full disk cannot hurt it."""
-        for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+        """Exclusive locking keeps the WAL's index in memory of our own, where a full disk cannot hurt it.
+
+        A short WAL is soon written over from its start: deletes, however many, need no more room than the reserve has.
+        """
+        for pragma in (
+            "locking_mode = EXCLUSIVE",
+            "journal_mode = WAL",
+            "synchronous = FULL",
+            "foreign_keys = ON",
+            "wal_autocheckpoint = 32",
+        ):
             self._connection.execute(f"PRAGMA {pragma}").fetchall()
 
     def _migrate(self) -> None:

@@ -1,4 +1,4 @@
-"""Files handled so that neither a strange file nor a full disk comes as a surprise."""
+"""Files handled so that neither a strange file nor a full or failing disk comes as a surprise."""
 
 import errno
 import os
@@ -10,18 +10,24 @@ from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
-from swaplora_adapters.errors import InvalidAdapterError, StorageFullError
+from swaplora_adapters.errors import InvalidAdapterError, StorageFailedError, StorageFullError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FAILED = (errno.EIO, errno.EROFS)  # the second is what many file systems turn to after the first
+_SQLITE_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
+_SQLITE_FAILED = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)  # primary codes
 
 
 def open_regular(path: Path) -> FileIO:
     """Open a regular file for unbuffered reading; InvalidAdapterError if it is missing or anything else.
 
-    A pipe is never waited for. The message names the file, not the folder it lies in.
+    A pipe is never waited for. The message names the file, not the folder it lies in. Also raises StorageFailedError.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        raise InvalidAdapterError([f"{path.name} is missing"]) from None
+    with full_disk_is_told():
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            raise InvalidAdapterError([f"{path.name} is missing"]) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise InvalidAdapterError([f"{path.name} is not a regular file"])
@@ -64,14 +70,29 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def full_disk_is_told() -> Iterator[None]:
-    """Turn the body's running out of room, in a file or in SQLite, into StorageFullError; the rest passes."""
+    """Turn a full disk met in the body, by a file or by SQLite, into StorageFullError; the rest passes.
+
+    A disk that fails becomes StorageFailedError. SQLite says only that for no room at a sync, too.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFullError("no room is left on the disk that holds the adapters") from error
+        if error.errno in _FULL:
+            raise _full() from error
+        if error.errno in _FAILED:
+            raise _failed(error.strerror) from error
         raise
     except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE):
-            raise StorageFullError("no room is left on the disk that holds the adapters") from error
+        if error.sqlite_errorcode in _SQLITE_FULL:
+            raise _full() from error
+        if error.sqlite_errorcode & 0xFF in _SQLITE_FAILED:
+            raise _failed(str(error)) from error
         raise
+
+
+def _full() -> StorageFullError:
+    return StorageFullError("no room is left on the disk that holds the adapters")
+
+
+def _failed(answer: str | None) -> StorageFailedError:
+    return StorageFailedError(f"the disk that holds the adapters failed: {answer}")

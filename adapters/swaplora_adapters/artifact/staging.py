@@ -2,6 +2,7 @@
 
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -40,13 +41,14 @@ class Staging:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        remove(self.path)
+        with suppress(OSError):  # what a failing disk does not let go of is swept at the next start
+            remove(self.path)
 
 
 class Writer:
     """Writes one new file and counts its bytes; leaving the `with` block without an error makes it durable.
 
-    Raises AdapterTooLargeError past `max_bytes`, and StorageFullError.
+    Raises AdapterTooLargeError past `max_bytes`, StorageFullError and StorageFailedError.
     """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
@@ -76,9 +78,9 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                with full_disk_is_told():
+        with full_disk_is_told():
+            try:
+                if kind is None:
                     os.fsync(self._descriptor)
-        finally:
-            os.close(self._descriptor)
+            finally:
+                os.close(self._descriptor)

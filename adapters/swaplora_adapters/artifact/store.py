@@ -28,6 +28,7 @@ from swaplora_adapters.errors import (
     AdapterNotFoundError,
     AliasNotFoundError,
     PreconditionFailedError,
+    StorageFailedError,
     StorageFullError,
     VersionNotFoundError,
 )
@@ -81,11 +82,12 @@ class Store:
         A new version is made only if the current one has another digest, also where an older one has the same; files
         are shared by digest. `if_none_match` wants the name unused, `if_match` wants its current digest to be this one:
         PreconditionFailedError otherwise. Also raises InvalidAdapterNameError, InvalidAdapterError if a file is
-        missing, and StorageFullError; then the store is as before.
+        missing, and StorageFullError; then the store is as before. After StorageFailedError, too, but the next start
+        may find the change made.
         """
         validate_name(name)
         with self._mutex:
-            had_files = self._blobs.has(details.digest)
+            had_files, is_committing = self._blobs.has(details.digest), False
             try:
                 with self._catalogue.transaction():
                     previous = self._catalogue.current(name)
@@ -94,8 +96,10 @@ class Store:
                     self._catalogue.put_blob(details.digest, *self._blobs.place(staging, details.digest))
                     if is_new:
                         self._catalogue.add_version(name, details, source)
-            except BaseException:
-                if not had_files:
+                    is_committing = True
+            except BaseException as error:
+                # a commit that fails for anything but room may stand at the next start, and would want its files
+                if not had_files and (not is_committing or isinstance(error, StorageFullError)):
                     self._blobs.discard(details.digest)
                 raise
             return Published(self.current(name), is_new, previous)
@@ -246,8 +250,8 @@ class Store:
             self._mark(digest, reason)
 
     def _mark(self, digest: str, failure: str | None) -> None:
-        """Note what was found about a blob; on a full disk that is left to the next start, which finds it again."""
-        with suppress(StorageFullError), self._catalogue.transaction():
+        """Note what was found about a blob; a full disk leaves that to the next start, which finds it again."""
+        with suppress(StorageFullError, StorageFailedError), self._catalogue.transaction():
             self._catalogue.mark_blob(digest, failure)
 
     def _even_if_full(self, change: Callable[[], T]) -> T:

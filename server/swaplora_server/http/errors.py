@@ -37,6 +37,7 @@ _STATUS = {
     "draining": 503,
     "engine_failed": 503,
     "storage_full": 507,
+    "storage_failed": 507,
     "memory_full": 507,
 }
 _RETRY_AFTER = {"overloaded": "1", "not_ready": "5", "draining": "5", "memory_full": "5", "source_failed": "5"}
