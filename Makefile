@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
-SOAK_TESTS := tests/test_isolation.py tests/test_linearizable.py tests/test_leaks.py tests/test_registry_machine.py
+SOAK_TESTS := tests/test_isolation.py tests/test_linearizable.py tests/test_leaks.py tests/test_registry_machine.py \
+	tests/test_kill.py tests/test_faults.py
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check

@@ -29,6 +29,7 @@ from swaplora_adapters.artifact.spec import AdapterSpec
 from swaplora_adapters.artifact.store import Store
 from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.registry.registry import Registry
+from swaplora_adapters.registry.sources.source import Sources
 
 # what is done, to which name, and what is added to the life's number for the weights
 STEPS = (
@@ -90,6 +91,7 @@ def opened(data_dir: Path, keep_versions: int = 1) -> Iterator[tuple[Store, Regi
     store = Store(data_dir)
     registry = Registry(
         store,
+        sources=Sources(allowed=(), folder=None, max_weights_bytes=0),
         shapes=SHAPES,
         dtype=torch.float32,
         device=torch.device("cpu"),
@@ -265,14 +267,14 @@ def _live(
 
 def _try(registry: Registry, number: int, verb: str, name: str, offset: float) -> str:
     """Take one step; "ok", or the error's code, after which everything must be as it was."""
-    before = registry.current_versions()
+    before = [card.record for card in registry.cards()]
     try:
         if verb == "put":
             put(registry, name, number + offset)
         else:
             registry.delete(name).freed.result(_HANG_SECONDS)
     except AdapterError as error:
-        assert registry.current_versions() == before
+        assert [card.record for card in registry.cards()] == before
         return error.code
     return "ok"
 

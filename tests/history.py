@@ -1,6 +1,6 @@
 """What may have happened to one name, told from what its clients saw: a checker of linearizability.
 
-A name is a register of two fields: the digest that it stands for, if any, and the last version number it gave out.
+A name is its versions, the one of them that it stands for, and the last version number that it gave out.
 Every operation must have taken effect at one moment between its start and its end. All orders that these times allow
 are searched, as by Wing and Gong (Testing and Verifying Concurrent Objects, 1993), with visited states remembered.
 """
@@ -11,37 +11,61 @@ from typing import Literal, NamedTuple
 
 
 class State(NamedTuple):
-    """What a name stands for."""
+    """A name's versions with their digests, and the one that is current, if there is any."""
 
-    digest: str | None = None
+    versions: tuple[tuple[int, str], ...] = ()
+    current: int | None = None
     last_version: int = 0
+
+    @property
+    def digest(self) -> str | None:
+        """What the name stands for."""
+        return dict(self.versions).get(self.current or 0)
+
+    def with_new(self, digest: str) -> "State":
+        """After a put of other bytes than the current ones."""
+        version = self.last_version + 1
+        return State((*self.versions, (version, digest)), version, version)
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation on the name, and what it was answered: the version that it put, deleted or read; None for a 404.
+    """One operation on the name, and what it was answered: the version that it put, went to or read; None for a 404.
 
-    `digest` is what was put, or what a read saw. One whose answer nobody heard happened within its times or not at all.
+    A delete tells the newest version that it deleted. `digest` is what was put, or what a read saw; `wanted` is the
+    version to roll to. One whose answer nobody heard happened within its times or not at all.
     """
 
-    kind: Literal["put", "delete", "read"]
+    kind: Literal["put", "delete", "roll", "read"]
     start: float
     end: float
     digest: str | None = None
     version: int | None = None
     is_heard: bool = True
+    wanted: int | None = None
 
     def applied_to(self, state: State) -> State | None:
         """The state afterwards, or None when `state` does not explain the answer."""
-        after = state
-        if self.kind == "put" and state.digest != self.digest:
-            after = State(self.digest, state.last_version + 1)
-        elif self.kind == "delete":
-            after = State(None, state.last_version)
-        named = after if self.kind == "put" else state
-        is_version = self.version == (None if named.digest is None else named.last_version)
-        is_digest = self.kind == "delete" or self.digest == named.digest
-        return after if not self.is_heard or (is_version and is_digest) else None
+        after = self._after(state)
+        if not self.is_heard:
+            return after
+        expected = {
+            "put": after.current,
+            "delete": state.versions[-1][0] if state.versions else None,
+            "roll": self.wanted if self.wanted in dict(state.versions) else None,
+            "read": state.current,
+        }
+        is_digest = self.kind in ("delete", "roll") or self.digest == after.digest
+        return after if self.version == expected[self.kind] and is_digest else None
+
+    def _after(self, state: State) -> State:
+        if self.kind == "put" and self.digest is not None and state.digest != self.digest:
+            return state.with_new(self.digest)
+        if self.kind == "delete":
+            return State(last_version=state.last_version)
+        if self.kind == "roll" and self.wanted in dict(state.versions):
+            return state._replace(current=self.wanted)
+        return state
 
 
 def final_states(operations: Sequence[Operation], initial: Iterable[State]) -> frozenset[State]:

@@ -19,6 +19,7 @@ import pytest
 import crash
 from crash import Allowed, Hurt, Nursery, Thread
 from serving import Running, serving, settings
+from sizes import size
 from swaplora_adapters.artifact.digest import hex_of
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
 from test_restart import SMALL, free_port, process, wait_ready
@@ -26,16 +27,10 @@ from test_restart import SMALL, free_port, process, wait_ready
 CODES = ("storage_full", "storage_failed")
 SQLITE_FAULTS = [("pwrite64", "ENOSPC", CODES[0]), ("pwrite64", "EIO", CODES[1]), ("fdatasync", "EIO", CODES[1])]
 FEW_SYSCALLS = [syscall for syscall in crash.SYSCALLS if syscall not in ("openat", "pwrite64")]
-IS_SOAK = os.environ.get("SWAPLORA_SOAK") == "1"
+IS_SOAK = bool(size(ci=0, soak=1))
 PROMPT = list(range(80, 100))
 NUMBERED = [f"n{number}" for number in range(30)]
 ROOM_FOR_ONE = 32 << 10  # for either of two adapters that have 26 and 29 KiB
-
-
-@pytest.fixture(autouse=True)
-def _no_soak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server would refuse it as a setting that it does not know."""
-    monkeypatch.delenv("SWAPLORA_SOAK", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +52,7 @@ def sweep(nursery: Nursery, data_dir: Path, thread: Thread, error: str, *, lasts
         while True:
             number = next(numbers)
             hurt = Hurt(thread, syscall, f"error={error}", f"{faults[syscall] + 1}{'+' if lasts else ''}")
-            life = nursery.live(data_dir, number, hurt, "abandon" if lasts else "retry", keep_versions=2)
+            life = nursery.live(data_dir, number, hurt, "abandon" if lasts else "retry", keep_versions=1)
             assert life.exit_code == 0, hurt
             assert set(life.outcomes) <= {"ok", *(failed if lasts else retried)}, hurt
             found = crash.check_recovered(data_dir, crash.allowed_after(found, number, life.outcomes))

@@ -16,13 +16,14 @@ import pytest
 import crash
 from crash import Allowed, Hurt, Nursery, Thread
 from serving import Running
+from sizes import size
 from swaplora_adapters.artifact.digest import digest_of
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.artifact.spec import AdapterSpec
 from test_restart import SMALL, process
 
 PROMPT = list(range(50, 70))
-NUM_KILLS = 25 if os.environ.get("SWAPLORA_SOAK") == "1" else 5
+NUM_KILLS = size(ci=5, soak=25)
 NUM_THREADS = 4
 
 
@@ -143,9 +144,8 @@ def disturbed(pid: int, url: str, folders: list[Path], seed: int) -> list[Client
 
 
 def test_sigkill_of_the_server_at_any_time_loses_nothing_acknowledged(
-    base: Path, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, adapters: list[Path], tmp_path: Path
 ) -> None:
-    monkeypatch.delenv("SWAPLORA_SOAK", raising=False)  # which the server would refuse as a setting it does not know
     with process(base, tmp_path, *SMALL) as (_server, client):
         answers = answers_by_digest(Running(str(client.base_url), None, client), adapters)  # type: ignore[arg-type]
     allowed: Allowed = {}

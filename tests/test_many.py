@@ -40,14 +40,14 @@ def test_a_thousand_adapters_are_there_after_a_start_and_the_damaged_ones_are_na
     with crash.opened(data_dir) as (store, registry):
         assert store.quarantined == []
         for name, damage in DAMAGE.items():
-            damage(store.blob_paths(registry.resolve(name).digest).config.parent)
+            damage(store.blob_paths(registry.names.index.resolve(name).digest).config.parent)
     before, started = resident_bytes(), time.monotonic()
     with crash.opened(data_dir) as (store, registry):
         seconds, growth = time.monotonic() - started, resident_bytes() - before
         crash.report(f"{NUM_ADAPTERS} adapters: {1000 * seconds:.0f} ms to open, {growth / 2**20:.1f} MiB")
         assert [name for name, _version, _reason in store.quarantined] == FOUND_BY_SIZE
         assert [card.record.name for card in registry.cards()] == [f"a{number:04}" for number in range(NUM_ADAPTERS)]
-        for record in registry.current_versions():
+        for record in [card.record for card in registry.cards()]:
             lease = registry.lease(record.name)
             if record.name in DAMAGE:
                 with pytest.raises(AdapterFailedError, match="its stored"):

@@ -8,7 +8,7 @@ import torch
 
 from swaplora_adapters.artifact.complaints import capped, quoted
 from swaplora_adapters.artifact.digest import digest_of
-from swaplora_adapters.artifact.disk import read_bounded
+from swaplora_adapters.artifact.disk import full_disk_is_told, read_bounded
 from swaplora_adapters.artifact.records import Details
 from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES, AdapterSpec
 from swaplora_adapters.artifact.tensorfile import DEFAULT_LIMITS, Header, Limits, iter_tensors, read_header
@@ -45,12 +45,14 @@ def inspect_files(
     InvalidAdapterError with every complaint of the first stage that has any (the two files by themselves, their fit to
     the base, their values), or UnsupportedAdapterError if all of those are about what is not served.
     """
-    spec, header = _read_both(config_path, weights_path, limits)
-    check_fit(spec, header, shapes)
-    has_effect = check_values(spec, iter_tensors(weights_path, header), dtype)
+    with full_disk_is_told():
+        spec, header = _read_both(config_path, weights_path, limits)
+        check_fit(spec, header, shapes)
+        has_effect = check_values(spec, iter_tensors(weights_path, header), dtype)
+        digest = digest_of(spec.canonical, weights_path)
     ranks = module_ranks(header)
     details = Details(
-        digest=digest_of(spec.canonical, weights_path),
+        digest=digest,
         rank=max(ranks.values()),
         targets=last_names(ranks),
         base_model=spec.base_model_name_or_path,

@@ -5,9 +5,10 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.artifact.names import CONFIG_FILE
 from swaplora_adapters.errors import AdapterError, StorageFullError
 from swaplora_adapters.registry.registry import Registry
+from swaplora_adapters.registry.sources.folder import origin_of
 
 
 class AdapterFolder:
@@ -42,7 +43,7 @@ class AdapterFolder:
 
         Raises AdapterError; SourceNotFoundError if there is no such sub-folder.
         """
-        origin = _origin(self._folder / name)
+        origin = origin_of(self._folder / name)
         self._registry.put_source(name, f"file:{name}")
         self._registry.names.set_origin(name, origin)
 
@@ -72,18 +73,4 @@ class AdapterFolder:
             return
         for name in names:
             if (self._folder / name / CONFIG_FILE).exists():
-                yield name, _origin(self._folder / name)
-
-
-def _origin(folder: Path) -> str:
-    """Changes whenever either file is written: its path, and both times (ns) and sizes."""
-    stats = [_stat(folder / file) for file in (CONFIG_FILE, WEIGHTS_FILE)]
-    return f"{folder.resolve()} {' '.join(stats)}"
-
-
-def _stat(path: Path) -> str:
-    try:
-        status = path.stat()
-    except OSError:
-        return "-"
-    return f"{status.st_mtime_ns}:{status.st_size}"
+                yield name, origin_of(self._folder / name)

@@ -2,13 +2,26 @@
 
 import threading
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from swaplora_adapters.artifact.names import validate_name
 from swaplora_adapters.artifact.records import Alias, Details, Published, Target, VersionRecord
 from swaplora_adapters.artifact.staging import Staging
 from swaplora_adapters.artifact.store import Store
-from swaplora_adapters.errors import AdapterBusyError, AdapterNotFoundError, InvalidAdapterNameError
+from swaplora_adapters.errors import (
+    AdapterBusyError,
+    AdapterNotFoundError,
+    InvalidAdapterNameError,
+    PreconditionFailedError,
+)
 from swaplora_adapters.registry.index import Index, NamedVersions
+
+
+class Seen(NamedTuple):
+    """A name at one moment."""
+
+    was_used: bool
+    current: VersionRecord | None
 
 
 class Names:
@@ -39,12 +52,27 @@ class Names:
         if self.index.is_alias(name):
             raise InvalidAdapterNameError(f"{name} is an alias; choose another name, or delete the alias first")
 
+    def seen(self, name: str) -> Seen:
+        """What the name is now, to be compared with what it is when something that took long is to be published."""
+        current = self.index.get(name).current if name in self.index else None
+        return Seen(self.was_used(name), current)
+
     def publish(
-        self, name: str, staging: Staging, details: Details, *, source: str, if_match: str | None, if_none_match: bool
+        self,
+        name: str,
+        staging: Staging,
+        details: Details,
+        *,
+        source: str,
+        if_match: str | None,
+        if_none_match: bool,
+        if_seen: Seen | None,
     ) -> Published:
-        """See `Store.publish`."""
+        """See `Store.publish`. Also raises PreconditionFailedError if the name is no more as it was `if_seen`."""
         with self.changes:
             self.check_adapter_name(name)
+            if if_seen is not None and self.seen(name) != if_seen:
+                raise PreconditionFailedError(f"{name} was changed in the meantime")
             published = self._store.publish(
                 name, staging, details, source=source, if_match=if_match, if_none_match=if_none_match
             )

@@ -8,8 +8,9 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -19,13 +20,13 @@ from swaplora_adapters.artifact.records import Alias, Target, VersionRecord
 from swaplora_adapters.artifact.staging import Staging
 from swaplora_adapters.artifact.store import Store
 from swaplora_adapters.artifact.weights import AdapterWeights, LinearShape, load_weights
-from swaplora_adapters.errors import AdapterError, PreconditionFailedError
+from swaplora_adapters.errors import AdapterError, PreconditionFailedError, StorageFailedError, StorageFullError
 from swaplora_adapters.registry.card import Card, Failure, Put
 from swaplora_adapters.registry.index import NamedVersions
 from swaplora_adapters.registry.lease import Lease, Removal
-from swaplora_adapters.registry.names import Names
+from swaplora_adapters.registry.names import Names, Seen
 from swaplora_adapters.registry.residency import Residency
-from swaplora_adapters.registry.sources.folder import fetch_from_folder
+from swaplora_adapters.registry.sources.folder import fetch_from_folder, origin_of
 from swaplora_adapters.registry.sources.source import Sources
 from swaplora_adapters.registry.sources.uri import FolderUri
 
@@ -91,7 +92,14 @@ class Registry:
         return self._store.stage()
 
     def put(
-        self, name: str, staging: Staging, *, source: str, if_match: str | None = None, if_none_match: bool = False
+        self,
+        name: str,
+        staging: Staging,
+        *,
+        source: str,
+        if_match: str | None = None,
+        if_none_match: bool = False,
+        if_seen: Seen | None = None,
     ) -> Put:
         """Check staged files whole and make them the current version of `name`, durably.
 
@@ -100,12 +108,8 @@ class Registry:
         serves on, and its card says why.
         """
         self._names.check_adapter_name(name)
-        try:
-            return self._put(name, staging, source, if_match, if_none_match)
-        except AdapterError as error:
-            if name in self._names.index:
-                self._last_failure[name] = Failure(time.time(), str(error))
-            raise
+        with self._told_on_the_card(name):
+            return self._put(name, staging, source, if_match, if_none_match, if_seen)
 
     def put_source(
         self,
@@ -114,6 +118,7 @@ class Registry:
         *,
         if_match: str | None = None,
         if_none_match: bool = False,
+        if_seen: Seen | None = None,
         is_operators: bool = False,
     ) -> Put:
         """Fetch an adapter from a source that the operator enabled, or wrote (`is_operators`), and `put` it.
@@ -123,16 +128,23 @@ class Registry:
         self._names.check_adapter_name(name)
         if if_none_match and name in self._names.index:
             raise PreconditionFailedError(f"adapter {name} exists already")
-        with self._store.stage() as staging:
+        with self._store.stage() as staging, self._told_on_the_card(name):
             pinned_uri = self._sources.fetch(uri, staging, is_operators=is_operators)
-            return self.put(name, staging, source=pinned_uri, if_match=if_match, if_none_match=if_none_match)
+            return self._put(name, staging, pinned_uri, if_match, if_none_match, if_seen)
 
-    def put_folder(self, name: str, folder: Path) -> Put:
-        """Take in an adapter from any folder of the operator's, wherever its links lead, as if it had been uploaded."""
+    def put_folder(self, name: str, folder: Path) -> None:
+        """Take in an adapter from any folder of the operator's, wherever its links lead, as if it had been uploaded.
+
+        Not again while its files are unchanged, so that a restart undoes no upload, roll-back or delete.
+        """
         self._names.check_adapter_name(name)
+        origin = origin_of(folder)
+        if origin == self._names.origin(name):
+            return
         with self._store.stage() as staging:
             fetch_from_folder(FolderUri(os.path.abspath(folder)), Path("/"), staging, _ANY_SIZE)
-            return self.put(name, staging, source=f"folder:{folder.name}")
+            self.put(name, staging, source=f"folder:{folder.name}")
+        self._names.set_origin(name, origin)
 
     def change(self, name: str, *, current: int | None = None, is_pinned: bool | None = None) -> Card:
         """Roll `name` back or forward to one of its versions, keep it in memory or no longer, or both at once.
@@ -192,7 +204,25 @@ class Registry:
         self._residency.close()
         self._store.close()
 
-    def _put(self, name: str, staging: Staging, source: str, if_match: str | None, if_none_match: bool) -> Put:
+    @contextmanager
+    def _told_on_the_card(self, name: str) -> Iterator[None]:
+        """Note why the body could not replace `name`, unless a condition of the sender's was not met."""
+        try:
+            yield
+        except AdapterError as error:
+            if name in self._names.index and not isinstance(error, PreconditionFailedError):
+                self._last_failure[name] = Failure(time.time(), str(error))
+            raise
+
+    def _put(
+        self,
+        name: str,
+        staging: Staging,
+        source: str,
+        if_match: str | None,
+        if_none_match: bool,
+        if_seen: Seen | None,
+    ) -> Put:
         details = inspect_files(
             staging.config_path, staging.weights_path, self._shapes, self._dtype, base_model=self._base_model
         ).details
@@ -202,12 +232,19 @@ class Registry:
             if name in self._names.index and self._names.index.get(name).is_pinned:
                 self._check_pins(name, details.digest, nbytes)
             published = self._names.publish(
-                name, staging, details, source=source, if_match=if_match, if_none_match=if_none_match
+                name,
+                staging,
+                details,
+                source=source,
+                if_match=if_match,
+                if_none_match=if_none_match,
+                if_seen=if_seen,
             )
             self._residency.forget_failure(details.digest)  # its file may have been damaged, and is whole again
             self._last_failure.pop(name, None)
-            for record in self._names.outdated(name):
-                self._remove(name, record.version)
+            with suppress(StorageFullError, StorageFailedError):  # one too many is kept until the next replace
+                for record in self._names.outdated(name):
+                    self._remove(name, record.version)
             self._residency.pin(self._pinned())
             return Put(self.card(name), is_first=published.previous is None)
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 
+import structlog
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from swaplora_adapters.errors import AdapterError
+from swaplora_adapters.errors import AdapterError, StorageFailedError, StorageFullError
 
+_log = structlog.get_logger(__name__)
 _STATUS = {
     "invalid_request": 400,
     "unsupported_field": 400,
@@ -78,6 +80,8 @@ def error_response(error: ApiError | AdapterError, headers: Mapping[str, str] | 
 async def on_api_error(_request: Request, error: Exception) -> JSONResponse:
     """Exception handler for ApiError and AdapterError."""
     assert isinstance(error, ApiError | AdapterError)
+    if isinstance(error, StorageFullError | StorageFailedError):
+        _log.error("the data directory cannot be written", reason=str(error))
     return error_response(error)
 
 

@@ -87,6 +87,8 @@ class Service:
         )
         for name, folder in settings.adapter_folders.items():
             self.registry.put_folder(name, folder)
+            if name not in self.registry.names.index:
+                _log.warning("an adapter was deleted, and stays so until its files change", adapter=name)
         self.arrivals = Arrivals(self.registry, settings.adapter_dir, settings.resolver, _report_arrival)
         self.arrivals.start(settings.adapter_rescan_seconds)
         self.engine = self._make_engine()

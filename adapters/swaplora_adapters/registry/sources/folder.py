@@ -66,3 +66,17 @@ def _read(file: FileIO, step: str) -> bytes:
 
 def _failed(step: str, error: OSError) -> SourceFailedError:
     return SourceFailedError(f"{step}: {error.strerror or type(error).__name__}")
+
+
+def origin_of(folder: Path) -> str:
+    """What the files of a folder are known by without being read: its path, and their times (ns) and sizes."""
+    stats = [_stat(folder / file) for file in FILE_NAMES.values()]
+    return f"{folder.resolve()} {' '.join(stats)}"
+
+
+def _stat(path: Path) -> str:
+    try:
+        status = path.stat()
+    except OSError:
+        return "-"
+    return f"{status.st_mtime_ns}:{status.st_size}"
