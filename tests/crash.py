@@ -156,7 +156,7 @@ def check_recovered(data_dir: Path, allowed: Allowed) -> Allowed:
         for record in records:
             store.verify(record.digest)
         store.check_integrity()
-        current = {record.name: record.digest for record in store.all_current()}
+        current = {name: store.current(name).digest for name in store.names()}
         for name in current.keys() | allowed.keys():
             assert current.get(name) in allowed.get(name, {None}), name
         for name in current:

@@ -97,7 +97,7 @@ def fail_below(folder: Path, patch: pytest.MonkeyPatch, call: str, error: int) -
 
 def cards(running: Running) -> list[dict[str, Any]]:
     listed: list[dict[str, Any]] = running.client.get("/v1/adapters").json()["data"]
-    return [card | {"last_used": None} for card in listed]
+    return [card | {"last_used": None, "last_failure": None} for card in listed]
 
 
 def check_refused(answer: httpx.Response, code: str, data_dir: Path) -> None:

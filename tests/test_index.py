@@ -90,6 +90,21 @@ def test_an_alias_leads_to_a_name_or_a_version(index: Index) -> None:
         index.alias("prod")
 
 
+def test_an_alias_that_moves_between_two_looks_is_followed(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    index.put("gone", [record(1, "c", "gone")], record(1, "c", "gone"), False)
+    index.put_alias(Alias("prod", (Target("gone", 1),)))
+    real = index.resolve_name
+
+    def late(reference: str) -> VersionRecord:
+        if reference == "gone":
+            index.put_alias(Alias("prod", (Target("sql", 1),)))
+            index.remove("gone")
+        return real(reference)
+
+    monkeypatch.setattr(index, "resolve_name", late)
+    assert index.resolve("prod").name == "sql"
+
+
 def test_an_alias_needs_the_last_version_that_it_can_mean(index: Index) -> None:
     index.put_alias(Alias("prod", (Target("sql", 1),)))
     index.put_alias(Alias("split", (Target("sql@1", 1), Target("sql@sha256:" + "a" * 12, 1))))

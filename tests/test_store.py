@@ -48,13 +48,20 @@ def fill(staging: Staging, config: bytes, weights: bytes) -> None:
         writer.write(weights)
 
 
-def publish(store: Store, name: str, weights: bytes, **preconditions: Any) -> Published:
+def publish(store: Store, name: str, weights: bytes, config: bytes = config_bytes(), **preconditions: Any) -> Published:
     """Publish weights of any bytes at all: the store does not look into them."""
     with store.stage() as staging:
-        fill(staging, config_bytes(), weights)
+        fill(staging, config, weights)
         digest = digest_of(AdapterSpec.parse(config_bytes()).canonical, staging.weights_path)
         details = Details(digest, 4, ("q_proj", "v_proj"), "base", 32, ("a warning",))
         return store.publish(name, staging, details, **preconditions)
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def fail(*_arguments: object) -> None:
+        raise error
+
+    return fail
 
 
 @pytest.fixture
@@ -101,7 +108,26 @@ def test_the_same_bytes_under_two_names_are_stored_once(store: Store, data_dir: 
     digests = {publish(store, name, b"same").record.digest for name in ("b", "a")}
     assert len(digests) == len(list((data_dir / "blobs").iterdir())) == 1
     assert store.names() == ["a", "b"]
-    assert [record.name for record in store.all_current()] == ["a", "b"]
+
+
+def test_the_same_adapter_written_differently_leaves_the_stored_files_alone(
+    store: Store, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = publish(store, "a", b"same").record
+    paths = store.blob_paths(first.digest)
+    before = paths.config.stat()
+    spaced = b"  " + config_bytes()
+    assert publish(store, "b", b"same", spaced).record.digest == first.digest
+    with monkeypatch.context() as patch:
+        patch.setattr(Catalogue, "add_version", raising(StorageFullError("full")))
+        with pytest.raises(StorageFullError):
+            publish(store, "c", b"same", spaced)
+    after = paths.config.stat()
+    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
+    paths.weights.write_bytes(b"SAME")  # damaged, and nobody has noticed yet
+    publish(store, "d", b"same", spaced)
+    store.verify(first.digest)
+    assert paths.config.read_bytes() == spaced
 
 
 def test_lookups(store: Store) -> None:

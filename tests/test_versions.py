@@ -95,6 +95,12 @@ def test_a_refused_replace_is_told_on_the_card_until_a_good_one(
     assert isinstance(failure, dict)
     assert "use_dora" in failure["reason"]
     assert time.time() - failure["at"] < 60
+    assert server.put("told", adapters[1], **{"If-None-Match": "*"}).status_code == 412
+    unlike = server.client.put("/v1/adapters/told", json={"source": "hf://org/repo"})
+    assert unlike.status_code == 400
+    told = card(server, "told")["last_failure"]
+    assert isinstance(told, dict)
+    assert "--allow-source" in told["reason"]
     server.put("told", adapters[1])
     assert card(server, "told")["last_failure"] is None
     assert server.put("never", bad).status_code == 422
@@ -156,6 +162,23 @@ def test_pins_that_do_not_fit_are_refused(small: Running, base: Path, tmp_path: 
     waited = small.generate("r8-2", PROMPT)  # pinned adapters leave it no room, and waiting would not help
     assert (waited.status_code, waited.json()["error"]["code"]) == (507, "memory_full")
     assert small.token_ids(BASE, PROMPT)
+
+
+def test_a_delete_that_would_pin_what_does_not_fit_is_refused(small: Running, base: Path, tmp_path: Path) -> None:
+    large, little = (tiny.save_adapter(tmp_path / f"r{rank}", base, seed=9, rank=rank) for rank in (12, 4))
+    small.put("x", large)
+    small.put("x", little)
+    for name in ("x", "r8-0"):
+        assert small.client.patch(f"/v1/adapters/{name}", json={"pinned": True}).status_code == 200
+    for answer in (
+        small.client.patch("/v1/adapters/x", json={"current": 1}),
+        small.client.delete("/v1/adapters/x?version=2"),
+    ):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (507, "memory_full")
+    assert card(small, "x")["version"] == 2
+    small.client.patch("/v1/adapters/x", json={"pinned": False})
+    assert small.client.delete("/v1/adapters/x?version=2").status_code == 200
+    assert card(small, "x")["version"] == 1
 
 
 def test_what_can_never_be_loaded_is_refused_when_it_is_uploaded(small: Running, adapters: list[Path]) -> None:

@@ -107,10 +107,6 @@ class Catalogue:
         """All versions of a name, oldest first."""
         return self._records("WHERE v.name = ? ORDER BY v.version", name)
 
-    def all_current(self) -> list[VersionRecord]:
-        """The current version of every name, in the order of names."""
-        return self._records("JOIN names n ON n.name = v.name AND n.current = v.version ORDER BY v.name")
-
     def failed(self) -> list[VersionRecord]:
         """Versions whose blob is marked unusable."""
         return self._records("WHERE b.failure IS NOT NULL ORDER BY v.name, v.version")
@@ -142,6 +138,10 @@ class Catalogue:
         """Why the blob is unusable, if it is."""
         row = self._connection.execute("SELECT failure FROM blobs WHERE digest = ?", (digest,)).fetchone()
         return None if row is None else row[0]
+
+    def is_blob(self, digest: str) -> bool:
+        """Whether the blob is recorded."""
+        return self._connection.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchone() is not None
 
     def blobs(self) -> list[tuple[str, int, int, str | None]]:
         """Digest, config bytes, weights bytes and failure of every blob."""

@@ -80,9 +80,10 @@ class Store:
         """Make the staged files the current version of `name`; durable when this returns.
 
         A new version is made only if the current one has another digest, also where an older one has the same; files
-        are shared by digest. `if_none_match` wants the name unused, `if_match` wants its current digest to be this one:
-        PreconditionFailedError otherwise. Also raises InvalidAdapterNameError, InvalidAdapterError if a file is
-        missing, and StorageFullError; then the store is as before. After StorageFailedError, too, but the next start
+        are shared by digest, and files that are there and sound are not touched. `if_none_match` wants the name unused,
+        `if_match` wants its current digest to be this one: PreconditionFailedError otherwise. Also raises
+        InvalidAdapterNameError, InvalidAdapterError if a file is missing, and StorageFullError; then the store is as
+        before. After StorageFailedError, too, but the next start
         may find the change made.
         """
         validate_name(name)
@@ -92,8 +93,8 @@ class Store:
                 with self._catalogue.transaction():
                     previous = self._catalogue.current(name)
                     _check_preconditions(previous, if_none_match, if_match)
+                    self._keep_or_place(staging, details.digest)
                     is_new = previous is None or previous.digest != details.digest
-                    self._catalogue.put_blob(details.digest, *self._blobs.place(staging, details.digest))
                     if is_new:
                         self._catalogue.add_version(name, details, source)
                     is_committing = True
@@ -131,11 +132,6 @@ class Store:
         """Every name, in order."""
         with self._mutex:
             return self._catalogue.names()
-
-    def all_current(self) -> list[VersionRecord]:
-        """The current version of every name, in the order of names."""
-        with self._mutex:
-            return self._catalogue.all_current()
 
     def change(self, name: str, *, current: int | None = None, is_pinned: bool | None = None) -> None:
         """Let `name` stand for another of its versions, or pin it, or both at once.
@@ -229,6 +225,15 @@ class Store:
                     complaints.append(f"{digest}: {complaint}")
         if complaints:
             raise StoreError("; ".join(complaints))
+
+    def _keep_or_place(self, staging: Staging, digest: str) -> None:
+        """Files that others rely on are replaced only if they are damaged: a crash could part them from their row.
+
+        The same digest does not mean the same bytes, since a config is digested by what it means.
+        """
+        is_recorded = self._catalogue.is_blob(digest) and self._catalogue.failure(digest) is None
+        if not (is_recorded and self._blobs.digest_complaint(digest) is None):
+            self._catalogue.put_blob(digest, *self._blobs.place(staging, digest))
 
     def _recover(self) -> list[Quarantined]:
         """Sweep what was never acknowledged, set aside what is damaged, and list the versions that cannot be used."""

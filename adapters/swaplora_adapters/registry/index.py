@@ -70,6 +70,10 @@ class Index:
         """In order of alias."""
         return [alias for _, alias in sorted(self._aliases.items())]
 
+    def names_of(self, digest: str) -> list[str]:
+        """The names that have a version with this digest."""
+        return [n.current.name for n in self.all() if any(record.digest == digest for record in n.versions)]
+
     def digests(self) -> frozenset[str]:
         """Of every version of every name."""
         return frozenset(record.digest for named in list(self._names.values()) for record in named.versions)
@@ -94,8 +98,13 @@ class Index:
         An alias that splits gives one `client` the same target each time. Raises AdapterNotFoundError and
         VersionNotFoundError; nothing else is ever tried instead.
         """
-        alias = self._aliases.get(reference.removeprefix("base:"))
-        return self.resolve_name(reference if alias is None else choose(alias, client).reference)
+        while True:
+            alias = self._aliases.get(reference.removeprefix("base:"))
+            try:
+                return self.resolve_name(reference if alias is None else choose(alias, client).reference)
+            except (AdapterNotFoundError, VersionNotFoundError):
+                if self._aliases.get(reference.removeprefix("base:")) is alias:
+                    raise  # else it was pointed elsewhere, and what it led to was deleted, between the two looks
 
     def resolve_name(self, reference: str) -> VersionRecord:
         """The same for what is no alias."""

@@ -77,7 +77,8 @@ class Names:
                 name, staging, details, source=source, if_match=if_match, if_none_match=if_none_match
             )
             self._origins.setdefault(name, None)
-            self._refresh(name)
+            for affected in {name, *self.index.names_of(details.digest)}:  # damaged files are whole again for all
+                self._refresh(affected)
             return published
 
     def outdated(self, name: str) -> list[VersionRecord]:
@@ -92,6 +93,13 @@ class Names:
             self._store.change(name, current=current, is_pinned=is_pinned)
             self._refresh(name)
             return self.index.get(name)
+
+    def heir(self, name: str, version: int | None) -> VersionRecord | None:
+        """What `name` would stand for without this version of it, or without any; AdapterNotFoundError."""
+        named = self.index.get(name)
+        if version != named.current.version:
+            return None if version is None else named.current
+        return next((record for record in reversed(named.versions) if record.version != version), None)
 
     def remove(self, name: str, version: int | None) -> list[VersionRecord]:
         """Remove a name or one version of it, and return what was removed.

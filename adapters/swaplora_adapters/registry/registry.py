@@ -1,13 +1,11 @@
 """Who is called what, and who holds what. A name is bound to one immutable version when a request is admitted.
 
 Replace and delete act on names at once, and on versions when the last lease on them is back. Requests look only at
-memory: `Names.changes` serialises what touches the disk, and `_lock`, which leases take, is never held across it.
+memory: `Names.changes` serialises what touches the disk, and the lock that leases take is never held across it.
 """
 
 import os
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -22,6 +20,7 @@ from swaplora_adapters.artifact.store import Store
 from swaplora_adapters.artifact.weights import AdapterWeights, LinearShape, load_weights
 from swaplora_adapters.errors import AdapterError, PreconditionFailedError, StorageFailedError, StorageFullError
 from swaplora_adapters.registry.card import Card, Failure, Put
+from swaplora_adapters.registry.holds import Holds
 from swaplora_adapters.registry.index import NamedVersions
 from swaplora_adapters.registry.lease import Lease, Removal
 from swaplora_adapters.registry.names import Names, Seen
@@ -60,12 +59,8 @@ class Registry:
         self._base_model = base_model
         self._names = Names(store, base_model=base_model, keep_versions=keep_versions)
         self._residency = Residency(self._load, memory_budget)
-        self._lock = threading.Lock()
-        self._in_flight: Counter[str] = Counter()  # leases by name
-        self._holders: Counter[str] = Counter()  # leases by digest
-        self._last_used: dict[str, float] = {}
+        self._holds = Holds()
         self._last_failure: dict[str, Failure] = {}
-        self._removals: list[Removal] = []
         self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-free")
         self._residency.pin(self._pinned())
 
@@ -79,12 +74,10 @@ class Registry:
 
         `client` is whose request it is, for an alias that splits. Raises AdapterNotFoundError, VersionNotFoundError.
         """
-        with self._lock:
+        with self._holds.lock:
             record = self._names.index.resolve(reference, client)
             weights = self._residency.retain(record.digest, self._num_bytes(record))
-            self._in_flight[record.name] += 1
-            self._holders[record.digest] += 1
-            self._last_used[record.name] = time.time()
+            self._holds.take(record)
             return Lease(record, weights, self._give_back)
 
     def stage(self) -> Staging:
@@ -162,9 +155,13 @@ class Registry:
     def delete(self, name: str, version: int | None = None) -> Removal:
         """Remove a name, or one version of it, for new requests now; running ones end on what they hold.
 
-        Raises AdapterNotFoundError, VersionNotFoundError and AdapterBusyError.
+        Raises AdapterNotFoundError, VersionNotFoundError, AdapterBusyError, and MemoryFullError for a pinned name whose
+        next version would not fit.
         """
         with self._names.changes:
+            heir = self._names.heir(name, version)
+            if heir is not None and self._names.index.get(name).is_pinned:
+                self._check_pins(name, heir.digest, self._num_bytes(heir))
             removal = self._remove(name, version)
             self._residency.pin(self._pinned())
             return removal
@@ -191,13 +188,9 @@ class Registry:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if counts are off, or if with no lease out something still waits to be freed."""
-        with self._lock:
-            self._residency.check_integrity()
-            if self._in_flight.total() != self._holders.total():
-                raise RuntimeError("leases by name and by digest differ")
+        self._residency.check_integrity()
         self._cleaner.submit(self._finish_removals).result()
-        if not self._holders and self._removals:
-            raise RuntimeError("no lease is out, and a removal still waits")
+        self._holds.check_integrity()
 
     def close(self) -> None:
         self._cleaner.shutdown()
@@ -273,18 +266,16 @@ class Registry:
             state,
             reason,
             named.is_pinned,
-            self._in_flight[record.name],
-            self._last_used.get(record.name),
+            self._holds.num_in_flight(record.name),
+            self._holds.last_used(record.name),
             self._last_failure.get(record.name),
         )
 
     def _give_back(self, lease: Lease) -> None:
         """Called by a lease, once, on the thread its request ended on; what touches the disk is the cleaner's."""
-        with self._lock:
+        with self._holds.lock:
             self._residency.release(lease.record.digest, lease.weights)
-            _count_down(self._in_flight, lease.record.name)
-            _count_down(self._holders, lease.record.digest)
-            if any(lease.record.digest in removal.digests for removal in self._removals):
+            if self._holds.give_back(lease.record):
                 self._cleaner.submit(self._finish_removals)
 
     def _load(self, digest: str) -> AdapterWeights:
@@ -294,35 +285,20 @@ class Registry:
 
     def _remove(self, name: str, version: int | None) -> Removal:
         """Needs `Names.changes`."""
-        removal = Removal(self._names.remove(name, version))
+        removal = self._holds.add(self._names.remove(name, version))
         if name not in self._names.index:
-            self._last_used.pop(name, None)
+            self._holds.forget(name)
             self._last_failure.pop(name, None)
-        with self._lock:
-            self._removals.append(removal)
         self._cleaner.submit(self._finish_removals)
         return removal
 
     def _finish_removals(self) -> None:
         """The cleaner's job: free what was removed and is held by nobody any more, and tell who waits for it."""
         with self._names.changes:
-            elsewhere = self._names.index.digests()  # before the lock, which the engine's thread takes to give back
-            with self._lock:
-                removals = list(self._removals)
-                removed = {digest for removal in removals for digest in removal.digests}
-                free = {digest for digest in removed - elsewhere if not self._holders[digest]}
-            for digest in free:
-                self._store.discard_unreferenced(digest)
+            elsewhere = self._names.index.digests()
+            removable = self._holds.removable(elsewhere)
+            for digest in removable:
                 self._residency.drop(digest)
-            with self._lock:
-                for removal in removals:
-                    removal.digests -= free | elsewhere
-                    if not removal.digests:
-                        self._removals.remove(removal)
-                        removal.freed.set_result(None)
-
-
-def _count_down(counter: Counter[str], key: str) -> None:
-    counter[key] -= 1
-    if not counter[key]:
-        del counter[key]
+                with suppress(StorageFailedError):  # what a failing disk keeps is swept at the next start
+                    self._store.discard_unreferenced(digest)
+            self._holds.settle(removable | elsewhere)
