@@ -92,7 +92,7 @@ CORPUS: dict[str, tuple[bytes, str]] = {
     "trailing byte": (SOUND + b"\0", "the tensors end at byte 24, the file at 25"),
     "truncated by one": (SOUND[:-1], "the tensors end at byte 24, the file at 23"),
     "no data": (SOUND[:-24], "the tensors end at byte 24, the file at 0"),
-    "100,000 entries": (frame({f"t{i}": 0 for i in range(100_000)}), "holds 100000 tensors, more than 65536"),
+    "100,000 entries": (frame({f"t{i}": 0 for i in range(100_000)}), "holds 100000 tensors, more than 32768"),
 }
 
 

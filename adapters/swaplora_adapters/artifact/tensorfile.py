@@ -32,7 +32,7 @@ class Limits:
     """What a header may hold at most."""
 
     max_header_bytes: int = 8 << 20
-    max_tensors: int = 65_536
+    max_tensors: int = 32_768
     max_name_chars: int = 512
 
 
@@ -71,6 +71,8 @@ def read_header(path: Path, limits: Limits = DEFAULT_LIMITS) -> Header:
     with open_regular(path) as file:
         file_bytes = os.fstat(file.fileno()).st_size
         raw = _read_header_bytes(file, file_bytes, limits)
+    if (count := raw.count(b'"data_offsets"')) > limits.max_tensors:  # before any object is made of them
+        raise _refusal(f"the file holds {count} tensors, more than {limits.max_tensors}")
     document = loads(
         raw, what=f"{WEIGHTS_FILE}: the header", max_bytes=limits.max_header_bytes, max_depth=MAX_HEADER_DEPTH
     )
