@@ -64,6 +64,11 @@ class Registry:
         self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-free")
         self._residency.pin(self._pinned())
 
+    def pins_not_kept(self) -> list[str]:
+        """Names that are pinned and may leave memory all the same, because all pinned ones do not fit at once."""
+        digests = self._residency.pins_not_kept()
+        return [n.current.name for n in self._names.index.all() if n.is_pinned and n.current.digest in digests]
+
     @property
     def names(self) -> Names:
         """To look at; what is changed is changed here."""
