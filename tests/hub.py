@@ -11,14 +11,14 @@ from typing import Literal
 
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
 
-Fault = Literal["hangs", "cut", "endless", "short"]
+Fault = Literal["hangs", "cut", "endless", "drips", "short"]
 _BLOCK = bytes(1 << 16)
 
 
 @dataclass(frozen=True)
 class Answer:
     """What is sent for one request. The faults: no answer at all, a body that breaks off halfway, one without end,
-    and one that is declared shorter than it is."""
+    one of which a byte comes now and then, and one that is declared shorter than it is."""
 
     status: int = 200
     body: bytes = b""
@@ -107,8 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value)
-        if answer.fault == "endless":
-            self._send_without_end()
+        if answer.fault in ("endless", "drips"):
+            self._send_without_end(bytes(1) if answer.fault == "drips" else _BLOCK)
             return
         length = len(answer.body) // 2 if answer.fault == "short" else len(answer.body)
         self.send_header("Content-Length", str(length))
@@ -116,12 +116,12 @@ class _Handler(BaseHTTPRequestHandler):
         if with_body:
             self.wfile.write(answer.body[: len(answer.body) // 2] if answer.fault == "cut" else answer.body)
 
-    def _send_without_end(self) -> None:
+    def _send_without_end(self, block: bytes) -> None:
         """Chunks, until the client has had enough."""
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         try:
-            while not self.server.stand_in.is_over.is_set():  # type: ignore[attr-defined]
-                self.wfile.write(b"%x\r\n%b\r\n" % (len(_BLOCK), _BLOCK))
+            while not self.server.stand_in.is_over.wait(0.05 if len(block) == 1 else 0):  # type: ignore[attr-defined]
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(block), block))
         except (BrokenPipeError, ConnectionResetError):
             return

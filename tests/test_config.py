@@ -200,12 +200,34 @@ def test_adapters_are_named_one_by_one(tmp_path: Path, monkeypatch: pytest.Monke
         (("=/tmp",), "'=/tmp' is not NAME=PATH"),
         (("a=/", "a=/"), "given twice"),
         (("a=/nowhere",), "a: /nowhere is not a folder"),
+        (("no name=/",), "'no name': an adapter's name is"),
+        (("../x=/",), "'../x': an adapter's name is"),
+        (("smollm2-135m-instruct=/",), "is what the base is called"),
     ],
 )
 def test_an_adapter_that_cannot_be_meant_is_refused(entries: tuple[str, ...], complaint: str) -> None:
     (line,) = refusal(adapter=entries)
     assert line.startswith("adapter: ")
     assert complaint in line
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "https://example.org", "hf:org", "hf://a/b/c", "file:folder", "s3://B", "hf://user:hunter2@org"]
+)
+def test_a_source_that_is_written_wrongly_is_refused(prefix: str) -> None:
+    (line,) = refusal(allow_source=("hf://org", prefix))
+    assert line.startswith("allow_source: ")
+    assert "--allow-source, SWAPLORA_ALLOW_SOURCE" in line
+    assert "hunter2" not in line
+    assert settings(allow_source="hf://org, s3://bucket/prefix").allow_source == ("hf://org", "s3://bucket/prefix")
+
+
+@pytest.mark.parametrize("template", ["hf://org/repo", "file:{name}", "hf://{name}/{name}", "{name}", "s3://{name}"])
+def test_a_resolver_that_is_written_wrongly_is_refused(template: str) -> None:
+    (line,) = refusal(resolver=template)
+    assert line.startswith("resolver: ")
+    assert "--resolver, SWAPLORA_RESOLVER" in line
+    assert settings(resolver="hf://org/{name}").resolver == "hf://org/{name}"
 
 
 def test_the_adapter_folder_falls_back_to_other_servers_variables(

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from serving import Running, serving, settings
+from tiny import edit_config
 
 PROMPT = list(range(30, 50))
 
@@ -37,11 +38,14 @@ def unload(server: Running, **body: object) -> httpx.Response:
 
 
 def assert_refused(answer: httpx.Response, status: int, kind: str, words: str) -> None:
-    """The error is there both ways."""
+    """The error is there both ways: flat as vLLM has it, and nested with our stable code."""
     assert answer.status_code == status, answer.text
-    for told in (answer.json(), answer.json()["error"]):
-        assert (told["type"], told["code"], told["param"]) == (kind, status, None)
-        assert words in told["message"]
+    flat, nested = answer.json(), answer.json()["error"]
+    assert (flat["object"], flat["type"], flat["code"], flat["param"]) == ("error", kind, status, None)
+    assert nested["type"] == kind
+    assert nested["code"].islower()
+    assert flat["message"] == nested["message"]
+    assert words in nested["message"]
 
 
 def test_an_adapter_is_loaded_replaced_and_unloaded(controlled: Running) -> None:
@@ -72,7 +76,7 @@ def test_an_adapter_is_loaded_replaced_and_unloaded(controlled: Running) -> None
         ({"lora_name": "base", "lora_path": "store/a1"}, 400, "InvalidUserInput", "the base is called"),
         ({"lora_name": "x"}, 400, "InvalidUserInput", "lora_path"),
         ({"lora_path": "store/a1"}, 400, "InvalidUserInput", "lora_name"),
-        ({"lora_name": "x", "lora_path": "store/a1", "lora_int_id": 7}, 400, "InvalidUserInput", "lora_int_id"),
+        ({"lora_name": "x", "lora_path": "store/a1", "load_inplace": 1}, 400, "InvalidUserInput", "load_inplace"),
         ({"lora_name": "", "lora_path": ""}, 400, "InvalidUserInput", "lora_name"),
     ],
 )
@@ -100,3 +104,39 @@ def test_sagemakers_routes(controlled: Running) -> None:
 def test_a_body_that_is_no_json_is_told_both_ways_too(controlled: Running) -> None:
     for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters"):
         assert_refused(controlled.client.post(path, content=b"{"), 400, "InvalidUserInput", "JSON")
+
+
+def test_what_control_planes_send_beside_is_ignored(controlled: Running) -> None:
+    loaded = load(controlled, lora_name="extra", lora_path="store/a1", base_model_name="base", lora_int_id=7)
+    assert loaded.status_code == 200, loaded.text
+    unloaded = unload(controlled, lora_name="extra", lora_int_id=7, base_model_name="base")
+    assert unloaded.status_code == 200, unloaded.text
+
+
+def test_a_registration_whose_pin_does_not_fit_leaves_nothing_behind(
+    base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    for number in (1, 2):
+        shutil.copytree(adapters[7], tmp_path / "folder" / "store" / f"a{number}")
+    edit_config(tmp_path / "folder" / "store" / "a2", lora_alpha=3)
+    fields = {"adapter_dir": tmp_path / "folder", "adapter_rescan_seconds": 0}
+    with serving(settings(base, tmp_path / "probe", **fields)) as server:
+        nbytes = 4 * server.put("one", adapters[7]).json()["parameters"]
+    with serving(settings(base, tmp_path / "data", adapter_memory_bytes=nbytes * 3 // 2, **fields)) as server:
+        body = {"name": "one", "src": "store/a1", "pin": True, "preload": False}
+        assert server.client.post("/adapters", json=body).status_code == 200
+        for _ in range(2):
+            refused = server.client.post("/adapters", json=body | {"name": "two", "src": "store/a2"})
+            assert_refused(refused, 507, "InternalServerError", "pinned")
+            assert (refused.headers["retry-after"], refused.json()["error"]["code"]) == ("5", "memory_full")
+            assert server.client.get("/v1/adapters/two").status_code == 404
+        assert server.client.delete("/adapters/one").status_code == 200
+        assert server.client.post("/adapters", json=body | {"name": "two", "src": "store/a2"}).status_code == 200
+
+
+def test_a_missing_key_is_told_both_ways_too(base: Path, tmp_path: Path) -> None:
+    with serving(settings(base, tmp_path, api_key=("secret",))) as server:
+        for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters"):
+            refused = server.client.post(path, json={})
+            assert_refused(refused, 401, "InvalidUserInput", "API key")
+            assert refused.json()["error"]["code"] == "invalid_api_key"

@@ -10,7 +10,7 @@ import pytest
 
 from adapter_files import write_adapter
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.artifact.staging import Staging
+from swaplora_adapters.artifact.staging import FILE_NAMES, Part, Staging, Writer
 from swaplora_adapters.errors import (
     AdapterTooLargeError,
     InvalidAdapterError,
@@ -18,6 +18,7 @@ from swaplora_adapters.errors import (
     SourceNotAllowedError,
     SourceNotFoundError,
 )
+from swaplora_adapters.registry.sources.folder import ReplacedMeanwhileError
 from swaplora_adapters.registry.sources.source import Sources
 from swaplora_adapters.registry.sources.uri import HubUri, ObjectUri, parse_uri, uri_of
 
@@ -206,6 +207,28 @@ def test_a_pipe_is_refused_and_not_waited_for(root: Path, staging: Staging) -> N
         of_folder(root).fetch("file:team/one", staging)
 
 
+@pytest.mark.parametrize("replaced", ["config", "weights"])
+def test_a_pair_of_which_one_file_is_replaced_meanwhile_is_not_taken(
+    root: Path, tmp_path: Path, replaced: Part
+) -> None:
+    class Meddling(Staging):
+        def writer(self, part: Part, max_bytes: int) -> Writer:
+            if part == "weights":
+                write_adapter(root / "new", seed=1)
+                (root / "new" / FILE_NAMES[replaced]).rename(root / "team" / "one" / FILE_NAMES[replaced])
+            return super().writer(part, max_bytes)
+
+    with Meddling(tmp_path) as staging, pytest.raises(ReplacedMeanwhileError, match=r"^file:team/one: its files were"):
+        of_folder(root).fetch("file:team/one", staging)
+
+
+def test_nothing_is_fetched_once_the_server_stops(root: Path, staging: Staging) -> None:
+    sources = of_folder(root)
+    sources.stop()
+    with pytest.raises(SourceFailedError, match="the server is stopping"):
+        sources.fetch("file:team/one", staging)
+
+
 def test_a_loop_of_links_is_not_found(root: Path, staging: Staging) -> None:
     (root / "loop").symlink_to(root / "loop")
     with pytest.raises(SourceNotFoundError):
@@ -230,7 +253,7 @@ def test_files_past_their_limit_are_too_large(root: Path, staging: Staging) -> N
 
 
 def test_no_clients_library_is_imported_before_it_is_needed() -> None:
-    modules = "source", "folder", "uri", "resolver", "transfer"
+    modules = "source", "folder", "uri", "resolver", "transfer", "workers"
     imports = ", ".join(f"swaplora_adapters.registry.sources.{module}" for module in modules)
     clients = {"boto3", "botocore", "huggingface_hub", "httpx2", "torch"}
     script = f"import sys, {imports}; print({clients} & {{*sys.modules}})"

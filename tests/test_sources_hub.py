@@ -1,6 +1,7 @@
 """Adapters from the hub: pinned, bounded, tried again where that may help, and the token goes to nobody else."""
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -283,3 +284,19 @@ def test_what_the_operator_wrote_needs_no_prefix(hub: StandIn, staging: Staging,
     assert not hub.seen
     sources.fetch(URI, staging, is_operators=True)
     assert_staged(staging, folder)
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_hub_that_drips_is_let_go_of_in_the_end(
+    hub: StandIn, sources: Sources, staging: Staging, monkeypatch: pytest.MonkeyPatch, is_stopped: bool
+) -> None:
+    hub.put(WEIGHTS, Answer(fault="drips"))
+    if is_stopped:
+        threading.Timer(0.5, sources.stop).start()
+    else:
+        monkeypatch.setattr(transfer, "FETCH_SECONDS", 0.5)
+    with pytest.raises(
+        SourceFailedError, match=READING + ("the server is stopping" if is_stopped else "not done after 0.5 s")
+    ):
+        sources.fetch(URI, staging)
+    assert hub.count(WEIGHTS_FILE) == 1

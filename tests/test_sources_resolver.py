@@ -1,6 +1,7 @@
 """Looking for a name that is not here: where, how often, and what is remembered of it."""
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -65,7 +66,8 @@ def resolving(
         yield resolver
     finally:
         bring.gate.set()
-        resolver.close()
+        resolver.stop()
+        resolver.join(time.monotonic() + GUARD_SECONDS)
 
 
 def outcome(look: Future[bool]) -> bool:
@@ -173,7 +175,6 @@ def test_a_miss_is_remembered_for_half_a_minute(clock: Clock) -> None:
     bringer = Bringer()
     with resolving(bringer, template=None) as resolver:
         assert not outcome(resolver.find("one"))
-        settle(resolver)
         bringer.there.add("file:one")
         clock.now += 29.9
         assert not outcome(resolver.find("one"))
@@ -189,7 +190,6 @@ def test_a_failure_is_remembered_for_five_seconds(clock: Clock) -> None:
     with resolving(bringer) as resolver:
         with pytest.raises(SourceFailedError, match="down"):
             outcome(resolver.find("one"))
-        settle(resolver)
         bringer.error = None
         clock.now += 4.9
         with pytest.raises(SourceFailedError, match="down"):
@@ -203,7 +203,6 @@ def test_a_find_is_not_remembered() -> None:
     bringer = Bringer("file:one")
     with resolving(bringer) as resolver:
         assert outcome(resolver.find("one"))
-        settle(resolver)
         assert outcome(resolver.find("one"))
     assert len(bringer.asked) == 2
 
@@ -221,14 +220,12 @@ def test_remembered_names_are_bounded_and_the_oldest_go_first(monkeypatch: pytes
     with resolving(bringer, template=None) as resolver:
         for name in ("a", "b", "c", "d"):
             outcome(resolver.find(name))
-            settle(resolver)
         for name in ("b", "c", "d", "a"):
             outcome(resolver.find(name))
-            settle(resolver)
     assert [name for name, _ in bringer.asked] == ["a", "b", "c", "d", "a"]
 
 
-def test_names_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     monkeypatch.setattr(module, "MAX_LOOKS", 3)
     bringer = Bringer()
     bringer.gate.clear()
@@ -239,29 +236,47 @@ def test_names_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert resolver.find("a") is looks[0]
         bringer.gate.set()
         assert not any(outcome(look) for look in looks)
-        settle(resolver)
+        clock.now += 5
         assert not outcome(resolver.find("d"))
 
 
-def test_closing_ends_every_wait() -> None:
+def test_a_flood_of_names_that_are_far_away_keeps_nobody_from_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_LOOKS", 8)
+    far = threading.Event()
+    asked = []
+
+    def bring(name: str, uri: str) -> None:
+        asked.append(uri)
+        if uri.startswith("hf:"):
+            assert far.wait(GUARD_SECONDS)
+        if uri != "file:real":
+            raise SourceNotFoundError(uri)
+
+    resolver = Resolver(bring, has_folder=True, template="hf://org/{name}")
+    try:
+        flood = [resolver.find(f"made-up{n}") for n in range(8)]
+        while len(asked) < 8 + 2:
+            threading.Event().wait(0.01)
+        assert outcome(resolver.find("real"))
+        far.set()
+        assert not any(outcome(look) for look in flood)
+    finally:
+        far.set()
+        resolver.stop()
+
+
+def test_stopping_ends_every_wait_and_waits_for_no_slow_look() -> None:
     bringer = Bringer("file:a")
     bringer.gate.clear()
     resolver = Resolver(bringer, has_folder=True)
-    running, waiting = [resolver.find(name) for name in ("a", "b")], resolver.find("c")
+    looks = [resolver.find(name) for name in ("a", "b", "c")]
     while bringer.num_running < 2:
         threading.Event().wait(0.01)
-    closing = threading.Thread(target=resolver.close)
-    closing.start()
-    with pytest.raises(SourceFailedError, match="stopping"):
-        outcome(waiting)
+    resolver.stop()
+    resolver.join(time.monotonic())
+    for look in (*looks, resolver.find("d")):
+        with pytest.raises(SourceFailedError, match="stopping"):
+            outcome(look)
     bringer.gate.set()
-    closing.join(GUARD_SECONDS)
-    assert [outcome(look) for look in running] == [True, False]
-    with pytest.raises(SourceFailedError, match="stopping"):
-        outcome(resolver.find("d"))
-
-
-def settle(resolver: Resolver) -> None:
-    """Return once no look is under way: a future is done a moment before its answer is remembered."""
-    while resolver.num_looks:
-        threading.Event().wait(0.001)
+    resolver.join(time.monotonic() + GUARD_SECONDS)
+    assert {name for name, _ in bringer.asked} == {"a", "b"}

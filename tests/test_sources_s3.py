@@ -1,6 +1,7 @@
 """Adapters from an object store: read as a pair, bounded, and every failure says what to set."""
 
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -266,3 +267,19 @@ def test_without_boto3_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, sourc
     monkeypatch.setitem(sys.modules, "boto3", None)
     with pytest.raises(SourceNotAllowedError, match=r"pip install 'swaplora\[s3\]'"):
         sources.fetch(URI, staging)
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_store_that_drips_is_let_go_of_in_the_end(
+    broken_store: StandIn, sources: Sources, staging: Staging, monkeypatch: pytest.MonkeyPatch, is_stopped: bool
+) -> None:
+    broken_store.put(WEIGHTS, Answer(fault="drips"))
+    if is_stopped:
+        threading.Timer(0.5, sources.stop).start()
+    else:
+        monkeypatch.setattr(transfer, "FETCH_SECONDS", 0.5)
+    with pytest.raises(
+        SourceFailedError, match=READING + ("the server is stopping" if is_stopped else "not done after 0.5 s")
+    ):
+        sources.fetch(URI, staging)
+    assert broken_store.count(WEIGHTS_FILE) == 1

@@ -23,6 +23,10 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from swaplora_adapters.artifact.names import validate_name
+from swaplora_adapters.errors import InvalidAdapterNameError
+from swaplora_adapters.registry.sources.uri import check_template, parse_prefix
+
 EMBEDDED = "embedded"
 EMBEDDED_ID = "smollm2-135m-instruct"
 ENV_PREFIX = "SWAPLORA_"
@@ -49,8 +53,20 @@ def _split_commas(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
+def _check_prefix(value: str) -> str:
+    parse_prefix(value)
+    return value
+
+
 def _expand_home(value: object) -> object:
     return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def _check_name(name: str) -> None:
+    try:
+        validate_name(name)
+    except InvalidAdapterNameError as error:
+        raise ValueError(f"adapter: {name[:128]!r}: {error}") from error
 
 
 def _xdg_folder(variable: str, fallback: str) -> Path:
@@ -63,6 +79,8 @@ Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1, le=2**50)]
 HomePath = Annotated[Path, BeforeValidator(_expand_home)]
 Folder = Annotated[DirectoryPath, BeforeValidator(_expand_home)]
 ApiKey = Annotated[SecretStr, Field(min_length=1)]
+Prefix = Annotated[str, AfterValidator(_check_prefix)]
+Template = Annotated[str, AfterValidator(check_template)]
 
 
 class Settings(BaseSettings):
@@ -94,10 +112,10 @@ class Settings(BaseSettings):
     adapter_rescan_seconds: float = Field(
         10, ge=0, le=86_400, description="time between looks at adapter_dir for what has changed; 0 looks at start only"
     )
-    allow_source: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
+    allow_source: Annotated[tuple[Prefix, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
         (), description="what adapters may be fetched from: hf://, hf://ORG, s3://BUCKET/PREFIX"
     )
-    resolver: str | None = Field(
+    resolver: Template | None = Field(
         None, description="source, with {name} in it, of an adapter that is asked for and not here yet"
     )
     data_dir: HomePath = Field(
@@ -152,6 +170,9 @@ class Settings(BaseSettings):
             name, _, path = entry.partition("=")
             if not (name and path):
                 raise ValueError(f"adapter: {entry!r} is not NAME=PATH")
+            if name == self.base_id:
+                raise ValueError(f"adapter: {name} is what the base is called; choose another name")
+            _check_name(name)
         if len(self.adapter_folders) < len(self.adapter):
             raise ValueError("adapter: a name is given twice; each adapter needs its own")
         for name, folder in self.adapter_folders.items():

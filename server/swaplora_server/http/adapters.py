@@ -1,7 +1,7 @@
 """/v1/adapters: upload, fetch, list, look at, roll back, pin, warm, delete."""
 
 import asyncio
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Depends, Header, Query, Request
 from pydantic import Field, model_validator
@@ -14,7 +14,17 @@ from swaplora_server.http.errors import ApiError
 from swaplora_server.http.service import Service
 from swaplora_server.http.upload import receive_files
 
-router = APIRouter()
+
+async def refuse_unknown_parameters(request: Request) -> None:
+    """A dependency. Raises ApiError for a query parameter that the route does not take: a misspelt one changes much."""
+    known = {param.alias for param in request.scope["route"].dependant.query_params}
+    unknown = sorted(request.query_params.keys() - known)
+    if unknown:
+        raise ApiError("invalid_request", f"{unknown[0][:64]!r} is not a query parameter here", unknown[0][:64])
+
+
+router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
+State = Literal["stored", "loading", "resident", "draining", "failed"]
 
 
 class SourceBody(ClosedModel):
@@ -59,9 +69,13 @@ async def put_adapter(
         raise ApiError("invalid_request", 'If-None-Match can only be "*": create, never replace', "If-None-Match")
     service.registry.names.check_adapter_name(name)
     wanted = None if if_match is None else if_match.strip('"')
-    take_in = _fetch if request.headers.get("content-type", "").startswith("application/json") else _receive
+    take_in = _fetch if _is_json(request) else _receive
     put = await take_in(request, service, name, wanted, if_none_match is not None)
     return JSONResponse(card_body(service, put.card), 201 if put.is_first else 200)
+
+
+def _is_json(request: Request) -> bool:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
 
 
 async def _receive(request: Request, service: Service, name: str, if_match: str | None, if_none_match: bool) -> Put:
@@ -77,9 +91,7 @@ async def _receive(request: Request, service: Service, name: str, if_match: str 
 async def _fetch(request: Request, service: Service, name: str, if_match: str | None, if_none_match: bool) -> Put:
     """Get them from the source that the body names."""
     body = await read_json(request, SourceBody)
-    return await asyncio.to_thread(
-        service.registry.put_source, name, body.source, if_match=if_match, if_none_match=if_none_match
-    )
+    return await service.arrivals.fetch(name, body.source, if_match=if_match, if_none_match=if_none_match)
 
 
 @router.get("/v1/adapters")
@@ -87,7 +99,7 @@ async def list_adapters(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str | None, Query(max_length=128)] = None,
-    state: Annotated[str | None, Query(max_length=16)] = None,
+    state: State | None = None,
 ) -> dict[str, Any]:
     """Cards in order of name, `limit` of them from the one behind `after` on."""
     service: Service = request.app.state.service

@@ -1,14 +1,31 @@
-"""Adapters that come without an upload: from the operator's folder, and by being asked for where a resolver is set."""
+"""Adapters that come without an upload: fetched, from the operator's folder, and by being asked for."""
 
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-from swaplora_adapters.errors import AdapterFailedError, InvalidAdapterError
+from swaplora_adapters.errors import (
+    AdapterFailedError,
+    InvalidAdapterError,
+    InvalidAdapterNameError,
+    PreconditionFailedError,
+)
+from swaplora_adapters.registry.card import Put
 from swaplora_adapters.registry.folder import AdapterFolder
 from swaplora_adapters.registry.index import parse_reference
+from swaplora_adapters.registry.names import Seen
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.registry.sources.resolver import Resolver
+from swaplora_adapters.registry.sources.workers import Workers
+from swaplora_server.http.errors import ApiError
 from swaplora_server.http.shared import result_of
+
+NUM_FETCHERS = 4
+MAX_FETCHES = 16  # waiting and running
+_JOIN_SECONDS = 3.0
+_NEVER_USED = Seen(was_used=False, current=None)
 
 
 class Arrivals:
@@ -24,6 +41,7 @@ class Arrivals:
         self._registry = registry
         self._folder = None if folder is None else AdapterFolder(registry, folder, report)
         self._resolver = Resolver(self._take_in, has_folder=folder is not None, template=template)
+        self._fetchers = Workers(NUM_FETCHERS, "adapter-fetch")
 
     def start(self, interval: float) -> None:
         """Look into the folder now, and every `interval` seconds from now on unless that is 0."""
@@ -33,9 +51,26 @@ class Arrivals:
                 self._folder.start(interval)
 
     def stop(self) -> None:
+        """Begin nothing new, and tell all who wait that it ends."""
         if self._folder is not None:
             self._folder.stop()
-        self._resolver.close()
+        self._resolver.stop()
+        self._fetchers.stop()
+
+    def join(self) -> None:
+        """After `stop`: wait a moment for what runs. What hears nothing from a host is left to end by itself."""
+        until = time.monotonic() + _JOIN_SECONDS
+        if self._folder is not None:
+            self._folder.join(until)
+        self._resolver.join(until)
+        self._fetchers.join(until)
+
+    async def fetch(self, name: str, uri: str, *, if_match: str | None = None, if_none_match: bool = False) -> Put:
+        """See `Registry.put_source`. Raises ApiError when more would wait than is good."""
+        if self._fetchers.num_jobs >= MAX_FETCHES:
+            raise ApiError("overloaded", f"{MAX_FETCHES} adapters are being fetched; try again in a moment")
+        put = partial(self._registry.put_source, name, uri, if_match=if_match, if_none_match=if_none_match)
+        return await result_of(self._fetchers.submit(put))
 
     async def bring(self, reference: str) -> bool:
         """Whether the adapter that `reference` names, and that was not here, is now.
@@ -44,15 +79,21 @@ class Arrivals:
         asked, AdapterNotFoundError for what no adapter can be called.
         """
         name = parse_reference(reference).name
-        if self._registry.names.was_used(name):
-            return name in self._registry.names.index
-        try:
-            return await result_of(self._resolver.find(name))
-        except InvalidAdapterError as error:
-            raise AdapterFailedError(f"{name} was found, and cannot be used: {error}") from error
+        names = self._registry.names
+        if not names.was_used(name):
+            try:
+                names.check_adapter_name(name)
+                await result_of(self._resolver.find(name))
+            except InvalidAdapterNameError:
+                return False
+            except InvalidAdapterError as error:
+                raise AdapterFailedError(f"{name} was found, and cannot be used: {error}") from error
+        return name in names.index
 
     def _take_in(self, name: str, uri: str) -> None:
-        if self._folder is not None and uri.startswith("file:"):
-            self._folder.take_in(name)
-        else:
-            self._registry.put_source(name, uri, is_operators=True)
+        """For a look: whoever used the name since it began has it, and what was found is let go."""
+        with suppress(PreconditionFailedError):
+            if self._folder is not None and uri.startswith("file:"):
+                self._folder.take_in(name, _NEVER_USED)
+            else:
+                self._registry.put_source(name, uri, if_seen=_NEVER_USED, is_operators=True)

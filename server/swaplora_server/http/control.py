@@ -5,37 +5,58 @@ controllers in the field read either.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from functools import wraps
+import json
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.routing import APIRoute
 from pydantic import Field
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from swaplora_adapters.errors import AdapterError, AdapterNotFoundError, PreconditionFailedError
+from swaplora_adapters.registry.card import Put
 from swaplora_adapters.registry.sources.uri import uri_of
-from swaplora_server.http.body import ClosedModel, body_schema, read_json
-from swaplora_server.http.errors import ApiError, status_of
+from swaplora_server.http.body import ClosedModel, WireModel, body_schema, read_json, refuse_unsupported
+from swaplora_server.http.errors import ApiError, on_api_error
 from swaplora_server.http.service import Service
 
-router = APIRouter()
 _TYPES = {404: "NotFoundError"}
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
-class LoadBody(ClosedModel):
-    """vLLM's LoadLoRAAdapterRequest."""
+class BothWaysRoute(APIRoute):
+    """A route whose errors, those of its dependencies too, are read as either generation of controllers expects."""
+
+    def get_route_handler(self) -> Handler:
+        answer = super().get_route_handler()
+
+        async def told(request: Request) -> Response:
+            try:
+                return await answer(request)
+            except (ApiError, AdapterError) as error:
+                return _both_ways(await on_api_error(request, error))
+
+        return told
+
+
+router = APIRouter(route_class=BothWaysRoute)
+
+
+class LoadBody(WireModel):
+    """vLLM's LoadLoRAAdapterRequest; control planes send more, which it ignores."""
 
     lora_name: str = Field(min_length=1, max_length=256)
     lora_path: str = Field(min_length=1, max_length=1024)
     load_inplace: bool = False
 
 
-class UnloadBody(ClosedModel):
-    """vLLM's UnloadLoRAAdapterRequest; adapters have no numbers here, so `lora_int_id` can only be left out."""
+class UnloadBody(WireModel):
+    """vLLM's UnloadLoRAAdapterRequest: the name decides, a `lora_int_id` beside it is ignored there too."""
 
     lora_name: str = Field(min_length=1, max_length=256)
-    lora_int_id: None = None
+    lora_int_id: int | None = None
 
 
 class RegisterBody(ClosedModel):
@@ -47,54 +68,41 @@ class RegisterBody(ClosedModel):
     pin: bool = False
 
 
-Route = Callable[..., Awaitable[Response]]
-
-
-def _errors_both_ways(route: Route) -> Route:
-    """A route whose errors are read as either generation of controllers expects them."""
-
-    @wraps(route)
-    async def told(*args: Any, **kwargs: Any) -> Response:
-        try:
-            return await route(*args, **kwargs)
-        except (ApiError, AdapterError) as error:
-            return _error(status_of(error), str(error))
-
-    return told
-
-
 @router.post("/v1/load_lora_adapter", openapi_extra=body_schema(LoadBody))
-@_errors_both_ways
 async def load_lora_adapter(request: Request) -> Response:
     """Take in an adapter from below the adapter folder, or from an enabled source."""
     body = await read_json(request, LoadBody)
-    return await _load(_service(request), body.lora_name, body.lora_path, replace=body.load_inplace)
+    refuse_unsupported(body, {})
+    await _load(_service(request), body.lora_name, body.lora_path, replace=body.load_inplace)
+    return _added(body.lora_name)
 
 
 @router.post("/v1/unload_lora_adapter", openapi_extra=body_schema(UnloadBody))
-@_errors_both_ways
 async def unload_lora_adapter(request: Request) -> Response:
     """Delete an adapter; requests that run end on it, and are not waited for."""
     body = await read_json(request, UnloadBody)
+    refuse_unsupported(body, {})
     return await _unload(_service(request), body.lora_name)
 
 
 @router.post("/adapters", openapi_extra=body_schema(RegisterBody))
-@_errors_both_ways
 async def register_adapter(request: Request) -> Response:
-    """Take in an adapter, keep it in memory if asked to, and load it now unless told not to."""
+    """Take in an adapter, keep it in memory if asked to, and load it now unless told not to: all of it or nothing."""
     body = await read_json(request, RegisterBody)
     service = _service(request)
-    answer = await _load(service, body.name, body.src, replace=False)
-    if answer.status_code == 200 and body.pin:
-        await asyncio.to_thread(service.registry.change, body.name, is_pinned=True)
-    if answer.status_code == 200 and body.preload:
-        await service.warm(body.name)
-    return answer
+    put = await _load(service, body.name, body.src, replace=False)
+    try:
+        if body.pin:
+            await asyncio.to_thread(service.registry.change, body.name, is_pinned=True)
+        if body.preload:
+            await service.warm(body.name)
+    except AdapterError:
+        await asyncio.to_thread(_take_back, service, put)
+        raise
+    return _added(body.name)
 
 
 @router.delete("/adapters/{name}")
-@_errors_both_ways
 async def unregister_adapter(request: Request, name: str) -> Response:
     """Delete an adapter."""
     return await _unload(_service(request), name)
@@ -106,24 +114,38 @@ def _service(request: Request) -> Service:
     return service
 
 
-async def _load(service: Service, name: str, path: str, *, replace: bool) -> Response:
+async def _load(service: Service, name: str, path: str, *, replace: bool) -> Put:
     try:
-        await asyncio.to_thread(service.registry.put_source, name, uri_of(path), if_none_match=not replace)
-    except PreconditionFailedError:
+        return await service.arrivals.fetch(name, uri_of(path), if_none_match=not replace)
+    except PreconditionFailedError as error:
         remedy = "If you want to load the adapter in place, set 'load_inplace' to True."
-        return _error(400, f"The lora adapter '{name}' has already been loaded. {remedy}")
-    return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+        message = f"The lora adapter '{name}' has already been loaded. {remedy}"
+        raise ApiError("invalid_request", message) from error
+
+
+def _take_back(service: Service, put: Put) -> None:
+    """Delete what was just published, and nothing that others put in its place."""
+    with suppress(AdapterError):
+        service.registry.delete(put.card.record.name, put.card.record.version)
 
 
 async def _unload(service: Service, name: str) -> Response:
     try:
         await asyncio.to_thread(service.registry.delete, name)
-    except AdapterNotFoundError:
-        return _error(404, f"The lora adapter '{name[:128]}' cannot be found.")
+    except AdapterNotFoundError as error:
+        raise ApiError("adapter_not_found", f"The lora adapter '{name[:128]}' cannot be found.") from error
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
-def _error(status: int, message: str) -> JSONResponse:
+def _added(name: str) -> Response:
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+
+def _both_ways(answer: JSONResponse) -> JSONResponse:
+    """Our error with vLLM's type, and vLLM's own form of it, whose code is the status, around it."""
+    status = answer.status_code
     kind = _TYPES.get(status, "InvalidUserInput" if status < 500 else "InternalServerError")
-    told = {"message": message, "type": kind, "param": None, "code": status}
-    return JSONResponse({"object": "error", **told, "error": told}, status)
+    error = json.loads(bytes(answer.body))["error"] | {"type": kind}
+    flat = {"object": "error", "message": error["message"], "type": kind, "param": None, "code": status}
+    retry = {name: value for name, value in answer.headers.items() if name == "retry-after"}
+    return JSONResponse(flat | {"error": error}, status, headers=retry)

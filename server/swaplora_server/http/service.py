@@ -5,6 +5,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import structlog
@@ -12,6 +13,7 @@ from jinja2 import TemplateError
 
 from swaplora_adapters.artifact.records import VersionRecord
 from swaplora_adapters.artifact.store import Store
+from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.registry.sources.source import Sources
 from swaplora_server.config import Settings
@@ -47,7 +49,7 @@ class Service:
         self._is_ready = threading.Event()
         self._lock = threading.Lock()
         self._count_lock = threading.Lock()
-        self._is_stopped = False
+        self._opened = ExitStack()  # what is to be ended and closed, from the last to the first
         self._num_sequences = 0  # admitted and not ended
 
     @property
@@ -65,45 +67,33 @@ class Service:
         """Load the base, open the registry, and start the engine. `report` hears what is being done.
 
         Raises UnsupportedModelError, EmbeddedBaseError, AdapterError and OSError, each with a message for the operator.
+        Nothing stays open then.
         """
         settings = self.settings
         self.base = load_chosen_base(settings, report)
         report("reading adapters")
-        store = Store(settings.data_dir)
-        for name, version, reason in store.quarantined:
-            _log.warning("an adapter's files are damaged", adapter=name, version=version, reason=reason)
-        sources = Sources(
-            allowed=settings.allow_source, folder=settings.adapter_dir, max_weights_bytes=settings.max_adapter_bytes
-        )
-        self.registry = Registry(
-            store,
-            sources=sources,
-            shapes=self.base.shapes,
-            dtype=self.base.dtype,
-            device=self.base.device,
-            memory_budget=settings.adapter_memory_bytes,
-            keep_versions=settings.keep_versions,
-            base_model=settings.base_id,
-        )
-        for name, folder in settings.adapter_folders.items():
-            self.registry.put_folder(name, folder)
-            if name not in self.registry.names.index:
-                _log.warning("an adapter was deleted, and stays so until its files change", adapter=name)
-        self.arrivals = Arrivals(self.registry, settings.adapter_dir, settings.resolver, _report_arrival)
-        self.arrivals.start(settings.adapter_rescan_seconds)
-        self.engine = self._make_engine()
-        self.engine.start()
+        with ExitStack() as opened:
+            self.registry = self._open_registry()
+            opened.callback(self.registry.close)
+            self._take_in_named_adapters()
+            self.arrivals = Arrivals(self.registry, settings.adapter_dir, settings.resolver, _report_arrival)
+            opened.callback(self.arrivals.join)
+            opened.callback(self.arrivals.stop)
+            self.arrivals.start(settings.adapter_rescan_seconds)
+            self.engine = self._make_engine()
+            self.engine.start()
+            opened.callback(self.engine.stop)
+            self._opened = opened.pop_all()
         self._is_ready.set()
 
     def stop(self) -> None:
         """End the engine and close the registry, if they came to be; whoever asks a second time waits for the first."""
         self.is_draining = True
         with self._lock:
-            if self._is_ready.is_set() and not self._is_stopped:
-                self._is_stopped = True
+            if self._is_ready.is_set():
+                self._sources.stop()
                 self.arrivals.stop()
-                self.engine.stop()
-                self.registry.close()
+                self._opened.close()
 
     def check_serving(self) -> None:
         """Raise ApiError unless a new request can be taken."""
@@ -162,7 +152,11 @@ class Service:
             raise ApiError("invalid_request", "the chat template cannot make a prompt of this", "messages") from error
 
     async def warm(self, reference: str) -> VersionRecord:
-        """Load who `reference` names into memory, and wait until it is there. Raises AdapterError."""
+        """Load the version that `reference` names into memory, and wait until it is there. Raises AdapterError.
+
+        An alias is unknown here: one that splits names no version.
+        """
+        self.registry.names.index.resolve_name(reference)
         lease = self.registry.lease(reference)
         try:
             await result_of(lease.weights)
@@ -177,6 +171,35 @@ class Service:
             ("KV cache, at most", self.settings.kv_cache_bytes),
             ("adapters, at most", self.settings.adapter_memory_bytes),
         ]
+
+    def _open_registry(self) -> Registry:
+        settings = self.settings
+        self._sources = Sources(
+            allowed=settings.allow_source, folder=settings.adapter_dir, max_weights_bytes=settings.max_adapter_bytes
+        )
+        store = Store(settings.data_dir)
+        for name, version, reason in store.quarantined:
+            _log.warning("an adapter's files are damaged", adapter=name, version=version, reason=reason)
+        try:
+            return Registry(
+                store,
+                sources=self._sources,
+                shapes=self.base.shapes,
+                dtype=self.base.dtype,
+                device=self.base.device,
+                memory_budget=settings.adapter_memory_bytes,
+                keep_versions=settings.keep_versions,
+                base_model=settings.base_id,
+            )
+        except BaseException:
+            store.close()
+            raise
+
+    def _take_in_named_adapters(self) -> None:
+        for name, folder in self.settings.adapter_folders.items():
+            self.registry.put_folder(name, folder)
+            if name not in self.registry.names.index:
+                _log.warning("an adapter was deleted, and stays so until its files change", adapter=name)
 
     def _make_engine(self) -> Engine:
         settings, base = self.settings, self.base
@@ -198,7 +221,14 @@ class Service:
 
 
 def _report_arrival(name: str, error: Exception) -> None:
-    _log.warning("an adapter of --adapter-dir cannot be taken in", adapter=name, reason=str(error))
+    _log.warning("an adapter of --adapter-dir cannot be taken in", adapter=name, reason=_reason(error))
+
+
+def _reason(error: Exception) -> str:
+    """Of errors that are not ours no more than the system's own words: the rest may hold paths."""
+    if isinstance(error, AdapterError):
+        return str(error)
+    return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
 
 
 async def _off_loop_if_long(num_characters: int, tokenize: Callable[[], list[int]]) -> list[int]:

@@ -17,18 +17,26 @@ from swaplora_adapters.registry.sources.transfer import CHUNK_BYTES, missing, re
 from swaplora_adapters.registry.sources.uri import FOLDER, FolderUri
 
 
+class ReplacedMeanwhileError(SourceFailedError):
+    """What was read may be the old one of the two files and the new other."""
+
+
 def fetch_from_folder(uri: FolderUri, root: Path, staging: Staging, max_weights_bytes: int) -> str:
     """Copy both files of the folder that `uri` names below `root`; returns where it really lies, relative to `root`.
 
-    Raises SourceNotAllowedError, SourceNotFoundError, SourceFailedError, InvalidAdapterError, AdapterTooLargeError.
+    Raises SourceNotAllowedError, SourceNotFoundError, SourceFailedError, InvalidAdapterError, AdapterTooLargeError,
+    and ReplacedMeanwhileError for files that changed while they were read.
     """
     real_root = Path(os.path.realpath(root))
     folder = _below(real_root, real_root / uri.path, uri)
     if not os.path.isdir(folder):
         raise SourceNotFoundError(f"{uri}: there is no such folder in the adapter folder")
+    before = origin_of(folder)
     limits: dict[Part, int] = {"config": MAX_CONFIG_BYTES, "weights": max_weights_bytes}
     for part, max_bytes in limits.items():
         _copy(uri, _below(real_root, folder / FILE_NAMES[part], uri), staging, part, max_bytes)
+    if origin_of(folder) != before:
+        raise ReplacedMeanwhileError(f"{uri}: its files were replaced while they were read; try again")
     return FOLDER + str(folder.relative_to(real_root))
 
 

@@ -6,8 +6,9 @@ hub for more, and keeps the answer in the cache folder.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from urllib.parse import quote
 
 import httpx2
@@ -19,7 +20,7 @@ from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES
 from swaplora_adapters.artifact.staging import FILE_NAMES, Part, Staging
 from swaplora_adapters.errors import AdapterError, SourceFailedError, SourceNotAllowedError, SourceNotFoundError
 from swaplora_adapters.registry.sources import transfer
-from swaplora_adapters.registry.sources.transfer import PassingError, missing, reading, receive, try_again
+from swaplora_adapters.registry.sources.transfer import Deadline, PassingError, missing, reading, receive, try_again
 from swaplora_adapters.registry.sources.uri import HubUri
 
 MAX_ANSWER_BYTES = 8 << 20
@@ -27,23 +28,24 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _BREAKS = (httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.ProxyError)
 
 
-def fetch_from_hub(uri: HubUri, staging: Staging, max_weights_bytes: int) -> str:
+def fetch_from_hub(uri: HubUri, staging: Staging, max_weights_bytes: int, deadline: Deadline) -> str:
     """Read both files at the commit that the revision stands for now; returns the URI with that commit.
 
     Raises SourceNotFoundError, SourceFailedError, SourceNotAllowedError, AdapterTooLargeError, StorageFullError.
     """
-    pinned = uri.at(try_again(lambda: _commit(uri)))
-    try_again(lambda: _read(uri, pinned, staging, "config", MAX_CONFIG_BYTES))
-    try_again(lambda: _read(uri, pinned, staging, "weights", max_weights_bytes))
+    pinned = uri.at(try_again(lambda: _commit(uri, deadline), deadline))
+    limits: dict[Part, int] = {"config": MAX_CONFIG_BYTES, "weights": max_weights_bytes}
+    for part, max_bytes in limits.items():
+        try_again(partial(_read, uri, pinned, staging, part, max_bytes, deadline), deadline)
     return str(pinned)
 
 
-def _commit(uri: HubUri) -> str:
+def _commit(uri: HubUri, deadline: Deadline) -> str:
     step = f"{uri}: resolving the revision"
     url = f"{constants.ENDPOINT}/api/models/{uri.repo}/revision/{uri.revision}?expand=sha"
     reason = "there is no such repository or revision, or it is private and wants HF_TOKEN"
     with _asked(url, step, SourceNotFoundError(f"{step}: {reason}")) as response:
-        repo, commit = _repo_and_commit(_body(response, step), step)
+        repo, commit = _repo_and_commit(_body(deadline.over(response.iter_raw(), step), step), step)
     if repo.casefold() != uri.repo.casefold():  # it was renamed, and where it is now may not be allowed
         raise SourceNotAllowedError(f"{step}: the hub now has it as {quoted(repo)}; ask for that")
     return commit
@@ -62,21 +64,21 @@ def _repo_and_commit(body: bytes, step: str) -> tuple[str, str]:
     raise SourceFailedError(f"{step}: the answer names no commit; check HF_ENDPOINT")
 
 
-def _body(response: httpx2.Response, step: str) -> bytes:
+def _body(chunks: Iterable[bytes], step: str) -> bytes:
     body = bytearray()
-    for chunk in response.iter_raw():
+    for chunk in chunks:
         body += chunk
         if len(body) > MAX_ANSWER_BYTES:
             raise SourceFailedError(f"{step}: the answer is longer than {MAX_ANSWER_BYTES} bytes; check HF_ENDPOINT")
     return bytes(body)
 
 
-def _read(uri: HubUri, pinned: HubUri, staging: Staging, part: Part, max_bytes: int) -> None:
+def _read(uri: HubUri, pinned: HubUri, staging: Staging, part: Part, max_bytes: int, deadline: Deadline) -> None:
     step = reading(uri, part)
     path = quote("/".join((*pinned.folders, FILE_NAMES[part])))
     url = f"{constants.ENDPOINT}/{pinned.repo}/resolve/{pinned.revision}/{path}"
     with _asked(url, step, missing(step, part)) as response:
-        receive(response.iter_raw(), staging, part, max_bytes, step)
+        receive(deadline.over(response.iter_raw(), step), staging, part, max_bytes, step)
 
 
 @contextmanager

@@ -6,10 +6,10 @@ However many ask for a name, it is looked for once at a time.
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
 
-from swaplora_adapters.artifact.complaints import quoted
 from swaplora_adapters.artifact.names import validate_name
 from swaplora_adapters.errors import (
     InvalidAdapterNameError,
@@ -17,11 +17,10 @@ from swaplora_adapters.errors import (
     SourceNotAllowedError,
     SourceNotFoundError,
 )
-from swaplora_adapters.registry.sources.uri import FOLDER, parse_uri
+from swaplora_adapters.registry.sources.uri import FOLDER, PLACE, check_template, parse_uri
+from swaplora_adapters.registry.sources.workers import Workers
 
-PLACE = "{name}"
-STOPPING = "the server is stopping"
-NUM_WORKERS = 2
+NUM_WORKERS = 2  # for the folder, and as many for what is far away and may be slow
 MISS_SECONDS, FAILURE_SECONDS = 30.0, 5.0
 MAX_REMEMBERED = 10_000
 MAX_LOOKS = 1_000
@@ -35,20 +34,14 @@ class Resolver:
 
         Raises SourceNotAllowedError, with a message for the operator, for a template that is written wrongly.
         """
-        _check_template(template)
+        self._template = None if template is None else check_template(template)
         self._bring = bring
         self._has_folder = has_folder
-        self._template = template
         self._lock = threading.Lock()
         self._looks: dict[str, Future[bool]] = {}
         self._remembered: OrderedDict[str, tuple[float, Future[bool]]] = OrderedDict()  # until when; oldest first
-        self._workers = ThreadPoolExecutor(max_workers=NUM_WORKERS, thread_name_prefix="adapter-resolve")
-        self._is_closed = False
-
-    @property
-    def num_looks(self) -> int:
-        """Names that are being looked for now."""
-        return len(self._looks)
+        self._near = Workers(NUM_WORKERS, "adapter-look-near")
+        self._far = Workers(NUM_WORKERS, "adapter-look-far")
 
     def candidates(self, name: str) -> list[str]:
         """The URIs to try, in order; none for what cannot be an adapter's name, or cannot be in the template."""
@@ -74,23 +67,21 @@ class Resolver:
             known = self._looks.get(name) or self._recall(name)
             if known is not None:
                 return known
-            if self._is_closed:
-                return _failed(STOPPING)
-            if len(self._looks) >= MAX_LOOKS:
-                return _failed(f"{MAX_LOOKS} other adapters are being looked for; try again later")
             look: Future[bool] = Future()
             look.set_running_or_notify_cancel()
             self._looks[name] = look
-            job = self._workers.submit(self._look, name, uris, look)
-            job.add_done_callback(lambda job: _end_if_cancelled(job, look))
-            return look
+        self._ask(name, uris, look)
+        return look
 
-    def close(self) -> None:
-        """Fail what waits for a worker at once, and wait for what runs."""
-        with self._lock:
-            self._is_closed = True
-        self._workers.shutdown(wait=True, cancel_futures=True)
-        self._looks.clear()
+    def stop(self) -> None:
+        """Fail every look, at once."""
+        self._near.stop()
+        self._far.stop()
+
+    def join(self, until: float) -> None:
+        """After `stop`: wait for the looks that run, to the moment `until` of the monotonic clock at most."""
+        self._near.join(until)
+        self._far.join(until)
 
     def _recall(self, name: str) -> Future[bool] | None:
         """Needs `_lock`."""
@@ -100,42 +91,40 @@ class Resolver:
             return None
         return answer
 
-    def _look(self, name: str, uris: list[str], look: Future[bool]) -> None:
-        """A worker's job."""
-        try:
-            is_found = any(self._is_brought(name, uri) for uri in uris)
-        except Exception as error:  # noqa: BLE001 - the worker's boundary: a waiter must never hang
-            look.set_exception(error)
-            self._remember(name, look, FAILURE_SECONDS)
-        else:
-            look.set_result(is_found)
-            self._remember(name, look, 0.0 if is_found else MISS_SECONDS)
+    def _ask(self, name: str, uris: Sequence[str], look: Future[bool]) -> None:
+        """Look at the first of `uris`, and if that misses at the rest."""
+        workers = self._near if uris[0].startswith(FOLDER) else self._far
+        is_full = workers.num_jobs >= MAX_LOOKS
+        job = _too_many() if is_full else workers.submit(partial(self._is_brought, name, uris[0]))
+        job.add_done_callback(partial(self._answered, name, uris[1:], look))
 
     def _is_brought(self, name: str, uri: str) -> bool:
+        """A worker's job."""
         try:
             self._bring(name, uri)
         except SourceNotFoundError:
             return False
         return True
 
+    def _answered(self, name: str, rest: Sequence[str], look: Future[bool], job: Future[bool]) -> None:
+        error = job.exception()
+        if error is not None:
+            self._remember(name, look, FAILURE_SECONDS)
+            look.set_exception(error)
+        elif rest and not job.result():
+            self._ask(name, rest, look)
+        else:
+            self._remember(name, look, 0.0 if job.result() else MISS_SECONDS)
+            look.set_result(job.result())
+
     def _remember(self, name: str, look: Future[bool], seconds: float) -> None:
-        """End the look; what follows it within `seconds` gets the same answer."""
+        """The look has ended; what follows it within `seconds` gets the same answer."""
         with self._lock:
             del self._looks[name]
             if seconds:
                 self._remembered[name] = (time.monotonic() + seconds, look)
             while len(self._remembered) > MAX_REMEMBERED:
                 self._remembered.popitem(last=False)
-
-
-def _check_template(template: str | None) -> None:
-    if template is None:
-        return
-    if template.startswith(FOLDER):
-        raise SourceNotAllowedError(f"{quoted(template)}: folders need no template; --adapter-dir is looked at first")
-    if template.count(PLACE) != 1:
-        raise SourceNotAllowedError(f"{quoted(template)} must have {PLACE} in it once")
-    parse_uri(template.replace(PLACE, "name"))
 
 
 def _is_sound(uri: str) -> bool:
@@ -146,18 +135,13 @@ def _is_sound(uri: str) -> bool:
     return True
 
 
-def _end_if_cancelled(job: Future[None], look: Future[bool]) -> None:
-    if job.cancelled():
-        look.set_exception(SourceFailedError(STOPPING))
-
-
 def _done(is_found: bool) -> Future[bool]:
     future: Future[bool] = Future()
     future.set_result(is_found)
     return future
 
 
-def _failed(reason: str) -> Future[bool]:
+def _too_many() -> Future[bool]:
     future: Future[bool] = Future()
-    future.set_exception(SourceFailedError(reason))
+    future.set_exception(SourceFailedError(f"{MAX_LOOKS} other adapters are being looked for; try again later"))
     return future

@@ -7,6 +7,7 @@ from typing import Any
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, ReadTimeoutError
+from urllib3.exceptions import HTTPError, TimeoutError
 
 from swaplora_adapters.artifact.complaints import quoted
 from swaplora_adapters.artifact.names import CONFIG_FILE
@@ -17,6 +18,7 @@ from swaplora_adapters.registry.sources import transfer
 from swaplora_adapters.registry.sources.transfer import (
     CHUNK_BYTES,
     NUM_TRIES,
+    Deadline,
     PassingError,
     missing,
     reading,
@@ -31,13 +33,14 @@ _BAD_CREDENTIALS = frozenset(
 _CREDENTIALS_HINT = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 
 
-def fetch_from_object_store(uri: ObjectUri, staging: Staging, max_weights_bytes: int) -> str:
+def fetch_from_object_store(uri: ObjectUri, staging: Staging, max_weights_bytes: int, deadline: Deadline) -> str:
     """Read both objects as they are at one moment; returns the URI with the version or ETag of the weights.
 
     Raises SourceNotFoundError, SourceFailedError, AdapterTooLargeError, StorageFullError.
     """
     with closing(_client(uri)) as client:
-        return f"{uri} ({try_again(lambda: _read_both(client, uri, staging, max_weights_bytes))})"
+        state = try_again(lambda: _read_both(client, uri, staging, max_weights_bytes, deadline), deadline)
+    return f"{uri} ({state})"
 
 
 def _client(uri: ObjectUri) -> Any:
@@ -56,10 +59,10 @@ def _client(uri: ObjectUri) -> Any:
         raise SourceFailedError(f"{step}: the endpoint is no URL; check AWS_ENDPOINT_URL_S3") from None
 
 
-def _read_both(client: Any, uri: ObjectUri, staging: Staging, max_weights_bytes: int) -> str:
+def _read_both(client: Any, uri: ObjectUri, staging: Staging, max_weights_bytes: int, deadline: Deadline) -> str:
     """The config is looked at again after the weights came, so what was read is a pair that lay there together."""
-    before = _read(client, uri, staging, "config", MAX_CONFIG_BYTES)
-    weights = _read(client, uri, staging, "weights", max_weights_bytes)
+    before = _read(client, uri, staging, "config", MAX_CONFIG_BYTES, deadline)
+    weights = _read(client, uri, staging, "weights", max_weights_bytes, deadline)
     step = f"{uri}: checking {CONFIG_FILE} again"
     with _told(step, "config"):
         after = client.head_object(Bucket=uri.bucket, Key=uri.key(CONFIG_FILE))
@@ -68,24 +71,31 @@ def _read_both(client: Any, uri: ObjectUri, staging: Staging, max_weights_bytes:
     return _state_of(weights)
 
 
-def _read(client: Any, uri: ObjectUri, staging: Staging, part: Part, max_bytes: int) -> dict[str, Any]:
+def _read(
+    client: Any, uri: ObjectUri, staging: Staging, part: Part, max_bytes: int, deadline: Deadline
+) -> dict[str, Any]:
     """Write one object to `staging`; returns what the store says of it."""
     step = reading(uri, part)
     with _told(step, part):
         answer: dict[str, Any] = client.get_object(Bucket=uri.bucket, Key=uri.key(FILE_NAMES[part]))
-    with closing(answer["Body"]) as body:
-        receive(_chunks(body, step), staging, part, max_bytes, step)
+    with answer["Body"] as body:  # urllib3's own, which gives what has come; boto's wrapper waits for a whole chunk
+        receive(deadline.over(_chunks(body, answer.get("ContentLength"), step), step), staging, part, max_bytes, step)
     return answer
 
 
-def _chunks(body: Any, step: str) -> Iterator[bytes]:
-    """Tries within botocore end where a body begins; from there on they are ours."""
+def _chunks(body: Any, declared: int | None, step: str) -> Iterator[bytes]:
+    """Tries within botocore end where a body begins, and so does its look at the length: both are ours."""
+    num_bytes = 0
     try:
-        yield from body.iter_chunks(CHUNK_BYTES)
-    except ReadTimeoutError:
+        while chunk := body.read1(CHUNK_BYTES):
+            num_bytes += len(chunk)
+            yield chunk
+    except TimeoutError:
         raise PassingError(f"{step}: timed out") from None
-    except BotoCoreError:
+    except HTTPError:
         raise PassingError(f"{step}: the connection broke off") from None
+    if declared not in (None, num_bytes):
+        raise PassingError(f"{step}: the connection broke off")
 
 
 def _state_of(answer: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
-"""What every source shares: bytes counted into the staging folder, and another try where one may help."""
+"""What every source shares: time kept, bytes counted into the staging folder, another try where one may help."""
 
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from swaplora_adapters.artifact.names import WEIGHTS_FILE
@@ -10,8 +11,10 @@ from swaplora_adapters.errors import AdapterTooLargeError, SourceFailedError, So
 
 CHUNK_BYTES = 1 << 20
 CONNECT_SECONDS, READ_SECONDS = 10.0, 30.0
+FETCH_SECONDS = 600.0  # for all of it, so that a host that sends a byte now and then is let go of
 BACKOFF_SECONDS = (0.5, 2.0)  # before the second try and the third
 NUM_TRIES = 1 + len(BACKOFF_SECONDS)
+STOPPING = "the server is stopping"
 Result = TypeVar("Result")
 
 
@@ -19,13 +22,39 @@ class PassingError(Exception):
     """What another try may mend; says at which step it came up, and why."""
 
 
-def try_again(attempt: Callable[[], Result]) -> Result:
+class Deadline:
+    """When a fetch has to have ended: `FETCH_SECONDS` after it began, or when the server stops."""
+
+    def __init__(self, is_stopping: threading.Event) -> None:
+        self._is_stopping = is_stopping
+        self._end = time.monotonic() + FETCH_SECONDS
+
+    def check(self, step: object) -> None:
+        """Raise SourceFailedError if that is now."""
+        if self._is_stopping.is_set():
+            raise SourceFailedError(f"{step}: {STOPPING}")
+        if time.monotonic() > self._end:
+            raise SourceFailedError(f"{step}: not done after {FETCH_SECONDS:g} seconds")
+
+    def over(self, chunks: Iterable[bytes], step: str) -> Iterator[bytes]:
+        """The chunks, as long as there is time."""
+        for chunk in chunks:
+            self.check(step)
+            yield chunk
+
+    def pause(self, seconds: float) -> None:
+        """Sleep, but not into the server's stop."""
+        self._is_stopping.wait(seconds)
+
+
+def try_again(attempt: Callable[[], Result], deadline: Deadline) -> Result:
     """What `attempt` returns, in `NUM_TRIES` tries at most. Raises SourceFailedError after the last."""
     for seconds in BACKOFF_SECONDS:
         try:
             return attempt()
-        except PassingError:
-            time.sleep(seconds)
+        except PassingError as error:
+            deadline.pause(seconds)
+            deadline.check(error)
     try:
         return attempt()
     except PassingError as error:

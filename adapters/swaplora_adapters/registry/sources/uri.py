@@ -8,6 +8,7 @@ from swaplora_adapters.errors import SourceNotAllowedError
 
 HUB, OBJECT_STORE, FOLDER = "hf://", "s3://", "file:"
 FORMS = "hf://ORG/REPO[@REVISION][/FOLDER], s3://BUCKET/PREFIX or file:FOLDER"
+PLACE = "{name}"  # in a resolver's template
 MAX_URI_CHARS = 512
 _HUB_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
 _REVISION = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -111,6 +112,16 @@ def parse_prefix(text: str) -> tuple[str, ...]:
     else:
         _check_names(parts)
     return (scheme, *parts)
+
+
+def check_template(template: str) -> str:
+    """Return a source with `PLACE` in it once as it is. Raises SourceNotAllowedError for anything else."""
+    if template.startswith(FOLDER):
+        raise SourceNotAllowedError(f"{quoted(template)}: folders need no template; --adapter-dir is looked at first")
+    if template.count(PLACE) != 1:
+        raise SourceNotAllowedError(f"{quoted(template)} must have {PLACE} in it once")
+    parse_uri(template.replace(PLACE, "name"))
+    return template
 
 
 def split_scheme(text: str) -> tuple[str, str]:
