@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from serving import BASE, Running, serving, settings
+from swaplora_adapters.artifact.records import Alias, Target
 
 PROMPT = list(range(30, 50))
 
@@ -34,6 +35,9 @@ def test_an_alias_answers_as_what_it_leads_to_and_says_so(loaded: Running) -> No
         assert loaded.token_ids("prod", PROMPT) == loaded.token_ids(target, PROMPT)
     root = loaded.client.get("/v1/adapters/json").json()["digest"]
     assert loaded.client.get("/v1/models/prod").json()["root"] == root
+    assert (
+        loaded.client.get("/v1/models/base:prod").json() | {"id": "prod"} == loaded.client.get("/v1/models/prod").json()
+    )
     assert "prod" in [model["id"] for model in loaded.client.get("/v1/models").json()["data"]]
     assert loaded.client.delete("/v1/aliases/prod").json() == {"object": "alias.deleted", "alias": "prod"}
     assert loaded.client.delete("/v1/aliases/prod").json()["error"]["code"] == "alias_not_found"
@@ -50,11 +54,29 @@ def test_a_split_is_shared_by_weight_and_sticks_to_a_client(loaded: Running) -> 
     assert {served_by(loaded, "canary", user=user, session="s") for user in map(str, range(10))} == {
         served_by(loaded, "canary", session="s")
     }
-    assert {served_by(loaded, "canary") for _ in range(60)} == {"sql@1", "json@1"}
+    nobody: list[dict[str, object]] = [{}, {"user": ""}, {"session": ""}, {"session": "", "user": ""}]
+    for who in nobody:
+        assert {served_by(loaded, "canary", **who) for _ in range(60)} == {"sql@1", "json@1"}
     assert loaded.client.get("/v1/models/canary").json()["root"] is None
     loaded.client.put("/v1/aliases/canary", json={"targets": [targets[0] | {"weight": 0}, targets[1]]})
     assert {served_by(loaded, "canary", user=user) for user in by_user} == {"json@1"}
     loaded.client.delete("/v1/aliases/canary")
+
+
+def test_an_alias_that_ceases_to_lead_anywhere_does_not_take_the_list_with_it(loaded: Running) -> None:
+    loaded.client.put("/v1/aliases/fine", json={"target": "json"})
+    index = loaded.service.registry.names.index
+    for alias, reference in [("gone", "nobody"), ("gone-version", "sql@99")]:
+        index.put_alias(Alias(alias, (Target(reference, 1),)))  # as it is seen between two deletes
+    try:
+        models = [model["id"] for model in loaded.client.get("/v1/models").json()["data"]]
+        gone = loaded.client.get("/v1/models/gone")
+    finally:
+        index.remove_alias("gone")
+        index.remove_alias("gone-version")
+        loaded.client.delete("/v1/aliases/fine")
+    assert models == [BASE, "json", "sql", "fine"]
+    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "model_not_found")
 
 
 def test_what_an_alias_needs_is_not_deleted_from_under_it(loaded: Running) -> None:

@@ -167,6 +167,52 @@ def test_an_address_needs_its_scheme() -> None:
     assert "must begin with http://" in swaplora("adapters", "list", "--url", "127.0.0.1:8000").stderr
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["http://[::1", "http://127.0.0.1:port", "http://a\nb", "http://.x", f"http://{'a' * 64}.com", "http://xn--a"],
+)
+def test_an_address_that_is_none_is_one_line(url: str) -> None:
+    done = swaplora("adapters", "list", "--url", url)
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert f"swaplora: {' '.join(url.splitlines())} is not a server's address: " in done.stderr
+
+
+@pytest.mark.parametrize("key", ["clé", "a\nb", "\udcff"])
+def test_a_key_that_no_header_can_carry_is_one_line_that_does_not_show_it(server: StandIn, key: str) -> None:
+    done = swaplora("adapters", "list", "--api-key", key)
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("swaplora: the API key has a character in it")
+    assert key not in done.stderr
+    assert server.calls == []
+
+
+def test_a_digest_that_no_header_can_carry_is_one_line(server: StandIn) -> None:
+    done = swaplora("adapters", "put", "sql", "hf://org/repo", "--if-match", "é")
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("swaplora: the digest to match has a character in it")
+    assert server.calls == []
+
+
+@pytest.mark.parametrize(
+    "args", [("adapters", "get", "\udcff"), ("chat", "sql", "-m", "\udcff"), ("aliases", "set", "a", "\udcff")]
+)
+def test_an_argument_that_is_no_text_is_one_line(server: StandIn, args: tuple[str, ...]) -> None:
+    done = swaplora(*args)
+    assert (done.exit_code, server.calls) == (1, [])
+    assert done.stderr == "swaplora: a name or a text that was given is not valid UTF-8: type it again\n"
+
+
+@pytest.mark.parametrize(("keys", "sent"), [("k1", "k1"), ("k1,k2", "k1"), (" k1 , k2", "k1")])
+def test_the_first_of_the_keys_that_a_server_has_is_sent(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch, keys: str, sent: str
+) -> None:
+    server.answer("GET", "/v1/adapters/sql", CARD)
+    swaplora("adapters", "get", "sql", "--api-key", keys)
+    monkeypatch.setenv("SWAPLORA_API_KEY", keys)
+    swaplora("adapters", "get", "sql")
+    assert [call.headers["authorization"] for call in server.calls] == [f"Bearer {sent}"] * 2
+
+
 def test_json_cards_survive_unknown_fields(server: StandIn) -> None:
     card: dict[str, Any] = {"name": "sql", "new": {"deep": [1, None]}}
     server.answer("GET", "/v1/adapters/sql", card)

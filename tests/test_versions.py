@@ -1,12 +1,13 @@
 """Versions over HTTP: rolled back, pinned, warmed, kept or let go; and failures that the card tells of."""
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tiny
 from serving import BASE, Running, serving, settings
@@ -203,3 +204,25 @@ def test_an_inspection_gives_the_singular_values_of_the_delta(server: Running, b
     assert found["modules"][0]["norm"] == pytest.approx(float(delta.norm()), rel=1e-4)
     assert 1 < found["modules"][0]["effective_rank"] <= 3
     assert not any("q_proj" in warning for warning in found["warnings"])
+
+
+@pytest.mark.parametrize("factor", [1e38, 1e24, 1e12, 1, 1e-12, 1e-38])
+def test_an_inspection_of_any_finite_adapter_is_in_finite_numbers(
+    server: Running, base: Path, tmp_path: Path, factor: float
+) -> None:
+    folder = tiny.save_adapter(tmp_path / "a", base, seed=4, rank=3, alpha=3, target_modules=["q_proj"])
+    tensors = load_file(folder / "adapter_model.safetensors")
+    plain = [torch.linalg.svdvals(b.double() @ a.double())[:3] for a, b in pairs(tensors)]
+    save_file({name: tensor * factor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    assert server.put("extreme", folder).status_code in (200, 201)
+    modules = server.client.get("/v1/adapters/extreme/inspect").json()["modules"]
+    for module, values in zip(modules, plain, strict=True):
+        expected = (values * factor * factor).tolist()
+        assert module["singular_values"] == pytest.approx(expected, rel=1e-3, abs=0)
+        assert module["norm"] == pytest.approx(math.hypot(*expected), rel=1e-3, abs=0)
+        assert 1 < module["effective_rank"] <= 3
+
+
+def pairs(tensors: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A and B of every module, in order of name."""
+    return [(tensors[name], tensors[name.replace("lora_A", "lora_B")]) for name in sorted(tensors) if "lora_A" in name]

@@ -27,9 +27,13 @@ class Client:
     def __init__(self, url: str, api_key: str | None = None) -> None:
         if not url.startswith(("http://", "https://")):
             raise ClientError(f"{url} is not a server's address: it must begin with http:// or https://")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        headers = {"Authorization": f"Bearer {_for_header('the API key', api_key)}"} if api_key else {}
         self._url = url
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT)
+        try:
+            httpx.URL(url).host.encode("idna")  # which connecting does, too late to tell whose fault it is
+            self._http = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT)
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise ClientError(f"{url} is not a server's address: {error}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -162,8 +166,15 @@ def _conditions(create_only: bool, if_match: str | None) -> dict[str, str]:
     """The headers under which an upload is to be refused."""
     headers = {"If-None-Match": "*"} if create_only else {}
     if if_match is not None:
-        headers["If-Match"] = f'"{if_match}"'
+        headers["If-Match"] = f'"{_for_header("the digest to match", if_match)}"'
     return headers
+
+
+def _for_header(what: str, value: str) -> str:
+    """`value`, which an HTTP header can carry. Raises ClientError, which does not show it: it may be a key."""
+    if not (value.isascii() and value.isprintable()):
+        raise ClientError(f"{what} has a character in it that is not printable ASCII: check how it was given")
+    return value
 
 
 @contextmanager

@@ -46,12 +46,13 @@ def _inspect(path: str, module: ModuleWeights) -> ModuleInspection:
 
 
 def singular_values(lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """[rank] of lora_B [out, rank] @ lora_A [rank, in], largest first.
+    """[rank] of lora_B [out, rank] @ lora_A [rank, in] in float64, largest first.
 
     From the two triangles of a QR of each factor, so that the product, as large as the base's weight, is never made.
+    In float64, in which not even the square of a product of the largest float32 values overflows.
     """
-    right = torch.linalg.qr(lora_A.float().T, mode="r").R
-    left = torch.linalg.qr(lora_B.float(), mode="r").R
+    right = torch.linalg.qr(lora_A.double().T, mode="r").R
+    left = torch.linalg.qr(lora_B.double(), mode="r").R
     values = torch.linalg.svdvals(left @ right.T)
     return torch.nn.functional.pad(values, (0, lora_A.shape[0] - len(values)))
 

@@ -19,7 +19,10 @@ WIDE = 1000  # characters: more than any table needs
 LOCAL = "http://127.0.0.1:8000"
 
 Url = Annotated[str, typer.Option("--url", envvar="SWAPLORA_URL", help="The server to talk to.")]
-Key = Annotated[str | None, typer.Option("--api-key", envvar="SWAPLORA_API_KEY", help="Its API key, if it wants one.")]
+Key = Annotated[
+    str | None,
+    typer.Option("--api-key", envvar="SWAPLORA_API_KEY", help="Its API key, if it wants one; the first of K1,K2,…"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 VersionedName = Annotated[str, typer.Argument(help="The adapter's name, or one version of it: sql@2.")]
@@ -64,14 +67,19 @@ def read_settings(flags: Mapping[str, Any]) -> "Settings":
 
 @contextmanager
 def connected(url: str, api_key: str | None) -> "Iterator[Client]":
-    """A client whose failures, and those of the files it is given, end the command with one line."""
+    """A client whose failures, and those of the files it is given, end the command with one line.
+
+    Of several keys with commas between, as SWAPLORA_API_KEY gives them to a server, it sends the first.
+    """
     from swaplora_server.client import Client, ClientError
 
     try:
-        with Client(url, api_key) as client:
+        with Client(url, api_key and api_key.split(",")[0].strip()) as client:
             yield client
     except ClientError as error:
         fail(str(error))
+    except UnicodeError:
+        fail("a name or a text that was given is not valid UTF-8: type it again")
     except OSError as error:
         fail(f"cannot read {error.filename}: {error.strerror}")
 

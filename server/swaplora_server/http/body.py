@@ -45,9 +45,22 @@ async def read_json(request: Request, model: type[Model]) -> Model:
 
 
 def body_schema(model: type[WireModel]) -> dict[str, Any]:
-    """What a route that reads its own body says of it in the OpenAPI document."""
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    """What a route that reads its own body says of it in the OpenAPI document, whose components it cannot add to."""
+    schema = model.model_json_schema()
+    schema = _inlined(schema, schema.pop("$defs", {}))
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
+    """A JSON schema with the definition in the place of each reference to it. None of ours contains itself."""
+    if isinstance(schema, list):
+        return [_inlined(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    own = {key: _inlined(value, definitions) for key, value in schema.items() if key != "$ref"}
+    if "$ref" in schema:
+        return _inlined(definitions[schema["$ref"].removeprefix("#/$defs/")], definitions) | own
+    return own
 
 
 async def read_limited(request: Request, limit: int) -> bytes:

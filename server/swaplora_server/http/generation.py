@@ -167,7 +167,7 @@ async def admit(
     max_tokens None means as many as fit. Raises ApiError, AdapterError for an adapter that cannot be had, and
     ClientGoneError for a client that does not wait for it.
     """
-    client = http_request.headers.get(_SESSION_HEADER) or body.user
+    client = http_request.headers.get(_SESSION_HEADER) or body.user or None  # an empty one names nobody
     admission = _admit(service, body, prompts, client, max_tokens=max_tokens, num_logprobs=num_logprobs)
     return await until_disconnect(http_request.receive, admission)
 

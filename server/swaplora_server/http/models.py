@@ -1,12 +1,13 @@
 """GET /v1/models: everything that can be called now."""
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, Request
 
 from swaplora_adapters.artifact.records import Alias, VersionRecord
-from swaplora_adapters.errors import AdapterNotFoundError
+from swaplora_adapters.errors import AdapterNotFoundError, AliasNotFoundError, VersionNotFoundError
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.service import Service
 
@@ -20,8 +21,7 @@ async def list_models(request: Request) -> dict[str, Any]:
     service.check_serving()
     cards = await asyncio.to_thread(service.registry.cards)
     adapters = [_adapter(service, card.record) for card in cards if card.state != "failed"]
-    aliases = [_alias(service, alias) for alias in service.registry.names.index.aliases()]
-    return {"object": "list", "data": [_base(service), *adapters, *aliases]}
+    return {"object": "list", "data": [_base(service), *adapters, *_aliases(service)]}
 
 
 @router.get("/v1/models/{model:path}")
@@ -31,14 +31,13 @@ async def get_model(request: Request, model: str) -> dict[str, Any]:
     service.check_serving()
     if service.is_base(model):
         return _base(service)
-    index = service.registry.names.index
-    if index.is_alias(model):
-        return _alias(service, index.alias(model))
+    index, alias = service.registry.names.index, model.removeprefix("base:")
     try:
-        record = index.resolve_name(model)
-    except AdapterNotFoundError as error:
+        if index.is_alias(alias):
+            return _alias(service, index.alias(alias)) | {"id": model}
+        return _adapter(service, index.resolve_name(model)) | {"id": model}
+    except (AdapterNotFoundError, AliasNotFoundError) as error:
         raise ApiError("model_not_found", f"there is no model {model[:128]!r}", "model") from error
-    return _adapter(service, record) | {"id": model}
 
 
 def _base(service: Service) -> dict[str, Any]:
@@ -63,6 +62,15 @@ def _adapter(service: Service, record: VersionRecord) -> dict[str, Any]:
         "parent": service.settings.base_id,
         "max_model_len": service.max_model_len,
     }
+
+
+def _aliases(service: Service) -> list[dict[str, Any]]:
+    """In order, without one that was deleted, and then what it led to, since they were listed."""
+    found = []
+    for alias in service.registry.names.index.aliases():
+        with suppress(AdapterNotFoundError, VersionNotFoundError):
+            found.append(_alias(service, alias))
+    return found
 
 
 def _alias(service: Service, alias: Alias) -> dict[str, Any]:

@@ -1,0 +1,40 @@
+"""The table of error codes: every code in it can be answered, and whatever can be raised is in it."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import swaplora_adapters
+import swaplora_server
+from swaplora_adapters.errors import AdapterError
+from swaplora_server.http.errors import _HTTP_CODES, _STATUS
+
+RAISING = ("ApiError", "error_body")  # whose first argument is a code
+
+
+def subclasses(kind: type[AdapterError]) -> Iterator[type[AdapterError]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from subclasses(child)
+
+
+def spoken_codes() -> set[str]:
+    """The first argument, where it is a literal, of every call in the packages that takes a code."""
+    found = set()
+    for package in (swaplora_adapters, swaplora_server):
+        for file in Path(package.__path__[0]).rglob("*.py"):
+            calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call) and node.args]
+            spoken = [call.args[0] for call in calls if getattr(call.func, "id", None) in RAISING]
+            found |= {code.value for code in spoken if isinstance(code, ast.Constant) and isinstance(code.value, str)}
+    return found
+
+
+def test_every_code_of_the_table_can_be_answered_and_every_code_that_can_be_raised_is_in_it() -> None:
+    of_classes = {kind.code for kind in subclasses(AdapterError)}
+    assert of_classes | spoken_codes() | set(_HTTP_CODES.values()) == _STATUS.keys()
+
+
+def test_every_kind_of_adapter_error_has_a_code_of_its_own() -> None:
+    kinds = list(subclasses(AdapterError))
+    assert len(kinds) > 10
+    assert len({kind.code for kind in kinds} - {AdapterError.code}) == len(kinds)

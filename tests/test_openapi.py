@@ -1,0 +1,160 @@
+"""The OpenAPI document is whole in itself, and nothing that is sent after it, or against it, makes the server fail."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import APIOperation, Case, GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.core.result import Ok
+
+from serving import BASE, Running
+
+STORED = "tuned"
+ALIAS = "prod"
+# what the fields beside the one under test are, as JSON, so that it is that one which is looked at
+SOUND = {
+    "model": f'"{STORED}"',
+    "prompt": '"hi"',
+    "messages": '[{"role": "user", "content": "hi"}]',
+    "max_tokens": "1",
+    "lora_name": '"other"',
+    "lora_path": '"other"',
+    "name": '"other"',
+    "src": '"other"',
+}
+HOSTILE = [
+    *(
+        "null",
+        "true",
+        "false",
+        "0",
+        "-1",
+        "1.5",
+        '"1"',
+        '""',
+        "[]",
+        "{}",
+        "[null]",
+        '{"a": 1}',
+        "[[[]]]",
+        "[2147483647]",
+    ),
+    *("NaN", "-Infinity", "1e400", "-0.0", str(2**31), str(2**63), str(-(2**63) - 1), "1" * 5000),
+    *('"\\ud800"', '"\\u0000"', '["\\udfff"]', '"' + "x" * 2**20 + '"', "[" * 10_000, "[" * 10_000 + "]" * 10_000),
+    *(
+        '{"a":' * 10_000,
+        "[" + "1," * 100_000 + "1]",
+        '[{"role": 1, "content": {}}]',
+        '[{"target": "tuned", "weight": true}]',
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def document(server: Running) -> dict[str, Any]:
+    found: dict[str, Any] = server.client.get("/openapi.json").json()
+    return found
+
+
+def store(server: Running, folder: Path) -> None:
+    """An adapter and an alias, as far as what was sent before has left them there."""
+    server.put(STORED, folder)
+    server.client.put(f"/v1/aliases/{ALIAS}", json={"target": STORED})
+
+
+def nodes(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object in a JSON value."""
+    if isinstance(value, dict):
+        yield value
+    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from nodes(child)
+
+
+def json_schemas(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Method, path and schema of every operation with a JSON body."""
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            content = operation.get("requestBody", {}).get("content", {})
+            if "application/json" in content:
+                yield method, path, content["application/json"]["schema"]
+
+
+def test_every_reference_leads_somewhere_in_the_document(document: dict[str, Any]) -> None:
+    references = [node["$ref"] for node in nodes(document) if "$ref" in node]
+    assert references
+    for reference in references:
+        root, *keys = reference.split("/")
+        assert root == "#"
+        target: Any = document
+        for key in keys:
+            target = target[key.replace("~1", "/").replace("~0", "~")]
+        assert isinstance(target, dict), reference
+
+
+def test_a_model_inside_a_body_is_described_where_it_stands(document: dict[str, Any]) -> None:
+    schemas = {path: schema for method, path, schema in json_schemas(document) if method in ("put", "post")}
+    message = schemas["/v1/chat/completions"]["properties"]["messages"]["items"]
+    assert {"role", "content"} <= set(message["required"])
+    assert "$defs" not in str(schemas)
+
+
+@pytest.mark.parametrize("mode", GenerationMode)
+def test_what_the_document_gives_rise_to_is_answered(
+    server: Running, adapters: list[Path], document: dict[str, Any], mode: GenerationMode
+) -> None:
+    api = schemathesis.openapi.from_dict(document)
+    operations = [found.ok() for found in api.get_all_operations() if isinstance(found, Ok)]
+    assert len(operations) == sum(map(len, document["paths"].values()))
+    for operation in operations:
+        store(server, adapters[4])
+        can_be_wrong = operation.query or operation.body  # any text is a path's parameter
+        if mode is GenerationMode.POSITIVE or can_be_wrong:
+            send_examples(server, operation, mode)
+
+
+def send_examples(server: Running, operation: APIOperation[Any, Any, Any, Any], mode: GenerationMode) -> None:
+    """Half of the cases name what is there, and so come further than a 404."""
+
+    @given(case=operation.as_strategy(mode), names_what_is_there=st.booleans())
+    @settings(max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    def send(case: Case[Any], names_what_is_there: bool) -> None:
+        if names_what_is_there:
+            case.path_parameters = {key: ALIAS if key == "alias" else STORED for key in case.path_parameters or {}}
+            if isinstance(case.body, dict) and "model" in case.body:
+                case.body["model"] = STORED
+        case.call_and_validate(base_url=server.url, checks=[not_a_server_error])
+
+    send()
+
+
+def test_no_value_in_any_field_of_any_body_makes_the_server_fail(
+    server: Running, adapters: list[Path], document: dict[str, Any]
+) -> None:
+    for method, path, schema in json_schemas(document):
+        store(server, adapters[4])
+        url = path.format(name=STORED, alias=ALIAS)
+        for field in schema["properties"]:
+            for raw in HOSTILE:
+                answer = server.client.request(method, url, **body(schema, field, raw))
+                assert_is_told(answer, (method, path, field, raw[:50]))
+    assert server.token_ids(BASE, [5], 1)
+
+
+def body(schema: dict[str, Any], field: str, raw: str) -> dict[str, Any]:
+    """A JSON body in which `field` is `raw`; where it has a sound value too, that comes first."""
+    fields = [(name, text) for name, text in SOUND.items() if name in schema["properties"]] + [(field, raw)]
+    text = ", ".join(f'"{name}": {value}' for name, value in fields)
+    return {"content": f"{{{text}}}".encode(), "headers": {"Content-Type": "application/json"}}
+
+
+def assert_is_told(answer: httpx.Response, case: object) -> None:
+    """Done, or refused in the one error body."""
+    assert answer.status_code < 500, (case, answer.text)
+    if answer.is_error:
+        assert {"message", "type", "param", "code"} == set(answer.json()["error"]), (case, answer.text)
