@@ -165,6 +165,25 @@ def test_pins_that_do_not_fit_are_refused(small: Running, base: Path, tmp_path: 
     assert small.token_ids(BASE, PROMPT)
 
 
+def test_pins_that_no_longer_fit_are_named_at_the_start_and_still_served(
+    base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    room = 4 * parameters(8) + 100
+    with serving(settings(base, tmp_path / "data", adapter_memory_bytes=2 * room)) as server:
+        for number in range(2):
+            server.put(f"p{number}", tiny.save_adapter(tmp_path / f"p{number}", base, seed=number, rank=8))
+            server.client.patch(f"/v1/adapters/p{number}", json={"pinned": True})
+        expected = [server.token_ids(f"p{number}", PROMPT) for number in range(2)]
+    with (
+        capture_logs() as logs,
+        serving(settings(base, tmp_path / "data", adapter_memory_bytes=room)) as server,
+    ):
+        assert [server.token_ids(f"p{number}", PROMPT) for number in range(2)] == expected
+    named = {log["adapter"] for log in logs if "not all pinned" in log["event"]}
+    assert named
+    assert named <= {"p0", "p1"}
+
+
 def test_a_delete_that_would_pin_what_does_not_fit_is_refused(small: Running, base: Path, tmp_path: Path) -> None:
     large, little = (tiny.save_adapter(tmp_path / f"r{rank}", base, seed=9, rank=rank) for rank in (12, 4))
     small.put("x", large)

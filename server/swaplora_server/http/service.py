@@ -80,6 +80,8 @@ class Service:
             opened.callback(self.arrivals.join)
             opened.callback(self.arrivals.stop)
             self.arrivals.start(settings.adapter_rescan_seconds)
+            for name in self.registry.pins_not_kept():
+                _log.warning("not all pinned adapters fit in memory: this one may leave it", adapter=name)
             self.engine = self._make_engine()
             self.engine.start()
             opened.callback(self.engine.stop)
