@@ -31,7 +31,7 @@ check: $(VENV)/.dev ## lint, format check, types, Dockerfile
 isolation: $(VENV)/.dev ## the proof that no request is answered with another's weights
 	$(BIN)/python tests/isolation.py $(ARGS)
 
-soak: $(VENV)/.dev ## the long forms of the tests that have one (about half an hour on two cores)
+soak: $(VENV)/.dev ## the long forms of the tests that have one (an hour or more on two cores)
 	SWAPLORA_SOAK=1 $(BIN)/python -m pytest -s $(SOAK_TESTS) $(ARGS)
 
 bench: $(VENV)/.dev ## measure throughput on this machine, base against adapters

@@ -261,7 +261,7 @@ def write(staging: Staging, folder: Path) -> None:
 def test_a_registry_does_what_the_model_says(tmp_path: Path) -> None:
     Machine.folders = [adapter_files.write_adapter(tmp_path / str(n), seed=n) for n in range(5)]
     few = settings(
-        max_examples=size(ci=25, soak=1500),
+        max_examples=size(ci=25, soak=500),
         stateful_step_count=size(ci=40, soak=100),
         deadline=None,
         derandomize=True,
