@@ -128,6 +128,17 @@ def test_an_adapter_cannot_be_called_as_an_alias_is(loaded: Running, adapters: l
     assert served_by(loaded, "taken") == "json@1"
 
 
+def test_a_split_is_neither_warmed_nor_inspected(loaded: Running) -> None:
+    targets = [{"target": "sql@1", "weight": 1}, {"target": "json", "weight": 1}]
+    loaded.client.put("/v1/aliases/split", json={"targets": targets})
+    for answer in (
+        loaded.client.post("/v1/adapters/split/warm"),
+        loaded.client.get("/v1/adapters/split/inspect"),
+    ):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "adapter_not_found")
+    loaded.client.delete("/v1/aliases/split")
+
+
 def test_aliases_survive_a_restart(base: Path, adapters: list[Path], tmp_path: Path) -> None:
     body = {"targets": [{"target": "a", "weight": 3}, {"target": "a@1", "weight": 1}]}
     with serving(settings(base, tmp_path)) as server:

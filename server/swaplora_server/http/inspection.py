@@ -22,6 +22,7 @@ async def inspect_adapter(request: Request, name: str) -> dict[str, Any]:
     """
     service: Service = request.app.state.service
     service.check_serving()
+    service.registry.names.index.resolve_name(name)  # no alias: one that splits would show a side at random
     lease = service.registry.lease(name)
     try:
         weights = await result_of(lease.weights)
