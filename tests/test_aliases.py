@@ -139,6 +139,14 @@ def test_a_split_is_neither_warmed_nor_inspected(loaded: Running) -> None:
     loaded.client.delete("/v1/aliases/split")
 
 
+def test_a_query_that_is_not_known_is_refused(loaded: Running) -> None:
+    loaded.client.put("/v1/aliases/asked", json={"target": "json"})
+    for method, path in [("DELETE", "/v1/aliases/asked?if=x"), ("GET", "/v1/adapters/json/inspect?versoin=1")]:
+        answer = loaded.client.request(method, path)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
+    assert loaded.client.delete("/v1/aliases/asked").status_code == 200
+
+
 def test_aliases_survive_a_restart(base: Path, adapters: list[Path], tmp_path: Path) -> None:
     body = {"targets": [{"target": "a", "weight": 3}, {"target": "a@1", "weight": 1}]}
     with serving(settings(base, tmp_path)) as server:

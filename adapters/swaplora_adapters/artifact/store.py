@@ -139,7 +139,10 @@ class Store:
         Raises AdapterNotFoundError, VersionNotFoundError and StorageFullError; then nothing has changed.
         """
         with self._mutex:
-            self.current(name) if current is None else self.version(name, current)
+            if current is None:
+                self.current(name)
+            else:
+                self.version(name, current)
             with self._catalogue.transaction():
                 if current is not None:
                     self._catalogue.set_current(name, current)

@@ -38,9 +38,10 @@ class Names:
             self._refresh(name)
         for alias in store.aliases():
             self.index.put_alias(alias)
-        if base_model in {*store.names(), *(alias.alias for alias in store.aliases())}:
+        if base_model in self.index or self.index.is_alias(base_model):
             raise InvalidAdapterNameError(
-                f"an adapter is stored as {base_model}, which is what the base is called; choose a --served-model-name"
+                f"an adapter or an alias is stored as {base_model}, which is what the base is called; "
+                "choose a --served-model-name"
             )
         self._origins = store.origins()
 

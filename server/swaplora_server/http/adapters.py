@@ -11,17 +11,9 @@ from swaplora_adapters.registry.card import Put
 from swaplora_server.http.body import ClosedModel, body_schema, json_body, read_json
 from swaplora_server.http.cards import card_body
 from swaplora_server.http.errors import ApiError
+from swaplora_server.http.query import refuse_unknown_parameters
 from swaplora_server.http.service import Service
 from swaplora_server.http.upload import receive_files
-
-
-async def refuse_unknown_parameters(request: Request) -> None:
-    """A dependency. Raises ApiError for a query parameter that the route does not take: a misspelt one changes much."""
-    known = {param.alias for param in request.scope["route"].dependant.query_params}
-    unknown = sorted(request.query_params.keys() - known)
-    if unknown:
-        raise ApiError("invalid_request", f"{unknown[0][:64]!r} is not a query parameter here", unknown[0][:64])
-
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 State = Literal["stored", "loading", "resident", "draining", "failed"]

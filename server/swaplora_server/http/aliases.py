@@ -9,9 +9,10 @@ from pydantic import Field, model_validator
 from swaplora_adapters.artifact.records import Target
 from swaplora_server.http.body import ClosedModel, body_schema, json_body
 from swaplora_server.http.cards import alias_body
+from swaplora_server.http.query import refuse_unknown_parameters
 from swaplora_server.http.service import Service
 
-router = APIRouter()
+router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 MAX_TARGETS = 16
 MAX_WEIGHT = 1_000_000
 

@@ -4,14 +4,15 @@ import asyncio
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 
 from swaplora_adapters.artifact.weights import AdapterWeights
 from swaplora_adapters.derive.inspection import inspect_weights, warnings_about
+from swaplora_server.http.query import refuse_unknown_parameters
 from swaplora_server.http.service import Service
 from swaplora_server.http.shared import result_of
 
-router = APIRouter()
+router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 
 
 @router.get("/v1/adapters/{name}/inspect")
