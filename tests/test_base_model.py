@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import tiny
-from swaplora_server.engine import proof
-from swaplora_server.engine.attention import PrefillRun
+from swaplora_server.engine import native_decoder, proof
+from swaplora_server.engine.attention import LayerAttention
+from swaplora_server.engine.torch_attention import PrefillRun
 from swaplora_server.engine.base_model import BaseModel, load_base
-from swaplora_server.engine.kernels import TORCH, Kernels, pick_kernels
+from swaplora_server.engine.kernels import Kernels, pick_kernels, torch_kernels
+from swaplora_server.engine.native_decoder import NativeDecoder
 from swaplora_server.engine.proof import UnsupportedModelError
 
 SMALL = {
@@ -76,7 +78,7 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_logits_are_stock_transformers_own(model_type: str, tmp_path: Path) -> None:
     folder = tiny.save_tiny_base(tmp_path, {"model_type": model_type, **ARCHITECTURES[model_type]})
-    for kernels in (NATIVE, TORCH):
+    for kernels in (NATIVE, torch_kernels(CPU)):
         base = load(folder, kernels)
         assert base.shapes
         assert base.kv_bytes_per_token > 0
@@ -85,7 +87,7 @@ def test_logits_are_stock_transformers_own(model_type: str, tmp_path: Path) -> N
 def test_a_wrong_window_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PrefillRun, "mask", lambda self, _window: PrefillRun._make_mask(self, None))  # noqa: SLF001
     with pytest.raises(UnsupportedModelError, match="something else"):
-        load(tiny.save_tiny_base(tmp_path, {"model_type": "mistral", **ARCHITECTURES["mistral"]}))
+        load(tiny.save_tiny_base(tmp_path, {"model_type": "mistral", **ARCHITECTURES["mistral"]}), torch_kernels(CPU))
 
 
 @pytest.mark.parametrize(
@@ -112,8 +114,19 @@ def test_linears_that_do_not_see_every_token_are_no_targets(tmp_path: Path) -> N
 def test_no_plain_copy_of_a_packed_weight_is_kept(tmp_path: Path) -> None:
     base = load(tiny.save_tiny_base(tmp_path))
     left = {name for name, _ in base.model.named_parameters()}
-    assert left == {"model.embed_tokens.weight", "model.norm.weight"} | {
-        f"model.layers.{layer}.{norm}.weight"
-        for layer in range(2)
-        for norm in ("input_layernorm", "post_attention_layernorm")
-    }
+    assert left == {"model.embed_tokens.weight", "model.norm.weight"}, "besides these, the native decoder has all"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_layers_of_llamas_kind_run_in_one_native_call(model_type: str, tmp_path: Path) -> None:
+    base = load(tiny.save_tiny_base(tmp_path, {"model_type": model_type, **ARCHITECTURES[model_type]}))
+    assert [type(layer) for layer in base.model.model.layers] == [NativeDecoder]
+
+
+def test_layers_that_fail_the_proof_in_one_call_run_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_decoder, "_attention_of", lambda layer: LayerAttention(layer.self_attn.layer_idx, 1.0))
+    base = load(tiny.save_tiny_base(tmp_path))
+    assert len(base.model.model.layers) == 2
+    assert base.shapes

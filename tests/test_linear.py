@@ -1,5 +1,6 @@
 """The packed linear against torch's, over ragged shapes; and that a row does not depend on its neighbours."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from swaplora_server.engine import native_linear, onednn_linear
 
-PACK = native_linear.load(Path(__file__).parent.parent / ".cache" / "native", lambda _message: None)
+LIBRARY = native_linear.load_library(Path(__file__).parent.parent / ".cache" / "native", lambda _message: None)
+PACK = partial(native_linear.pack, LIBRARY)
 SHAPES = [(1, 1), (7, 5), (16, 16), (31, 33), (64, 17), (300, 48), (576, 192), (513, 100)]
 
 

@@ -18,6 +18,7 @@ class LoraLinear(nn.Module):
         self.path = path
         self.base = base
         self.is_head = is_head
+        self.number = activation.number(path)
         self._activation = activation
 
     def __getattr__(self, name: str) -> Any:
@@ -30,5 +31,5 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., num_rows, in_features] → [..., num_rows, out_features]."""
         y: Tensor = self.base(x)
-        self._activation.add_delta(self.path, y, x, is_head=self.is_head)
+        self._activation.add_delta(self.number, y, x, is_head=self.is_head)
         return y

@@ -39,7 +39,7 @@ class LinearShape(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModuleWeights:
-    """The factors of one module: its output gains x @ lora_A.T @ lora_B.T."""
+    """The factors of one module: its output gains x @ lora_A.T @ lora_B.T. Either may be bfloat16 beside float32 rows."""
 
     lora_A: Tensor  # [rank, in_features]
     lora_B: Tensor  # [out_features, rank], multiplied by the scaling; laid out column by column, as kernels read it
@@ -50,7 +50,7 @@ class ModuleWeights:
         return self.lora_A.shape[0]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class AdapterWeights:
     """A whole adapter in memory, by the module paths of the base."""
 
@@ -106,9 +106,9 @@ def build_weights(
     dtype: torch.dtype,
     device: torch.device,
 ) -> AdapterWeights:
-    """Turn a file's tensors into weights to serve: contiguous, of `dtype`, on `device`, alpha and rank folded into B.
+    """Turn a file's tensors into weights to serve: contiguous, on `device`, alpha and rank folded into B.
 
-    A factor that already is all of that is used as it is. Raises like `check_fit`, and InvalidAdapterError for values
+    They are of `dtype`, or bfloat16 where the file's are and nothing is lost. What already is all of that is used as it is. Raises like `check_fit`, and InvalidAdapterError for values
     that are not finite or overflow `dtype`.
     """
     _require_fit(spec, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes)
@@ -196,6 +196,7 @@ def _scaled(tensor: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor,
 
     Worked through in pieces that torch keeps on the calling thread: a load must not hold up what the other cores do.
     """
+    dtype = _storage_dtype(tensor.dtype, scaling, dtype)
     is_served = scaling == 1 and tensor.dtype == dtype
     served = tensor if is_served else torch.empty(tensor.shape, dtype=dtype)
     is_finite = is_zero = True
@@ -206,6 +207,12 @@ def _scaled(tensor: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor,
         is_finite = is_finite and math.isfinite(low) and math.isfinite(high)  # a NaN is both extremes
         is_zero = is_zero and low == high == 0
     return served, is_finite, is_zero
+
+
+def _storage_dtype(stored: torch.dtype, scaling: float, served: torch.dtype) -> torch.dtype:
+    """bfloat16 stays so where nothing is lost by it: at half the bytes, a step reads an adapter twice as fast."""
+    is_exact = math.frexp(abs(scaling))[0] == 0.5  # a power of two moves the exponent alone
+    return torch.bfloat16 if stored == torch.bfloat16 and is_exact else served
 
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:

@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-HERE = Path(__file__).parent
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+_HERE = Path(__file__).parent
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
 
 class NoCompilerError(RuntimeError):
@@ -42,7 +42,7 @@ def _compile(source: Path, library: Path) -> None:
     descriptor, unfinished = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(descriptor)
     try:
-        command = [_compiler(), *_FLAGS, f"-I{HERE}", "-o", unfinished, str(source)]
+        command = [_compiler(), *_FLAGS, f"-I{_HERE}", "-o", unfinished, str(source)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
         os.replace(unfinished, library)
     except (subprocess.SubprocessError, OSError) as error:
@@ -53,8 +53,10 @@ def _compile(source: Path, library: Path) -> None:
 
 
 def _fingerprint(source: Path) -> str:
-    """Changes with the code, the flags, and the processor that the code is compiled for."""
-    parts = [source.read_bytes(), (HERE / "vec.h").read_bytes(), " ".join(_FLAGS).encode(), _processor().encode()]
+    """Changes with the code, the headers it may include, the flags, and the processor that it is compiled for."""
+    headers = sorted({*_HERE.glob("*.h"), *source.parent.glob("*.h")})
+    code = [path.read_bytes() for path in (source, *headers)]
+    parts = [*code, " ".join(_FLAGS).encode(), _processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

@@ -1,19 +1,17 @@
 """Attention over paged keys and values, put into transformers' models through its attention interface.
 
 A step's rows are packed one sequence after the other into [1, num_rows]. The model calls `paged_attention` once a
-layer: the rows' keys and values go into the cache, then decoding rows attend in batches of like length and prompt
-chunks one by one. Which rows belong to whom is settled once a step, in `PagedStep`.
+layer: the rows' keys and values go into the cache, then every row attends to its own sequence. Which rows belong to
+whom is settled once a step. The forms that do the work are `torch_attention` and `native_attention`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 IMPLEMENTATION = "swaplora_paged"
@@ -25,161 +23,62 @@ class UnsupportedAttentionError(ValueError):
     """The model asks its attention for something that is not honoured here; the message names it."""
 
 
-class PagedKV:
-    """Keys and values of every layer, in slots of `block_size` to a block. A layer is allocated when it first writes.
-
-    Block 0 is zero for ever: padded reads point at it, so that whatever a freed block holds cannot reach a neighbour.
-    """
-
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.block_size = block_size
-        self._num_slots = (num_blocks + 1) * block_size
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Over all layers seen so far."""
-        return sum(cache[0].numel() * cache.element_size() for layer in self._layers.values() for cache in layer)
-
-    def write(self, layer_idx: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store key and value [num_rows, num_kv_heads, head_dim] at `slots` and return the layer's whole caches."""
-        if layer_idx not in self._layers:
-            self._layers[layer_idx] = (self._allocate(key), self._allocate(value))
-        keys, values = self._layers[layer_idx]
-        keys.index_copy_(0, slots, key)
-        values.index_copy_(0, slots, value)
-        return keys, values
-
-    def _allocate(self, like: Tensor) -> Tensor:
-        cache = like.new_empty(self._num_slots, *like.shape[1:])
-        cache[: self.block_size] = 0
-        return cache
-
-
-@dataclass(slots=True)
-class DecodeGroup:
-    """Sequences that compute one row each, padded to the longest of the group."""
-
-    rows: Tensor  # [num_sequences]: where their rows lie in the step
-    slots: Tensor  # [num_sequences, max_length]: the cache slots they read, padded with slot 0
-    lengths: Tensor  # [num_sequences, 1]: how many of them count
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)
-
-    def mask(self, window: int | None) -> Tensor:
-        """[num_sequences, 1, 1, max_length], true where the row may look."""
-        if window not in self._masks:
-            positions = torch.arange(self.slots.shape[1], device=self.slots.device)
-            visible = positions < self.lengths
-            if window is not None:
-                visible &= positions >= self.lengths - window
-            self._masks[window] = visible[:, None, None, :]
-        return self._masks[window]
-
-
-@dataclass(slots=True)
-class PrefillRun:
-    """A chunk of one prompt: rows [start, stop) of the step, at positions `first` and on of its sequence."""
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Rows [start, stop) of a step: the tokens of one sequence from position `first` on."""
 
     start: int
     stop: int
     first: int
-    slots: Tensor  # [first + stop - start]: the sequence's cache slots up to the chunk's end
-    _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    blocks: Sequence[int]  # the sequence's block table
 
-    def mask(self, window: int | None) -> Tensor | None:
-        """[1, 1, num_queries, num_keys], true where a row may look; None where plain causality says it all."""
-        if window not in self._masks:
-            self._masks[window] = self._make_mask(window)
-        return self._masks[window]
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
 
-    def _make_mask(self, window: int | None) -> Tensor | None:
-        num_keys = len(self.slots)
-        if self.first == 0 and (window is None or window >= num_keys):
-            return None
-        keys = torch.arange(num_keys, device=self.slots.device)
-        queries = keys[self.first :, None]
-        visible = keys <= queries
-        if window is not None:
-            visible &= keys > queries - window
-        return visible[None, None]
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence up to the run's end."""
+        return self.first + self.num_rows
 
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
     """What one layer asks of its attention, the same for all of its rows."""
 
+    layer_idx: int
     scaling: float
-    softcap: float | None
-    sinks: Tensor | None
-    window: int | None
-
-    def decode(self, query: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup) -> Tensor:
-        """One row a sequence. The query heads that share a KV head lie along the query-length axis."""
-        num_kv_heads = keys.shape[1]
-        # heads [num_heads] become [num_kv_heads, heads_per_kv_head]
-        grouped = query[group.rows].reshape(len(group.rows), num_kv_heads, -1, query.shape[-1])
-        sinks = None if self.sinks is None else self.sinks.view(1, num_kv_heads, -1, 1)
-        out = self._attend(
-            grouped,
-            keys[group.slots].transpose(1, 2),
-            values[group.slots].transpose(1, 2),
-            group.mask(self.window),
-            sinks,
-        )
-        return out.flatten(1, 2)
-
-    def prefill(self, query: Tensor, keys: Tensor, values: Tensor, run: PrefillRun) -> Tensor:
-        """One chunk of one prompt against everything before it and itself. → [num_queries, num_heads, head_dim]."""
-        num_heads, heads_per_kv_head = query.shape[1], query.shape[1] // keys.shape[1]
-        sinks = None if self.sinks is None else self.sinks.view(1, num_heads, 1, 1)
-        out = self._attend(
-            query[run.start : run.stop].transpose(0, 1).unsqueeze(0),
-            keys[run.slots].repeat_interleave(heads_per_kv_head, dim=1).transpose(0, 1).unsqueeze(0),
-            values[run.slots].repeat_interleave(heads_per_kv_head, dim=1).transpose(0, 1).unsqueeze(0),
-            run.mask(self.window),
-            sinks,
-        )
-        return out[0].transpose(0, 1)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
-        """Softmax attention; `mask` None means causal from the first key on. Shapes as torch's SDPA."""
-        if self.softcap is None and sinks is None:
-            return scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scaling
-            )
-        scores = (query @ key.transpose(-1, -2)).float() * self.scaling
-        if self.softcap is not None:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
-        if mask is None:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~mask, float("-inf"))
-        if sinks is None:
-            return scores.softmax(-1).to(value.dtype) @ value
-        with_sinks = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], dim=-1)
-        return with_sinks.softmax(-1)[..., :-1].to(value.dtype) @ value
+    softcap: float | None = None
+    sinks: Tensor | None = None  # [num_heads]
+    window: int | None = None  # keys a row may look back on, itself included
 
 
-# (query [num_rows, num_heads, head_dim], keys, values, group, layer, out [num_rows, num_heads, head_dim]) → whether it
-# wrote the group's rows of `out`; what it has no code for it leaves to `LayerAttention.decode`
-DecodeKernel = Callable[[Tensor, Tensor, Tensor, DecodeGroup, LayerAttention, Tensor], bool]
+class Step(Protocol):
+    """One step over a paged cache."""
+
+    def attend(self, asked: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Store the rows' keys and values [num_rows, num_kv_heads, head_dim], then attend causally.
+
+        query: [num_rows, num_heads, head_dim] → [num_rows, num_heads, head_dim of value].
+        """
 
 
-@dataclass(frozen=True, slots=True)
-class PagedStep:
-    """One step as attention sees it."""
+class PagedKV(Protocol):
+    """Keys and values of every layer, `block_size` tokens to a block. A layer is allocated when it first writes."""
 
-    kv: PagedKV
-    slot_mapping: Tensor  # [num_rows]: where each row's key and value are stored
-    decodes: Sequence[DecodeGroup]
-    prefills: Sequence[PrefillRun]
-    kernel: DecodeKernel | None
+    @property
+    def bytes_per_token(self) -> int:
+        """Over all layers seen so far."""
+
+    def step(self, runs: Sequence[Run]) -> Step:
+        """A step's view of the cache; `runs` cover its rows in order."""
 
 
-_current: ContextVar[PagedStep | None] = ContextVar("paged_step", default=None)
+_current: ContextVar[Step | None] = ContextVar("paged_step", default=None)
 
 
 @contextmanager
-def use(step: PagedStep) -> Iterator[None]:
+def use(step: Step) -> Iterator[None]:
     """Hold `step` for the duration of one forward pass on this thread; refuses to nest and always clears."""
     if _current.get() is not None:
         raise RuntimeError("a step is already running on this thread")
@@ -188,6 +87,14 @@ def use(step: PagedStep) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+def current() -> Step:
+    """The running step. Raises RuntimeError outside of `use`."""
+    step = _current.get()
+    if step is None:
+        raise RuntimeError("paged attention ran outside of a step")
+    return step
 
 
 def paged_attention(
@@ -209,24 +116,15 @@ def paged_attention(
     sinks, one logit a head. Returns [1, num_rows, num_heads, head_dim]. Raises UnsupportedAttentionError for anything
     else that a model asks for.
     """
-    step = _current.get()
-    if step is None:
-        raise RuntimeError("paged attention ran outside of a step")
     _refuse_unknown(attention_mask, others)
-    keys, values = step.kv.write(
-        module.layer_idx,  # type: ignore[arg-type]
-        step.slot_mapping,
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+    asked = LayerAttention(
+        layer_idx=module.layer_idx,  # type: ignore[arg-type]
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        sinks=s_aux,
+        window=sliding_window,
     )
-    layer = LayerAttention(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux, sliding_window)
-    by_row = query[0].transpose(0, 1)  # [num_rows, num_heads, head_dim]
-    out = query.new_empty(*by_row.shape[:2], value.shape[-1])
-    for group in step.decodes:
-        if step.kernel is None or not step.kernel(by_row, keys, values, group, layer, out):
-            out[group.rows] = layer.decode(by_row, keys, values, group)
-    for run in step.prefills:
-        out[run.start : run.stop] = layer.prefill(by_row, keys, values, run)
+    out = current().attend(asked, *(rows[0].transpose(0, 1) for rows in (query, key, value)))
     return out.unsqueeze(0), None
 
 

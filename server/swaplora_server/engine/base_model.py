@@ -5,17 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from swaplora_adapters.apply.activation import Activation
 from swaplora_adapters.apply.attach import attach, shape_of
 from swaplora_adapters.artifact.weights import LinearShape
 from swaplora_server.engine import attention
-from swaplora_server.engine.attention import PagedKV
 from swaplora_server.engine.kernels import Kernels
 from swaplora_server.engine.proof import UnsupportedModelError, prove, stock_logits
 from swaplora_server.engine.runner import Runner
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +38,8 @@ class BaseModel:
     kv_bytes_per_token: int
     weight_bytes: int
 
-    def runner(self, kv: PagedKV) -> Runner:
-        return Runner(self.model, self.activation, kv, self.device, self.kernels.decode)
+    def runner(self, num_blocks: int, block_size: int) -> Runner:
+        return Runner(self.model, self.activation, self.kernels.paged_kv(num_blocks, block_size), self.device)
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -70,7 +73,8 @@ def load_base(source: str | Path, *, device: torch.device, dtype: torch.dtype, k
         head=model.get_output_embeddings(),
         prepare=kernels.prepare_linear,
     )
-    proof = prove(model, activation, linears, expected, kernels.decode)
+    proof = prove(model, activation, linears, expected, kernels.paged_kv)
+    _fuse(model, activation, expected, kernels)
     return BaseModel(
         model=model,
         activation=activation,
@@ -85,6 +89,18 @@ def load_base(source: str | Path, *, device: torch.device, dtype: torch.dtype, k
         kv_bytes_per_token=proof.kv_bytes_per_token,
         weight_bytes=weight_bytes,
     )
+
+
+def _fuse(model: PreTrainedModel, activation: Activation, expected: list[Tensor], kernels: Kernels) -> None:
+    """Have all layers run in one native call, where there is one for their kind and it passes the proof as well."""
+    undo = kernels.fuse(model, activation)
+    if undo is None:
+        return
+    try:
+        prove(model, activation, {}, expected, kernels.paged_kv)
+    except UnsupportedModelError as error:
+        undo()
+        _log.warning("layers run one operation at a time", reason=str(error))
 
 
 def _load_model(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:

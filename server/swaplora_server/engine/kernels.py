@@ -1,44 +1,59 @@
-"""Which code does the heavy work on this machine: the engine's three kernels, picked once at start."""
+"""Which code does the heavy work on this machine: the engine's kernels, picked once at start."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import structlog
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from swaplora_adapters.apply.activation import LoraOp
+from swaplora_adapters.apply.activation import Activation, LoraOp
 from swaplora_adapters.apply.ops import native, torch_form
 from swaplora_adapters.native.build import NoCompilerError
-from swaplora_server.engine import native_attention, native_linear, onednn_linear
-from swaplora_server.engine.attention import DecodeKernel
+from swaplora_server.engine import native_attention, native_decoder, native_linear, onednn_linear
+from swaplora_server.engine.attention import PagedKV
+from swaplora_server.engine.native_attention import NativeKV
+from swaplora_server.engine.torch_attention import TorchKV
 
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """The LoRA operation, decode attention (None: torch's own), and what a base linear is exchanged for."""
+    """The LoRA operation, paged attention, what a base linear is exchanged for, and `native_decoder.fuse`."""
 
     lora: LoraOp
-    decode: DecodeKernel | None
+    paged_kv: Callable[[int, int], PagedKV]  # (number of blocks, block size) →
     prepare_linear: Callable[[nn.Module], nn.Module]
+    fuse: Callable[[PreTrainedModel, Activation], Callable[[], None] | None] = lambda _model, _activation: None
 
 
-TORCH = Kernels(torch_form.OP, None, lambda linear: linear)
+def torch_kernels(device: torch.device) -> Kernels:
+    """Torch's own operations, on any device."""
+    return Kernels(torch_form.OP, partial(TorchKV, device=device), lambda linear: linear)
 
 
 def pick_kernels(device: torch.device, dtype: torch.dtype, cache_dir: Path, report: Callable[[str], None]) -> Kernels:
     """Native code on a CPU with a compiler, compiled into `cache_dir` the first time; torch's operations elsewhere."""
     if device.type != "cpu":
-        return TORCH
+        return torch_kernels(device)
     try:
-        return Kernels(
-            native.load(cache_dir, report),
-            native_attention.load(cache_dir, report),
-            native_linear.load(cache_dir, report) if dtype == torch.float32 else onednn_linear.pack,
-        )
+        return _native_kernels(dtype, cache_dir, report)
     except NoCompilerError as error:
         _log.warning("serving without native kernels, several times slower", reason=str(error))
-        return TORCH
+        return torch_kernels(device)
+
+
+def _native_kernels(dtype: torch.dtype, cache_dir: Path, report: Callable[[str], None]) -> Kernels:
+    lora = native.load_library(cache_dir, report)
+    attention = native_attention.load_library(cache_dir, report)
+    linear = native_linear.load_library(cache_dir, report)
+    decoder = native_decoder.load_library(cache_dir, report)
+    paged_kv = partial(NativeKV, attention)
+    if dtype != torch.float32:
+        return Kernels(native.op(lora), paged_kv, onednn_linear.pack)
+    fuse = partial(native_decoder.fuse, decoder, lora=lora, paged_attention=attention, linear=linear)
+    return Kernels(native.op(lora), paged_kv, partial(native_linear.pack, linear), fuse)

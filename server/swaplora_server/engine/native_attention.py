@@ -1,71 +1,169 @@
-"""The decode kernel for CPUs with a C++ compiler: every row attends straight from its blocks, nothing is gathered."""
+"""Attention for CPUs with a C++ compiler: decoding rows and chunks alike, straight from their blocks, nothing gathered."""
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from swaplora_adapters.native import build
-from swaplora_server.engine.attention import DecodeGroup, DecodeKernel, LayerAttention
+from swaplora_server.engine.attention import LayerAttention, Run
+from swaplora_server.engine.torch_attention import TorchKV, TorchStep
 
-_SOURCE = Path(__file__).with_name("decode_attention.cpp")
-_LANES = 8  # head sizes are read this many floats at a time
+_SOURCE = Path(__file__).with_name("paged_attention.cpp")
+_LANES = 8  # head sizes are read this many numbers at a time
+_SLACK = 2 * _LANES  # numbers that the last read of a small block may go beyond its end
+_CPU = torch.device("cpu")
 
 
-class _Shape(ctypes.Structure):
+class LayerCache(ctypes.Structure):
+    """As in paged_attention.h."""
+
     _fields_ = (
-        ("num_rows", ctypes.c_int64),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("sinks", ctypes.c_void_p),
         ("num_heads", ctypes.c_int64),
         ("num_kv_heads", ctypes.c_int64),
         ("head_dim", ctypes.c_int64),
-        ("max_length", ctypes.c_int64),
+        ("block_size", ctypes.c_int64),
         ("window", ctypes.c_int64),
         ("scaling", ctypes.c_double),
         ("softcap", ctypes.c_double),
     )
 
 
-def load(cache_dir: Path, report: Callable[[str], None]) -> DecodeKernel:
-    """The native kernel, for tensors on CPU in float32 or bfloat16. Raises NoCompilerError."""
-    library = build.load(_SOURCE, cache_dir, report)
-    kernels = {torch.float32: library.decode_attention_f32, torch.bfloat16: library.decode_attention_bf16}
-    for kernel in kernels.values():
-        kernel.restype = None
-        kernel.argtypes = [ctypes.POINTER(_Shape), *[ctypes.c_void_p] * 8, ctypes.c_int]
+class _Run(ctypes.Structure):
+    _fields_ = (
+        ("start", ctypes.c_int64),
+        ("stop", ctypes.c_int64),
+        ("first", ctypes.c_int64),
+        ("blocks", ctypes.c_void_p),
+    )
 
-    def decode(
-        query: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup, layer: LayerAttention, out: Tensor
-    ) -> bool:
-        """See DecodeKernel. Leaves to the caller what it has no code for: odd head sizes, values of another size."""
-        head_dim = query.shape[2]
-        if query.dtype not in kernels or head_dim % _LANES or values.shape[2] != head_dim:
-            return False
-        query = query.contiguous()
-        sinks = None if layer.sinks is None else layer.sinks.float().contiguous()
-        shape = _Shape(
-            len(group.rows),
-            query.shape[1],
-            keys.shape[1],
-            head_dim,
-            group.slots.shape[1],
-            layer.window or 0,
-            layer.scaling,
-            layer.softcap or 0.0,
-        )
-        kernels[query.dtype](
-            shape,
-            group.rows.data_ptr(),
-            query.data_ptr(),
+
+def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
+    """The compiled kernel. Raises NoCompilerError."""
+    library = build.load(_SOURCE, cache_dir, report)
+    for kernel in (library.paged_attention_f32, library.paged_attention_bf16):
+        kernel.restype = None
+        kernel.argtypes = [
+            ctypes.POINTER(LayerCache),
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            *[ctypes.c_void_p] * 4,
+            ctypes.c_int,
+        ]
+    return library
+
+
+class NativeKV:
+    """Paged keys and values as the kernel lays them out, and torch's form for layers that it has no code for."""
+
+    def __init__(self, library: ctypes.CDLL, num_blocks: int, block_size: int) -> None:
+        self._kernels = {torch.float32: library.paged_attention_f32, torch.bfloat16: library.paged_attention_bf16}
+        self._num_blocks = num_blocks
+        self._block_size = block_size
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._torch = TorchKV(num_blocks, block_size, _CPU)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Over all layers seen so far."""
+        per_block = sum(cache[0].nbytes for layer in self._layers.values() for cache in layer)
+        return per_block // self._block_size + self._torch.bytes_per_token
+
+    def step(self, runs: Sequence[Run]) -> "NativeStep":
+        """See `attention.PagedKV`."""
+        return NativeStep(self, runs)
+
+    def has_code_for(self, query: Tensor, value: Tensor) -> bool:
+        """The kernel reads heads of whole lanes, keys and values of one size."""
+        head_dim = query.shape[-1]
+        return query.dtype in self._kernels and head_dim % _LANES == 0 and value.shape[-1] == head_dim
+
+    def layer(self, asked: LayerAttention, num_heads: int, like: Tensor) -> LayerCache:
+        """One layer's cache, for keys like `like` [..., num_kv_heads, head_dim], and what it asks of its attention."""
+        num_kv_heads, head_dim = like.shape[-2:]
+        if asked.layer_idx not in self._layers:
+            shape = (self._num_blocks + 1, num_kv_heads, head_dim * self._block_size)
+            self._layers[asked.layer_idx] = (_with_slack(shape, like.dtype), _with_slack(shape, like.dtype))
+        keys, values = self._layers[asked.layer_idx]
+        return LayerCache(
             keys.data_ptr(),
             values.data_ptr(),
-            group.slots.data_ptr(),
-            group.lengths.data_ptr(),
-            None if sinks is None else sinks.data_ptr(),
-            out.data_ptr(),
+            None if asked.sinks is None else asked.sinks.data_ptr(),
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            self._block_size,
+            asked.window or 0,
+            asked.scaling,
+            asked.softcap or 0.0,
+        )
+
+    def torch_step(self, runs: Sequence[Run]) -> TorchStep:
+        """The step of layers that the kernel has no code for."""
+        return self._torch.step(runs)
+
+    def run(
+        self, cache: LayerCache, table: "RunTable", query: Tensor, key: Tensor, value: Tensor, out: Tensor
+    ) -> None:
+        """All tensors contiguous, shaped as in `attention.Step.attend`."""
+        self._kernels[query.dtype](
+            cache,
+            table.runs,
+            len(table.runs),
+            *(rows.data_ptr() for rows in (query, key, value, out)),
             torch.get_num_threads(),
         )
-        return True
 
-    return decode
+
+def _with_slack(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    numel = int(np.prod(shape))
+    return torch.empty(numel + _SLACK, dtype=dtype)[:numel].view(shape)
+
+
+class RunTable:
+    """A step's runs as the kernel reads them, and the block tables that they point into."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._blocks = np.concatenate([np.asarray(run.blocks, dtype=np.int64) for run in runs])
+        self.runs = (_Run * len(runs))()
+        at = self._blocks.ctypes.data
+        for entry, run in zip(self.runs, runs, strict=True):
+            entry.start, entry.stop, entry.first, entry.blocks = run.start, run.stop, run.first, at
+            at += len(run.blocks) * self._blocks.itemsize
+
+
+@dataclass(slots=True)
+class NativeStep:
+    """One step over `kv`."""
+
+    kv: NativeKV
+    runs: Sequence[Run]
+    _table: RunTable | None = None
+    _torch: TorchStep | None = None
+
+    @property
+    def table(self) -> RunTable:
+        """Made when it is first asked for."""
+        if self._table is None:
+            self._table = RunTable(self.runs)
+        return self._table
+
+    def attend(self, asked: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `attention.Step`."""
+        if not self.kv.has_code_for(query, value):
+            if self._torch is None:
+                self._torch = self.kv.torch_step(self.runs)
+            return self._torch.attend(asked, query, key, value)
+        if asked.sinks is not None:
+            asked = replace(asked, sinks=asked.sinks.float().contiguous())
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        out = torch.empty_like(query)
+        self.kv.run(self.kv.layer(asked, query.shape[1], key), self.table, query, key, value, out)
+        return out

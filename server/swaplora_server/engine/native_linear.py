@@ -13,23 +13,39 @@ from swaplora_adapters.native import build
 _SOURCE = Path(__file__).with_name("packed_linear.cpp")
 
 
-def load(cache_dir: Path, report: Callable[[str], None]) -> Callable[[nn.Module], nn.Module]:
-    """What makes a packed stand-in for a float32 linear or Conv1D on CPU. Raises NoCompilerError."""
+class LinearWeight(ctypes.Structure):
+    """As in packed_linear.h."""
+
+    _fields_ = (
+        ("panels", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_int64),
+        ("is_bf16", ctypes.c_int64),
+    )
+
+
+class _Job(ctypes.Structure):
+    _fields_ = (("weight", ctypes.POINTER(LinearWeight)), ("y", ctypes.c_void_p))
+
+
+def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
+    """The compiled kernel. Raises NoCompilerError."""
     library = build.load(_SOURCE, cache_dir, report)
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    library.packed_size.argtypes, library.packed_size.restype = [size, size], size
-    library.pack.argtypes, library.pack.restype = [pointer, size, size, pointer], None
-    library.linear.argtypes = [pointer, size, size, size, pointer, pointer, pointer, ctypes.c_int]
-    library.linear.restype = None
+    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.packed_words.argtypes, library.packed_words.restype = [size, size, number], size
+    library.pack.argtypes, library.pack.restype = [pointer, size, size, number, pointer], None
+    library.linear_f32.argtypes = [pointer, size, size, ctypes.POINTER(_Job), size, number]
+    library.linear_f32.restype = None
+    return library
 
-    def pack(linear: nn.Module) -> nn.Module:
-        weight = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
-        assert isinstance(weight, Tensor)
-        bias = linear.bias
-        assert bias is None or isinstance(bias, Tensor)
-        return NativeLinear(library, weight.detach(), None if bias is None else bias.detach())
 
-    return pack
+def pack(library: ctypes.CDLL, linear: nn.Module) -> nn.Module:
+    """A packed stand-in for a float32 linear or Conv1D on CPU."""
+    weight = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
+    assert isinstance(weight, Tensor)
+    bias = linear.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return NativeLinear(library, weight.detach(), None if bias is None else bias.detach())
 
 
 class NativeLinear(nn.Module):
@@ -40,23 +56,29 @@ class NativeLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         weight = weight.contiguous()
-        self._packed = torch.empty(library.packed_size(self.in_features, self.out_features))
-        library.pack(weight.data_ptr(), self.in_features, self.out_features, self._packed.data_ptr())
+        is_bf16 = torch.equal(weight.bfloat16().float(), weight)
+        self._panels = torch.empty(
+            library.packed_words(self.in_features, self.out_features, is_bf16), dtype=torch.int32
+        )
+        library.pack(weight.data_ptr(), self.in_features, self.out_features, is_bf16, self._panels.data_ptr())
         self._bias = None if bias is None else bias.contiguous()
-        self._linear = library.linear
+        self.packed = LinearWeight(
+            self._panels.data_ptr(), None if bias is None else self._bias.data_ptr(), self.out_features, is_bf16
+        )
+        self._job = _Job(ctypes.pointer(self.packed), None)
+        self._linear = library.linear_f32
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight."""
+        return self._panels.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., num_rows, in_features] → [..., num_rows, out_features]."""
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.out_features)
+        self._job.y = y.data_ptr()
         self._linear(
-            x.data_ptr(),
-            x.numel() // self.in_features,
-            self.in_features,
-            self.out_features,
-            self._packed.data_ptr(),
-            None if self._bias is None else self._bias.data_ptr(),
-            y.data_ptr(),
-            torch.get_num_threads(),
+            x.data_ptr(), x.numel() // self.in_features, self.in_features, self._job, 1, torch.get_num_threads()
         )
         return y

@@ -1,9 +1,11 @@
-// y = x W^T + b in float32, with W laid out once in panels of COLUMNS output features.
+// y = x W^T + b in float32, with W laid out once in panels of COLUMNS output features: as float32, or as bfloat16 where
+// that loses nothing, which halves what a step reads.
 //
 // Every output is one sum over k in ascending order, whatever the number of rows, so a row's result is the same, bit for
 // bit, alone and among any others.
 #include <algorithm>
 #include <omp.h>
+#include "packed_linear.h"
 #include "vec.h"
 
 namespace {
@@ -15,80 +17,137 @@ constexpr int WIDTH = 8;
 #endif
 typedef float lanes __attribute__((vector_size(WIDTH * 4)));
 typedef float unaligned_lanes __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+typedef uint32_t bits __attribute__((vector_size(WIDTH * 4)));
+typedef uint32_t unaligned_bits __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
 constexpr int VECTORS = 2, COLUMNS = VECTORS * WIDTH, ROWS = 6;  // of a tile: its sums fill most of the registers
-constexpr int64_t DEPTH = 256;          // of a panel at a time, so that it stays in the first cache for all rows
-constexpr int64_t THREADED = 1 << 16;   // multiply-adds below which a second thread costs more than it saves
+constexpr int64_t DEPTH = 256;         // of a panel at a time, so that it stays in the first cache for all rows
+constexpr int64_t AHEAD = 128;         // rows of a panel that are asked of memory before they are needed
+constexpr int64_t STRIP = 11 * ROWS;   // rows whose sums are held at a time
+constexpr int64_t UNPACKED = 2 * ROWS; // rows from which on widening a panel once is cheaper than once a tile
+constexpr int64_t THREADED = 1 << 16;  // multiply-adds below which a second thread costs more than it saves
+constexpr int64_t SHARES = 8;          // pieces a thread takes of its work, so that a core that is busy elsewhere takes fewer
 
+#ifdef __AVX512F__
+lanes mul_add(lanes a, lanes b, lanes c) { return _mm512_fmadd_ps(a, b, c); }
+#endif
 lanes get(const float* from) { return *reinterpret_cast<const unaligned_lanes*>(from); }
 void put(lanes v, float* to) { *reinterpret_cast<unaligned_lanes*>(to) = v; }
 
-// sums[row] += x[row][0..depth) . panel[0..depth), ROWS rows of COLUMNS outputs held in registers throughout
-template <int R>
-void tile(const float* x, int64_t in, const float* panel, int64_t depth, float* sums) {
+// Row k of a panel. A bfloat16 panel holds columns c and WIDTH + c as the halves of one word.
+void get_row(const float* panel, int64_t k, lanes* w) {
+    for (int v = 0; v < VECTORS; v++) w[v] = get(panel + k * COLUMNS + v * WIDTH);
+}
+void get_row(const uint32_t* panel, int64_t k, lanes* w) {
+    const bits both = *reinterpret_cast<const unaligned_bits*>(panel + k * WIDTH);
+    w[0] = (lanes)(both << 16);
+    w[1] = (lanes)(both & 0xffff0000u);
+}
+
+constexpr int64_t row_words(const float*) { return COLUMNS; }
+constexpr int64_t row_words(const uint32_t*) { return WIDTH; }
+constexpr int64_t row_words(bool is_bf16) { return is_bf16 ? WIDTH : COLUMNS; }
+
+// sums[row] += x[row][0..depth) . panel[0..depth), R rows of COLUMNS outputs held in registers throughout
+template <int R, typename P>
+void tile(const float* x, int64_t in, const P* panel, int64_t depth, float* sums) {
     lanes acc[R][VECTORS];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < VECTORS; v++) acc[r][v] = get(sums + r * COLUMNS + v * WIDTH);
     for (int64_t k = 0; k < depth; k++) {
         lanes w[VECTORS];
-        for (int v = 0; v < VECTORS; v++) w[v] = get(panel + k * COLUMNS + v * WIDTH);
+        get_row(panel, k, w);
+        __builtin_prefetch(panel + (k + AHEAD) * row_words(panel));
         for (int r = 0; r < R; r++) {
-            const float scalar = x[r * in + k];
-            for (int v = 0; v < VECTORS; v++) acc[r][v] += scalar * w[v];
+            const lanes scalar = lanes{} + x[r * in + k];
+            for (int v = 0; v < VECTORS; v++) acc[r][v] = mul_add(scalar, w[v], acc[r][v]);
         }
     }
     for (int r = 0; r < R; r++)
         for (int v = 0; v < VECTORS; v++) put(acc[r][v], sums + r * COLUMNS + v * WIDTH);
 }
 
-void tile_rows(int64_t rows, const float* x, int64_t in, const float* panel, int64_t depth, float* sums) {
-    switch (rows) {
-        case 1: return tile<1>(x, in, panel, depth, sums);
-        case 2: return tile<2>(x, in, panel, depth, sums);
-        case 3: return tile<3>(x, in, panel, depth, sums);
-        case 4: return tile<4>(x, in, panel, depth, sums);
-        case 5: return tile<5>(x, in, panel, depth, sums);
-        default: return tile<ROWS>(x, in, panel, depth, sums);
+template <typename P>
+void tiles(int64_t rows, const float* x, int64_t in, const P* panel, int64_t depth, float* sums) {
+    for (int64_t r = 0; r < rows; r += ROWS, x += ROWS * in, sums += ROWS * COLUMNS) switch (rows - r) {
+            case 1: tile<1>(x, in, panel, depth, sums); break;
+            case 2: tile<2>(x, in, panel, depth, sums); break;
+            case 3: tile<3>(x, in, panel, depth, sums); break;
+            case 4: tile<4>(x, in, panel, depth, sums); break;
+            case 5: tile<5>(x, in, panel, depth, sums); break;
+            default: tile<ROWS>(x, in, panel, depth, sums);
+        }
+}
+
+void widen_panel(const uint32_t* panel, int64_t depth, float* wide) {
+    for (int64_t k = 0; k < depth; k++) {
+        lanes w[VECTORS];
+        get_row(panel, k, w);
+        for (int v = 0; v < VECTORS; v++) put(w[v], wide + k * COLUMNS + v * WIDTH);
     }
 }
 
-constexpr int64_t STRIP = 11 * ROWS;  // rows whose sums are held at a time
-
-void panel_strip(int64_t rows, const float* x, int64_t in, const float* panel, const float* bias, int64_t width,
-                 float* y, int64_t out) {
-    alignas(64) float sums[STRIP * COLUMNS];
+// y[0..rows) of one panel
+void panel_strip(const LinearWeight& w, int64_t p, const float* x, int64_t rows, int64_t in, float* y) {
+    alignas(64) float sums[STRIP * COLUMNS], wide[DEPTH * COLUMNS];
+    const int64_t first = p * COLUMNS, width = std::min<int64_t>(COLUMNS, w.out - first);
     for (int64_t r = 0; r < rows; r++)
-        for (int c = 0; c < COLUMNS; c++) sums[r * COLUMNS + c] = bias && c < width ? bias[c] : 0.0f;
-    for (int64_t k = 0; k < in; k += DEPTH)
-        for (int64_t r = 0; r < rows; r += ROWS)
-            tile_rows(std::min<int64_t>(ROWS, rows - r), x + r * in + k, in, panel + k * COLUMNS,
-                      std::min(DEPTH, in - k), sums + r * COLUMNS);
-    for (int64_t r = 0; r < rows; r++) std::memcpy(y + r * out, sums + r * COLUMNS, width * sizeof(float));
+        for (int c = 0; c < COLUMNS; c++) sums[r * COLUMNS + c] = w.bias && c < width ? w.bias[first + c] : 0.0f;
+    for (int64_t k = 0; k < in; k += DEPTH) {
+        const int64_t depth = std::min(DEPTH, in - k), at = (p * in + k) * row_words(w.is_bf16 != 0);
+        const uint32_t* narrow = static_cast<const uint32_t*>(w.panels) + at;
+        const float* panel = static_cast<const float*>(w.panels) + at;
+        if (w.is_bf16 && rows <= UNPACKED) {
+            tiles(rows, x + k, in, narrow, depth, sums);
+            continue;
+        }
+        if (w.is_bf16) widen_panel(narrow, depth, wide);
+        tiles(rows, x + k, in, w.is_bf16 ? wide : panel, depth, sums);
+    }
+    for (int64_t r = 0; r < rows; r++) std::memcpy(y + r * w.out + first, sums + r * COLUMNS, width * sizeof(float));
+}
+
+int64_t panels_of(int64_t out) { return (out + COLUMNS - 1) / COLUMNS; }
+
+uint32_t narrowed(float x) {
+    bf16 half;
+    narrow(x, &half);
+    return half;
 }
 
 }  // namespace
 
-extern "C" int64_t packed_size(int64_t in, int64_t out) { return (out + COLUMNS - 1) / COLUMNS * COLUMNS * in; }
+extern "C" int64_t packed_words(int64_t in, int64_t out, int is_bf16) { return panels_of(out) * in * row_words(is_bf16 != 0); }
 
-// weight: [out, in] → packed: panels [in, COLUMNS], the last one filled up with zeros
-extern "C" void pack(const float* weight, int64_t in, int64_t out, float* packed) {
+// weight: [out, in] → panels of [in, COLUMNS], the last one filled up with zeros
+extern "C" void pack(const float* weight, int64_t in, int64_t out, int is_bf16, uint32_t* panels) {
+    const auto at = [&](int64_t k, int64_t column) { return column < out ? weight[column * in + k] : 0.0f; };
 #pragma omp parallel for
-    for (int64_t first = 0; first < out; first += COLUMNS)
-        for (int64_t k = 0; k < in; k++)
-            for (int64_t c = 0; c < COLUMNS; c++)
-                packed[first * in + k * COLUMNS + c] = first + c < out ? weight[(first + c) * in + k] : 0.0f;
+    for (int64_t p = 0; p < panels_of(out); p++)
+        for (int64_t k = 0; k < in; k++) {
+            uint32_t* row = panels + (p * in + k) * row_words(is_bf16 != 0);
+            const int64_t first = p * COLUMNS;
+            for (int c = 0; c < row_words(is_bf16 != 0); c++) {
+                const float value = at(k, first + c);
+                if (is_bf16) row[c] = narrowed(value) | narrowed(at(k, first + WIDTH + c)) << 16;
+                else std::memcpy(row + c, &value, sizeof value);
+            }
+        }
 }
 
-// x: [rows, in], y: [rows, out], bias: [out] or null
-extern "C" void linear(const float* x, int64_t rows, int64_t in, int64_t out, const float* packed, const float* bias,
-                       float* y, int threads) {
-    const int64_t panels = (out + COLUMNS - 1) / COLUMNS;
-#pragma omp parallel num_threads(threads) if (rows * in * out >= THREADED)
-    {
-        const int64_t team = omp_get_num_threads(), thread = omp_get_thread_num();
-        for (int64_t strip = 0; strip < rows; strip += STRIP)
-            for (int64_t p = panels * thread / team; p < panels * (thread + 1) / team; p++)
-                panel_strip(std::min(STRIP, rows - strip), x + strip * in, in, packed + p * COLUMNS * in,
-                            bias ? bias + p * COLUMNS : nullptr, std::min<int64_t>(COLUMNS, out - p * COLUMNS),
-                            y + strip * out + p * COLUMNS, out);
+// x: [rows, in]; each job's y: [rows, out]. All jobs of a call share x and the threads.
+extern "C" void linear_f32(const float* x, int64_t rows, int64_t in, const LinearJob* jobs, int64_t count, int threads) {
+    int64_t panels = 0, work = 0;
+    for (int64_t j = 0; j < count; j++) {
+        panels += panels_of(jobs[j].weight->out);
+        work += rows * in * jobs[j].weight->out;
+    }
+    const int64_t strips = (rows + STRIP - 1) / STRIP, share = std::max<int64_t>(1, panels / (threads * SHARES));
+#pragma omp parallel for num_threads(threads) if (work >= THREADED) schedule(dynamic, share)
+    for (int64_t piece = 0; piece < strips * panels; piece++) {
+        const int64_t first = piece / panels * STRIP;
+        int64_t p = piece % panels;
+        const LinearJob* job = jobs;
+        for (; p >= panels_of(job->weight->out); job++) p -= panels_of(job->weight->out);
+        panel_strip(*job->weight, p, x + first * in, std::min(STRIP, rows - first), in, job->y + first * job->weight->out);
     }
 }

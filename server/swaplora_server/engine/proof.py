@@ -5,7 +5,7 @@ runner: several sequences packed together, in chunks and one by one, over paged 
 refused.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from swaplora_adapters.apply.activation import Activation
 from swaplora_adapters.apply.layers import LoraLinear
-from swaplora_server.engine.attention import DecodeKernel, PagedKV, UnsupportedAttentionError
+from swaplora_server.engine.attention import PagedKV, UnsupportedAttentionError
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import Request, SamplingParams, Sequence
 from swaplora_server.engine.runner import Runner
@@ -55,12 +55,12 @@ def prove(
     activation: Activation,
     linears: Mapping[str, LoraLinear],
     expected: list[Tensor],
-    kernel: DecodeKernel | None,
+    paged_kv: Callable[[int, int], PagedKV],
 ) -> Proof:
     """Run the proof's sequences. Raises UnsupportedModelError when their logits disagree with `expected`."""
-    kv = PagedKV(_NUM_BLOCKS, _BLOCK_SIZE)
+    kv = paged_kv(_NUM_BLOCKS, _BLOCK_SIZE)
     pool = BlockPool(_NUM_BLOCKS, _BLOCK_SIZE)
-    runner = Runner(model, activation, kv, model.device, kernel)
+    runner = Runner(model, activation, kv, model.device)
     request = Request("proof", (), SamplingParams(max_tokens=1), emit=lambda _event: None)
     sequences = [Sequence(request, index) for index in range(len(_CUTS))]
     batches: list[Batch] = []

@@ -4,19 +4,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from swaplora_adapters.apply.activation import Activation, Segment, StepAdapters
 from swaplora_adapters.artifact.weights import AdapterWeights
 from swaplora_server.engine import attention
-from swaplora_server.engine.attention import DecodeGroup, DecodeKernel, PagedKV, PagedStep, PrefillRun
+from swaplora_server.engine.attention import PagedKV, Run
 from swaplora_server.engine.request import AdapterUse, Request
 from swaplora_server.engine.sampling import Sampler
 from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows
 
-Slots = np.ndarray[tuple[int], np.dtype[np.int64]]
 _StepKey = tuple[tuple[object, ...], ...]
 
 
@@ -38,6 +36,10 @@ class _Layout:
     def request(self) -> Request:
         return self.rows.sequence.request
 
+    @property
+    def run(self) -> Run:
+        return Run(self.start, self.stop, self.rows.start, self.rows.sequence.block_table)
+
 
 class Runner:
     """Turns batches into forwards of one model over one paged cache. Only the engine's thread calls it."""
@@ -48,13 +50,11 @@ class Runner:
         activation: Activation,
         kv: PagedKV,
         device: torch.device,
-        kernel: DecodeKernel | None = None,
     ) -> None:
         self._model = model
         self._activation = activation
         self._kv = kv
         self._device = device
-        self._kernel = kernel
         self._sampler = Sampler()
         self._adapters: tuple[_StepKey, StepAdapters] = ((), activation.plan((), ()))
 
@@ -72,7 +72,7 @@ class Runner:
         token_ids = [token for rows in batch.rows for token in rows.sequence.token_ids[rows.start : rows.stop]]
         positions = [position for rows in batch.rows for position in range(rows.start, rows.stop)]
         keep = [layout.stop - 1 for layout in layouts if layout.rows.is_sampling] or [0]
-        with self._activation.use(self._step_adapters(layouts)), attention.use(self._paged_step(layouts)):
+        with self._activation.use(self._step_adapters(layouts)), attention.use(self._kv.step([layout.run for layout in layouts])):
             output = self._model(
                 input_ids=self._tensor([token_ids]),
                 position_ids=self._tensor([positions]),
@@ -97,43 +97,6 @@ class Runner:
     def forget_adapters(self) -> None:
         """Drop the remembered segments, so that an idle engine keeps no adapter alive."""
         self._adapters = ((), self._activation.plan((), ()))
-
-    def _paged_step(self, layouts: list[_Layout]) -> PagedStep:
-        slots = [self._slots(layout.rows) for layout in layouts]
-        written = np.concatenate([held[layout.rows.start :] for held, layout in zip(slots, layouts, strict=True)])
-        decodes = [(layout, held) for layout, held in zip(layouts, slots, strict=True) if layout.rows.num_rows == 1]
-        prefills = [
-            PrefillRun(layout.start, layout.stop, layout.rows.start, torch.from_numpy(held).to(self._device))
-            for layout, held in zip(layouts, slots, strict=True)
-            if layout.rows.num_rows > 1
-        ]
-        return PagedStep(
-            self._kv, torch.from_numpy(written).to(self._device), self._decode_groups(decodes), prefills, self._kernel
-        )
-
-    def _slots(self, rows: ScheduledRows) -> Slots:
-        """The cache slots of a sequence's tokens up to `rows.stop`."""
-        block_size = self._kv.block_size
-        blocks = np.asarray(rows.sequence.block_table, dtype=np.int64)
-        return (blocks[:, None] * block_size + np.arange(block_size)).ravel()[: rows.stop]
-
-    def _decode_groups(self, decodes: list[tuple[_Layout, Slots]]) -> list[DecodeGroup]:
-        """Decoding rows by length, a doubling to a group, so that one long sequence does not pad all the others."""
-        by_magnitude: dict[int, list[tuple[_Layout, Slots]]] = {}
-        for layout, held in decodes:
-            by_magnitude.setdefault(len(held).bit_length(), []).append((layout, held))
-        return [self._decode_group(members) for members in by_magnitude.values()]
-
-    def _decode_group(self, members: list[tuple[_Layout, Slots]]) -> DecodeGroup:
-        lengths = [len(held) for _, held in members]
-        padded = np.zeros((len(members), max(lengths)), dtype=np.int64)
-        for row, (_, held) in enumerate(members):
-            padded[row, : len(held)] = held
-        return DecodeGroup(
-            rows=self._tensor([layout.start for layout, _ in members]),
-            slots=torch.from_numpy(padded).to(self._device),
-            lengths=self._tensor([[length] for length in lengths]),
-        )
 
 
 def _lay_out(scheduled: Sequence[ScheduledRows]) -> Iterator[_Layout]:

@@ -17,7 +17,6 @@ from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.registry.sources.source import Sources
 from swaplora_server.config import Settings
-from swaplora_server.engine.attention import PagedKV
 from swaplora_server.engine.base_model import BaseModel
 from swaplora_server.engine.chosen_base import load_chosen_base
 from swaplora_server.engine.engine import Engine
@@ -219,7 +218,7 @@ class Service:
             max_batch_tokens=settings.max_batch_tokens,
             max_num_seqs=min(settings.max_num_seqs, settings.max_batch_tokens),
         )
-        return Engine(scheduler, base.runner(PagedKV(pool.num_blocks, settings.block_size)))
+        return Engine(scheduler, base.runner(pool.num_blocks, settings.block_size))
 
 
 def _report_arrival(name: str, error: Exception) -> None:

@@ -3,62 +3,112 @@
 import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from swaplora_adapters.apply.activation import LoraOp, ModuleSegment
+from swaplora_adapters.apply.activation import LoraOp, Segment
+from swaplora_adapters.artifact.weights import AdapterWeights, ModuleWeights
 from swaplora_adapters.native import build
 
 _SOURCE = Path(__file__).with_name("lora_delta.cpp")
 
 
-class _Segment(ctypes.Structure):
+class _Factors(ctypes.Structure):
+    """As in lora_delta.h."""
+
     _fields_ = (
         ("a", ctypes.c_void_p),
         ("b_t", ctypes.c_void_p),
         ("rank", ctypes.c_int64),
+        ("a_is_bf16", ctypes.c_int32),
+        ("b_is_bf16", ctypes.c_int32),
+    )
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = (
+        ("factors", ctypes.POINTER(_Factors)),
         ("start", ctypes.c_int64),
         ("stop", ctypes.c_int64),
         ("scale", ctypes.c_double),
     )
 
 
-def load(cache_dir: Path, report: Callable[[str], None]) -> LoraOp:
-    """The native form, for tensors on CPU in float32 or bfloat16. Raises NoCompilerError."""
-    library = build.load(_SOURCE, cache_dir, report)
-    kernels = {torch.float32: library.lora_delta_f32, torch.bfloat16: library.lora_delta_bf16}
-    for kernel in kernels.values():
-        kernel.restype = None
-        kernel.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+class _Module(ctypes.Structure):
+    _fields_ = (("number", ctypes.c_int64), ("out", ctypes.c_int64), ("y", ctypes.c_void_p))
 
-    def add(y: Tensor, x: Tensor, prepared: _Prepared) -> None:
+
+class SegmentTable:
+    """A step's segments as the kernel reads them, and what they point into."""
+
+    def __init__(self, segments: Sequence[Segment], tables: "Sequence[_FactorTable]") -> None:
+        self._kept = tables, [segment.weights for segment in segments]
+        self.entries = (_Segment * len(segments))()
+        for entry, segment, table in zip(self.entries, segments, tables, strict=True):
+            entry.factors = table.entries
+            entry.start, entry.stop, entry.scale = segment.start, segment.stop, segment.scale
+
+
+class _FactorTable:
+    """One adapter's factors by module number. Points into the adapter's own tensors."""
+
+    def __init__(self, weights: AdapterWeights, paths: Sequence[str]) -> None:
+        self.entries = (_Factors * len(paths))()
+        numbers = {path: number for number, path in enumerate(paths)}
+        for path, module in weights.modules.items():
+            self.entries[numbers[path]] = _factors_of(path, module)
+
+
+def _factors_of(path: str, module: ModuleWeights) -> _Factors:
+    lora_A, b_t = module.lora_A, module.lora_B.t()
+    if not (lora_A.is_contiguous() and b_t.is_contiguous()):
+        raise ValueError(f"{path}: the factors are not laid out as ModuleWeights says")
+    is_bf16 = [tensor.dtype == torch.bfloat16 for tensor in (lora_A, b_t)]
+    return _Factors(lora_A.data_ptr(), b_t.data_ptr(), module.rank, *is_bf16)
+
+
+def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
+    """The compiled kernel. Raises NoCompilerError."""
+    library = build.load(_SOURCE, cache_dir, report)
+    for kernel in (library.lora_delta_f32, library.lora_delta_bf16):
+        kernel.restype = None
+        kernel.argtypes = [
+            ctypes.POINTER(_Segment),
+            ctypes.c_int64,
+            ctypes.POINTER(_Module),
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.c_void_p,
+            ctypes.c_int,
+        ]
+    return library
+
+
+def op(library: ctypes.CDLL) -> LoraOp:
+    """The native form, for rows on CPU in float32 or bfloat16."""
+    kernels = {torch.float32: library.lora_delta_f32, torch.bfloat16: library.lora_delta_bf16}
+    tables: WeakKeyDictionary[AdapterWeights, _FactorTable] = WeakKeyDictionary()
+
+    def table_of(weights: AdapterWeights, paths: Sequence[str]) -> _FactorTable:
+        table = tables.get(weights)
+        if table is None:
+            table = tables[weights] = _FactorTable(weights, paths)
+        return table
+
+    def prepare(segments: Sequence[Segment], paths: Sequence[str]) -> SegmentTable:
+        return SegmentTable(segments, [table_of(segment.weights, paths) for segment in segments])
+
+    def add(y: Tensor, x: Tensor, prepared: SegmentTable, number: int) -> None:
         kernels[y.dtype](
-            prepared.table,
-            len(prepared.table),
+            prepared.entries,
+            len(prepared.entries),
+            _Module(number, y.shape[1], y.data_ptr()),
+            1,
             x.shape[1],
-            y.shape[1],
             x.data_ptr(),
-            y.data_ptr(),
             torch.get_num_threads(),
         )
 
-    return LoraOp(_prepare, add)
-
-
-class _Prepared(NamedTuple):
-    """The kernel's table of segments, and the tensors that it points into."""
-
-    table: "ctypes.Array[_Segment]"
-    tensors: list[tuple[Tensor, Tensor]]
-
-
-def _prepare(segments: Sequence[ModuleSegment]) -> _Prepared:
-    # B is stored transposed, so that this copies nothing
-    tensors = [(segment.lora_A.contiguous(), segment.lora_B.t().contiguous()) for segment in segments]
-    rows = [
-        _Segment(a.data_ptr(), b_t.data_ptr(), len(a), segment.start, segment.stop, segment.scale)
-        for (a, b_t), segment in zip(tensors, segments, strict=True)
-    ]
-    return _Prepared((_Segment * len(rows))(*rows), tensors)
+    return LoraOp(prepare, add)

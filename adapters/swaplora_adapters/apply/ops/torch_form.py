@@ -1,19 +1,31 @@
 """The form that is always there: two library GEMMs a segment, on any device."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
-from swaplora_adapters.apply.activation import LoraOp, ModuleSegment
+from swaplora_adapters.apply.activation import LoraOp, Segment
 
 
-def _add(y: Tensor, x: Tensor, segments: Sequence[ModuleSegment]) -> None:
+class Prepared(NamedTuple):
+    """A step's segments, and the paths of all modules by number."""
+
+    segments: Sequence[Segment]
+    paths: Sequence[str]
+
+
+def _add(y: Tensor, x: Tensor, prepared: Prepared, number: int) -> None:
     """y[start:stop] += scale · (x[start:stop] Aᵀ) Bᵀ.
 
     y: [num_rows, out_features], written in place. x: [num_rows, in_features].
     """
-    for lora_A, lora_B, scale, start, stop in segments:
-        y[start:stop].addmm_(x[start:stop].mm(lora_A.t()), lora_B.t(), alpha=scale)
+    for segment in prepared.segments:
+        module = segment.weights.modules.get(prepared.paths[number])
+        if module is not None:
+            lora_A, lora_B = module.lora_A.to(x.dtype), module.lora_B.to(x.dtype)
+            rows = slice(segment.start, segment.stop)
+            y[rows].addmm_(x[rows].mm(lora_A.t()), lora_B.t(), alpha=segment.scale)
 
 
-OP = LoraOp(prepare=tuple, add=_add)
+OP = LoraOp(prepare=Prepared, add=_add)

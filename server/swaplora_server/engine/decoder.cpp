@@ -1,0 +1,200 @@
+// All decoder layers of a model of Llama's kind, over one packed step of float32 rows, in one call.
+//
+// Per layer: norm; q, k, v; rotary; attention; o, added to the residual; norm; gate and up; SiLU; down, added to the residual. The
+// linears, what adapters add to them, and attention are the kernels that serve every other model too, called through
+// pointers. What is left is worked off row by row, so a row's result does not depend on its neighbours.
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <omp.h>
+#include <vector>
+#include "lora_delta.h"
+#include "packed_linear.h"
+#include "paged_attention.h"
+#include "vec.h"
+
+struct Kernels {
+    void (*linear)(const float* x, int64_t rows, int64_t in, const LinearJob* jobs, int64_t count, int threads);
+    void (*lora)(const Segment* segments, int64_t count, const LoraModule* modules, int64_t num_modules, int64_t in,
+                 const float* x, int threads);
+    void (*attention)(const LayerCache* cache, const Run* runs, int64_t num_runs, const float* query, const float* key,
+                      const float* value, float* out, int threads);
+};
+
+enum { Q, K, V, O, GATE, UP, DOWN, NUM_LINEARS };
+
+struct Layer {
+    const LinearWeight* linears[NUM_LINEARS];
+    int64_t numbers[NUM_LINEARS];  // of the linears, as adapters know them
+    const float *input_norm, *post_norm;  // [hidden_size]
+    const float *q_norm, *k_norm;         // [head_dim], or null
+    double eps;
+    LayerCache cache;
+};
+
+struct Step {
+    int64_t rows, hidden_size;
+    float* hidden;            // [rows, hidden_size], read and written
+    const float *cos, *sin;   // [rows, head_dim]
+    const Run* runs;
+    int64_t num_runs;
+    const Segment* segments;  // null: the base alone
+    int64_t num_segments;
+    int64_t threads;
+};
+
+namespace {
+
+constexpr int64_t THREADED = 1 << 13;  // numbers below which a second thread costs more than it saves
+
+template <typename Work>
+void each_row(const Step& s, int64_t width, Work work) {
+#pragma omp parallel for num_threads(s.threads) if (s.rows * width >= THREADED) schedule(static)
+    for (int64_t row = 0; row < s.rows; row++) work(row);
+}
+
+// to = from / rms(from) * weight; `to` may be `from`
+void norm_row(const float* from, const float* weight, int64_t width, double eps, float* to) {
+    f32x8 squares = {};
+    const int64_t whole = width - width % LANES;
+    for (int64_t i = 0; i < whole; i += LANES) squares = mul_add(load(from + i), load(from + i), squares);
+    float total = sum(squares);
+    for (int64_t i = whole; i < width; i++) total = mul_add(from[i], from[i], total);
+    const float scale = 1.0f / std::sqrt(total / float(width) + float(eps));
+    for (int64_t i = 0; i < width; i++) to[i] = from[i] * scale * weight[i];
+}
+
+// rotary positions as Llama's code has them: dimension i turns with dimension i + half
+void rotate_row(float* head, const float* cos, const float* sin, int64_t head_dim) {
+    const int64_t half = head_dim / 2;
+    for (int64_t i = 0; i < half; i++) {
+        const float low = head[i], high = head[i + half];
+        head[i] = low * cos[i] - high * sin[i];
+        head[i + half] = high * cos[i + half] + low * sin[i + half];
+    }
+}
+
+f32x8 silu(f32x8 x) {
+    const f32x8 zero = {}, one = zero + 1.0f;
+    const f32x8 e = exp_negative(x < zero ? x : -x);  // of -|x|, which cannot overflow
+    return x * (x < zero ? e : one) / (one + e);
+}
+
+// gate = silu(gate) * up; the last few are worked off among lanes that nobody reads
+void gate_row(float* gate, const float* up, int64_t width) {
+    for (int64_t i = 0; i < width; i += LANES) {
+        float g[LANES] = {}, u[LANES] = {};
+        const int64_t count = std::min<int64_t>(LANES, width - i);
+        if (count == LANES) {
+            store(silu(load(gate + i)) * load(up + i), gate + i);
+            continue;
+        }
+        std::memcpy(g, gate + i, count * sizeof(float));
+        std::memcpy(u, up + i, count * sizeof(float));
+        store(silu(load(g)) * load(u), g);
+        std::memcpy(gate + i, g, count * sizeof(float));
+    }
+}
+
+// One buffer after the other, for as long as the thread lives: a step's are the last one's.
+struct Buffers {
+    std::vector<float> memory;
+    float* at = nullptr;
+
+    void reset(int64_t size) {
+        if (int64_t(memory.size()) < size) memory.resize(size);
+        at = memory.data();
+    }
+    float* take(int64_t size) {
+        float* taken = at;
+        at += size;
+        return taken;
+    }
+};
+
+struct Pass {
+    const Kernels& kernels;
+    const Step& s;
+    float *normed, *query, *key, *value, *attended, *gate, *up, *delta;
+
+    Pass(const Kernels& kernels, const Step& s, const Layer& like, Buffers& buffers) : kernels(kernels), s(s) {
+        const auto width = [&](int linear) { return like.linears[linear]->out; };
+        buffers.reset(s.rows * (2 * s.hidden_size + 2 * width(Q) + width(K) + width(V) + width(GATE) + width(UP)));
+        normed = buffers.take(s.rows * s.hidden_size);
+        delta = buffers.take(s.rows * s.hidden_size);
+        query = buffers.take(s.rows * width(Q));
+        attended = buffers.take(s.rows * width(Q));
+        key = buffers.take(s.rows * width(K));
+        value = buffers.take(s.rows * width(V));
+        gate = buffers.take(s.rows * width(GATE));
+        up = buffers.take(s.rows * width(UP));
+    }
+
+    void layer(const Layer& l) const {
+        norm(l.input_norm, l.eps);
+        linears<Q, K, V>(l, normed, s.hidden_size, {query, key, value});
+        turn(l);
+        kernels.attention(&l.cache, s.runs, s.num_runs, query, key, value, attended, int(s.threads));
+        linears<O>(l, attended, l.linears[Q]->out, {delta});
+        add_delta();
+        norm(l.post_norm, l.eps);
+        linears<GATE, UP>(l, normed, s.hidden_size, {gate, up});
+        const int64_t inner = l.linears[GATE]->out;
+        each_row(s, inner, [&](int64_t row) { gate_row(gate + row * inner, up + row * inner, inner); });
+        linears<DOWN>(l, gate, inner, {delta});
+        add_delta();
+    }
+
+  private:
+    // linears that share their input, and what adapters add to each
+    template <int... L>
+    void linears(const Layer& l, const float* x, int64_t in, std::initializer_list<float*> ys) const {
+        constexpr int64_t count = sizeof...(L);
+        const int which[] = {L...};
+        LinearJob jobs[count];
+        LoraModule modules[count];
+        for (int i = 0; i < count; i++) {
+            jobs[i] = {l.linears[which[i]], ys.begin()[i]};
+            modules[i] = {l.numbers[which[i]], jobs[i].weight->out, jobs[i].y};
+        }
+        kernels.linear(x, s.rows, in, jobs, count, int(s.threads));
+        if (s.segments) kernels.lora(s.segments, s.num_segments, modules, count, in, x, int(s.threads));
+    }
+
+    void norm(const float* weight, double eps) const {
+        const int64_t width = s.hidden_size;
+        each_row(s, width, [&](int64_t row) {
+            norm_row(s.hidden + row * width, weight, width, eps, normed + row * width);
+        });
+    }
+
+    void add_delta() const {
+        const int64_t width = s.hidden_size;
+        each_row(s, width, [&](int64_t row) {
+            for (int64_t i = row * width; i < (row + 1) * width; i++) s.hidden[i] += delta[i];
+        });
+    }
+
+    // queries and keys are normed where the model does, and turned to their positions
+    void turn(const Layer& l) const {
+        const int64_t dim = l.cache.head_dim;
+        const auto heads = [&](float* rows, int64_t num_heads, const float* weight, int64_t row) {
+            for (float* head = rows + row * num_heads * dim; head < rows + (row + 1) * num_heads * dim; head += dim) {
+                if (weight) norm_row(head, weight, dim, l.eps, head);
+                rotate_row(head, s.cos + row * dim, s.sin + row * dim, dim);
+            }
+        };
+        each_row(s, l.linears[Q]->out, [&](int64_t row) {
+            heads(query, l.cache.num_heads, l.q_norm, row);
+            heads(key, l.cache.num_kv_heads, l.k_norm, row);
+        });
+    }
+};
+
+}  // namespace
+
+extern "C" void decode(const Kernels* kernels, const Layer* layers, int64_t num_layers, const Step* step) {
+    thread_local Buffers buffers;
+    const Pass pass(*kernels, *step, layers[0], buffers);
+    for (int64_t i = 0; i < num_layers; i++) pass.layer(layers[i]);
+}

@@ -1,0 +1,199 @@
+"""All decoder layers of a model of Llama's kind in one native call, so that a step spends its time in kernels alone.
+
+The model's own code stays around it: embedding, rotary angles, final norm and output head. The layers keep their
+packed linears and their numbers, so adapters apply as they do anywhere else.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from swaplora_adapters.apply.activation import Activation
+from swaplora_adapters.apply.layers import LoraLinear
+from swaplora_adapters.native import build
+from swaplora_server.engine import attention
+from swaplora_server.engine.attention import LayerAttention
+from swaplora_server.engine.native_attention import LayerCache, NativeStep
+from swaplora_server.engine.native_linear import LinearWeight, NativeLinear
+
+_SOURCE = Path(__file__).with_name("decoder.cpp")
+# layers that are computed as decoder.cpp says, and nothing else
+_KNOWN = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_NUM_LINEARS = len(_ATTENTION) + len(_MLP)
+
+
+class _Kernels(ctypes.Structure):
+    _fields_ = (("linear", ctypes.c_void_p), ("lora", ctypes.c_void_p), ("attention", ctypes.c_void_p))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("linears", ctypes.POINTER(LinearWeight) * _NUM_LINEARS),
+        ("numbers", ctypes.c_int64 * _NUM_LINEARS),
+        ("input_norm", ctypes.c_void_p),
+        ("post_norm", ctypes.c_void_p),
+        ("q_norm", ctypes.c_void_p),
+        ("k_norm", ctypes.c_void_p),
+        ("eps", ctypes.c_double),
+        ("cache", LayerCache),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("hidden_size", ctypes.c_int64),
+        ("hidden", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("runs", ctypes.c_void_p),
+        ("num_runs", ctypes.c_int64),
+        ("segments", ctypes.c_void_p),
+        ("num_segments", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    )
+
+
+def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
+    """The compiled code. Raises NoCompilerError."""
+    library = build.load(_SOURCE, cache_dir, report)
+    library.decode.restype = None
+    library.decode.argtypes = [
+        ctypes.POINTER(_Kernels),
+        ctypes.POINTER(_Layer),
+        ctypes.c_int64,
+        ctypes.POINTER(_Step),
+    ]
+    return library
+
+
+def fuse(
+    library: ctypes.CDLL,
+    model: PreTrainedModel,
+    activation: Activation,
+    *,
+    lora: ctypes.CDLL,
+    paged_attention: ctypes.CDLL,
+    linear: ctypes.CDLL,
+) -> Callable[[], None] | None:
+    """Exchange the layers of `model` for one native call, if they are of a known kind; what undoes it, or None."""
+    decoder = model.get_decoder()
+    layers = decoder.layers if isinstance(getattr(decoder, "layers", None), nn.ModuleList) else None
+    if layers is None or not all(_is_known(layer) for layer in layers):
+        return None
+    kernels = _Kernels(
+        *(
+            ctypes.cast(function, ctypes.c_void_p)
+            for function in (linear.linear_f32, lora.lora_delta_f32, paged_attention.paged_attention_f32)
+        )
+    )
+    decoder.layers = nn.ModuleList([NativeDecoder(library, kernels, list(layers), activation)])
+    return lambda: setattr(decoder, "layers", layers)
+
+
+def _is_known(layer: nn.Module) -> bool:
+    if type(layer).__name__ not in _KNOWN:
+        return False
+    act = type(layer.mlp.act_fn).__name__
+    linears = [linear.base for linear in _linears(layer)]
+    head_dim = layer.self_attn.head_dim
+    return act in {"SiLU", "SiLUActivation"} and all(isinstance(linear, NativeLinear) for linear in linears) and head_dim % 8 == 0
+
+
+def _linears(layer: Any) -> Iterator[LoraLinear]:
+    yield from (getattr(layer.self_attn, name) for name in _ATTENTION)
+    yield from (getattr(layer.mlp, name) for name in _MLP)
+
+
+class NativeDecoder(nn.Module):
+    """Stands in for all layers of a decoder."""
+
+    def __init__(
+        self, library: ctypes.CDLL, kernels: _Kernels, layers: list[nn.Module], activation: Activation
+    ) -> None:
+        super().__init__()
+        self._decode = library.decode
+        self._kernels = kernels
+        self._layers = layers  # a plain list: the model's other code is not to see them
+        self._activation = activation
+        self._asked = [_attention_of(layer) for layer in layers]
+        self._entries = (_Layer * len(layers))(*map(_entry, layers))
+        self._cached_for: object = None
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_others: object
+    ) -> Tensor:
+        """hidden_states: [1, num_rows, hidden_size] → the same after every layer."""
+        step = attention.current()
+        if not isinstance(step, NativeStep):
+            raise RuntimeError("a native decoder ran over another form's cache")
+        self._point_at(step)
+        hidden = hidden_states.clone()
+        cos, sin = (angles.contiguous() for angles in position_embeddings)
+        segments = self._activation.step.tokens
+        table = step.table
+        self._decode(
+            self._kernels,
+            self._entries,
+            len(self._entries),
+            _Step(
+                hidden.shape[1],
+                hidden.shape[2],
+                hidden.data_ptr(),
+                cos.data_ptr(),
+                sin.data_ptr(),
+                ctypes.addressof(table.runs),
+                len(table.runs),
+                None if segments is None else ctypes.addressof(segments.entries),
+                0 if segments is None else len(segments.entries),
+                torch.get_num_threads(),
+            ),
+        )
+        return hidden
+
+    def _point_at(self, step: NativeStep) -> None:
+        """Every layer at its part of the cache, which stays the same from step to step."""
+        if step.kv is self._cached_for:
+            return
+        for entry, layer, asked in zip(self._entries, self._layers, self._asked, strict=True):
+            head_dim = layer.self_attn.head_dim
+            num_kv_heads = layer.self_attn.k_proj.out_features // head_dim
+            like = torch.empty(num_kv_heads, head_dim)
+            entry.cache = step.kv.layer(asked, layer.self_attn.q_proj.out_features // head_dim, like)
+        self._cached_for = step.kv
+
+
+def _attention_of(layer: Any) -> LayerAttention:
+    attn = layer.self_attn
+    window = getattr(attn, "sliding_window", None)
+    if type(layer).__name__ == "MistralDecoderLayer":
+        window = getattr(attn.config, "sliding_window", None)
+    return LayerAttention(attn.layer_idx, attn.scaling, window=window)
+
+
+def _entry(layer: Any) -> _Layer:
+    attn = layer.self_attn
+    linears = list(_linears(layer))
+    return _Layer(
+        linears=(ctypes.POINTER(LinearWeight) * _NUM_LINEARS)(
+            *(ctypes.pointer(linear.base.packed) for linear in linears)
+        ),
+        numbers=(ctypes.c_int64 * _NUM_LINEARS)(*(linear.number for linear in linears)),
+        input_norm=layer.input_layernorm.weight.data_ptr(),
+        post_norm=layer.post_attention_layernorm.weight.data_ptr(),
+        q_norm=_weight_of(attn, "q_norm"),
+        k_norm=_weight_of(attn, "k_norm"),
+        eps=layer.input_layernorm.variance_epsilon,
+    )
+
+
+def _weight_of(attn: nn.Module, name: str) -> int | None:
+    norm = getattr(attn, name, None)
+    return None if norm is None else int(norm.weight.data_ptr())

@@ -1,0 +1,209 @@
+"""Attention over paged keys and values in torch's own operations, on any device.
+
+Decoding rows attend in batches of like length, prompt chunks one by one. Which rows belong to whom is settled once a
+step, in `PagedStep`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from swaplora_server.engine.attention import LayerAttention, Run
+
+Slots = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+class TorchKV:
+    """Keys and values of every layer, in slots of `block_size` to a block. A layer is allocated when it first writes.
+
+    Block 0 is zero for ever: padded reads point at it, so that whatever a freed block holds cannot reach a neighbour.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, device: torch.device) -> None:
+        self.block_size = block_size
+        self._device = device
+        self._num_slots = (num_blocks + 1) * block_size
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Over all layers seen so far."""
+        return sum(cache[0].numel() * cache.element_size() for layer in self._layers.values() for cache in layer)
+
+    def step(self, runs: Sequence[Run]) -> "TorchStep":
+        """What a step of `runs` reads and writes."""
+        slots = [self._slots(run) for run in runs]
+        written = np.concatenate([held[run.first :] for held, run in zip(slots, runs, strict=True)])
+        decodes = [(run, held) for run, held in zip(runs, slots, strict=True) if run.num_rows == 1]
+        prefills = [
+            PrefillRun(run.start, run.stop, run.first, self._tensor(held))
+            for run, held in zip(runs, slots, strict=True)
+            if run.num_rows > 1
+        ]
+        return TorchStep(self, self._tensor(written), self._decode_groups(decodes), prefills)
+
+    def write(self, layer_idx: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store key and value [num_rows, num_kv_heads, head_dim] at `slots` and return the layer's whole caches."""
+        if layer_idx not in self._layers:
+            self._layers[layer_idx] = (self._allocate(key), self._allocate(value))
+        keys, values = self._layers[layer_idx]
+        keys.index_copy_(0, slots, key)
+        values.index_copy_(0, slots, value)
+        return keys, values
+
+    def _tensor(self, slots: Slots) -> Tensor:
+        return torch.from_numpy(slots).to(self._device, non_blocking=True)
+
+    def _slots(self, run: Run) -> Slots:
+        """The cache slots of a sequence's tokens up to the run's end."""
+        blocks = np.asarray(run.blocks, dtype=np.int64)
+        held: Slots = (blocks[:, None] * self.block_size + np.arange(self.block_size)).ravel()[: run.length]
+        return held
+
+    def _decode_groups(self, decodes: list[tuple[Run, Slots]]) -> "list[DecodeGroup]":
+        """Decoding rows by length, a doubling to a group, so that one long sequence does not pad all the others."""
+        by_magnitude: dict[int, list[tuple[Run, Slots]]] = {}
+        for run, held in decodes:
+            by_magnitude.setdefault(len(held).bit_length(), []).append((run, held))
+        return [self._decode_group(members) for members in by_magnitude.values()]
+
+    def _decode_group(self, members: list[tuple[Run, Slots]]) -> "DecodeGroup":
+        lengths = np.array([len(held) for _, held in members])
+        padded = np.zeros((len(members), lengths.max()), dtype=np.int64)
+        for row, (_, held) in enumerate(members):
+            padded[row, : len(held)] = held
+        return DecodeGroup(
+            rows=self._tensor(np.array([run.start for run, _ in members])),
+            slots=torch.from_numpy(padded).to(self._device, non_blocking=True),
+            lengths=self._tensor(lengths)[:, None],
+        )
+
+    def _allocate(self, like: Tensor) -> Tensor:
+        cache = like.new_empty(self._num_slots, *like.shape[1:])
+        cache[: self.block_size] = 0
+        return cache
+
+
+@dataclass(slots=True)
+class DecodeGroup:
+    """Sequences that compute one row each, padded to the longest of the group."""
+
+    rows: Tensor  # [num_sequences]: where their rows lie in the step
+    slots: Tensor  # [num_sequences, max_length]: the cache slots they read, padded with slot 0
+    lengths: Tensor  # [num_sequences, 1]: how many of them count
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> Tensor:
+        """[num_sequences, 1, 1, max_length], true where the row may look."""
+        if window not in self._masks:
+            positions = torch.arange(self.slots.shape[1], device=self.slots.device)
+            visible = positions < self.lengths
+            if window is not None:
+                visible &= positions >= self.lengths - window
+            self._masks[window] = visible[:, None, None, :]
+        return self._masks[window]
+
+
+@dataclass(slots=True)
+class PrefillRun:
+    """A chunk of one prompt: rows [start, stop) of the step, at positions `first` and on of its sequence."""
+
+    start: int
+    stop: int
+    first: int
+    slots: Tensor  # [first + stop - start]: the sequence's cache slots up to the chunk's end
+    _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """[1, 1, num_queries, num_keys], true where a row may look; None where plain causality says it all."""
+        if window not in self._masks:
+            self._masks[window] = self._make_mask(window)
+        return self._masks[window]
+
+    def _make_mask(self, window: int | None) -> Tensor | None:
+        num_keys = len(self.slots)
+        if self.first == 0 and (window is None or window >= num_keys):
+            return None
+        keys = torch.arange(num_keys, device=self.slots.device)
+        queries = keys[self.first :, None]
+        visible = keys <= queries
+        if window is not None:
+            visible &= keys > queries - window
+        return visible[None, None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer's attention, over groups of decoding rows and chunks of prompts."""
+
+    asked: LayerAttention
+
+    def decode(self, query: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup) -> Tensor:
+        """One row a sequence. The query heads that share a KV head lie along the query-length axis."""
+        num_kv_heads = keys.shape[1]
+        # heads [num_heads] become [num_kv_heads, heads_per_kv_head]
+        grouped = query[group.rows].reshape(len(group.rows), num_kv_heads, -1, query.shape[-1])
+        sinks = None if self.asked.sinks is None else self.asked.sinks.view(1, num_kv_heads, -1, 1)
+        out = self._attend(
+            grouped,
+            keys[group.slots].transpose(1, 2),
+            values[group.slots].transpose(1, 2),
+            group.mask(self.asked.window),
+            sinks,
+        )
+        return out.flatten(1, 2)
+
+    def prefill(self, query: Tensor, keys: Tensor, values: Tensor, run: PrefillRun) -> Tensor:
+        """One chunk of one prompt against everything before it and itself. → [num_queries, num_heads, head_dim]."""
+        num_heads, heads_per_kv_head = query.shape[1], query.shape[1] // keys.shape[1]
+        sinks = None if self.asked.sinks is None else self.asked.sinks.view(1, num_heads, 1, 1)
+        out = self._attend(
+            query[run.start : run.stop].transpose(0, 1).unsqueeze(0),
+            keys[run.slots].repeat_interleave(heads_per_kv_head, dim=1).transpose(0, 1).unsqueeze(0),
+            values[run.slots].repeat_interleave(heads_per_kv_head, dim=1).transpose(0, 1).unsqueeze(0),
+            run.mask(self.asked.window),
+            sinks,
+        )
+        return out[0].transpose(0, 1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
+        """Softmax attention; `mask` None means causal from the first key on. Shapes as torch's SDPA."""
+        if self.asked.softcap is None and sinks is None:
+            return scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.asked.scaling
+            )
+        scores = (query @ key.transpose(-1, -2)).float() * self.asked.scaling
+        if self.asked.softcap is not None:
+            scores = torch.tanh(scores / self.asked.softcap) * self.asked.softcap
+        if mask is None:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~mask, float("-inf"))
+        if sinks is None:
+            return scores.softmax(-1).to(value.dtype) @ value
+        with_sinks = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], dim=-1)
+        return with_sinks.softmax(-1)[..., :-1].to(value.dtype) @ value
+
+
+@dataclass(frozen=True, slots=True)
+class TorchStep:
+    """One step over `kv`."""
+
+    kv: TorchKV
+    slot_mapping: Tensor  # [num_rows]: where each row's key and value are stored
+    decodes: Sequence[DecodeGroup]
+    prefills: Sequence[PrefillRun]
+
+    def attend(self, asked: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `attention.Step`."""
+        keys, values = self.kv.write(asked.layer_idx, self.slot_mapping, key, value)
+        layer = _Layer(asked)
+        out = query.new_empty(*query.shape[:2], value.shape[-1])
+        for group in self.decodes:
+            out[group.rows] = layer.decode(query, keys, values, group)
+        for run in self.prefills:
+            out[run.start : run.stop] = layer.prefill(query, keys, values, run)
+        return out

@@ -1,0 +1,131 @@
+"""A row's logits are the same, bit for bit, alone and in any company, however its prompt was cut."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+from swaplora_adapters.artifact.weights import AdapterWeights, ModuleWeights
+from swaplora_server.engine.base_model import BaseModel, load_base
+from swaplora_server.engine.kernels import pick_kernels
+from swaplora_server.engine.kv_cache import BlockPool
+from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
+from swaplora_server.engine.runner import Runner
+from swaplora_server.engine.scheduler import Batch, ScheduledRows
+
+CPU = torch.device("cpu")
+CACHE = Path(__file__).parent.parent / ".cache" / "native"
+NUM_DECODED = 3
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+BASES = {
+    "llama": {"model_type": "llama", **SHAPE},
+    "qwen3": {"model_type": "qwen3", **SHAPE},
+    "mistral": {"model_type": "mistral", "sliding_window": 9, **SHAPE},
+    "olmo2": {"model_type": "olmo2", **SHAPE},
+    "gemma2": {"model_type": "gemma2", "sliding_window": 9, **SHAPE},
+    "starcoder2": {"model_type": "starcoder2", **SHAPE},
+    "gpt_neox": {"model_type": "gpt_neox", **SHAPE},
+}
+
+
+class Company:
+    """Sequences of one base, some with adapters, and what each row's logits are."""
+
+    def __init__(self, base: BaseModel, adapters: list[AdapterWeights], count: int, seed: int) -> None:
+        rng = random.Random(seed)
+        self.rng = rng
+        self.base = base
+        self.texts = [[rng.randrange(tiny.VOCAB_SIZE) for _ in range(rng.randint(4, 40))] for _ in range(count)]
+        self.uses = [_uses(rng, adapters) for _ in range(count)]
+
+    def alone(self, number: int) -> list[Tensor]:
+        """The prompt in one step, then token by token."""
+        return self._run([number], lambda _left: 1 << 30)[number]
+
+    def together(self) -> dict[int, list[Tensor]]:
+        """Everyone, in chunks of random sizes, so that prompts and decoding rows mix."""
+        return self._run(list(range(len(self.texts))), lambda _left: self.rng.choice([1, 2, 3, 5, 8, 13, 21]))
+
+    def _run(self, numbers: list[int], chunk: Callable[[int], int]) -> dict[int, list[Tensor]]:
+        pool = BlockPool(400, 16)
+        runner: Runner = self.base.runner(400, 16)
+        sequences = {number: self._sequence(number) for number in numbers}
+        logits: dict[int, list[Tensor]] = {number: [] for number in numbers}
+        while pending := [n for n in numbers if sequences[n].num_computed < len(self.texts[n])]:
+            self.rng.shuffle(pending)
+            rows = [self._next(sequences[n], self.texts[n], chunk, pool) for n in pending]
+            batch = Batch(tuple(sorted(rows, key=lambda row: row.sequence.request.adapter_key)))
+            outputs = runner.logits(batch)[: len(batch.sampling)]
+            for sequence, output in zip(batch.sampling, outputs, strict=True):
+                if sequence.num_tokens >= len(self.texts[int(sequence.request.request_id)]) - NUM_DECODED:
+                    logits[int(sequence.request.request_id)].append(output.clone())
+            for row in rows:
+                row.sequence.num_computed = row.stop
+        return logits
+
+    def _sequence(self, number: int) -> Sequence:
+        request = Request(
+            str(number), (), SamplingParams(max_tokens=1), emit=lambda _event: None, adapters=self.uses[number]
+        )
+        return Sequence(request, 0)
+
+    def _next(self, sequence: Sequence, text: list[int], chunk: Callable[[int], int], pool: BlockPool) -> ScheduledRows:
+        prompt = len(text) - NUM_DECODED
+        start = sequence.num_computed
+        stop = min(start + chunk(start), prompt) if start < prompt else start + 1
+        sequence.token_ids = text[: max(prompt, stop)]
+        pool.grow(sequence.block_table, stop)
+        return ScheduledRows(sequence, start, stop)
+
+
+def random_adapter(base: BaseModel, rank: int, seed: int) -> AdapterWeights:
+    """On every linear, the head too. Half of them in bfloat16, as trainers save them."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = torch.bfloat16 if seed % 2 else torch.float32
+    modules = {}
+    for path, shape in base.shapes.items():
+        lora_A = torch.randn(rank, shape.in_features, generator=generator) / shape.in_features**0.5
+        lora_B = (torch.randn(rank, shape.out_features, generator=generator) * 0.3 / rank**0.5).t()
+        modules[path] = ModuleWeights(lora_A.to(dtype), lora_B.to(dtype))
+    return AdapterWeights(f"sha256:{seed}", modules)
+
+
+def _uses(rng: random.Random, adapters: list[AdapterWeights]) -> tuple[AdapterUse, ...]:
+    chosen = rng.sample(adapters, rng.choice([0, 1, 1, 2]))
+    return tuple(AdapterUse(weights, rng.choice([1.0, 0.5, -2.0]), weights.digest) for weights in chosen)
+
+
+@pytest.fixture(scope="module", params=BASES)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    folder = tiny.save_tiny_base(tmp_path_factory.mktemp("base"), BASES[request.param])
+    return load_base(
+        folder, device=CPU, dtype=torch.float32, kernels=pick_kernels(CPU, torch.float32, CACHE, lambda _message: None)
+    )
+
+
+@pytest.fixture(scope="module")
+def adapters(base: BaseModel) -> list[AdapterWeights]:
+    return [random_adapter(base, rank, seed) for seed, rank in enumerate([1, 4, 7, 16, 33, 64])]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 16, 31, 32, 33])
+def test_logits_do_not_depend_on_the_company(base: BaseModel, adapters: list[AdapterWeights], count: int) -> None:
+    company = Company(base, adapters, count, seed=count)
+    together = company.together()
+    for number in range(count):
+        alone = company.alone(number)
+        assert len(alone) == len(together[number]) == NUM_DECODED + 1
+        for position, (mine, theirs) in enumerate(zip(alone, together[number], strict=True)):
+            assert torch.equal(mine, theirs), f"sequence {number}, output {position}"
