@@ -59,9 +59,9 @@ class Sequences:
         num_heads, num_kv_heads, head_dim = heads
         total = sum(lengths)
         self.lengths = lengths
-        self.query = torch.randn(total, num_heads, head_dim).to(dtype).split(lengths)
-        self.keys = torch.randn(total, num_kv_heads, head_dim).to(dtype).split(lengths)
-        self.values = torch.randn(total, num_kv_heads, head_dim).to(dtype).split(lengths)
+        self.query = torch.split(torch.randn(total, num_heads, head_dim).to(dtype), lengths)
+        self.keys = torch.split(torch.randn(total, num_kv_heads, head_dim).to(dtype), lengths)
+        self.values = torch.split(torch.randn(total, num_kv_heads, head_dim).to(dtype), lengths)
         self.num_blocks = sum(-(-length // block_size) for length in lengths) + 5
         free = random.Random(5).sample(range(1, self.num_blocks + 1), self.num_blocks)
         self.blocks = [[free.pop() for _ in range(-(-length // block_size))] for length in lengths]
@@ -76,7 +76,8 @@ class Sequences:
             torch.cat([rows[number][first:stop] for number, first, stop in chunks])
             for rows in (self.query, self.keys, self.values)
         )
-        return list(kv.step(runs).attend(layer, query, keys, values).split([run.num_rows for run in runs]))
+        out = kv.step(runs).attend(layer, query, keys, values)
+        return list(torch.split(out, [run.num_rows for run in runs]))
 
     def expected(self, number: int, first: int, stop: int, layer: LayerAttention) -> Tensor:
         query, keys, values = self.query[number], self.keys[number], self.values[number]

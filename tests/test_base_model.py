@@ -9,11 +9,11 @@ import torch
 import tiny
 from swaplora_server.engine import native_decoder, proof
 from swaplora_server.engine.attention import LayerAttention
-from swaplora_server.engine.torch_attention import PrefillRun
 from swaplora_server.engine.base_model import BaseModel, load_base
 from swaplora_server.engine.kernels import Kernels, pick_kernels, torch_kernels
 from swaplora_server.engine.native_decoder import NativeDecoder
 from swaplora_server.engine.proof import UnsupportedModelError
+from swaplora_server.engine.torch_attention import PrefillRun
 
 SMALL = {
     "hidden_size": 32,

@@ -26,7 +26,7 @@ class Segment:
 
 
 class LoraOp(NamedTuple):
-    """One form of y[rows] += scale · (x[rows] Aᵀ) Bᵀ: segments are prepared once a step, then added module by module."""
+    """One form of y[rows] += scale · (x[rows] Aᵀ) Bᵀ: prepared once a step, then added module by module."""
 
     # (a step's segments, the paths of all modules by number) → what `add` reads
     prepare: Callable[[Sequence[Segment], Sequence[str]], Any]

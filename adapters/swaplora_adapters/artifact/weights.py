@@ -39,7 +39,10 @@ class LinearShape(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModuleWeights:
-    """The factors of one module: its output gains x @ lora_A.T @ lora_B.T. Either may be bfloat16 beside float32 rows."""
+    """The factors of one module: its output gains x @ lora_A.T @ lora_B.T.
+
+    Either may be bfloat16 beside float32 rows.
+    """
 
     lora_A: Tensor  # [rank, in_features]
     lora_B: Tensor  # [out_features, rank], multiplied by the scaling; laid out column by column, as kernels read it
@@ -108,8 +111,8 @@ def build_weights(
 ) -> AdapterWeights:
     """Turn a file's tensors into weights to serve: contiguous, on `device`, alpha and rank folded into B.
 
-    They are of `dtype`, or bfloat16 where the file's are and nothing is lost. What already is all of that is used as it is. Raises like `check_fit`, and InvalidAdapterError for values
-    that are not finite or overflow `dtype`.
+    They are of `dtype`, or bfloat16 where the file's are and nothing is lost by it. What already is all of that is used
+    as it is. Raises like `check_fit`, and InvalidAdapterError for values that are not finite or overflow `dtype`.
     """
     _require_fit(spec, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes)
     return _assemble(digest, spec, tensors.items(), dtype, device)

@@ -1,4 +1,4 @@
-"""Attention for CPUs with a C++ compiler: decoding rows and chunks alike, straight from their blocks, nothing gathered."""
+"""Attention for CPUs with a C++ compiler: decoding rows and chunks alike, straight from their blocks."""
 
 import ctypes
 from collections.abc import Callable, Sequence
@@ -14,8 +14,8 @@ from swaplora_server.engine.attention import LayerAttention, Run
 from swaplora_server.engine.torch_attention import TorchKV, TorchStep
 
 _SOURCE = Path(__file__).with_name("paged_attention.cpp")
-_LANES = 8  # head sizes are read this many numbers at a time
-_SLACK = 2 * _LANES  # numbers that the last read of a small block may go beyond its end
+LANES = 8  # head sizes are read this many numbers at a time
+_SLACK = 2 * LANES  # numbers that the last read of a small block may go beyond its end
 _CPU = torch.device("cpu")
 
 
@@ -83,7 +83,7 @@ class NativeKV:
     def has_code_for(self, query: Tensor, value: Tensor) -> bool:
         """The kernel reads heads of whole lanes, keys and values of one size."""
         head_dim = query.shape[-1]
-        return query.dtype in self._kernels and head_dim % _LANES == 0 and value.shape[-1] == head_dim
+        return query.dtype in self._kernels and head_dim % LANES == 0 and value.shape[-1] == head_dim
 
     def layer(self, asked: LayerAttention, num_heads: int, like: Tensor) -> LayerCache:
         """One layer's cache, for keys like `like` [..., num_kv_heads, head_dim], and what it asks of its attention."""
@@ -109,9 +109,7 @@ class NativeKV:
         """The step of layers that the kernel has no code for."""
         return self._torch.step(runs)
 
-    def run(
-        self, cache: LayerCache, table: "RunTable", query: Tensor, key: Tensor, value: Tensor, out: Tensor
-    ) -> None:
+    def run(self, cache: LayerCache, table: "RunTable", query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
         """All tensors contiguous, shaped as in `attention.Step.attend`."""
         self._kernels[query.dtype](
             cache,

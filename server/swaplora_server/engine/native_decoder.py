@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from swaplora_adapters.apply.activation import Activation
-from swaplora_adapters.apply.layers import LoraLinear
 from swaplora_adapters.native import build
 from swaplora_server.engine import attention
 from swaplora_server.engine.attention import LayerAttention
-from swaplora_server.engine.native_attention import LayerCache, NativeStep
+from swaplora_server.engine.native_attention import LANES, LayerCache, NativeStep
 from swaplora_server.engine.native_linear import LinearWeight, NativeLinear
 
 _SOURCE = Path(__file__).with_name("decoder.cpp")
@@ -84,7 +83,7 @@ def fuse(
     linear: ctypes.CDLL,
 ) -> Callable[[], None] | None:
     """Exchange the layers of `model` for one native call, if they are of a known kind; what undoes it, or None."""
-    decoder = model.get_decoder()
+    decoder: Any = model.get_decoder()
     layers = decoder.layers if isinstance(getattr(decoder, "layers", None), nn.ModuleList) else None
     if layers is None or not all(_is_known(layer) for layer in layers):
         return None
@@ -98,16 +97,15 @@ def fuse(
     return lambda: setattr(decoder, "layers", layers)
 
 
-def _is_known(layer: nn.Module) -> bool:
+def _is_known(layer: Any) -> bool:
     if type(layer).__name__ not in _KNOWN:
         return False
-    act = type(layer.mlp.act_fn).__name__
-    linears = [linear.base for linear in _linears(layer)]
-    head_dim = layer.self_attn.head_dim
-    return act in {"SiLU", "SiLUActivation"} and all(isinstance(linear, NativeLinear) for linear in linears) and head_dim % 8 == 0
+    has_silu = type(layer.mlp.act_fn).__name__ in {"SiLU", "SiLUActivation"}
+    are_packed = all(isinstance(linear.base, NativeLinear) for linear in _linears(layer))
+    return has_silu and are_packed and layer.self_attn.head_dim % LANES == 0
 
 
-def _linears(layer: Any) -> Iterator[LoraLinear]:
+def _linears(layer: Any) -> Iterator[Any]:
     yield from (getattr(layer.self_attn, name) for name in _ATTENTION)
     yield from (getattr(layer.mlp, name) for name in _MLP)
 
@@ -115,9 +113,7 @@ def _linears(layer: Any) -> Iterator[LoraLinear]:
 class NativeDecoder(nn.Module):
     """Stands in for all layers of a decoder."""
 
-    def __init__(
-        self, library: ctypes.CDLL, kernels: _Kernels, layers: list[nn.Module], activation: Activation
-    ) -> None:
+    def __init__(self, library: ctypes.CDLL, kernels: _Kernels, layers: list[Any], activation: Activation) -> None:
         super().__init__()
         self._decode = library.decode
         self._kernels = kernels
@@ -127,9 +123,7 @@ class NativeDecoder(nn.Module):
         self._entries = (_Layer * len(layers))(*map(_entry, layers))
         self._cached_for: object = None
 
-    def forward(
-        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_others: object
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_others: object) -> Tensor:
         """hidden_states: [1, num_rows, hidden_size] → the same after every layer."""
         step = attention.current()
         if not isinstance(step, NativeStep):
@@ -194,6 +188,6 @@ def _entry(layer: Any) -> _Layer:
     )
 
 
-def _weight_of(attn: nn.Module, name: str) -> int | None:
+def _weight_of(attn: Any, name: str) -> int | None:
     norm = getattr(attn, name, None)
     return None if norm is None else int(norm.weight.data_ptr())

@@ -63,7 +63,7 @@ class NativeLinear(nn.Module):
         library.pack(weight.data_ptr(), self.in_features, self.out_features, is_bf16, self._panels.data_ptr())
         self._bias = None if bias is None else bias.contiguous()
         self.packed = LinearWeight(
-            self._panels.data_ptr(), None if bias is None else self._bias.data_ptr(), self.out_features, is_bf16
+            self._panels.data_ptr(), None if self._bias is None else self._bias.data_ptr(), self.out_features, is_bf16
         )
         self._job = _Job(ctypes.pointer(self.packed), None)
         self._linear = library.linear_f32

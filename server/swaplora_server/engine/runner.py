@@ -72,7 +72,10 @@ class Runner:
         token_ids = [token for rows in batch.rows for token in rows.sequence.token_ids[rows.start : rows.stop]]
         positions = [position for rows in batch.rows for position in range(rows.start, rows.stop)]
         keep = [layout.stop - 1 for layout in layouts if layout.rows.is_sampling] or [0]
-        with self._activation.use(self._step_adapters(layouts)), attention.use(self._kv.step([layout.run for layout in layouts])):
+        with (
+            self._activation.use(self._step_adapters(layouts)),
+            attention.use(self._kv.step([layout.run for layout in layouts])),
+        ):
             output = self._model(
                 input_ids=self._tensor([token_ids]),
                 position_ids=self._tensor([positions]),
