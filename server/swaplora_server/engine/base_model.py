@@ -15,6 +15,7 @@ from swaplora_adapters.apply.attach import attach, shape_of
 from swaplora_adapters.artifact.weights import LinearShape
 from swaplora_server.engine import attention
 from swaplora_server.engine.kernels import Kernels
+from swaplora_server.engine.narrow_embedding import narrow
 from swaplora_server.engine.proof import UnsupportedModelError, prove, stock_logits
 from swaplora_server.engine.runner import Runner
 
@@ -62,7 +63,6 @@ def load_base(source: str | Path, *, device: torch.device, dtype: torch.dtype, k
     """Load, wrap and prove a base from a folder or hub id. Raises UnsupportedModelError naming the reason."""
     model = _load_model(source, dtype).to(device)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     expected = stock_logits(model)
     attention.register()
     model.set_attn_implementation(attention.IMPLEMENTATION)
@@ -73,6 +73,8 @@ def load_base(source: str | Path, *, device: torch.device, dtype: torch.dtype, k
         head=model.get_output_embeddings(),
         prepare=kernels.prepare_linear,
     )
+    model.set_input_embeddings(narrow(model.get_input_embeddings()))
+    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     proof = prove(model, activation, linears, expected, kernels.paged_kv)
     _fuse(model, activation, expected, kernels)
     return BaseModel(

@@ -51,15 +51,16 @@ def pack(library: ctypes.CDLL, linear: nn.Module) -> nn.Module:
 class NativeLinear(nn.Module):
     """y = x Wᵀ + b with W in the kernel's panels; no plain copy is kept."""
 
+    _panels: Tensor
+
     def __init__(self, library: ctypes.CDLL, weight: Tensor, bias: Tensor | None) -> None:
         """weight: [out_features, in_features], float32 on CPU; bias: [out_features]."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         weight = weight.contiguous()
         is_bf16 = torch.equal(weight.bfloat16().float(), weight)
-        self._panels = torch.empty(
-            library.packed_words(self.in_features, self.out_features, is_bf16), dtype=torch.int32
-        )
+        num_words = library.packed_words(self.in_features, self.out_features, is_bf16)
+        self.register_buffer("_panels", torch.empty(num_words, dtype=torch.int32), persistent=False)
         library.pack(weight.data_ptr(), self.in_features, self.out_features, is_bf16, self._panels.data_ptr())
         self._bias = None if bias is None else bias.contiguous()
         self.packed = LinearWeight(
@@ -67,11 +68,6 @@ class NativeLinear(nn.Module):
         )
         self._job = _Job(ctypes.pointer(self.packed), None)
         self._linear = library.linear_f32
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the packed weight."""
-        return self._panels.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., num_rows, in_features] → [..., num_rows, out_features]."""

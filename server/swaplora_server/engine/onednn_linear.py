@@ -17,7 +17,8 @@ class OnednnLinear(nn.Module):
         """weight: [out_features, in_features], on CPU."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self._packed = _OPS._reorder_linear_weight(weight.detach().contiguous(), _ROWS_HINT)  # noqa: SLF001
+        packed = _OPS._reorder_linear_weight(weight.detach().contiguous(), _ROWS_HINT)  # noqa: SLF001
+        self.register_buffer("_packed", packed, persistent=False)
         self._bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
