@@ -130,9 +130,13 @@ class Settings(BaseSettings):
     max_model_len: int | None = Field(None, ge=1, le=2**24, description="longest context in tokens; default the base's")
     max_batch_tokens: int = Field(512, ge=1, le=2**20, description="most tokens computed in one step")
     max_num_seqs: int = Field(64, ge=1, le=2**16, description="most requests running at once")
+    max_step_ranks: int = Field(
+        4096, ge=1, le=2**30, description="most ranks of distinct adapters in one step; 4096 is 64 adapters of rank 64"
+    )
     max_waiting: int = Field(256, ge=0, le=2**20, description="most requests waiting; one more is answered 429")
     block_size: int = Field(16, ge=1, le=1024, description="tokens in one block of the KV cache")
     kv_cache_bytes: Size = Field(2**30, description="memory for the KV cache")
+    prefix_cache: bool = Field(True, description="compute what prompts begin with in common once")
     adapter_memory_bytes: Size = Field(4 * 2**30, description="memory for resident adapters")
     max_adapter_bytes: Size = Field(2**30, description="largest adapter that may be uploaded")
     max_body_bytes: Size = Field(32 * 2**20, description="largest JSON body")

@@ -69,10 +69,19 @@ def serve(
         int | None,
         typer.Option("--max-batch-tokens", "--max-num-batched-tokens", help="Most tokens in one step (default 512)."),
     ] = None,
+    max_step_ranks: Annotated[
+        int | None, typer.Option(help="Most ranks of distinct adapters in one step (default 4096: 64 of rank 64).")
+    ] = None,
     kv_cache_bytes: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory for the KV cache (default 1GiB).")
     ] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens in a block of the KV cache (default 16).")] = None,
+    prefix_cache: Annotated[
+        bool | None,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache", help="Compute what prompts begin with in common once (default on)."
+        ),
+    ] = None,
     max_body_bytes: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Largest JSON body (default 32MiB).")
     ] = None,

@@ -4,7 +4,10 @@ import enum
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
+
+from swaplora_server.engine.block_keys import block_key, root_key
 
 if TYPE_CHECKING:
     from swaplora_adapters.artifact.weights import AdapterWeights
@@ -82,15 +85,27 @@ class Request:
     adapters: tuple[AdapterUse, ...] = ()
     num_sequences: int = 1
     release: Callable[[], None] = lambda: None
+    cache_salt: str | None = None  # only requests with the same salt share cached blocks
     num_unfinished: int = field(init=False)
+    num_cached_tokens: int | None = field(default=None, init=False)  # of the prompt; None until it is looked up
 
     def __post_init__(self) -> None:
         self.num_unfinished = self.num_sequences
 
-    @property
+    @cached_property
     def adapter_key(self) -> tuple[tuple[str, float], ...]:
         """Equal for requests whose rows can share a segment; empty for the base, which sorts first."""
         return tuple((use.digest, use.scale) for use in self.adapters)
+
+    @cached_property
+    def adapter_ranks(self) -> dict[str, int]:
+        """The largest rank of each of its adapters, by digest."""
+        return {use.digest: use.weights.rank for use in self.adapters}
+
+    @cached_property
+    def cache_root(self) -> bytes:
+        """Where the keys of its cached blocks begin."""
+        return root_key(self.adapter_key, self.cache_salt)
 
 
 _arrivals = itertools.count()
@@ -106,6 +121,9 @@ class Sequence:
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
     arrival: int = field(default_factory=lambda: next(_arrivals))
+    awaited_key: bytes | None = None  # of a block that another sequence was computing when this one was looked at
+    passed_over_since: int | None = None  # the step in which it first had to let others go before it
+    _block_keys: list[bytes] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
@@ -122,6 +140,13 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Tokens whose keys and values are not in the cache yet: the rest of a prompt, or 1 while decoding."""
         return self.num_tokens - self.num_computed
+
+    def block_keys(self, num_blocks: int, block_size: int) -> list[bytes]:
+        """Cache keys of its first `num_blocks` blocks, which its tokens must fill. Each is hashed once."""
+        for start in range(len(self._block_keys) * block_size, num_blocks * block_size, block_size):
+            parent = self._block_keys[-1] if start else self.request.cache_root
+            self._block_keys.append(block_key(parent, self.token_ids[start : start + block_size]))
+        return self._block_keys[:num_blocks]
 
     def finish_reason_after(self, token_id: int) -> FinishReason | None:
         """Why the sequence ends with `token_id`, its newest token, or None while it goes on."""

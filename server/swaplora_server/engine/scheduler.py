@@ -1,7 +1,11 @@
 """Who runs in the next step, and what becomes of a step's tokens. Pure decisions: imports no torch.
 
 Decoding sequences come first, one row each; what is left of the token budget goes to prompts, in chunks, in order of
-arrival. When blocks run out, the youngest running sequence gives its blocks back and is computed again later.
+arrival. What the cache holds of a prompt is not computed again. When blocks run out, the youngest running sequence
+gives its blocks back and is computed again later, but for what the cache then still holds.
+
+A waiting sequence lets later ones go before it while its adapters do not fit beside those that run, and while another
+sequence is computing the very block it needs next, which it then shares. It does so for a bounded number of steps.
 """
 
 from collections import deque
@@ -10,7 +14,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from swaplora_server.engine.kv_cache import BlockPool
+from swaplora_server.engine.prefix_cache import PrefixCache
 from swaplora_server.engine.request import FinishReason, Logprobs, Request, Sequence, TokenEvent
+from swaplora_server.engine.step_ranks import StepRanks
+
+MAX_STEPS_PASSED_OVER = 64  # some seconds; then nothing begins before the one that waits
 
 
 class ScheduledRows(NamedTuple):
@@ -48,12 +56,26 @@ class Sampled(NamedTuple):
 
 
 class Scheduler:
-    """Owns every live sequence and the block pool. Only the engine's thread calls it."""
+    """Owns every live sequence and the block pool. Only the engine's thread calls it.
 
-    def __init__(self, pool: BlockPool, *, max_batch_tokens: int, max_num_seqs: int) -> None:
+    max_step_ranks bounds the sum of the ranks of the distinct adapters that run, unless one request alone is beyond it.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_batch_tokens: int,
+        max_num_seqs: int,
+        max_step_ranks: int,
+        prefix_cache: bool,
+    ) -> None:
         self.pool = pool
+        self.cache = PrefixCache(pool, is_on=prefix_cache)
         self._max_batch_tokens = max_batch_tokens
         self._max_num_seqs = max_num_seqs
+        self._ranks = StepRanks(max_step_ranks)
+        self._num_steps = 0
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
 
@@ -75,6 +97,7 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """Choose the next step's rows and give them blocks."""
+        self._num_steps += 1
         budget = self._max_batch_tokens
         chosen: list[ScheduledRows] = []
         for sequence in sorted(self._running, key=lambda sequence: (sequence.num_uncomputed > 1, sequence.arrival)):
@@ -82,15 +105,7 @@ class Scheduler:
             if num_rows and sequence in self._running and self._make_room(sequence, num_rows, chosen):
                 chosen.append(_next_rows(sequence, num_rows))
                 budget -= num_rows
-        while budget and self._waiting and len(self._running) < self._max_num_seqs:
-            sequence = self._waiting[0]
-            num_rows = min(sequence.num_uncomputed, budget)
-            if not self._can_admit(sequence):
-                break
-            self.pool.grow(sequence.block_table, num_rows)
-            self._running.append(self._waiting.popleft())
-            chosen.append(_next_rows(sequence, num_rows))
-            budget -= num_rows
+        chosen += self._admit(budget)
         return Batch(tuple(sorted(chosen, key=lambda rows: (rows.sequence.request.adapter_key, rows.sequence.arrival))))
 
     def commit(self, batch: Batch, outputs: Iterable[Sampled]) -> None:
@@ -98,6 +113,7 @@ class Scheduler:
         sampling = batch.sampling
         for rows in batch.rows:
             rows.sequence.num_computed = rows.stop
+            self.cache.publish(rows.sequence, rows.start, rows.stop)
         for sequence, sampled in zip(sampling, outputs, strict=True):
             self._append(sequence, sampled)
 
@@ -114,14 +130,58 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless the pool is whole and held by exactly the running sequences."""
-        self.pool.check_integrity()
-        held = sum(len(sequence.block_table) for sequence in self._running)
-        if held != self.pool.num_blocks - self.pool.num_free or any(sequence.block_table for sequence in self._waiting):
-            raise RuntimeError("blocks are held by no running sequence")
+        self.pool.check_integrity(sequence.block_table for sequence in self._running)
+        if any(sequence.block_table for sequence in self._waiting):
+            raise RuntimeError("blocks are held by a sequence that does not run")
+        ranks = {digest: rank for sequence in self._running for digest, rank in sequence.request.adapter_ranks.items()}
+        if self._ranks.total != sum(ranks.values()):
+            raise RuntimeError("the ranks that are counted are not those of the adapters that run")
 
-    def _can_admit(self, sequence: Sequence) -> bool:
+    def _admit(self, budget: int) -> list[ScheduledRows]:
+        """Begin waiting sequences while they fit, in their order but for those that can let others go first."""
+        begun: list[ScheduledRows] = []
+        passed_over: list[Sequence] = []
+        while budget and self._waiting and len(self._running) < self._max_num_seqs:
+            sequence = self._waiting[0]
+            if self._should_wait(sequence):
+                if self._is_overdue(sequence):
+                    break
+                passed_over.append(self._waiting.popleft())
+                continue
+            found = self.cache.find(sequence)
+            if not self._can_admit(sequence, found):
+                break
+            begun.append(self._begin(self._waiting.popleft(), found, budget))
+            budget -= begun[-1].num_rows
+        self._waiting.extendleft(reversed(passed_over))
+        return begun
+
+    def _should_wait(self, sequence: Sequence) -> bool:
+        """Whether its adapters do not fit beside those that run, or its next block will soon be there to share."""
+        should_wait = not self._ranks.fits(sequence.request.adapter_ranks) or (
+            not self._is_overdue(sequence) and self.cache.is_worth_waiting(sequence)
+        )
+        if should_wait and sequence.passed_over_since is None:
+            sequence.passed_over_since = self._num_steps
+        return should_wait
+
+    def _is_overdue(self, sequence: Sequence) -> bool:
+        since = sequence.passed_over_since
+        return since is not None and self._num_steps - since >= MAX_STEPS_PASSED_OVER
+
+    def _can_admit(self, sequence: Sequence, found: list[int]) -> bool:
         """Whether its whole prompt fits and leaves each running sequence a block, lest one be preempted at once."""
-        return self.pool.blocks_for(sequence.num_tokens) + len(self._running) <= self.pool.num_free
+        return self.pool.num_taken(found, sequence.num_tokens) + len(self._running) <= self.pool.num_free
+
+    def _begin(self, sequence: Sequence, found: list[int], budget: int) -> ScheduledRows:
+        """Let a sequence that fits run from the end of the blocks that were found for it."""
+        self._running.append(sequence)
+        self._ranks.add(sequence.request.adapter_ranks)
+        self.cache.begin(sequence, found)
+        sequence.passed_over_since = None
+        num_rows = min(sequence.num_uncomputed, budget)
+        self.pool.grow(sequence.block_table, sequence.num_computed + num_rows)
+        return _next_rows(sequence, num_rows)
 
     def _make_room(self, sequence: Sequence, num_rows: int, chosen: list[ScheduledRows]) -> bool:
         """Grow `sequence` for its next rows, preempting the youngest others; False when it was itself the youngest."""
@@ -138,15 +198,20 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
-        self.pool.release(sequence.block_table)
-        sequence.num_computed = 0
+        self._stop(sequence)
         self._waiting.appendleft(sequence)
+
+    def _stop(self, sequence: Sequence) -> None:
+        """Take a sequence out of those that run, and its blocks from it."""
+        self._running.remove(sequence)
+        self._ranks.remove(sequence.request.adapter_ranks)
+        self.cache.end(sequence)
 
     def _append(self, sequence: Sequence, sampled: Sampled) -> None:
         if sampled.token_id is None:
             message = "the output is not finite: the adapter's weights are too large for this prompt"
             failed = TokenEvent(sequence.index, None, None, FinishReason.ERROR, message, "adapter_failed")
+            self.cache.disown(sequence)
             self._finish(sequence, failed)
             return
         sequence.token_ids.append(sampled.token_id)
@@ -158,8 +223,10 @@ class Scheduler:
             self._finish(sequence, event)
 
     def _finish(self, sequence: Sequence, event: TokenEvent) -> None:
-        (self._running if sequence in self._running else self._waiting).remove(sequence)
-        self.pool.release(sequence.block_table)
+        if sequence in self._running:
+            self._stop(sequence)
+        else:
+            self._waiting.remove(sequence)
         request = sequence.request
         request.num_unfinished -= 1
         if not request.num_unfinished:

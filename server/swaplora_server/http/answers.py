@@ -75,7 +75,7 @@ def usage(generation: Generation) -> dict[str, Any]:
         "prompt_tokens": generation.num_prompt_tokens,
         "completion_tokens": generated,
         "total_tokens": generation.num_prompt_tokens + generated,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": generation.num_cached_tokens},
     }
 
 

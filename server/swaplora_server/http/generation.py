@@ -57,6 +57,7 @@ class Generation:
         self._detokenizers = [self._detokenizer() for _ in range(len(prompts) * body.n)]
         self._open = set(range(len(self._detokenizers)))
         self.num_generated = [0] * len(self._detokenizers)
+        self._num_cached_tokens = 0  # of requests that have been let go of
 
     @property
     def num_choices(self) -> int:
@@ -65,6 +66,11 @@ class Generation:
     @property
     def num_prompt_tokens(self) -> int:
         return sum(map(len, self._prompts))
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompts that were in the cache when their requests began."""
+        return self._num_cached_tokens + sum(request.num_cached_tokens or 0 for request in self._requests)
 
     def prompt_ids(self, choice: int) -> Sequence[int]:
         return self._prompts[choice // self._body.n]
@@ -87,6 +93,7 @@ class Generation:
                 adapters=uses,
                 num_sequences=self._body.n,
                 release=release,
+                cache_salt=self._body.cache_salt,
             )
             self._requests.append(request)
             self._service.engine.submit(request)
@@ -107,6 +114,7 @@ class Generation:
             self._open.clear()
             for request in self._requests:
                 self._service.engine.abort(request)
+        self._num_cached_tokens = self.num_cached_tokens
         self._requests.clear()  # which point back here: weights must not wait for the cycle collector
 
     def _post(self, first_choice: int, event: TokenEvent) -> None:

@@ -217,6 +217,8 @@ class Service:
             pool,
             max_batch_tokens=settings.max_batch_tokens,
             max_num_seqs=min(settings.max_num_seqs, settings.max_batch_tokens),
+            max_step_ranks=settings.max_step_ranks,
+            prefix_cache=settings.prefix_cache,
         )
         return Engine(scheduler, base.runner(pool.num_blocks, settings.block_size))
 

@@ -12,6 +12,7 @@ MAX_PROMPTS = 64
 MAX_STOPS = 16
 MAX_PROMPT_TOKENS = 2**22
 MAX_LOGPROBS = 20
+MAX_SALT_CHARACTERS = 1024
 MAX_SEED = 2**63 - 1
 MAX_INT = 2**31 - 1
 
@@ -122,7 +123,7 @@ class GenerationBody(WireModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    cache_salt: str | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
 
     @field_validator("*", mode="before")
     @classmethod
