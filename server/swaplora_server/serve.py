@@ -11,6 +11,7 @@ from types import FrameType
 import structlog
 import uvicorn
 from rich.console import Console
+from uvicorn.loops.auto import auto_loop_factory
 
 from swaplora_adapters.artifact.store import StoreError
 from swaplora_adapters.errors import AdapterError
@@ -34,8 +35,8 @@ def run(settings: Settings) -> None:
     """Serve until told to stop. Raises StartError."""
     configure_logging(settings)
     service = Service(settings)
-    with _listen(settings) as listener:
-        asyncio.run(_serve(service, listener))
+    with _listen(settings) as listener, asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+        runner.run(_serve(service, listener))
 
 
 async def _serve(service: Service, listener: socket.socket) -> None:

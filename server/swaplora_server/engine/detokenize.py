@@ -23,6 +23,8 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._stop = tuple(stop)
+        self._longest_stop = max(map(len, self._stop), default=0)
+        self._first_of_stops = frozenset(stop[0] for stop in self._stop)
         self._include_stop = include_stop
         self._held = ""
         self._undecoded: list[int] = []  # ids behind a character that is not complete yet
@@ -32,8 +34,13 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """The text that is settled by one more token; sets `is_stopped` when a stop string is complete."""
         text = self._stream.step(self._tokenizer, token_id)
-        self._undecoded = [*self._undecoded, token_id] if text is None else []
-        self._held += text or ""
+        if text is None:
+            self._undecoded.append(token_id)
+            return ""
+        self._undecoded.clear()
+        if not self._stop:
+            return text
+        self._held += text
         found = self._earliest_stop()
         if found is not None:
             start, stop = found
@@ -47,7 +54,8 @@ class Detokenizer:
     def flush(self) -> str:
         """What was held back, when the sequence ends otherwise; bytes of a character cut short show as U+FFFD."""
         cut = self._tokenizer.decode(self._undecoded, skip_special_tokens=self._skip_special_tokens)
-        rest, self._held, self._undecoded = self._held + cut, "", []
+        rest, self._held = self._held + cut, ""
+        self._undecoded.clear()
         return rest
 
     def _earliest_stop(self) -> tuple[int, str] | None:
@@ -56,8 +64,9 @@ class Detokenizer:
 
     def _possible_stop_prefix(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""
-        longest = max(map(len, self._stop), default=0)
-        for length in range(min(len(self._held), longest - 1), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
+        for length in range(min(len(self._held), self._longest_stop - 1), 0, -1):
+            if self._held[-length] in self._first_of_stops and any(
+                stop.startswith(self._held[-length:]) for stop in self._stop
+            ):
                 return length
         return 0

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,9 @@ from starlette.responses import JSONResponse, Response
 
 from swaplora_server.engine.request import FinishReason, Logprobs
 from swaplora_server.http.errors import ApiError, error_body
+from swaplora_server.http.figures import Outcome
 from swaplora_server.http.generation import Admission, Generation, GenerationError, Piece
-from swaplora_server.http.sse import DONE, EventStreamResponse, event, until_disconnect
+from swaplora_server.http.sse import DONE, EventStreamResponse, event, to_json, until_disconnect
 from swaplora_server.http.wire import GenerationBody
 
 
@@ -43,16 +44,18 @@ class Shape:
     object: str
     chunk_object: str
     choice: Callable[[Choice], dict[str, Any]]
-    chunks: Callable[[Piece], list[dict[str, Any]]]  # a piece as the choices of zero or more chunks
-    opening: Callable[[int], dict[str, Any]] | None  # the choice of a chunk that comes before a choice's first piece
+    # JSON without its closing brace: a piece as the choices of zero or more chunks, and the one before the first piece
+    chunks: Callable[[Piece], list[str]]
+    opening: Callable[[int], str] | None
 
 
 async def answer(request: Request, body: GenerationBody, admission: Admission, shape: Shape) -> Response:
     """The whole answer or a stream of it. The generation is aborted when the client goes before it has ended."""
     envelope = {"id": f"{shape.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
     if body.stream:
-        events = _stream(body, admission.generation, shape, envelope)
-        return EventStreamResponse(events, admission.headers, at_end=admission.generation.abort)
+        head = to_json({**envelope, "object": shape.chunk_object}).removesuffix("}")
+        stream = _Stream(body, admission.generation, shape, f'data: {head},"choices":[')
+        return EventStreamResponse(stream.events(), admission.headers, at_end=admission.generation.abort)
     try:
         choices = await until_disconnect(request.receive, _collect(admission.generation))
     except GenerationError as error:
@@ -81,38 +84,53 @@ def usage(generation: Generation) -> dict[str, Any]:
 
 async def _collect(generation: Generation) -> list[Choice]:
     choices = [Choice(index) for index in range(generation.num_choices)]
-    async for piece in generation.pieces():
-        choices[piece.index].add(piece)
+    while generation.outcome is None:
+        await generation.arrival()
+        for piece in generation.arrived():
+            choices[piece.choice].add(piece)
     return choices
 
 
-async def _stream(
-    body: GenerationBody, generation: Generation, shape: Shape, envelope: dict[str, Any]
-) -> AsyncGenerator[bytes]:
-    options = body.stream_options
-    head = {**envelope, "object": shape.chunk_object}
-    pieces = generation.pieces()
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """One streamed answer. A chunk is written as text around what changes: it is made once a token."""
 
-    def chunk(choice: dict[str, Any]) -> bytes:
-        extra = {"usage": usage(generation)} if options and options.continuous_usage_stats else {}
-        return event({**head, "choices": [choice], **extra})
+    body: GenerationBody
+    generation: Generation
+    shape: Shape
+    head: str  # what each chunk begins with, up to its choices
 
-    try:
-        if shape.opening is not None:
-            for index in range(generation.num_choices):
-                yield chunk(shape.opening(index))
-        async for piece in pieces:
-            token_ids = [] if piece.token_id is None else [piece.token_id]
-            for choice in shape.chunks(piece):
-                yield chunk(_with_ids(body, choice, token_ids))
-                token_ids = []
-        if options and options.include_usage:
-            yield event({**head, "choices": [], "usage": usage(generation)})
-    except GenerationError as error:
-        yield event(error_body(error.code, str(error)))
-    finally:
-        await pieces.aclose()
-    yield DONE
+    async def events(self) -> AsyncGenerator[bytes]:
+        """Server-sent events, all at once that have come together."""
+        if self.shape.opening is not None:
+            yield "".join(map(self._chunk, map(self.shape.opening, range(self.generation.num_choices)))).encode()
+        while self.generation.outcome is None:
+            await self.generation.arrival()
+            if arrived := "".join(self._arrived()):
+                yield arrived.encode()
+        yield f"{self._end()}{DONE}".encode()
+
+    def _arrived(self) -> Iterator[str]:
+        try:
+            for piece in self.generation.arrived():
+                token_ids = [] if piece.token_id is None else [piece.token_id]
+                for choice in self.shape.chunks(piece):
+                    yield self._chunk(choice, token_ids)
+                    token_ids = []
+        except GenerationError as error:
+            yield event(error_body(error.code, str(error)))
+
+    def _chunk(self, choice: str, token_ids: list[int] | None = None) -> str:
+        options = self.body.stream_options
+        is_counting = options is not None and options.continuous_usage_stats
+        counts = f',"usage":{to_json(usage(self.generation))}' if is_counting else ""
+        ids = f',"token_ids":{token_ids}' if self.body.return_token_ids and token_ids is not None else ""
+        return f"{self.head}{choice}{ids}}}]{counts}}}\n\n"
+
+    def _end(self) -> str:
+        options = self.body.stream_options
+        is_wanted = options is not None and options.include_usage and self.generation.outcome is Outcome.COMPLETED
+        return f'{self.head}],"usage":{to_json(usage(self.generation))}}}\n\n' if is_wanted else ""
 
 
 def _whole_choice(body: GenerationBody, generation: Generation, shape: Shape, choice: Choice) -> dict[str, Any]:

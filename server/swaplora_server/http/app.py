@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from swaplora_adapters.errors import AdapterError
-from swaplora_server.http import adapters, aliases, chat, completions, control, health, inspection, models
+from swaplora_server.http import adapters, aliases, chat, completions, control, health, inspection, metrics, models
 from swaplora_server.http.auth import KeyRing, authenticate
 from swaplora_server.http.errors import (
     ApiError,
@@ -40,8 +40,10 @@ def create_app(service: Service) -> RequestIdMiddleware:
     app.state.keys = KeyRing(service.settings.api_key)
     app.include_router(health.router)
     private = APIRouter(dependencies=[Depends(authenticate)])
-    for module in (models, completions, chat, adapters, inspection, aliases, control):
+    for module in (models, completions, chat, adapters, inspection, aliases, control, metrics):
         private.include_router(module.router)
     private.get("/openapi.json", include_in_schema=False)(app.openapi)
     app.include_router(private)
-    return RequestIdMiddleware(app)  # outermost, so that it sees every failure
+    return RequestIdMiddleware(
+        metrics.CountedRequests(app, service.figures)
+    )  # outermost, so that it sees every failure

@@ -11,6 +11,7 @@ from swaplora_server.http.body import body_schema, json_body, refuse_unsupported
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.generation import Piece, admit
 from swaplora_server.http.service import Service
+from swaplora_server.http.sse import to_json
 from swaplora_server.http.wire import UNSUPPORTED_CHAT, UNSUPPORTED_MESSAGE, ChatBody
 
 router = APIRouter()
@@ -51,25 +52,25 @@ def _shape(service: Service) -> Shape:
             "finish_reason": choice.finish_reason,
         }
 
-    def chunks(piece: Piece) -> list[dict[str, Any]]:
+    def chunks(piece: Piece) -> list[str]:
         tokens = [] if piece.token_id is None or piece.logprobs is None else [(piece.token_id, piece.logprobs)]
         deltas = []
         if piece.text or piece.token_id is not None:
-            deltas.append(_chunk(piece.index, {"content": piece.text}, logprobs=logprobs(tokens)))
+            shown = to_json(logprobs(tokens)) if tokens else "null"
+            deltas.append(_chunk(piece.choice, f'{{"content":{to_json(piece.text)}}}', logprobs=shown))
         if piece.finish_reason is not None:
-            deltas.append(_chunk(piece.index, {}, finish_reason=piece.finish_reason))
+            deltas.append(_chunk(piece.choice, "{}", finish_reason=to_json(piece.finish_reason)))
         return deltas
 
-    def opening(index: int) -> dict[str, Any]:
-        return _chunk(index, {"role": "assistant", "content": ""})
+    def opening(index: int) -> str:
+        return _chunk(index, '{"role":"assistant","content":""}')
 
     return Shape("chatcmpl", "chat.completion", "chat.completion.chunk", choice, chunks, opening)
 
 
-def _chunk(
-    index: int, delta: dict[str, str], logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
-) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+def _chunk(index: int, delta: str, *, logprobs: str = "null", finish_reason: str = "null") -> str:
+    """All but the index are JSON already. The closing brace is left to the stream, which may add to it."""
+    return f'{{"index":{index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish_reason}'
 
 
 def _token_logprobs(service: Service, token_id: int, logprobs: Logprobs) -> dict[str, Any]:

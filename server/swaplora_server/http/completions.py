@@ -9,6 +9,7 @@ from swaplora_server.http.answers import Choice, Shape, answer
 from swaplora_server.http.body import body_schema, json_body, refuse_unsupported
 from swaplora_server.http.generation import Piece, admit
 from swaplora_server.http.service import Service
+from swaplora_server.http.sse import to_json
 from swaplora_server.http.wire import UNSUPPORTED_COMPLETION, CompletionBody
 
 router = APIRouter()
@@ -29,8 +30,9 @@ def _choice(choice: Choice) -> dict[str, Any]:
     return {"index": choice.index, "text": choice.text, "logprobs": None, "finish_reason": choice.finish_reason}
 
 
-def _chunks(piece: Piece) -> list[dict[str, Any]]:
-    return [{"index": piece.index, "text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}]
+def _chunks(piece: Piece) -> list[str]:
+    reason = "null" if piece.finish_reason is None else to_json(piece.finish_reason)
+    return [f'{{"index":{piece.choice},"text":{to_json(piece.text)},"logprobs":null,"finish_reason":{reason}']
 
 
 _SHAPE = Shape("cmpl", "text_completion", "text_completion", _choice, _chunks, opening=None)

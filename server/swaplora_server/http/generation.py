@@ -2,10 +2,12 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from starlette.requests import Request as HttpRequest
 
@@ -14,19 +16,20 @@ from swaplora_adapters.registry.lease import Lease
 from swaplora_server.engine.detokenize import Detokenizer
 from swaplora_server.engine.request import AdapterUse, FinishReason, Logprobs, Request, SamplingParams, TokenEvent
 from swaplora_server.http.errors import ApiError
+from swaplora_server.http.figures import Outcome, Record
 from swaplora_server.http.service import Service
 from swaplora_server.http.shared import result_of
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.wire import GenerationBody
 
 _SESSION_HEADER = "x-session-id"
+_PATIENCE = 32  # events that may lie unread where nobody needs them one by one
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """What one step added to one choice. `text` may be empty while a character or a stop string is incomplete."""
 
-    index: int
+    choice: int
     text: str
     token_id: int | None
     logprobs: Logprobs | None
@@ -47,15 +50,21 @@ class Generation:
     Owns the requests until each of its choices has ended. Lives on the event loop; the engine posts events to it.
     """
 
-    def __init__(self, service: Service, body: GenerationBody, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, service: Service, body: GenerationBody, prompts: Sequence[Sequence[int]], began: float) -> None:
+        """`began` is the moment, on the monotonic clock, at which the client's wait began."""
         self._service = service
         self._body = body
         self._prompts = prompts
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, TokenEvent]] = asyncio.Queue()
+        self._began = began
+        self._first_at = self._last_at = 0.0
+        self._outbox = service.outbox
+        self._events: deque[tuple[int, TokenEvent]] = deque()
+        self._has_come = asyncio.Event()
+        self._is_read_at_once = body.stream or bool(body.stops)
         self._requests: list[Request] = []
         self._detokenizers = [self._detokenizer() for _ in range(len(prompts) * body.n)]
         self._open = set(range(len(self._detokenizers)))
+        self.outcome: Outcome | None = None  # None while a choice is open
         self.num_generated = [0] * len(self._detokenizers)
         self._num_cached_tokens = 0  # of requests that have been let go of
 
@@ -98,32 +107,57 @@ class Generation:
             self._requests.append(request)
             self._service.engine.submit(request)
 
-    async def pieces(self) -> AsyncGenerator[Piece]:
-        """Everything that is generated, as it comes, until every choice has ended. Raises GenerationError."""
-        try:
-            while self._open:
-                choice, event = await self._events.get()
-                if choice in self._open:
-                    yield self._piece(choice, event)
-        finally:
-            self.abort()
+    async def arrival(self) -> None:
+        """Return once something may have come since this was last called."""
+        await self._has_come.wait()
+        self._has_come.clear()
+
+    def arrived(self) -> Iterator[Piece]:
+        """What has come and was not read yet. Raises GenerationError, after which nothing comes any more."""
+        while self._events:
+            choice, event = self._events.popleft()
+            if choice in self._open:
+                yield self._piece(choice, event)
 
     def abort(self) -> None:
         """Have the engine end what still runs, and let go of it. Harmless when nothing does."""
         if self._open:
-            self._open.clear()
-            for request in self._requests:
-                self._service.engine.abort(request)
+            self._abort(Outcome.ABANDONED)
+
+    def _abort(self, outcome: Outcome) -> None:
+        for request in self._requests:
+            self._service.engine.abort(request)
+        self._end(outcome)
+
+    def _end(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self._open.clear()
         self._num_cached_tokens = self.num_cached_tokens
         self._requests.clear()  # which point back here: weights must not wait for the cycle collector
+        self._service.figures.observe(self._record(outcome))
+
+    def _record(self, outcome: Outcome) -> Record:
+        longest = max(self.num_generated)
+        return Record(
+            outcome,
+            self.num_prompt_tokens,
+            sum(self.num_generated),
+            seconds=time.monotonic() - self._began,
+            seconds_to_first=self._first_at - self._began if longest else None,
+            seconds_per_token=(self._last_at - self._first_at) / (longest - 1) if longest > 1 else None,
+        )
 
     def _post(self, first_choice: int, event: TokenEvent) -> None:
-        """Called on the engine's thread. A loop that has closed has nobody left to tell."""
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (first_choice + event.index, event))
+        """Called on the engine's thread."""
+        self._last_at = time.monotonic()
+        self._first_at = self._first_at or self._last_at
+        self._events.append((first_choice + event.index, event))
+        if self._is_read_at_once or event.finish_reason is not None or len(self._events) >= _PATIENCE:
+            self._outbox.post(self._has_come.set)
 
     def _piece(self, choice: int, event: TokenEvent) -> Piece:
         if event.finish_reason is FinishReason.ERROR:
+            self._abort(Outcome.FAILED)
             raise GenerationError(event.error_code, event.error)
         text = self._text(choice, event)
         reason = event.finish_reason
@@ -134,6 +168,8 @@ class Generation:
             text += self._detokenizers[choice].flush()
         if reason is not None:
             self._open.discard(choice)
+            if not self._open:
+                self._end(Outcome.COMPLETED)
         return Piece(choice, text, event.token_id, event.logprobs, reason)
 
     def _text(self, choice: int, event: TokenEvent) -> str:
@@ -189,6 +225,7 @@ async def _admit(
     max_tokens: int | None,
     num_logprobs: int | None,
 ) -> Admission:
+    began = time.monotonic()
     service.check_serving()
     limit = min(_room(service, prompt, max_tokens) for prompt in prompts)
     service.enter(len(prompts) * body.n)
@@ -196,7 +233,7 @@ async def _admit(
     try:
         lease = None if service.is_base(body.model) else await lease_model(service, body.model, client)
         uses = () if lease is None else (await _use(lease),)
-        generation = Generation(service, body, prompts)
+        generation = Generation(service, body, prompts, began)
     except BaseException:
         service.leave(len(prompts) * body.n)
         if lease is not None:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from typing import Any
 
 import structlog
@@ -25,6 +26,8 @@ from swaplora_server.engine.proof import UnsupportedModelError
 from swaplora_server.engine.scheduler import Scheduler
 from swaplora_server.http.arrivals import Arrivals
 from swaplora_server.http.errors import ApiError
+from swaplora_server.http.figures import Figures, State
+from swaplora_server.http.outbox import Outbox
 from swaplora_server.http.shared import result_of
 
 _HEARTBEAT_LIMIT_SECONDS = 60.0
@@ -45,6 +48,7 @@ class Service:
         self.settings = settings
         self.started_at = int(time.time())
         self.is_draining = False
+        self.figures = Figures(self._state, settings.base_id)
         self._is_ready = threading.Event()
         self._lock = threading.Lock()
         self._count_lock = threading.Lock()
@@ -61,6 +65,11 @@ class Service:
         if not self._is_ready.is_set():
             return True
         return self.engine.is_alive and time.monotonic() - self.engine.last_beat < _HEARTBEAT_LIMIT_SECONDS
+
+    @cached_property
+    def outbox(self) -> Outbox:
+        """What the engine tells the event loop through; first asked for on that loop, the one that serves."""
+        return Outbox()
 
     def start(self, report: Callable[[str], None]) -> None:
         """Load the base, open the registry, and start the engine. `report` hears what is being done.
@@ -172,6 +181,18 @@ class Service:
             ("KV cache, at most", self.settings.kv_cache_bytes),
             ("adapters, at most", self.settings.adapter_memory_bytes),
         ]
+
+    def _state(self) -> State | None:
+        """The engine and the adapters as they are now; None before there is an engine."""
+        if not self._is_ready.is_set():
+            return None
+        return State(
+            num_running=self.engine.num_running,
+            num_waiting=self.engine.num_waiting,
+            num_blocks=self.engine.num_blocks,
+            num_free_blocks=self.engine.num_free_blocks,
+            resident_bytes=self.registry.resident_bytes,
+        )
 
     def _open_registry(self) -> Registry:
         settings = self.settings

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -10,8 +11,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 PING_SECONDS = 15.0
-DONE = b"data: [DONE]\n\n"
+DONE = "data: [DONE]\n\n"
 _PING = b": ping\n\n"
+to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 Result = TypeVar("Result")
 
 
@@ -19,8 +21,8 @@ class ClientGoneError(Exception):
     """The client closed its connection before it was answered."""
 
 
-def event(data: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+def event(data: Mapping[str, Any]) -> str:
+    return f"data: {to_json(data)}\n\n"
 
 
 class EventStreamResponse(Response):
@@ -48,23 +50,26 @@ class EventStreamResponse(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        pending: asyncio.Future[bytes] | None = None
+        self._sent_at = time.monotonic()
+        pings = asyncio.ensure_future(self._ping(send))
         try:
-            while True:
-                pending = pending or asyncio.ensure_future(anext(self._events, b""))
-                done, _ = await asyncio.wait({pending}, timeout=PING_SECONDS)
-                chunk = pending.result() if done else _PING
-                if done:
-                    pending = None
-                if not chunk:
-                    break
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            async for events in self._events:
+                self._sent_at = time.monotonic()
+                await send({"type": "http.response.body", "body": events, "more_body": True})
         finally:
-            if pending is not None:
-                pending.cancel()
-                await asyncio.wait({pending})
+            pings.cancel()
+            await asyncio.wait({pings})
             await self._events.aclose()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _ping(self, send: Send) -> None:
+        """For as long as it is let: one sleeper a stream, so that what is sent has no timer to set and to cancel."""
+        with suppress(OSError):
+            while True:
+                await asyncio.sleep(self._sent_at + PING_SECONDS - time.monotonic())
+                if time.monotonic() >= self._sent_at + PING_SECONDS:
+                    self._sent_at = time.monotonic()
+                    await send({"type": "http.response.body", "body": _PING, "more_body": True})
 
 
 async def until_disconnect(receive: Receive, work: Awaitable[Result]) -> Result:

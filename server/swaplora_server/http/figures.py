@@ -1,0 +1,144 @@
+"""What the server counts: requests and generations as each ends, and the engine's and adapters' state when asked."""
+
+import enum
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.registry import Collector
+
+Family = CounterMetricFamily | GaugeMetricFamily | InfoMetricFamily
+_TO_FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_PER_TOKEN = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+_WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class Outcome(enum.StrEnum):
+    """How a generation ended: whole, left by its client, or with an error."""
+
+    COMPLETED = "completed"
+    ABANDONED = "abandoned"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A generation that has ended. Token counts are over all choices; None is what there were too few tokens for."""
+
+    outcome: Outcome
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    seconds: float
+    seconds_to_first: float | None
+    seconds_per_token: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixCacheState:
+    """Prompt tokens looked up since the start and found, and the blocks that are kept for nobody yet."""
+
+    num_queried_tokens: int
+    num_hit_tokens: int
+    num_cached_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadState:
+    """Adapters in memory, and all loads into it since the start."""
+
+    num_resident: int
+    num_loads: int
+    load_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The engine and the adapters at one moment. What is None is not kept count of, and is not shown."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    resident_bytes: int
+    prefix_cache: PrefixCacheState | None = None
+    loads: LoadState | None = None
+
+
+class Figures:
+    """Owns the registry that a scrape reads. A step of the engine pays nothing; a request pays once, at its end."""
+
+    def __init__(self, read_state: Callable[[], State | None], base: str) -> None:
+        """`read_state` is asked at each scrape; None while there is no engine yet."""
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.registry.register(_StateCollector(read_state, base))
+        self._requests = Counter(
+            "swaplora_requests", "HTTP requests answered", ["route", "status"], registry=self.registry
+        )
+        self._generations = Counter(
+            "swaplora_generations", "Generations that ended", ["outcome"], registry=self.registry
+        )
+        self._prompt_tokens = Counter("swaplora_prompt_tokens", "Prompt tokens", registry=self.registry)
+        self._generated_tokens = Counter("swaplora_generated_tokens", "Generated tokens", registry=self.registry)
+        self._to_first = self._histogram("time_to_first_token", "From the request to the first token", _TO_FIRST)
+        self._per_token = self._histogram("time_per_output_token", "Between tokens, the mean of a request", _PER_TOKEN)
+        self._whole = self._histogram("request_duration", "From the request to the end of its generation", _WHOLE)
+        for outcome in Outcome:
+            self._generations.labels(outcome)  # shown from the start: a rate needs its zero
+
+    def count_request(self, route: str, status: int | None) -> None:
+        """One HTTP request is over. `route` is its template; status None is one whose answer was never begun."""
+        self._requests.labels(route, "none" if status is None else f"{status // 100}xx").inc()
+
+    def observe(self, record: Record) -> None:
+        """One generation is over. How fast and how long is told by those that were whole."""
+        self._generations.labels(record.outcome).inc()
+        self._prompt_tokens.inc(record.num_prompt_tokens)
+        self._generated_tokens.inc(record.num_generated_tokens)
+        if record.seconds_to_first is not None:
+            self._to_first.observe(record.seconds_to_first)
+        if record.outcome is Outcome.COMPLETED:
+            self._whole.observe(record.seconds)
+            if record.seconds_per_token is not None:
+                self._per_token.observe(record.seconds_per_token)
+
+    def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"swaplora_{name}_seconds", documentation, buckets=buckets, registry=self.registry)
+
+
+class _StateCollector(Collector):
+    """Asks for the state when it is scraped, so that nobody has to report changes of it."""
+
+    def __init__(self, read_state: Callable[[], State | None], base: str) -> None:
+        self._read_state = read_state
+        self._base = base
+
+    def collect(self) -> Iterator[Family]:
+        yield InfoMetricFamily("swaplora", "This server", {"version": version("swaplora"), "base": self._base})
+        state = self._read_state()
+        if state is None:
+            return
+        yield GaugeMetricFamily("swaplora_running_sequences", "Sequences in the batch", state.num_running)
+        yield GaugeMetricFamily("swaplora_waiting_sequences", "Sequences in the queue", state.num_waiting)
+        yield GaugeMetricFamily("swaplora_kv_blocks", "Blocks of the KV cache", state.num_blocks)
+        yield GaugeMetricFamily("swaplora_kv_blocks_free", "Blocks that are free", state.num_free_blocks)
+        yield GaugeMetricFamily("swaplora_adapter_resident_bytes", "Memory of adapters", state.resident_bytes)
+        if state.prefix_cache is not None:
+            yield from _prefix_cache_families(state.prefix_cache)
+        if state.loads is not None:
+            yield from _load_families(state.loads)
+
+
+def _prefix_cache_families(state: PrefixCacheState) -> Iterator[Family]:
+    yield GaugeMetricFamily("swaplora_kv_blocks_cached", "Free blocks whose content is kept", state.num_cached_blocks)
+    queried, hit = state.num_queried_tokens, state.num_hit_tokens
+    yield CounterMetricFamily("swaplora_prefix_cache_queried_tokens", "Prompt tokens looked up", queried)
+    yield CounterMetricFamily("swaplora_prefix_cache_hit_tokens", "Of them those found", hit)
+
+
+def _load_families(state: LoadState) -> Iterator[Family]:
+    yield GaugeMetricFamily("swaplora_adapters_resident", "Adapters in memory", state.num_resident)
+    yield CounterMetricFamily("swaplora_adapter_loads", "Loads of adapters into memory", state.num_loads)
+    yield CounterMetricFamily("swaplora_adapter_load_seconds", "Time that loads took", state.load_seconds)

@@ -1,0 +1,49 @@
+"""GET /metrics, and the count of what is asked and answered."""
+
+import asyncio
+
+from fastapi import APIRouter, Depends, Request
+from prometheus_client.exposition import choose_encoder
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from swaplora_server.http.figures import Figures
+from swaplora_server.http.query import refuse_unknown_parameters
+from swaplora_server.http.service import Service
+
+router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus's text format, or OpenMetrics' where that is accepted. Answers while the server starts, too."""
+    service: Service = request.app.state.service
+    encode, media_type = choose_encoder(request.headers.get("accept", ""))
+    body = await asyncio.to_thread(encode, service.figures.registry)
+    return Response(body, headers={"content-type": media_type})
+
+
+class CountedRequests:
+    """Plain ASGI: counts each request at its end, by the route that took it and the class of its status."""
+
+    def __init__(self, app: ASGIApp, figures: Figures) -> None:
+        self._app = app
+        self._figures = figures
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status: int | None = None
+
+        async def send_seen(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_seen)
+        finally:
+            route = scope.get("route")  # absent for a path that nothing answers to
+            self._figures.count_request("none" if route is None else route.path, status)

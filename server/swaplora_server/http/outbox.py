@@ -1,0 +1,28 @@
+"""What other threads have the event loop do: one wake-up of it for all that one step says, not one a token."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+
+
+class Outbox:
+    """Calls for the event loop that made it. Any thread may post; each call is made once, in the order of posting."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._posted: deque[Callable[[], None]] = deque()
+        self._is_called = False  # the loop will look, or has not begun to
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Have the loop make `call`, which must not raise. A loop that has closed has nobody left to tell."""
+        self._posted.append(call)
+        if not self._is_called:
+            self._is_called = True
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._is_called = False  # before the look: what is posted during it calls again
+        while self._posted:
+            self._posted.popleft()()
