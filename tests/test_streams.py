@@ -40,6 +40,7 @@ class Told:
     """A generation that says what it is told to, in batches; an error is raised where one stands."""
 
     num_prompt_tokens = 7
+    num_cached_tokens = 0
     num_choices = 2
 
     def __init__(self, batches: list[list[Piece | GenerationError]]) -> None:
@@ -88,7 +89,9 @@ def body_of(kind: type[GenerationBody], **fields: Any) -> GenerationBody:
 
 
 def usage(num_generated: int) -> dict[str, Any]:
-    return answers.usage(cast(Generation, SimpleNamespace(num_generated=[num_generated], num_prompt_tokens=7)))
+    told = Told([])
+    told.num_generated = [num_generated]
+    return answers.usage(cast(Generation, told))
 
 
 def events(*chunks: dict[str, Any]) -> bytes:
@@ -163,8 +166,11 @@ def test_what_comes_together_goes_out_in_one_write_with_an_event_each() -> None:
 
 def test_what_came_before_an_error_goes_out_before_it_and_no_usage_follows() -> None:
     body = body_of(CompletionBody, stream_options={"include_usage": True})
-    failing = [Piece(0, "a", 65, None, None), GenerationError("engine_failed", "it broke")]
-    said = b"".join(written(stream(completions._SHAPE, body, [*failing]))).decode().split("\n\n")  # noqa: SLF001
+    failing: list[Piece | GenerationError] = [
+        Piece(0, "a", 65, None, None),
+        GenerationError("engine_failed", "it broke"),
+    ]
+    said = b"".join(written(stream(completions._SHAPE, body, failing))).decode().split("\n\n")  # noqa: SLF001
     assert json.loads(said[0].removeprefix("data: "))["choices"][0]["text"] == "a"
     assert json.loads(said[1].removeprefix("data: "))["error"]["code"] == "engine_failed"
     assert said[2:] == ["data: [DONE]", ""]

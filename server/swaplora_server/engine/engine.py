@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from swaplora_server.engine.prefix_cache import PrefixCache
 from swaplora_server.engine.request import FinishReason, Request, TokenEvent
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduler import Scheduler
@@ -71,6 +72,15 @@ class Engine:
     @property
     def num_blocks(self) -> int:
         return self._scheduler.pool.num_blocks
+
+    @property
+    def num_cached_blocks(self) -> int:
+        return self._scheduler.pool.num_cached_blocks
+
+    @property
+    def prefix_cache(self) -> PrefixCache:
+        """For its counters."""
+        return self._scheduler.cache
 
     def start(self) -> None:
         self._thread.start()

@@ -37,7 +37,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class PrefixCacheState:
-    """Prompt tokens looked up since the start and found, and the blocks that are kept for nobody yet."""
+    """Prompt tokens looked up since the start and found, and the blocks that can be found."""
 
     num_queried_tokens: int
     num_hit_tokens: int
@@ -45,25 +45,15 @@ class PrefixCacheState:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadState:
-    """Adapters in memory, and all loads into it since the start."""
-
-    num_resident: int
-    num_loads: int
-    load_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
 class State:
-    """The engine and the adapters at one moment. What is None is not kept count of, and is not shown."""
+    """The engine and the adapters at one moment."""
 
     num_running: int
     num_waiting: int
     num_blocks: int
     num_free_blocks: int
     resident_bytes: int
-    prefix_cache: PrefixCacheState | None = None
-    loads: LoadState | None = None
+    prefix_cache: PrefixCacheState
 
 
 class Figures:
@@ -125,20 +115,13 @@ class _StateCollector(Collector):
         yield GaugeMetricFamily("swaplora_kv_blocks", "Blocks of the KV cache", state.num_blocks)
         yield GaugeMetricFamily("swaplora_kv_blocks_free", "Blocks that are free", state.num_free_blocks)
         yield GaugeMetricFamily("swaplora_adapter_resident_bytes", "Memory of adapters", state.resident_bytes)
-        if state.prefix_cache is not None:
-            yield from _prefix_cache_families(state.prefix_cache)
-        if state.loads is not None:
-            yield from _load_families(state.loads)
+        yield from _prefix_cache_families(state.prefix_cache)
 
 
 def _prefix_cache_families(state: PrefixCacheState) -> Iterator[Family]:
-    yield GaugeMetricFamily("swaplora_kv_blocks_cached", "Free blocks whose content is kept", state.num_cached_blocks)
+    yield GaugeMetricFamily(
+        "swaplora_kv_blocks_cached", "Blocks that later prompts can begin with", state.num_cached_blocks
+    )
     queried, hit = state.num_queried_tokens, state.num_hit_tokens
     yield CounterMetricFamily("swaplora_prefix_cache_queried_tokens", "Prompt tokens looked up", queried)
     yield CounterMetricFamily("swaplora_prefix_cache_hit_tokens", "Of them those found", hit)
-
-
-def _load_families(state: LoadState) -> Iterator[Family]:
-    yield GaugeMetricFamily("swaplora_adapters_resident", "Adapters in memory", state.num_resident)
-    yield CounterMetricFamily("swaplora_adapter_loads", "Loads of adapters into memory", state.num_loads)
-    yield CounterMetricFamily("swaplora_adapter_load_seconds", "Time that loads took", state.load_seconds)

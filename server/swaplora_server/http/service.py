@@ -26,7 +26,7 @@ from swaplora_server.engine.proof import UnsupportedModelError
 from swaplora_server.engine.scheduler import Scheduler
 from swaplora_server.http.arrivals import Arrivals
 from swaplora_server.http.errors import ApiError
-from swaplora_server.http.figures import Figures, State
+from swaplora_server.http.figures import Figures, PrefixCacheState, State
 from swaplora_server.http.outbox import Outbox
 from swaplora_server.http.shared import result_of
 
@@ -192,6 +192,11 @@ class Service:
             num_blocks=self.engine.num_blocks,
             num_free_blocks=self.engine.num_free_blocks,
             resident_bytes=self.registry.resident_bytes,
+            prefix_cache=PrefixCacheState(
+                self.engine.prefix_cache.num_looked_up_tokens,
+                self.engine.prefix_cache.num_hit_tokens,
+                self.engine.num_cached_blocks,
+            ),
         )
 
     def _open_registry(self) -> Registry:
