@@ -34,7 +34,7 @@ isolation: $(VENV)/.dev ## the proof that no request is answered with another's 
 soak: $(VENV)/.dev ## the long forms of the tests that have one (an hour or more on two cores)
 	SWAPLORA_SOAK=1 $(BIN)/python -m pytest -s $(SOAK_TESTS) $(ARGS)
 
-bench: $(VENV)/.dev ## measure throughput on this machine, base against adapters
+bench: $(VENV)/.dev ## measure throughput on this machine, base against adapters (ARGS=--quick for one short round)
 	$(BIN)/python tests/bench.py $(ARGS)
 
 bench-life: $(VENV)/.dev ## measure what loads, uploads and a working set beyond the memory cost

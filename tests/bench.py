@@ -1,69 +1,119 @@
-"""`make bench`: throughput of a server of one's own, over HTTP from a second process, base against adapters.
+"""`make bench`: throughput of a server of one's own, measured by `swaplora bench` in a second process.
 
-Sixteen random adapters of rank 16 on every linear, 128 prompt tokens, 64 generated, greedy, 16 in flight and one.
-Before anything is timed, each adapter's greedy tokens in a mixed batch must equal those it gives alone.
+Sixteen random adapters on every linear, 128 prompt tokens, 64 generated, greedy, 16 in flight and one. Before anything
+is timed, each adapter's greedy tokens in a mixed batch must equal those it gives alone. What follows `--` is handed to
+`swaplora serve`.
 """
 
 import argparse
 import asyncio
+import hashlib
+import json
 import random
+import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from typing import Any
 
 import httpx
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from rich.table import Table
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
+from swaplora_server.bench.machine import measure_machine
+from swaplora_server.bench.protocol import FULL, QUICK, RATIOS, Workload
+from swaplora_server.bench.rounds import Round, machine_range, medians, ratios, tables
+from swaplora_server.bench.table import machine_line
 from swaplora_server.config import Settings
 from swaplora_server.embedded import ensure_embedded_base
 from test_restart import process
 
 PROMPT_TOKENS, OUTPUT_TOKENS, NUM_ADAPTERS, RANK = 128, 64, 16, 16
+MIXED_RANKS, NUM_REGISTERED, VOCAB_SIZE = (8, 16, 32, 64), 1000, 40_000
+NAMES = [f"a{number}" for number in range(NUM_ADAPTERS)]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+QWEN: Mapping[str, Any] = {  # the shape of Qwen2.5-0.5B
+    "hidden_size": 896,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "intermediate_size": 4864,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 32_768,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+COMMAND = "import typer; from swaplora_server.cli.bench import bench; typer.run(bench)"
 console = Console()
 
 
 @dataclass(frozen=True)
 class Run:
-    """One measured workload."""
+    """One measured workload; `report` is what `swaplora bench --json` printed."""
 
     label: str
-    tokens_per_second: float
-    ttft_p50: float  # seconds
-    tpot_p50: float  # seconds
+    report: Mapping[str, Any]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return float(self.report["output_tokens_per_second"])
 
 
 @dataclass(frozen=True)
 class Answer:
     token_ids: list[int]
-    ttft: float
-    tpot: float
+    ttft: float  # seconds
 
 
-def make_adapters(base: Path, folder: Path, count: int) -> None:
-    """Random adapters with non-zero B, in bfloat16 as trainers save them."""
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS, task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), config)
+def make_adapters(base: Path, folder: Path, count: int, ranks: Sequence[int] = (RANK,)) -> None:
+    """Random adapters with non-zero B, in bfloat16 as trainers save them; `ranks` go round."""
+    for first, rank in enumerate(ranks):
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, task_type="CAUSAL_LM")
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), config)
+        for number in range(first, count, len(ranks)):
+            generator = torch.Generator().manual_seed(number)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "lora_" in name:
+                        scale = 0.1 / rank**0.5 if "lora_B" in name else parameter.shape[1] ** -0.5
+                        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            model.save_pretrained(folder / f"a{number}")
+
+
+def make_small_adapters(source: Path, folder: Path, count: int) -> None:
+    """Adapters of rank 1 on one linear, cut out of `source` and no two alike, which need only be registered."""
+    tensors = load_file(source / "adapter_model.safetensors")
+    config = json.loads((source / "adapter_config.json").read_text())
+    config |= {"r": 1, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    cut = {name: tensor for name, tensor in tensors.items() if "q_proj" in name}
     for number in range(count):
-        generator = torch.Generator().manual_seed(number)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_" in name:
-                    scale = 0.1 / RANK**0.5 if "lora_B" in name else parameter.shape[1] ** -0.5
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-        model.save_pretrained(folder / f"a{number}")
+        (folder / f"s{number}").mkdir(parents=True)
+        (folder / f"s{number}" / "adapter_config.json").write_text(json.dumps(config))
+        first = {name: tensor[:1] if "lora_A" in name else tensor[:, :1] for name, tensor in cut.items()}
+        scaled = {name: (tensor * (1 + number)).contiguous() for name, tensor in first.items()}
+        save_file(scaled, folder / f"s{number}" / "adapter_model.safetensors")
+
+
+def make_random_base(folder: Path, tokenizer: Path, shape: Mapping[str, Any] = QWEN) -> None:
+    """A model of `shape` with random weights in bfloat16, and beside it the tokenizer of another base."""
+    ids = {name: getattr(AutoConfig.from_pretrained(tokenizer), name) for name in ("bos_token_id", "eos_token_id")}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**shape, **ids), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    for file in [*tokenizer.glob("tokenizer*"), *tokenizer.glob("special_tokens*"), *tokenizer.glob("chat_template*")]:
+        shutil.copy(file, folder)
 
 
 def prompt(number: int) -> list[int]:
     rng = random.Random(number)
-    return [rng.randrange(100, 40_000) for _ in range(PROMPT_TOKENS)]
+    return [rng.randrange(100, VOCAB_SIZE) for _ in range(PROMPT_TOKENS)]
 
 
 async def complete(client: httpx.AsyncClient, model: str, number: int, num_tokens: int = OUTPUT_TOKENS) -> Answer:
@@ -76,42 +126,22 @@ async def complete(client: httpx.AsyncClient, model: str, number: int, num_token
         "stream": True,
         "return_token_ids": True,
     }
-    began, stamps, ids = time.perf_counter(), [], []
+    began, first, ids = time.perf_counter(), None, []
     async with client.stream("POST", "/v1/completions", json=body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
-                stamps.append(time.perf_counter())
-                ids += httpx.Response(200, content=line[6:]).json()["choices"][0]["token_ids"]
-    return Answer(ids, stamps[0] - began, (stamps[-1] - stamps[0]) / max(1, len(ids) - 1))
+                first = first or time.perf_counter()
+                ids += json.loads(line[6:])["choices"][0]["token_ids"]
+    assert first is not None
+    return Answer(ids, first - began)
 
 
-async def drive(url: str, label: str, models: Sequence[str], num_requests: int, concurrency: int) -> Run:
-    """Keep `concurrency` requests in flight until `num_requests` have been answered."""
-    gate = asyncio.Semaphore(concurrency)
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-
-        async def one(number: int) -> Answer:
-            async with gate:
-                return await complete(client, models[number % len(models)], number)
-
-        began = time.perf_counter()
-        answers = await asyncio.gather(*(one(number) for number in range(num_requests)))
-        seconds = time.perf_counter() - began
-    return Run(
-        label,
-        sum(len(answer.token_ids) for answer in answers) / seconds,
-        median(answer.ttft for answer in answers),
-        median(answer.tpot for answer in answers),
-    )
-
-
-async def check(url: str, names: Sequence[str]) -> None:
+async def check(url: str) -> None:
     """Each adapter's tokens in a mixed batch equal those it gives alone, and are not the base's."""
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-        mixed = await asyncio.gather(*(complete(client, name, 0) for name in names))
-        alone = [await complete(client, name, 0) for name in names]
+        mixed = await asyncio.gather(*(complete(client, name, 0) for name in NAMES))
+        alone = [await complete(client, name, 0) for name in NAMES]
         base = await complete(client, "base", 0)
     if [answer.token_ids for answer in mixed] != [answer.token_ids for answer in alone]:
         raise SystemExit("answers in a mixed batch differ from those given alone: not measured")
@@ -119,50 +149,91 @@ async def check(url: str, names: Sequence[str]) -> None:
         raise SystemExit("an adapter gave the base's answer: not measured")
 
 
-def machine() -> str:
-    """This machine's read bandwidth and matrix rate, measured now."""
-    data, a, b = torch.ones(1 << 27), torch.ones(512, 1024), torch.ones(1024, 1024)
-    data.sum(), a @ b
-    began = time.perf_counter()
-    data.sum()
-    bandwidth = data.nbytes / (time.perf_counter() - began) / 1e9
-    began = time.perf_counter()
-    for _ in range(10):
-        a @ b
-    rate = 10 * 2 * 512 * 1024 * 1024 / (time.perf_counter() - began) / 1e9
-    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-    return f"{threads} cores, {capability}, {bandwidth:.0f} GB/s, {rate:.0f} GFLOP/s in fp32, torch {torch.__version__}"
+async def drive(url: str, label: str, adapters: Sequence[str], num_requests: int, concurrency: int, *flags: str) -> Run:
+    """Run `swaplora bench` in a process of its own; `adapters` are asked in turn, or the base if there are none."""
+    command = ["--url", url, "--base", "base", "--requests", str(num_requests), "--concurrency", str(concurrency)]
+    command += ["--warmup", str(concurrency), "--vocab-size", str(VOCAB_SIZE), *flags, "--json"]
+    if adapters:
+        command += ["--adapters", ",".join(adapters)]
+    command += ["--prompt-tokens", str(PROMPT_TOKENS), "--output-tokens", str(OUTPUT_TOKENS)]
+    generator = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", COMMAND, *command, stdout=asyncio.subprocess.PIPE
+    )
+    printed, _ = await generator.communicate()
+    report = json.loads(printed) if printed else {}
+    if generator.returncode or report["failed"] or report["short"]:
+        raise SystemExit(f"{label}: not every request was answered whole: {report.get('first_failure')}")
+    return Run(label, report)
 
 
-def measure(url: str, names: Sequence[str], rounds: int, num_requests: int) -> list[Run]:
-    asyncio.run(check(url, names))
-    plan: list[tuple[str, Sequence[str], int, int]] = [
-        ("base, 16 in flight", ["base"], num_requests, 16),
-        ("one adapter, 16 in flight", names[:1], num_requests, 16),
-        ("16 adapters, 16 in flight", names, num_requests, 16),
-        ("base, alone", ["base"], 6, 1),
-        ("one adapter, alone", names[:1], 6, 1),
-    ]
-    runs = []
-    for label, models, count, concurrency in plan:
-        rounds_of_one = [asyncio.run(drive(url, label, models, count, concurrency)) for _ in range(rounds)]
-        runs.append(sorted(rounds_of_one, key=lambda run: run.tokens_per_second)[rounds // 2])
-        console.print(f"  {label}: {runs[-1].tokens_per_second:.1f} tok/s")
-    return runs
+def measure(url: str, workload: Workload, num_requests: int, seed: int) -> Run:
+    """One run. No two have prompts in common, so that none finds another's in a cache."""
+    adapters = [] if workload.distribution == "base" else NAMES
+    count = num_requests if workload.concurrency > 1 else 6
+    flags = ["--distribution", workload.distribution, "--seed", str(seed)]
+    run = asyncio.run(drive(url, workload.label, adapters, count, workload.concurrency, *flags))
+    console.print(f"  {workload.label}: {run.tokens_per_second:.1f} tok/s")
+    return run
 
 
-def show(runs: Sequence[Run]) -> None:
-    table = Table("workload", "output tok/s", "of base", "TTFT p50", "TPOT p50", title=machine())
-    for run in runs:
-        base = runs[0] if "16 in flight" in run.label else runs[3]
-        table.add_row(
-            run.label,
-            f"{run.tokens_per_second:.1f}",
-            f"{run.tokens_per_second / base.tokens_per_second:.2f}",
-            f"{run.ttft_p50 * 1e3:.0f} ms",
-            f"{run.tpot_p50 * 1e3:.1f} ms",
-        )
-    console.print(table)
+def register(client: httpx.Client, folder: Path) -> None:
+    """Upload what the server does not have yet: once, for its data are kept."""
+    known = {model["id"] for model in client.get("/v1/models").json()["data"]}
+    for adapter in folder.iterdir():
+        if adapter.name not in known:
+            config, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+            files = {"config": config.read_bytes(), "weights": weights.read_bytes()}
+            client.put(f"/v1/adapters/{adapter.name}", files=files).raise_for_status()
+
+
+def prepare(base: Path, cache: Path, ranks: Sequence[int], servers: Collection[str]) -> None:
+    """Make the adapters that these servers need, unless an earlier run has."""
+    recipes: Mapping[str, Callable[[Path], None]] = {
+        "16": lambda folder: make_adapters(base, folder, NUM_ADAPTERS, ranks),
+        "mixed": lambda folder: make_adapters(base, folder, NUM_ADAPTERS, MIXED_RANKS),
+        "1000": lambda folder: make_small_adapters(cache / "16" / "a0", folder, NUM_REGISTERED - NUM_ADAPTERS),
+    }
+    for name, recipe in recipes.items():
+        if name in servers:
+            make_once(cache / name, recipe)
+
+
+def make_once(folder: Path, recipe: Callable[[Path], None]) -> Path:
+    """The folder that `recipe` fills; it appears when it is whole."""
+    if not folder.is_dir():
+        console.print(f"making {folder}")
+        part = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        recipe(part)
+        part.rename(folder)
+    return folder
+
+
+def measure_server(
+    base: Path, cache: Path, workloads: Sequence[Workload], number: int, arguments: argparse.Namespace
+) -> Round:
+    """Start the server of these workloads and run round `number` of them on it."""
+    server = workloads[0].server
+    folder = [] if server == "none" else ["--adapter-dir", str(cache / ("16" if server == "1000" else server))]
+    flags = ["--served-model-name", "base", *folder, "--kv-cache-bytes", "1GiB", *arguments.server_flags]
+    with tempfile.TemporaryDirectory() as scratch:
+        data = cache / "1000-data" if server == "1000" else Path(scratch)
+        with process(base, data, *flags) as (running, client):
+            if server == "1000":
+                register(client, cache / "1000")
+            return measure_running(running.pid, str(client.base_url), workloads, number, arguments.requests)
+
+
+def measure_running(pid: int, url: str, workloads: Sequence[Workload], number: int, num_requests: int) -> Round:
+    """Check the answers, where adapters give them, and then run these workloads."""
+    server, reports = workloads[0].server, {}
+    if server != "none":
+        asyncio.run(check(url))
+    for each in workloads:
+        reports[each.label] = measure(url, each, num_requests, number * len(FULL) + FULL.index(each)).report
+    console.print(f"  memory of the server with adapters registered: {server}: {resident_mib(pid)} MiB")
+    return reports
 
 
 def resident_mib(pid: int) -> int:
@@ -170,27 +241,54 @@ def resident_mib(pid: int) -> int:
     return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) // 1024
 
 
-def main() -> None:
+def machine() -> str:
+    """What this machine can do, measured now."""
+    return f"{machine_line(measure_machine())}, torch {torch.__version__}"
+
+
+def chosen_base(arguments: argparse.Namespace, cache_dir: Path) -> Path:
+    if arguments.base:
+        return Path(arguments.base)
+    embedded = ensure_embedded_base(cache_dir, console.print)
+    if not arguments.random_base:
+        return embedded
+    return make_once(cache_dir / "bench" / "random-qwen2.5-0.5b", lambda folder: make_random_base(folder, embedded))
+
+
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each workload; the median counts")
-    parser.add_argument("--requests", type=int, default=64, help="requests of each workload with 16 in flight")
-    parser.add_argument("--dtype", default="auto", help="as of swaplora serve")
-    arguments = parser.parse_args()
-    base = ensure_embedded_base(Settings().cache_dir, console.print)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        adapters = folder / "adapters"
-        make_adapters(base, adapters, NUM_ADAPTERS)
-        flags = ["--served-model-name", "base", "--adapter-dir", str(adapters), "--dtype", arguments.dtype]
-        with process(base, folder / "data", *flags, "--kv-cache-bytes", "1GiB") as (server, client):
-            runs = measure(
-                str(client.base_url),
-                [f"a{number}" for number in range(NUM_ADAPTERS)],
-                arguments.rounds,
-                arguments.requests,
-            )
-            console.print(f"server's memory with {NUM_ADAPTERS} adapters resident: {resident_mib(server.pid)} MiB")
-        show(runs)
+    parser.add_argument("--rounds", type=int, default=3, help="of all workloads; medians count")
+    parser.add_argument("--requests", type=int, default=64, help="of each workload with 16 in flight")
+    parser.add_argument("--quick", action="store_true", help="one round of the first five workloads")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--base", help="a local folder (default: the embedded base)")
+    which.add_argument("--random-base", action="store_true", help="Qwen2.5-0.5B's shape, and adapters of mixed ranks")
+    parser.add_argument("server_flags", nargs="*", help="after --: flags of swaplora serve")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments, cache_dir = options(), Settings().cache_dir
+    base = chosen_base(arguments, cache_dir)
+    cache = cache_dir / "bench" / f"{base.name}-{hashlib.sha256((base / 'config.json').read_bytes()).hexdigest()[:12]}"
+    workloads = QUICK if arguments.quick else FULL
+    servers = list(dict.fromkeys(each.server for each in workloads))
+    prepare(base, cache, MIXED_RANKS if arguments.random_base else (RANK,), servers)
+    found: dict[str, Any] = {"machine": machine(), "base": base.name, "rounds": []}
+    for number in range(1 if arguments.quick else arguments.rounds):
+        console.print(f"round {number + 1}")
+        of_servers = [[each for each in workloads if each.server == server] for server in servers]
+        measured = [measure_server(base, cache, each, number, arguments) for each in of_servers]
+        found["rounds"].append({label: report for part in measured for label, report in part.items()})
+    found |= {"medians": medians(found["rounds"]), "ratios": ratios(found["rounds"], RATIOS)}
+    (cache / "results.json").write_text(json.dumps(found, indent=2))
+    for line in [
+        *tables(found["medians"], found["ratios"]),
+        found["machine"],
+        machine_range(found["rounds"]),
+        f"every figure: {cache / 'results.json'}",
+    ]:
+        console.print(line, soft_wrap=True)
 
 
 if __name__ == "__main__":

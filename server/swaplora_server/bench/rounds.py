@@ -1,0 +1,103 @@
+"""Several rounds of the same workloads: medians, how far the rounds lie apart, and ratios taken within a round."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from swaplora_server.bench.report import Report
+
+Round = Mapping[str, Report]  # what was measured, by the workload's label
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Output tokens per second of the workload `above` over that of `below`: at least `bar`, at best `goal`."""
+
+    label: str
+    above: str
+    below: str
+    bar: float
+    goal: float
+
+
+def spread(numbers: Sequence[float]) -> float | None:
+    """(max - min) / median; None of a single number, which says nothing of how far others would lie from it."""
+    if len(numbers) < 2:
+        return None
+    return (max(numbers) - min(numbers)) / median(numbers)
+
+
+def medians(rounds: Sequence[Round]) -> list[dict[str, Any]]:
+    """For each workload the median over the rounds of its rate and of its times' p50 and p95, in milliseconds."""
+    return [
+        {
+            "workload": label,
+            "output_tokens_per_second": median(rates := [_rate(each[label]) for each in rounds]),
+            "spread": spread(rates),
+        }
+        | {
+            f"{name}_{quantile}": median(each[label][name][quantile] for each in rounds)
+            for name in ("ttft_ms", "tpot_ms")
+            for quantile in ("p50", "p95")
+        }
+        for label in rounds[0]
+    ]
+
+
+def ratios(rounds: Sequence[Round], wanted: Iterable[Ratio]) -> list[dict[str, Any]]:
+    """The median over the rounds of each ratio whose two workloads were both measured, and whether it will do."""
+    rows = []
+    for ratio in wanted:
+        if {ratio.above, ratio.below} <= rounds[0].keys():
+            found = [_rate(each[ratio.above]) / _rate(each[ratio.below]) for each in rounds]
+            verdict = _verdict(median(found), ratio)
+            row = {"ratio": ratio.label, "value": median(found), "spread": spread(found)}
+            rows.append(row | {"bar": ratio.bar, "goal": ratio.goal, "verdict": verdict})
+    return rows
+
+
+def tables(medians: Sequence[Row], ratios: Sequence[Row]) -> list[str]:
+    """Both as tables in Markdown; the second only if there is a ratio."""
+    times = {f"{name}_{quantile}": _tenths for name in ("ttft_ms", "tpot_ms") for quantile in ("p50", "p95")}
+    shares = dict.fromkeys(("value", "spread", "bar", "goal"), _hundredths)
+    shown = [_markdown(medians, {"workload": str, "output_tokens_per_second": _tenths, "spread": _hundredths, **times})]
+    return [*shown, _markdown(ratios, {"ratio": str, **shares, "verdict": str})] if ratios else shown
+
+
+def _markdown(rows: Sequence[Row], columns: Mapping[str, Callable[[Any], str]]) -> str:
+    """A table of `rows`; `columns` says which of their keys are shown, and how."""
+    lines = [[name.replace("_", " ") for name in columns], ["---"] * len(columns)]
+    lines += [[show(row[name]) for name, show in columns.items()] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def machine_range(rounds: Sequence[Round]) -> str:
+    """The least and the most that the machine could do before each run: far apart, other work disturbed the figures."""
+    machines = [report["machine"] for each in rounds for report in each.values()]
+    reads, products = (
+        [machine[key] for machine in machines] for key in ("read_gb_per_second", "fp32_gflop_per_second")
+    )
+    return (
+        f"machine before the runs: {min(reads):.1f} to {max(reads):.1f} GB/s, "
+        f"{min(products):.0f} to {max(products):.0f} GFLOP/s in fp32; figures compare only where these are close"
+    )
+
+
+def _tenths(number: float) -> str:
+    return f"{number:.1f}"
+
+
+def _hundredths(number: float | None) -> str:
+    return "-" if number is None else f"{number:.2f}"
+
+
+def _rate(report: Report) -> float:
+    return float(report["output_tokens_per_second"])
+
+
+def _verdict(value: float, ratio: Ratio) -> str:
+    if value >= ratio.goal:
+        return "goal met"
+    return "bar met" if value >= ratio.bar else "below the bar"
