@@ -1,5 +1,7 @@
 """What many tests share: a tiny base on disk, adapters for it, and a server of them that lives for a module."""
 
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +12,13 @@ import transformers
 import tiny
 from serving import Running, serving, settings
 
+MEMORY = Path("/dev/shm")
+ROOM_BYTES = 4 << 30  # several times what all tests write, so that small machines and containers go on using the disk
+
 torch.set_num_threads(2)
 transformers.logging.disable_progress_bar()
+if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM_BYTES:
+    tempfile.tempdir = str(MEMORY)  # of tmp_path too; a disk's fsync is what most of these tests would wait for
 
 
 @pytest.fixture(scope="session")

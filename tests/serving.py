@@ -49,7 +49,7 @@ class Running:
         ids: list[int] = response.json()["choices"][0]["token_ids"]
         return ids
 
-    def wait_idle(self, seconds: float = 10.0) -> None:
+    def wait_idle(self, seconds: float = 60.0) -> None:
         """Return once nothing runs or waits and every block is free; fail if that takes longer."""
         engine, deadline = self.service.engine, time.monotonic() + seconds
         while engine.num_running or engine.num_waiting or engine.num_free_blocks != engine.num_blocks:

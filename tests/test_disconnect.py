@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-import time
+import threading
 from pathlib import Path
 
 import httpx
@@ -10,15 +10,32 @@ import pytest
 
 from serving import BASE, Running
 from swaplora_adapters.artifact.weights import AdapterWeights
+from swaplora_server.engine.runner import Runner
+from swaplora_server.engine.scheduler import Batch, Sampled
 
 PROMPT = list(range(40, 60))
-LONG = {"prompt": PROMPT, "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+MAX_TOKENS = 400
+GUARD_SECONDS = 60
+LONG = {"prompt": PROMPT, "max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True}
 
 
 @pytest.fixture
 def loaded(server: Running, adapters: list[Path]) -> Running:
     server.put("gone", adapters[3])
     return server
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """What the engine has run since the test began."""
+    steps, run = [], Runner.run
+
+    def noting(self: Runner, batch: Batch) -> list[Sampled]:
+        steps.append(batch)
+        return run(self, batch)
+
+    monkeypatch.setattr(Runner, "run", noting)
+    return steps
 
 
 async def leave_after(server: Running, seconds: float, **fields: object) -> None:
@@ -30,13 +47,21 @@ async def leave_after(server: Running, seconds: float, **fields: object) -> None
 
 @pytest.mark.parametrize("is_streaming", [True, False])
 @pytest.mark.parametrize("model", [BASE, "gone"])
-async def test_a_disconnect_frees_every_block(loaded: Running, model: str, is_streaming: bool) -> None:
-    task = asyncio.create_task(leave_after(loaded, 0.3, model=model, stream=is_streaming, n=4))
-    while loaded.service.engine.num_running < 4:
-        await asyncio.sleep(0.005)
-    assert loaded.service.engine.num_free_blocks < loaded.service.engine.num_blocks
-    await task
-    await asyncio.to_thread(loaded.wait_idle, 2.0)
+async def test_a_disconnect_frees_every_block(
+    loaded: Running, model: str, is_streaming: bool, steps: list[Batch]
+) -> None:
+    async with httpx.AsyncClient(base_url=loaded.url, timeout=GUARD_SECONDS) as client:
+        body = LONG | {"model": model, "stream": is_streaming, "n": 4}
+        asked = asyncio.create_task(client.post("/v1/completions", json=body))
+        while loaded.service.engine.num_running < 4:
+            assert not asked.done()
+            await asyncio.sleep(0.005)
+        assert loaded.service.engine.num_free_blocks < loaded.service.engine.num_blocks
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+    await asyncio.to_thread(loaded.wait_idle)
+    assert len(steps) < MAX_TOKENS  # so that it did not end by itself
     assert loaded.client.get("/v1/adapters/gone").json()["in_flight"] == 0
 
 
@@ -57,24 +82,36 @@ async def test_sixty_disconnects_at_random_moments_leave_nothing_behind(loaded: 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 @pytest.mark.parametrize("is_streaming", [True, False])
 async def test_a_client_that_does_not_wait_for_a_cold_adapter_is_forgotten(
-    server: Running, adapters: list[Path], path: str, is_streaming: bool, monkeypatch: pytest.MonkeyPatch
+    server: Running,
+    adapters: list[Path],
+    path: str,
+    is_streaming: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: list[Batch],
 ) -> None:
     load = server.service.registry._load  # noqa: SLF001
+    has_begun, may_end = threading.Event(), threading.Event()
 
-    def slowly(digest: str) -> AdapterWeights:
-        time.sleep(0.5)
+    def held(digest: str) -> AdapterWeights:
+        has_begun.set()
+        assert may_end.wait(GUARD_SECONDS)
         return load(digest)
 
-    monkeypatch.setattr(server.service.registry._residency, "_load", slowly)  # noqa: SLF001
+    monkeypatch.setattr(server.service.registry._residency, "_load", held)  # noqa: SLF001
     server.put("cold", adapters[5])
     body = LONG | {"model": "cold", "stream": is_streaming, "n": 4, "messages": [{"role": "user", "content": "x"}]}
     async with httpx.AsyncClient(base_url=server.url) as client:
-        with pytest.raises((TimeoutError, asyncio.CancelledError)):
-            async with asyncio.timeout(0.2):
-                await client.post(path, json=body)
-    await asyncio.to_thread(time.sleep, 0.5)
-    await asyncio.to_thread(server.wait_idle, 2.0)
-    assert server.client.get("/v1/adapters/cold").json()["in_flight"] == 0
+        asked = asyncio.create_task(client.post(path, json=body))
+        assert await asyncio.to_thread(has_begun.wait, GUARD_SECONDS)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+    async with asyncio.timeout(GUARD_SECONDS):
+        while server.client.get("/v1/adapters/cold").json()["in_flight"]:
+            await asyncio.sleep(0.01)
+    may_end.set()
+    await asyncio.to_thread(server.wait_idle)
+    assert steps == []
     server.client.delete("/v1/adapters/cold")
 
 
@@ -83,10 +120,11 @@ async def test_waiting_requests_can_be_abandoned_too(loaded: Running) -> None:
     await asyncio.to_thread(loaded.wait_idle)
 
 
-def test_a_stop_string_ends_the_sequence_in_the_engine_as_well(loaded: Running) -> None:
+def test_a_stop_string_ends_the_sequence_in_the_engine_as_well(loaded: Running, steps: list[Batch]) -> None:
     whole = loaded.generate("gone", PROMPT, max_tokens=40, ignore_eos=True).json()["choices"][0]
     stop = whole["text"][5:7]
     choice = loaded.generate("gone", PROMPT, max_tokens=400, ignore_eos=True, stop=stop).json()["choices"][0]
     assert choice["finish_reason"] == "stop"
     assert choice["text"] == whole["text"][: whole["text"].index(stop)]
-    loaded.wait_idle(2.0)
+    loaded.wait_idle()
+    assert len(steps) < MAX_TOKENS

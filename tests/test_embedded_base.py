@@ -1,5 +1,6 @@
 """The proof of equivalence on the real thing: base and sixteen adapters at once on the embedded model, against PEFT."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,15 @@ from swaplora_server.embedded import ensure_embedded_base
 from test_equivalence import SHAPES, stream_all
 
 TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On a base of this size threads share the work, and on a busy machine spend more time waiting for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

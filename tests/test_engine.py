@@ -77,7 +77,7 @@ def test_stopping_ends_running_requests_with_an_error(server: Running) -> None:
     while not server.service.engine.num_running:
         time.sleep(0.005)
     server.service.engine.stop()
-    thread.join(10)
+    thread.join(60)
     assert answers == [503]
 
 

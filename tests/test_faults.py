@@ -152,11 +152,13 @@ def test_a_catalogue_that_cannot_be_written_is_507_for_every_change_and_serving_
 def small_disk(base: Path, data_dir: Path) -> Iterator[tuple[Running, Path]]:
     """A server whose data directory is a file system of 8 MiB, and the way to it from here."""
     data_dir.mkdir()
-    port = free_port()
     mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=8m disk "$0" && exec "$@"', str(data_dir)]
-    command = [*mount, sys.executable, "-m", "swaplora_server", "serve", str(base), "--port", str(port)]
+    command = [*mount, sys.executable, "-m", "swaplora_server", "serve", str(base)]
     command += ["--data-dir", str(data_dir), "--cache-dir", str(Path(__file__).parent.parent / ".cache"), *SMALL]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
+    with (
+        free_port() as port,
+        subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL) as server,
+    ):
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
                 wait_ready(server, client)
@@ -252,7 +254,7 @@ def check_failed(running: Running, data_dir: Path, name: str) -> None:
 
 def damage_while_serving(running: Running, blob: Path, damage: Callable[[Path], object]) -> None:
     """Damage the files of `a` in the middle of its answer: neither that one nor the next is any different."""
-    body = {"model": "a", "prompt": PROMPT, "max_tokens": 300, "temperature": 0, "ignore_eos": True, "stream": True}
+    body = {"model": "a", "prompt": PROMPT, "max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream": True}
     said = []
     for disturb in (lambda _blob: None, lambda _blob: None, damage, lambda _blob: None):
         with running.client.stream("POST", "/v1/completions", json=body) as response:

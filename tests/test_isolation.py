@@ -7,8 +7,8 @@ from isolation import Workload, prove
 from planted import FAULTS
 from sizes import size
 
-WHOLE = Workload(num_swaps=size(200, 10_000), num_replaces=size(50, 1000))
-SMALL = Workload(num_swaps=30, num_replaces=10, length=200)
+WHOLE = Workload(num_swaps=size(200, 10_000), num_replaces=size(50, 1000), length=size(512, 1000))
+SMALL = Workload(num_swaps=30, num_replaces=10, length=100)
 
 
 def test_nobody_is_answered_with_anothers_weights_whatever_is_swapped_meanwhile() -> None:

@@ -44,7 +44,7 @@ def held_by(server: Running) -> Held:
 
     The event loop's pool of threads has a bound of its own, and fills up to it as chance will have it.
     """
-    server.wait_idle(60)
+    server.wait_idle()
     data_dir, names = server.service.settings.data_dir, [thread.name for thread in threading.enumerate()]
     return Held(
         resident_bytes=server.service.registry.resident_bytes,
@@ -181,7 +181,7 @@ def test_a_deleted_adapter_is_out_of_memory_before_any_garbage_is_collected(
     gc.disable()
     try:
         asyncio.run(cycle(server, weights, range(100_001, 100_020)))  # without a look at the process's memory
-        server.wait_idle(60)
+        server.wait_idle()
         num_loaded, num_freed = report.loads, report.freed
     finally:
         gc.enable()

@@ -18,28 +18,31 @@ PROMPT = list(range(70, 90))
 SMALL = ("--dtype", "fp32", "--kv-cache-bytes", "4MiB")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+@contextmanager
+def free_port() -> Iterator[int]:
+    """A port that is kept for who listens on it in the block: nobody else is given it in the meantime."""
+    with socket.socket() as keeper:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keeper.bind(("127.0.0.1", 0))
+        port: int = keeper.getsockname()[1]
+        yield port
 
 
 @contextmanager
 def process(base: Path, data_dir: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
     """`swaplora serve` as a user starts it, on a free port."""
-    port = free_port()
     cache = Path(__file__).parent.parent / ".cache"
-    command = [sys.executable, "-m", "swaplora_server", "serve", str(base), "--port", str(port)]
+    command = [sys.executable, "-m", "swaplora_server", "serve", str(base)]
     command += ["--data-dir", str(data_dir), "--cache-dir", str(cache), *flags]
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            wait_ready(server, client)
-            yield server, client
-    finally:
-        server.kill()
-        server.wait()
+    with free_port() as port:
+        server = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL)
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+                wait_ready(server, client)
+                yield server, client
+        finally:
+            server.kill()
+            server.wait()
 
 
 def wait_ready(server: subprocess.Popen[bytes], client: httpx.Client) -> None:
@@ -78,7 +81,7 @@ def test_a_signal_ends_the_process_cleanly(base: Path, tmp_path: Path) -> None:
     with process(base, tmp_path, *SMALL) as (server, client):
         assert client.get("/health").status_code == 200
         server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=20) == 0
+        assert server.wait(timeout=60) == 0
 
 
 def test_streams_that_outlive_the_time_to_drain_end_with_an_error(base: Path, tmp_path: Path) -> None:
@@ -91,7 +94,7 @@ def test_streams_that_outlive_the_time_to_drain_end_with_an_error(base: Path, tm
             events = [line for line in lines if line]
         assert '"engine_failed"' in events[-2]
         assert events[-1] == "data: [DONE]"
-        assert server.wait(timeout=20) == 0
+        assert server.wait(timeout=60) == 0
 
 
 def test_two_servers_on_one_data_folder_is_one_line(base: Path, tmp_path: Path) -> None:
@@ -107,7 +110,7 @@ def test_two_servers_on_one_data_folder_is_one_line(base: Path, tmp_path: Path) 
             "--port",
             "0",
         ]
-        ended = subprocess.run([*command, *SMALL], capture_output=True, text=True, check=False, timeout=60)
+        ended = subprocess.run([*command, *SMALL], capture_output=True, text=True, check=False, timeout=120)
     assert ended.returncode == 1
     assert "in use by another process" in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -117,7 +120,7 @@ def test_a_port_in_use_is_one_line_with_a_remedy(base: Path, tmp_path: Path) -> 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         command = [sys.executable, "-m", "swaplora_server", "serve", str(base), "--data-dir", str(tmp_path)]
         command += ["--port", str(taken.getsockname()[1])]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert ended.returncode == 1
     assert "choose another --port" in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -76,10 +76,10 @@ def test_depth_at_the_limit_is_read() -> None:
 
 
 def test_a_megabyte_of_brackets_is_refused_quickly() -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(InvalidAdapterError):
         loads(b'["' + b"[" * 500_000 + b'",' + b"[" * 500_000, what="it", max_bytes=1 << 20, max_depth=16)
-    assert time.perf_counter() - started < 1
+    assert time.thread_time() - started < 1
 
 
 @given(st.binary(max_size=200) | st.text(alphabet='{}[]",:\\u0d8acf19eE-+. ', max_size=60).map(str.encode))

@@ -187,7 +187,7 @@ def test_a_folder_and_a_pipe_are_no_files(path: Path) -> None:
     os.mkfifo(path)
     reader = threading.Thread(target=complaints, args=(path,), daemon=True)
     reader.start()
-    reader.join(timeout=5)
+    reader.join(timeout=60)
     assert not reader.is_alive()
 
 
