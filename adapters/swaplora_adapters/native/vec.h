@@ -48,7 +48,7 @@ inline float mul_add(float a, float b, float c) { return __builtin_fmaf(a, b, c)
 inline f32x8 mul_add(f32x8 a, f32x8 b, f32x8 c) { return a * b + c; }
 inline float mul_add(float a, float b, float c) { return a * b + c; }
 #endif
-inline f32x8 splat(float x) { return f32x8{} + x; }
+inline f32x8 splat(float x) { return f32x8{x, x, x, x, x, x, x, x}; }
 
 inline void store(f32x8 v, float* to) { std::memcpy(to, &v, sizeof v); }
 

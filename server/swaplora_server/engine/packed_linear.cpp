@@ -23,12 +23,15 @@ constexpr int VECTORS = 2, COLUMNS = VECTORS * WIDTH, ROWS = 6;  // of a tile: i
 constexpr int64_t DEPTH = 256;         // of a panel at a time, so that it stays in the first cache for all rows
 constexpr int64_t AHEAD = 128;         // rows of a panel that are asked of memory before they are needed
 constexpr int64_t STRIP = 11 * ROWS;   // rows whose sums are held at a time
-constexpr int64_t UNPACKED = 2 * ROWS; // rows from which on widening a panel once is cheaper than once a tile
+constexpr int64_t UNPACKED = 4 * ROWS; // rows from which on widening a panel once is cheaper than once a tile
 constexpr int64_t THREADED = 1 << 16;  // multiply-adds below which a second thread costs more than it saves
 constexpr int64_t SHARES = 8;          // pieces a thread takes of its work, so that a core that is busy elsewhere takes fewer
 
 #ifdef __AVX512F__
 lanes mul_add(lanes a, lanes b, lanes c) { return _mm512_fmadd_ps(a, b, c); }
+lanes wide_splat(float x) { return _mm512_set1_ps(x); }
+#else
+lanes wide_splat(float x) { return splat(x); }
 #endif
 lanes get(const float* from) { return *reinterpret_cast<const unaligned_lanes*>(from); }
 void put(lanes v, float* to) { *reinterpret_cast<unaligned_lanes*>(to) = v; }
@@ -58,7 +61,7 @@ void tile(const float* x, int64_t in, const P* panel, int64_t depth, float* sums
         get_row(panel, k, w);
         __builtin_prefetch(panel + (k + AHEAD) * row_words(panel));
         for (int r = 0; r < R; r++) {
-            const lanes scalar = lanes{} + x[r * in + k];
+            const lanes scalar = wide_splat(x[r * in + k]);
             for (int v = 0; v < VECTORS; v++) acc[r][v] = mul_add(scalar, w[v], acc[r][v]);
         }
     }
