@@ -50,7 +50,6 @@ QWEN: Mapping[str, Any] = {  # the shape of Qwen2.5-0.5B
     "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
 }
-COMMAND = "import typer; from swaplora_server.cli.bench import bench; typer.run(bench)"
 console = Console()
 
 
@@ -157,7 +156,7 @@ async def drive(url: str, label: str, adapters: Sequence[str], num_requests: int
         command += ["--adapters", ",".join(adapters)]
     command += ["--prompt-tokens", str(PROMPT_TOKENS), "--output-tokens", str(OUTPUT_TOKENS)]
     generator = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", COMMAND, *command, stdout=asyncio.subprocess.PIPE
+        sys.executable, "-m", "swaplora_server", "bench", *command, stdout=asyncio.subprocess.PIPE
     )
     printed, _ = await generator.communicate()
     report = json.loads(printed) if printed else {}

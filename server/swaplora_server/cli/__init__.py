@@ -1,4 +1,4 @@
-"""The `swaplora` command: start a server, manage the adapters of one that runs, talk to it.
+"""The `swaplora` command: start a server, manage the adapters of one that runs, talk to it, measure it.
 
 Nothing slow is imported before a command needs it: `--help` must answer at once.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import typer
 
-from swaplora_server.cli import adapters, aliases, chat, inspection, serve, upkeep, validation
+from swaplora_server.cli import adapters, aliases, bench, chat, inspection, serve, upkeep, validation
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def _group(description: str, commands: Mapping[str, Callable[..., None]]) -> typ
 
 app = _group(
     "One frozen base model, any number of LoRA adapters, one batch, over HTTP.",
-    {"serve": serve.serve, "chat": chat.chat},
+    {"serve": serve.serve, "chat": chat.chat, "bench": bench.bench},
 )
 app.add_typer(
     _group(
