@@ -34,6 +34,7 @@ from swaplora_server.bench.rounds import Ratio, machine_range, medians, ratios, 
 from swaplora_server.bench.workload import Request, arrival_times, choose_adapters, make_requests
 from swaplora_server.cli.bench import NICENESS, bench
 
+RUN = "import typer; from swaplora_server.cli.bench import bench; typer.run(bench)"
 URL = "http://127.0.0.1:1"
 MACHINE = {"processor": "test", "cores": 2, "read_gb_per_second": 1.0, "fp32_gflop_per_second": 1.0}
 unhurried = settings(max_examples=50, deadline=None)
