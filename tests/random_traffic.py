@@ -42,6 +42,7 @@ events = st.one_of(
     st.tuples(st.just("submit"), submissions),
     st.tuples(st.just("step"), st.integers(1, 6)),
     st.tuples(st.just("step where one fails"), st.integers(0, 7)),
+    st.tuples(st.just("submit and abort after"), st.integers(1, 3), submissions),
     st.tuples(st.just("abort"), st.integers(0, 20), st.sampled_from((None, 0, 1, 2))),
 )
 limits = st.fixed_dictionaries(
@@ -105,6 +106,11 @@ class Traffic:
         match kind, *given:
             case "submit", fields:
                 self._submit(**fields)
+            case "submit and abort after", count, fields:
+                self._submit(**fields)
+                for _ in range(count):
+                    self.step()
+                self.scheduler.abort(self.clients[-1].request)
             case "step", count:
                 for _ in range(count):
                     self.step()

@@ -21,6 +21,7 @@ COMMANDS = (
     "",
     "serve",
     "chat",
+    "bench",
     "adapters",
     *(f"adapters {name}" for name in ("list", "get", "put", "delete", "rollback", "pin", "unpin", "warm", "inspect")),
     "adapters validate",

@@ -45,3 +45,23 @@ def test_a_count_of_holders_that_is_wrong_is_noticed() -> None:
     for wrong in ([], [table, table], [table[:1]]):
         with pytest.raises(RuntimeError, match="held by more or fewer"):
             pool.check_integrity(wrong)
+
+
+def test_a_block_that_was_computed_again_counts_as_used_and_goes_behind_its_tail() -> None:
+    pool = BlockPool(4, 4)
+    keys = [b"head", b"middle", b"tail"]
+    first: list[int] = []
+    pool.grow(first, 8)
+    for block, key in zip(first, keys, strict=False):
+        pool.publish(block, key)
+    pool.release(first, keys[:2])
+    second: list[int] = []
+    pool.share(second, pool.find(keys[:1]))
+    pool.grow(second, 12)
+    pool.publish(second[2], keys[2])
+    pool.release(second, keys)
+    left = []
+    for num_blocks in range(1, 5):
+        pool.grow(first, num_blocks * 4)
+        left.append(len(pool.find(keys)))
+    assert left == [3, 2, 1, 0]
