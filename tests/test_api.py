@@ -140,7 +140,6 @@ REFUSED_ANYWHERE: dict[str, Any] = {
     "guided_json": {},
     "structured_outputs": {"regex": "a"},
     "response_format": {"type": "json_object"},
-    "adapters": [{"name": "tuned"}],
     "priority": 1,
     "prompt_logprobs": 1,
     "use_beam_search": True,

@@ -19,6 +19,7 @@ from swaplora_server.http.generation import Generation, GenerationError, Piece
 from swaplora_server.http.outbox import Outbox
 from swaplora_server.http.service import Service
 from swaplora_server.http.sse import DONE, EventStreamResponse
+from swaplora_server.http.terms import Terms
 from swaplora_server.http.wire import ChatBody, CompletionBody, GenerationBody
 
 TOKENIZER = tiny.byte_tokenizer()
@@ -187,7 +188,7 @@ def generation(body: GenerationBody) -> tuple[Generation, list[Record]]:
         leave=lambda _count: None,
     )
     made = Generation(cast(Service, service), body, [[1, 2, 3]], began=0.0)
-    made.submit(body.sampling(100, frozenset(), None), (), None)
+    made.submit(body.sampling(100, frozenset(), None), (), Terms((), ()))
     return made, records
 
 

@@ -11,15 +11,13 @@ from typing import NamedTuple
 
 from starlette.requests import Request as HttpRequest
 
-from swaplora_adapters.errors import AdapterNotFoundError
-from swaplora_adapters.registry.lease import Lease
 from swaplora_server.engine.detokenize import Detokenizer
 from swaplora_server.engine.request import AdapterUse, FinishReason, Logprobs, Request, SamplingParams, TokenEvent
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.figures import Outcome, Record
 from swaplora_server.http.service import Service
-from swaplora_server.http.shared import result_of
 from swaplora_server.http.sse import until_disconnect
+from swaplora_server.http.terms import Terms, take_terms
 from swaplora_server.http.wire import GenerationBody
 
 _SESSION_HEADER = "x-session-id"
@@ -84,13 +82,12 @@ class Generation:
     def prompt_ids(self, choice: int) -> Sequence[int]:
         return self._prompts[choice // self._body.n]
 
-    def submit(self, params: SamplingParams, uses: tuple[AdapterUse, ...], lease: Lease | None) -> None:
-        """Hand every prompt to the engine, and with them the lease, which goes back when the last of them has ended."""
+    def submit(self, params: SamplingParams, uses: tuple[AdapterUse, ...], terms: Terms) -> None:
+        """Hand every prompt to the engine, and with them the leases, which go back when the last of them has ended."""
 
         def give_back() -> None:
             self._service.leave(self.num_choices)
-            if lease is not None:
-                lease.release()
+            terms.release()
 
         release = _after_last(len(self._prompts), give_back)
         for number, prompt in enumerate(self._prompts):
@@ -206,7 +203,7 @@ async def admit(
     max_tokens: int | None,
     num_logprobs: int | None = None,
 ) -> Admission:
-    """Check the prompts, bind the model's name to a version, wait for its weights, and submit.
+    """Check the prompts, bind the names of who answers to versions, wait for their weights, and submit.
 
     max_tokens None means as many as fit. Raises ApiError, AdapterError for an adapter that cannot be had, and
     ClientGoneError for a client that does not wait for it.
@@ -229,48 +226,18 @@ async def _admit(
     service.check_serving()
     limit = min(_room(service, prompt, max_tokens) for prompt in prompts)
     service.enter(len(prompts) * body.n)
-    lease = None
+    terms = None
     try:
-        lease = None if service.is_base(body.model) else await lease_model(service, body.model, client)
-        uses = () if lease is None else (await _use(lease),)
+        terms = await take_terms(service, body, client)
+        uses = await terms.uses()
         generation = Generation(service, body, prompts, began)
     except BaseException:
         service.leave(len(prompts) * body.n)
-        if lease is not None:
-            lease.release()
+        if terms is not None:
+            terms.release()
         raise
-    generation.submit(body.sampling(limit, service.base.eos_token_ids, num_logprobs), uses, lease)
-    return Admission(generation, _headers(lease))
-
-
-async def lease_model(service: Service, model: str, client: str | None) -> Lease:
-    """A lease on who `model` stands for, looked for where the operator says if it is not here yet.
-
-    `client` keeps to one side of an alias that splits. Raises ApiError model_not_found, and VersionNotFoundError.
-    """
-    try:
-        try:
-            return service.registry.lease(model, client)
-        except AdapterNotFoundError:
-            if not await service.arrivals.bring(model):
-                raise
-            return service.registry.lease(model, client)
-    except AdapterNotFoundError as error:
-        message = f"there is no model {model[:128]!r}; GET /v1/models lists what there is"
-        raise ApiError("model_not_found", message, "model") from error
-
-
-async def _use(lease: Lease) -> AdapterUse:
-    return AdapterUse(await result_of(lease.weights), 1.0, lease.record.digest)
-
-
-def _headers(lease: Lease | None) -> dict[str, str]:
-    if lease is None:
-        return {}
-    return {
-        "x-swaplora-adapter": f"{lease.record.name}@{lease.record.version}",
-        "x-swaplora-digest": lease.record.digest,
-    }
+    generation.submit(body.sampling(limit, service.base.eos_token_ids, num_logprobs), uses, terms)
+    return Admission(generation, terms.headers)
 
 
 def _room(service: Service, prompt: Sequence[int], max_tokens: int | None) -> int:

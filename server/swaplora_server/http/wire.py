@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from swaplora_server.engine.request import SamplingParams
-from swaplora_server.http.body import WireModel
+from swaplora_server.http.body import ClosedModel, WireModel
 
 MAX_N = 16
 MAX_PROMPTS = 64
@@ -13,11 +13,14 @@ MAX_STOPS = 16
 MAX_PROMPT_TOKENS = 2**22
 MAX_LOGPROBS = 20
 MAX_SALT_CHARACTERS = 1024
+MAX_TERMS = 16
+MAX_SCALE = 1000.0
 MAX_SEED = 2**63 - 1
 MAX_INT = 2**31 - 1
 
 # a list stops at its first complaint: a long one of bad items must not cost more than a good one
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+ModelName = Annotated[str, Field(min_length=1, max_length=512)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 
 # fields that clients of OpenAI's or vLLM's API send and that would change the answer, with the values that would not
@@ -40,7 +43,6 @@ UNSUPPORTED_ANYWHERE: dict[str, tuple[object, ...]] = {
     "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
     "logits_processors": ([],),
-    "adapters": ([],),
     "lora_request": (),
     "lora_path": (),  # what other servers call the field that names an adapter
     "adapter_id": (),
@@ -103,10 +105,18 @@ class StreamOptions(WireModel):
     continuous_usage_stats: bool = False
 
 
-class GenerationBody(WireModel):
-    """What completions and chat completions share."""
+class AdapterTerm(ClosedModel):
+    """One adapter of a weighted sum."""
 
-    model: Annotated[str, Field(min_length=1, max_length=512)]
+    name: ModelName
+    scale: Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE)] = 1.0
+
+
+class GenerationBody(WireModel):
+    """What completions and chat completions share. `adapters` are added to the base, which is then the model."""
+
+    model: ModelName
+    adapters: Annotated[list[AdapterTerm], Field(max_length=MAX_TERMS, fail_fast=True)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

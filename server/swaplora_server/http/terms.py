@@ -1,0 +1,89 @@
+"""Who answers a request: the base alone, one adapter, or a weighted sum of several; each is leased while it runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from swaplora_adapters.errors import AdapterNotFoundError
+from swaplora_adapters.registry.lease import Lease
+from swaplora_server.engine.request import AdapterUse
+from swaplora_server.http.errors import ApiError
+from swaplora_server.http.service import Service
+from swaplora_server.http.shared import result_of
+from swaplora_server.http.wire import AdapterTerm, GenerationBody
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """The adapters whose deltas are added to the base, each times its scale. None of them: the base."""
+
+    leases: tuple[Lease, ...]
+    scales: tuple[float, ...]
+
+    async def uses(self) -> tuple[AdapterUse, ...]:
+        """Wait for the weights. Raises AdapterError for those that cannot be had."""
+        return tuple(
+            [
+                AdapterUse(await result_of(lease.weights), scale, lease.record.digest)
+                for lease, scale in zip(self.leases, self.scales, strict=True)
+            ]
+        )
+
+    def release(self) -> None:
+        """Give every lease back."""
+        for lease in self.leases:
+            lease.release()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Which versions answer; of a sum all, in order."""
+        if not self.leases:
+            return {}
+        return {
+            "x-swaplora-adapter": ", ".join(f"{lease.record.name}@{lease.record.version}" for lease in self.leases),
+            "x-swaplora-digest": ", ".join(lease.record.digest for lease in self.leases),
+        }
+
+
+async def take_terms(service: Service, body: GenerationBody, client: str | None) -> Terms:
+    """Lease all that `body` names, or nothing. Raises ApiError, and VersionNotFoundError."""
+    wanted = _wanted(service, body)
+    leases: list[Lease] = []
+    try:
+        for term, param in wanted:
+            leases.append(await lease_model(service, term.name, client, param))
+    except BaseException:
+        for lease in leases:
+            lease.release()
+        raise
+    return Terms(tuple(leases), tuple(term.scale for term, _ in wanted))
+
+
+def _wanted(service: Service, body: GenerationBody) -> Sequence[tuple[AdapterTerm, str]]:
+    """Each term, and the field of the request that names it."""
+    is_base = service.is_base(body.model)
+    if body.adapters and not is_base:
+        message = f"adapters are added to the base: with them, model is {service.settings.base_id}"
+        raise ApiError("invalid_request", message, "model")
+    if not is_base:
+        return [(AdapterTerm(name=body.model), "model")]
+    for number, term in enumerate(body.adapters or ()):
+        if service.is_base(term.name):
+            raise ApiError("invalid_request", "the base is in every sum already", f"adapters.{number}.name")
+    return [(term, f"adapters.{number}.name") for number, term in enumerate(body.adapters or ())]
+
+
+async def lease_model(service: Service, model: str, client: str | None, param: str = "model") -> Lease:
+    """A lease on who `model` stands for, looked for where the operator says if it is not here yet.
+
+    `client` keeps to one side of an alias that splits. Raises ApiError model_not_found, and VersionNotFoundError.
+    """
+    try:
+        try:
+            return service.registry.lease(model, client)
+        except AdapterNotFoundError:
+            if not await service.arrivals.bring(model):
+                raise
+            return service.registry.lease(model, client)
+    except AdapterNotFoundError as error:
+        message = f"there is no model {model[:128]!r}; GET /v1/models lists what there is"
+        raise ApiError("model_not_found", message, param) from error
