@@ -28,7 +28,7 @@ def stocked(base: Path, adapters: list[Path], tmp_path_factory: pytest.TempPathF
         ("GET", "/v1/adapters?stat=stored", "stat"),
         ("GET", "/v1/adapters/sql?version=1", "version"),
         ("POST", "/v1/adapters/sql/warm?version=1", "version"),
-        ("PUT", "/v1/adapters/sql?convert=svd", "convert"),
+        ("PUT", "/v1/adapters/sql?convrt=svd", "convrt"),
     ],
 )
 def test_a_query_parameter_that_the_route_does_not_take_is_refused(

@@ -128,6 +128,7 @@ def send_examples(server: Running, operation: APIOperation[Any, Any, Any, Any], 
             case.path_parameters = {key: ALIAS if key == "alias" else STORED for key in case.path_parameters or {}}
             if isinstance(case.body, dict) and "model" in case.body:
                 case.body["model"] = STORED
+        (case.query or {}).pop("intruders", None)  # each count starts a process; test_inspection does
         case.call_and_validate(base_url=server.url, checks=[not_a_server_error])
 
     send()

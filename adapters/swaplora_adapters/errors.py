@@ -91,6 +91,12 @@ class AdapterFailedError(AdapterError):
     code = "adapter_failed"
 
 
+class DerivationFailedError(AdapterError):
+    """What was to be computed from adapters did not come to an end within its bounds; the message names them."""
+
+    code = "derivation_failed"
+
+
 class StorageFullError(AdapterError, OSError):
     """The disk under the data directory has no room left."""
 

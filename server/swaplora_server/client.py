@@ -61,16 +61,31 @@ class Client:
         return self._json("GET", _path(name))
 
     def put_adapter(
-        self, name: str, config: BinaryIO, weights: BinaryIO, *, create_only: bool = False, if_match: str | None = None
+        self,
+        name: str,
+        config: BinaryIO,
+        weights: BinaryIO,
+        *,
+        create_only: bool = False,
+        if_match: str | None = None,
+        convert: str | None = None,
     ) -> Card:
         """Store a version of an adapter, sent as it is read from two open files; its card, once it is durable."""
-        headers = _conditions(create_only, if_match)
-        return self._json("PUT", _path(name), headers=headers, files={"config": config, "weights": weights})
+        headers, files = _conditions(create_only, if_match), {"config": config, "weights": weights}
+        return self._json("PUT", _path(name), headers=headers, params=_conversion(convert), files=files)
 
-    def put_source(self, name: str, source: str, *, create_only: bool = False, if_match: str | None = None) -> Card:
+    def put_source(
+        self,
+        name: str,
+        source: str,
+        *,
+        create_only: bool = False,
+        if_match: str | None = None,
+        convert: str | None = None,
+    ) -> Card:
         """Have the server fetch a version of an adapter from `source` and store it; its card, once it is durable."""
-        headers = _conditions(create_only, if_match)
-        return self._json("PUT", _path(name), headers=headers, json={"source": source})
+        headers, body = _conditions(create_only, if_match), {"source": source}
+        return self._json("PUT", _path(name), headers=headers, params=_conversion(convert), json=body)
 
     def pin_adapter(self, name: str, *, pinned: bool) -> Card:
         """Keep an adapter in memory, or no longer."""
@@ -84,9 +99,16 @@ class Client:
         """Load an adapter, or the version in `name@2`, into memory; its card, once it is there."""
         return self._json("POST", f"{_path(name)}/warm")
 
-    def inspect_adapter(self, name: str) -> Mapping[str, Any]:
+    def inspect_adapter(self, name: str, *, against: str | None = None, intruders: bool = False) -> Mapping[str, Any]:
         """What an adapter, or the version in `name@2`, does to each module, and `warnings` about it."""
-        return self._json("GET", f"{_path(name)}/inspect")
+        params = ({} if against is None else {"against": against}) | ({"intruders": "true"} if intruders else {})
+        return self._json("GET", f"{_path(name)}/inspect", params=params)
+
+    def compose_adapter(self, name: str, scales: Mapping[str, float], method: str, **parameters: float | None) -> Card:
+        """Have the server make an adapter of others, of which `scales` says how much; its card, once it is durable."""
+        given = {key: value for key, value in parameters.items() if value is not None}
+        listed = [{"name": other, "scale": scale} for other, scale in scales.items()]
+        return self._json("POST", "/v1/merged", json={"name": name, "from": listed, "method": method} | given)
 
     def delete_adapter(self, name: str, *, version: int | None = None, timeout: float | None = None) -> bool:
         """Delete an adapter or a version. True once its memory is free; False if it is not within `timeout` seconds."""
@@ -160,6 +182,10 @@ def _path(name: str) -> str:
 
 def _alias_path(alias: str) -> str:
     return f"/v1/aliases/{quote(alias, safe='')}"
+
+
+def _conversion(convert: str | None) -> dict[str, str]:
+    return {} if convert is None else {"convert": convert}
 
 
 def _conditions(create_only: bool, if_match: str | None) -> dict[str, str]:

@@ -48,10 +48,11 @@ MIGRATIONS = (
         targets TEXT NOT NULL
     ) STRICT;
     """,
+    "ALTER TABLE versions ADD COLUMN provenance TEXT;",
 )
 _RECORDS = """
     SELECT v.name, v.version, v.digest, v.rank, v.targets, v.base_model, v.num_parameters,
-           b.config_bytes + b.weights_bytes AS nbytes, v.created, v.source, v.warnings, b.failure
+           b.config_bytes + b.weights_bytes AS nbytes, v.created, v.source, v.warnings, b.failure, v.provenance
     FROM versions v JOIN blobs b USING (digest)
 """
 
@@ -167,7 +168,8 @@ class Catalogue:
             (name,),
         ).fetchall()
         self._connection.execute(
-            "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO versions (name, version, digest, rank, targets, base_model, num_parameters, created, source,"
+            " warnings) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 name,
                 version,
@@ -181,6 +183,9 @@ class Catalogue:
                 json.dumps(details.warnings),
             ),
         )
+        if details.provenance is not None:
+            made = "UPDATE versions SET provenance = ? WHERE name = ? AND version = ?"
+            self._connection.execute(made, (details.provenance, name, version))
         return int(version)
 
     def remove_versions(self, records: Iterable[VersionRecord]) -> None:

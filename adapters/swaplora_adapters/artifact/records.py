@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """What inspecting an adapter's files found out."""
+    """What inspecting an adapter's files found out, and how they came to be."""
 
     digest: str
     rank: int  # the largest of any module
@@ -14,6 +14,7 @@ class Details:
     base_model: str | None
     num_parameters: int
     warnings: tuple[str, ...]
+    provenance: str | None = None  # a JSON object, for what was made here of other adapters or of another kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class VersionRecord:
     source: str
     warnings: tuple[str, ...]
     failure: str | None  # why its files cannot be used
+    provenance: str | None = None  # as in Details
 
 
 class Target(NamedTuple):

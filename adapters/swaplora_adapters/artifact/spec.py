@@ -35,6 +35,8 @@ IGNORED_FIELDS = frozenset(
         "runtime_config",
     }
 )
+# Kinds that `derive.convert` turns into LoRA.
+CONVERTIBLE_KINDS = frozenset({"FOURIERFT", "LOHA", "LOKR", "VERA"})
 # These start from the base's weights as they are. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA start by changing them.
 HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 
@@ -165,7 +167,8 @@ def _require_lora(document: dict[str, Any]) -> None:
     if not isinstance(kind, str):
         raise InvalidAdapterError(["peft_type must be a string, and LORA to be served"])
     if kind != "LORA":
-        raise UnsupportedAdapterError([f"peft_type {quoted(kind)} is not supported, only LORA is"])
+        remedy = "; upload it with ?convert=svd to have it converted" if kind in CONVERTIBLE_KINDS else ""
+        raise UnsupportedAdapterError([f"peft_type {quoted(kind)} is not supported, only LORA is{remedy}"])
 
 
 def _check_targets(fields: ConfigFields, spec: AdapterSpec) -> None:

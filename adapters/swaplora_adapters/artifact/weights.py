@@ -232,7 +232,7 @@ def _require_fit(spec: AdapterSpec, found: Mapping[str, tuple[int, ...]], shapes
     """`found` are the shapes of the file's tensors by name."""
     modules, strangers, unserved = _sorted_by_kind(found)
     matcher = Matcher()
-    targeted = {path for path in shapes if _is_targeted(spec, path, matcher)}
+    targeted = {path for path in shapes if is_targeted(spec, path, matcher)}
     complaints = [_stranger_complaint(name) for name in strangers]
     for path, pair in modules.items():
         shape = shapes.get(path)
@@ -268,7 +268,7 @@ def _sorted_by_kind(
     return modules, strangers, unserved
 
 
-def _is_targeted(spec: AdapterSpec, path: str, matcher: Matcher) -> bool:
+def is_targeted(spec: AdapterSpec, path: str, matcher: Matcher) -> bool:
     """PEFT's all-linear leaves the output head out; it is known by the names that transformers gives it."""
     is_left_out = spec.is_all_linear and path.rpartition(".")[2] in OUTPUT_HEADS
     return not is_left_out and spec.targets(path, matcher)

@@ -1,6 +1,7 @@
 """What an adapter does to each module, in numbers: the size and the shape of B A."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,45 @@ def inspect_weights(weights: AdapterWeights) -> list[ModuleInspection]:
 def warnings_about(modules: list[ModuleInspection]) -> list[str]:
     """What a person would want to look at."""
     return [warning for module in modules for warning in _warnings(module)]
+
+
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """How much two adapters point the same way: cosines of their deltas as vectors, from -1 to 1."""
+
+    overall: float | None  # None where one of the two changes nothing
+    modules: Mapping[str, float | None]  # of those that both have
+
+
+def compare_weights(one: AdapterWeights, other: AdapterWeights) -> Likeness:
+    """Overall, a module that only one of the two has counts as one where the other is zero."""
+    shared = [(path, one.modules[path], other.modules[path]) for path in sorted(one.modules.keys() & other.modules)]
+    dots = {path: inner_product(first, second) for path, first, second in shared}
+    return Likeness(
+        overall=_cosine(sum(dots.values()), squared_norm(one), squared_norm(other)),
+        modules={
+            path: _cosine(dots[path], inner_product(first, first), inner_product(second, second))
+            for path, first, second in shared
+        },
+    )
+
+
+def squared_norm(weights: AdapterWeights) -> float:
+    """Of all modules' deltas taken together."""
+    return sum(inner_product(module, module) for module in weights.modules.values())
+
+
+def inner_product(one: ModuleWeights, other: ModuleWeights) -> float:
+    """⟨B₁A₁, B₂A₂⟩ = ⟨B₁ᵀB₂, A₁A₂ᵀ⟩ in float64: two products as large as the ranks, and none as large as the weight."""
+    left = one.lora_B.double().T @ other.lora_B.double()
+    right = one.lora_A.double() @ other.lora_A.double().T
+    return float((left * right).sum())
+
+
+def _cosine(dot: float, one_squared: float, other_squared: float) -> float | None:
+    """In bounds that rounding may pass."""
+    length = math.sqrt(one_squared) * math.sqrt(other_squared) if min(one_squared, other_squared) > 0 else 0.0
+    return max(-1.0, min(1.0, dot / length)) if length else None
 
 
 def _inspect(path: str, module: ModuleWeights) -> ModuleInspection:

@@ -1,9 +1,12 @@
 """Who is called what: the store's names and aliases, known in memory as well. Every change reaches the disk first."""
 
+import os
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+from swaplora_adapters.artifact.disk import full_disk_is_told
 from swaplora_adapters.artifact.names import validate_name
 from swaplora_adapters.artifact.records import Alias, Details, Published, Target, VersionRecord
 from swaplora_adapters.artifact.staging import Staging
@@ -117,6 +120,21 @@ class Names:
             removed = self._store.delete(name, version)
             self._refresh(name)
             return removed
+
+    def link_files(self, reference: str, folder: Path) -> VersionRecord:
+        """Give a version's files a second place in `folder`, made on the store's disk, where no delete reaches them.
+
+        An alias is unknown here: one that splits names no version. Raises AdapterNotFoundError, VersionNotFoundError,
+        AdapterFailedError and StorageFullError.
+        """
+        record = self.index.resolve_name(reference)
+        self._store.verify(record.digest)
+        with self.changes, full_disk_is_told():
+            self.index.resolve_name(f"{record.name}@{record.version}")  # which may be deleted by now
+            folder.mkdir()
+            for path in self._store.blob_paths(record.digest):
+                os.link(path, folder / path.name)
+        return record
 
     def put_alias(self, alias: str, targets: Sequence[Target]) -> Alias:
         """Make an alias, or point it elsewhere.

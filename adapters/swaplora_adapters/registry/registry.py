@@ -6,9 +6,10 @@ memory: `Names.changes` serialises what touches the disk, and the lock that leas
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,6 +30,8 @@ from swaplora_adapters.registry.sources.folder import fetch_from_folder, origin_
 from swaplora_adapters.registry.sources.source import Sources
 from swaplora_adapters.registry.sources.uri import FolderUri
 
+# Writes a staging folder's two files, or rewrites them, and says how: a version's provenance.
+Make = Callable[[Staging], str]
 _ANY_SIZE = 1 << 62  # the operator's own folder, which only memory limits
 
 
@@ -98,16 +101,17 @@ class Registry:
         if_match: str | None = None,
         if_none_match: bool = False,
         if_seen: Seen | None = None,
+        make: Make | None = None,
     ) -> Put:
         """Check staged files whole and make them the current version of `name`, durably.
 
-        Raises InvalidAdapterError with every reason, AdapterTooLargeError, PreconditionFailedError, StorageFullError,
-        and MemoryFullError for a pinned name whose new version does not fit beside the others. The old version then
-        serves on, and its card says why.
+        `make` makes them first, or makes them into others. Raises what that does, InvalidAdapterError with every
+        reason, AdapterTooLargeError, PreconditionFailedError, StorageFullError, and MemoryFullError for a pinned name
+        whose new version does not fit beside the others. The old version then serves on, and its card says why.
         """
         self._names.check_adapter_name(name)
         with self._told_on_the_card(name):
-            return self._put(name, staging, source, if_match, if_none_match, if_seen)
+            return self._put(name, staging, source, if_match, if_none_match, if_seen, make)
 
     def put_source(
         self,
@@ -118,6 +122,7 @@ class Registry:
         if_none_match: bool = False,
         if_seen: Seen | None = None,
         is_operators: bool = False,
+        make: Make | None = None,
     ) -> Put:
         """Fetch an adapter from a source that the operator enabled, or wrote (`is_operators`), and `put` it.
 
@@ -128,7 +133,7 @@ class Registry:
             raise PreconditionFailedError(f"adapter {name} exists already")
         with self._store.stage() as staging, self._told_on_the_card(name):
             pinned_uri = self._sources.fetch(uri, staging, is_operators=is_operators)
-            return self._put(name, staging, pinned_uri, if_match, if_none_match, if_seen)
+            return self._put(name, staging, pinned_uri, if_match, if_none_match, if_seen, make)
 
     def put_folder(self, name: str, folder: Path) -> None:
         """Take in an adapter from any folder of the operator's, wherever its links lead, as if it had been uploaded.
@@ -220,10 +225,13 @@ class Registry:
         if_match: str | None,
         if_none_match: bool,
         if_seen: Seen | None,
+        make: Make | None,
     ) -> Put:
-        details = inspect_files(
+        provenance = None if make is None else make(staging)
+        found = inspect_files(
             staging.config_path, staging.weights_path, self._shapes, self._dtype, base_model=self._base_model
-        ).details
+        )
+        details = replace(found.details, provenance=provenance)
         nbytes = details.num_parameters * self._dtype.itemsize
         self._residency.check_size(nbytes)
         with self._names.changes:

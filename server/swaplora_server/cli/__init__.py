@@ -8,7 +8,18 @@ from collections.abc import Callable, Mapping
 
 import typer
 
-from swaplora_server.cli import adapters, aliases, bench, chat, inspection, serve, upkeep, validation
+from swaplora_server.cli import (
+    adapters,
+    aliases,
+    bench,
+    chat,
+    composition,
+    inspection,
+    merge,
+    serve,
+    upkeep,
+    validation,
+)
 
 
 def main() -> None:
@@ -30,7 +41,7 @@ def _group(description: str, commands: Mapping[str, Callable[..., None]]) -> typ
 
 app = _group(
     "One frozen base model, any number of LoRA adapters, one batch, over HTTP.",
-    {"serve": serve.serve, "chat": chat.chat, "bench": bench.bench},
+    {"serve": serve.serve, "chat": chat.chat, "bench": bench.bench, "merge": merge.merge},
 )
 app.add_typer(
     _group(
@@ -45,6 +56,7 @@ app.add_typer(
             "unpin": upkeep.unpin,
             "warm": upkeep.warm,
             "inspect": inspection.inspect,
+            "compose": composition.compose,
             "validate": validation.validate,
         },
     ),

@@ -83,6 +83,7 @@ def put_adapter(
     source: Annotated[str, typer.Argument(help="A folder as PEFT saves it, or hf://…, s3://… or file:…")],
     create_only: Annotated[bool, typer.Option("--create-only", help="Refuse if the name is taken.")] = False,
     if_match: Annotated[str | None, typer.Option(help="Replace only the version with this digest.")] = None,
+    convert: Annotated[str | None, typer.Option(help="svd: have VeRA, LoHa, LoKr or FourierFT made into LoRA.")] = None,
     url: Url = LOCAL,
     api_key: Key = None,
     as_json: AsJson = False,
@@ -93,16 +94,16 @@ def put_adapter(
     """
     with connected(url, api_key) as client:
         if source.startswith(SOURCES):
-            card = client.put_source(name, source, create_only=create_only, if_match=if_match)
+            card = client.put_source(name, source, create_only=create_only, if_match=if_match, convert=convert)
         else:
-            card = _upload(client, name, Path(source), create_only=create_only, if_match=if_match)
+            card = _upload(client, name, Path(source), create_only=create_only, if_match=if_match, convert=convert)
     if as_json:
         show_json(card)
     else:
         typer.echo(f"{name}@{card.get('version')} is stored ({short_digest(card)})")
 
 
-def _upload(client: "Client", name: str, folder: Path, *, create_only: bool, if_match: str | None) -> "Card":
+def _upload(client: "Client", name: str, folder: Path, **how: Any) -> "Card":
     from rich.progress import open as open_with_bar
 
     config, weights = adapter_files(folder, f", or a source that begins with {', '.join(SOURCES)}")
@@ -116,7 +117,7 @@ def _upload(client: "Client", name: str, folder: Path, *, create_only: bool, if_
         disable=not console.is_terminal,
     )
     with config.open("rb") as config_file, bar as weights_file:
-        return client.put_adapter(name, config_file, weights_file, create_only=create_only, if_match=if_match)
+        return client.put_adapter(name, config_file, weights_file, **how)
 
 
 def delete_adapter(

@@ -1,7 +1,7 @@
 """`swaplora adapters inspect`: what an adapter does to each module, in numbers."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Column, Table
@@ -20,26 +20,49 @@ from swaplora_server.cli.common import (
 )
 
 SHOWN_SINGULAR_VALUES = 4
+NUMBERS = {
+    "rank": "rank",
+    "norm": "norm",
+    "relative_norm": "of the base's",
+    "spectral_norm": "spectral norm",
+    "effective_rank": "effective rank",
+    "cosine": "cosine",
+    "intruders": "intruders",
+}
 
 
-def inspect(name: VersionedName, url: Url = LOCAL, api_key: Key = None, as_json: AsJson = False) -> None:
+def inspect(
+    name: VersionedName,
+    against: Annotated[str | None, typer.Option(help="Another adapter: how much both point the same way.")] = None,
+    intruders: Annotated[bool, typer.Option("--intruders", help="Count directions new to the base. Slow.")] = False,
+    url: Url = LOCAL,
+    api_key: Key = None,
+    as_json: AsJson = False,
+) -> None:
     """Show how much an adapter changes each module. Norms and singular values are those of B A."""
     with connected(url, api_key) as client:
-        inspection = client.inspect_adapter(name)
+        inspection = client.inspect_adapter(name, against=against, intruders=intruders)
     if as_json:
         show_json(inspection)
         return
     typer.echo(f"{inspection['name']}@{inspection['version']} ({short_digest(inspection)})")
+    if other := inspection.get("against"):
+        typer.echo(f"cosine with {other['name']}@{other['version']}: {_number(other['cosine'])}")
     show_table(_table(inspection["modules"]), [f"warning: {warning}" for warning in inspection["warnings"]])
 
 
 def _table(modules: Sequence[Mapping[str, Any]]) -> Table:
-    numbers = [Column(title, justify="right") for title in ("rank", "norm", "spectral norm", "effective rank")]
+    shown = [key for key in NUMBERS if any(key in module for module in modules)]
+    numbers = [Column(NUMBERS[key], justify="right") for key in shown]
     table = Table(Column("module", overflow="fold"), *numbers, "singular values", box=None)
     for module in modules:
-        sizes = [_short(module[key]) for key in ("norm", "spectral_norm", "effective_rank")]
-        table.add_row(Text(module["module"]), str(module["rank"]), *sizes, _largest(module["singular_values"]))
+        values = [_number(module.get(key)) for key in shown]
+        table.add_row(Text(module["module"]), *values, _largest(module["singular_values"]))
     return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else _short(value)
 
 
 def _short(number: float) -> str:

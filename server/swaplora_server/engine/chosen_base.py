@@ -17,7 +17,7 @@ def load_chosen_base(settings: Settings, report: Callable[[str], None]) -> BaseM
     Raises UnsupportedModelError, EmbeddedBaseError, OSError and ValueError, each with a message for the operator.
     """
     transformers.logging.disable_progress_bar()
-    source = _source(settings, report)
+    source = source_of(settings, report)
     report(f"loading {settings.base_id}")
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
@@ -25,7 +25,7 @@ def load_chosen_base(settings: Settings, report: Callable[[str], None]) -> BaseM
     return load_base(source, device=device, dtype=dtype, kernels=kernels)
 
 
-def _source(settings: Settings, report: Callable[[str], None]) -> str | Path:
+def source_of(settings: Settings, report: Callable[[str], None]) -> str | Path:
     """What transformers loads from. A path that leads nowhere would be taken for a hub id, and refused as a bad one."""
     if settings.base == EMBEDDED:
         return ensure_embedded_base(settings.cache_dir, report)

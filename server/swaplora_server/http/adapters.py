@@ -1,13 +1,16 @@
 """/v1/adapters: upload, fetch, list, look at, roll back, pin, warm, delete."""
 
 import asyncio
-from typing import Annotated, Any, Literal, Self
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from fastapi import APIRouter, Depends, Header, Query, Request
 from pydantic import Field, model_validator
 from starlette.responses import JSONResponse
 
+from swaplora_adapters.derive.making import DEFAULT_ENERGY
 from swaplora_adapters.registry.card import Put
+from swaplora_adapters.registry.registry import Make
 from swaplora_server.http.body import ClosedModel, body_schema, json_body, read_json
 from swaplora_server.http.cards import card_body
 from swaplora_server.http.errors import ApiError
@@ -53,16 +56,26 @@ async def put_adapter(
     name: str,
     if_match: Annotated[str | None, Header()] = None,
     if_none_match: Annotated[str | None, Header()] = None,
+    convert: Literal["svd"] | None = None,
+    convert_energy: Annotated[float | None, Query(gt=0, le=1, allow_inf_nan=False)] = None,
 ) -> JSONResponse:
-    """Create an adapter or a new version of it: 201 for the first, 200 after. When this answers, it is durable."""
+    """Create an adapter or a new version of it: 201 for the first, 200 after. When this answers, it is durable.
+
+    With `convert` one of another kind than LoRA is made into LoRA: each module keeps the smallest rank that holds
+    `convert_energy` of the squared singular values of its delta, by default 0.99.
+    """
     service: Service = request.app.state.service
     service.check_serving()
     if if_none_match not in (None, "*"):
         raise ApiError("invalid_request", 'If-None-Match can only be "*": create, never replace', "If-None-Match")
     service.registry.names.check_adapter_name(name)
     wanted = None if if_match is None else if_match.strip('"')
+    if convert is None and convert_energy is not None:
+        raise ApiError("invalid_request", "convert_energy needs convert=svd", "convert_energy")
+    conditions = _Conditions(wanted, if_none_match is not None)
+    make = None if convert is None else partial(service.workshop.maker.convert, convert_energy or DEFAULT_ENERGY)
     take_in = _fetch if _is_json(request) else _receive
-    put = await take_in(request, service, name, wanted, if_none_match is not None)
+    put = await take_in(request, service, name, conditions, make)
     return JSONResponse(card_body(service, put.card), 201 if put.is_first else 200)
 
 
@@ -70,20 +83,24 @@ def _is_json(request: Request) -> bool:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
 
 
-async def _receive(request: Request, service: Service, name: str, if_match: str | None, if_none_match: bool) -> Put:
+class _Conditions(NamedTuple):
+    if_match: str | None
+    if_none_match: bool
+
+
+async def _receive(request: Request, service: Service, name: str, conditions: _Conditions, make: Make | None) -> Put:
     """Take the two files out of the body."""
     registry = service.registry
     with registry.stage() as staging:
         await receive_files(request, staging, service.settings.max_adapter_bytes)
-        return await asyncio.to_thread(
-            registry.put, name, staging, source="upload", if_match=if_match, if_none_match=if_none_match
-        )
+        put = partial(registry.put, name, staging, source="upload", **conditions._asdict(), make=make)
+        return await (asyncio.to_thread(put) if make is None else service.workshop.do(put))
 
 
-async def _fetch(request: Request, service: Service, name: str, if_match: str | None, if_none_match: bool) -> Put:
+async def _fetch(request: Request, service: Service, name: str, conditions: _Conditions, make: Make | None) -> Put:
     """Get them from the source that the body names."""
     body = await read_json(request, SourceBody)
-    return await service.arrivals.fetch(name, body.source, if_match=if_match, if_none_match=if_none_match)
+    return await service.arrivals.fetch(name, body.source, **conditions._asdict(), make=make)
 
 
 @router.get("/v1/adapters")

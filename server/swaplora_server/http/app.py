@@ -8,7 +8,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from swaplora_adapters.errors import AdapterError
-from swaplora_server.http import adapters, aliases, chat, completions, control, health, inspection, metrics, models
+from swaplora_server.http import (
+    adapters,
+    aliases,
+    chat,
+    completions,
+    control,
+    health,
+    inspection,
+    merged,
+    metrics,
+    models,
+)
 from swaplora_server.http.auth import KeyRing, authenticate
 from swaplora_server.http.errors import (
     ApiError,
@@ -40,7 +51,7 @@ def create_app(service: Service) -> RequestIdMiddleware:
     app.state.keys = KeyRing(service.settings.api_key)
     app.include_router(health.router)
     private = APIRouter(dependencies=[Depends(authenticate)])
-    for module in (models, completions, chat, adapters, inspection, aliases, control, metrics):
+    for module in (models, completions, chat, adapters, inspection, merged, aliases, control, metrics):
         private.include_router(module.router)
     private.get("/openapi.json", include_in_schema=False)(app.openapi)
     app.include_router(private)

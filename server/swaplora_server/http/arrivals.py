@@ -16,7 +16,7 @@ from swaplora_adapters.registry.card import Put
 from swaplora_adapters.registry.folder import AdapterFolder
 from swaplora_adapters.registry.index import parse_reference
 from swaplora_adapters.registry.names import Seen
-from swaplora_adapters.registry.registry import Registry
+from swaplora_adapters.registry.registry import Make, Registry
 from swaplora_adapters.registry.sources.resolver import Resolver
 from swaplora_adapters.registry.sources.workers import Workers
 from swaplora_server.http.errors import ApiError
@@ -65,11 +65,19 @@ class Arrivals:
         self._resolver.join(until)
         self._fetchers.join(until)
 
-    async def fetch(self, name: str, uri: str, *, if_match: str | None = None, if_none_match: bool = False) -> Put:
+    async def fetch(
+        self,
+        name: str,
+        uri: str,
+        *,
+        if_match: str | None = None,
+        if_none_match: bool = False,
+        make: Make | None = None,
+    ) -> Put:
         """See `Registry.put_source`. Raises ApiError when more would wait than is good."""
         if self._fetchers.num_jobs >= MAX_FETCHES:
             raise ApiError("overloaded", f"{MAX_FETCHES} adapters are being fetched; try again in a moment")
-        put = partial(self._registry.put_source, name, uri, if_match=if_match, if_none_match=if_none_match)
+        put = partial(self._registry.put_source, name, uri, if_match=if_match, if_none_match=if_none_match, make=make)
         return await result_of(self._fetchers.submit(put))
 
     async def bring(self, reference: str) -> bool:

@@ -1,5 +1,6 @@
 """Cards and aliases as the contract writes them."""
 
+import json
 from typing import Any
 
 from swaplora_adapters.artifact.records import Alias
@@ -29,6 +30,7 @@ def card_body(service: Service, card: Card) -> dict[str, Any]:
         "last_used": card.last_used,
         "last_failure": card.last_failure and card.last_failure._asdict(),
         "source": record.source,
+        "provenance": record.provenance and json.loads(record.provenance),
         "warnings": list(record.warnings),
         "versions": [
             {"version": version.version, "digest": version.digest, "created": version.created, "bytes": version.nbytes}

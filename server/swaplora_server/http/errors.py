@@ -32,6 +32,7 @@ _STATUS = {
     "adapter_too_large": 413,
     "invalid_adapter": 422,
     "unsupported_adapter": 422,
+    "derivation_failed": 422,
     "overloaded": 429,
     "internal_error": 500,
     "source_failed": 502,

@@ -1,40 +1,93 @@
 """GET /v1/adapters/{name}/inspect: what an adapter does to each module, in numbers."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 
+from swaplora_adapters.artifact.records import VersionRecord
 from swaplora_adapters.artifact.weights import AdapterWeights
-from swaplora_adapters.derive.inspection import inspect_weights, warnings_about
+from swaplora_adapters.derive.inspection import compare_weights, inspect_weights, warnings_about
 from swaplora_server.http.query import refuse_unknown_parameters
 from swaplora_server.http.service import Service
 from swaplora_server.http.shared import result_of
+from swaplora_server.http.workshop import Workshop
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 
 
 @router.get("/v1/adapters/{name}/inspect")
-async def inspect_adapter(request: Request, name: str) -> dict[str, Any]:
+async def inspect_adapter(
+    request: Request,
+    name: str,
+    against: Annotated[str | None, Query(min_length=1, max_length=256)] = None,
+    intruders: bool = False,
+) -> dict[str, Any]:
     """Per module: norms, singular values and effective rank of B A, scaling included; and what is odd about them.
 
-    Loads the adapter, or one version as `name@2`, if it is not in memory.
+    `relative_norm` is that of B A over that of the base's weight. With `against` each module says how much it points
+    the way of another adapter's. With `intruders`, how many of its ten largest directions the base did not have: that
+    takes long. Loads the adapter, or one version as `name@2`, if it is not in memory.
     """
     service: Service = request.app.state.service
     service.check_serving()
-    service.registry.names.index.resolve_name(name)  # no alias: one that splits would show a side at random
-    lease = service.registry.lease(name)
-    try:
-        weights = await result_of(lease.weights)
-        found = await asyncio.to_thread(_inspect, weights)
-    finally:
-        lease.release()
-    record = lease.record
+    async with _leased(service, name) as (record, weights):
+        found = await asyncio.to_thread(_inspect, weights, service.workshop)
+    if against is not None:
+        found |= await _compare(service, weights, against, found["modules"])
+    if intruders:
+        counts = await service.workshop.do(partial(_count_intruders, service, record))
+        found["modules"] = [module | {"intruders": counts[module["module"]]} for module in found["modules"]]
     named = {"object": "adapter.inspection", "name": record.name, "version": record.version, "digest": record.digest}
     return named | found | {"warnings": [*record.warnings, *found["warnings"]]}
 
 
-def _inspect(weights: AdapterWeights) -> dict[str, Any]:
+@asynccontextmanager
+async def _leased(service: Service, name: str) -> AsyncIterator[tuple[VersionRecord, AdapterWeights]]:
+    """A version, in memory."""
+    service.registry.names.index.resolve_name(name)  # no alias: one that splits would show a side at random
+    lease = service.registry.lease(name)
+    try:
+        yield lease.record, await result_of(lease.weights)
+    finally:
+        lease.release()
+
+
+def _inspect(weights: AdapterWeights, workshop: Workshop) -> dict[str, Any]:
     modules = inspect_weights(weights)
-    return {"modules": [asdict(module) for module in modules], "warnings": warnings_about(modules)}
+    norms = {m.module: workshop.base_files.norm(m.module, workshop.shapes[m.module]) for m in modules}
+    shown = [asdict(m) | {"relative_norm": _ratio(m.norm, norms[m.module])} for m in modules]
+    return {"modules": shown, "warnings": warnings_about(modules)}
+
+
+def _ratio(norm: float, base_norm: float | None) -> float | None:
+    """None where the base's files do not have the weight, or have zeros."""
+    return norm / base_norm if base_norm else None
+
+
+async def _compare(
+    service: Service, weights: AdapterWeights, against: str, modules: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """`weights` are no longer leased: two leases of one request could wait for each other's room."""
+    async with _leased(service, against) as (record, other):
+        likeness = await asyncio.to_thread(compare_weights, weights, other)
+    named = {"name": record.name, "version": record.version, "digest": record.digest, "cosine": likeness.overall}
+    return {
+        "against": named,
+        "modules": [module | {"cosine": likeness.modules.get(module["module"])} for module in modules],
+    }
+
+
+def _count_intruders(service: Service, record: VersionRecord) -> dict[str, int | None]:
+    """In the workshop's thread."""
+    workshop = service.workshop
+    with service.registry.stage() as linked:
+        folder = linked.path / "adapter"
+        service.registry.names.link_files(f"{record.name}@{record.version}", folder)
+        arguments = {"folder": str(folder), "base": workshop.base_source, "shapes": workshop.shapes}
+        counts: dict[str, int | None] = workshop.process.run("count_intruders", arguments)
+        return counts

@@ -29,6 +29,7 @@ from swaplora_server.http.errors import ApiError
 from swaplora_server.http.figures import Figures, PrefixCacheState, State
 from swaplora_server.http.outbox import Outbox
 from swaplora_server.http.shared import result_of
+from swaplora_server.http.workshop import Workshop
 
 _HEARTBEAT_LIMIT_SECONDS = 60.0
 _LONG_CHARACTERS = 4096
@@ -42,6 +43,7 @@ class Service:
     engine: Engine
     registry: Registry
     arrivals: Arrivals
+    workshop: Workshop
     max_model_len: int
 
     def __init__(self, settings: Settings) -> None:
@@ -88,6 +90,8 @@ class Service:
             opened.callback(self.arrivals.join)
             opened.callback(self.arrivals.stop)
             self.arrivals.start(settings.adapter_rescan_seconds)
+            self.workshop = Workshop(settings, self.base.shapes)
+            opened.callback(self.workshop.stop)
             for name in self.registry.pins_not_kept():
                 _log.warning("not all pinned adapters fit in memory: this one may leave it", adapter=name)
             self.engine = self._make_engine()

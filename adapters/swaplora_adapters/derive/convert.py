@@ -1,0 +1,48 @@
+"""An adapter of another kind made into LoRA: per module the smallest rank that keeps a share of the delta's energy."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from swaplora_adapters.artifact.complaints import capped, quoted
+from swaplora_adapters.artifact.tensorfile import read_tensors
+from swaplora_adapters.artifact.weights import LinearShape
+from swaplora_adapters.derive.foreign import Foreign, read_foreign
+from swaplora_adapters.derive.lowrank import LowRank, with_energy
+from swaplora_adapters.errors import InvalidAdapterError
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What `convert` made, by module."""
+
+    foreign: Foreign
+    modules: Mapping[str, LowRank]
+
+
+def convert(
+    config_path: Path, weights_path: Path, shapes: Mapping[str, LinearShape], energy: float = 0.99
+) -> Converted:
+    """Read, check and convert the two files of an adapter.
+
+    `energy` in (0, 1] is the share of the sum of squared singular values that each module keeps: what is lost is at
+    most √(1 - energy) of its norm. Raises InvalidAdapterError and UnsupportedAdapterError like an upload.
+    """
+    foreign = read_foreign(config_path, weights_path, shapes)
+    tensors = read_tensors(weights_path, foreign.header)
+    _check_finite(tensors)
+    projections, limit = foreign.projections(), with_energy(energy)
+    modules = {}
+    for path, module in foreign.modules.items():
+        own = {part: tensors[name] for part, name in foreign.names[path].items()}
+        modules[path] = foreign.kind.cut({**own, **projections}, module, limit)
+    return Converted(foreign, modules)
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise InvalidAdapterError(capped([f"{quoted(name)} holds NaN or infinity" for name in broken]))

@@ -1,0 +1,70 @@
+"""Adapters made of stored or of uploaded ones, for the registry to publish: files into a staging folder, and how."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from swaplora_adapters.artifact.disk import open_regular
+from swaplora_adapters.artifact.records import VersionRecord
+from swaplora_adapters.artifact.staging import FILE_NAMES, Staging
+from swaplora_adapters.artifact.weights import LinearShape
+from swaplora_adapters.derive.compose import Recipe
+from swaplora_adapters.derive.foreign import read_foreign
+from swaplora_adapters.derive.process import DerivationProcess
+
+DEFAULT_ENERGY = 0.99  # of a conversion: at most a tenth of the delta's norm is lost
+_CHUNK_BYTES = 1 << 20
+
+
+class Source(NamedTuple):
+    """A version to be combined with others, a folder with its two files, and how much of it."""
+
+    record: VersionRecord
+    folder: Path
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """Makes adapters for one base. Each method writes the two files and returns the version's provenance, JSON."""
+
+    process: DerivationProcess
+    shapes: Mapping[str, LinearShape]
+    base_model: str
+    max_bytes: int  # of a weights file
+
+    def compose(self, sources: Sequence[Source], recipe: Recipe, staging: Staging) -> str:
+        """Combine `sources`. One adapter as it is stays what it is, byte for byte. Raises like `compose.compose`."""
+        made: Mapping[str, Any] = {}
+        if recipe.method == "sum" and [source.scale for source in sources] == [1.0]:
+            _copy(sources[0].folder, staging)
+        else:
+            folders = [str(source.folder) for source in sources]
+            scales = [source.scale for source in sources]
+            made = self._run("compose", folders=folders, scales=scales, recipe=recipe.told(), out=str(staging.path))
+        listed = [
+            {"name": s.record.name, "version": s.record.version, "digest": s.record.digest, "scale": s.scale}
+            for s in sources
+        ]
+        return json.dumps({"kind": "composed", "from": listed, **recipe.told(), **made})
+
+    def convert(self, energy: float, staging: Staging) -> str:
+        """Make the staged adapter of another kind into LoRA. What is wrong at a glance starts no process."""
+        read_foreign(staging.config_path, staging.weights_path, self.shapes)
+        made = self._run("convert", folder=str(staging.path), energy=energy)
+        return json.dumps({"kind": "converted", "energy": energy, **made})
+
+    def _run(self, job: str, **arguments: Any) -> Any:
+        about = {"shapes": self.shapes, "base_model": self.base_model, "max_bytes": self.max_bytes}
+        return self.process.run(job, {**arguments, **about})
+
+
+def _copy(folder: Path, staging: Staging) -> None:
+    """Copied and synced: the stored files may be gone by the time that these are published."""
+    for part, name in FILE_NAMES.items():
+        with open_regular(folder / name) as file, staging.writer(part, os.fstat(file.fileno()).st_size) as writer:
+            while chunk := file.read(_CHUNK_BYTES):
+                writer.write(chunk)

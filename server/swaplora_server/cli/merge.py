@@ -1,0 +1,49 @@
+"""`swaplora merge`: a stand-alone model of a base and some adapters, without a server."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from swaplora_server.cli.common import adapter_files, fail, read_settings
+
+
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="Adapters' folders, as PEFT saves them.", metavar="FOLDER")],
+    out: Annotated[Path, typer.Option(help="Folder to write the model to; it must not be there, or be empty.")],
+    base: Annotated[str | None, typer.Option(help="embedded (default), a local folder, or a hub id.")] = None,
+    scale: Annotated[
+        list[float] | None, typer.Option(help="How much of each adapter, in their order; 1 unless given.")
+    ] = None,
+) -> None:
+    """Add adapters to a base model's weights for good, and save it as transformers reads it.
+
+    The base's own number format is kept; the sum is made in float32.
+    """
+    scales = _scales(folders, scale)
+    for folder in folders:
+        adapter_files(folder)
+    settings = read_settings({} if base is None else {"base": base})
+    from swaplora_adapters.derive.merge import Addend
+    from swaplora_adapters.derive.merge import merge as write_merged
+    from swaplora_adapters.errors import InvalidAdapterError
+    from swaplora_server.embedded import EmbeddedBaseError
+    from swaplora_server.engine.chosen_base import source_of
+    from swaplora_server.serve import configure_logging
+
+    configure_logging(settings)
+    try:
+        source = source_of(settings, lambda step: typer.echo(step, err=True))
+        write_merged(source, [Addend(*pair) for pair in zip(folders, scales, strict=True)], out)
+    except InvalidAdapterError as error:
+        fail(*error.reasons)
+    except (EmbeddedBaseError, OSError, ValueError) as error:
+        fail(str(error))
+    typer.echo(f"{settings.base_id} with {len(folders)} adapter{'s' * (len(folders) > 1)} merged in is in {out}")
+
+
+def _scales(folders: Sequence[Path], scales: Sequence[float] | None) -> Sequence[float]:
+    if scales and len(scales) != len(folders):
+        fail(f"{len(folders)} adapters have {len(scales)} scales: give one --scale for each, or none", code=2)
+    return scales or [1.0] * len(folders)

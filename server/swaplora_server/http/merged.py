@@ -1,0 +1,105 @@
+"""POST /v1/merged: a new adapter made of stored ones."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Annotated, Self
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import Field, model_validator
+from starlette.responses import JSONResponse
+
+from swaplora_adapters.artifact.spec import MAX_RANK
+from swaplora_adapters.derive.compose import OPTIONAL, REQUIRED, Method, Recipe
+from swaplora_adapters.derive.making import Source
+from swaplora_adapters.registry.card import Put
+from swaplora_server.http.body import ClosedModel, body_schema, json_body
+from swaplora_server.http.cards import card_body
+from swaplora_server.http.errors import ApiError
+from swaplora_server.http.query import refuse_unknown_parameters
+from swaplora_server.http.service import Service
+
+router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
+MAX_INGREDIENTS = 16
+MAX_SCALE = 1e3
+
+
+class Ingredient(ClosedModel):
+    """A stored adapter, or one version of it as `name@2`, and how much of it."""
+
+    name: str = Field(min_length=1, max_length=256)
+    scale: float = Field(1.0, ge=-MAX_SCALE, le=MAX_SCALE)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.scale:
+            raise ValueError("a scale of 0 leaves the adapter out: leave it out of the list")
+        return self
+
+
+class MergedBody(ClosedModel):
+    """What to call the new adapter, and what to make it of."""
+
+    name: str = Field(min_length=1, max_length=128)
+    ingredients: list[Ingredient] = Field(alias="from", min_length=1, max_length=MAX_INGREDIENTS)
+    method: Method = "sum"
+    density: float | None = Field(None, gt=0, le=1)
+    rank: int | None = Field(None, ge=1, le=MAX_RANK)
+    seed: int | None = Field(None, ge=0, le=2**63 - 1)
+    materialise: bool | None = None
+
+
+@router.post("/v1/merged", openapi_extra=body_schema(MergedBody))
+async def compose_adapter(
+    request: Request, body: Annotated[MergedBody, Depends(json_body(MergedBody))]
+) -> JSONResponse:
+    """Make an adapter of others: 201 for a name's first version, 200 after. When this answers, it is durable.
+
+    The same request of the same versions gives the same bytes, and so no further version.
+    """
+    service: Service = request.app.state.service
+    service.check_serving()
+    if body.materialise:
+        raise ApiError("unsupported_field", "materialise is not supported; leave it out", "materialise")
+    recipe = _recipe(body)
+    service.registry.names.check_adapter_name(body.name)
+    chosen = _chosen(service, body.ingredients)
+    put = await service.workshop.do(partial(_compose, service, body.name, chosen, recipe))
+    return JSONResponse(card_body(service, put.card), 201 if put.is_first else 200)
+
+
+def _recipe(body: MergedBody) -> Recipe:
+    """Raises ApiError for a parameter that the method needs and lacks, or has and does not know."""
+    given = {name for name in ("density", "rank", "seed") if getattr(body, name) is not None}
+    for name in sorted(given - REQUIRED[body.method] - OPTIONAL[body.method]):
+        raise ApiError("invalid_request", f"{name} means nothing to method {body.method}; leave it out", name)
+    for name in sorted(REQUIRED[body.method] - given):
+        raise ApiError("invalid_request", f"method {body.method} needs {name}", name)
+    return Recipe(body.method, body.density, body.rank, body.seed)
+
+
+def _chosen(service: Service, ingredients: Sequence[Ingredient]) -> dict[str, float]:
+    """The versions that the names stand for now, as `name@2`, and their scales.
+
+    Raises AdapterNotFoundError, VersionNotFoundError, and ApiError for a version that is listed twice.
+    """
+    chosen: dict[str, float] = {}
+    for ingredient in ingredients:
+        record = service.registry.names.index.resolve_name(ingredient.name)
+        reference = f"{record.name}@{record.version}"
+        if reference in chosen:
+            raise ApiError("invalid_request", f"{reference} is listed twice: add up its scales", "from")
+        chosen[reference] = ingredient.scale
+    return chosen
+
+
+def _compose(service: Service, name: str, chosen: Mapping[str, float], recipe: Recipe) -> Put:
+    """In the workshop's thread."""
+    registry = service.registry
+    with registry.stage() as linked, registry.stage() as staging:
+        folders = {reference: linked.path / reference for reference in chosen}
+        sources = [
+            Source(registry.names.link_files(reference, folder), folder, chosen[reference])
+            for reference, folder in folders.items()
+        ]
+        make = partial(service.workshop.maker.compose, sources, recipe)
+        return registry.put(name, staging, source="composed", make=make)
