@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -15,6 +16,9 @@ from serving import Running, serving, settings
 MEMORY = Path("/dev/shm")
 ROOM_BYTES = 4 << 30  # several times what all tests write, so that small machines and containers go on using the disk
 
+# how long an example takes says how busy the machine is, and nothing else
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 torch.set_num_threads(2)
 transformers.logging.disable_progress_bar()
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM_BYTES:
