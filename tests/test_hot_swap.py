@@ -30,8 +30,9 @@ async def stream(server: Running, model: str, max_tokens: int) -> Streamed:
 
 
 async def wait_running(server: Running, count: int) -> None:
-    while server.service.engine.num_running < count:
-        await asyncio.sleep(0.005)
+    async with asyncio.timeout(60):
+        while server.service.engine.num_running < count:
+            await asyncio.sleep(0.005)
 
 
 async def test_a_replace_amid_eight_streams_reaches_new_requests_only(
