@@ -39,13 +39,22 @@ class LinearShape(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModuleWeights:
-    """The factors of one module: its output gains x @ lora_A.T @ lora_B.T.
+    """What an adapter makes of one module's output: y = (y + x @ lora_A.T @ lora_B.T) * column_scale + shift.
 
-    Either may be bfloat16 beside float32 rows.
+    Either factor may be bfloat16 beside float32 rows; the rank may be 0. DoRA has a column scale, and trained biases
+    are a shift.
     """
 
     lora_A: Tensor  # [rank, in_features]
     lora_B: Tensor  # [out_features, rank], multiplied by the scaling; laid out column by column, as kernels read it
+    column_scale: Tensor | None = None  # [out_features], float32
+    shift: Tensor | None = None  # [out_features], float32
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is held in memory."""
+        parts = (self.lora_A, self.lora_B, self.column_scale, self.shift)
+        return tuple(tensor for tensor in parts if tensor is not None)
 
     @property
     def rank(self) -> int:
@@ -63,12 +72,12 @@ class AdapterWeights:
     @property
     def nbytes(self) -> int:
         """Bytes of all factors."""
-        return sum(module.lora_A.nbytes + module.lora_B.nbytes for module in self.modules.values())
+        return sum(tensor.nbytes for module in self.modules.values() for tensor in module.tensors)
 
     @property
     def num_parameters(self) -> int:
         """Elements of all factors."""
-        return sum(module.lora_A.numel() + module.lora_B.numel() for module in self.modules.values())
+        return sum(tensor.numel() for module in self.modules.values() for tensor in module.tensors)
 
     @property
     def rank(self) -> int:

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#ifdef __FMA__
+#if defined(__FMA__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -37,7 +37,11 @@ inline f32x8 load(const float* from) {
 inline f32x8 load(const bf16* from) {
     u16x8 half;
     std::memcpy(&half, from, sizeof half);
+#ifdef __AVX2__
+    return (f32x8)((u32x8)_mm256_cvtepu16_epi32((__m128i)half) << 16);  // one instruction less than the compiler finds
+#else
     return (f32x8)(__builtin_convertvector(half, u32x8) << 16);
+#endif
 }
 
 // a * b + c, rounded once where the processor can
@@ -51,6 +55,9 @@ inline float mul_add(float a, float b, float c) { return a * b + c; }
 inline f32x8 splat(float x) { return f32x8{x, x, x, x, x, x, x, x}; }
 
 inline void store(f32x8 v, float* to) { std::memcpy(to, &v, sizeof v); }
+inline void store(f32x8 v, bf16* to) {
+    for (int i = 0; i < LANES; i++) narrow(v[i], to + i);
+}
 
 inline float sum(f32x8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 

@@ -1,34 +1,46 @@
-// y[rows] += scale * (x[rows] A^T) B^T for every segment of a packed step, each adapter's factors read once.
+// y[rows] = (y[rows] + scale * (x[rows] A^T) B^T) * column_scale + scale * shift for every segment of a packed step, each
+// adapter's factors read once.
 //
 // The order of every sum is fixed by the shapes of the factors alone, so a row's result does not depend on which other
 // rows are in the step, nor on how many threads run. Sums are float32 whatever the tensors hold.
 #include <algorithm>
 #include <omp.h>
+#include <type_traits>
 #include <vector>
 #include "lora_delta.h"
 #include "vec.h"
 
 namespace {
 
-constexpr int RANKS = 4;               // rows of A at a time
-constexpr int WIDE = 4;                // vectors of B's columns at a time
+constexpr int ROWS = 3, RANKS = 4;     // of a tile of shrinking: its sums fill most of the registers
+constexpr int WIDE = 4;                // vectors of B's columns of a tile of expanding
 constexpr int64_t PIECE = 4 * WIDE * LANES;  // columns of a module that one thread takes when there are few segments
+constexpr int64_t STRIP = 8 * ROWS;    // rows of a segment that one thread takes
 constexpr int64_t THREADED = 1 << 15;  // multiply-adds below which a second thread costs more than it saves
 
-// shrunk[row][0..ranks) = x[row] . A[0..ranks), for ROWS rows
-template <int ROWS, typename T, typename W>
+// Asks memory for what the next tile reads, once a line of it
+template <typename W>
+void ask(const W* from, int64_t at) {
+    if (at % int64_t(64 / sizeof(W)) == 0) __builtin_prefetch(from);
+}
+
+// shrunk[row][0..ranks) = x[row] . A[0..ranks), for R rows
+template <int R, typename T, typename W>
 void shrink_block(const T* x, const W* a, int64_t in, int ranks, float* shrunk, int64_t stride) {
-    f32x8 sums[ROWS][RANKS] = {};
+    f32x8 sums[R][RANKS] = {};
+    const W* factors[RANKS];
+    for (int j = 0; j < RANKS; j++) factors[j] = a + std::min(j, ranks - 1) * in;
     const int64_t whole = in - in % LANES;
     for (int64_t k = 0; k < whole; k += LANES) {
-        f32x8 xs[ROWS];
-        for (int row = 0; row < ROWS; row++) xs[row] = load(x + row * in + k);
+        f32x8 xs[R];
+        for (int row = 0; row < R; row++) xs[row] = load(x + row * in + k);
         for (int j = 0; j < RANKS; j++) {
-            const f32x8 av = load(a + std::min(j, ranks - 1) * in + k);
-            for (int row = 0; row < ROWS; row++) sums[row][j] = mul_add(xs[row], av, sums[row][j]);
+            if (R == 1) ask(factors[j] + RANKS * in + k, k);
+            const f32x8 av = load(factors[j] + k);
+            for (int row = 0; row < R; row++) sums[row][j] = mul_add(xs[row], av, sums[row][j]);
         }
     }
-    for (int row = 0; row < ROWS; row++)
+    for (int row = 0; row < R; row++)
         for (int j = 0; j < ranks; j++) {
             float total = sum(sums[row][j]);
             for (int64_t k = whole; k < in; k++) total = mul_add(widen(x[row * in + k]), widen(a[j * in + k]), total);
@@ -36,61 +48,66 @@ void shrink_block(const T* x, const W* a, int64_t in, int ranks, float* shrunk, 
         }
 }
 
-// y[row][0..V * LANES) += scale * shrunk[row] . B[0..rank)[0..V * LANES), for ROWS rows
-template <int ROWS, int V, typename T, typename W>
-void expand_block(const float* shrunk, const W* b_t, int64_t rank, int64_t out, float scale, T* y) {
-    f32x8 sums[ROWS][V] = {};
-    for (int64_t j = 0; j < rank; j++)
+// What becomes of y once the sum over the ranks is known: (y + scale * sum) * column_scale + scale * shift
+struct Finish {
+    const float *column_scale, *shift;  // [out], or null
+    float scale;
+
+    Finish from(int64_t column) const {
+        return {column_scale ? column_scale + column : nullptr, shift ? shift + column : nullptr, scale};
+    }
+    f32x8 vector(f32x8 y, f32x8 sum, int64_t c) const {
+        y = mul_add(splat(scale), sum, y);
+        if (column_scale) y *= load(column_scale + c);
+        return shift ? mul_add(splat(scale), load(shift + c), y) : y;
+    }
+    float column(float y, float sum) const {
+        y = mul_add(scale, sum, y);
+        if (column_scale) y *= *column_scale;
+        return shift ? mul_add(scale, *shift, y) : y;
+    }
+};
+
+// y[row][0..V * LANES), for R rows
+template <int R, int V, typename T, typename W>
+void expand_block(const float* shrunk, const W* b_t, int64_t rank, int64_t out, const Finish& finish, T* y) {
+    f32x8 sums[R][V] = {};
+    for (int64_t j = 0; j < rank; j++) {
+        if (R == 1) __builtin_prefetch(b_t + j * out + V * LANES);
         for (int v = 0; v < V; v++) {
             const f32x8 bv = load(b_t + j * out + v * LANES);
-            for (int row = 0; row < ROWS; row++) sums[row][v] = mul_add(splat(shrunk[row * rank + j]), bv, sums[row][v]);
+            for (int row = 0; row < R; row++) sums[row][v] = mul_add(splat(shrunk[row * rank + j]), bv, sums[row][v]);
         }
-    for (int row = 0; row < ROWS; row++)
-        for (int c = 0; c < V * LANES; c++) {
-            T* to = y + row * out + c;
-            narrow(mul_add(scale, sums[row][c / LANES][c % LANES], widen(*to)), to);
-        }
-}
-
-// V vectors of columns for every row of a segment
-template <int V, typename T, typename W>
-void expand_rows(const Segment& s, int64_t rank, const float* shrunk, const W* b_t, int64_t out, T* y) {
-    const int64_t rows = s.stop - s.start;
-    int64_t row = 0;
-    for (; row + 2 <= rows; row += 2)
-        expand_block<2, V>(shrunk + row * rank, b_t, rank, out, float(s.scale), y + (s.start + row) * out);
-    if (row < rows) expand_block<1, V>(shrunk + row * rank, b_t, rank, out, float(s.scale), y + (s.start + row) * out);
-}
-
-template <typename T, typename W>
-void expand_column(const Segment& s, int64_t rank, const float* shrunk, const W* b_t, int64_t out, T* y) {
-    for (int64_t row = 0; row < s.stop - s.start; row++) {
-        float total = 0;
-        for (int64_t j = 0; j < rank; j++) total = mul_add(shrunk[row * rank + j], widen(b_t[j * out]), total);
-        T* to = y + (s.start + row) * out;
-        narrow(mul_add(float(s.scale), total, widen(*to)), to);
     }
+    for (int row = 0; row < R; row++)
+        for (int v = 0; v < V; v++) {
+            T* to = y + row * out + v * LANES;
+            store(finish.vector(load(to), sums[row][v], v * LANES), to);
+        }
 }
 
-// Ranks [from, to) of a segment: shrunk[row][rank] = x[row] . A[rank]
 template <typename T, typename W>
-void shrink(const Segment& s, const Factors& f, const W* a, const T* x, int64_t in, int64_t from, int64_t to, float* shrunk) {
-    const int64_t rows = s.stop - s.start;
-    const int ranks = int(to - from);
-    int64_t row = 0;
-    for (; row + 2 <= rows; row += 2)
-        shrink_block<2>(x + (s.start + row) * in, a + from * in, in, ranks, shrunk + row * f.rank + from, f.rank);
-    if (row < rows)
-        shrink_block<1>(x + (s.start + row) * in, a + from * in, in, ranks, shrunk + row * f.rank + from, f.rank);
+void expand_column(const float* shrunk, const W* b_t, int64_t rank, int64_t out, const Finish& finish, T* y) {
+    float total = 0;
+    for (int64_t j = 0; j < rank; j++) total = mul_add(shrunk[j], widen(b_t[j * out]), total);
+    narrow(finish.column(widen(*y), total), y);
 }
 
-// Columns [from, to) of a segment's output; `from` is a multiple of PIECE, so that a column is always summed the same way
-template <typename T, typename W>
-void expand(const Segment& s, const Factors& f, const W* b_t, T* y, int64_t out, int64_t from, int64_t to, const float* shrunk) {
+// Columns [from, to) of R rows; `from` is a multiple of PIECE, so that a column is always summed the same way
+template <int R, typename T, typename W>
+void expand_rows(const float* shrunk, const W* b_t, int64_t rank, int64_t out, int64_t from, int64_t to, const Finish& all, T* y) {
     int64_t c = from;
-    for (; c + WIDE * LANES <= to; c += WIDE * LANES) expand_rows<WIDE>(s, f.rank, shrunk, b_t + c, out, y + c);
-    for (; c + LANES <= to; c += LANES) expand_rows<1>(s, f.rank, shrunk, b_t + c, out, y + c);
-    for (; c < to; c++) expand_column(s, f.rank, shrunk, b_t + c, out, y + c);
+    for (; c + WIDE * LANES <= to; c += WIDE * LANES) expand_block<R, WIDE>(shrunk, b_t + c, rank, out, all.from(c), y + c);
+    for (; c + LANES <= to; c += LANES) expand_block<R, 1>(shrunk, b_t + c, rank, out, all.from(c), y + c);
+    for (; c < to; c++)
+        for (int row = 0; row < R; row++) expand_column(shrunk + row * rank, b_t + c, rank, out, all.from(c), y + row * out + c);
+}
+
+// work(rows, first row) for the rows [start, stop), as many at a time as a tile takes
+template <typename Work>
+void by_tiles(int64_t start, int64_t stop, Work work) {
+    for (; start + ROWS <= stop; start += ROWS) work(std::integral_constant<int, ROWS>(), start);
+    for (; start < stop; start++) work(std::integral_constant<int, 1>(), start);
 }
 
 // One segment seen from one module.
@@ -100,23 +117,18 @@ struct Pair {
     float* shrunk;  // [rows, rank]
 };
 
-struct Shrink {
-    const Pair* pair;
-    int64_t from, to;  // ranks
-};
-
-// Pairs that share rows follow one another and are one thread's, in order.
-struct Expand {
+// Rows [start, stop) of a step, columns [from, to): of the ranks of one pair, or of the output of pairs that share rows,
+// which follow one another and are one thread's, in order.
+struct Piece {
     const LoraModule* module;
     int64_t first, last;  // pairs
-    int64_t from, to;     // columns
+    int64_t start, stop, from, to;
 };
 
 // What one call does, in pieces that threads may take in any order.
 struct Plan {
     std::vector<Pair> pairs;
-    std::vector<Shrink> shrinks;
-    std::vector<Expand> expands;
+    std::vector<Piece> shrinks, expands;
     std::vector<float> shrunk;
     int64_t work;  // multiply-adds
 
@@ -131,50 +143,61 @@ struct Plan {
         for (Pair& pair : pairs) {
             pair.shrunk = at;
             at += pair.factors->rank * (pair.segment->stop - pair.segment->start);
-            for (int64_t j = 0; j < pair.factors->rank; j += RANKS)
-                shrinks.push_back({&pair, j, std::min(j + RANKS, pair.factors->rank)});
         }
     }
 
   private:
     void add(const Segment* segments, int64_t count, const LoraModule& module, int64_t num_modules, int64_t in, int threads,
              int64_t* size) {
-        const int64_t piece = count * num_modules < 4 * threads ? PIECE : module.out;
-        int64_t first = pairs.size(), reached = 0;  // the chain's first pair, and the row that it reaches to
+        const int64_t columns = count * num_modules < 4 * threads ? PIECE : module.out;
+        int64_t first = pairs.size(), start = 0, reached = 0;  // the chain's first pair, and the rows that it spans
         const auto end_chain = [&] {
-            if (first < int64_t(pairs.size()))
-                for (int64_t c = 0; c < module.out; c += piece)
-                    expands.push_back({&module, first, int64_t(pairs.size()), c, std::min(c + piece, module.out)});
-            first = pairs.size();
+            if (first < int64_t(pairs.size())) cut(expands, {&module, first, int64_t(pairs.size()), start, reached, 0, module.out}, columns);
+            first = pairs.size(), start = reached;
         };
         for (const Segment* s = segments; s < segments + count; s++) {
             const Factors* factors = s->factors + module.number;
-            if (!factors->a) continue;
-            if (s->start >= reached) end_chain();
+            if (!factors->is_targeted) continue;
+            if (s->start >= reached) end_chain(), start = s->start;
             reached = std::max(reached, s->stop);
+            const int64_t rank = factors->rank, rows = s->stop - s->start, pair = pairs.size();
+            cut(shrinks, {&module, pair, pair + 1, s->start, s->stop, 0, rank}, rows < ROWS ? RANKS : rank);
             pairs.push_back({s, factors, nullptr});
-            *size += factors->rank * (s->stop - s->start);
-            work += factors->rank * (s->stop - s->start) * (in + module.out);
+            *size += rank * rows;
+            work += rank * rows * (in + module.out);
         }
         end_chain();
     }
+
+    // a piece in strips of rows and of `columns`
+    static void cut(std::vector<Piece>& pieces, const Piece& whole, int64_t columns) {
+        for (int64_t row = whole.start; row < whole.stop; row += STRIP)
+            for (int64_t c = 0; c < whole.to; c += columns) {
+                const int64_t stop = std::min(row + STRIP, whole.stop), to = std::min(c + columns, whole.to);
+                pieces.push_back({whole.module, whole.first, whole.last, row, stop, c, to});
+            }
+    }
 };
 
-template <typename T>
-void run_shrink(const Shrink& s, const T* x, int64_t in) {
-    const Factors& f = *s.pair->factors;
-    if (f.a_is_bf16) shrink(*s.pair->segment, f, static_cast<const bf16*>(f.a), x, in, s.from, s.to, s.pair->shrunk);
-    else shrink(*s.pair->segment, f, static_cast<const float*>(f.a), x, in, s.from, s.to, s.pair->shrunk);
+template <typename T, typename W>
+void shrink(const Piece& p, const Pair& pair, const W* a, const T* x, int64_t in) {
+    const int64_t rank = pair.factors->rank;
+    by_tiles(p.start, p.stop, [&](auto rows, int64_t row) {
+        float* shrunk = pair.shrunk + (row - pair.segment->start) * rank;
+        for (int64_t j = p.from; j < p.to; j += RANKS)
+            shrink_block<rows.value>(x + row * in, a + j * in, in, int(std::min<int64_t>(RANKS, p.to - j)), shrunk + j, rank);
+    });
 }
 
-template <typename T>
-void run_expand(const Expand& e, const Pair* pairs) {
-    T* y = static_cast<T*>(e.module->y);
-    for (const Pair* pair = pairs + e.first; pair < pairs + e.last; pair++) {
-        const Factors& f = *pair->factors;
-        if (f.b_is_bf16) expand(*pair->segment, f, static_cast<const bf16*>(f.b_t), y, e.module->out, e.from, e.to, pair->shrunk);
-        else expand(*pair->segment, f, static_cast<const float*>(f.b_t), y, e.module->out, e.from, e.to, pair->shrunk);
-    }
+template <typename T, typename W>
+void expand(const Piece& p, const Pair& pair, const W* b_t, T* y) {
+    const Factors& f = *pair.factors;
+    const Segment& s = *pair.segment;
+    const Finish finish = {f.column_scale, f.shift, float(s.scale)};
+    by_tiles(std::max(p.start, s.start), std::min(p.stop, s.stop), [&](auto rows, int64_t row) {
+        const float* shrunk = pair.shrunk + (row - s.start) * f.rank;
+        expand_rows<rows.value>(shrunk, b_t, f.rank, p.module->out, p.from, p.to, finish, y + row * p.module->out);
+    });
 }
 
 template <typename T>
@@ -188,9 +211,21 @@ void run(const Segment* segments, int64_t count, const LoraModule* modules, int6
 #pragma omp parallel num_threads(threads) if (plan.work >= THREADED)
     {
 #pragma omp for schedule(dynamic, share)
-        for (int64_t i = 0; i < num_shrinks; i++) run_shrink(plan.shrinks[i], x, in);
+        for (int64_t i = 0; i < num_shrinks; i++) {
+            const Piece& piece = plan.shrinks[i];
+            const Pair& pair = plan.pairs[piece.first];
+            if (pair.factors->a_is_bf16) shrink(piece, pair, static_cast<const bf16*>(pair.factors->a), x, in);
+            else shrink(piece, pair, static_cast<const float*>(pair.factors->a), x, in);
+        }
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < num_expands; i++) run_expand<T>(plan.expands[i], plan.pairs.data());
+        for (int64_t i = 0; i < num_expands; i++) {
+            const Piece& piece = plan.expands[i];
+            for (const Pair* pair = &plan.pairs[piece.first]; pair < plan.pairs.data() + piece.last; pair++) {
+                const Factors& f = *pair->factors;
+                if (f.b_is_bf16) expand(piece, *pair, static_cast<const bf16*>(f.b_t), static_cast<T*>(piece.module->y));
+                else expand(piece, *pair, static_cast<const float*>(f.b_t), static_cast<T*>(piece.module->y));
+            }
+        }
     }
 }
 

@@ -21,9 +21,12 @@ class _Factors(ctypes.Structure):
     _fields_ = (
         ("a", ctypes.c_void_p),
         ("b_t", ctypes.c_void_p),
+        ("column_scale", ctypes.c_void_p),
+        ("shift", ctypes.c_void_p),
         ("rank", ctypes.c_int64),
         ("a_is_bf16", ctypes.c_int32),
         ("b_is_bf16", ctypes.c_int32),
+        ("is_targeted", ctypes.c_int64),
     )
 
 
@@ -65,8 +68,9 @@ def _factors_of(path: str, module: ModuleWeights) -> _Factors:
     lora_A, b_t = module.lora_A, module.lora_B.t()
     if not (lora_A.is_contiguous() and b_t.is_contiguous()):
         raise ValueError(f"{path}: the factors are not laid out as ModuleWeights says")
+    vectors = [None if vector is None else vector.data_ptr() for vector in (module.column_scale, module.shift)]
     is_bf16 = [tensor.dtype == torch.bfloat16 for tensor in (lora_A, b_t)]
-    return _Factors(lora_A.data_ptr(), b_t.data_ptr(), module.rank, *is_bf16)
+    return _Factors(lora_A.data_ptr(), b_t.data_ptr(), *vectors, module.rank, *is_bf16, True)
 
 
 def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:

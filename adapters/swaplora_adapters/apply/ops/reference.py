@@ -7,7 +7,9 @@ from swaplora_adapters.apply.ops.torch_form import Prepared
 
 
 def _add(y: Tensor, x: Tensor, prepared: Prepared, number: int) -> None:
-    """y[start:stop] += scale · (x[start:stop] Aᵀ) Bᵀ, computed in float32 and rounded once.
+    """y[start:stop] = (y[start:stop] + scale · (x[start:stop] Aᵀ) Bᵀ) · column_scale + scale · shift.
+
+    Computed in float32 and rounded once.
 
     y: [num_rows, out_features], written in place. x: [num_rows, in_features].
     """
@@ -16,7 +18,12 @@ def _add(y: Tensor, x: Tensor, prepared: Prepared, number: int) -> None:
         if module is not None:
             rows = slice(segment.start, segment.stop)
             delta = (x[rows].float() @ module.lora_A.float().T) @ module.lora_B.float().T
-            y[rows] = (y[rows].float() + segment.scale * delta).to(y.dtype)
+            result = y[rows].float() + segment.scale * delta
+            if module.column_scale is not None:
+                result = result * module.column_scale
+            if module.shift is not None:
+                result = result + segment.scale * module.shift
+            y[rows] = result.to(y.dtype)
 
 
 OP = LoraOp(prepare=Prepared, add=_add)

@@ -16,7 +16,7 @@ class Prepared(NamedTuple):
 
 
 def _add(y: Tensor, x: Tensor, prepared: Prepared, number: int) -> None:
-    """y[start:stop] += scale · (x[start:stop] Aᵀ) Bᵀ.
+    """y[start:stop] = (y[start:stop] + scale · (x[start:stop] Aᵀ) Bᵀ) · column_scale + scale · shift.
 
     y: [num_rows, out_features], written in place. x: [num_rows, in_features].
     """
@@ -26,6 +26,10 @@ def _add(y: Tensor, x: Tensor, prepared: Prepared, number: int) -> None:
             lora_A, lora_B = module.lora_A.to(x.dtype), module.lora_B.to(x.dtype)
             rows = slice(segment.start, segment.stop)
             y[rows].addmm_(x[rows].mm(lora_A.t()), lora_B.t(), alpha=segment.scale)
+            if module.column_scale is not None:
+                y[rows] *= module.column_scale.to(y.dtype)
+            if module.shift is not None:
+                y[rows].add_(module.shift.to(y.dtype), alpha=segment.scale)
 
 
 OP = LoraOp(prepare=Prepared, add=_add)
