@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from swaplora_adapters.artifact.base_layers import LinearShape
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.artifact.weights import LinearShape
 
 _LAYER = {
     "self_attn.q_proj": LinearShape(32, 32),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.table import Table
 
-from swaplora_adapters.artifact.weights import AdapterWeights
+from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_adapters.registry import registry
 
 

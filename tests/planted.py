@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from swaplora_adapters.apply.activation import Activation, Segment, StepAdapters
-from swaplora_adapters.artifact.weights import AdapterWeights, load_weights
+from swaplora_adapters.artifact.served import AdapterWeights
+from swaplora_adapters.artifact.weights import load_weights
 from swaplora_adapters.registry import registry
 from swaplora_adapters.registry.lease import Lease
 from swaplora_adapters.registry.registry import Registry

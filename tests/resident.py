@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from swaplora_adapters.artifact.weights import AdapterWeights, ModuleWeights
+from swaplora_adapters.artifact.served import AdapterWeights, ModuleWeights
 from swaplora_adapters.registry.residency import Residency
 
 SIZE = 40

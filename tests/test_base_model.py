@@ -80,7 +80,7 @@ def test_logits_are_stock_transformers_own(model_type: str, tmp_path: Path) -> N
     folder = tiny.save_tiny_base(tmp_path, {"model_type": model_type, **ARCHITECTURES[model_type]})
     for kernels in (NATIVE, torch_kernels(CPU)):
         base = load(folder, kernels)
-        assert base.shapes
+        assert base.layers.linears
         assert base.kv_bytes_per_token > 0
 
 
@@ -108,7 +108,13 @@ def test_architecture_that_cannot_be_served_is_refused_with_the_reason(
 def test_linears_that_do_not_see_every_token_are_no_targets(tmp_path: Path) -> None:
     """Routed experts compute some rows only, so a row's adapter could not be told."""
     base = load(tiny.save_tiny_base(tmp_path, {"model_type": "mixtral", **ARCHITECTURES["mixtral"]}))
-    assert {path.rpartition(".")[2] for path in base.shapes} == {"q_proj", "k_proj", "v_proj", "o_proj", "lm_head"}
+    assert {path.rpartition(".")[2] for path in base.layers.linears} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "lm_head",
+    }
 
 
 def test_no_plain_copy_of_a_packed_weight_is_kept(tmp_path: Path) -> None:
@@ -129,4 +135,4 @@ def test_layers_that_fail_the_proof_in_one_call_run_by_themselves(
     monkeypatch.setattr(native_decoder, "_attention_of", lambda layer: LayerAttention(layer.self_attn.layer_idx, 1.0))
     base = load(tiny.save_tiny_base(tmp_path))
     assert len(base.model.model.layers) == 2
-    assert base.shapes
+    assert base.layers.linears

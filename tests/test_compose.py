@@ -15,8 +15,9 @@ import tiny
 from adapter_files import SHAPES, write_adapter
 from serving import BASE, Running, serving, settings
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.artifact.served import AdapterWeights, ModuleWeights
 from swaplora_adapters.artifact.spec import MAX_RANK
-from swaplora_adapters.artifact.weights import AdapterWeights, ModuleWeights, load_weights
+from swaplora_adapters.artifact.weights import load_weights
 from swaplora_adapters.derive.compose import Ingredient, Recipe, compose
 from swaplora_adapters.derive.files import write_adapter as write_composed
 from swaplora_adapters.derive.lowrank import LowRank

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from swaplora_adapters.artifact.weights import AdapterWeights, ModuleWeights
+from swaplora_adapters.artifact.served import AdapterWeights, ModuleWeights
 from swaplora_server.engine.base_model import BaseModel, load_base
 from swaplora_server.engine.kernels import pick_kernels
 from swaplora_server.engine.kv_cache import BlockPool
@@ -95,7 +95,7 @@ def random_adapter(base: BaseModel, rank: int, seed: int) -> AdapterWeights:
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.bfloat16 if seed % 2 else base.dtype
     modules = {}
-    for path, shape in base.shapes.items():
+    for path, shape in base.layers.linears.items():
         lora_A = torch.randn(rank, shape.in_features, generator=generator) / shape.in_features**0.5
         lora_B = (torch.randn(rank, shape.out_features, generator=generator) * 0.3 / rank**0.5).t()
         modules[path] = ModuleWeights(lora_A.to(dtype), lora_B.to(dtype))

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from serving import BASE, Running
-from swaplora_adapters.artifact.weights import AdapterWeights
+from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduler import Batch, Sampled
 

@@ -12,8 +12,10 @@ import tiny
 from adapter_files import SHAPES, factors, write_adapter
 from serving import Running, serving, settings
 from stand_in import CARD, StandIn, standing_in, swaplora
+from swaplora_adapters.artifact.base_layers import LinearShape
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.artifact.weights import AdapterWeights, LinearShape, ModuleWeights, load_weights
+from swaplora_adapters.artifact.served import AdapterWeights, ModuleWeights
+from swaplora_adapters.artifact.weights import load_weights
 from swaplora_adapters.derive.base_files import BaseFiles
 from swaplora_adapters.derive.inspection import compare_weights
 from swaplora_adapters.derive.intruders import NUM_LOOKED_AT, count_intruders, intruders

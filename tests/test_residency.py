@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import pytest
 
 from resident import SIZE, Loader, Make, use, wait_state
-from swaplora_adapters.artifact.weights import AdapterWeights
+from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_adapters.errors import (
     AdapterFailedError,
     AdapterTooLargeError,

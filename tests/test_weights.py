@@ -13,17 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 import tiny
 from adapter_files import CONFIG, SHAPES, config_bytes, factors, write_adapter
+from swaplora_adapters.artifact.base_layers import LinearShape
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_adapters.artifact.spec import AdapterSpec
 from swaplora_adapters.artifact.tensorfile import read_header
-from swaplora_adapters.artifact.weights import (
-    AdapterWeights,
-    LinearShape,
-    build_weights,
-    check_fit,
-    check_values,
-    load_weights,
-)
+from swaplora_adapters.artifact.weights import build_weights, check_fit, check_values, load_weights
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from swaplora_adapters.artifact.weights import AdapterWeights
+from swaplora_adapters.artifact.served import AdapterWeights
 
 
 @dataclass(frozen=True, slots=True)

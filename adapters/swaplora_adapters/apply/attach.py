@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from swaplora_adapters.apply.activation import Activation
 from swaplora_adapters.apply.layers import LoraLinear
-from swaplora_adapters.artifact.weights import LinearShape
+from swaplora_adapters.artifact.base_layers import LinearShape
 
 
 def attach(

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 
+from swaplora_adapters.artifact.base_layers import LinearShape
 from swaplora_adapters.artifact.complaints import capped, quoted
 from swaplora_adapters.artifact.digest import digest_of
 from swaplora_adapters.artifact.disk import full_disk_is_told, read_bounded
 from swaplora_adapters.artifact.records import Details
+from swaplora_adapters.artifact.served import last_names
 from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES, AdapterSpec
 from swaplora_adapters.artifact.tensorfile import DEFAULT_LIMITS, Header, Limits, iter_tensors, read_header
-from swaplora_adapters.artifact.weights import LinearShape, check_fit, check_values, last_names, module_ranks
+from swaplora_adapters.artifact.weights import check_fit, check_values, module_ranks
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 
 

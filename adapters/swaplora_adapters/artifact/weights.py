@@ -7,7 +7,6 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -15,9 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from swaplora_adapters.artifact.base_layers import LinearShape
 from swaplora_adapters.artifact.complaints import capped, quoted
 from swaplora_adapters.artifact.disk import read_bounded
 from swaplora_adapters.artifact.matching import Matcher
+from swaplora_adapters.artifact.served import AdapterWeights, ModuleWeights
 from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES, AdapterSpec
 from swaplora_adapters.artifact.tensorfile import Header, iter_tensors, read_header
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
@@ -28,71 +29,6 @@ _FACTOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[
 _UNSERVED_NAME = re.compile(
     r".*\.(lora_embedding_[AB]|lora_magnitude_vector|lora_[AB]\.bias|modules_to_save|trainable_tokens_delta)(\..*)?"
 )
-
-
-class LinearShape(NamedTuple):
-    """A linear layer of the base that LoRA may target, whichever way round it stores its weight."""
-
-    in_features: int
-    out_features: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ModuleWeights:
-    """What an adapter makes of one module's output: y = (y + x @ lora_A.T @ lora_B.T) * column_scale + shift.
-
-    Either factor may be bfloat16 beside float32 rows; the rank may be 0. DoRA has a column scale, and trained biases
-    are a shift.
-    """
-
-    lora_A: Tensor  # [rank, in_features]
-    lora_B: Tensor  # [out_features, rank], multiplied by the scaling; laid out column by column, as kernels read it
-    column_scale: Tensor | None = None  # [out_features], float32
-    shift: Tensor | None = None  # [out_features], float32
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All that is held in memory."""
-        parts = (self.lora_A, self.lora_B, self.column_scale, self.shift)
-        return tuple(tensor for tensor in parts if tensor is not None)
-
-    @property
-    def rank(self) -> int:
-        """The true rank, never padded."""
-        return self.lora_A.shape[0]
-
-
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
-class AdapterWeights:
-    """A whole adapter in memory, by the module paths of the base."""
-
-    digest: str
-    modules: Mapping[str, ModuleWeights]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all factors."""
-        return sum(tensor.nbytes for module in self.modules.values() for tensor in module.tensors)
-
-    @property
-    def num_parameters(self) -> int:
-        """Elements of all factors."""
-        return sum(tensor.numel() for module in self.modules.values() for tensor in module.tensors)
-
-    @property
-    def rank(self) -> int:
-        """The largest rank of any module."""
-        return max(module.rank for module in self.modules.values())
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The distinct last names of the modules, sorted."""
-        return last_names(self.modules)
-
-
-def last_names(paths: Iterable[str]) -> tuple[str, ...]:
-    """The distinct last components of module paths, sorted."""
-    return tuple(sorted({path.rpartition(".")[2] for path in paths}))
 
 
 def module_ranks(header: Header) -> dict[str, int]:

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
-from swaplora_adapters.artifact.weights import OUTPUT_HEADS, PIECE, LinearShape
+from swaplora_adapters.artifact.base_layers import LinearShape
+from swaplora_adapters.artifact.weights import OUTPUT_HEADS, PIECE
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swaplora_adapters.artifact.base_layers import LinearShape
 from swaplora_adapters.artifact.complaints import capped, quoted
 from swaplora_adapters.artifact.config_fields import ConfigFields
 from swaplora_adapters.artifact.disk import full_disk_is_told, read_bounded
@@ -19,7 +20,7 @@ from swaplora_adapters.artifact.names import CONFIG_FILE
 from swaplora_adapters.artifact.spec import MAX_ALPHA, MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, AdapterSpec
 from swaplora_adapters.artifact.strict_json import loads
 from swaplora_adapters.artifact.tensorfile import Header, read_header
-from swaplora_adapters.artifact.weights import LinearShape, is_targeted
+from swaplora_adapters.artifact.weights import is_targeted
 from swaplora_adapters.derive.kinds import KINDS, Kind, Module, Shapes
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from swaplora_adapters.artifact.weights import AdapterWeights, LinearShape, ModuleWeights
+from swaplora_adapters.artifact.base_layers import LinearShape
+from swaplora_adapters.artifact.served import AdapterWeights, ModuleWeights
 from swaplora_adapters.derive.base_files import BaseFiles
 
 NUM_LOOKED_AT = 10  # of the singular vectors of the adapted weight, the largest

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swaplora_adapters.artifact.weights import LinearShape
+from swaplora_adapters.artifact.base_layers import LinearShape
 from swaplora_adapters.derive.lowrank import Limit, LowRank, cut_factors, cut_kronecker, cut_matrix
 
 Shapes = Mapping[str, tuple[int, ...]]  # of a module's tensors, by part

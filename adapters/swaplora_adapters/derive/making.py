@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from swaplora_adapters.artifact.base_layers import LinearShape
 from swaplora_adapters.artifact.disk import open_regular
 from swaplora_adapters.artifact.records import VersionRecord
 from swaplora_adapters.artifact.staging import FILE_NAMES, Staging
-from swaplora_adapters.artifact.weights import LinearShape
 from swaplora_adapters.derive.compose import Recipe
 from swaplora_adapters.derive.foreign import read_foreign
 from swaplora_adapters.derive.process import DerivationProcess

@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from swaplora_adapters.apply.attach import shape_of
+from swaplora_adapters.artifact.base_layers import LinearShape
 from swaplora_adapters.artifact.intake import inspect_files
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.artifact.weights import AdapterWeights, LinearShape, load_weights
+from swaplora_adapters.artifact.served import AdapterWeights
+from swaplora_adapters.artifact.weights import load_weights
 
 
 class Addend(NamedTuple):

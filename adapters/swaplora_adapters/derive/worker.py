@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from swaplora_adapters.artifact.base_layers import LinearShape
 from swaplora_adapters.artifact.disk import read_bounded
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES, AdapterSpec
-from swaplora_adapters.artifact.weights import AdapterWeights, LinearShape, load_weights
+from swaplora_adapters.artifact.weights import load_weights
 from swaplora_adapters.derive.compose import Ingredient, Recipe, compose
 from swaplora_adapters.derive.convert import convert
 from swaplora_adapters.derive.files import write_adapter

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from swaplora_adapters.artifact.records import VersionRecord
-from swaplora_adapters.artifact.weights import AdapterWeights
+from swaplora_adapters.artifact.served import AdapterWeights
 
 
 class Lease:

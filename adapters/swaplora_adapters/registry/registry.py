@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 
+from swaplora_adapters.artifact.base_layers import LinearShape
 from swaplora_adapters.artifact.intake import inspect_files
 from swaplora_adapters.artifact.records import Alias, Target, VersionRecord
+from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_adapters.artifact.staging import Staging
 from swaplora_adapters.artifact.store import Store
-from swaplora_adapters.artifact.weights import AdapterWeights, LinearShape, load_weights
+from swaplora_adapters.artifact.weights import load_weights
 from swaplora_adapters.errors import AdapterError, PreconditionFailedError, StorageFailedError, StorageFullError
 from swaplora_adapters.registry.card import Card, Failure, Put
 from swaplora_adapters.registry.holds import Holds

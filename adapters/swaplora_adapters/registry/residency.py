@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
-from swaplora_adapters.artifact.weights import AdapterWeights
+from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_adapters.errors import (
     AdapterError,
     AdapterFailedError,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from swaplora_adapters.artifact.weights import AdapterWeights
+from swaplora_adapters.artifact.served import AdapterWeights
 
 TIMEOUT_SECONDS = 30.0
 PATIENCE_SECONDS = 0.5  # before the one who waits longest comes first, and what is in use has to make room

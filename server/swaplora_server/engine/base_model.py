@@ -1,6 +1,5 @@
 """The resident base: loaded by transformers, given our attention and wrapped linears, and proven before it serves."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from swaplora_adapters.apply.activation import Activation
 from swaplora_adapters.apply.attach import attach, shape_of
-from swaplora_adapters.artifact.weights import LinearShape
+from swaplora_adapters.artifact.base_layers import BaseLayers
 from swaplora_server.engine import attention
 from swaplora_server.engine.kernels import Kernels
 from swaplora_server.engine.narrow_embedding import narrow
@@ -24,13 +23,13 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """A base that is ready to serve, and what is known of it. `shapes` lists the linears that adapters may target."""
+    """A base that is ready to serve, and what is known of it. `layers` are those that adapters may change."""
 
     model: PreTrainedModel
     activation: Activation
     kernels: Kernels
     tokenizer: PreTrainedTokenizerFast
-    shapes: Mapping[str, LinearShape]
+    layers: BaseLayers
     device: torch.device
     dtype: torch.dtype
     vocab_size: int
@@ -82,7 +81,7 @@ def load_base(source: str | Path, *, device: torch.device, dtype: torch.dtype, k
         activation=activation,
         kernels=kernels,
         tokenizer=tokenizer,
-        shapes={path: shape_of(linears[path].base) for path in linears if path in proof.addressable},
+        layers=BaseLayers({path: shape_of(linears[path].base) for path in linears if path in proof.addressable}),
         device=device,
         dtype=dtype,
         vocab_size=model.config.get_text_config().vocab_size,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from swaplora_server.engine.block_keys import block_key, root_key
 
 if TYPE_CHECKING:
-    from swaplora_adapters.artifact.weights import AdapterWeights
+    from swaplora_adapters.artifact.served import AdapterWeights
 
 
 class FinishReason(enum.StrEnum):

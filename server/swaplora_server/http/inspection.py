@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request
 
 from swaplora_adapters.artifact.records import VersionRecord
-from swaplora_adapters.artifact.weights import AdapterWeights
+from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_adapters.derive.inspection import compare_weights, inspect_weights, warnings_about
 from swaplora_server.http.query import refuse_unknown_parameters
 from swaplora_server.http.service import Service

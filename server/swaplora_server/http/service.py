@@ -90,7 +90,7 @@ class Service:
             opened.callback(self.arrivals.join)
             opened.callback(self.arrivals.stop)
             self.arrivals.start(settings.adapter_rescan_seconds)
-            self.workshop = Workshop(settings, self.base.shapes)
+            self.workshop = Workshop(settings, self.base.layers.linears)
             opened.callback(self.workshop.stop)
             for name in self.registry.pins_not_kept():
                 _log.warning("not all pinned adapters fit in memory: this one may leave it", adapter=name)
@@ -215,7 +215,7 @@ class Service:
             return Registry(
                 store,
                 sources=self._sources,
-                shapes=self.base.shapes,
+                shapes=self.base.layers.linears,
                 dtype=self.base.dtype,
                 device=self.base.device,
                 memory_budget=settings.adapter_memory_bytes,

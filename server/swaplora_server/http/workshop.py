@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TypeVar
 
-from swaplora_adapters.artifact.weights import LinearShape
+from swaplora_adapters.artifact.base_layers import LinearShape
 from swaplora_adapters.derive.base_files import BaseFiles
 from swaplora_adapters.derive.making import Maker
 from swaplora_adapters.derive.process import DerivationProcess

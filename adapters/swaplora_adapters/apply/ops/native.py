@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from swaplora_adapters.apply.activation import LoraOp, Segment
-from swaplora_adapters.artifact.weights import AdapterWeights, ModuleWeights
+from swaplora_adapters.artifact.served import AdapterWeights, ModuleWeights
 from swaplora_adapters.native import build
 
 _SOURCE = Path(__file__).with_name("lora_delta.cpp")

@@ -1,0 +1,42 @@
+"""The layers of a base that adapters may change: their shapes, their weights, and how to make another like one."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, NoReturn
+
+from torch import Tensor, nn
+
+
+class LinearShape(NamedTuple):
+    """A linear layer of the base that LoRA may target, whichever way round it stores its weight."""
+
+    in_features: int
+    out_features: int
+
+
+class EmbeddingShape(NamedTuple):
+    """An input embedding of the base."""
+
+    num_embeddings: int
+    embedding_dim: int
+
+
+def _no_weights(*_: object) -> NoReturn:
+    raise TypeError("only the shapes of this base are known")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseLayers:
+    """What an adapter's file is checked against and built from, by the modules' paths.
+
+    `others` are modules that work row by row, such as norms and experts: the shapes of their parameters by name.
+    """
+
+    linears: Mapping[str, LinearShape]
+    embeddings: Mapping[str, EmbeddingShape] = field(default_factory=dict)
+    others: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)  # an output head → the embedding whose weight it shares
+    # a parameter by its full name, as a float32 copy on the CPU: a linear's weight is [out_features, in_features]
+    read: Callable[[str], Tensor] = _no_weights
+    # (path, parameters by name) → a module that computes as the base's at `path` does, with these parameters instead
+    rebuild: Callable[[str, Mapping[str, Tensor]], nn.Module] = _no_weights
