@@ -9,9 +9,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from swaplora_server.engine import native_linear, onednn_linear
+from swaplora_server.engine.huge_pages import HugePages
 
 LIBRARY = native_linear.load_library(Path(__file__).parent.parent / ".cache" / "native", lambda _message: None)
-PACK = partial(native_linear.pack, LIBRARY)
+PACK = partial(native_linear.pack, LIBRARY, HugePages())
 SHAPES = [(1, 1), (7, 5), (16, 16), (31, 33), (64, 17), (300, 48), (576, 192), (513, 100)]
 
 
@@ -58,3 +59,13 @@ def test_onednns_layout_computes_the_same() -> None:
     linear = nn.Linear(48, 32)
     x = torch.randn(1, 5, 48)
     torch.testing.assert_close(onednn_linear.pack(linear)(x), linear(x), atol=1e-5, rtol=1e-5)
+
+
+def test_tensors_in_huge_pages_share_no_byte_and_outlive_their_giver() -> None:
+    pages = HugePages(mapping_bytes=1 << 12)
+    tensors = [pages.empty(size, torch.int32).fill_(size) for size in (3, 1000, 1, 16, 5000, 7)]
+    del pages
+    assert [(len(tensor), bool((tensor == len(tensor)).all())) for tensor in tensors] == [
+        (size, True) for size in (3, 1000, 1, 16, 5000, 7)
+    ]
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)

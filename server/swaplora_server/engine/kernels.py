@@ -15,6 +15,7 @@ from swaplora_adapters.apply.ops import native, torch_form
 from swaplora_adapters.native.build import NoCompilerError
 from swaplora_server.engine import native_attention, native_decoder, native_linear, onednn_linear
 from swaplora_server.engine.attention import PagedKV
+from swaplora_server.engine.huge_pages import HugePages
 from swaplora_server.engine.native_attention import NativeKV
 from swaplora_server.engine.torch_attention import TorchKV
 
@@ -56,4 +57,4 @@ def _native_kernels(dtype: torch.dtype, cache_dir: Path, report: Callable[[str],
     if dtype != torch.float32:
         return Kernels(native.op(lora), paged_kv, onednn_linear.pack)
     fuse = partial(native_decoder.fuse, decoder, lora=lora, paged_attention=attention, linear=linear)
-    return Kernels(native.op(lora), paged_kv, partial(native_linear.pack, linear), fuse)
+    return Kernels(native.op(lora), paged_kv, partial(native_linear.pack, linear, HugePages()), fuse)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from swaplora_adapters.native import build
+from swaplora_server.engine.huge_pages import HugePages
 
 _SOURCE = Path(__file__).with_name("packed_linear.cpp")
 
@@ -39,13 +40,13 @@ def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
     return library
 
 
-def pack(library: ctypes.CDLL, linear: nn.Module) -> nn.Module:
-    """A packed stand-in for a float32 linear or Conv1D on CPU."""
+def pack(library: ctypes.CDLL, pages: HugePages, linear: nn.Module) -> nn.Module:
+    """A packed stand-in for a float32 linear or Conv1D on CPU, its weights in `pages`."""
     weight = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
     assert isinstance(weight, Tensor)
     bias = linear.bias
     assert bias is None or isinstance(bias, Tensor)
-    return NativeLinear(library, weight.detach(), None if bias is None else bias.detach())
+    return NativeLinear(library, pages, weight.detach(), None if bias is None else bias.detach())
 
 
 class NativeLinear(nn.Module):
@@ -53,14 +54,14 @@ class NativeLinear(nn.Module):
 
     _panels: Tensor
 
-    def __init__(self, library: ctypes.CDLL, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, library: ctypes.CDLL, pages: HugePages, weight: Tensor, bias: Tensor | None) -> None:
         """weight: [out_features, in_features], float32 on CPU; bias: [out_features]."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         weight = weight.contiguous()
         is_bf16 = torch.equal(weight.bfloat16().float(), weight)
         num_words = library.packed_words(self.in_features, self.out_features, is_bf16)
-        self.register_buffer("_panels", torch.empty(num_words, dtype=torch.int32), persistent=False)
+        self.register_buffer("_panels", pages.empty(num_words, torch.int32), persistent=False)
         library.pack(weight.data_ptr(), self.in_features, self.out_features, is_bf16, self._panels.data_ptr())
         self._bias = None if bias is None else bias.contiguous()
         self.packed = LinearWeight(

@@ -1,0 +1,32 @@
+"""Memory for weights in large pages, where the system has them: a step reads it all, and looks fewer addresses up."""
+
+import mmap
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64
+
+
+class HugePages:
+    """Tensors cut one after the other from large mappings. Each mapping lives as long as any tensor in it."""
+
+    def __init__(self, mapping_bytes: int = 64 << 20) -> None:
+        self._mapping_bytes = mapping_bytes
+        self._rest = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, num_elements: int, dtype: torch.dtype) -> Tensor:
+        """[num_elements], not filled in; aligned to a cache line."""
+        num_bytes = num_elements * dtype.itemsize
+        if num_bytes > len(self._rest):
+            self._rest = _mapping(max(num_bytes, self._mapping_bytes))
+        taken, self._rest = self._rest[:num_bytes], self._rest[-(-num_bytes // _ALIGNMENT) * _ALIGNMENT :]
+        return taken.view(dtype)
+
+
+def _mapping(num_bytes: int) -> Tensor:
+    """Pages that nobody writes to take no memory."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
