@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from swaplora_adapters.artifact.served import AdapterWeights, ModuleWeights
+from swaplora_adapters.artifact.served import AdapterWeights, EmbeddingWeights, ModuleWeights
 from swaplora_server.engine.base_model import BaseModel, load_base
 from swaplora_server.engine.kernels import pick_kernels
 from swaplora_server.engine.kv_cache import BlockPool
@@ -79,6 +79,9 @@ class Company:
         request = Request(
             str(number), (), SamplingParams(max_tokens=1), emit=lambda _event: None, adapters=self.uses[number]
         )
+        request.invoked_at = (
+            number % 3
+        )  # a third of the adapters apply from the second token on, a third from the third
         return Sequence(request, 0)
 
     def _next(self, sequence: Sequence, text: list[int], chunk: Callable[[int], int], pool: BlockPool) -> ScheduledRows:
@@ -102,9 +105,67 @@ def random_adapter(base: BaseModel, rank: int, seed: int) -> AdapterWeights:
     return AdapterWeights(f"sha256:{seed}", modules)
 
 
+def scaled_adapter(base: BaseModel, rank: int, seed: int) -> AdapterWeights:
+    """As DoRA is, with biases."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = {
+        path: ModuleWeights(
+            module.lora_A,
+            module.lora_B,
+            1 + 0.3 * torch.randn(module.lora_B.shape[0], generator=generator),
+            0.1 * torch.randn(module.lora_B.shape[0], generator=generator),
+        )
+        for path, module in random_adapter(base, rank, seed).modules.items()
+    }
+    return AdapterWeights(f"sha256:scaled{seed}", modules)
+
+
+def replacing_adapter(base: BaseModel, seed: int) -> AdapterWeights:
+    """Its own norms, head, embedding, and a few linears; LoRA on others."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def changed(name: str) -> Tensor:
+        weight = base.layers.read(name)
+        return weight + 0.1 * torch.randn(weight.shape, generator=generator)
+
+    linears = [path for number, path in enumerate(base.layers.linears) if number % 3 == 0]
+    replaced = {}
+    for path in (*base.layers.embeddings, *base.layers.others, *linears):
+        bias = _bias(base, path)
+        replaced[path] = base.layers.rebuild(path, {name: changed(f"{path}.{name}") for name in ("weight", *bias)})
+    modules = {path: module for path, module in random_adapter(base, 5, seed).modules.items() if path not in replaced}
+    return AdapterWeights(f"sha256:replacing{seed}", modules, replaced=replaced)
+
+
+def _bias(base: BaseModel, path: str) -> tuple[str, ...]:
+    try:
+        base.layers.read(f"{path}.bias")
+    except (KeyError, AttributeError):
+        return ()
+    return ("bias",)
+
+
+def embedding_adapter(base: BaseModel, seed: int) -> AdapterWeights:
+    """LoRA on the embedding, rows of its own for three tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = {
+        path: EmbeddingWeights(
+            torch.randn(shape.num_embeddings, 6, generator=generator) * 0.3,
+            torch.randn(shape.embedding_dim, 6, generator=generator) * 0.3,
+            torch.tensor([5, 17, 101]),
+            torch.randn(3, shape.embedding_dim, generator=generator),
+        )
+        for path, shape in base.layers.embeddings.items()
+    }
+    return AdapterWeights(f"sha256:embedding{seed}", {}, embeddings)
+
+
 def _uses(rng: random.Random, adapters: list[AdapterWeights]) -> tuple[AdapterUse, ...]:
     chosen = rng.sample(adapters, rng.choice([0, 1, 1, 2]))
-    return tuple(AdapterUse(weights, rng.choice([1.0, 0.5, -2.0]), weights.digest) for weights in chosen)
+    if not all(weights.is_sum for weights in chosen):
+        chosen = [weights for weights in chosen if not weights.is_sum][:1]
+    scales = [rng.choice([1.0, 0.5, -2.0]) if weights.is_sum else 1.0 for weights in chosen]
+    return tuple(AdapterUse(weights, scale, weights.digest) for weights, scale in zip(chosen, scales, strict=True))
 
 
 @pytest.fixture(scope="module", params=[(name, torch.float32) for name in BASES] + [("llama", torch.bfloat16)])
@@ -118,7 +179,14 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def adapters(base: BaseModel) -> list[AdapterWeights]:
-    return [random_adapter(base, rank, seed) for seed, rank in enumerate([1, 4, 7, 16, 33, 64])]
+    plain = [random_adapter(base, rank, seed) for seed, rank in enumerate([1, 4, 7, 16, 33, 64])]
+    others = [
+        scaled_adapter(base, 8, 7),
+        replacing_adapter(base, 8),
+        replacing_adapter(base, 9),
+        embedding_adapter(base, 10),
+    ]
+    return plain + others
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 16, 31, 32, 33])

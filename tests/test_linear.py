@@ -12,7 +12,7 @@ from swaplora_server.engine import native_linear, onednn_linear
 from swaplora_server.engine.huge_pages import HugePages
 
 LIBRARY = native_linear.load_library(Path(__file__).parent.parent / ".cache" / "native", lambda _message: None)
-PACK = partial(native_linear.pack, LIBRARY, HugePages())
+PACK = partial(native_linear.pack, LIBRARY, pages=HugePages())
 SHAPES = [(1, 1), (7, 5), (16, 16), (31, 33), (64, 17), (300, 48), (576, 192), (513, 100)]
 
 
@@ -58,7 +58,7 @@ def test_threads_do_not_change_the_result() -> None:
 def test_onednns_layout_computes_the_same() -> None:
     linear = nn.Linear(48, 32)
     x = torch.randn(1, 5, 48)
-    torch.testing.assert_close(onednn_linear.pack(linear)(x), linear(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(onednn_linear.pack(linear, HugePages())(x), linear(x), atol=1e-5, rtol=1e-5)
 
 
 def test_tensors_in_huge_pages_share_no_byte_and_outlive_their_giver() -> None:

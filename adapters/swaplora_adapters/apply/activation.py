@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from swaplora_adapters.apply.routing import Owner
 from swaplora_adapters.artifact.served import AdapterWeights
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Rows `start` to `stop` of a packed step add `scale` times the delta of one adapter."""
+    """Rows `start` to `stop` of a packed step use one adapter at `scale`. Segments are in the order of their rows."""
 
     weights: AdapterWeights
     scale: float
@@ -26,7 +27,10 @@ class Segment:
 
 
 class LoraOp(NamedTuple):
-    """One form of y[rows] += scale · (x[rows] Aᵀ) Bᵀ: prepared once a step, then added module by module."""
+    """One form of y[rows] = (y[rows] + scale · (x[rows] Aᵀ) Bᵀ) · column_scale + scale · shift, by module.
+
+    Prepared once a step, then added module by module.
+    """
 
     # (a step's segments, the paths of all modules by number) → what `add` reads
     prepare: Callable[[Sequence[Segment], Sequence[str]], Any]
@@ -34,15 +38,28 @@ class LoraOp(NamedTuple):
     add: Callable[[Tensor, Tensor, Any, int], None]
 
 
-class StepAdapters:
-    """The segments of one step, in a model's two row spaces: every token, and the rows that reach the output head.
+class StepRows:
+    """A step's adapters in one of a model's two row spaces: every token, or the rows that reach the output head."""
 
-    Each is as the form in use prepared it, or None where the base alone is at work.
-    """
+    def __init__(self, segments: Sequence[Segment], deltas: Any) -> None:
+        """`deltas`: as the form in use prepared them, or None where nothing is added to a linear."""
+        self.deltas = deltas
+        self.replacing = [segment for segment in segments if segment.weights.replaced]
+        self.embedding = [segment for segment in segments if segment.weights.embeddings]
 
-    def __init__(self, tokens: Any, head: Any) -> None:
-        self.tokens = tokens
-        self.head = head
+    def owners(self, path: str) -> Sequence[Owner]:
+        """Runs of rows that do not go through the base's module at `path`."""
+        if not self.replacing:
+            return ()
+        owners = ((segment, segment.weights.replaced.get(path)) for segment in self.replacing)
+        return [Owner(segment.start, segment.stop, module) for segment, module in owners if module is not None]
+
+
+class StepAdapters(NamedTuple):
+    """The segments of one step, in both row spaces."""
+
+    tokens: StepRows
+    head: StepRows
 
 
 class Activation:
@@ -53,6 +70,11 @@ class Activation:
         self._paths: list[str] = []
         self._step: StepAdapters | None = None
 
+    @property
+    def paths(self) -> Sequence[str]:
+        """Of all wrapped modules, by number."""
+        return self._paths
+
     def number(self, path: str) -> int:
         """Give the module at `path` its number, before the first step."""
         self._paths.append(path)
@@ -60,7 +82,11 @@ class Activation:
 
     def plan(self, tokens: Sequence[Segment], head: Sequence[Segment]) -> StepAdapters:
         """A step's segments, to `use` for as many passes as nothing about them changes."""
-        return StepAdapters(*(self._op.prepare(part, self._paths) if part else None for part in (tokens, head)))
+        return StepAdapters(self._plan(tokens), self._plan(head))
+
+    def _plan(self, segments: Sequence[Segment]) -> StepRows:
+        adding = [segment for segment in segments if segment.weights.modules]
+        return StepRows(segments, self._op.prepare(adding, self._paths) if adding else None)
 
     @property
     def step(self) -> StepAdapters:
@@ -80,11 +106,7 @@ class Activation:
         finally:
             self._step = None
 
-    def add_delta(self, number: int, y: Tensor, x: Tensor, *, is_head: bool) -> None:
-        """Add to y [..., out_features] what the running step's adapters make of x [..., in_features] in a module.
-
-        Raises RuntimeError outside of `use`.
-        """
-        prepared = self.step.head if is_head else self.step.tokens
-        if prepared is not None:
-            self._op.add(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), prepared, number)
+    def add_delta(self, number: int, y: Tensor, x: Tensor, rows: StepRows) -> None:
+        """Add to y [..., out_features] what the adapters of `rows` make of x [..., in_features] in a module."""
+        if rows.deltas is not None:
+            self._op.add(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), rows.deltas, number)

@@ -1,4 +1,4 @@
-"""Putting the wrapped layers into a model, once, before it serves."""
+"""Putting the wrapped modules into a model, once, before it serves."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from swaplora_adapters.apply.activation import Activation
-from swaplora_adapters.apply.layers import LoraLinear
+from swaplora_adapters.apply.layers import LoraEmbedding, LoraLinear, Replaceable, Wrapped
 from swaplora_adapters.artifact.base_layers import LinearShape
 
 
@@ -14,23 +14,36 @@ def attach(
     model: nn.Module,
     activation: Activation,
     *,
+    embedding: nn.Module | None,
     head: nn.Module | None,
     prepare: Callable[[nn.Module], nn.Module] = lambda linear: linear,
-) -> dict[str, LoraLinear]:
-    """Replace every linear of `model` by a wrapped one and return them by path.
+) -> dict[str, Wrapped]:
+    """Replace every module of `model` that has weights of its own by a wrapped one, and return them by path.
 
-    `head` is the output projection, which sees only the rows that sample. `prepare` may exchange a base linear for one
-    that computes the same faster; it is called once per linear, one after the other, so that memory is not held twice.
+    `embedding` is the input embedding; those of positions are left alone. `head` is the output projection, which sees
+    only the rows that sample. `prepare` may exchange a base linear for one that computes the same faster; it is called
+    once per linear, one after the other, so that memory is not held twice.
     """
-    targets = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    wrapped: dict[str, LoraLinear] = {}
+    targets = [(path, module) for path, module in model.named_modules() if _is_leaf(module)]
+    wrapped: dict[str, Wrapped] = {}
     while targets:
         path, module = targets.pop()
-        linear = LoraLinear(path, prepare(module), activation, is_head=module is head)
+        if isinstance(module, nn.Linear | Conv1D):
+            wrapped[path] = LoraLinear(path, prepare(module), activation, is_head=module is head)
+        elif not isinstance(module, nn.Embedding):
+            wrapped[path] = Replaceable(path, module, activation)
+        elif module is embedding:
+            wrapped[path] = LoraEmbedding(path, module, activation)
+        else:
+            continue
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, linear)
-        wrapped[path] = linear
+        setattr(model.get_submodule(parent), name, wrapped[path])
     return dict(reversed(wrapped.items()))
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether it has parameters, and nothing inside it does."""
+    return any(True for _ in module.parameters()) and not any(True for _ in module.children())
 
 
 def shape_of(linear: nn.Module) -> LinearShape:

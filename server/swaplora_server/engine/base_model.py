@@ -10,11 +10,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from swaplora_adapters.apply.activation import Activation
-from swaplora_adapters.apply.attach import attach, shape_of
+from swaplora_adapters.apply.attach import attach
+from swaplora_adapters.apply.layers import LoraEmbedding
 from swaplora_adapters.artifact.base_layers import BaseLayers
 from swaplora_server.engine import attention
+from swaplora_server.engine.huge_pages import HugePages
 from swaplora_server.engine.kernels import Kernels
-from swaplora_server.engine.narrow_embedding import narrow
+from swaplora_server.engine.layers import adaptable
+from swaplora_server.engine.lean_embedding import lean
 from swaplora_server.engine.proof import UnsupportedModelError, prove, stock_logits
 from swaplora_server.engine.runner import Runner
 
@@ -66,22 +69,26 @@ def load_base(source: str | Path, *, device: torch.device, dtype: torch.dtype, k
     attention.register()
     model.set_attn_implementation(attention.IMPLEMENTATION)
     activation = Activation(kernels.lora)
-    linears = attach(
+    tied, pages = _tied(model), HugePages()
+    wrapped = attach(
         model,
         activation,
+        embedding=model.get_input_embeddings(),
         head=model.get_output_embeddings(),
-        prepare=kernels.prepare_linear,
+        prepare=lambda linear: kernels.prepare_linear(linear, pages),
     )
-    model.set_input_embeddings(narrow(model.get_input_embeddings()))
+    for path, module in wrapped.items():
+        if isinstance(module, LoraEmbedding):
+            module.base = lean(module.base, next((wrapped[head].base for head in tied if tied[head] == path), None))
     weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    proof = prove(model, activation, linears, expected, kernels.paged_kv)
+    proof = prove(model, activation, wrapped, expected, kernels.paged_kv)
     _fuse(model, activation, expected, kernels)
     return BaseModel(
         model=model,
         activation=activation,
         kernels=kernels,
         tokenizer=tokenizer,
-        layers=BaseLayers({path: shape_of(linears[path].base) for path in linears if path in proof.addressable}),
+        layers=adaptable(wrapped, proof.addressable, tied, kernels.prepare_linear, dtype, device),
         device=device,
         dtype=dtype,
         vocab_size=model.config.get_text_config().vocab_size,
@@ -90,6 +97,15 @@ def load_base(source: str | Path, *, device: torch.device, dtype: torch.dtype, k
         kv_bytes_per_token=proof.kv_bytes_per_token,
         weight_bytes=weight_bytes,
     )
+
+
+def _tied(model: PreTrainedModel) -> dict[str, str]:
+    """The path of each output head that shares its weight with an input embedding, and the embedding's path."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or getattr(head, "weight", None) is not embedding.weight:
+        return {}
+    paths = {module: path for path, module in model.named_modules()}
+    return {paths[head]: paths[embedding]}
 
 
 def _fuse(model: PreTrainedModel, activation: Activation, expected: list[Tensor], kernels: Kernels) -> None:

@@ -18,6 +18,11 @@ def root_key(adapters: Iterable[tuple[str, float]], salt: str | None) -> bytes:
     return hashlib.sha256(b"root" + json.dumps([terms, salt]).encode()).digest()
 
 
+def invoked_key(parent: bytes, root: bytes, position: int) -> bytes:
+    """What stands for `parent` from the block on in which an adapter is invoked, whose own chain begins with `root`."""
+    return hashlib.sha256(b"invoked" + parent + root + array("q", [position]).tobytes()).digest()
+
+
 def block_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """The key of a block of `token_ids` that comes after the block, or the root, of key `parent`."""
     return hashlib.sha256(b"block" + parent + array("q", token_ids).tobytes()).digest()

@@ -22,14 +22,22 @@ struct Kernels {
 };
 
 enum { Q, K, V, O, GATE, UP, DOWN, NUM_LINEARS };
+enum { INPUT_NORM, POST_NORM, Q_NORM, K_NORM, NUM_NORMS };
 
 struct Layer {
     const LinearWeight* linears[NUM_LINEARS];
     int64_t numbers[NUM_LINEARS];  // of the linears, as adapters know them
-    const float *input_norm, *post_norm;  // [hidden_size]
-    const float *q_norm, *k_norm;         // [head_dim], or null
+    const float* norms[NUM_NORMS];  // [hidden_size], and [head_dim] or null for Q_NORM and K_NORM
+    int64_t norm_numbers[NUM_NORMS];
     double eps;
     LayerCache cache;
+};
+
+// Rows [start, stop) have modules of their adapter's own in place of the base's: by number a LinearWeight or the weight
+// of a norm, null where the base's is at work.
+struct Owner {
+    int64_t start, stop;
+    const void* const* modules;
 };
 
 struct Step {
@@ -40,6 +48,8 @@ struct Step {
     int64_t num_runs;
     const Segment* segments;  // null: the base alone
     int64_t num_segments;
+    const Owner* owners;      // in the order of their rows, which do not overlap
+    int64_t num_owners;
     int64_t threads;
 };
 
@@ -48,9 +58,9 @@ namespace {
 constexpr int64_t THREADED = 1 << 13;  // numbers below which a second thread costs more than it saves
 
 template <typename Work>
-void each_row(const Step& s, int64_t width, Work work) {
-#pragma omp parallel for num_threads(s.threads) if (s.rows * width >= THREADED) schedule(static)
-    for (int64_t row = 0; row < s.rows; row++) work(row);
+void each_row(const Step& s, int64_t start, int64_t stop, int64_t width, Work work) {
+#pragma omp parallel for num_threads(s.threads) if ((stop - start) * width >= THREADED) schedule(static)
+    for (int64_t row = start; row < stop; row++) work(row);
 }
 
 // to = from / rms(from) * weight; `to` may be `from`
@@ -131,16 +141,16 @@ struct Pass {
     }
 
     void layer(const Layer& l) const {
-        norm(l.input_norm, l.eps);
+        norm(l, INPUT_NORM);
         linears<Q, K, V>(l, normed, s.hidden_size, {query, key, value});
         turn(l);
         kernels.attention(&l.cache, s.runs, s.num_runs, query, key, value, attended, int(s.threads));
         linears<O>(l, attended, l.linears[Q]->out, {delta});
         add_delta();
-        norm(l.post_norm, l.eps);
+        norm(l, POST_NORM);
         linears<GATE, UP>(l, normed, s.hidden_size, {gate, up});
         const int64_t inner = l.linears[GATE]->out;
-        each_row(s, inner, [&](int64_t row) { gate_row(gate + row * inner, up + row * inner, inner); });
+        each_row(s, 0, s.rows, inner, [&](int64_t row) { gate_row(gate + row * inner, up + row * inner, inner); });
         linears<DOWN>(l, gate, inner, {delta});
         add_delta();
     }
@@ -151,26 +161,50 @@ struct Pass {
     void linears(const Layer& l, const float* x, int64_t in, std::initializer_list<float*> ys) const {
         constexpr int64_t count = sizeof...(L);
         const int which[] = {L...};
-        LinearJob jobs[count];
         LoraModule modules[count];
-        for (int i = 0; i < count; i++) {
-            jobs[i] = {l.linears[which[i]], ys.begin()[i]};
-            modules[i] = {l.numbers[which[i]], jobs[i].weight->out, jobs[i].y};
-        }
-        kernels.linear(x, s.rows, in, jobs, count, int(s.threads));
+        for (int i = 0; i < count; i++) modules[i] = {l.numbers[which[i]], l.linears[which[i]]->out, ys.begin()[i]};
+        each_run([&](int64_t start, int64_t stop, const Owner* owner) {
+            LinearJob jobs[count];
+            for (int i = 0; i < count; i++) {
+                const LinearWeight* weight = owned(owner, modules[i].number, l.linears[which[i]]);
+                jobs[i] = {weight, ys.begin()[i] + start * weight->out};
+            }
+            kernels.linear(x + start * in, stop - start, in, jobs, count, int(s.threads));
+        });
         if (s.segments) kernels.lora(s.segments, s.num_segments, modules, count, in, x, int(s.threads));
     }
 
-    void norm(const float* weight, double eps) const {
+    void norm(const Layer& l, int which) const {
         const int64_t width = s.hidden_size;
-        each_row(s, width, [&](int64_t row) {
-            norm_row(s.hidden + row * width, weight, width, eps, normed + row * width);
+        each_run([&](int64_t start, int64_t stop, const Owner* owner) {
+            const float* weight = owned(owner, l.norm_numbers[which], l.norms[which]);
+            each_row(s, start, stop, width, [&](int64_t row) {
+                norm_row(s.hidden + row * width, weight, width, l.eps, normed + row * width);
+            });
         });
+    }
+
+    // work(start, stop, owner or null) for every run of rows that go through the same modules
+    template <typename Work>
+    void each_run(Work work) const {
+        int64_t reached = 0;
+        for (const Owner* owner = s.owners; owner < s.owners + s.num_owners; owner++) {
+            if (reached < owner->start) work(reached, owner->start, nullptr);
+            work(owner->start, owner->stop, owner);
+            reached = owner->stop;
+        }
+        if (reached < s.rows) work(reached, s.rows, nullptr);
+    }
+
+    template <typename Module>
+    static const Module* owned(const Owner* owner, int64_t number, const Module* base) {
+        const void* own = owner ? owner->modules[number] : nullptr;
+        return own ? static_cast<const Module*>(own) : base;
     }
 
     void add_delta() const {
         const int64_t width = s.hidden_size;
-        each_row(s, width, [&](int64_t row) {
+        each_row(s, 0, s.rows, width, [&](int64_t row) {
             for (int64_t i = row * width; i < (row + 1) * width; i++) s.hidden[i] += delta[i];
         });
     }
@@ -184,9 +218,13 @@ struct Pass {
                 rotate_row(head, s.cos + row * dim, s.sin + row * dim, dim);
             }
         };
-        each_row(s, l.linears[Q]->out, [&](int64_t row) {
-            heads(query, l.cache.num_heads, l.q_norm, row);
-            heads(key, l.cache.num_kv_heads, l.k_norm, row);
+        each_run([&](int64_t start, int64_t stop, const Owner* owner) {
+            const float* q_norm = owned(owner, l.norm_numbers[Q_NORM], l.norms[Q_NORM]);
+            const float* k_norm = owned(owner, l.norm_numbers[K_NORM], l.norms[K_NORM]);
+            each_row(s, start, stop, l.linears[Q]->out, [&](int64_t row) {
+                heads(query, l.cache.num_heads, q_norm, row);
+                heads(key, l.cache.num_kv_heads, k_norm, row);
+            });
         });
     }
 };

@@ -28,13 +28,13 @@ class Kernels:
 
     lora: LoraOp
     paged_kv: Callable[[int, int], PagedKV]  # (number of blocks, block size) →
-    prepare_linear: Callable[[nn.Module], nn.Module]
+    prepare_linear: Callable[[nn.Module, HugePages], nn.Module]
     fuse: Callable[[PreTrainedModel, Activation], Callable[[], None] | None] = lambda _model, _activation: None
 
 
 def torch_kernels(device: torch.device) -> Kernels:
     """Torch's own operations, on any device."""
-    return Kernels(torch_form.OP, partial(TorchKV, device=device), lambda linear: linear)
+    return Kernels(torch_form.OP, partial(TorchKV, device=device), lambda linear, _pages: linear)
 
 
 def pick_kernels(device: torch.device, dtype: torch.dtype, cache_dir: Path, report: Callable[[str], None]) -> Kernels:
@@ -57,4 +57,4 @@ def _native_kernels(dtype: torch.dtype, cache_dir: Path, report: Callable[[str],
     if dtype != torch.float32:
         return Kernels(native.op(lora), paged_kv, onednn_linear.pack)
     fuse = partial(native_decoder.fuse, decoder, lora=lora, paged_attention=attention, linear=linear)
-    return Kernels(native.op(lora), paged_kv, partial(native_linear.pack, linear, HugePages()), fuse)
+    return Kernels(native.op(lora), paged_kv, partial(native_linear.pack, linear), fuse)

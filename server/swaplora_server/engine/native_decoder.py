@@ -5,15 +5,18 @@ packed linears and their numbers, so adapters apply as they do anywhere else.
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from swaplora_adapters.apply.activation import Activation
+from swaplora_adapters.apply.activation import Activation, Segment
+from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_adapters.native import build
 from swaplora_server.engine import attention
 from swaplora_server.engine.attention import LayerAttention
@@ -26,6 +29,7 @@ _KNOWN = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLay
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _NUM_LINEARS = len(_ATTENTION) + len(_MLP)
+_NORMS = (("input_layernorm",), ("post_attention_layernorm",), ("self_attn", "q_norm"), ("self_attn", "k_norm"))
 
 
 class _Kernels(ctypes.Structure):
@@ -36,13 +40,15 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         ("linears", ctypes.POINTER(LinearWeight) * _NUM_LINEARS),
         ("numbers", ctypes.c_int64 * _NUM_LINEARS),
-        ("input_norm", ctypes.c_void_p),
-        ("post_norm", ctypes.c_void_p),
-        ("q_norm", ctypes.c_void_p),
-        ("k_norm", ctypes.c_void_p),
+        ("norms", ctypes.c_void_p * len(_NORMS)),
+        ("norm_numbers", ctypes.c_int64 * len(_NORMS)),
         ("eps", ctypes.c_double),
         ("cache", LayerCache),
     )
+
+
+class _Owner(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_int64), ("stop", ctypes.c_int64), ("modules", ctypes.POINTER(ctypes.c_void_p)))
 
 
 class _Step(ctypes.Structure):
@@ -56,6 +62,8 @@ class _Step(ctypes.Structure):
         ("num_runs", ctypes.c_int64),
         ("segments", ctypes.c_void_p),
         ("num_segments", ctypes.c_int64),
+        ("owners", ctypes.c_void_p),
+        ("num_owners", ctypes.c_int64),
         ("threads", ctypes.c_int64),
     )
 
@@ -122,6 +130,7 @@ class NativeDecoder(nn.Module):
         self._asked = [_attention_of(layer) for layer in layers]
         self._entries = (_Layer * len(layers))(*map(_entry, layers))
         self._cached_for: object = None
+        self._tables: WeakKeyDictionary[AdapterWeights, ctypes.Array[ctypes.c_void_p]] = WeakKeyDictionary()
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_others: object) -> Tensor:
         """hidden_states: [1, num_rows, hidden_size] → the same after every layer."""
@@ -131,8 +140,8 @@ class NativeDecoder(nn.Module):
         self._point_at(step)
         hidden = hidden_states.clone()
         cos, sin = (angles.contiguous() for angles in position_embeddings)
-        segments = self._activation.step.tokens
-        table = step.table
+        rows = self._activation.step.tokens
+        segments, table, owners = rows.deltas, step.table, self._owners(rows.replacing)
         self._decode(
             self._kernels,
             self._entries,
@@ -147,10 +156,27 @@ class NativeDecoder(nn.Module):
                 len(table.runs),
                 None if segments is None else ctypes.addressof(segments.entries),
                 0 if segments is None else len(segments.entries),
+                ctypes.addressof(owners),
+                len(owners),
                 torch.get_num_threads(),
             ),
         )
         return hidden
+
+    def _owners(self, segments: Sequence[Segment]) -> "ctypes.Array[_Owner]":
+        owners = (_Owner * len(segments))()
+        for owner, segment in zip(owners, segments, strict=True):
+            owner.start, owner.stop, owner.modules = segment.start, segment.stop, self._table_of(segment.weights)
+        return owners
+
+    def _table_of(self, weights: AdapterWeights) -> "ctypes.Array[ctypes.c_void_p]":
+        """Where an adapter's own modules are, by number."""
+        table = self._tables.get(weights)
+        if table is None:
+            paths = self._activation.paths
+            table = (ctypes.c_void_p * len(paths))(*(_address(weights.replaced.get(path)) for path in paths))
+            self._tables[weights] = table
+        return table
 
     def _point_at(self, step: NativeStep) -> None:
         """Every layer at its part of the cache, which stays the same from step to step."""
@@ -173,21 +199,25 @@ def _attention_of(layer: Any) -> LayerAttention:
 
 
 def _entry(layer: Any) -> _Layer:
-    attn = layer.self_attn
     linears = list(_linears(layer))
+    norms = [reduce(lambda module, name: getattr(module, name, None), names, layer) for names in _NORMS]
     return _Layer(
         linears=(ctypes.POINTER(LinearWeight) * _NUM_LINEARS)(
             *(ctypes.pointer(linear.base.packed) for linear in linears)
         ),
         numbers=(ctypes.c_int64 * _NUM_LINEARS)(*(linear.number for linear in linears)),
-        input_norm=layer.input_layernorm.weight.data_ptr(),
-        post_norm=layer.post_attention_layernorm.weight.data_ptr(),
-        q_norm=_weight_of(attn, "q_norm"),
-        k_norm=_weight_of(attn, "k_norm"),
+        norms=(ctypes.c_void_p * len(_NORMS))(*(norm and norm.weight.data_ptr() for norm in norms)),
+        norm_numbers=(ctypes.c_int64 * len(_NORMS))(*(norm.number if norm else 0 for norm in norms)),
         eps=layer.input_layernorm.variance_epsilon,
     )
 
 
-def _weight_of(attn: Any, name: str) -> int | None:
-    norm = getattr(attn, name, None)
-    return None if norm is None else int(norm.weight.data_ptr())
+def _address(module: nn.Module | None) -> int | None:
+    """Of what decoder.cpp reads of an adapter's own module: a packed linear, or the weight of a norm."""
+    if module is None:
+        return None
+    if isinstance(module, NativeLinear):
+        return ctypes.addressof(module.packed)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.data_ptr()

@@ -40,7 +40,7 @@ def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
     return library
 
 
-def pack(library: ctypes.CDLL, pages: HugePages, linear: nn.Module) -> nn.Module:
+def pack(library: ctypes.CDLL, linear: nn.Module, pages: HugePages) -> nn.Module:
     """A packed stand-in for a float32 linear or Conv1D on CPU, its weights in `pages`."""
     weight = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
     assert isinstance(weight, Tensor)
@@ -67,8 +67,28 @@ class NativeLinear(nn.Module):
         self.packed = LinearWeight(
             self._panels.data_ptr(), None if self._bias is None else self._bias.data_ptr(), self.out_features, is_bf16
         )
+        self._lanes = library.packed_words(1, 1, True)  # columns in one half of a panel's row
         self._job = _Job(ctypes.pointer(self.packed), None)
         self._linear = library.linear_f32
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out_features]."""
+        return self._bias
+
+    def dense(self) -> Tensor:
+        """[out_features, in_features]: W as a plain copy."""
+        return self.rows(torch.arange(self.out_features))
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """[num_rows] → [num_rows, in_features]: rows of W."""
+        lane, half = numbers % self._lanes, numbers // self._lanes % 2
+        panel = numbers // (2 * self._lanes)
+        if not self.packed.is_bf16:
+            panels = self._panels.view(-1, self.in_features, 2 * self._lanes)
+            return panels[panel, :, lane + half * self._lanes].view(torch.float32)
+        words = self._panels.view(-1, self.in_features, self._lanes)[panel, :, lane]
+        return torch.where(half[:, None] == 1, words & -(1 << 16), words << 16).view(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., num_rows, in_features] → [..., num_rows, out_features]."""

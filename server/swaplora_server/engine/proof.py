@@ -8,13 +8,14 @@ refused.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from swaplora_adapters.apply.activation import Activation
-from swaplora_adapters.apply.layers import LoraLinear
+from swaplora_adapters.apply.layers import LoraEmbedding, LoraLinear, Wrapped, row_dim
 from swaplora_server.engine.attention import PagedKV, UnsupportedAttentionError
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import Request, SamplingParams, Sequence
@@ -38,7 +39,7 @@ class Proof:
     """What a passed proof found out on its way."""
 
     kv_bytes_per_token: int
-    addressable: frozenset[str]  # linears that see one row per token, or per sampled token: adapters may target these
+    addressable: frozenset[str]  # modules that see one row per token, or per sampled token: adapters may change these
 
 
 @torch.inference_mode()
@@ -53,7 +54,7 @@ def stock_logits(model: PreTrainedModel) -> list[Tensor]:
 def prove(
     model: PreTrainedModel,
     activation: Activation,
-    linears: Mapping[str, LoraLinear],
+    wrapped: Mapping[str, Wrapped],
     expected: list[Tensor],
     paged_kv: Callable[[int, int], PagedKV],
 ) -> Proof:
@@ -64,7 +65,7 @@ def prove(
     request = Request("proof", (), SamplingParams(max_tokens=1), emit=lambda _event: None)
     sequences = [Sequence(request, index) for index in range(len(_CUTS))]
     batches: list[Batch] = []
-    with _watching(linears) as seen:
+    with _watching(wrapped) as seen:
         for step in range(max(map(len, _CUTS)) - 1):
             batches.append(_batch(model, sequences, step, pool))
             _compare(model, batches[-1], _run(model, runner, batches[-1]), expected)
@@ -72,7 +73,7 @@ def prove(
     sampled = [len(batch.rows) for batch in batches]
     return Proof(
         kv_bytes_per_token=kv.bytes_per_token,
-        addressable=frozenset(path for path in seen if seen[path] == (sampled if linears[path].is_head else tokens)),
+        addressable=frozenset(path for path in seen if seen[path] == (sampled if _is_head(wrapped[path]) else tokens)),
     )
 
 
@@ -110,18 +111,34 @@ def _compare(model: PreTrainedModel, batch: Batch, logits: Tensor, expected: lis
             )
 
 
+def _is_head(module: Wrapped) -> bool:
+    return isinstance(module, LoraLinear) and module.is_head
+
+
 @contextmanager
-def _watching(linears: Mapping[str, LoraLinear]) -> Iterator[dict[str, list[int]]]:
-    """How many rows each linear sees, step by step, filled in as the model runs."""
-    seen: dict[str, list[int]] = {path: [] for path in linears}
+def _watching(wrapped: Mapping[str, Wrapped]) -> Iterator[dict[str, list[int]]]:
+    """How many rows each module turns into as many rows, step by step, filled in as the model runs."""
+    seen: dict[str, list[int]] = {path: [] for path in wrapped}
 
-    def note(linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(linear, LoraLinear)
-        seen[linear.path].append(inputs[0].shape[:-1].numel())
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
+        assert isinstance(module, Wrapped)
+        seen[module.path].append(_num_rows(module, inputs[0], output) if inputs else 0)
 
-    handles = [linear.register_forward_pre_hook(note) for linear in linears.values()]
+    handles = [module.register_forward_hook(note) for module in wrapped.values()]
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _num_rows(module: Wrapped, x: object, output: object) -> int:
+    """0 for what is no tensor, or does not keep its rows apart."""
+    if not (isinstance(x, Tensor) and isinstance(output, Tensor)):
+        return 0
+    if isinstance(module, LoraLinear):
+        return x.shape[:-1].numel()
+    if isinstance(module, LoraEmbedding):
+        return x.numel()
+    dim = row_dim(x)
+    return x.shape[dim] if output.ndim > dim and output.shape[dim] == x.shape[dim] else 0

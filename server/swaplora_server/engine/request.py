@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from swaplora_server.engine.block_keys import block_key, root_key
+from swaplora_server.engine.block_keys import block_key, invoked_key, root_key
 
 if TYPE_CHECKING:
     from swaplora_adapters.artifact.served import AdapterWeights
@@ -86,6 +86,7 @@ class Request:
     num_sequences: int = 1
     release: Callable[[], None] = lambda: None
     cache_salt: str | None = None  # only requests with the same salt share cached blocks
+    invoked_at: int = 0  # the token of the prompt from which on its adapter applies; the base computes those before
     num_unfinished: int = field(init=False)
     num_cached_tokens: int | None = field(default=None, init=False)  # of the prompt; None until it is looked up
 
@@ -105,7 +106,16 @@ class Request:
     @cached_property
     def cache_root(self) -> bytes:
         """Where the keys of its cached blocks begin."""
-        return root_key(self.adapter_key, self.cache_salt)
+        return root_key(() if self.invoked_at else self.adapter_key, self.cache_salt)
+
+    def block_parent(self, parent: bytes, start: int, stop: int) -> bytes:
+        """The key that a block of tokens [start, stop) comes after, where the one before it has key `parent`.
+
+        Blocks of the base are shared until the one in which the adapter is invoked.
+        """
+        if start <= self.invoked_at < stop and self.invoked_at:
+            return invoked_key(parent, root_key(self.adapter_key, self.cache_salt), self.invoked_at)
+        return parent
 
 
 _arrivals = itertools.count()
@@ -144,8 +154,10 @@ class Sequence:
     def block_keys(self, num_blocks: int, block_size: int) -> list[bytes]:
         """Cache keys of its first `num_blocks` blocks, which its tokens must fill. Each is hashed once."""
         for start in range(len(self._block_keys) * block_size, num_blocks * block_size, block_size):
+            stop = start + block_size
             parent = self._block_keys[-1] if start else self.request.cache_root
-            self._block_keys.append(block_key(parent, self.token_ids[start : start + block_size]))
+            parent = self.request.block_parent(parent, start, stop)
+            self._block_keys.append(block_key(parent, self.token_ids[start:stop]))
         return self._block_keys[:num_blocks]
 
     def finish_reason_after(self, token_id: int) -> FinishReason | None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -35,6 +34,11 @@ class _Layout:
     @property
     def request(self) -> Request:
         return self.rows.sequence.request
+
+    @property
+    def num_base_rows(self) -> int:
+        """Its first rows that come before its adapter's invocation, and are the base's."""
+        return min(self.rows.num_rows, max(0, self.request.invoked_at - self.rows.start))
 
     @property
     def run(self) -> Run:
@@ -90,9 +94,11 @@ class Runner:
 
     def _step_adapters(self, layouts: list[_Layout]) -> StepAdapters:
         """This step's segments; the last step's when nothing about them changed, as while decoding."""
-        key = tuple((layout.request.adapter_key, layout.stop, layout.head_stop) for layout in layouts)
+        key = tuple(
+            (layout.request.adapter_key, layout.num_base_rows, layout.stop, layout.head_stop) for layout in layouts
+        )
         if key != self._adapters[0]:
-            tokens = _segments(layouts, lambda layout: (layout.start, layout.stop))
+            tokens = _segments(layouts, lambda layout: (layout.start + layout.num_base_rows, layout.stop))
             head = _segments(layouts, lambda layout: (layout.head_start, layout.head_stop))
             self._adapters = (key, self._activation.plan(tuple(tokens), tuple(head)))
         return self._adapters[1]
@@ -112,12 +118,16 @@ def _lay_out(scheduled: Sequence[ScheduledRows]) -> Iterator[_Layout]:
 
 def _segments(layouts: Iterable[_Layout], span: Callable[[_Layout], tuple[int, int]]) -> Iterator[Segment]:
     """Segments over the rows that `span` gives each sequence; neighbours with the same adapters share one."""
-    for _, neighbours in groupby(layouts, key=lambda layout: layout.request.adapter_key):
-        members = list(neighbours)
-        start, stop = span(members[0])[0], span(members[-1])[1]
-        if start < stop:
-            for use in members[0].request.adapters:
-                yield Segment(checked_weights(use), use.scale, start, stop)
+    runs: list[tuple[Request, int, int]] = []
+    for layout in layouts:
+        request, (start, stop) = layout.request, span(layout)
+        if runs and runs[-1][0].adapter_key == request.adapter_key and runs[-1][2] == start:
+            runs[-1] = (request, runs[-1][1], stop)
+        elif start < stop:
+            runs.append((request, start, stop))
+    for request, start, stop in runs:
+        for use in request.adapters:
+            yield Segment(checked_weights(use), use.scale, start, stop)
 
 
 def checked_weights(use: AdapterUse) -> AdapterWeights:

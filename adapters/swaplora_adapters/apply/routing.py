@@ -1,0 +1,45 @@
+"""Each run of rows through its own module: the base's, or the one that the rows' adapter has in its place."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_NOTHING: Mapping[str, Any] = {}
+
+
+class Owner(NamedTuple):
+    """Rows `start` to `stop` go through `module`, which is an adapter's own."""
+
+    start: int
+    stop: int
+    module: nn.Module
+
+
+def routed(
+    base: nn.Module, owners: Sequence[Owner], dim: int, inputs: tuple[Any, ...], options: Mapping[str, Any] = _NOTHING
+) -> Any:
+    """What `base` makes of rows that nobody owns, and each owner of its own.
+
+    `owners` are in the order of their rows and do not overlap; the rows are dimension `dim` of every tensor.
+    """
+    if not owners:
+        return base(*inputs, **options)
+    num_rows = inputs[0].shape[dim]
+    outputs, reached = [], 0
+    for start, stop, module in (*owners, Owner(num_rows, num_rows, base)):
+        for first, last, chosen in ((reached, start, base), (start, stop, module)):
+            if first < last:
+                outputs.append(
+                    chosen(
+                        *(_cut(x, dim, first, last) for x in inputs),
+                        **{name: _cut(x, dim, first, last) for name, x in options.items()},
+                    )
+                )
+        reached = stop
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim)
+
+
+def _cut(value: Any, dim: int, start: int, stop: int) -> Any:
+    return value.narrow(dim, start, stop - start) if isinstance(value, Tensor) else value

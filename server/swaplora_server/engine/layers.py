@@ -1,0 +1,110 @@
+"""What adapters may know and have of a base's layers: shapes, weights as they are served, and others like them."""
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from swaplora_adapters.apply.attach import shape_of
+from swaplora_adapters.apply.layers import LoraEmbedding, LoraLinear, Replaceable, Wrapped
+from swaplora_adapters.artifact.base_layers import BaseLayers, EmbeddingShape
+from swaplora_server.engine.huge_pages import HugePages
+from swaplora_server.engine.lean_embedding import NarrowEmbedding, TiedEmbedding, lean
+from swaplora_server.engine.native_linear import NativeLinear
+from swaplora_server.engine.onednn_linear import OnednnLinear
+
+
+def adaptable(
+    wrapped: Mapping[str, Wrapped],
+    addressable: Collection[str],
+    tied: Mapping[str, str],
+    prepare_linear: Callable[[nn.Module, HugePages], nn.Module],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> BaseLayers:
+    """The layers that adapters may change: `addressable` are the paths of those that see one row per token."""
+    chosen = {path: module for path, module in wrapped.items() if path in addressable}
+    source = LayerSource(chosen, prepare_linear, dtype, device)
+    return BaseLayers(
+        linears={path: shape_of(module.base) for path, module in chosen.items() if isinstance(module, LoraLinear)},
+        embeddings={path: _table(module.base) for path, module in chosen.items() if isinstance(module, LoraEmbedding)},
+        others={path: _shapes(module.base) for path, module in chosen.items() if isinstance(module, Replaceable)},
+        tied=tied,
+        read=source.read,
+        rebuild=source.rebuild,
+    )
+
+
+def _table(embedding: nn.Module) -> EmbeddingShape:
+    return EmbeddingShape(*weight_of(embedding).shape)
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+
+
+class LayerSource:
+    """Reads the weights of a base's wrapped modules, and makes modules like them. Thread-safe: nothing is written."""
+
+    def __init__(
+        self,
+        wrapped: Mapping[str, Wrapped],
+        prepare_linear: Callable[[nn.Module, HugePages], nn.Module],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`dtype` is that of the model's rows."""
+        self._wrapped = wrapped
+        self._prepare_linear = prepare_linear
+        self._dtype = dtype
+        self._device = device
+
+    def read(self, name: str) -> Tensor:
+        """A parameter as a float32 copy on the CPU; a linear's weight as [out_features, in_features]."""
+        path, _, parameter = name.rpartition(".")
+        module = self._wrapped[path].base
+        value = weight_of(module) if parameter == "weight" else getattr(module, parameter)
+        if not isinstance(value, Tensor):
+            raise KeyError(name)
+        return value.detach().to("cpu", torch.float32, copy=True)
+
+    def rebuild(self, path: str, parameters: Mapping[str, Tensor]) -> nn.Module:
+        """A module that computes as the base's at `path`, with these parameters: all that it has."""
+        wrapped = self._wrapped[path]
+        own = {
+            name: nn.Parameter(tensor.to(self._device, self._dtype), requires_grad=False)
+            for name, tensor in parameters.items()
+        }
+        if isinstance(wrapped, LoraLinear):
+            return self._prepare_linear(_linear(own), HugePages(mapping_bytes=0))
+        if isinstance(wrapped.base, NarrowEmbedding | TiedEmbedding):
+            return lean(_embedding(own["weight"]), None)
+        like = copy.copy(wrapped.base)
+        like._parameters = dict(own)  # noqa: SLF001 - a shallow copy would share the dictionary
+        return like
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear, embedding or norm; of a linear as [out_features, in_features]."""
+    if isinstance(module, NativeLinear | OnednnLinear | NarrowEmbedding | TiedEmbedding):
+        return module.dense()
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def _embedding(weight: nn.Parameter) -> nn.Embedding:
+    num_embeddings, embedding_dim = weight.shape
+    embedding = nn.Embedding(num_embeddings, embedding_dim, device="meta")
+    embedding.weight = weight
+    return embedding
+
+
+def _linear(parameters: Mapping[str, nn.Parameter]) -> nn.Linear:
+    out_features, in_features = parameters["weight"].shape
+    linear = nn.Linear(in_features, out_features, bias="bias" in parameters, device="meta")
+    for name, parameter in parameters.items():
+        setattr(linear, name, parameter)
+    return linear
