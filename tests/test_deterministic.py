@@ -140,7 +140,7 @@ def replacing_adapter(base: BaseModel, seed: int) -> AdapterWeights:
 def _bias(base: BaseModel, path: str) -> tuple[str, ...]:
     try:
         base.layers.read(f"{path}.bias")
-    except (KeyError, AttributeError):
+    except KeyError:
         return ()
     return ("bias",)
 

@@ -188,7 +188,7 @@ def generation(body: GenerationBody) -> tuple[Generation, list[Record]]:
         leave=lambda _count: None,
     )
     made = Generation(cast(Service, service), body, [[1, 2, 3]], began=0.0)
-    made.submit(body.sampling(100, frozenset(), None), (), Terms((), ()))
+    made.submit(body.sampling(100, frozenset(), None), (), Terms((), ()), [0])
     return made, records
 
 

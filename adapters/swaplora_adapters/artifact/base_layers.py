@@ -36,7 +36,8 @@ class BaseLayers:
     embeddings: Mapping[str, EmbeddingShape] = field(default_factory=dict)
     others: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)  # an output head → the embedding whose weight it shares
-    # a parameter by its full name, as a float32 copy on the CPU: a linear's weight is [out_features, in_features]
+    # a parameter by its full name, as a float32 copy on the CPU: a linear's weight is [out_features, in_features].
+    # KeyError for what the base has not
     read: Callable[[str], Tensor] = _no_weights
     # (path, parameters by name) → a module that computes as the base's at `path` does, with these parameters instead
     rebuild: Callable[[str, Mapping[str, Tensor]], nn.Module] = _no_weights

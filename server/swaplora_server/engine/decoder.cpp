@@ -198,7 +198,7 @@ struct Pass {
 
     template <typename Module>
     static const Module* owned(const Owner* owner, int64_t number, const Module* base) {
-        const void* own = owner ? owner->modules[number] : nullptr;
+        const void* own = owner && base ? owner->modules[number] : nullptr;
         return own ? static_cast<const Module*>(own) : base;
     }
 

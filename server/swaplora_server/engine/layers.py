@@ -62,10 +62,10 @@ class LayerSource:
         self._device = device
 
     def read(self, name: str) -> Tensor:
-        """A parameter as a float32 copy on the CPU; a linear's weight as [out_features, in_features]."""
+        """A parameter as a float32 copy on the CPU; a linear's is [out_features, in_features]. Raises KeyError."""
         path, _, parameter = name.rpartition(".")
         module = self._wrapped[path].base
-        value = weight_of(module) if parameter == "weight" else getattr(module, parameter)
+        value = weight_of(module) if parameter == "weight" else getattr(module, parameter, None)
         if not isinstance(value, Tensor):
             raise KeyError(name)
         return value.detach().to("cpu", torch.float32, copy=True)

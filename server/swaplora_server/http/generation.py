@@ -15,6 +15,7 @@ from swaplora_server.engine.detokenize import Detokenizer
 from swaplora_server.engine.request import AdapterUse, FinishReason, Logprobs, Request, SamplingParams, TokenEvent
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.figures import Outcome, Record
+from swaplora_server.http.invocation import invoked_at
 from swaplora_server.http.service import Service
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.terms import Terms, take_terms
@@ -82,15 +83,18 @@ class Generation:
     def prompt_ids(self, choice: int) -> Sequence[int]:
         return self._prompts[choice // self._body.n]
 
-    def submit(self, params: SamplingParams, uses: tuple[AdapterUse, ...], terms: Terms) -> None:
-        """Hand every prompt to the engine, and with them the leases, which go back when the last of them has ended."""
+    def submit(self, params: SamplingParams, uses: tuple[AdapterUse, ...], terms: Terms, starts: Sequence[int]) -> None:
+        """Hand every prompt to the engine, and with them the leases, which go back when the last of them has ended.
+
+        `starts` says for each prompt which token its adapter applies to first.
+        """
 
         def give_back() -> None:
             self._service.leave(self.num_choices)
             terms.release()
 
         release = _after_last(len(self._prompts), give_back)
-        for number, prompt in enumerate(self._prompts):
+        for number, (prompt, start) in enumerate(zip(self._prompts, starts, strict=True)):
             request = Request(
                 request_id=f"{id(self):x}-{number}",
                 prompt_ids=tuple(prompt),
@@ -100,6 +104,7 @@ class Generation:
                 num_sequences=self._body.n,
                 release=release,
                 cache_salt=self._body.cache_salt,
+                invoked_at=start,
             )
             self._requests.append(request)
             self._service.engine.submit(request)
@@ -230,13 +235,14 @@ async def _admit(
     try:
         terms = await take_terms(service, body, client)
         uses = await terms.uses()
+        starts = [invoked_at(prompt, uses) for prompt in prompts]
         generation = Generation(service, body, prompts, began)
     except BaseException:
         service.leave(len(prompts) * body.n)
         if terms is not None:
             terms.release()
         raise
-    generation.submit(body.sampling(limit, service.base.eos_token_ids, num_logprobs), uses, terms)
+    generation.submit(body.sampling(limit, service.base.eos_token_ids, num_logprobs), uses, terms, starts)
     return Admission(generation, terms.headers)
 
 

@@ -20,13 +20,25 @@ class Terms:
     scales: tuple[float, ...]
 
     async def uses(self) -> tuple[AdapterUse, ...]:
-        """Wait for the weights. Raises AdapterError for those that cannot be had."""
-        return tuple(
+        """Wait for the weights. Raises AdapterError for those that cannot be had, ApiError for what does not add up."""
+        uses = tuple(
             [
                 AdapterUse(await result_of(lease.weights), scale, lease.record.digest)
                 for lease, scale in zip(self.leases, self.scales, strict=True)
             ]
         )
+        if self.scales not in ((), (1.0,)):
+            self._check_sum(uses)
+        return uses
+
+    def _check_sum(self, uses: Sequence[AdapterUse]) -> None:
+        for number, (use, lease) in enumerate(zip(uses, self.leases, strict=True)):
+            if not use.weights.is_sum:
+                message = (
+                    f"{lease.record.name!r} does more than add to the base (DoRA, modules of its own, an invocation), "
+                    "so it has no place in a sum: name it alone, at scale 1"
+                )
+                raise ApiError("invalid_request", message, f"adapters.{number}.name")
 
     def release(self) -> None:
         """Give every lease back."""
