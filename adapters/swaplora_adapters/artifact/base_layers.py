@@ -41,3 +41,5 @@ class BaseLayers:
     read: Callable[[str], Tensor] = _no_weights
     # (path, parameters by name) → a module that computes as the base's at `path` does, with these parameters instead
     rebuild: Callable[[str, Mapping[str, Tensor]], nn.Module] = _no_weights
+    # a `rebuild` for many modules of one adapter, which live and die together
+    rebuilder: Callable[[], Callable[[str, Mapping[str, Tensor]], nn.Module]] = _no_weights

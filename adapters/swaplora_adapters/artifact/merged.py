@@ -24,11 +24,12 @@ def merged(weights: AdapterWeights, base: BaseLayers) -> AdapterWeights:
 
 def _folded(weights: AdapterWeights, base: BaseLayers) -> Iterator[tuple[str, nn.Module]]:
     """One module after the other, so that one is in memory in float32 at a time."""
+    rebuild = base.rebuilder()
     for path, module in weights.modules.items():
-        yield path, base.rebuild(path, _linear(path, module, base))
+        yield path, rebuild(path, _linear(path, module, base))
     for path, embedding in weights.embeddings.items():
         stored = base.read(f"{path}.weight")
-        yield path, base.rebuild(path, {"weight": _as_stored(_table(stored, embedding), stored)})
+        yield path, rebuild(path, {"weight": _as_stored(_table(stored, embedding), stored)})
 
 
 def _linear(path: str, module: ModuleWeights, base: BaseLayers) -> dict[str, Tensor]:

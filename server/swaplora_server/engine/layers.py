@@ -1,7 +1,9 @@
 """What adapters may know and have of a base's layers: shapes, weights as they are served, and others like them."""
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,7 @@ def adaptable(
         tied=tied,
         read=source.read,
         rebuild=source.rebuild,
+        rebuilder=source.rebuilder,
     )
 
 
@@ -71,19 +74,33 @@ class LayerSource:
         return value.detach().to("cpu", torch.float32, copy=True)
 
     def rebuild(self, path: str, parameters: Mapping[str, Tensor]) -> nn.Module:
-        """A module that computes as the base's at `path`, with these parameters: all that it has."""
+        """A module that computes as the base's at `path` does, with these parameters and the rest its own."""
+        return self._rebuild(path, parameters, HugePages(mapping_bytes=0))
+
+    def rebuilder(self) -> Callable[[str, Mapping[str, Tensor]], nn.Module]:
+        """A `rebuild` for many modules of one adapter, whose linears share large pages."""
+        return partial(self._rebuild, pages=HugePages())
+
+    def _rebuild(self, path: str, parameters: Mapping[str, Tensor], pages: HugePages) -> nn.Module:
         wrapped = self._wrapped[path]
+        given = {**dict(self._rest(path, parameters)), **parameters}
         own = {
             name: nn.Parameter(tensor.to(self._device, self._dtype), requires_grad=False)
-            for name, tensor in parameters.items()
+            for name, tensor in given.items()
         }
         if isinstance(wrapped, LoraLinear):
-            return self._prepare_linear(_linear(own), HugePages(mapping_bytes=0))
+            return self._prepare_linear(_linear(own), pages)
         if isinstance(wrapped.base, NarrowEmbedding | TiedEmbedding):
             return lean(_embedding(own["weight"]), None)
         like = copy.copy(wrapped.base)
         like._parameters = dict(own)  # noqa: SLF001 - a shallow copy would share the dictionary
         return like
+
+    def _rest(self, path: str, given: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in ("weight", "bias", *dict(self._wrapped[path].base.named_parameters())):
+            if name not in given:
+                with suppress(KeyError):
+                    yield name, self.read(f"{path}.{name}")
 
 
 def weight_of(module: nn.Module) -> Tensor:
