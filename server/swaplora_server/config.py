@@ -97,6 +97,9 @@ class Settings(BaseSettings):
     served_model_name: str | None = Field(None, pattern=r"^\S+$", description="what requests call the base")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="number format of the base")
+    quantization: Literal["int8", "nf4"] | None = Field(
+        None, description="keep the base's linears in 8 or 4 bits; needs bitsandbytes"
+    )
 
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")

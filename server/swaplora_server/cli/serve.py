@@ -32,6 +32,9 @@ def serve(
     served_model_name: Annotated[str | None, typer.Option(help="What requests call the base.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where the model runs.")] = None,
     dtype: Annotated[Literal["auto", "bf16", "fp32"] | None, typer.Option(help="Number format of the base.")] = None,
+    quantization: Annotated[
+        Literal["int8", "nf4"] | None, typer.Option(help="Keep the base's linears in 8 or 4 bits.")
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest context in tokens (default: the base's).")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on (default 127.0.0.1).")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one (default 8000).")] = None,

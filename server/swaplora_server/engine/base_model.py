@@ -19,6 +19,7 @@ from swaplora_server.engine.kernels import Kernels
 from swaplora_server.engine.layers import adaptable
 from swaplora_server.engine.lean_embedding import lean
 from swaplora_server.engine.proof import UnsupportedModelError, prove, stock_logits
+from swaplora_server.engine.quantisation import Quantization, loading_arguments, multiply_dequantised
 from swaplora_server.engine.runner import Runner
 
 _log = structlog.get_logger(__name__)
@@ -61,9 +62,16 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
 
 
-def load_base(source: str | Path, *, device: torch.device, dtype: torch.dtype, kernels: Kernels) -> BaseModel:
+def load_base(
+    source: str | Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernels: Kernels,
+    quantization: Quantization | None = None,
+) -> BaseModel:
     """Load, wrap and prove a base from a folder or hub id. Raises UnsupportedModelError naming the reason."""
-    model = _load_model(source, dtype).to(device)
+    model = _load_model(source, device, dtype, quantization)
     tokenizer = AutoTokenizer.from_pretrained(source)
     expected = stock_logits(model)
     attention.register()
@@ -120,17 +128,24 @@ def _fuse(model: PreTrainedModel, activation: Activation, expected: list[Tensor]
         _log.warning("layers run one operation at a time", reason=str(error))
 
 
-def _load_model(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load_model(
+    source: str | Path, device: torch.device, dtype: torch.dtype, quantization: Quantization | None
+) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(source)
     _check_layer_types(config.get_text_config())
+    arguments = loading_arguments(config, quantization, device, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager", **arguments)
     except ValueError as error:
         raise UnsupportedModelError(
             f"{config.model_type} cannot be loaded as a causal language model: {error}"
         ) from error
-    model.requires_grad_(False)
-    return model.eval()
+    model.requires_grad_(False).eval()
+    if not arguments:
+        return model.to(device)
+    if device.type == "cpu":
+        multiply_dequantised(model)
+    return model
 
 
 def _check_layer_types(config: Any) -> None:

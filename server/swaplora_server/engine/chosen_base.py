@@ -22,7 +22,7 @@ def load_chosen_base(settings: Settings, report: Callable[[str], None]) -> BaseM
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     kernels = pick_kernels(device, dtype, settings.cache_dir / "native", report)
-    return load_base(source, device=device, dtype=dtype, kernels=kernels)
+    return load_base(source, device=device, dtype=dtype, kernels=kernels, quantization=settings.quantization)
 
 
 def source_of(settings: Settings, report: Callable[[str], None]) -> str | Path:

@@ -13,10 +13,17 @@ from transformers import PreTrainedModel
 from swaplora_adapters.apply.activation import Activation, LoraOp
 from swaplora_adapters.apply.ops import native, torch_form
 from swaplora_adapters.native.build import NoCompilerError
-from swaplora_server.engine import native_attention, native_decoder, native_linear, onednn_linear
+from swaplora_server.engine import (
+    native_attention,
+    native_decoder,
+    native_linear,
+    onednn_linear,
+    quantised_linear,
+)
 from swaplora_server.engine.attention import PagedKV
 from swaplora_server.engine.huge_pages import HugePages
 from swaplora_server.engine.native_attention import NativeKV
+from swaplora_server.engine.quantised_codes import is_quantised
 from swaplora_server.engine.torch_attention import TorchKV
 
 _log = structlog.get_logger(__name__)
@@ -53,8 +60,16 @@ def _native_kernels(dtype: torch.dtype, cache_dir: Path, report: Callable[[str],
     attention = native_attention.load_library(cache_dir, report)
     linear = native_linear.load_library(cache_dir, report)
     decoder = native_decoder.load_library(cache_dir, report)
+    quantised = partial(quantised_linear.pack, quantised_linear.load_library(cache_dir, report), linear)
     paged_kv = partial(NativeKV, attention)
     if dtype != torch.float32:
-        return Kernels(native.op(lora), paged_kv, onednn_linear.pack)
+        return Kernels(native.op(lora), paged_kv, partial(_pack, onednn_linear.pack, quantised))
     fuse = partial(native_decoder.fuse, decoder, lora=lora, paged_attention=attention, linear=linear)
-    return Kernels(native.op(lora), paged_kv, partial(native_linear.pack, linear), fuse)
+    plain = partial(native_linear.pack, linear)
+    return Kernels(native.op(lora), paged_kv, partial(_pack, plain, quantised), fuse)
+
+
+def _pack(
+    plain: Callable[[nn.Module], nn.Module], quantised: Callable[[nn.Module], nn.Module], linear: nn.Module
+) -> nn.Module:
+    return quantised(linear) if is_quantised(linear) else plain(linear)

@@ -1,0 +1,75 @@
+"""Bases of 8 and 4 bits, through bitsandbytes: what is asked of transformers, and what is refused."""
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PretrainedConfig
+from transformers.utils import is_bitsandbytes_available
+
+from swaplora_server.engine.proof import UnsupportedModelError
+from swaplora_server.engine.quantised_codes import is_quantised
+
+Quantization = Literal["int8", "nf4"]
+_REMEDY = "pip install 'swaplora[quantized]'"
+
+
+def loading_arguments(
+    config: PretrainedConfig, wanted: Quantization | None, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What `from_pretrained` is given beyond the usual; nothing for a plain base. Raises UnsupportedModelError.
+
+    A base that was saved quantised stays as it is.
+    """
+    saved = _saved(config)
+    if saved is None and wanted is None:
+        return {}
+    if not is_bitsandbytes_available():
+        asked = "quantization_config in the base's config.json" if saved else f"quantization {wanted}"
+        raise UnsupportedModelError(f"{asked} needs bitsandbytes, which is not installed or too old: {_REMEDY}")
+    if saved is None:
+        return {"device_map": {"": device}, "quantization_config": _made(wanted, dtype)}
+    if wanted not in (None, saved):
+        raise UnsupportedModelError(
+            f"quantization {wanted} cannot be had: the base was saved as {saved}; leave --quantization out"
+        )
+    return {"device_map": {"": device}}
+
+
+def _made(wanted: Quantization | None, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if wanted == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _saved(config: PretrainedConfig) -> str | None:
+    """int8, nf4 or fp4, as the base's files have it. Raises UnsupportedModelError for what cannot be served."""
+    fields = getattr(config, "quantization_config", None)
+    if fields is None:
+        return None
+    # the oldest files name no method, only the bits
+    is_unnamed = fields.get("load_in_8bit") or fields.get("load_in_4bit")
+    method = fields.get("quant_method", "bitsandbytes" if is_unnamed else None)
+    if method != "bitsandbytes":
+        raise UnsupportedModelError(
+            f"the base's config.json has a quantization_config of quant_method {method}, which is not served: "
+            "take the base as it was before, with --quantization if it is to be small, or one saved by bitsandbytes"
+        )
+    if fields.get("llm_int8_has_fp16_weight"):
+        raise UnsupportedModelError(
+            "the base's quantization_config has llm_int8_has_fp16_weight, which is for training and not served: "
+            "save the base without it"
+        )
+    return "int8" if fields.get("load_in_8bit") else str(fields.get("bnb_4bit_quant_type", "fp4"))
+
+
+def multiply_dequantised(model: nn.Module) -> None:
+    """Have bitsandbytes' linears on a CPU compute x Wᵀ in float32 with the dequantised W, as they do in training.
+
+    Their other product of 8 bits rounds x as well and treats columns with outliers apart, those of all rows as soon
+    as one row has them: a row would depend on its neighbours. The one of 4 bits would compute in whatever type the
+    files name, and on some processors lay the weight out anew.
+    """
+    for linear in filter(is_quantised, model.modules()):
+        linear.train()
+        linear.compute_dtype = torch.float32  # type: ignore[assignment]  # read by linears of 4 bits only

@@ -1,0 +1,104 @@
+"""Linears of 8 and 4 bits for CPUs with a C++ compiler: float32 products of weights that stay small."""
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from swaplora_adapters.native import build
+from swaplora_server.engine.quantised_codes import Codes, codes_of
+
+_SOURCE = Path(__file__).with_name("quantised_linear.cpp")
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("in_features", ctypes.c_int64),
+        ("out_features", ctypes.c_int64),
+        ("block", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("multiply", ctypes.c_void_p),
+    )
+
+
+def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
+    """The compiled kernel. Raises NoCompilerError."""
+    library = build.load(_SOURCE, cache_dir, report)
+    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.widen.argtypes, library.widen.restype = [ctypes.POINTER(_Weight), pointer], None
+    library.quantised_linear_f32.argtypes = [ctypes.POINTER(_Weight), pointer, size, pointer, number]
+    library.quantised_linear_f32.restype = None
+    return library
+
+
+def pack(library: ctypes.CDLL, plain: ctypes.CDLL, linear: nn.Module) -> nn.Module:
+    """A packed stand-in for bitsandbytes' linear on CPU; `plain` is native_linear's library."""
+    bias = linear.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return QuantisedLinear(library, plain, codes_of(linear), None if bias is None else bias.detach().float())
+
+
+class QuantisedLinear(nn.Module):
+    """y = x Wᵀ + b in float32, with W in codes; x and y are of any floating type."""
+
+    _codes: Tensor
+    _scales: Tensor
+
+    def __init__(self, library: ctypes.CDLL, plain: ctypes.CDLL, weight: Codes, bias: Tensor | None) -> None:
+        """bias: [out_features], float32."""
+        super().__init__()
+        self.out_features, self.in_features = weight.codes.shape
+        num_columns = plain.packed_words(1, 1, False)
+        codes = _in_panels(weight.codes.view(torch.uint8), num_columns)
+        self.register_buffer("_codes", codes if weight.table is None else _in_halves(codes), persistent=False)
+        self.register_buffer("_scales", _in_panels(weight.scales, num_columns), persistent=False)
+        self._table = weight.table
+        self._bias = bias
+        self._weight = _Weight(
+            self._codes.data_ptr(),
+            self._scales.data_ptr(),
+            None if weight.table is None else weight.table.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            self.in_features,
+            self.out_features,
+            self.in_features // weight.scales.shape[1],
+            num_columns,
+            ctypes.cast(plain.linear_f32, ctypes.c_void_p),
+        )
+        self._library = library
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., num_rows, in_features] → [..., num_rows, out_features]."""
+        wide = x.float().contiguous()
+        y = wide.new_empty(*x.shape[:-1], self.out_features)
+        num_rows = x.numel() // self.in_features
+        self._library.quantised_linear_f32(
+            self._weight, wide.data_ptr(), num_rows, y.data_ptr(), torch.get_num_threads()
+        )
+        return y.to(x.dtype)
+
+    def dense(self) -> Tensor:
+        """W [out_features, in_features] in float32, as `forward` multiplies with it."""
+        num_panels, _, num_columns = self._scales.shape
+        wide = torch.empty(num_panels, self.in_features, num_columns)
+        self._library.widen(self._weight, wide.data_ptr())
+        return wide.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features].contiguous()
+
+
+def _in_panels(values: Tensor, num_columns: int) -> Tensor:
+    """[out_features, n] → [num_panels, n, num_columns], the last panel filled up with zeros."""
+    padded = pad(values, (0, 0, 0, -len(values) % num_columns))
+    return padded.view(-1, num_columns, values.shape[1]).transpose(1, 2).contiguous()
+
+
+def _in_halves(codes: Tensor) -> Tensor:
+    """[…, num_columns] below 16 → […, num_columns / 2]: of every 16, columns c and 8 + c share a byte."""
+    pairs = codes.view(*codes.shape[:-1], -1, 2, 8)
+    return (pairs[..., 0, :] | pairs[..., 1, :] << 4).flatten(-2)
