@@ -1,19 +1,22 @@
-"""The weight of a linear in float32, however the model keeps it."""
+"""The weight of a module in plain form, however the model keeps it."""
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from swaplora_server.engine.lean_embedding import NarrowEmbedding, TiedEmbedding
+from swaplora_server.engine.native_linear import NativeLinear
+from swaplora_server.engine.onednn_linear import OnednnLinear
 from swaplora_server.engine.quantised_codes import codes_of, is_quantised
 from swaplora_server.engine.quantised_linear import QuantisedLinear
 
 
-def weight_of(linear: nn.Module) -> Tensor:
-    """[out_features, in_features], as the base multiplies with it. Raises TypeError for a linear of another kind."""
-    if isinstance(linear, QuantisedLinear):
-        return linear.dense()
-    if is_quantised(linear):
-        return codes_of(linear).dense()
-    if isinstance(linear, Conv1D | nn.Linear):
-        weight: Tensor = linear.weight.detach().float()
-        return weight.t() if isinstance(linear, Conv1D) else weight
-    raise TypeError(f"the weight of a {type(linear).__name__} cannot be read")
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight that a linear, embedding or norm computes with; a linear's is [out_features, in_features]."""
+    if isinstance(module, NativeLinear | OnednnLinear | QuantisedLinear | NarrowEmbedding | TiedEmbedding):
+        return module.dense()
+    if is_quantised(module):
+        return codes_of(module).dense()
+    weight = module.weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"a {type(module).__name__} has no weight that can be read")
+    return weight.detach().t() if isinstance(module, Conv1D) else weight.detach()

@@ -70,6 +70,9 @@ def _native_kernels(dtype: torch.dtype, cache_dir: Path, report: Callable[[str],
 
 
 def _pack(
-    plain: Callable[[nn.Module], nn.Module], quantised: Callable[[nn.Module], nn.Module], linear: nn.Module
+    plain: Callable[[nn.Module, HugePages], nn.Module],
+    quantised: Callable[[nn.Module], nn.Module],
+    linear: nn.Module,
+    pages: HugePages,
 ) -> nn.Module:
-    return quantised(linear) if is_quantised(linear) else plain(linear)
+    return quantised(linear) if is_quantised(linear) else plain(linear, pages)

@@ -7,15 +7,13 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from swaplora_adapters.apply.attach import shape_of
 from swaplora_adapters.apply.layers import LoraEmbedding, LoraLinear, Replaceable, Wrapped
 from swaplora_adapters.artifact.base_layers import BaseLayers, EmbeddingShape
+from swaplora_server.engine.dense_weight import weight_of
 from swaplora_server.engine.huge_pages import HugePages
 from swaplora_server.engine.lean_embedding import NarrowEmbedding, TiedEmbedding, lean
-from swaplora_server.engine.native_linear import NativeLinear
-from swaplora_server.engine.onednn_linear import OnednnLinear
 
 
 def adaptable(
@@ -101,15 +99,6 @@ class LayerSource:
             if name not in given:
                 with suppress(KeyError):
                     yield name, self.read(f"{path}.{name}")
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a linear, embedding or norm; of a linear as [out_features, in_features]."""
-    if isinstance(module, NativeLinear | OnednnLinear | NarrowEmbedding | TiedEmbedding):
-        return module.dense()
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.t() if isinstance(module, Conv1D) else weight
 
 
 def _embedding(weight: nn.Parameter) -> nn.Embedding:

@@ -84,6 +84,11 @@ class QuantisedLinear(nn.Module):
         )
         return y.to(x.dtype)
 
+    @property
+    def bias(self) -> Tensor | None:
+        """[out_features]."""
+        return self._bias
+
     def dense(self) -> Tensor:
         """W [out_features, in_features] in float32, as `forward` multiplies with it."""
         num_panels, _, num_columns = self._scales.shape
