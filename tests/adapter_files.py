@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from swaplora_adapters.artifact.base_layers import LinearShape
+from swaplora_adapters.artifact.base_layers import BaseLayers, LinearShape
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
 
 _LAYER = {
@@ -24,6 +24,7 @@ _LAYER = {
 SHAPES = {f"model.layers.{layer}.{name}": shape for layer in (0, 1) for name, shape in _LAYER.items()} | {
     "lm_head": LinearShape(32, 259)
 }
+LAYERS = BaseLayers(SHAPES)  # of which nothing but the linears' shapes is known
 CONFIG: Mapping[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 9, "target_modules": ["q_proj", "v_proj"]}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from adapter_files import SHAPES
+from adapter_files import LAYERS
 from swaplora_adapters.artifact.intake import inspect_files
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.errors import AdapterError
@@ -25,7 +25,7 @@ def inspect_all(adapters: Iterable[Path]) -> int:
     num_accepted = 0
     for adapter in adapters:
         try:
-            inspect_files(adapter / CONFIG_FILE, adapter / WEIGHTS_FILE, SHAPES)
+            inspect_files(adapter / CONFIG_FILE, adapter / WEIGHTS_FILE, LAYERS)
             num_accepted += 1
         except AdapterError:
             pass

@@ -22,7 +22,7 @@ from typing import IO, Literal
 
 import torch
 
-from adapter_files import SHAPES, config_bytes, write_adapter
+from adapter_files import LAYERS, config_bytes, write_adapter
 from swaplora_adapters.artifact.digest import digest_of, hex_of
 from swaplora_adapters.artifact.names import WEIGHTS_FILE
 from swaplora_adapters.artifact.spec import AdapterSpec
@@ -92,7 +92,7 @@ def opened(data_dir: Path, keep_versions: int = 1) -> Iterator[tuple[Store, Regi
     registry = Registry(
         store,
         sources=Sources(allowed=(), folder=None, max_weights_bytes=0),
-        shapes=SHAPES,
+        layers=LAYERS,
         dtype=torch.float32,
         device=torch.device("cpu"),
         memory_budget=_MiB,

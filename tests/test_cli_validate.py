@@ -32,7 +32,7 @@ def test_a_sound_adapter_is_described_as_its_card_would(
     found = json.loads(validate(adapters[3], "--json").stdout)
     assert found.pop("valid") is True
     assert found == {key: card[key] for key in found}
-    assert found.keys() == {"base", "digest", "rank", "targets", "parameters", "warnings"}
+    assert found.keys() == {"base", "digest", "kind", "rank", "targets", "parameters", "warnings"}
 
 
 def test_a_sound_adapter_is_one_line(validate: Callable[..., Result], tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_warnings_are_told_as_the_server_tells_them(
 @pytest.mark.parametrize(
     ("fields", "factor"),
     [
-        ({"use_dora": True, "bias": "all"}, 1.0),
+        ({"layer_replication": [[0, 1]], "task_type": "SEQ_CLS"}, 1.0),
         ({"r": 0, "lora_alpha": "much"}, 1.0),
         ({"target_modules": ["q_proj", "k_proj"]}, 1.0),
         ({}, float("nan")),

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tiny
-from adapter_files import SHAPES, write_adapter
+from adapter_files import LAYERS, SHAPES, write_adapter
 from serving import BASE, Running, serving, settings
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.artifact.served import AdapterWeights, ModuleWeights
@@ -52,7 +52,7 @@ def peft_model(base: Path, folders: list[Path]) -> PeftModel:
 
 def read(folder: Path) -> AdapterWeights:
     files = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    return load_weights("", *files, SHAPES, torch.float32, torch.device("cpu"))
+    return load_weights("", *files, LAYERS, torch.float32, torch.device("cpu"))
 
 
 def peft_delta(model: PeftModel, path: str, name: str) -> Tensor | None:

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapter_files import CONFIG, SHAPES, factors, safetensors_bytes
+from adapter_files import CONFIG, LAYERS, factors, safetensors_bytes
 from swaplora_adapters.artifact.intake import inspect_files
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.artifact.spec import AdapterSpec
@@ -80,7 +80,7 @@ def config_target(folder: Path, raw: bytes) -> bool:
     (folder / WEIGHTS_FILE).write_bytes(SOUND_WEIGHTS)
     refusal = ""
     try:
-        found = inspect_files(folder / CONFIG_FILE, folder / WEIGHTS_FILE, SHAPES, base_model="base")
+        found = inspect_files(folder / CONFIG_FILE, folder / WEIGHTS_FILE, LAYERS, base_model="base")
     except AdapterError as error:
         refusal = str(error)
     if refusal:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from adapter_files import SHAPES, factors, write_adapter
+from adapter_files import LAYERS, SHAPES, factors, write_adapter
 from serving import Running, serving, settings
 from stand_in import CARD, StandIn, standing_in, swaplora
 from swaplora_adapters.artifact.base_layers import LinearShape
@@ -26,7 +26,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 def read(folder: Path) -> AdapterWeights:
     files = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    return load_weights("", *files, SHAPES, torch.float32, torch.device("cpu"))
+    return load_weights("", *files, LAYERS, torch.float32, torch.device("cpu"))
 
 
 def delta(weights: AdapterWeights, path: str) -> torch.Tensor:

@@ -18,6 +18,7 @@ from oracle import Oracle
 from serving import BASE, Running, Streamed, serving, settings, stream_chat
 from swaplora_server.engine import proof, quantisation
 from swaplora_server.engine.base_model import BaseModel, load_base
+from swaplora_adapters.apply.layers import LoraLinear
 from swaplora_server.engine.dense_weight import weight_of
 from swaplora_server.engine.kernels import Kernels, pick_kernels, torch_kernels
 from swaplora_server.engine.native_linear import NativeLinear
@@ -75,7 +76,7 @@ def load(folder: Path, quantization: Quantization | None, kernels: Kernels = NAT
 
 def linears_of(base: BaseModel) -> dict[str, nn.Module]:
     """What stands behind each wrapped linear."""
-    return {path.removesuffix(".base"): module for path, module in base.model.named_modules() if path.endswith(".base")}
+    return {path: module.base for path, module in base.model.named_modules() if isinstance(module, LoraLinear)}
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

@@ -74,7 +74,7 @@ class Machine(RuleBasedStateMachine):
         self.registry = Registry(
             Store(Path(self.folder.name)),
             sources=Sources(allowed=(), folder=None, max_weights_bytes=0),
-            shapes=adapter_files.SHAPES,
+            layers=adapter_files.LAYERS,
             dtype=torch.float32,
             device=torch.device("cpu"),
             memory_budget=ROOM * num_bytes,

@@ -17,11 +17,37 @@ from peft.utils.other import get_pattern_key
 
 from adapter_files import CONFIG, SHAPES, config_bytes
 from swaplora_adapters.artifact.matching import Matcher
-from swaplora_adapters.artifact.spec import IGNORED_FIELDS, AdapterSpec
+from swaplora_adapters.artifact.spec import ADALORA_IGNORED_FIELDS, IGNORED_FIELDS, AdapterSpec
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 
-HONOURED = {field.name for field in dataclasses.fields(AdapterSpec)} | {"peft_type", "bias", "init_lora_weights"}
+HONOURED = {field.name for field in dataclasses.fields(AdapterSpec)} | {"init_lora_weights"}
 PEFT_FIELDS = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+ADALORA_FIELDS = {field.name for field in dataclasses.fields(peft.AdaLoraConfig)}
+# What changes the meaning: a value, and what else must be given for it to say something.
+MEANING: dict[str, dict[str, Any]] = {
+    "r": {"r": 5},
+    "target_modules": {"target_modules": ["k_proj"]},
+    "exclude_modules": {"exclude_modules": ["k_proj"]},
+    "lora_alpha": {"lora_alpha": 3},
+    "bias": {"bias": "all"},
+    "use_rslora": {"use_rslora": True},
+    "modules_to_save": {"modules_to_save": ["norm"]},
+    "layers_to_transform": {"layers_to_transform": [1]},
+    "layers_pattern": {"layers_pattern": "h", "layers_to_transform": [1]},
+    "rank_pattern": {"rank_pattern": {"q_proj": 2}},
+    "alpha_pattern": {"alpha_pattern": {"q_proj": 2}},
+    "trainable_token_indices": {"trainable_token_indices": [1]},
+    "use_dora": {"use_dora": True},
+    "alora_invocation_tokens": {"alora_invocation_tokens": [1]},
+    "use_qalora": {"use_qalora": True},
+    "qalora_group_size": {"use_qalora": True, "qalora_group_size": 4},
+    "lora_bias": {"lora_bias": True},
+    "target_parameters": {"target_parameters": ["experts.w"]},
+    "ensure_weight_tying": {"ensure_weight_tying": True},
+    "peft_type": {"peft_type": "ADALORA"},
+}
+# Read, without a meaning of their own: how the base stores weights, what a warning compares, what is only checked.
+CHECKED = {"fan_in_fan_out", "base_model_name_or_path", "task_type", "init_lora_weights"}
 MODULES = [
     *SHAPES,
     "q_proj",
@@ -67,6 +93,52 @@ def test_every_other_field_of_peft_is_refused_by_name(field: str) -> None:
     assert repr(field) in reasons(config_bytes(**{field: {"x": 1}}), UnsupportedAdapterError)
 
 
+def test_every_field_of_peft_is_honoured_checked_ignored_or_refused() -> None:
+    """What is none of the first three is refused, as another test sees; fields that PEFT adds are among those."""
+    assert MEANING.keys() | CHECKED == HONOURED
+    assert not HONOURED & IGNORED_FIELDS
+    assert ADALORA_IGNORED_FIELDS - {"r"} | {"init_r"} == ADALORA_FIELDS - PEFT_FIELDS
+
+
+@pytest.mark.parametrize("field", MEANING)
+def test_every_honoured_field_changes_the_meaning(field: str) -> None:
+    spec = parse(**MEANING[field])
+    others = {name: value for name, value in MEANING[field].items() if name != field}
+    assert spec.canonical != parse(**others).canonical
+
+
+@pytest.mark.parametrize("field", sorted(ADALORA_IGNORED_FIELDS))
+def test_the_schedule_of_adalora_changes_nothing(field: str) -> None:
+    assert parse(peft_type="ADALORA", **{field: 3}) == parse(peft_type="ADALORA")
+    assert parse(peft_type="ADALORA", init_r=3) != parse(peft_type="ADALORA")
+
+
+@pytest.mark.parametrize(
+    "field", ["alora_invocation_tokens", "alpha_pattern", "lora_bias", "target_parameters", "use_dora", "use_rslora"]
+)
+def test_what_adalora_does_not_have_is_refused_by_name(field: str) -> None:
+    assert field in reasons(config_bytes(**MEANING[field] | MEANING["peft_type"]), UnsupportedAdapterError)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("use_dora", "alora_invocation_tokens"),
+        ("use_dora", "lora_bias"),
+        ("use_dora", "use_qalora"),
+        ("use_qalora", "lora_bias"),
+        ("target_parameters", "use_dora"),
+        ("target_parameters", "lora_bias"),
+        ("alora_invocation_tokens", "modules_to_save"),
+        ("alora_invocation_tokens", "bias"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_name(one: str, other: str) -> None:
+    text = reasons(config_bytes(**MEANING[one], **MEANING[other]), UnsupportedAdapterError)
+    assert one in text
+    assert other in text
+
+
 @pytest.mark.parametrize("field", sorted(IGNORED_FIELDS))
 def test_ignored_fields_are_pefts_and_change_nothing(field: str) -> None:
     assert field in PEFT_FIELDS
@@ -75,7 +147,7 @@ def test_ignored_fields_are_pefts_and_change_nothing(field: str) -> None:
 
 @pytest.mark.parametrize("value", [None, False, "", [], {}], ids=repr)
 def test_unknown_fields_may_be_inert(value: object) -> None:
-    assert parse(auto_map=value, use_dora=value) == parse()
+    assert parse(auto_map=value, velora_config=value) == parse()
 
 
 @pytest.mark.parametrize("value", [True, 0, 0.0, 1, "x", [0], {"AutoModel": "evil.Model"}], ids=repr)
@@ -121,13 +193,10 @@ def test_malformed(fields: dict[str, Any], complaint: str) -> None:
     assert complaint in reasons(config_bytes(**fields))
 
 
-UNSUPPORTED = {
-    "AdaLoRA": {"peft_type": "ADALORA"},
+UNSUPPORTED: dict[str, dict[str, Any]] = {
+    "LoHa": {"peft_type": "LOHA"},
     "task": {"task_type": "SEQ_CLS"},
-    "bias": {"bias": "lora_only"},
-    "DoRA": {"use_dora": True},
-    "heads": {"modules_to_save": ["lm_head"]},
-    "aLoRA": {"alora_invocation_tokens": [1, 2]},
+    "layers twice": {"layer_replication": [[0, 1], [0, 1]]},
 }
 
 
@@ -143,7 +212,7 @@ def test_not_a_config(raw: bytes) -> None:
 
 
 def test_every_complaint_comes_at_once() -> None:
-    text = reasons(config_bytes(r=0, lora_alpha="x", use_dora=True, bias="all", auto_map={"a": "b"}))
+    text = reasons(config_bytes(r=0, lora_alpha="x", use_dora=1, bias="some", auto_map={"a": "b"}))
     for part in ("r must", "lora_alpha must", "use_dora", "bias", "auto_map"):
         assert part in text
 

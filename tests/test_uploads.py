@@ -84,9 +84,9 @@ async def test_a_file_that_does_not_apply_whole_is_refused_by_name_beside_good_s
 
 def test_all_reasons_come_in_one_answer(server: Running, base: Path, tmp_path: Path) -> None:
     folder = damaged(tmp_path / "bad", base, missing_half)
-    tiny.edit_config(folder, use_dora=True, bias="all", modules_to_save=["lm_head"])
+    tiny.edit_config(folder, layer_replication=[[0, 1]], task_type="SEQ_CLS", velora_config={"rank": 1})
     message = server.put("damaged", folder).json()["error"]["message"]
-    assert all(field in message for field in ("use_dora", "bias", "modules_to_save"))
+    assert all(field in message for field in ("layer_replication", "task_type", "velora_config"))
 
 
 def test_a_bad_replace_leaves_the_old_version_serving(server: Running, base: Path, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_preconditions(server: Running, adapters: list[Path]) -> None:
 
 def test_an_adapter_lives_from_upload_to_delete(server: Running, adapters: list[Path]) -> None:
     card = server.put("life", adapters[4]).json()
-    assert (card["rank"], card["kind"], card["state"], card["base"]) == (8, "lora", "stored", BASE)
+    assert (card["rank"], card["kind"], card["state"], card["base"]) == (8, ["lora"], "stored", BASE)
     assert card["targets"] == sorted(tiny.ALL_LINEAR)
     server.token_ids("life", PROMPT)
     listed = server.client.get("/v1/adapters").json()["data"]

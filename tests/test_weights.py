@@ -12,14 +12,15 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import tiny
-from adapter_files import CONFIG, SHAPES, config_bytes, factors, write_adapter
-from swaplora_adapters.artifact.base_layers import LinearShape
+from adapter_files import CONFIG, LAYERS, SHAPES, config_bytes, factors, write_adapter
+from swaplora_adapters.artifact.base_layers import BaseLayers, LinearShape
+from swaplora_adapters.artifact.fit import fitted
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_adapters.artifact.spec import AdapterSpec
 from swaplora_adapters.artifact.tensorfile import read_header
-from swaplora_adapters.artifact.weights import build_weights, check_fit, check_values, load_weights
-from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
+from swaplora_adapters.artifact.weights import Survey, build_weights, check_fit, load_weights, survey_values
+from swaplora_adapters.errors import InvalidAdapterError
 
 CPU = torch.device("cpu")
 PREFIX = "base_model.model.model.layers.0."
@@ -28,7 +29,12 @@ Tensors = dict[str, Tensor]
 
 
 def build(tensors: Tensors, dtype: torch.dtype = torch.float32, **fields: Any) -> AdapterWeights:
-    return build_weights("sha256:0", AdapterSpec.parse(config_bytes(**fields)), tensors, SHAPES, dtype, CPU)
+    return build_weights("sha256:0", AdapterSpec.parse(config_bytes(**fields)), tensors, LAYERS, dtype, CPU)
+
+
+def survey(tensors: Tensors, dtype: torch.dtype) -> Survey:
+    layout = fitted(AdapterSpec.parse(config_bytes()), LAYERS, {name: tuple(t.shape) for name, t in tensors.items()})
+    return survey_values(layout, tensors.items(), dtype)
 
 
 def reasons(tensors: Tensors, error: type[InvalidAdapterError] = InvalidAdapterError, **fields: Any) -> tuple[str, ...]:
@@ -58,7 +64,7 @@ ORACLE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("fields", ORACLE.values(), ids=ORACLE.keys())
 def test_the_delta_of_every_module_is_pefts(tmp_path: Path, base: Path, fields: dict[str, Any]) -> None:
     folder = tiny.save_adapter(tmp_path, base, seed=1, **fields)
-    weights = load_weights("d", folder / CONFIG_FILE, folder / WEIGHTS_FILE, SHAPES, torch.float32, CPU)
+    weights = load_weights("d", folder / CONFIG_FILE, folder / WEIGHTS_FILE, LAYERS, torch.float32, CPU)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
     layers = {name: m for name, m in model.base_model.model.named_modules() if hasattr(m, "get_delta_weight")}
     assert layers.keys() == weights.modules.keys()
@@ -75,7 +81,7 @@ def test_conv1d_has_the_same_factors_the_other_way_round(tmp_path: Path) -> None
     folder = tiny.save_adapter(tmp_path / "a", base, seed=1, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     shapes = {name: LinearShape(m.nx, m.nf) for name, m in model.named_modules() if isinstance(m, Conv1D)}
-    weights = load_weights("d", folder / CONFIG_FILE, folder / WEIGHTS_FILE, shapes, torch.float32, CPU)
+    weights = load_weights("d", folder / CONFIG_FILE, folder / WEIGHTS_FILE, BaseLayers(shapes), torch.float32, CPU)
     layer = PeftModel.from_pretrained(model, folder).base_model.model.transformer.h[0].attn.c_attn
     module = weights.modules["transformer.h.0.attn.c_attn"]
     torch.testing.assert_close((module.lora_B @ module.lora_A).T, layer.get_delta_weight("default"))
@@ -159,7 +165,7 @@ def test_a_file_that_does_not_fit(change: Callable[[Tensors], Tensors], complain
     assert complaint in "\n".join(reasons(change(factors())))
 
 
-UNSERVED = {
+UNASKED = {
     "embedding": "base_model.model.model.embed_tokens.lora_embedding_A",
     "magnitude": f"{PREFIX}self_attn.q_proj.lora_magnitude_vector",
     "magnitude as a module": f"{PREFIX}self_attn.q_proj.lora_magnitude_vector.weight",
@@ -169,11 +175,11 @@ UNSERVED = {
 }
 
 
-@pytest.mark.parametrize("name", UNSERVED.values(), ids=UNSERVED.keys())
-def test_kinds_that_are_not_served_are_named(name: str) -> None:
+@pytest.mark.parametrize("name", UNASKED.values(), ids=UNASKED.keys())
+def test_kinds_that_the_config_does_not_ask_for_are_named(name: str) -> None:
     extra = {name: torch.zeros(4)}
-    [reason] = reasons(factors() | extra, UnsupportedAdapterError)
-    assert reason == f"{name!r} is of a kind that is not supported"
+    [reason] = reasons(factors() | extra)
+    assert reason.startswith(f"{name!r} is in the file, but the config has no ")
     assert any(name in reason for reason in reasons(without(Q_A)(factors()) | extra))
 
 
@@ -211,7 +217,7 @@ def test_values_that_are_not_finite_are_named(value: float, dtype: torch.dtype) 
 
 
 def test_pieces_make_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swaplora_adapters.artifact.weights.PIECE", 24)
+    monkeypatch.setattr("swaplora_adapters.artifact.values.PIECE", 24)
     tensors = factors()
     module = build(tensors, torch.bfloat16).modules["model.layers.0.self_attn.q_proj"]
     assert torch.equal(module.lora_B, (tensors[Q_B] * 2.25).bfloat16())
@@ -221,31 +227,29 @@ def test_pieces_make_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_values_that_overflow_only_as_they_are_served_are_named() -> None:
     tensors = factors() | {Q_B: torch.full((32, 4), 3e4)}
-    spec = AdapterSpec.parse(config_bytes())
     with pytest.raises(InvalidAdapterError, match="overflows float16 once it is scaled"):
-        check_values(spec, tensors.items(), torch.float16)
-    assert check_values(spec, tensors.items(), torch.bfloat16)
+        survey(tensors, torch.float16)
+    assert survey(tensors, torch.bfloat16).has_effect
     assert reasons(factors() | {Q_B: torch.full((32, 4), 3e38)})[0].endswith("overflows float32 once it is scaled")
 
 
 def test_an_adapter_with_zero_b_has_no_effect() -> None:
-    spec = AdapterSpec.parse(config_bytes())
     tensors = {name: tensor * ("lora_A" in name) for name, tensor in factors().items()}
-    assert not check_values(spec, tensors.items(), torch.float32)
-    assert check_values(spec, factors().items(), torch.float32)
+    assert not survey(tensors, torch.float32).has_effect
+    assert survey(factors(), torch.float32).has_effect
 
 
 def test_the_header_alone_is_enough_to_know_whether_a_file_fits(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path)
     header = read_header(folder / WEIGHTS_FILE)
-    check_fit(AdapterSpec.parse(config_bytes()), header, SHAPES)
+    check_fit(AdapterSpec.parse(config_bytes()), header, LAYERS)
     with pytest.raises(InvalidAdapterError, match="rank 5 and the base need"):
-        check_fit(AdapterSpec.parse(config_bytes(r=5)), header, SHAPES)
+        check_fit(AdapterSpec.parse(config_bytes(r=5)), header, LAYERS)
 
 
 def test_loading_is_building(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path, use_rslora=True)
-    loaded = load_weights("d", folder / CONFIG_FILE, folder / WEIGHTS_FILE, SHAPES, torch.bfloat16, CPU)
+    loaded = load_weights("d", folder / CONFIG_FILE, folder / WEIGHTS_FILE, LAYERS, torch.bfloat16, CPU)
     built = build(factors(), torch.bfloat16, use_rslora=True)
     assert loaded.modules.keys() == built.modules.keys()
     for path, module in built.modules.items():
@@ -257,3 +261,17 @@ def test_the_hand_made_shapes_are_the_tiny_model_s() -> None:
     linears = {name: m for name, m in tiny.tiny_model().named_modules() if isinstance(m, nn.Linear)}
     assert {name: LinearShape(m.in_features, m.out_features) for name, m in linears.items()} == SHAPES
     assert CONFIG["lora_alpha"] != CONFIG["r"]
+
+
+def test_a_low_rank_that_nothing_is_left_of_adds_nothing(tmp_path: Path) -> None:
+    masks = {f"model.layers.{layer}.self_attn.{name}.lora_E": [False] * 4 for layer in (0, 1) for name in _QV}
+    config: dict[str, Any] = {"peft_type": "ADALORA", "init_r": 4, "rank_pattern": masks}
+    tensors = {name.removesuffix(".weight"): tensor for name, tensor in factors().items()}
+    tensors = {name: tensor[:0] if name.endswith("A") else tensor[:, :0] for name, tensor in tensors.items()}
+    tensors |= {name.replace("lora_A", "lora_E"): torch.empty(0, 1) for name in tensors if name.endswith("lora_A")}
+    folder = write_adapter(tmp_path, {name: tensor.contiguous() for name, tensor in tensors.items()}, **config)
+    weights = load_weights("d", folder / CONFIG_FILE, folder / WEIGHTS_FILE, LAYERS, torch.float32, CPU)
+    assert (weights.modules, weights.rank) == ({}, 0)
+
+
+_QV = ("q_proj", "v_proj")

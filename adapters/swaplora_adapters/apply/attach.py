@@ -29,7 +29,10 @@ def attach(
     while targets:
         path, module = targets.pop()
         if isinstance(module, nn.Linear | Conv1D):
-            wrapped[path] = LoraLinear(path, prepare(module), activation, is_head=module is head)
+            is_transposed = isinstance(module, Conv1D)
+            wrapped[path] = LoraLinear(
+                path, prepare(module), activation, is_head=module is head, is_transposed=is_transposed
+            )
         elif not isinstance(module, nn.Embedding):
             wrapped[path] = Replaceable(path, module, activation)
         elif module is embedding:

@@ -34,9 +34,13 @@ class Wrapped(nn.Module):
 class LoraLinear(Wrapped):
     """y = (base(x) + Σ scale · (x Aᵀ) Bᵀ) · column_scale + shift over the step's segments; base rows are left alone."""
 
-    def __init__(self, path: str, base: nn.Module, activation: Activation, *, is_head: bool) -> None:
+    def __init__(
+        self, path: str, base: nn.Module, activation: Activation, *, is_head: bool, is_transposed: bool
+    ) -> None:
+        """`is_transposed`: the model stores the weight as [in_features, out_features]."""
         super().__init__(path, base, activation)
         self.is_head = is_head
+        self.is_transposed = is_transposed
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., num_rows, in_features] → [..., num_rows, out_features]."""

@@ -29,17 +29,21 @@ def _no_weights(*_: object) -> NoReturn:
 class BaseLayers:
     """What an adapter's file is checked against and built from, by the modules' paths.
 
-    `others` are modules that work row by row, such as norms and experts: the shapes of their parameters by name.
+    `others` are modules that work row by row, such as norms and experts: the shapes of their parameters by name, in the
+    model's order. `transposed` are the linears and others whose weights in the model are [in_features, out_features],
+    such as Conv1D, or [num_experts, in_features, out_features].
     """
 
     linears: Mapping[str, LinearShape]
     embeddings: Mapping[str, EmbeddingShape] = field(default_factory=dict)
     others: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)  # an output head → the embedding whose weight it shares
+    transposed: frozenset[str] = frozenset()
     # a parameter by its full name, as a float32 copy on the CPU: a linear's weight is [out_features, in_features].
-    # KeyError for what the base has not
+    # KeyError where the base has none
     read: Callable[[str], Tensor] = _no_weights
-    # (path, parameters by name) → a module that computes as the base's at `path` does, with these parameters instead
+    # (path, parameters by name) → a module that computes as the base's at `path` does, with these parameters instead;
+    # those that are not given are the base's own, and a linear's weight is [out_features, in_features]
     rebuild: Callable[[str, Mapping[str, Tensor]], nn.Module] = _no_weights
     # a `rebuild` for many modules of one adapter, which live and die together
     rebuilder: Callable[[], Callable[[str, Mapping[str, Tensor]], nn.Module]] = _no_weights

@@ -49,9 +49,10 @@ MIGRATIONS = (
     ) STRICT;
     """,
     "ALTER TABLE versions ADD COLUMN provenance TEXT;",
+    """ALTER TABLE versions ADD COLUMN kinds TEXT NOT NULL DEFAULT '["lora"]';""",
 )
 _RECORDS = """
-    SELECT v.name, v.version, v.digest, v.rank, v.targets, v.base_model, v.num_parameters,
+    SELECT v.name, v.version, v.digest, v.kinds, v.rank, v.targets, v.base_model, v.num_parameters,
            b.config_bytes + b.weights_bytes AS nbytes, v.created, v.source, v.warnings, b.failure, v.provenance
     FROM versions v JOIN blobs b USING (digest)
 """
@@ -183,6 +184,9 @@ class Catalogue:
                 json.dumps(details.warnings),
             ),
         )
+        if details.kinds != ("lora",):
+            kinds = "UPDATE versions SET kinds = ? WHERE name = ? AND version = ?"
+            self._connection.execute(kinds, (json.dumps(details.kinds), name, version))
         if details.provenance is not None:
             made = "UPDATE versions SET provenance = ? WHERE name = ? AND version = ?"
             self._connection.execute(made, (details.provenance, name, version))
@@ -265,6 +269,5 @@ class Catalogue:
 
 
 def _record(row: dict[str, Any]) -> VersionRecord:
-    return VersionRecord(
-        **row | {"targets": tuple(json.loads(row["targets"])), "warnings": tuple(json.loads(row["warnings"]))}
-    )
+    lists = {name: tuple(json.loads(row[name])) for name in ("kinds", "targets", "warnings")}
+    return VersionRecord(**row | lists)

@@ -1,6 +1,7 @@
 """The fields of an adapter_config.json read one by one: each by its type and bounds, with every complaint kept."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -10,6 +11,8 @@ from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterErro
 
 MAX_NAME_CHARS = 512
 MAX_LAYER_INDEX = 1_000_000
+MAX_TOKEN_ID = 2**31 - 1
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]+")
 
 Default = TypeVar("Default")
 
@@ -30,9 +33,10 @@ class ConfigFields:
         return self._raw.get(field, default)
 
     def boolean(self, field: str) -> bool:
-        """A switch that is off when absent."""
-        value = self.get(field, False)
-        return value if isinstance(value, bool) else self._wrong(field, "must be true or false", False)
+        """A switch that is off when absent or null."""
+        value = self.get(field)
+        is_switch = value is None or isinstance(value, bool)
+        return bool(value) if is_switch else self._wrong(field, "must be true or false", False)
 
     def integer(self, field: str, default: int, low: int, high: int) -> int:
         """A whole number from `low` to `high`."""
@@ -41,6 +45,13 @@ class ConfigFields:
     def number(self, field: str, default: float, limit: float) -> float:
         """A number other than zero from -`limit` to `limit`."""
         return self._checked_number(field, self.get(field, default), default, limit)
+
+    def choice(self, field: str, choices: tuple[str, ...]) -> str:
+        """One of a few words, the first when absent."""
+        value = self.get(field, choices[0])
+        if isinstance(value, str) and value in choices:
+            return value
+        return self._wrong(field, f"must be one of {', '.join(choices)}", choices[0])
 
     def text(self, field: str, max_chars: int) -> str | None:
         """Printable text, or None."""
@@ -69,6 +80,37 @@ class ConfigFields:
         if isinstance(items, list) and all(type(item) is int and 0 <= item <= MAX_LAYER_INDEX for item in items):
             return frozenset(items)
         return self._wrong(field, f"must be layer numbers from 0 to {MAX_LAYER_INDEX}", frozenset())
+
+    def plain_names(self, field: str) -> tuple[str, ...]:
+        """A list of module names without any pattern, sorted."""
+        value = self.get(field)
+        names = self._strings(field, value)
+        if strange := [name for name in names if not _PLAIN_NAME.fullmatch(name)]:
+            return self._wrong(field, f"must be names of modules, not {quoted(strange[0])}", ())
+        return tuple(sorted(set(names)))
+
+    def token_ids(self, field: str) -> tuple[int, ...]:
+        """A list of token ids, in its order; nothing given is the empty one."""
+        return self._checked_token_ids(field, self.get(field))
+
+    def token_ids_by_module(self, field: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Distinct token ids by module name; a list alone is given for the name ""."""
+        value = self.get(field)
+        given = value.items() if isinstance(value, dict) else [("", value)] if value else []
+        if strange := [name for name, _ in given if name and not _PLAIN_NAME.fullmatch(name)]:
+            return self._wrong(field, f"must be names of modules, not {quoted(strange[0])}", ())
+        found = tuple((name, self._checked_token_ids(field, ids)) for name, ids in given)
+        if any(len(set(ids)) < len(ids) for _, ids in found):
+            return self._wrong(field, "lists a token twice", ())
+        return found
+
+    def masks(self, field: str) -> tuple[tuple[str, tuple[bool, ...]], ...]:
+        """A list of true and false by name, as AdaLoRA's `rank_pattern` has them; null is the empty one."""
+        value = self.get(field)
+        masks = {} if value is None else value
+        if isinstance(masks, dict) and all(_is_mask(mask) for mask in masks.values()):
+            return tuple((name, tuple(mask)) for name, mask in masks.items())
+        return self._wrong(field, "must map names to lists of true and false", ())
 
     def ranks_by_pattern(self, field: str, low: int, high: int) -> tuple[tuple[str, int], ...]:
         """A rank per pattern, in the file's order."""
@@ -104,6 +146,12 @@ class ConfigFields:
             return items
         return self._wrong(field, f"must be a list of strings of 1 to {MAX_NAME_CHARS} characters", [])
 
+    def _checked_token_ids(self, field: str, value: object) -> tuple[int, ...]:
+        items = [] if value is None else value
+        if isinstance(items, list) and all(type(item) is int and 0 <= item <= MAX_TOKEN_ID for item in items):
+            return tuple(items)
+        return self._wrong(field, f"must be token ids from 0 to {MAX_TOKEN_ID}", ())
+
     def _pattern_pairs(self, field: str) -> list[tuple[str, Any]]:
         value = self.get(field)
         if value is None or isinstance(value, dict):
@@ -130,3 +178,7 @@ class ConfigFields:
     def _wrong(self, label: str, complaint: str, default: Default) -> Default:
         self.malformed.append(f"{label} {complaint}")
         return default
+
+
+def _is_mask(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(bit, bool) for bit in value)

@@ -1,12 +1,11 @@
 """All that an adapter's files must pass before they are published; works as well offline, on any folder."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from swaplora_adapters.artifact.base_layers import LinearShape
+from swaplora_adapters.artifact.base_layers import BaseLayers
 from swaplora_adapters.artifact.complaints import capped, quoted
 from swaplora_adapters.artifact.digest import digest_of
 from swaplora_adapters.artifact.disk import full_disk_is_told, read_bounded
@@ -14,7 +13,7 @@ from swaplora_adapters.artifact.records import Details
 from swaplora_adapters.artifact.served import last_names
 from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES, AdapterSpec
 from swaplora_adapters.artifact.tensorfile import DEFAULT_LIMITS, Header, Limits, iter_tensors, read_header
-from swaplora_adapters.artifact.weights import check_fit, check_values, module_ranks
+from swaplora_adapters.artifact.weights import check_fit, survey_values
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 
 
@@ -35,13 +34,13 @@ class Inspection:
 def inspect_files(
     config_path: Path,
     weights_path: Path,
-    shapes: Mapping[str, LinearShape],
+    layers: BaseLayers,
     dtype: torch.dtype = torch.float32,
     *,
     limits: Limits = DEFAULT_LIMITS,
     base_model: str | None = None,
 ) -> Inspection:
-    """Check both files against the base's `shapes`, holding one tensor at a time in memory.
+    """Check both files against the base's `layers`, holding one module at a time in memory.
 
     `dtype` is what the adapter will be served in, `base_model` the name to compare with the one in the config. Raises
     InvalidAdapterError with every complaint of the first stage that has any (the two files by themselves, their fit to
@@ -49,17 +48,17 @@ def inspect_files(
     """
     with full_disk_is_told():
         spec, header = _read_both(config_path, weights_path, limits)
-        check_fit(spec, header, shapes)
-        has_effect = check_values(spec, iter_tensors(weights_path, header), dtype)
+        layout = check_fit(spec, header, layers)
+        survey = survey_values(layout, iter_tensors(weights_path, header), dtype)
         digest = digest_of(spec.canonical, weights_path)
-    ranks = module_ranks(header)
     details = Details(
         digest=digest,
-        rank=max(ranks.values()),
-        targets=last_names(ranks),
+        kinds=layout.kinds,
+        rank=survey.rank,
+        targets=last_names(survey.paths),
         base_model=spec.base_model_name_or_path,
-        num_parameters=header.num_parameters,
-        warnings=tuple(_warnings(spec, has_effect, base_model)),
+        num_parameters=survey.num_parameters,
+        warnings=tuple(_warnings(spec, survey.has_effect, base_model)),
     )
     return Inspection(spec, header, details)
 

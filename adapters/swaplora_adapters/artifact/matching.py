@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import regex
 
@@ -85,6 +85,7 @@ class Matcher:
         self._seconds_left = seconds
         self._compiled: dict[str, regex.Pattern[str]] = {}
         self._plain: dict[str, _PlainPatterns] = {}  # by field
+        self._exact: dict[str, dict[str, Any]] = {}  # by field
 
     def check(self, field: str, pattern: str) -> None:
         """Raise unless `pattern` is one that the other methods accept."""
@@ -118,6 +119,13 @@ class Matcher:
             if self._match(field, rf"(.*\.)?({patterns[position][0]})$", module):
                 return patterns[position][1]
         return patterns[first][1] if first < len(patterns) else default
+
+    def exact_value_for(self, field: str, values: Sequence[tuple[str, Value]], module: str, default: Value) -> Value:
+        """The value given for exactly this path. A field always comes with the same `values`."""
+        if field not in self._exact:
+            self._exact[field] = dict(values)
+        value: Value = self._exact[field].get(module, default)
+        return value
 
     def layer_index(self, field: str, patterns: Sequence[str], module: str) -> int | None:
         """PEFT's rule for the number of the layer that `module` lies in; `patterns` may name the list of layers."""

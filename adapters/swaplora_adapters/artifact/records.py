@@ -12,9 +12,10 @@ class Details:
     rank: int  # the largest of any module
     targets: tuple[str, ...]  # distinct last names of modules, sorted
     base_model: str | None
-    num_parameters: int
+    num_parameters: int  # in memory
     warnings: tuple[str, ...]
     provenance: str | None = None  # a JSON object, for what was made here of other adapters or of another kind
+    kinds: tuple[str, ...] = ("lora",)  # and what it is besides, or instead
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class VersionRecord:
     warnings: tuple[str, ...]
     failure: str | None  # why its files cannot be used
     provenance: str | None = None  # as in Details
+    kinds: tuple[str, ...] = ("lora",)
 
 
 class Target(NamedTuple):

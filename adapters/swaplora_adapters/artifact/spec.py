@@ -1,6 +1,6 @@
 """What an adapter_config.json says: read once into a frozen object, everything that cannot be honoured refused by name.
 
-The rules are those of PEFT's LoraConfig, whose defaults hold for fields that are absent.
+The rules are those of PEFT's LoraConfig and AdaLoraConfig, whose defaults hold for fields that are absent.
 """
 
 import json
@@ -12,6 +12,7 @@ from swaplora_adapters.artifact.complaints import quoted
 from swaplora_adapters.artifact.config_fields import ConfigFields
 from swaplora_adapters.artifact.matching import Matcher, path_ends
 from swaplora_adapters.artifact.names import CONFIG_FILE
+from swaplora_adapters.artifact.refusals import BIASES, refuse_unserved
 from swaplora_adapters.artifact.strict_json import loads
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 
@@ -19,7 +20,9 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_CONFIG_DEPTH = 16
 MAX_RANK = 4096
 MAX_ALPHA = 1e6
+MAX_GROUP_SIZE = 1 << 20
 MAX_BASE_NAME_CHARS = 1024
+LORA, ADALORA = "LORA", "ADALORA"
 
 # No effect on the output of a trained adapter: how it was trained, what made it, or a knob of a switch that is off.
 IGNORED_FIELDS = frozenset(
@@ -30,25 +33,27 @@ IGNORED_FIELDS = frozenset(
         "lora_dropout",
         "megatron_core",
         "peft_version",
-        "qalora_group_size",
         "revision",
         "runtime_config",
     }
 )
+# AdaLoRA's schedule; its `r` is not read either, `init_r` stands in its place.
+ADALORA_IGNORED_FIELDS = frozenset(
+    {"beta1", "beta2", "deltaT", "orth_reg_weight", "r", "target_r", "tfinal", "tinit", "total_step"}
+)
 # Kinds that `derive.convert` turns into LoRA.
 CONVERTIBLE_KINDS = frozenset({"FOURIERFT", "LOHA", "LOKR", "VERA"})
-# These start from the base's weights as they are. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA start by changing them.
-HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """One LoRA adapter's config. Patterns keep the file's order, because the first that matches wins."""
+    """One adapter's config. Patterns keep the file's order, because the first that matches wins."""
 
-    r: int
+    peft_type: str  # LORA or ADALORA
+    r: int  # of AdaLoRA: init_r
     lora_alpha: float
     use_rslora: bool
-    rank_pattern: tuple[tuple[str, int], ...]
+    rank_pattern: tuple[tuple[str, int], ...]  # of AdaLoRA: the rank that is left, by module path
     alpha_pattern: tuple[tuple[str, float], ...]
     target_modules: frozenset[str] | str
     exclude_modules: frozenset[str] | str
@@ -57,6 +62,16 @@ class AdapterSpec:
     fan_in_fan_out: bool
     base_model_name_or_path: str | None
     task_type: str | None
+    bias: str
+    lora_bias: bool
+    use_dora: bool
+    use_qalora: bool
+    qalora_group_size: int
+    alora_invocation_tokens: tuple[int, ...]
+    modules_to_save: tuple[str, ...]
+    trainable_token_indices: tuple[tuple[str, tuple[int, ...]], ...]  # by module name, "" is the input embedding
+    target_parameters: frozenset[str]
+    ensure_weight_tying: bool
 
     @classmethod
     def parse(cls, raw: bytes) -> "AdapterSpec":
@@ -76,12 +91,13 @@ class AdapterSpec:
 
     @classmethod
     def _read(cls, fields: ConfigFields) -> "AdapterSpec":
-        fields.get("peft_type")
+        is_adalora = fields.get("peft_type") == ADALORA
         spec = cls(
-            r=fields.integer("r", 8, 1, MAX_RANK),
+            peft_type=ADALORA if is_adalora else LORA,
+            r=fields.integer("init_r", 12, 1, MAX_RANK) if is_adalora else fields.integer("r", 8, 1, MAX_RANK),
             lora_alpha=fields.number("lora_alpha", 8.0, MAX_ALPHA),
             use_rslora=fields.boolean("use_rslora"),
-            rank_pattern=fields.ranks_by_pattern("rank_pattern", 1, MAX_RANK),
+            rank_pattern=_ranks_left(fields) if is_adalora else fields.ranks_by_pattern("rank_pattern", 1, MAX_RANK),
             alpha_pattern=fields.numbers_by_pattern("alpha_pattern", MAX_ALPHA),
             target_modules=_folded_case(fields.names("target_modules")),
             exclude_modules=fields.names("exclude_modules"),
@@ -90,11 +106,34 @@ class AdapterSpec:
             fan_in_fan_out=fields.boolean("fan_in_fan_out"),
             base_model_name_or_path=fields.text("base_model_name_or_path", MAX_BASE_NAME_CHARS),
             task_type=fields.text("task_type", 64),
+            bias=fields.choice("bias", BIASES),
+            lora_bias=fields.boolean("lora_bias"),
+            use_dora=fields.boolean("use_dora"),
+            use_qalora=fields.boolean("use_qalora"),
+            qalora_group_size=fields.integer("qalora_group_size", 16, 1, MAX_GROUP_SIZE),
+            alora_invocation_tokens=fields.token_ids("alora_invocation_tokens"),
+            modules_to_save=fields.plain_names("modules_to_save"),
+            trainable_token_indices=fields.token_ids_by_module("trainable_token_indices"),
+            target_parameters=frozenset(fields.plain_names("target_parameters")),
+            ensure_weight_tying=fields.boolean("ensure_weight_tying"),
         )
-        _check_targets(fields, spec)
-        _refuse_values(fields, spec)
-        fields.refuse_the_rest(IGNORED_FIELDS)
+        refuse_unserved(fields, spec)
+        fields.refuse_the_rest(IGNORED_FIELDS | (ADALORA_IGNORED_FIELDS if is_adalora else frozenset()))
         return spec
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What the config alone tells of the kinds of the adapter, the factors' own first; plain LoRA is ("lora",)."""
+        marks = {
+            "dora": self.use_dora,
+            "alora": self.alora_invocation_tokens,
+            "bias": self.lora_bias or self.bias != "none",
+            "modules_to_save": self.modules_to_save,
+            "trainable_tokens": self.trainable_token_indices,
+            "target_parameters": self.target_parameters,
+        }
+        factors = "adalora" if self.peft_type == ADALORA else "qalora" if self.use_qalora else "lora"
+        return (factors, *(kind for kind, is_so in marks.items() if is_so))
 
     @property
     def is_all_linear(self) -> bool:
@@ -102,7 +141,12 @@ class AdapterSpec:
         return self.target_modules == "all-linear"
 
     def rank_of(self, module: str, matcher: Matcher | None = None) -> int:
-        """The rank that the module's factors must have; pass a `matcher` to bound many calls together."""
+        """The rank that the module's factors must have; pass a `matcher` to bound many calls together.
+
+        A parameter that is itself a target (`target_parameters`) is asked for by its full name.
+        """
+        if self.peft_type == ADALORA:
+            return (matcher or Matcher()).exact_value_for("rank_pattern", self.rank_pattern, module, self.r)
         return (matcher or Matcher()).value_for("rank_pattern", self.rank_pattern, module, self.r)
 
     def alpha_of(self, module: str, matcher: Matcher | None = None) -> float:
@@ -110,8 +154,13 @@ class AdapterSpec:
         return (matcher or Matcher()).value_for("alpha_pattern", self.alpha_pattern, module, self.lora_alpha)
 
     def scaling_of(self, module: str, matcher: Matcher | None = None) -> float:
-        """What B·A is multiplied by: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv:2312.03732)."""
+        """What B·A is multiplied by: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv:2312.03732).
+
+        Of AdaLoRA, alpha over the rank that training began with (`peft.tuners.adalora.layer.SVDLinear.forward`).
+        """
         rank = self.rank_of(module, matcher)
+        if self.peft_type == ADALORA:
+            return (self.lora_alpha if self.lora_alpha > 0 else rank) / (self.r + 1e-5)
         return self.alpha_of(module, matcher) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets(self, module: str, matcher: Matcher | None = None) -> bool:
@@ -129,6 +178,8 @@ class AdapterSpec:
         return _lists_end(self.target_modules, module) and self._is_in_chosen_layer(module, matcher)
 
     def _excludes(self, module: str, matcher: Matcher) -> bool:
+        if any(matcher.is_fullmatch("modules_to_save", rf"(.*\.)?{m}(\..*)?", module) for m in self.modules_to_save):
+            return True
         if isinstance(self.exclude_modules, str):
             return matcher.is_fullmatch("exclude_modules", self.exclude_modules, module)
         return _lists_end(self.exclude_modules, module)
@@ -143,21 +194,33 @@ class AdapterSpec:
         """The meaning as canonical JSON: equal bytes beside equal tensors give equal outputs, and fit the same bases.
 
         Left out is what changes neither: the base's name, the task, `fan_in_fan_out` (how the base stores its weight),
-        and all that `parse` ignores. A field served later must appear only where it is not at its default, so that
+        and all that `parse` ignores. What plain LoRA does not use appears only where it is not at its default, so that
         digests stay what they are.
         """
-        meaning = {
+        meaning: dict[str, object] = {
             "alpha_pattern": self.alpha_pattern,
             "exclude_modules": _listed(self.exclude_modules),
             "layers_pattern": self.layers_pattern,
             "layers_to_transform": sorted(self.layers_to_transform),
             "lora_alpha": self.lora_alpha,
-            "peft_type": "LORA",
+            "peft_type": self.peft_type,
             "r": self.r,
             "rank_pattern": self.rank_pattern,
             "target_modules": _listed(self.target_modules),
             "use_rslora": self.use_rslora,
         }
+        kinds: dict[str, object] = {
+            "alora_invocation_tokens": self.alora_invocation_tokens,
+            "bias": "" if self.bias == "none" else self.bias,
+            "ensure_weight_tying": self.ensure_weight_tying,
+            "lora_bias": self.lora_bias,
+            "modules_to_save": self.modules_to_save,
+            "qalora_group_size": self.use_qalora and self.qalora_group_size,
+            "target_parameters": sorted(self.target_parameters),
+            "trainable_token_indices": self.trainable_token_indices,
+            "use_dora": self.use_dora,
+        }
+        meaning |= {field: value for field, value in kinds.items() if value}
         return json.dumps(meaning, sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -165,33 +228,15 @@ def _require_lora(document: dict[str, Any]) -> None:
     """Other kinds give the same field names other meanings, so nothing else is read of them."""
     kind = document.get("peft_type")
     if not isinstance(kind, str):
-        raise InvalidAdapterError(["peft_type must be a string, and LORA to be served"])
-    if kind != "LORA":
+        raise InvalidAdapterError(["peft_type must be a string, and LORA or ADALORA to be served"])
+    if kind not in (LORA, ADALORA):
         remedy = "; upload it with ?convert=svd to have it converted" if kind in CONVERTIBLE_KINDS else ""
-        raise UnsupportedAdapterError([f"peft_type {quoted(kind)} is not supported, only LORA is{remedy}"])
+        raise UnsupportedAdapterError([f"peft_type {quoted(kind)} is not supported, only LORA and ADALORA are{remedy}"])
 
 
-def _check_targets(fields: ConfigFields, spec: AdapterSpec) -> None:
-    if not spec.target_modules:
-        fields.malformed.append("target_modules names nothing")
-    if isinstance(spec.target_modules, str) and (spec.layers_to_transform or spec.layers_pattern):
-        fields.malformed.append("layers_to_transform and layers_pattern need target_modules to be a list")
-    if spec.layers_pattern and not spec.layers_to_transform:
-        fields.malformed.append("layers_pattern needs layers_to_transform")
-
-
-def _refuse_values(fields: ConfigFields, spec: AdapterSpec) -> None:
-    """Note the values of known fields that are not served."""
-    if spec.task_type not in (None, "CAUSAL_LM"):
-        fields.unsupported.append(f"task_type {quoted(spec.task_type)} is not supported, only CAUSAL_LM is")
-    if (bias := fields.get("bias", "none")) != "none":
-        fields.unsupported.append(f"bias {quoted(str(bias))} is not supported, only none is")
-    init = fields.get("init_lora_weights", True)
-    if not (isinstance(init, bool) or init is None or (isinstance(init, str) and init.lower() in HARMLESS_INITS)):
-        fields.unsupported.append(
-            f"init_lora_weights {quoted(str(init))} is not supported: such an adapter fits only the base it changed. "
-            "Save it again with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-        )
+def _ranks_left(fields: ConfigFields) -> tuple[tuple[str, int], ...]:
+    """AdaLoRA's masks are named after the singular values that they keep, `<module path>.lora_E`."""
+    return tuple((name.rpartition(".")[0], sum(mask)) for name, mask in fields.masks("rank_pattern"))
 
 
 def _folded_case(names: frozenset[str] | str) -> frozenset[str] | str:

@@ -24,6 +24,7 @@ from swaplora_adapters.errors import InvalidAdapterError
 LENGTH_BYTES = 8
 MAX_HEADER_DEPTH = 4
 MAX_DIMENSIONS = 8
+MAX_EMPTY_SIZE = 1 << 31
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -143,7 +144,7 @@ def _read_entries(document: dict[str, Any], limits: Limits) -> dict[str, TensorI
             tensors[name] = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
     if complaints:
         raise _refusal(*complaints)
-    return dict(sorted(tensors.items(), key=lambda item: item[1].begin))
+    return dict(sorted(tensors.items(), key=lambda item: item[1][2:]))
 
 
 def _metadata_complaints(metadata: object) -> list[str]:
@@ -164,12 +165,21 @@ def _entry_complaint(entry: object) -> str | None:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         return f"has dtype {quoted(str(dtype))}, supported are {', '.join(DTYPES)}"
-    if not _are_integers(shape, at_least=1) or not 0 < len(shape) <= MAX_DIMENSIONS:
-        return f"must have a shape of 1 to {MAX_DIMENSIONS} positive integers"
+    if not (_is_shape(shape) or _is_empty_matrix(shape)):
+        return f"must have a shape of 1 to {MAX_DIMENSIONS} positive integers, or be a matrix of no rows or columns"
     if not _are_integers(offsets, at_least=0) or len(offsets) != 2:
         return "must have data_offsets of two integers, neither negative"
     found, needed = offsets[1] - offsets[0], math.prod(shape) * DTYPES[dtype].itemsize
     return None if found == needed else f"has {found} bytes, its shape and dtype need {needed}"
+
+
+def _is_shape(sizes: object) -> TypeGuard[list[int]]:
+    return _are_integers(sizes, at_least=1) and 0 < len(sizes) <= MAX_DIMENSIONS
+
+
+def _is_empty_matrix(sizes: object) -> TypeGuard[list[int]]:
+    """AdaLoRA saves one where it has left a module no rank."""
+    return _are_integers(sizes, at_least=0) and len(sizes) == 2 and 0 in sizes and max(sizes) <= MAX_EMPTY_SIZE
 
 
 def _are_integers(values: object, at_least: int) -> TypeGuard[list[int]]:

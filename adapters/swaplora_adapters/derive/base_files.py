@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from swaplora_adapters.artifact.base_layers import LinearShape
-from swaplora_adapters.artifact.weights import OUTPUT_HEADS, PIECE
+from swaplora_adapters.artifact.targets import OUTPUT_HEADS
+from swaplora_adapters.artifact.values import PIECE
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")

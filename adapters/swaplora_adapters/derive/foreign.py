@@ -19,8 +19,8 @@ from swaplora_adapters.artifact.matching import Matcher
 from swaplora_adapters.artifact.names import CONFIG_FILE
 from swaplora_adapters.artifact.spec import MAX_ALPHA, MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, AdapterSpec
 from swaplora_adapters.artifact.strict_json import loads
+from swaplora_adapters.artifact.targets import is_targeted
 from swaplora_adapters.artifact.tensorfile import Header, read_header
-from swaplora_adapters.artifact.weights import is_targeted
 from swaplora_adapters.derive.kinds import KINDS, Kind, Module, Shapes
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 
@@ -73,6 +73,7 @@ def read_foreign(config_path: Path, weights_path: Path, shapes: Mapping[str, Lin
         numbers = _Numbers(document, kind)
         spec = AdapterSpec.parse(json.dumps(_as_lora(document, kind)).encode())
         header = read_header(weights_path)
+    _require_factors_alone(spec)
     matcher = Matcher()
     targeted = {path: shape for path, shape in shapes.items() if is_targeted(spec, path, matcher)}
     modules = {path: numbers.module(spec, path, shape, matcher) for path, shape in targeted.items()}
@@ -120,6 +121,14 @@ def _as_lora(document: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     fields = {**kind.defaults, **document}
     lora = {field: value for field, value in fields.items() if field in shared} | {"peft_type": "LORA"}
     return lora | {"lora_alpha": fields.get("alpha", lora.get("r", 8))}
+
+
+def _require_factors_alone(spec: AdapterSpec) -> None:
+    """What LoRA may have besides its factors is not converted."""
+    if spec.bias != "none":
+        raise UnsupportedAdapterError([f"bias {quoted(spec.bias)} is not supported for this kind"])
+    if spec.modules_to_save:
+        raise UnsupportedAdapterError(["'modules_to_save' is not supported for this kind"])
 
 
 def _says_something(value: object) -> bool:

@@ -25,8 +25,8 @@ class ModuleInspection:
 
 
 def inspect_weights(weights: AdapterWeights) -> list[ModuleInspection]:
-    """Every module of an adapter, in order of path."""
-    return [_inspect(path, module) for path, module in sorted(weights.modules.items())]
+    """Every module of an adapter that has factors, in order of path."""
+    return [_inspect(path, module) for path, module in sorted(weights.modules.items()) if module.rank]
 
 
 def warnings_about(modules: list[ModuleInspection]) -> list[str]:

@@ -11,11 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from swaplora_adapters.apply.attach import shape_of
-from swaplora_adapters.artifact.base_layers import LinearShape
+from swaplora_adapters.artifact.base_layers import BaseLayers
+from swaplora_adapters.artifact.disk import read_bounded
 from swaplora_adapters.artifact.intake import inspect_files
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.artifact.served import AdapterWeights
+from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES, AdapterSpec
 from swaplora_adapters.artifact.weights import load_weights
+from swaplora_adapters.derive.deltas import require_deltas
 
 
 class Addend(NamedTuple):
@@ -28,15 +31,15 @@ class Addend(NamedTuple):
 def merge(base: str | Path, addends: Sequence[Addend], out: Path) -> None:
     """Write the merged model, its config and its tokenizer into `out`, which appears whole or not at all.
 
-    Raises InvalidAdapterError for an adapter that does not fit the base, ValueError and OSError for a base that cannot
-    be loaded, and FileExistsError if `out` is there and not empty.
+    Raises InvalidAdapterError for an adapter that does not fit the base or cannot be merged, ValueError and OSError for
+    a base that cannot be loaded, and FileExistsError if `out` is there and not empty.
     """
     if out.exists() and (not out.is_dir() or next(out.iterdir(), None) is not None):
         raise FileExistsError(f"{out} is there already, and not an empty folder")
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    shapes = {path: shape_of(module) for path, module in linears.items()}
-    adapters = [(_checked(addend.folder, shapes), addend.scale) for addend in addends]
+    layers = BaseLayers({path: shape_of(module) for path, module in linears.items()})
+    adapters = [(_checked(addend.folder, layers), addend.scale) for addend in addends]
     _untie(model, adapters, linears)
     for path, linear in linears.items():
         parts = [(weights.modules[path], scale) for weights, scale in adapters if path in weights.modules]
@@ -45,10 +48,11 @@ def merge(base: str | Path, addends: Sequence[Addend], out: Path) -> None:
     _save(model, base, out)
 
 
-def _checked(folder: Path, shapes: Mapping[str, LinearShape]) -> AdapterWeights:
+def _checked(folder: Path, layers: BaseLayers) -> AdapterWeights:
     config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    digest = inspect_files(config, weights, shapes).digest
-    return load_weights(digest, config, weights, shapes, torch.float32, torch.device("cpu"))
+    require_deltas(AdapterSpec.parse(read_bounded(config, MAX_CONFIG_BYTES)))
+    digest = inspect_files(config, weights, layers).digest
+    return load_weights(digest, config, weights, layers, torch.float32, torch.device("cpu"))
 
 
 def _untie(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from swaplora_adapters.artifact.base_layers import LinearShape
+from swaplora_adapters.artifact.base_layers import BaseLayers, LinearShape
 from swaplora_adapters.artifact.disk import read_bounded
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.artifact.served import AdapterWeights
@@ -19,6 +19,7 @@ from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES, AdapterSpec
 from swaplora_adapters.artifact.weights import load_weights
 from swaplora_adapters.derive.compose import Ingredient, Recipe, compose
 from swaplora_adapters.derive.convert import convert
+from swaplora_adapters.derive.deltas import require_deltas
 from swaplora_adapters.derive.files import write_adapter
 from swaplora_adapters.derive.lowrank import LowRank, relative_error
 from swaplora_adapters.derive.process import answer_of, bound_this_process
@@ -97,8 +98,10 @@ def _spec(folder: Path) -> AdapterSpec:
 
 
 def _weights(folder: Path, shapes: Mapping[str, LinearShape]) -> AdapterWeights:
-    """In float32, whatever the server serves in."""
-    return load_weights("", folder / CONFIG_FILE, folder / WEIGHTS_FILE, shapes, torch.float32, torch.device("cpu"))
+    """In float32, whatever the server serves in. Raises UnsupportedAdapterError for what is not all deltas."""
+    require_deltas(_spec(folder))
+    files, layers = (folder / CONFIG_FILE, folder / WEIGHTS_FILE), BaseLayers(shapes)
+    return load_weights("", *files, layers, torch.float32, torch.device("cpu"))
 
 
 def _errors(modules: Mapping[str, LowRank]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ memory: `Names.changes` serialises what touches the disk, and the lock that leas
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from swaplora_adapters.artifact.base_layers import LinearShape
+from swaplora_adapters.artifact.base_layers import BaseLayers
 from swaplora_adapters.artifact.intake import inspect_files
 from swaplora_adapters.artifact.records import Alias, Target, VersionRecord
 from swaplora_adapters.artifact.served import AdapterWeights
@@ -45,20 +45,20 @@ class Registry:
         store: Store,
         *,
         sources: Sources,
-        shapes: Mapping[str, LinearShape],
+        layers: BaseLayers,
         dtype: torch.dtype,
         device: torch.device,
         memory_budget: int,
         keep_versions: int,
         base_model: str,
     ) -> None:
-        """`shapes` are the base's linears that adapters may target; weights are kept in `dtype` on `device`.
+        """`layers` are the base's that adapters may change; weights are kept in `dtype` on `device`.
 
         `base_model` is the base's name: an adapter that was made for another one is taken with a warning.
         """
         self._store = store
         self._sources = sources
-        self._shapes = shapes
+        self._layers = layers
         self._dtype = dtype
         self._device = device
         self._base_model = base_model
@@ -231,7 +231,7 @@ class Registry:
     ) -> Put:
         provenance = None if make is None else make(staging)
         found = inspect_files(
-            staging.config_path, staging.weights_path, self._shapes, self._dtype, base_model=self._base_model
+            staging.config_path, staging.weights_path, self._layers, self._dtype, base_model=self._base_model
         )
         details = replace(found.details, provenance=provenance)
         nbytes = details.num_parameters * self._dtype.itemsize
@@ -296,7 +296,7 @@ class Registry:
     def _load(self, digest: str) -> AdapterWeights:
         self._store.verify(digest)
         paths = self._store.blob_paths(digest)
-        return load_weights(digest, paths.config, paths.weights, self._shapes, self._dtype, self._device)
+        return load_weights(digest, paths.config, paths.weights, self._layers, self._dtype, self._device)
 
     def _remove(self, name: str, version: int | None) -> Removal:
         """Needs `Names.changes`."""

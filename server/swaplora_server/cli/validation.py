@@ -61,7 +61,7 @@ def _inspect(config: Path, weights: Path, base: "BaseModel", settings: "Settings
 
     if weights.stat().st_size > settings.max_adapter_bytes:
         raise AdapterTooLargeError(f"{weights.name} is larger than {settings.max_adapter_bytes} bytes")
-    details = inspect_files(config, weights, base.layers.linears, base.dtype, base_model=settings.base_id).details
+    details = inspect_files(config, weights, base.layers, base.dtype, base_model=settings.base_id).details
     nbytes, room = details.num_parameters * base.dtype.itemsize, settings.adapter_memory_bytes
     if nbytes > room:
         raise AdapterTooLargeError(f"{weights.name} needs {nbytes} bytes of memory, and all adapters have {room}")
@@ -75,6 +75,7 @@ def _accept(details: "Details", base_id: str, as_json: bool) -> None:
                 "valid": True,
                 "base": base_id,
                 "digest": details.digest,
+                "kind": details.kinds,
                 "rank": details.rank,
                 "targets": details.targets,
                 "parameters": details.num_parameters,

@@ -16,7 +16,7 @@ def weight_of(module: nn.Module) -> Tensor:
         return module.dense()
     if is_quantised(module):
         return codes_of(module).dense()
-    weight = module.weight
+    weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         raise TypeError(f"a {type(module).__name__} has no weight that can be read")
     return weight.detach().t() if isinstance(module, Conv1D) else weight.detach()

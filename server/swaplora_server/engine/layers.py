@@ -32,6 +32,7 @@ def adaptable(
         embeddings={path: _table(module.base) for path, module in chosen.items() if isinstance(module, LoraEmbedding)},
         others={path: _shapes(module.base) for path, module in chosen.items() if isinstance(module, Replaceable)},
         tied=tied,
+        transposed=frozenset(path for path, module in chosen.items() if getattr(module, "is_transposed", False)),
         read=source.read,
         rebuild=source.rebuild,
         rebuilder=source.rebuilder,

@@ -17,7 +17,7 @@ def card_body(service: Service, card: Card) -> dict[str, Any]:
         "version": record.version,
         "digest": record.digest,
         "base": service.settings.base_id,
-        "kind": "lora",
+        "kind": list(record.kinds),
         "rank": record.rank,
         "targets": list(record.targets),
         "parameters": record.num_parameters,

@@ -215,7 +215,7 @@ class Service:
             return Registry(
                 store,
                 sources=self._sources,
-                shapes=self.base.layers.linears,
+                layers=self.base.layers,
                 dtype=self.base.dtype,
                 device=self.base.device,
                 memory_budget=settings.adapter_memory_bytes,

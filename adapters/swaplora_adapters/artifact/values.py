@@ -1,0 +1,77 @@
+"""Values out of untrusted files, made ready to serve: in pieces, so that a load holds up nothing beside it."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PIECE = (1 << 15) - 1  # elements; torch shares work between threads from one more on
+
+
+class Scaled(NamedTuple):
+    """A contiguous tensor in the dtype in which it is served."""
+
+    tensor: Tensor
+    is_finite: bool
+    is_zero: bool
+
+
+def scaled(tensor: Tensor, scaling: float, dtype: torch.dtype) -> Scaled:
+    """A tensor times `scaling`, in `dtype`, or in bfloat16 where it is that already and nothing is lost by it.
+
+    Worked through in pieces that torch keeps on the calling thread: a load must not hold up what the other cores do.
+    What already is as it is served is not copied.
+    """
+    tensor = tensor.contiguous()
+    dtype = _storage_dtype(tensor.dtype, scaling, dtype)
+    is_served = scaling == 1 and tensor.dtype == dtype
+    served = tensor if is_served else torch.empty(tensor.shape, dtype=dtype)
+    is_finite = is_zero = True
+    for source, target in zip(_pieces(tensor), _pieces(served), strict=True):
+        if not is_served:
+            torch.mul(source.to(torch.float32), scaling, out=target)
+        low, high = extremes(target)
+        is_finite = is_finite and math.isfinite(low) and math.isfinite(high)  # a NaN is both extremes
+        is_zero = is_zero and low == high == 0
+    return Scaled(served, is_finite, is_zero)
+
+
+def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor in exactly `dtype`, piece by piece."""
+    tensor = tensor.contiguous()
+    if tensor.dtype == dtype:
+        return tensor
+    target = torch.empty(tensor.shape, dtype=dtype)
+    for source, piece in zip(_pieces(tensor), _pieces(target), strict=True):
+        piece.copy_(source)
+    return target
+
+
+def is_finite(tensor: Tensor) -> bool:
+    return all(math.isfinite(extreme) for piece in _pieces(tensor.contiguous()) for extreme in extremes(piece))
+
+
+def is_copy(stored: Tensor, base: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `stored` is the base's own float32 `base`, in the precision of whichever of the two has less."""
+    pairs = list(zip(_pieces(stored.contiguous()), _pieces(base.contiguous()), strict=True))
+    return any(all(torch.equal(one.to(kind), other.to(kind)) for one, other in pairs) for kind in (dtype, stored.dtype))
+
+
+def extremes(tensor: Tensor) -> tuple[float, float]:
+    """The least and the greatest; 0 and 0 of no elements."""
+    if tensor.numel() == 0:
+        return 0.0, 0.0
+    low, high = torch.aminmax(tensor)
+    return low.item(), high.item()
+
+
+def _storage_dtype(stored: torch.dtype, scaling: float, served: torch.dtype) -> torch.dtype:
+    """bfloat16 stays so where nothing is lost by it: at half the bytes, a step reads an adapter twice as fast."""
+    is_exact = math.frexp(abs(scaling))[0] == 0.5  # a power of two moves the exponent alone
+    return torch.bfloat16 if stored == torch.bfloat16 and is_exact else served
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    return (tensor,) if tensor.numel() <= PIECE else torch.split(tensor.view(-1), PIECE)
