@@ -247,7 +247,7 @@ def test_what_dare_drops_is_drawn_by_seed(stocked: Running, compose_over_http: C
         ({"method": "ties", "density": 1.1}, 400, "invalid_request", "density"),
         ({"method": "ties", "density": 0.5, "seed": 1}, 400, "invalid_request", "seed"),
         ({"method": "dare_linear", "density": 0.5, "seed": -1}, 400, "invalid_request", "seed"),
-        ({"materialise": True}, 400, "unsupported_field", "materialise"),
+        ({"materialise": "yes"}, 400, "invalid_request", "materialise"),
         ({"materialize": True}, 400, "invalid_request", "materialize"),
     ],
 )

@@ -1,12 +1,16 @@
 """An adapter merged into weights of its own answers as it does unmerged, beside both the base and itself."""
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import tiny
+from serving import BASE, Running, serving, settings
 from swaplora_adapters.artifact.merged import merged
 from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_server.engine.base_model import BaseModel, load_base
@@ -17,6 +21,7 @@ from swaplora_server.engine.scheduler import Batch, ScheduledRows
 from test_deterministic import CACHE, SHAPE, embedding_adapter, random_adapter, replacing_adapter, scaled_adapter
 
 CPU = torch.device("cpu")
+PROMPT = list(range(40, 80))
 BASES = {
     "llama": {"model_type": "llama", "tie_word_embeddings": True, **SHAPE},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": False, **SHAPE},
@@ -72,3 +77,63 @@ def test_a_merged_weight_is_rounded_only_where_the_base_is(base: BaseModel) -> N
     bias = module.bias if isinstance(module.bias, Tensor) else 0
     expected = x @ (exact + factors.lora_B.float() @ factors.lora_A.float()).t() + bias
     torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("http")
+    base = tiny.save_tiny_base(folder / "base")
+    with serving(settings(base, folder / "data", prefix_cache=True)) as running:
+        for seed, name in enumerate(("a", "b"), start=1):
+            put = running.put(name, tiny.save_adapter(folder / name, base, seed=seed, use_dora=name == "b"))
+            assert put.status_code == 201
+        yield running
+
+
+def merge(running: Running, name: str, **scales: float) -> dict[str, Any]:
+    listed = [{"name": other, "scale": scale} for other, scale in scales.items()]
+    answer = running.client.post("/v1/merged", json={"name": name, "from": listed, "materialise": True}, timeout=60)
+    assert answer.status_code in (200, 201), answer.text
+    card: dict[str, Any] = answer.json()
+    return card
+
+
+@pytest.mark.parametrize(("kind", "scales"), [("lora", {"a": 1.0}), ("dora", {"b": 1.0}), ("scaled", {"a": -0.5})])
+def test_a_merged_model_over_http_answers_as_its_adapters_do(
+    running: Running, kind: str, scales: dict[str, float]
+) -> None:
+    card = merge(running, f"own-{kind}", **scales)
+    assert "merged" in card["kind"]
+    assert card["provenance"]["materialise"] is True
+    terms = [{"name": name, "scale": scale} for name, scale in scales.items()]
+    wanted: dict[str, Any] = {"model": next(iter(scales))} if list(scales.values()) == [1.0] else {"model": BASE, "adapters": terms}
+    expected = running.token_ids(wanted.pop("model"), PROMPT, 24, **wanted)
+    assert running.token_ids(f"own-{kind}", PROMPT, 24) == expected != running.token_ids(BASE, PROMPT, 24)
+    assert merge(running, f"own-{kind}", **scales)["version"] == 1, "the same again is the same version"
+
+
+def test_merged_models_share_a_batch_with_everyone(running: Running) -> None:
+    merge(running, "own", a=1.0)
+    names = [BASE, "own", "a", "b", "own", BASE]
+    alone = [running.token_ids(name, PROMPT, 32) for name in names]
+    with ThreadPoolExecutor(len(names)) as pool:
+        together = list(pool.map(lambda name: running.token_ids(name, PROMPT, 32), names))
+    assert together == alone
+
+
+def test_a_merged_model_is_counted_in_memory_and_freed_when_it_is_deleted(running: Running) -> None:
+    merge(running, "counted", a=0.25)
+    before = running.service.registry.resident_bytes
+    running.token_ids("counted", PROMPT)
+    linears = running.service.base.layers.linears
+    weights = sum(in_ * out for path, (in_, out) in linears.items() if path != "lm_head")
+    grown = running.service.registry.resident_bytes - before
+    assert 4 * weights <= grown <= 4.5 * weights
+    assert running.client.delete("/v1/adapters/counted?timeout=30").status_code == 200
+    assert running.service.registry.resident_bytes == before
+
+
+def test_a_merged_model_has_no_place_in_a_sum(running: Running) -> None:
+    merge(running, "own", a=1.0)
+    answer = running.generate(BASE, PROMPT, adapters=[{"name": "own", "scale": 0.5}])
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "adapters.0.name")

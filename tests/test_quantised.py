@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 import tiny
 from oracle import Oracle
 from serving import BASE, Running, Streamed, serving, settings, stream_chat
+from swaplora_adapters.apply.layers import LoraLinear
 from swaplora_server.engine import proof, quantisation
 from swaplora_server.engine.base_model import BaseModel, load_base
-from swaplora_adapters.apply.layers import LoraLinear
 from swaplora_server.engine.dense_weight import weight_of
 from swaplora_server.engine.kernels import Kernels, pick_kernels, torch_kernels
 from swaplora_server.engine.native_linear import NativeLinear

@@ -104,7 +104,9 @@ class Client:
         params = ({} if against is None else {"against": against}) | ({"intruders": "true"} if intruders else {})
         return self._json("GET", f"{_path(name)}/inspect", params=params)
 
-    def compose_adapter(self, name: str, scales: Mapping[str, float], method: str, **parameters: float | None) -> Card:
+    def compose_adapter(
+        self, name: str, scales: Mapping[str, float], method: str, **parameters: float | bool | None
+    ) -> Card:
         """Have the server make an adapter of others, of which `scales` says how much; its card, once it is durable."""
         given = {key: value for key, value in parameters.items() if value is not None}
         listed = [{"name": other, "scale": scale} for other, scale in scales.items()]

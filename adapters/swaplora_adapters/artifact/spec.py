@@ -72,6 +72,7 @@ class AdapterSpec:
     trainable_token_indices: tuple[tuple[str, tuple[int, ...]], ...]  # by module name, "" is the input embedding
     target_parameters: frozenset[str]
     ensure_weight_tying: bool
+    materialise: bool  # not PEFT's: serve it merged into weights of its own
 
     @classmethod
     def parse(cls, raw: bytes) -> "AdapterSpec":
@@ -116,6 +117,7 @@ class AdapterSpec:
             trainable_token_indices=fields.token_ids_by_module("trainable_token_indices"),
             target_parameters=frozenset(fields.plain_names("target_parameters")),
             ensure_weight_tying=fields.boolean("ensure_weight_tying"),
+            materialise=fields.boolean("materialise"),
         )
         refuse_unserved(fields, spec)
         fields.refuse_the_rest(IGNORED_FIELDS | (ADALORA_IGNORED_FIELDS if is_adalora else frozenset()))
@@ -131,6 +133,7 @@ class AdapterSpec:
             "modules_to_save": self.modules_to_save,
             "trainable_tokens": self.trainable_token_indices,
             "target_parameters": self.target_parameters,
+            "merged": self.materialise,
         }
         factors = "adalora" if self.peft_type == ADALORA else "qalora" if self.use_qalora else "lora"
         return (factors, *(kind for kind, is_so in marks.items() if is_so))
@@ -214,6 +217,7 @@ class AdapterSpec:
             "bias": "" if self.bias == "none" else self.bias,
             "ensure_weight_tying": self.ensure_weight_tying,
             "lora_bias": self.lora_bias,
+            "materialise": self.materialise,
             "modules_to_save": self.modules_to_save,
             "qalora_group_size": self.use_qalora and self.qalora_group_size,
             "target_parameters": sorted(self.target_parameters),

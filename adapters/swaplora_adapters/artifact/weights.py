@@ -4,6 +4,7 @@ Files name tensors as PEFT's `save_pretrained` does: `base_model.model.<module p
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +19,7 @@ from swaplora_adapters.artifact.disk import read_bounded
 from swaplora_adapters.artifact.embeddings import build_embedding
 from swaplora_adapters.artifact.fit import Layout, fitted
 from swaplora_adapters.artifact.linears import build_linear
+from swaplora_adapters.artifact.merged import merged
 from swaplora_adapters.artifact.parts import Parts, gather
 from swaplora_adapters.artifact.replacements import build_replacement
 from swaplora_adapters.artifact.served import AdapterWeights, EmbeddingWeights, ModuleWeights
@@ -85,9 +87,18 @@ def survey_values(layout: Layout, tensors: Iterable[tuple[str, Tensor]], dtype: 
     for parts, content in _built(layout, tensors, dtype):
         has_effect = has_effect or parts.has_effect
         paths.append(parts.path)
-        num_parameters += _num_elements(content)
+        num_parameters += _num_merged(parts, layout.layers) if layout.spec.materialise else _num_elements(content)
         rank = max(rank, 0 if isinstance(content, nn.Module) else content.rank)
     return Survey(rank, tuple(paths), num_parameters, has_effect)
+
+
+def _num_merged(parts: Parts, layers: BaseLayers) -> int:
+    """Elements of a module of its own; the bias is counted where there may be one."""
+    if shape := layers.linears.get(parts.path):
+        return shape.out_features * (shape.in_features + 1)
+    if table := layers.embeddings.get(parts.path):
+        return table.num_embeddings * table.embedding_dim
+    return sum(map(math.prod, layers.others[parts.path].values()))
 
 
 def _num_elements(content: Content) -> int:
@@ -109,13 +120,14 @@ def _assemble(
             embeddings[parts.path] = _moved(content, device)
         else:
             replaced[parts.path] = content.to(device)
-    return AdapterWeights(
+    weights = AdapterWeights(
         digest,
         MappingProxyType(modules),
         MappingProxyType(embeddings),
         MappingProxyType(replaced),
         layout.spec.alora_invocation_tokens,
     )
+    return merged(weights, layout.layers) if layout.spec.materialise else weights
 
 
 def _built(

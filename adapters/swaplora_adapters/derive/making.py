@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from swaplora_adapters.artifact.base_layers import LinearShape
-from swaplora_adapters.artifact.disk import open_regular
+from swaplora_adapters.artifact.disk import open_regular, read_bounded
 from swaplora_adapters.artifact.records import VersionRecord
+from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES
 from swaplora_adapters.artifact.staging import FILE_NAMES, Staging
 from swaplora_adapters.derive.compose import Recipe
 from swaplora_adapters.derive.foreign import read_foreign
@@ -36,8 +37,11 @@ class Maker:
     base_model: str
     max_bytes: int  # of a weights file
 
-    def compose(self, sources: Sequence[Source], recipe: Recipe, staging: Staging) -> str:
-        """Combine `sources`. One adapter as it is stays what it is, byte for byte. Raises like `compose.compose`."""
+    def compose(self, sources: Sequence[Source], recipe: Recipe, staging: Staging, *, materialise: bool) -> str:
+        """Combine `sources`. One adapter as it is stays what it is, byte for byte. Raises like `compose.compose`.
+
+        `materialise`: have it served merged into weights of its own.
+        """
         made: Mapping[str, Any] = {}
         if recipe.method == "sum" and [source.scale for source in sources] == [1.0]:
             _copy(sources[0].folder, staging)
@@ -49,6 +53,9 @@ class Maker:
             {"name": s.record.name, "version": s.record.version, "digest": s.record.digest, "scale": s.scale}
             for s in sources
         ]
+        if materialise:
+            _mark_materialised(staging)
+            made = {**made, "materialise": True}
         return json.dumps({"kind": "composed", "from": listed, **recipe.told(), **made})
 
     def convert(self, energy: float, staging: Staging) -> str:
@@ -60,6 +67,13 @@ class Maker:
     def _run(self, job: str, **arguments: Any) -> Any:
         about = {"shapes": self.shapes, "base_model": self.base_model, "max_bytes": self.max_bytes}
         return self.process.run(job, {**arguments, **about})
+
+
+def _mark_materialised(staging: Staging) -> None:
+    config = json.loads(read_bounded(staging.config_path, MAX_CONFIG_BYTES))
+    staging.config_path.unlink()
+    with staging.writer("config", MAX_CONFIG_BYTES) as writer:
+        writer.write(json.dumps({**config, "materialise": True}).encode())
 
 
 def _copy(folder: Path, staging: Staging) -> None:

@@ -198,6 +198,7 @@ class Residency:
             self._report(error)
         else:
             with self._changed:
+                entry.nbytes = min(entry.nbytes, weights.nbytes)  # bfloat16 takes less than was foreseen
                 entry.weights.set_result(weights)
                 self._room.settle(entry)
                 self._changed.notify_all()

@@ -14,6 +14,9 @@ def compose(
     density: Annotated[float | None, typer.Option(help="Share of entries that ties and dare keep.")] = None,
     rank: Annotated[int | None, typer.Option(help="The most that a module keeps; not for sum.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of what dare drops.")] = None,
+    materialise: Annotated[
+        bool, typer.Option("--materialise", help="Serve it merged into weights of its own: as fast as the base.")
+    ] = False,
     url: Url = LOCAL,
     api_key: Key = None,
     as_json: AsJson = False,
@@ -21,7 +24,9 @@ def compose(
     """Make an adapter of stored ones. The same again makes no further version."""
     scales = _scales(sources)
     with connected(url, api_key) as client:
-        card = client.compose_adapter(name, scales, method, density=density, rank=rank, seed=seed)
+        card = client.compose_adapter(
+            name, scales, method, density=density, rank=rank, seed=seed, materialise=materialise
+        )
     if as_json:
         show_json(card)
     else:

@@ -1,4 +1,4 @@
-"""POST /v1/merged: a new adapter made of stored ones."""
+"""POST /v1/merged: a new adapter made of stored ones, or a merged model with weights of its own."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -45,7 +45,7 @@ class MergedBody(ClosedModel):
     density: float | None = Field(None, gt=0, le=1)
     rank: int | None = Field(None, ge=1, le=MAX_RANK)
     seed: int | None = Field(None, ge=0, le=2**63 - 1)
-    materialise: bool | None = None
+    materialise: bool = False
 
 
 @router.post("/v1/merged", openapi_extra=body_schema(MergedBody))
@@ -58,12 +58,10 @@ async def compose_adapter(
     """
     service: Service = request.app.state.service
     service.check_serving()
-    if body.materialise:
-        raise ApiError("unsupported_field", "materialise is not supported; leave it out", "materialise")
     recipe = _recipe(body)
     service.registry.names.check_adapter_name(body.name)
     chosen = _chosen(service, body.ingredients)
-    put = await service.workshop.do(partial(_compose, service, body.name, chosen, recipe))
+    put = await service.workshop.do(partial(_compose, service, body.name, chosen, recipe, body.materialise))
     return JSONResponse(card_body(service, put.card), 201 if put.is_first else 200)
 
 
@@ -92,7 +90,7 @@ def _chosen(service: Service, ingredients: Sequence[Ingredient]) -> dict[str, fl
     return chosen
 
 
-def _compose(service: Service, name: str, chosen: Mapping[str, float], recipe: Recipe) -> Put:
+def _compose(service: Service, name: str, chosen: Mapping[str, float], recipe: Recipe, materialise: bool) -> Put:
     """In the workshop's thread."""
     registry = service.registry
     with registry.stage() as linked, registry.stage() as staging:
@@ -101,5 +99,5 @@ def _compose(service: Service, name: str, chosen: Mapping[str, float], recipe: R
             Source(registry.names.link_files(reference, folder), folder, chosen[reference])
             for reference, folder in folders.items()
         ]
-        make = partial(service.workshop.maker.compose, sources, recipe)
+        make = partial(service.workshop.maker.compose, sources, recipe, materialise=materialise)
         return registry.put(name, staging, source="composed", make=make)
