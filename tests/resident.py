@@ -30,7 +30,8 @@ class Loader:
         self.loaded.append(digest)
         if digest in self.failures:
             raise self.failures[digest]
-        return AdapterWeights(digest, {"m": ModuleWeights(torch.zeros(1, 5), torch.zeros(5, 1))})
+        as_large_as_told = ModuleWeights(torch.zeros(100, 5), torch.zeros(5, 100))
+        return AdapterWeights(digest, {"m": as_large_as_told})
 
 
 class Make:

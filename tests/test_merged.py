@@ -106,7 +106,9 @@ def test_a_merged_model_over_http_answers_as_its_adapters_do(
     assert "merged" in card["kind"]
     assert card["provenance"]["materialise"] is True
     terms = [{"name": name, "scale": scale} for name, scale in scales.items()]
-    wanted: dict[str, Any] = {"model": next(iter(scales))} if list(scales.values()) == [1.0] else {"model": BASE, "adapters": terms}
+    wanted: dict[str, Any] = (
+        {"model": next(iter(scales))} if list(scales.values()) == [1.0] else {"model": BASE, "adapters": terms}
+    )
     expected = running.token_ids(wanted.pop("model"), PROMPT, 24, **wanted)
     assert running.token_ids(f"own-{kind}", PROMPT, 24) == expected != running.token_ids(BASE, PROMPT, 24)
     assert merge(running, f"own-{kind}", **scales)["version"] == 1, "the same again is the same version"

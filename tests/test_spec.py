@@ -45,6 +45,7 @@ MEANING: dict[str, dict[str, Any]] = {
     "target_parameters": {"target_parameters": ["experts.w"]},
     "ensure_weight_tying": {"ensure_weight_tying": True},
     "peft_type": {"peft_type": "ADALORA"},
+    "materialise": {"materialise": True},
 }
 # Read, without a meaning of their own: how the base stores weights, what a warning compares, what is only checked.
 CHECKED = {"fan_in_fan_out", "base_model_name_or_path", "task_type", "init_lora_weights"}
