@@ -9,7 +9,7 @@ import torch
 import tiny
 from swaplora_server.engine import native_decoder, proof
 from swaplora_server.engine.attention import LayerAttention
-from swaplora_server.engine.base_model import BaseModel, load_base
+from swaplora_server.engine.base_model import BaseModel, load_base, pick_dtype
 from swaplora_server.engine.kernels import Kernels, pick_kernels, torch_kernels
 from swaplora_server.engine.native_decoder import NativeDecoder
 from swaplora_server.engine.proof import UnsupportedModelError
@@ -136,3 +136,12 @@ def test_layers_that_fail_the_proof_in_one_call_run_by_themselves(
     base = load(tiny.save_tiny_base(tmp_path))
     assert len(base.model.model.layers) == 2
     assert base.layers.linears
+
+
+def test_bfloat16_is_refused_where_the_processor_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_bf16, chosen in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has_bf16: has)
+        assert pick_dtype("auto", torch.device("cpu")) == chosen
+        assert pick_dtype("fp32", torch.device("cpu")) == torch.float32
+    with pytest.raises(UnsupportedModelError, match="--dtype fp32"):
+        pick_dtype("bf16", torch.device("cpu"))

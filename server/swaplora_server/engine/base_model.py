@@ -55,11 +55,14 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """auto is bf16 wherever it is fast: GPUs, and CPUs with matrix instructions for it; fp32 elsewhere."""
-    if wanted == "auto":
-        is_fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001 - torch's only way to ask
-        return torch.bfloat16 if is_fast else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
+    """auto is bf16 wherever it is fast: GPUs, and CPUs with matrix instructions for it; fp32 elsewhere.
+
+    Raises UnsupportedModelError when bf16 is wanted of a CPU without them.
+    """
+    has_bf16 = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001 - torch's only way to ask
+    if wanted == "bf16" and not has_bf16:
+        raise UnsupportedModelError("this processor has no instructions for bfloat16: start with --dtype fp32 or auto")
+    return torch.bfloat16 if has_bf16 and wanted != "fp32" else torch.float32
 
 
 def load_base(
