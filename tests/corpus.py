@@ -85,7 +85,9 @@ HEADER = [
     weights("lone surrogate", raw_entry('"\\ud800":1'), "lone surrogate"),
     weights("100,000 entries", strangers(100_000, "{}"), "more than 32768"),
     weights("32,000 strangers", strangers(32_000, "base_model.model.m{}.lora_A.weight"), "... and 31964 more"),
-    weights("names of 460 dots", strangers(13_500, f"base_model.model.{'.' * 460}{{}}.lora_A.weight"), "more"),
+    weights(
+        "names of 460 dots", strangers(13_500, f"base_model.model.{'.' * 460}{{}}.lora_A.weight"), "no linear layer"
+    ),
     weights("names that end alike", strangers(13_500, f"base_model.model.{{}}{'.q_proj' * 65}.lora_A.weight"), "more"),
     weights("1 MiB name", added("a" * MIB, 1), "1 to 512 characters"),
     weights("empty name", added("", 1), "1 to 512 characters"),
@@ -105,7 +107,7 @@ TENSORS = [
     weights("offsets swapped", entry(1, data_offsets=[512, 0]), "-512 bytes"),
     weights("huge offsets", entry(1, data_offsets=[2**62, 2**63]), "its shape and dtype need"),
     weights("offsets past the end", shifted(1, 2**40), "starts at byte"),
-    weights("zero dimension", entry(1, shape=[0, 32], data_offsets=[0, 0]), "positive integers"),
+    weights("zero dimension", entry(1, shape=[0, 32], data_offsets=[0, 0]), "starts at byte"),
     weights("no dimension", entry(1, shape=[]), "positive integers"),
     weights("1,000 dimensions", entry(1, shape=[1] * 1000), "1 to 8 positive integers"),
     weights("overflowing product", entry(1, shape=[2**62, 4, 2**62]), "its shape and dtype need"),
@@ -141,8 +143,8 @@ MEANING = [
     weights("the base's norm", added("base_model.model.model.norm.weight", 32), "model.norm.weight"),
     weights("the base's own weight", added(f"{Q}.base_layer.weight", 32, 32), "base_layer.weight"),
     weights("the base's embedding", added("model.embed_tokens.weight", 259, 32), "embed_tokens"),
-    weights("magnitudes of DoRA", added(f"{Q}.lora_magnitude_vector", 32), "magnitude", UNSUPPORTED),
-    weights("embedding factors", added("base_model.model.model.e.lora_embedding_A", 4, 9), "embedding", UNSUPPORTED),
+    weights("magnitudes of DoRA", added(f"{Q}.lora_magnitude_vector", 32), "use_dora"),
+    weights("embedding factors", added("base_model.model.model.e.lora_embedding_A", 4, 9), "embedding"),
 ]
 CONFIG = [
     config("no config bytes", b"", "not JSON"),

@@ -95,7 +95,7 @@ def test_a_refused_replace_is_told_on_the_card_until_a_good_one(
     assert server.put("told", bad).status_code == 422
     failure = card(server, "told")["last_failure"]
     assert isinstance(failure, dict)
-    assert "use_dora" in failure["reason"]
+    assert "lora_magnitude_vector" in failure["reason"]
     assert time.time() - failure["at"] < 60
     assert server.put("told", adapters[1], **{"If-None-Match": "*"}).status_code == 412
     unlike = server.client.put("/v1/adapters/told", json={"source": "hf://org/repo"})

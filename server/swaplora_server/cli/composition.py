@@ -25,7 +25,7 @@ def compose(
     scales = _scales(sources)
     with connected(url, api_key) as client:
         card = client.compose_adapter(
-            name, scales, method, density=density, rank=rank, seed=seed, materialise=materialise
+            name, scales, method, density=density, rank=rank, seed=seed, materialise=materialise or None
         )
     if as_json:
         show_json(card)
