@@ -128,7 +128,7 @@ def test_what_cannot_be_served_in_the_folder_hurts_nobody(
     assert names(watching) == ["first", "good"]
     answer = watching.generate("bad", PROMPT)
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "adapter_failed")
-    assert "use_dora" in answer.json()["error"]["message"]
+    assert "lora_magnitude_vector" in answer.json()["error"]["message"]
     assert watching.generate("empty", PROMPT).status_code == 404
     copy(adapters[5], folder / "bad")
     wait_version(watching, "bad", 1)
