@@ -45,8 +45,12 @@ def attach(
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether it has parameters, and nothing inside it does."""
-    return any(True for _ in module.parameters()) and not any(True for _ in module.children())
+    """Whether it has parameters, and nothing inside it does, such as the activation function of experts."""
+    return _has_parameters(module, recurse=False) and not any(map(_has_parameters, module.children()))
+
+
+def _has_parameters(module: nn.Module, *, recurse: bool = True) -> bool:
+    return any(True for _ in module.parameters(recurse))
 
 
 def shape_of(linear: nn.Module) -> LinearShape:

@@ -38,7 +38,14 @@ def routed(
                     )
                 )
         reached = stop
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim)
+    return outputs[0] if len(outputs) == 1 else _joined(outputs, dim)
+
+
+def _joined(outputs: list[Any], dim: int) -> Any:
+    """One after the other; a router's outputs are tuples of tensors."""
+    if isinstance(outputs[0], tuple):
+        return tuple(torch.cat(parts, dim) for parts in zip(*outputs, strict=True))
+    return torch.cat(outputs, dim)
 
 
 def _cut(value: Any, dim: int, start: int, stop: int) -> Any:

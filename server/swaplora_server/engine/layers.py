@@ -66,8 +66,9 @@ class LayerSource:
     def read(self, name: str) -> Tensor:
         """A parameter as a float32 copy on the CPU; a linear's is [out_features, in_features]. Raises KeyError."""
         path, _, parameter = name.rpartition(".")
-        module = self._wrapped[path].base
-        value = weight_of(module) if parameter == "weight" else getattr(module, parameter, None)
+        wrapped = self._wrapped[path]
+        is_kept_apart = parameter == "weight" and not isinstance(wrapped, Replaceable)
+        value = weight_of(wrapped.base) if is_kept_apart else getattr(wrapped.base, parameter, None)
         if not isinstance(value, Tensor):
             raise KeyError(name)
         return value.detach().to("cpu", torch.float32, copy=True)
