@@ -278,8 +278,7 @@ def test_a_store_that_drips_is_let_go_of_in_the_end(
         threading.Timer(0.5, sources.stop).start()
     else:
         monkeypatch.setattr(transfer, "FETCH_SECONDS", 0.5)
-    with pytest.raises(
-        SourceFailedError, match=READING + ("the server is stopping" if is_stopped else "not done after 0.5 s")
-    ):
+    reason = "the server is stopping" if is_stopped else "not done after 0.5 s"
+    with pytest.raises(SourceFailedError, match=f"^{URI}: reading ({WEIGHTS_FILE}|{CONFIG_FILE}): {reason}"):
         sources.fetch(URI, staging)
     assert broken_store.count(WEIGHTS_FILE) == 1
