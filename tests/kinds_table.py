@@ -58,7 +58,6 @@ OTHERS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         },
     },
 }
-UNSERVED = frozenset({"experts"})  # with a router, whose output is a tuple, which a base's proof takes for no rows
 ROWS: Mapping[str, Collection[str]] = {
     "LoRA, rsLoRA, patterns; any linear, tied head, Conv1D": ("plain", "head", "partner", "rslora"),
     "on embeddings": ("embedding", "embedding and head", "tied embedding", "wte"),
@@ -99,8 +98,7 @@ ROWS: Mapping[str, Collection[str]] = {
         "parameters of conv1d",
         "parameter of the embedding",
     ),
-    "`target_parameters`: experts": ("experts alone",),
-    "`target_parameters`: routers": ("experts",),
+    "`target_parameters`: experts, routers": ("experts alone", "experts"),
 }
 
 
@@ -158,10 +156,10 @@ def _request(adapters: Mapping[AdapterWeights, float]) -> Request:
 
 def measure(bench: Bench, adapters: Collection[Made]) -> Cells:
     """The cells of `COLUMNS` for every kind of a base."""
-    loaded = {made.kind: (made, bench.load(made)) for made in adapters if made.kind not in UNSERVED}
+    loaded = {made.kind: (made, bench.load(made)) for made in adapters}
     alone, *mixed = bench.answers({}, *({weights: 1.0} for _, weights in loaded.values()))
     assert _is_same(alone, bench.logprobs)
-    cells = dict.fromkeys(UNSERVED & {made.kind for made in adapters}, (REFUSED,) * len(COLUMNS))
+    cells: Cells = {}
     for (kind, (made, weights)), together in zip(loaded.items(), mixed, strict=True):
         expected = made.oracle.logprobs(PROMPT)[-1]
         assert (expected - alone).abs().max() > MOVED, kind

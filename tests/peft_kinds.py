@@ -14,16 +14,7 @@ import tiny
 
 BASES: Mapping[str, Mapping[str, Any]] = {
     "llama": tiny.LLAMA,  # with a tied head
-    "qwen2": {
-        "model_type": "qwen2",  # with biases, and a head of its own
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": False,
-    },
+    "qwen2": {**tiny.LLAMA, "model_type": "qwen2", "tie_word_embeddings": False},  # with biases, and a head of its own
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "mixtral": {
         "model_type": "mixtral",

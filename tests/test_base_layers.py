@@ -13,8 +13,8 @@ from swaplora_server.engine.base_model import load_base
 from swaplora_server.engine.kernels import Kernels, pick_kernels, torch_kernels
 from whole_base import layers_of
 
-# modules that do not see one row per token, or give tuples: a server leaves them out
-NOT_SERVED = {"transformer.wpe", "model.layers.0.mlp.gate"}
+# sees positions, not tokens: a server leaves it out
+NOT_SERVED = {"transformer.wpe"}
 Both = tuple[BaseLayers, BaseLayers, PreTrainedModel]
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import peft_kinds
 from kinds_batch import Company, content, gathered, is_right, prompt_of, slug
 from kinds_oracle import KindOracle
-from kinds_table import INVOCATION, UNSERVED, Made, make_all
+from kinds_table import INVOCATION, Made, make_all
 from planted import neighbours_weights
 from serving import BASE, Running, Streamed, serving, settings, stream_chat
 from swaplora_adapters.apply.activation import StepRows
@@ -44,7 +44,7 @@ def companies(tmp_path_factory: pytest.TempPathFactory) -> Companies:
         if base not in made:
             folder = tmp_path_factory.mktemp(base)
             base_folder = peft_kinds.save_base(base, folder / "base")
-            served = [one for one in make_all(base, base_folder, folder) if one.kind not in UNSERVED]
+            served = list(make_all(base, base_folder, folder))
             made[base] = Company(base_folder, served, MAX_TOKENS[base])
         return made[base]
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny
 from serving import BASE, Running, serving, settings
 from swaplora_adapters.artifact.merged import merged
+from swaplora_adapters.artifact.names import WEIGHTS_FILE
 from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_server.engine.base_model import BaseModel, load_base
 from swaplora_server.engine.kernels import pick_kernels, torch_kernels
@@ -84,6 +86,10 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("http")
     base = tiny.save_tiny_base(folder / "base")
     with serving(settings(base, folder / "data", prefix_cache=True)) as running:
+        half = tiny.save_adapter(folder / "half", base, seed=3, rank=4, alpha=8)
+        tensors = load_file(half / WEIGHTS_FILE)
+        save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, half / WEIGHTS_FILE)
+        assert running.put("half", half).status_code == 201
         for seed, name in enumerate(("a", "b"), start=1):
             put = running.put(name, tiny.save_adapter(folder / name, base, seed=seed, use_dora=name == "b"))
             assert put.status_code == 201
@@ -139,3 +145,10 @@ def test_a_merged_model_has_no_place_in_a_sum(running: Running) -> None:
     merge(running, "own", a=1.0)
     answer = running.generate(BASE, PROMPT, adapters=[{"name": "own", "scale": 0.5}])
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "adapters.0.name")
+
+
+def test_an_adapter_is_counted_in_memory_by_what_its_bfloat16_file_holds(running: Running) -> None:
+    before = running.service.registry.resident_bytes
+    running.token_ids("half", PROMPT)
+    parameters = running.client.get("/v1/adapters/half").json()["parameters"]
+    assert running.service.registry.resident_bytes - before == 2 * parameters

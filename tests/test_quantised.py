@@ -1,11 +1,9 @@
 """LoRA on bases of 8 and 4 bits: what PEFT gives on the same quantised base, in memory that really is smaller."""
 
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from peft import PeftModel
@@ -15,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 import tiny
 from oracle import Oracle
-from serving import BASE, Running, Streamed, serving, settings, stream_chat
+from serving import BASE, Running, Streamed, serving, settings
 from swaplora_adapters.apply.layers import LoraLinear
 from swaplora_server.engine import proof, quantisation
 from swaplora_server.engine.base_model import BaseModel, load_base
@@ -26,9 +24,8 @@ from swaplora_server.engine.proof import UnsupportedModelError
 from swaplora_server.engine.quantisation import Quantization, loading_arguments, multiply_dequantised
 from swaplora_server.engine.quantised_linear import QuantisedLinear
 from test_deterministic import NUM_DECODED, Company, random_adapter
+from test_equivalence import MAX_TOKENS, TOLERANCE, error_against, prompt_of, stream_all
 
-TOLERANCE = 1e-4  # of a log-probability, in float32
-MAX_TOKENS = 24
 CPU = torch.device("cpu")
 CACHE = Path(__file__).parent.parent / ".cache" / "native"
 NATIVE = pick_kernels(CPU, torch.float32, CACHE, lambda _message: None)
@@ -89,22 +86,10 @@ def quantized(
         yield request.param, server
 
 
-async def stream_all(server: Running, names: list[str]) -> list[Streamed]:
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
-        return await asyncio.gather(
-            *(stream_chat(client, name, f"question {name}", MAX_TOKENS, ignore_eos=True) for name in names)
-        )
-
-
-def prompt_of(name: str) -> list[int]:
-    ids: list[int] = tiny.byte_tokenizer().encode(f"<user>question {name}\n<assistant>", add_special_tokens=False)
-    return ids
-
-
-def error_against(oracle: Oracle, name: str, said: Streamed) -> float:
+def error_of(oracle: Oracle, name: str, said: Streamed) -> float:
     assert len(said.token_ids) == MAX_TOKENS
     assert oracle.is_greedy(prompt_of(name), said.token_ids, tie=2 * TOLERANCE)
-    return oracle.worst_error(prompt_of(name), said.token_ids, said.logprobs)
+    return error_against(oracle, name, said)
 
 
 async def test_base_and_adapters_alone_and_in_one_batch_equal_peft(
@@ -116,8 +101,8 @@ async def test_base_and_adapters_alone_and_in_one_batch_equal_peft(
     for name, folder, mixed in zip(names, [None, *adapters], together, strict=True):
         (alone,) = await stream_all(server, [name])
         oracle = QuantisedOracle(base, CONFIGS[kind], folder)
-        assert error_against(oracle, name, alone) <= TOLERANCE, name
-        assert error_against(oracle, name, mixed) <= TOLERANCE, name
+        assert error_of(oracle, name, alone) <= TOLERANCE, name
+        assert error_of(oracle, name, mixed) <= TOLERANCE, name
         assert (mixed.token_ids, mixed.logprobs) == (alone.token_ids, alone.logprobs)
 
 

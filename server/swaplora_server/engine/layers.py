@@ -29,7 +29,11 @@ def adaptable(
     source = LayerSource(chosen, prepare_linear, dtype, device)
     return BaseLayers(
         linears={path: shape_of(module.base) for path, module in chosen.items() if isinstance(module, LoraLinear)},
-        embeddings={path: _table(module.base) for path, module in chosen.items() if isinstance(module, LoraEmbedding)},
+        embeddings={
+            path: EmbeddingShape(module.num_embeddings, module.embedding_dim)
+            for path, module in chosen.items()
+            if isinstance(module, LoraEmbedding)
+        },
         others={path: _shapes(module.base) for path, module in chosen.items() if isinstance(module, Replaceable)},
         tied=tied,
         transposed=frozenset(path for path, module in chosen.items() if getattr(module, "is_transposed", False)),
@@ -37,10 +41,6 @@ def adaptable(
         rebuild=source.rebuild,
         rebuilder=source.rebuilder,
     )
-
-
-def _table(embedding: nn.Module) -> EmbeddingShape:
-    return EmbeddingShape(*weight_of(embedding).shape)
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

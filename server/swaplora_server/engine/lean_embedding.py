@@ -13,6 +13,7 @@ class TiedEmbedding(nn.Module):
     def __init__(self, head: NativeLinear) -> None:
         super().__init__()
         self._head = [head]  # in a list: not a part of this module, which would count its bytes twice
+        self.num_embeddings, self.embedding_dim = head.out_features, head.in_features
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: [..., num_rows] → float32 [..., num_rows, embedding_dim]."""
@@ -33,6 +34,7 @@ class NarrowEmbedding(nn.Module):
         """weight: [num_embeddings, embedding_dim], float32, all of its values exact in bfloat16."""
         super().__init__()
         self.register_buffer("weight", weight.detach().bfloat16(), persistent=False)
+        self.num_embeddings, self.embedding_dim = weight.shape
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: [..., num_rows] → float32 [..., num_rows, embedding_dim]."""

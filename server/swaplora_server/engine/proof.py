@@ -133,7 +133,10 @@ def _watching(wrapped: Mapping[str, Wrapped]) -> Iterator[dict[str, list[int]]]:
 
 
 def _num_rows(module: Wrapped, x: object, output: object) -> int:
-    """0 for what is no tensor, or does not keep its rows apart."""
+    """0 for what is no tensor, or does not keep its rows apart. A router's output is a tuple of tensors."""
+    if isinstance(output, tuple):
+        counts = {_num_rows(module, x, part) for part in output}
+        return counts.pop() if len(counts) == 1 else 0
     if not (isinstance(x, Tensor) and isinstance(output, Tensor)):
         return 0
     if isinstance(module, LoraLinear):
