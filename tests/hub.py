@@ -2,11 +2,13 @@
 
 import json
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
@@ -40,6 +42,7 @@ class StandIn:
     def __init__(self, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.seen: list[Seen] = []
+        self.is_dripping = threading.Event()
         self.is_over = threading.Event()
         self._answers: dict[str, list[Answer]] = {}
         self._lock = threading.Lock()
@@ -59,6 +62,14 @@ class StandIn:
     def count(self, file: str) -> int:
         """How many requests there were for a file of that name."""
         return sum(seen.path.partition("?")[0].endswith("/" + file) for seen in self.seen)
+
+    def once_dripping(self, then: Callable[[], object]) -> None:
+        """Call `then` when a first byte has dripped; what was asked for before has been answered by then."""
+        threading.Thread(target=lambda: self.is_dripping.wait(60) and then()).start()
+
+    def clock(self) -> SimpleNamespace:
+        """A `time` whose clock leaps by an hour when a first byte has dripped."""
+        return SimpleNamespace(monotonic=lambda: time.monotonic() + 3600 * self.is_dripping.is_set())
 
     def answer(self, path: str, headers: Mapping[str, str]) -> Answer:
         """Note a request and choose its answer."""
@@ -123,5 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             while not self.server.stand_in.is_over.wait(0.05 if len(block) == 1 else 0):  # type: ignore[attr-defined]
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(block), block))
+                if len(block) == 1:
+                    self.server.stand_in.is_dripping.set()  # type: ignore[attr-defined]
         except (BrokenPipeError, ConnectionResetError):
             return

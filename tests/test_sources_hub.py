@@ -1,7 +1,6 @@
 """Adapters from the hub: pinned, bounded, tried again where that may help, and the token goes to nobody else."""
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -292,11 +291,11 @@ def test_a_hub_that_drips_is_let_go_of_in_the_end(
 ) -> None:
     hub.put(WEIGHTS, Answer(fault="drips"))
     if is_stopped:
-        threading.Timer(0.5, sources.stop).start()
+        hub.once_dripping(sources.stop)
     else:
-        monkeypatch.setattr(transfer, "FETCH_SECONDS", 0.5)
+        monkeypatch.setattr(transfer, "time", hub.clock())
     with pytest.raises(
-        SourceFailedError, match=READING + ("the server is stopping" if is_stopped else "not done after 0.5 s")
+        SourceFailedError, match=READING + ("the server is stopping" if is_stopped else "not done after 600 s")
     ):
         sources.fetch(URI, staging)
     assert hub.count(WEIGHTS_FILE) == 1

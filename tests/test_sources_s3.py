@@ -1,7 +1,6 @@
 """Adapters from an object store: read as a pair, bounded, and every failure says what to set."""
 
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -275,10 +274,10 @@ def test_a_store_that_drips_is_let_go_of_in_the_end(
 ) -> None:
     broken_store.put(WEIGHTS, Answer(fault="drips"))
     if is_stopped:
-        threading.Timer(0.5, sources.stop).start()
+        broken_store.once_dripping(sources.stop)
     else:
-        monkeypatch.setattr(transfer, "FETCH_SECONDS", 0.5)
-    reason = "the server is stopping" if is_stopped else "not done after 0.5 s"
-    with pytest.raises(SourceFailedError, match=f"^{URI}: reading ({WEIGHTS_FILE}|{CONFIG_FILE}): {reason}"):
+        monkeypatch.setattr(transfer, "time", broken_store.clock())
+    reason = "the server is stopping" if is_stopped else "not done after 600 s"
+    with pytest.raises(SourceFailedError, match=READING + reason):
         sources.fetch(URI, staging)
     assert broken_store.count(WEIGHTS_FILE) == 1
