@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from swaplora_adapters.native.huge_pages import HugePages
 from swaplora_server.engine import native_linear, onednn_linear
-from swaplora_server.engine.huge_pages import HugePages
 
 LIBRARY = native_linear.load_library(Path(__file__).parent.parent / ".cache" / "native", lambda _message: None)
 PACK = partial(native_linear.pack, LIBRARY, pages=HugePages())

@@ -1,5 +1,6 @@
 """Factors as served: what PEFT computes from the same files, and nothing at all from files that do not fit."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,18 @@ def test_the_delta_of_every_module_is_pefts(tmp_path: Path, base: Path, fields: 
         torch.testing.assert_close(module.lora_B @ module.lora_A, expected, rtol=1e-5, atol=1e-6)
         assert layers[name].scaling["default"] != 1
         assert module.rank == layers[name].r["default"]
+
+
+def test_an_adapter_lies_in_one_piece_of_memory(tmp_path: Path, base: Path) -> None:
+    folder = tiny.save_adapter(tmp_path, base, seed=1)
+    for weights in (
+        load_weights("d", folder / CONFIG_FILE, folder / WEIGHTS_FILE, LAYERS, torch.float32, CPU),
+        build(factors()),
+    ):
+        tensors = [tensor for module in weights.modules.values() for tensor in module.tensors]
+        spans = sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors)
+        gaps = [after[0] - before[1] for before, after in itertools.pairwise(spans)]
+        assert all(0 <= gap < 64 for gap in gaps)
 
 
 def test_conv1d_has_the_same_factors_the_other_way_round(tmp_path: Path) -> None:

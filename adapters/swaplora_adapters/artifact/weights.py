@@ -26,6 +26,7 @@ from swaplora_adapters.artifact.served import AdapterWeights, EmbeddingWeights, 
 from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES, AdapterSpec
 from swaplora_adapters.artifact.tensorfile import Header, iter_tensors, read_header
 from swaplora_adapters.errors import InvalidAdapterError
+from swaplora_adapters.native.huge_pages import HugePages
 
 Content = ModuleWeights | EmbeddingWeights | nn.Module
 Weights = TypeVar("Weights", ModuleWeights, EmbeddingWeights)
@@ -47,14 +48,15 @@ def build_weights(
     dtype: torch.dtype,
     device: torch.device,
 ) -> AdapterWeights:
-    """Turn a file's tensors into weights to serve: contiguous, on `device`, alpha and rank folded into B.
+    """Turn a file's tensors into weights to serve: on `device`, alpha and rank folded into B.
 
-    They are of `dtype`, or bfloat16 where the file's are and nothing is lost by it. What already is all of that is used
-    as it is. Raises like `check_fit`, and InvalidAdapterError for values that are not finite or overflow `dtype`, or
-    that would have to be the base's own and are not.
+    On a CPU they lie in one piece of memory. They are of `dtype`, or bfloat16 where the file's are and nothing is lost
+    by it. Raises like `check_fit`, and InvalidAdapterError for values that are not finite or overflow `dtype`, or that
+    would have to be the base's own and are not.
     """
     layout = fitted(spec, layers, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    return _assemble(digest, layout, tensors.items(), dtype, device)
+    num_bytes = sum(_num_bytes(tensor.numel(), tensor.dtype, dtype) for tensor in tensors.values())
+    return _assemble(digest, layout, tensors.items(), num_bytes, dtype, device)
 
 
 def load_weights(
@@ -69,7 +71,8 @@ def load_weights(
     spec = AdapterSpec.parse(read_bounded(config_path, MAX_CONFIG_BYTES))
     header = read_header(weights_path)
     layout = check_fit(spec, header, layers)
-    return _assemble(digest, layout, iter_tensors(weights_path, header), dtype, device)
+    num_bytes = sum(_num_bytes(math.prod(info.shape), info.dtype, dtype) for info in header.tensors.values())
+    return _assemble(digest, layout, iter_tensors(weights_path, header), num_bytes, dtype, device)
 
 
 class Survey(NamedTuple):
@@ -107,17 +110,28 @@ def _num_elements(content: Content) -> int:
     return sum(tensor.numel() for tensor in content.tensors)
 
 
+def _num_bytes(num_elements: int, of_file: torch.dtype, dtype: torch.dtype) -> int:
+    return num_elements * (of_file if of_file == torch.bfloat16 else dtype).itemsize
+
+
 def _assemble(
-    digest: str, layout: Layout, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device
+    digest: str,
+    layout: Layout,
+    tensors: Iterable[tuple[str, Tensor]],
+    num_bytes: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> AdapterWeights:
+    """`num_bytes`: about what all of it takes, which comes to lie in one piece."""
+    pages = HugePages(mapping_bytes=num_bytes)
     modules: dict[str, ModuleWeights] = {}
     embeddings: dict[str, EmbeddingWeights] = {}
     replaced: dict[str, nn.Module] = {}
     for parts, content in _built(layout, tensors, dtype):
         if isinstance(content, ModuleWeights):
-            modules[parts.path] = _moved(content, device)
+            modules[parts.path] = _moved(content, device, pages)
         elif isinstance(content, EmbeddingWeights):
-            embeddings[parts.path] = _moved(content, device)
+            embeddings[parts.path] = _moved(content, device, pages)
         else:
             replaced[parts.path] = content.to(device)
     weights = AdapterWeights(
@@ -153,6 +167,13 @@ def _build(parts: Parts) -> Content | None:
     return build_embedding(parts) if parts.path in parts.layout.layers.embeddings else build_linear(parts)
 
 
-def _moved(content: Weights, device: torch.device) -> Weights:
+def _moved(content: Weights, device: torch.device, pages: HugePages) -> Weights:
     fields = {field.name: getattr(content, field.name) for field in dataclasses.fields(content)}
-    return dataclasses.replace(content, **{n: t.to(device) for n, t in fields.items() if t is not None})
+    return dataclasses.replace(content, **{n: _placed(t, device, pages) for n, t in fields.items() if t is not None})
+
+
+def _placed(tensor: Tensor, device: torch.device, pages: HugePages) -> Tensor:
+    if device.type != "cpu":
+        return tensor.to(device)
+    strides = torch.empty_like(tensor, device="meta").stride()  # dense, row by row or column by column as it is
+    return pages.empty(tensor.numel(), tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)

@@ -14,6 +14,12 @@ typedef uint16_t bf16;
 
 constexpr int LANES = 8;
 
+// What buffers are made of: a vector that lies across two lines takes twice as long to load.
+struct alignas(64) CacheLine {
+    float floats[16];
+};
+inline int64_t lines(int64_t floats) { return (floats + 15) / 16; }
+
 inline float widen(float x) { return x; }
 inline float widen(bf16 x) {
     const uint32_t bits = uint32_t(x) << 16;

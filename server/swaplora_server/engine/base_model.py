@@ -13,8 +13,8 @@ from swaplora_adapters.apply.activation import Activation
 from swaplora_adapters.apply.attach import attach
 from swaplora_adapters.apply.layers import LoraEmbedding
 from swaplora_adapters.artifact.base_layers import BaseLayers
+from swaplora_adapters.native.huge_pages import HugePages
 from swaplora_server.engine import attention
-from swaplora_server.engine.huge_pages import HugePages
 from swaplora_server.engine.kernels import Kernels
 from swaplora_server.engine.layers import adaptable
 from swaplora_server.engine.lean_embedding import lean

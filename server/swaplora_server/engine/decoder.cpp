@@ -108,16 +108,16 @@ void gate_row(float* gate, const float* up, int64_t width) {
 
 // One buffer after the other, for as long as the thread lives: a step's are the last one's.
 struct Buffers {
-    std::vector<float> memory;
-    float* at = nullptr;
+    std::vector<CacheLine> memory;
+    CacheLine* at = nullptr;
 
-    void reset(int64_t size) {
-        if (int64_t(memory.size()) < size) memory.resize(size);
+    void reset(int64_t floats, int64_t count) {
+        if (int64_t(memory.size()) < lines(floats) + count) memory.resize(lines(floats) + count);
         at = memory.data();
     }
-    float* take(int64_t size) {
-        float* taken = at;
-        at += size;
+    float* take(int64_t floats) {
+        float* taken = at->floats;
+        at += lines(floats);
         return taken;
     }
 };
@@ -129,7 +129,7 @@ struct Pass {
 
     Pass(const Kernels& kernels, const Step& s, const Layer& like, Buffers& buffers) : kernels(kernels), s(s) {
         const auto width = [&](int linear) { return like.linears[linear]->out; };
-        buffers.reset(s.rows * (2 * s.hidden_size + 2 * width(Q) + width(K) + width(V) + width(GATE) + width(UP)));
+        buffers.reset(s.rows * (2 * s.hidden_size + 2 * width(Q) + width(K) + width(V) + width(GATE) + width(UP)), 8);
         normed = buffers.take(s.rows * s.hidden_size);
         delta = buffers.take(s.rows * s.hidden_size);
         query = buffers.take(s.rows * width(Q));

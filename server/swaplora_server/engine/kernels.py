@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from swaplora_adapters.apply.activation import Activation, LoraOp
 from swaplora_adapters.apply.ops import native, torch_form
 from swaplora_adapters.native.build import NoCompilerError
+from swaplora_adapters.native.huge_pages import HugePages
 from swaplora_server.engine import (
     native_attention,
     native_decoder,
@@ -21,7 +22,6 @@ from swaplora_server.engine import (
     quantised_linear,
 )
 from swaplora_server.engine.attention import PagedKV
-from swaplora_server.engine.huge_pages import HugePages
 from swaplora_server.engine.native_attention import NativeKV
 from swaplora_server.engine.quantised_codes import is_quantised
 from swaplora_server.engine.torch_attention import TorchKV

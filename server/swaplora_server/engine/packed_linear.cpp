@@ -20,9 +20,9 @@ typedef float unaligned_lanes __attribute__((vector_size(WIDTH * 4), aligned(4),
 typedef uint32_t bits __attribute__((vector_size(WIDTH * 4)));
 typedef uint32_t unaligned_bits __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
 constexpr int VECTORS = 2, COLUMNS = VECTORS * WIDTH, ROWS = 6;  // of a tile: its sums fill most of the registers
-constexpr int64_t DEPTH = 256;         // of a panel at a time, so that it stays in the first cache for all rows
+constexpr int64_t DEPTH = 288;         // of a panel at most at a time, so that it stays in the first cache for all rows
 constexpr int64_t AHEAD = 128;         // rows of a panel that are asked of memory before they are needed
-constexpr int64_t STRIP = 11 * ROWS;   // rows whose sums are held at a time
+constexpr int64_t STRIP = 22 * ROWS;   // rows whose sums are held at a time
 constexpr int64_t UNPACKED = 4 * ROWS; // rows from which on widening a panel once is cheaper than once a tile
 constexpr int64_t THREADED = 1 << 16;  // multiply-adds below which a second thread costs more than it saves
 constexpr int64_t SHARES = 8;          // pieces a thread takes of its work, so that a core that is busy elsewhere takes fewer
@@ -89,24 +89,37 @@ void widen_panel(const uint32_t* panel, int64_t depth, float* wide) {
     }
 }
 
+// `whole` in as few parts of at most `most` as may be, of one size but for the last
+int64_t even_cut(int64_t whole, int64_t most) {
+    const int64_t count = (whole + most - 1) / most;
+    return (whole + count - 1) / count;
+}
+
 // y[0..rows) of one panel
 void panel_strip(const LinearWeight& w, int64_t p, const float* x, int64_t rows, int64_t in, float* y) {
     alignas(64) float sums[STRIP * COLUMNS], wide[DEPTH * COLUMNS];
     const int64_t first = p * COLUMNS, width = std::min<int64_t>(COLUMNS, w.out - first);
     for (int64_t r = 0; r < rows; r++)
         for (int c = 0; c < COLUMNS; c++) sums[r * COLUMNS + c] = w.bias && c < width ? w.bias[first + c] : 0.0f;
-    for (int64_t k = 0; k < in; k += DEPTH) {
-        const int64_t depth = std::min(DEPTH, in - k), at = (p * in + k) * row_words(w.is_bf16 != 0);
+    const bool is_narrow = w.is_bf16 && rows <= UNPACKED;
+    const int64_t cut = even_cut(in, is_narrow ? 2 * DEPTH : DEPTH);
+    for (int64_t k = 0; k < in; k += cut) {
+        const int64_t depth = std::min(cut, in - k), at = (p * in + k) * row_words(w.is_bf16 != 0);
         const uint32_t* narrow = static_cast<const uint32_t*>(w.panels) + at;
         const float* panel = static_cast<const float*>(w.panels) + at;
-        if (w.is_bf16 && rows <= UNPACKED) {
+        if (is_narrow) {
             tiles(rows, x + k, in, narrow, depth, sums);
             continue;
         }
         if (w.is_bf16) widen_panel(narrow, depth, wide);
         tiles(rows, x + k, in, w.is_bf16 ? wide : panel, depth, sums);
     }
-    for (int64_t r = 0; r < rows; r++) std::memcpy(y + r * w.out + first, sums + r * COLUMNS, width * sizeof(float));
+    for (int64_t r = 0; r < rows; r++) {
+        const float* from = sums + r * COLUMNS;
+        float* to = y + r * w.out + first;
+        if (width < COLUMNS) std::memcpy(to, from, width * sizeof(float));
+        else for (int v = 0; v < VECTORS; v++) put(get(from + v * WIDTH), to + v * WIDTH);
+    }
 }
 
 int64_t panels_of(int64_t out) { return (out + COLUMNS - 1) / COLUMNS; }

@@ -32,12 +32,20 @@ void in_tiles(int64_t rows, Work work) {
         }
 }
 
+// What is read after a block's keys, asked of memory meanwhile. Both are as large as the keys.
+template <typename T>
+struct Next {
+    const T *keys, *values;
+};
+
 // scores[r][0..V * LANES) = query[r] . keys[0..V * LANES), for R rows. Lanes beyond the block hold nothing of meaning.
 template <int R, int V, typename T>
-void score(const float* query, int64_t dim, const T* keys, int64_t block_size, float* scores, int64_t stride) {
+void score(const float* query, int64_t dim, const T* keys, int64_t block_size, Next<T> next, float* scores, int64_t stride) {
     f32x8 sums[R][V] = {};
     for (int64_t d = 0; d < dim; d++) {
         f32x8 key[V];
+        __builtin_prefetch(next.keys + d * block_size);
+        __builtin_prefetch(next.values + d * block_size);
         for (int v = 0; v < V; v++) key[v] = load(keys + d * block_size + v * LANES);
         for (int r = 0; r < R; r++)
             for (int v = 0; v < V; v++) sums[r][v] = mul_add(splat(query[r * dim + d]), key[v], sums[r][v]);
@@ -159,13 +167,15 @@ struct Layer {
         for (int64_t first = base; first < length; first += block_size) {
             const int64_t block = tile.run->blocks[first / block_size], used = std::min(block_size, length - first);
             s.values.push_back(values_of(block, head));
+            const bool is_last = first + block_size >= length;
+            const Next<T> next = {keys_of(tile.run->blocks[first / block_size + !is_last], head), s.values.back()};
             for (int64_t k = 0; k < used; k += 2 * LANES)
                 in_tiles(rows, [&](auto tile_rows, int64_t row) {
                     constexpr int R = decltype(tile_rows)::value;
                     const T* keys = keys_of(block, head) + k;
                     float* to = s.scores.data() + row * stride + first - base + k;
-                    if (used - k > LANES) score<R, 2>(s.query.data() + row * dim, dim, keys, block_size, to, stride);
-                    else score<R, 1>(s.query.data() + row * dim, dim, keys, block_size, to, stride);
+                    if (used - k > LANES) score<R, 2>(s.query.data() + row * dim, dim, keys, block_size, next, to, stride);
+                    else score<R, 1>(s.query.data() + row * dim, dim, keys, block_size, next, to, stride);
                 });
         }
     }
