@@ -66,8 +66,10 @@ def neighbours_weights(patch: pytest.MonkeyPatch) -> None:
     """Each run of rows in a step gets the adapter of the run behind it, and the last that of the first."""
     plan = Activation.plan
 
-    def shifted(self: Activation, tokens: Sequence[Segment], head: Sequence[Segment]) -> StepAdapters:
-        return plan(self, _rotated(tokens), _rotated(head))
+    def shifted(
+        self: Activation, tokens: Sequence[Segment], head: Sequence[Segment], kept: Sequence[int]
+    ) -> StepAdapters:
+        return plan(self, _rotated(tokens), _rotated(head), kept)
 
     patch.setattr(Activation, "plan", shifted)
 

@@ -60,6 +60,7 @@ class StepAdapters(NamedTuple):
 
     tokens: StepRows
     head: StepRows
+    kept: Sequence[int]  # which rows of `tokens` those of `head` are, in ascending order
 
 
 class Activation:
@@ -80,9 +81,9 @@ class Activation:
         self._paths.append(path)
         return len(self._paths) - 1
 
-    def plan(self, tokens: Sequence[Segment], head: Sequence[Segment]) -> StepAdapters:
+    def plan(self, tokens: Sequence[Segment], head: Sequence[Segment], kept: Sequence[int]) -> StepAdapters:
         """A step's segments, to `use` for as many passes as nothing about them changes."""
-        return StepAdapters(self._plan(tokens), self._plan(head))
+        return StepAdapters(self._plan(tokens), self._plan(head), kept)
 
     def _plan(self, segments: Sequence[Segment]) -> StepRows:
         adding = [segment for segment in segments if segment.weights.modules]

@@ -2,7 +2,8 @@
 //
 // Per layer: norm; q, k, v; rotary; attention; o, added to the residual; norm; gate and up; SiLU; down, added to the residual. The
 // linears, what adapters add to them, and attention are the kernels that serve every other model too, called through
-// pointers. What is left is worked off row by row, so a row's result does not depend on its neighbours.
+// pointers. What is left is worked off row by row, so a row's result does not depend on its neighbours. The last layer's
+// second half is computed for the rows alone that reach the output head: of a prompt, one.
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
@@ -40,16 +41,22 @@ struct Owner {
     const void* const* modules;
 };
 
-struct Step {
-    int64_t rows, hidden_size;
-    float* hidden;            // [rows, hidden_size], read and written
-    const float *cos, *sin;   // [rows, head_dim]
-    const Run* runs;
-    int64_t num_runs;
+struct Rows {
+    int64_t count;
     const Segment* segments;  // null: the base alone
     int64_t num_segments;
     const Owner* owners;      // in the order of their rows, which do not overlap
     int64_t num_owners;
+};
+
+struct Step {
+    Rows tokens, head;
+    const int64_t* kept;      // which rows of `tokens` those of `head` are, ascending
+    int64_t hidden_size;
+    float* hidden;            // [tokens, hidden_size], read and written; of the last layer those that are kept
+    const float *cos, *sin;   // [tokens, head_dim]
+    const Run* runs;
+    int64_t num_runs;
     int64_t threads;
 };
 
@@ -129,41 +136,57 @@ struct Pass {
 
     Pass(const Kernels& kernels, const Step& s, const Layer& like, Buffers& buffers) : kernels(kernels), s(s) {
         const auto width = [&](int linear) { return like.linears[linear]->out; };
-        buffers.reset(s.rows * (2 * s.hidden_size + 2 * width(Q) + width(K) + width(V) + width(GATE) + width(UP)), 8);
-        normed = buffers.take(s.rows * s.hidden_size);
-        delta = buffers.take(s.rows * s.hidden_size);
-        query = buffers.take(s.rows * width(Q));
-        attended = buffers.take(s.rows * width(Q));
-        key = buffers.take(s.rows * width(K));
-        value = buffers.take(s.rows * width(V));
-        gate = buffers.take(s.rows * width(GATE));
-        up = buffers.take(s.rows * width(UP));
+        const int64_t rows = s.tokens.count;
+        buffers.reset(rows * (2 * s.hidden_size + 2 * width(Q) + width(K) + width(V) + width(GATE) + width(UP)), 8);
+        normed = buffers.take(rows * s.hidden_size);
+        delta = buffers.take(rows * s.hidden_size);
+        query = buffers.take(rows * width(Q));
+        attended = buffers.take(rows * width(Q));
+        key = buffers.take(rows * width(K));
+        value = buffers.take(rows * width(V));
+        gate = buffers.take(rows * width(GATE));
+        up = buffers.take(rows * width(UP));
     }
 
-    void layer(const Layer& l) const {
-        norm(l, INPUT_NORM);
-        linears<Q, K, V>(l, normed, s.hidden_size, {query, key, value});
+    void layer(const Layer& l, bool is_last) const {
+        norm(l, s.tokens, INPUT_NORM);
+        linears<Q, K, V>(l, s.tokens, normed, s.hidden_size, {query, key, value});
         turn(l);
         kernels.attention(&l.cache, s.runs, s.num_runs, query, key, value, attended, int(s.threads));
-        linears<O>(l, attended, l.linears[Q]->out, {delta});
-        add_delta();
-        norm(l, POST_NORM);
-        linears<GATE, UP>(l, normed, s.hidden_size, {gate, up});
-        const int64_t inner = l.linears[GATE]->out;
-        each_row(s, 0, s.rows, inner, [&](int64_t row) { gate_row(gate + row * inner, up + row * inner, inner); });
-        linears<DOWN>(l, gate, inner, {delta});
-        add_delta();
+        if (!is_last) return finish(l, s.tokens);
+        for (int64_t i = 0; i < s.head.count; i++) {
+            move_row(attended, l.linears[Q]->out, s.kept[i], i);
+            move_row(s.hidden, s.hidden_size, s.kept[i], i);
+        }
+        finish(l, s.head);
+        for (int64_t i = s.head.count; i-- > 0;) move_row(s.hidden, s.hidden_size, i, s.kept[i]);
     }
 
   private:
+    // what follows attention
+    void finish(const Layer& l, const Rows& rows) const {
+        linears<O>(l, rows, attended, l.linears[Q]->out, {delta});
+        add_delta(rows);
+        norm(l, rows, POST_NORM);
+        linears<GATE, UP>(l, rows, normed, s.hidden_size, {gate, up});
+        const int64_t inner = l.linears[GATE]->out;
+        each_row(s, 0, rows.count, inner, [&](int64_t row) { gate_row(gate + row * inner, up + row * inner, inner); });
+        linears<DOWN>(l, rows, gate, inner, {delta});
+        add_delta(rows);
+    }
+
+    static void move_row(float* rows, int64_t width, int64_t from, int64_t to) {
+        std::memmove(rows + to * width, rows + from * width, width * sizeof(float));
+    }
+
     // linears that share their input, and what adapters add to each
     template <int... L>
-    void linears(const Layer& l, const float* x, int64_t in, std::initializer_list<float*> ys) const {
+    void linears(const Layer& l, const Rows& rows, const float* x, int64_t in, std::initializer_list<float*> ys) const {
         constexpr int64_t count = sizeof...(L);
         const int which[] = {L...};
         LoraModule modules[count];
         for (int i = 0; i < count; i++) modules[i] = {l.numbers[which[i]], l.linears[which[i]]->out, ys.begin()[i]};
-        each_run([&](int64_t start, int64_t stop, const Owner* owner) {
+        each_run(rows, [&](int64_t start, int64_t stop, const Owner* owner) {
             LinearJob jobs[count];
             for (int i = 0; i < count; i++) {
                 const LinearWeight* weight = owned(owner, modules[i].number, l.linears[which[i]]);
@@ -171,12 +194,12 @@ struct Pass {
             }
             kernels.linear(x + start * in, stop - start, in, jobs, count, int(s.threads));
         });
-        if (s.segments) kernels.lora(s.segments, s.num_segments, modules, count, in, x, int(s.threads));
+        if (rows.segments) kernels.lora(rows.segments, rows.num_segments, modules, count, in, x, int(s.threads));
     }
 
-    void norm(const Layer& l, int which) const {
+    void norm(const Layer& l, const Rows& rows, int which) const {
         const int64_t width = s.hidden_size;
-        each_run([&](int64_t start, int64_t stop, const Owner* owner) {
+        each_run(rows, [&](int64_t start, int64_t stop, const Owner* owner) {
             const float* weight = owned(owner, l.norm_numbers[which], l.norms[which]);
             each_row(s, start, stop, width, [&](int64_t row) {
                 norm_row(s.hidden + row * width, weight, width, l.eps, normed + row * width);
@@ -186,14 +209,14 @@ struct Pass {
 
     // work(start, stop, owner or null) for every run of rows that go through the same modules
     template <typename Work>
-    void each_run(Work work) const {
+    void each_run(const Rows& rows, Work work) const {
         int64_t reached = 0;
-        for (const Owner* owner = s.owners; owner < s.owners + s.num_owners; owner++) {
+        for (const Owner* owner = rows.owners; owner < rows.owners + rows.num_owners; owner++) {
             if (reached < owner->start) work(reached, owner->start, nullptr);
             work(owner->start, owner->stop, owner);
             reached = owner->stop;
         }
-        if (reached < s.rows) work(reached, s.rows, nullptr);
+        if (reached < rows.count) work(reached, rows.count, nullptr);
     }
 
     template <typename Module>
@@ -202,9 +225,9 @@ struct Pass {
         return own ? static_cast<const Module*>(own) : base;
     }
 
-    void add_delta() const {
+    void add_delta(const Rows& rows) const {
         const int64_t width = s.hidden_size;
-        each_row(s, 0, s.rows, width, [&](int64_t row) {
+        each_row(s, 0, rows.count, width, [&](int64_t row) {
             for (int64_t i = row * width; i < (row + 1) * width; i++) s.hidden[i] += delta[i];
         });
     }
@@ -218,7 +241,7 @@ struct Pass {
                 rotate_row(head, s.cos + row * dim, s.sin + row * dim, dim);
             }
         };
-        each_run([&](int64_t start, int64_t stop, const Owner* owner) {
+        each_run(s.tokens, [&](int64_t start, int64_t stop, const Owner* owner) {
             const float* q_norm = owned(owner, l.norm_numbers[Q_NORM], l.norms[Q_NORM]);
             const float* k_norm = owned(owner, l.norm_numbers[K_NORM], l.norms[K_NORM]);
             each_row(s, start, stop, l.linears[Q]->out, [&](int64_t row) {
@@ -234,5 +257,5 @@ struct Pass {
 extern "C" void decode(const Kernels* kernels, const Layer* layers, int64_t num_layers, const Step* step) {
     thread_local Buffers buffers;
     const Pass pass(*kernels, *step, layers[0], buffers);
-    for (int64_t i = 0; i < num_layers; i++) pass.layer(layers[i]);
+    for (int64_t i = 0; i < num_layers; i++) pass.layer(layers[i], i + 1 == num_layers);
 }

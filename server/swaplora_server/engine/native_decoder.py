@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from swaplora_adapters.apply.activation import Activation, Segment
+from swaplora_adapters.apply.activation import Activation, Segment, StepRows
 from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_adapters.native import build
 from swaplora_server.engine import attention
@@ -51,19 +51,27 @@ class _Owner(ctypes.Structure):
     _fields_ = (("start", ctypes.c_int64), ("stop", ctypes.c_int64), ("modules", ctypes.POINTER(ctypes.c_void_p)))
 
 
+class _Rows(ctypes.Structure):
+    _fields_ = (
+        ("count", ctypes.c_int64),
+        ("segments", ctypes.c_void_p),
+        ("num_segments", ctypes.c_int64),
+        ("owners", ctypes.c_void_p),
+        ("num_owners", ctypes.c_int64),
+    )
+
+
 class _Step(ctypes.Structure):
     _fields_ = (
-        ("rows", ctypes.c_int64),
+        ("tokens", _Rows),
+        ("head", _Rows),
+        ("kept", ctypes.c_void_p),
         ("hidden_size", ctypes.c_int64),
         ("hidden", ctypes.c_void_p),
         ("cos", ctypes.c_void_p),
         ("sin", ctypes.c_void_p),
         ("runs", ctypes.c_void_p),
         ("num_runs", ctypes.c_int64),
-        ("segments", ctypes.c_void_p),
-        ("num_segments", ctypes.c_int64),
-        ("owners", ctypes.c_void_p),
-        ("num_owners", ctypes.c_int64),
         ("threads", ctypes.c_int64),
     )
 
@@ -133,31 +141,30 @@ class NativeDecoder(nn.Module):
         self._tables: WeakKeyDictionary[AdapterWeights, ctypes.Array[ctypes.c_void_p]] = WeakKeyDictionary()
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_others: object) -> Tensor:
-        """hidden_states: [1, num_rows, hidden_size] → the same after every layer."""
+        """hidden_states: [1, num_rows, hidden_size] → the same after every layer, in the rows that reach the head."""
         step = attention.current()
         if not isinstance(step, NativeStep):
             raise RuntimeError("a native decoder ran over another form's cache")
         self._point_at(step)
         hidden = hidden_states.clone()
         cos, sin = (angles.contiguous() for angles in position_embeddings)
-        rows = self._activation.step.tokens
-        segments, table, owners = rows.deltas, step.table, self._owners(rows.replacing)
+        adapters, runs = self._activation.step, step.table.runs
+        kept = (ctypes.c_int64 * len(adapters.kept))(*adapters.kept)
+        owners = [self._owners(rows.replacing) for rows in (adapters.tokens, adapters.head)]
         self._decode(
             self._kernels,
             self._entries,
             len(self._entries),
             _Step(
-                hidden.shape[1],
+                _rows(hidden.shape[1], adapters.tokens, owners[0]),
+                _rows(len(kept), adapters.head, owners[1]),
+                ctypes.addressof(kept),
                 hidden.shape[2],
                 hidden.data_ptr(),
                 cos.data_ptr(),
                 sin.data_ptr(),
-                ctypes.addressof(table.runs),
-                len(table.runs),
-                None if segments is None else ctypes.addressof(segments.entries),
-                0 if segments is None else len(segments.entries),
-                ctypes.addressof(owners),
-                len(owners),
+                ctypes.addressof(runs),
+                len(runs),
                 torch.get_num_threads(),
             ),
         )
@@ -188,6 +195,18 @@ class NativeDecoder(nn.Module):
             like = torch.empty(num_kv_heads, head_dim)
             entry.cache = step.kv.layer(asked, layer.self_attn.q_proj.out_features // head_dim, like)
         self._cached_for = step.kv
+
+
+def _rows(count: int, rows: StepRows, owners: "ctypes.Array[_Owner]") -> _Rows:
+    """Points into `rows` and `owners`, which have to outlive it."""
+    segments = rows.deltas
+    return _Rows(
+        count,
+        None if segments is None else ctypes.addressof(segments.entries),
+        0 if segments is None else len(segments.entries),
+        ctypes.addressof(owners),
+        len(owners),
+    )
 
 
 def _attention_of(layer: Any) -> LayerAttention:

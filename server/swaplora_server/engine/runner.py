@@ -60,7 +60,7 @@ class Runner:
         self._kv = kv
         self._device = device
         self._sampler = Sampler()
-        self._adapters: tuple[_StepKey, StepAdapters] = ((), activation.plan((), ()))
+        self._adapters: tuple[_StepKey, StepAdapters] = ((), activation.plan((), (), ()))
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Sampled]:
@@ -75,15 +75,15 @@ class Runner:
         layouts = list(_lay_out(batch.rows))
         token_ids = [token for rows in batch.rows for token in rows.sequence.token_ids[rows.start : rows.stop]]
         positions = [position for rows in batch.rows for position in range(rows.start, rows.stop)]
-        keep = [layout.stop - 1 for layout in layouts if layout.rows.is_sampling] or [0]
+        adapters = self._step_adapters(layouts)
         with (
-            self._activation.use(self._step_adapters(layouts)),
+            self._activation.use(adapters),
             attention.use(self._kv.step([layout.run for layout in layouts])),
         ):
             output = self._model(
                 input_ids=self._tensor([token_ids]),
                 position_ids=self._tensor([positions]),
-                logits_to_keep=self._tensor(keep),
+                logits_to_keep=self._tensor(adapters.kept),
                 use_cache=False,
             )
         logits: Tensor = output.logits[0]
@@ -100,12 +100,13 @@ class Runner:
         if key != self._adapters[0]:
             tokens = _segments(layouts, lambda layout: (layout.start + layout.num_base_rows, layout.stop))
             head = _segments(layouts, lambda layout: (layout.head_start, layout.head_stop))
-            self._adapters = (key, self._activation.plan(tuple(tokens), tuple(head)))
+            kept = [layout.stop - 1 for layout in layouts if layout.rows.is_sampling] or [0]
+            self._adapters = (key, self._activation.plan(tuple(tokens), tuple(head), kept))
         return self._adapters[1]
 
     def forget_adapters(self) -> None:
         """Drop the remembered segments, so that an idle engine keeps no adapter alive."""
-        self._adapters = ((), self._activation.plan((), ()))
+        self._adapters = ((), self._activation.plan((), (), ()))
 
 
 def _lay_out(scheduled: Sequence[ScheduledRows]) -> Iterator[_Layout]:
