@@ -72,10 +72,11 @@ class Answer:
 
 
 def make_adapters(base: Path, folder: Path, count: int, ranks: Sequence[int] = (RANK,)) -> None:
-    """Random adapters with non-zero B, in bfloat16 as trainers save them; `ranks` go round."""
+    """Random adapters with non-zero B, in bfloat16; `ranks` go round."""
     for first, rank in enumerate(ranks):
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, task_type="CAUSAL_LM")
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), config)
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        model = get_peft_model(plain, config, autocast_adapter_dtype=False)
         for number in range(first, count, len(ranks)):
             generator = torch.Generator().manual_seed(number)
             with torch.no_grad():

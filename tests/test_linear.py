@@ -1,5 +1,6 @@
 """The packed linear against torch's, over ragged shapes; and that a row does not depend on its neighbours."""
 
+import ctypes
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ SHAPES = [(1, 1), (7, 5), (16, 16), (31, 33), (64, 17), (300, 48), (576, 192), (
 def test_it_equals_torchs_linear(shape: tuple[int, int], has_bias: bool) -> None:
     linear = nn.Linear(*shape, bias=has_bias)
     packed = PACK(linear)
-    for num_rows in (1, 2, 3, 5, 6, 7, 16, 65, 66, 67, 140):
+    for num_rows in (1, 2, 3, 5, 6, 7, 16, 24, 25, 131, 132, 133, 140):
         x = torch.randn(1, num_rows, shape[0])
         torch.testing.assert_close(packed(x), linear(x), atol=1e-4, rtol=1e-4)
 
@@ -41,6 +42,22 @@ def test_a_row_is_bit_for_bit_the_same_alone_and_among_any_others(num_rows: int,
     together = packed(x)
     for row in range(num_rows):
         assert torch.equal(packed(x[row : row + 1])[0], together[row])
+
+
+class Span(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_void_p), ("bytes", ctypes.c_int64))
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 16, 140])
+@pytest.mark.parametrize("sizes", [(), (0,), (1, 0, 0, 65), (100, 1 << 16, 0), (0, 1 << 20)])
+def test_asking_for_other_memory_meanwhile_changes_nothing(num_rows: int, sizes: tuple[int, ...]) -> None:
+    packed, x = PACK(nn.Linear(576, 192)), torch.randn(num_rows, 576)
+    others = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+    spans = (Span * len(sizes))(*(Span(other.data_ptr(), other.nbytes) for other in others))
+    y = torch.empty(num_rows, 192)
+    job = native_linear.LinearJob(ctypes.pointer(packed.packed), y.data_ptr())
+    LIBRARY.linear_f32(x.data_ptr(), num_rows, 576, job, 1, ctypes.addressof(spans), len(spans), 2)
+    assert torch.equal(y, packed(x))
 
 
 def test_threads_do_not_change_the_result() -> None:

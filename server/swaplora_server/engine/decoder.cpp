@@ -15,7 +15,8 @@
 #include "vec.h"
 
 struct Kernels {
-    void (*linear)(const float* x, int64_t rows, int64_t in, const LinearJob* jobs, int64_t count, int threads);
+    void (*linear)(const float* x, int64_t rows, int64_t in, const LinearJob* jobs, int64_t count, const Span* soon,
+                   int64_t num_soon, int threads);
     void (*lora)(const Segment* segments, int64_t count, const LoraModule* modules, int64_t num_modules, int64_t in,
                  const float* x, int threads);
     void (*attention)(const LayerCache* cache, const Run* runs, int64_t num_runs, const float* query, const float* key,
@@ -63,6 +64,9 @@ struct Step {
 namespace {
 
 constexpr int64_t THREADED = 1 << 13;  // numbers below which a second thread costs more than it saves
+// Rows for which adapters are asked of memory during the base's products: with fewer, these wait for memory themselves,
+// and with more, an adapter's many rows hide it.
+constexpr int64_t FEWEST_ASKED = 4, MOST_ASKED = 64;
 
 template <typename Work>
 void each_row(const Step& s, int64_t start, int64_t stop, int64_t width, Work work) {
@@ -117,6 +121,7 @@ void gate_row(float* gate, const float* up, int64_t width) {
 struct Buffers {
     std::vector<CacheLine> memory;
     CacheLine* at = nullptr;
+    std::vector<Span> soon;
 
     void reset(int64_t floats, int64_t count) {
         if (int64_t(memory.size()) < lines(floats) + count) memory.resize(lines(floats) + count);
@@ -132,9 +137,11 @@ struct Buffers {
 struct Pass {
     const Kernels& kernels;
     const Step& s;
+    std::vector<Span>& soon;
     float *normed, *query, *key, *value, *attended, *gate, *up, *delta;
 
-    Pass(const Kernels& kernels, const Step& s, const Layer& like, Buffers& buffers) : kernels(kernels), s(s) {
+    Pass(const Kernels& kernels, const Step& s, const Layer& like, Buffers& buffers)
+        : kernels(kernels), s(s), soon(buffers.soon) {
         const auto width = [&](int linear) { return like.linears[linear]->out; };
         const int64_t rows = s.tokens.count;
         buffers.reset(rows * (2 * s.hidden_size + 2 * width(Q) + width(K) + width(V) + width(GATE) + width(UP)), 8);
@@ -186,15 +193,29 @@ struct Pass {
         const int which[] = {L...};
         LoraModule modules[count];
         for (int i = 0; i < count; i++) modules[i] = {l.numbers[which[i]], l.linears[which[i]]->out, ys.begin()[i]};
+        soon.clear();
+        if (FEWEST_ASKED <= rows.count && rows.count <= MOST_ASKED) add_factors(rows, modules, count, in);
         each_run(rows, [&](int64_t start, int64_t stop, const Owner* owner) {
             LinearJob jobs[count];
             for (int i = 0; i < count; i++) {
                 const LinearWeight* weight = owned(owner, modules[i].number, l.linears[which[i]]);
                 jobs[i] = {weight, ys.begin()[i] + start * weight->out};
             }
-            kernels.linear(x + start * in, stop - start, in, jobs, count, int(s.threads));
+            kernels.linear(x + start * in, stop - start, in, jobs, count, soon.data(), soon.size(), int(s.threads));
         });
         if (rows.segments) kernels.lora(rows.segments, rows.num_segments, modules, count, in, x, int(s.threads));
+    }
+
+    // the factors that adapters have for these modules, to `soon`
+    void add_factors(const Rows& rows, const LoraModule* modules, int count, int64_t in) const {
+        const auto add = [&](const void* factor, int64_t size, bool is_bf16) { soon.push_back({factor, size * (is_bf16 ? 2 : 4)}); };
+        for (const Segment* segment = rows.segments; segment < rows.segments + rows.num_segments; segment++)
+            for (const LoraModule* module = modules; module < modules + count; module++) {
+                const Factors& f = segment->factors[module->number];
+                if (!f.is_targeted) continue;
+                add(f.a, f.rank * in, f.a_is_bf16);
+                add(f.b_t, f.rank * module->out, f.b_is_bf16);
+            }
     }
 
     void norm(const Layer& l, const Rows& rows, int which) const {

@@ -25,7 +25,9 @@ class LinearWeight(ctypes.Structure):
     )
 
 
-class _Job(ctypes.Structure):
+class LinearJob(ctypes.Structure):
+    """As in packed_linear.h."""
+
     _fields_ = (("weight", ctypes.POINTER(LinearWeight)), ("y", ctypes.c_void_p))
 
 
@@ -35,7 +37,7 @@ def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.packed_words.argtypes, library.packed_words.restype = [size, size, number], size
     library.pack.argtypes, library.pack.restype = [pointer, size, size, number, pointer], None
-    library.linear_f32.argtypes = [pointer, size, size, ctypes.POINTER(_Job), size, number]
+    library.linear_f32.argtypes = [pointer, size, size, ctypes.POINTER(LinearJob), size, pointer, size, number]
     library.linear_f32.restype = None
     return library
 
@@ -68,7 +70,7 @@ class NativeLinear(nn.Module):
             self._panels.data_ptr(), None if self._bias is None else self._bias.data_ptr(), self.out_features, is_bf16
         )
         self._lanes = library.packed_words(1, 1, True)  # columns in one half of a panel's row
-        self._job = _Job(ctypes.pointer(self.packed), None)
+        self._job = LinearJob(ctypes.pointer(self.packed), None)
         self._linear = library.linear_f32
 
     @property
@@ -95,7 +97,6 @@ class NativeLinear(nn.Module):
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.out_features)
         self._job.y = y.data_ptr()
-        self._linear(
-            x.data_ptr(), x.numel() // self.in_features, self.in_features, self._job, 1, torch.get_num_threads()
-        )
+        rows = x.numel() // self.in_features
+        self._linear(x.data_ptr(), rows, self.in_features, self._job, 1, None, 0, torch.get_num_threads())
         return y

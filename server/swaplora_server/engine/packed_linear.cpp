@@ -50,16 +50,41 @@ constexpr int64_t row_words(const float*) { return COLUMNS; }
 constexpr int64_t row_words(const uint32_t*) { return WIDTH; }
 constexpr int64_t row_words(bool is_bf16) { return is_bf16 ? WIDTH : COLUMNS; }
 
+constexpr int64_t LINE = 64;  // bytes
+
+int64_t lines_of(const Span& span) { return (span.bytes + LINE - 1) / LINE; }
+
+// A piece's share of the spans, asked for line by line.
+struct Asking {
+    const Span* span;
+    int64_t line, left;  // of the span, and of all
+
+    // lines [from, to) of all
+    Asking(const Span* spans, int64_t from, int64_t to) : span(spans), line(from), left(to - from) {}
+
+    // The start of up to `*count` lines that follow one another, which is set to their number
+    const char* take(int64_t* count) {
+        while (left && line >= lines_of(*span)) line -= lines_of(*span++);
+        *count = left ? std::min({*count, left, lines_of(*span) - line}) : 0;
+        const char* start = *count ? static_cast<const char*>(span->start) + line * LINE : nullptr;
+        line += *count, left -= *count;
+        return start;
+    }
+};
+
 // sums[row] += x[row][0..depth) . panel[0..depth), R rows of COLUMNS outputs held in registers throughout
 template <int R, typename P>
-void tile(const float* x, int64_t in, const P* panel, int64_t depth, float* sums) {
+void tile(const float* x, int64_t in, const P* panel, int64_t depth, float* sums, Asking& asking) {
+    int64_t soon_lines = depth / 2;
+    const char* soon = asking.take(&soon_lines);
     lanes acc[R][VECTORS];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < VECTORS; v++) acc[r][v] = get(sums + r * COLUMNS + v * WIDTH);
     for (int64_t k = 0; k < depth; k++) {
         lanes w[VECTORS];
         get_row(panel, k, w);
-        __builtin_prefetch(panel + (k + AHEAD) * row_words(panel));
+        if (k % 2 && k / 2 < soon_lines) __builtin_prefetch(soon + k / 2 * LINE, 0, 2);
+        else __builtin_prefetch(panel + (k + AHEAD) * row_words(panel));
         for (int r = 0; r < R; r++) {
             const lanes scalar = wide_splat(x[r * in + k]);
             for (int v = 0; v < VECTORS; v++) acc[r][v] = mul_add(scalar, w[v], acc[r][v]);
@@ -70,14 +95,14 @@ void tile(const float* x, int64_t in, const P* panel, int64_t depth, float* sums
 }
 
 template <typename P>
-void tiles(int64_t rows, const float* x, int64_t in, const P* panel, int64_t depth, float* sums) {
+void tiles(int64_t rows, const float* x, int64_t in, const P* panel, int64_t depth, float* sums, Asking& asking) {
     for (int64_t r = 0; r < rows; r += ROWS, x += ROWS * in, sums += ROWS * COLUMNS) switch (rows - r) {
-            case 1: tile<1>(x, in, panel, depth, sums); break;
-            case 2: tile<2>(x, in, panel, depth, sums); break;
-            case 3: tile<3>(x, in, panel, depth, sums); break;
-            case 4: tile<4>(x, in, panel, depth, sums); break;
-            case 5: tile<5>(x, in, panel, depth, sums); break;
-            default: tile<ROWS>(x, in, panel, depth, sums);
+            case 1: tile<1>(x, in, panel, depth, sums, asking); break;
+            case 2: tile<2>(x, in, panel, depth, sums, asking); break;
+            case 3: tile<3>(x, in, panel, depth, sums, asking); break;
+            case 4: tile<4>(x, in, panel, depth, sums, asking); break;
+            case 5: tile<5>(x, in, panel, depth, sums, asking); break;
+            default: tile<ROWS>(x, in, panel, depth, sums, asking);
         }
 }
 
@@ -96,7 +121,7 @@ int64_t even_cut(int64_t whole, int64_t most) {
 }
 
 // y[0..rows) of one panel
-void panel_strip(const LinearWeight& w, int64_t p, const float* x, int64_t rows, int64_t in, float* y) {
+void panel_strip(const LinearWeight& w, int64_t p, const float* x, int64_t rows, int64_t in, float* y, Asking asking) {
     alignas(64) float sums[STRIP * COLUMNS], wide[DEPTH * COLUMNS];
     const int64_t first = p * COLUMNS, width = std::min<int64_t>(COLUMNS, w.out - first);
     for (int64_t r = 0; r < rows; r++)
@@ -108,11 +133,11 @@ void panel_strip(const LinearWeight& w, int64_t p, const float* x, int64_t rows,
         const uint32_t* narrow = static_cast<const uint32_t*>(w.panels) + at;
         const float* panel = static_cast<const float*>(w.panels) + at;
         if (is_narrow) {
-            tiles(rows, x + k, in, narrow, depth, sums);
+            tiles(rows, x + k, in, narrow, depth, sums, asking);
             continue;
         }
         if (w.is_bf16) widen_panel(narrow, depth, wide);
-        tiles(rows, x + k, in, w.is_bf16 ? wide : panel, depth, sums);
+        tiles(rows, x + k, in, w.is_bf16 ? wide : panel, depth, sums, asking);
     }
     for (int64_t r = 0; r < rows; r++) {
         const float* from = sums + r * COLUMNS;
@@ -151,19 +176,23 @@ extern "C" void pack(const float* weight, int64_t in, int64_t out, int is_bf16, 
 }
 
 // x: [rows, in]; each job's y: [rows, out]. All jobs of a call share x and the threads.
-extern "C" void linear_f32(const float* x, int64_t rows, int64_t in, const LinearJob* jobs, int64_t count, int threads) {
-    int64_t panels = 0, work = 0;
+extern "C" void linear_f32(const float* x, int64_t rows, int64_t in, const LinearJob* jobs, int64_t count, const Span* soon,
+                           int64_t num_soon, int threads) {
+    int64_t panels = 0, work = 0, lines = 0;
+    for (const Span* span = soon; span < soon + num_soon; span++) lines += lines_of(*span);
     for (int64_t j = 0; j < count; j++) {
         panels += panels_of(jobs[j].weight->out);
         work += rows * in * jobs[j].weight->out;
     }
     const int64_t strips = (rows + STRIP - 1) / STRIP, share = std::max<int64_t>(1, panels / (threads * SHARES));
+    const int64_t pieces = strips * panels;
 #pragma omp parallel for num_threads(threads) if (work >= THREADED) schedule(dynamic, share)
-    for (int64_t piece = 0; piece < strips * panels; piece++) {
+    for (int64_t piece = 0; piece < pieces; piece++) {
         const int64_t first = piece / panels * STRIP;
         int64_t p = piece % panels;
         const LinearJob* job = jobs;
         for (; p >= panels_of(job->weight->out); job++) p -= panels_of(job->weight->out);
-        panel_strip(*job->weight, p, x + first * in, std::min(STRIP, rows - first), in, job->y + first * job->weight->out);
+        panel_strip(*job->weight, p, x + first * in, std::min(STRIP, rows - first), in, job->y + first * job->weight->out,
+                    {soon, lines * piece / pieces, lines * (piece + 1) / pieces});
     }
 }

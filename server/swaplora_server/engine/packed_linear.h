@@ -9,6 +9,13 @@ struct LinearWeight {
     int64_t is_bf16;
 };
 
+// Memory that is read soon after a call. It is asked for during the call, when products keep the processor busy and
+// memory is idle.
+struct Span {
+    const void* start;
+    int64_t bytes;
+};
+
 struct LinearJob {
     const LinearWeight* weight;
     float* y;  // [rows, out]

@@ -28,7 +28,7 @@ struct QuantisedWeight {
     const float* table;    // [16], what the 4-bit codes stand for; null for 8 bits
     const float* bias;     // [out] or null
     int64_t in, out, block, columns;
-    void (*multiply)(const float*, int64_t, int64_t, const LinearJob*, int64_t, int);  // packed_linear.cpp's linear_f32
+    void (*multiply)(const float*, int64_t, int64_t, const LinearJob*, int64_t, const Span*, int64_t, int);  // packed_linear.cpp's linear_f32
 };
 
 // Eight bytes as numbers, and eight entries of a table. What compilers make of the plain forms is several times slower.
@@ -109,7 +109,7 @@ extern "C" void quantised_linear_f32(const QuantisedWeight* w, const float* x, i
             for (int64_t g = 0; g < group && p + g < panels; g++) widen_panel(*w, p + g, wide.data() + g * panel_size);
             const LinearWeight part{wide.data(), w->bias ? w->bias + first : nullptr, width, 0};
             const LinearJob job{&part, out.data()};
-            w->multiply(x, rows, w->in, &job, 1, 1);
+            w->multiply(x, rows, w->in, &job, 1, nullptr, 0, 1);
             for (int64_t r = 0; r < rows; r++)
                 std::memcpy(y + r * w->out + first, out.data() + r * width, width * sizeof(float));
         }
