@@ -20,20 +20,20 @@ from swaplora_server.embedded import ensure_embedded_base
 from test_restart import process
 
 NUM_ADAPTERS, NUM_RESIDENT, NUM_STREAMS, STREAM_TOKENS = 32, 8, 8, 150
-ADAPTER_BYTES = 4 * 30 * RANK * 10_176  # of one in memory: float32, 30 layers, in + out features of the seven linears
+ADAPTER_BYTES = 2 * 30 * RANK * 10_176  # of one in memory: bfloat16, 30 layers, in + out features of the seven linears
 SETTLING = 8  # first tokens of a stream, among which the other streams' prompts are computed
 
 Disturb = Callable[[httpx.AsyncClient], Awaitable[None]]
 
 
 async def cold_and_warm(url: str, names: Sequence[str]) -> tuple[list[float], list[float]]:
-    """Seconds to the first token of each adapter's first request, and of its second."""
+    """Seconds to the first token of each adapter's first request, and of its second, which has another prompt."""
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         await complete(client, "base", 0)
         cold, warm = [], []
         for name in names:
             cold.append((await complete(client, name, 1, 2)).ttft)
-            warm.append((await complete(client, name, 1, 2)).ttft)
+            warm.append((await complete(client, name, 2, 2)).ttft)
     return cold, warm
 
 

@@ -19,7 +19,7 @@ def build_linear(parts: Parts) -> ModuleWeights | None:
     parts.has_effect = shift is not None or is_scaled or "tokens" in parts.tensors or parts.has_delta
     if not lora_A.shape[0] and column_scale is None and shift is None:
         return None
-    return ModuleWeights(lora_A, lora_B.t().contiguous().t(), column_scale, shift)  # kernels read both along the rank
+    return ModuleWeights(lora_A, lora_B, column_scale, shift)
 
 
 def _factors(parts: Parts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

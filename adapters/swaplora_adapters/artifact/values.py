@@ -49,6 +49,17 @@ def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return target
 
 
+def copied(tensor: Tensor, memory: Tensor) -> Tensor:
+    """The tensor's values, row by row, in `memory` of as many elements; a few rows at a time."""
+    target = memory.view(tensor.shape)
+    num_rows = max(1, PIECE * len(tensor) // max(1, tensor.numel()))
+    if num_rows >= len(tensor):
+        return target.copy_(tensor)
+    for source, piece in zip(torch.split(tensor, num_rows), torch.split(target, num_rows), strict=True):
+        piece.copy_(source)
+    return target
+
+
 def is_finite(tensor: Tensor) -> bool:
     return all(math.isfinite(extreme) for piece in _pieces(tensor.contiguous()) for extreme in extremes(piece))
 

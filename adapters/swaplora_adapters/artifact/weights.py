@@ -3,12 +3,12 @@
 Files name tensors as PEFT's `save_pretrained` does: `base_model.model.<module path>.lora_A.weight`, and B likewise.
 """
 
-import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,11 @@ from swaplora_adapters.artifact.replacements import build_replacement
 from swaplora_adapters.artifact.served import AdapterWeights, EmbeddingWeights, ModuleWeights
 from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES, AdapterSpec
 from swaplora_adapters.artifact.tensorfile import Header, iter_tensors, read_header
+from swaplora_adapters.artifact.values import copied
 from swaplora_adapters.errors import InvalidAdapterError
 from swaplora_adapters.native.huge_pages import HugePages
 
 Content = ModuleWeights | EmbeddingWeights | nn.Module
-Weights = TypeVar("Weights", ModuleWeights, EmbeddingWeights)
 
 
 def check_fit(spec: AdapterSpec, header: Header, layers: BaseLayers) -> Layout:
@@ -123,15 +123,15 @@ def _assemble(
     device: torch.device,
 ) -> AdapterWeights:
     """`num_bytes`: about what all of it takes, which comes to lie in one piece."""
-    pages = HugePages(mapping_bytes=num_bytes)
+    place = partial(_place, device=device, pages=HugePages(mapping_bytes=num_bytes))
     modules: dict[str, ModuleWeights] = {}
     embeddings: dict[str, EmbeddingWeights] = {}
     replaced: dict[str, nn.Module] = {}
     for parts, content in _built(layout, tensors, dtype):
         if isinstance(content, ModuleWeights):
-            modules[parts.path] = _moved(content, device, pages)
+            modules[parts.path] = _placed_linear(content, place)
         elif isinstance(content, EmbeddingWeights):
-            embeddings[parts.path] = _moved(content, device, pages)
+            embeddings[parts.path] = _placed_embedding(content, place)
         else:
             replaced[parts.path] = content.to(device)
     weights = AdapterWeights(
@@ -167,13 +167,21 @@ def _build(parts: Parts) -> Content | None:
     return build_embedding(parts) if parts.path in parts.layout.layers.embeddings else build_linear(parts)
 
 
-def _moved(content: Weights, device: torch.device, pages: HugePages) -> Weights:
-    fields = {field.name: getattr(content, field.name) for field in dataclasses.fields(content)}
-    return dataclasses.replace(content, **{n: _placed(t, device, pages) for n, t in fields.items() if t is not None})
+def _placed_linear(linear: ModuleWeights, place: Callable[[Tensor], Tensor]) -> ModuleWeights:
+    """Both factors are read along the rank by kernels, so lora_B lies column by column."""
+    vectors = {"column_scale": linear.column_scale, "shift": linear.shift}
+    placed = {name: place(vector) for name, vector in vectors.items() if vector is not None}
+    return ModuleWeights(place(linear.lora_A), place(linear.lora_B.t()).t(), **placed)
 
 
-def _placed(tensor: Tensor, device: torch.device, pages: HugePages) -> Tensor:
+def _placed_embedding(embedding: EmbeddingWeights, place: Callable[[Tensor], Tensor]) -> EmbeddingWeights:
+    rows = {"token_ids": embedding.token_ids, "token_rows": embedding.token_rows}
+    placed = {name: place(tensor) for name, tensor in rows.items() if tensor is not None}
+    return EmbeddingWeights(place(embedding.lora_A), place(embedding.lora_B), **placed)
+
+
+def _place(tensor: Tensor, device: torch.device, pages: HugePages) -> Tensor:
+    """The tensor, row by row, where steps read it."""
     if device.type != "cpu":
-        return tensor.to(device)
-    strides = torch.empty_like(tensor, device="meta").stride()  # dense, row by row or column by column as it is
-    return pages.empty(tensor.numel(), tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
+        return tensor.contiguous().to(device)
+    return copied(tensor, pages.empty(tensor.numel(), tensor.dtype))

@@ -13,20 +13,24 @@ class HugePages:
 
     def __init__(self, mapping_bytes: int = 64 << 20) -> None:
         self._mapping_bytes = mapping_bytes
-        self._rest = torch.empty(0, dtype=torch.uint8)
+        self._mapping: mmap.mmap | None = None
+        self._offset = 0
 
     def empty(self, num_elements: int, dtype: torch.dtype) -> Tensor:
         """[num_elements], not filled in; aligned to a cache line."""
         num_bytes = num_elements * dtype.itemsize
-        if num_bytes > len(self._rest):
-            self._rest = _mapping(max(num_bytes, self._mapping_bytes))
-        taken, self._rest = self._rest[:num_bytes], self._rest[-(-num_bytes // _ALIGNMENT) * _ALIGNMENT :]
-        return taken.view(dtype)
+        if not num_bytes:
+            return torch.empty(0, dtype=dtype)
+        if self._mapping is None or self._offset + num_bytes > len(self._mapping):
+            self._mapping, self._offset = _mapping(max(num_bytes, self._mapping_bytes)), 0
+        tensor = torch.frombuffer(self._mapping, dtype=dtype, count=num_elements, offset=self._offset)
+        self._offset += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        return tensor
 
 
-def _mapping(num_bytes: int) -> Tensor:
+def _mapping(num_bytes: int) -> mmap.mmap:
     """Pages that nobody writes to take no memory."""
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return memory

@@ -5,6 +5,7 @@ wait for it, another does the loads, one per digest however many wait for it, an
 its cores.
 """
 
+import os
 import sys
 import threading
 import time
@@ -21,6 +22,8 @@ from swaplora_adapters.errors import (
     MemoryFullError,
 )
 from swaplora_adapters.registry.room import Entry, Room
+
+NICENESS = 10  # of the thread that loads: beside a busy engine it gets a tenth of a core
 
 
 def _show(error: BaseException) -> None:
@@ -43,7 +46,7 @@ class Residency:
         self._reasons: dict[str, str] = {}
         self._is_closed = False
         self._changed = threading.Condition()
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-load")
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-load", initializer=_yield_to_steps)
         self._dispatcher = threading.Thread(target=self._dispatch, name="adapter-room", daemon=True)
         self._dispatcher.start()
 
@@ -211,6 +214,12 @@ class Residency:
             self._room.forget(entry)
             entry.weights.set_exception(error)
             self._changed.notify_all()
+
+
+def _yield_to_steps() -> None:
+    """Lower this thread's priority, where threads have one of their own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def _no_room() -> MemoryFullError:
