@@ -1,5 +1,6 @@
 """Memory for adapters: within its budget, never taken from who uses it, one load however many wait."""
 
+import os
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from swaplora_adapters.errors import (
     StorageFailedError,
 )
 from swaplora_adapters.registry import room
-from swaplora_adapters.registry.residency import Residency
+from swaplora_adapters.registry.residency import NICENESS, Residency
 
 
 @pytest.fixture
@@ -140,6 +141,22 @@ def test_loads_run_one_at_a_time(loader: Loader) -> None:
         weights.result(30)
     residency.close()
     assert most == [True] * 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_loads_yield_to_the_threads_that_compute(loader: Loader) -> None:
+    found: list[int] = []
+
+    def load(digest: str) -> AdapterWeights:
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return loader(digest)
+
+    residency = Residency(load, SIZE)
+    try:
+        use(residency, "a")
+    finally:
+        residency.close()
+    assert found == [min(19, os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) + NICENESS)]
 
 
 def test_what_can_never_fit_is_refused(make: Make) -> None:

@@ -219,7 +219,8 @@ class Residency:
 def _yield_to_steps() -> None:
     """Lower this thread's priority, where threads have one of their own."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS))
 
 
 def _no_room() -> MemoryFullError:

@@ -123,6 +123,7 @@ struct Buffers {
     CacheLine* at = nullptr;
     std::vector<Span> soon;
 
+    // for `floats` in `count` buffers
     void reset(int64_t floats, int64_t count) {
         if (int64_t(memory.size()) < lines(floats) + count) memory.resize(lines(floats) + count);
         at = memory.data();
