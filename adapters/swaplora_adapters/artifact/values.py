@@ -31,7 +31,8 @@ def scaled(tensor: Tensor, scaling: float, dtype: torch.dtype) -> Scaled:
     is_finite = is_zero = True
     for source, target in zip(_pieces(tensor), _pieces(served), strict=True):
         if not is_served:
-            torch.mul(source.to(torch.float32), scaling, out=target)
+            exact = source if source.dtype == target.dtype else source.to(torch.float32)
+            torch.mul(exact, scaling, out=target)  # in float32 whatever the dtypes, and rounded once
         low, high = extremes(target)
         is_finite = is_finite and math.isfinite(low) and math.isfinite(high)  # a NaN is both extremes
         is_zero = is_zero and low == high == 0
