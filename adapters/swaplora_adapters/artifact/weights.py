@@ -50,9 +50,9 @@ def build_weights(
 ) -> AdapterWeights:
     """Turn a file's tensors into weights to serve: on `device`, alpha and rank folded into B.
 
-    On a CPU they lie in one piece of memory. They are of `dtype`, or bfloat16 where the file's are and nothing is lost
-    by it. Raises like `check_fit`, and InvalidAdapterError for values that are not finite or overflow `dtype`, or that
-    would have to be the base's own and are not.
+    On a CPU they lie in one piece of memory, if they take what their file does. They are of `dtype`, or bfloat16 where
+    the file's are and nothing is lost by it. Raises like `check_fit`, and InvalidAdapterError for values that are not
+    finite or overflow `dtype`, or that would have to be the base's own and are not.
     """
     layout = fitted(spec, layers, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     num_bytes = sum(_num_bytes(tensor.numel(), tensor.dtype, dtype) for tensor in tensors.values())
@@ -122,7 +122,7 @@ def _assemble(
     dtype: torch.dtype,
     device: torch.device,
 ) -> AdapterWeights:
-    """`num_bytes`: about what all of it takes, which comes to lie in one piece."""
+    """`num_bytes`: about what all of it takes; on a CPU it is laid into pieces of memory of that size."""
     place = partial(_place, device=device, pages=HugePages(mapping_bytes=num_bytes))
     modules: dict[str, ModuleWeights] = {}
     embeddings: dict[str, EmbeddingWeights] = {}
