@@ -56,7 +56,7 @@ def refusal(server: Running, model: str, prompt: list[int] = PROMPT, **fields: A
 def test_a_sum_with_what_does_not_add_is_refused_and_names_it(server: Running, kind: str) -> None:
     error = refusal(server, BASE, adapters=[{"name": "plain", "scale": 0.5}, {"name": slug(kind)}])
     assert repr(slug(kind)) in error["message"]
-    assert error["param"] == "adapters.1.name"
+    assert error["param"] == "adapters[1].name"
 
 
 @pytest.mark.parametrize("kind", REPLACING)
@@ -64,7 +64,7 @@ def test_a_sum_with_what_does_not_add_is_refused_and_names_it(server: Running, k
 def test_no_scale_but_one_is_taken_for_what_does_not_add(server: Running, kind: str, scale: float) -> None:
     error = refusal(server, BASE, adapters=[{"name": slug(kind), "scale": scale}])
     assert repr(slug(kind)) in error["message"]
-    assert error["param"] == "adapters.0.name"
+    assert error["param"] == "adapters[0].name"
 
 
 @pytest.mark.parametrize("kind", REPLACING)
@@ -91,7 +91,7 @@ def test_of_several_prompts_each_must_have_the_invocation(server: Running) -> No
 def test_a_chat_without_the_invocation_is_refused(server: Running) -> None:
     body = {"model": "alora", "messages": [{"role": "user", "content": "hello"}]}
     error = server.client.post("/v1/chat/completions", json=body).json()["error"]
-    assert (error["code"], error["param"]) == ("invalid_request", "prompt")
+    assert (error["code"], error["param"]) == ("invalid_request", "messages")
 
 
 def classifier(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:

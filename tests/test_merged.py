@@ -144,7 +144,7 @@ def test_a_merged_model_is_counted_in_memory_and_freed_when_it_is_deleted(runnin
 def test_a_merged_model_has_no_place_in_a_sum(running: Running) -> None:
     merge(running, "own", a=1.0)
     answer = running.generate(BASE, PROMPT, adapters=[{"name": "own", "scale": 0.5}])
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "adapters.0.name")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "adapters[0].name")
 
 
 def test_an_adapter_is_counted_in_memory_by_what_its_bfloat16_file_holds(running: Running) -> None:

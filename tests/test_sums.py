@@ -104,12 +104,12 @@ def test_a_stream_of_a_sum_gives_its_leases_back(server: Running) -> None:
 @pytest.mark.parametrize(
     ("fields", "status", "code", "param"),
     [
-        ({"adapters": [{"name": "a"}, {"name": "nobody"}]}, 404, "model_not_found", "adapters.1.name"),
+        ({"adapters": [{"name": "a"}, {"name": "nobody"}]}, 404, "model_not_found", "adapters[1].name"),
         ({"adapters": [{"name": "a"}, {"name": "a@9"}]}, 404, "version_not_found", None),
         ({"model": "a", "adapters": [{"name": "b"}]}, 400, "invalid_request", "model"),
-        ({"adapters": [{"name": BASE}]}, 400, "invalid_request", "adapters.0.name"),
-        ({"adapters": [{"name": "a", "weight": 1}]}, 400, "invalid_request", "adapters.0.weight"),
-        ({"adapters": [{"name": "a", "scale": 1e9}]}, 400, "invalid_request", "adapters.0.scale"),
+        ({"adapters": [{"name": BASE}]}, 400, "invalid_request", "adapters[0].name"),
+        ({"adapters": [{"name": "a", "weight": 1}]}, 400, "invalid_request", "adapters[0].weight"),
+        ({"adapters": [{"name": "a", "scale": 1e9}]}, 400, "invalid_request", "adapters[0].scale"),
         ({"adapters": [{"name": "a"}] * 17}, 400, "invalid_request", "adapters"),
         ({"adapters": "a"}, 400, "invalid_request", "adapters"),
     ],

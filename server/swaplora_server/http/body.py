@@ -1,16 +1,14 @@
 """Reading a JSON body: its size bounded, its numbers finite, its unknown fields told from those that change meaning."""
 
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
-import structlog
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from swaplora_server.http.errors import ApiError
 
-_log = structlog.get_logger(__name__)
-_MAX_UNKNOWN_FIELDS = 64
+BRANCH = "|"  # what the tag of a union's branch begins with: no part of a path for clients
 Model = TypeVar("Model", bound="WireModel")
 
 
@@ -75,24 +73,20 @@ async def read_limited(request: Request, limit: int) -> bytes:
     return b"".join(chunks)
 
 
-def refuse_unsupported(body: WireModel, unsupported: Mapping[str, tuple[object, ...]]) -> None:
-    """Raise ApiError for a field that would change the answer and is not honoured, unless its value asks for nothing.
-
-    `unsupported` lists the values that ask for nothing, beside null. What nobody defines is logged and ignored.
-    """
-    extra = body.model_extra or {}
-    if len(extra) > _MAX_UNKNOWN_FIELDS:
-        raise ApiError("invalid_request", f"the body has {len(extra)} fields that are not known here")
-    for name, value in extra.items():
-        if name not in unsupported:
-            _log.debug("ignored an unknown field", field=name[:64])
-        elif value is not None and value not in unsupported[name]:
-            raise ApiError("unsupported_field", f"{name} is not supported; leave it out", name)
-
-
 def _as_api_error(error: ValidationError) -> ApiError:
     """The first few complaints in one line; `param` is the path of the first."""
     details = error.errors(include_url=False, include_context=False, include_input=False)
-    named = [(".".join(str(part)[:64] for part in detail["loc"]), detail["msg"][:200]) for detail in details[:5]]
+    named = [(field_path(detail["loc"]), detail["msg"][:200]) for detail in details[:5]]
     message = "; ".join(f"{path}: {text}" if path else text for path, text in named)
     return ApiError("invalid_request", message, named[0][0] or None)
+
+
+def field_path(location: Sequence[str | int]) -> str:
+    """Where a field stands, as OpenAI writes it: `messages[0].content`. What names a branch of ours is left out."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not part.startswith(BRANCH):
+            path += f".{part[:64]}" if path else part[:64]
+    return path

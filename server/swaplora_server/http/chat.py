@@ -7,12 +7,13 @@ from starlette.responses import Response
 
 from swaplora_server.engine.request import Logprobs
 from swaplora_server.http.answers import Choice, Shape, answer
-from swaplora_server.http.body import body_schema, json_body, refuse_unsupported
+from swaplora_server.http.body import body_schema, json_body
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.generation import Piece, admit
+from swaplora_server.http.refusals import CHAT, refuse_unsupported
 from swaplora_server.http.service import Service
 from swaplora_server.http.sse import to_json
-from swaplora_server.http.wire import UNSUPPORTED_CHAT, UNSUPPORTED_MESSAGE, ChatBody
+from swaplora_server.http.wire import ChatBody
 
 router = APIRouter()
 
@@ -20,22 +21,30 @@ router = APIRouter()
 @router.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody))
 async def chat(request: Request, body: Annotated[ChatBody, Depends(json_body(ChatBody))]) -> Response:
     """Answer the conversation."""
-    refuse_unsupported(body, UNSUPPORTED_CHAT)
-    for message in body.messages:
-        refuse_unsupported(message, UNSUPPORTED_MESSAGE)
-    if body.top_logprobs is not None and not body.logprobs:
-        raise ApiError("invalid_request", "top_logprobs needs logprobs to be true", "top_logprobs")
+    refuse_unsupported(body, CHAT, body.messages)
+    _check(body)
     service: Service = request.app.state.service
     service.check_serving()
+    service.check_number(body.n, 1)
     prompt = await service.render_chat(
         [message.as_template_input() for message in body.messages],
         body.chat_template_kwargs or {},
         add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
         continue_final_message=body.continue_final_message,
+        add_special_tokens=body.add_special_tokens,
     )
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     admission = await admit(request, service, body, [prompt], max_tokens=max_tokens, num_logprobs=body.num_logprobs)
     return await answer(request, body, admission, _shape(service))
+
+
+def _check(body: ChatBody) -> None:
+    if body.top_logprobs and not body.logprobs:
+        raise ApiError("invalid_request", "top_logprobs needs logprobs to be true", "top_logprobs")
+    for number, message in enumerate(body.messages):
+        if message.content is None:
+            path = f"messages[{number}].content"
+            raise ApiError("invalid_request", f"{path} must be a string, or a list of parts of type text", path)
 
 
 def _shape(service: Service) -> Shape:

@@ -6,11 +6,12 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from swaplora_server.http.answers import Choice, Shape, answer
-from swaplora_server.http.body import body_schema, json_body, refuse_unsupported
+from swaplora_server.http.body import body_schema, json_body
 from swaplora_server.http.generation import Piece, admit
+from swaplora_server.http.refusals import COMPLETION, refuse_unsupported
 from swaplora_server.http.service import Service
 from swaplora_server.http.sse import to_json
-from swaplora_server.http.wire import UNSUPPORTED_COMPLETION, CompletionBody
+from swaplora_server.http.wire import CompletionBody
 
 router = APIRouter()
 
@@ -18,10 +19,14 @@ router = APIRouter()
 @router.post("/v1/completions", openapi_extra=body_schema(CompletionBody))
 async def complete(request: Request, body: Annotated[CompletionBody, Depends(json_body(CompletionBody))]) -> Response:
     """Continue each prompt."""
-    refuse_unsupported(body, UNSUPPORTED_COMPLETION)
+    refuse_unsupported(body, COMPLETION)
     service: Service = request.app.state.service
     service.check_serving()
-    prompts = [prompt if isinstance(prompt, list) else await service.encode(prompt) for prompt in body.prompts]
+    service.check_number(body.n, len(body.prompts))
+    prompts = [
+        prompt if isinstance(prompt, list) else await service.encode(prompt, add_special_tokens=body.add_special_tokens)
+        for prompt in body.prompts
+    ]
     admission = await admit(request, service, body, prompts, max_tokens=body.max_tokens or 16)
     return await answer(request, body, admission, _SHAPE)
 

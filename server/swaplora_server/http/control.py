@@ -18,8 +18,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from swaplora_adapters.errors import AdapterError, AdapterNotFoundError, PreconditionFailedError
 from swaplora_adapters.registry.card import Put
 from swaplora_adapters.registry.sources.uri import uri_of
-from swaplora_server.http.body import ClosedModel, WireModel, body_schema, read_json, refuse_unsupported
+from swaplora_server.http.body import ClosedModel, WireModel, body_schema, read_json
 from swaplora_server.http.errors import ApiError, on_api_error
+from swaplora_server.http.refusals import refuse_unsupported
 from swaplora_server.http.service import Service
 
 _TYPES = {404: "NotFoundError"}
@@ -72,7 +73,7 @@ class RegisterBody(ClosedModel):
 async def load_lora_adapter(request: Request) -> Response:
     """Take in an adapter from below the adapter folder, or from an enabled source."""
     body = await read_json(request, LoadBody)
-    refuse_unsupported(body, {})
+    refuse_unsupported(body)
     await _load(_service(request), body.lora_name, body.lora_path, replace=body.load_inplace)
     return _added(body.lora_name)
 
@@ -81,7 +82,7 @@ async def load_lora_adapter(request: Request) -> Response:
 async def unload_lora_adapter(request: Request) -> Response:
     """Delete an adapter; requests that run end on it, and are not waited for."""
     body = await read_json(request, UnloadBody)
-    refuse_unsupported(body, {})
+    refuse_unsupported(body)
     return await _unload(_service(request), body.lora_name)
 
 

@@ -229,13 +229,13 @@ async def _admit(
 ) -> Admission:
     began = time.monotonic()
     service.check_serving()
-    limit = min(_room(service, prompt, max_tokens) for prompt in prompts)
+    limit = min(_room(service, body, number, prompt, max_tokens) for number, prompt in enumerate(prompts))
     service.enter(len(prompts) * body.n)
     terms = None
     try:
         terms = await take_terms(service, body, client)
         uses = await terms.uses()
-        starts = [invoked_at(prompt, uses) for prompt in prompts]
+        starts = [invoked_at(prompt, uses, body.prompt_param(number)) for number, prompt in enumerate(prompts)]
         generation = Generation(service, body, prompts, began)
     except BaseException:
         service.leave(len(prompts) * body.n)
@@ -246,22 +246,25 @@ async def _admit(
     return Admission(generation, terms.headers)
 
 
-def _room(service: Service, prompt: Sequence[int], max_tokens: int | None) -> int:
+def _room(service: Service, body: GenerationBody, number: int, prompt: Sequence[int], max_tokens: int | None) -> int:
     """How many tokens may follow `prompt`. Raises ApiError when it, or it and what is asked for, do not fit."""
+    param = body.prompt_param(number)
     if not prompt:
-        raise ApiError("invalid_request", "the prompt is empty", "prompt")
+        raise ApiError("invalid_request", f"{param} is empty", param)
     largest = max(prompt)
     if largest >= service.base.vocab_size:
-        raise ApiError("invalid_request", f"token id {largest} is not in the vocabulary", "prompt")
-    length, wanted = service.max_model_len, max_tokens or 1
-    if len(prompt) + wanted > length:
+        raise ApiError("invalid_request", f"token id {largest} is not in the vocabulary", param)
+    room, wanted = service.max_model_len - len(prompt), max_tokens or 1
+    if wanted > room:
+        is_too_long = room < 1 or max_tokens is None
         raise ApiError(
             "context_length_exceeded",
-            f"This model's maximum context length is {length} tokens. However, you requested {len(prompt) + wanted} "
-            f"tokens ({len(prompt)} in the prompt, {wanted} to generate). Shorten one of them.",
-            "prompt" if max_tokens is None else "max_tokens",
+            f"This model's maximum context length is {service.max_model_len} tokens. However, you requested "
+            f"{len(prompt) + wanted} tokens ({len(prompt)} in the prompt, {wanted} to generate). "
+            f"{f'Shorten {param}' if is_too_long else f'Ask for at most {room}, or shorten {param}'}.",
+            param if is_too_long else body.length_param,
         )
-    return max_tokens or length - len(prompt)
+    return max_tokens or room
 
 
 def _after_last(count: int, release: Callable[[], None]) -> Callable[[], None]:

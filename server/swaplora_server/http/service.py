@@ -118,13 +118,23 @@ class Service:
         if not self.engine.is_alive:
             raise ApiError("engine_failed", self.engine.failure or "the engine has stopped")
 
+    def check_number(self, n: int, num_prompts: int) -> None:
+        """Raise ApiError for more sequences than can ever be here at once."""
+        if n * num_prompts > self._max_sequences:
+            message = (
+                f"n times the prompts is {n * num_prompts}; this server takes at most {self._max_sequences} at once, "
+                "--max-num-seqs and --max-waiting together"
+            )
+            raise ApiError("invalid_request", message, "n" if n > 1 else "prompt")
+
+    @property
+    def _max_sequences(self) -> int:
+        return self.settings.max_waiting + self.settings.max_num_seqs
+
     def enter(self, num_sequences: int) -> None:
         """Count `num_sequences` in, until `leave`. Raises ApiError when more would wait than the operator allows."""
-        limit = self.settings.max_waiting + self.settings.max_num_seqs
-        if num_sequences > limit:
-            raise ApiError("invalid_request", f"n times the prompts is {num_sequences}; at most {limit} can run", "n")
         with self._count_lock:
-            if self._num_sequences + num_sequences > limit:
+            if self._num_sequences + num_sequences > self._max_sequences:
                 raise ApiError("overloaded", "too many requests are waiting; try again in a moment")
             self._num_sequences += num_sequences
 
@@ -136,12 +146,18 @@ class Service:
     def is_base(self, model: str) -> bool:
         return model == self.settings.base_id
 
-    async def encode(self, text: str) -> list[int]:
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """A prompt's token ids, computed off the event loop when it is long."""
-        return await _off_loop_if_long(len(text), lambda: self.base.tokenizer.encode(text))
+        encode = self.base.tokenizer.encode
+        return await _off_loop_if_long(len(text), lambda: encode(text, add_special_tokens=add_special_tokens))
 
     async def render_chat(
-        self, messages: Sequence[Mapping[str, str]], template_kwargs: Mapping[str, Any], **options: bool
+        self,
+        messages: Sequence[Mapping[str, str]],
+        template_kwargs: Mapping[str, Any],
+        *,
+        add_special_tokens: bool,
+        **options: bool,
     ) -> list[int]:
         """A conversation's token ids by the base's own template, which sees `template_kwargs` as variables.
 
@@ -156,7 +172,7 @@ class Service:
 
         def render() -> list[int]:
             text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options, **template_kwargs)
-            return list(tokenizer.encode(text, add_special_tokens=False))
+            return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
         try:
             return await _off_loop_if_long(sum(len(message["content"]) for message in messages), render)

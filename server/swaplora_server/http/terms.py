@@ -38,7 +38,7 @@ class Terms:
                     f"{lease.record.name!r} does more than add to the base (DoRA, modules of its own, an invocation), "
                     "so it has no place in a sum: name it alone, at scale 1"
                 )
-                raise ApiError("invalid_request", message, f"adapters.{number}.name")
+                raise ApiError("invalid_request", message, f"adapters[{number}].name")
 
     def release(self) -> None:
         """Give every lease back."""
@@ -80,8 +80,8 @@ def _wanted(service: Service, body: GenerationBody) -> Sequence[tuple[AdapterTer
         return [(AdapterTerm(name=body.model), "model")]
     for number, term in enumerate(body.adapters or ()):
         if service.is_base(term.name):
-            raise ApiError("invalid_request", "the base is in every sum already", f"adapters.{number}.name")
-    return [(term, f"adapters.{number}.name") for number, term in enumerate(body.adapters or ())]
+            raise ApiError("invalid_request", "the base is in every sum already", f"adapters[{number}].name")
+    return [(term, f"adapters[{number}].name") for number, term in enumerate(body.adapters or ())]
 
 
 async def lease_model(service: Service, model: str, client: str | None, param: str = "model") -> Lease:

@@ -1,103 +1,78 @@
 """The bodies of generation requests, as OpenAI defines them and vLLM extends them. Imports no torch."""
 
-from typing import Annotated, Any, Literal
+from abc import abstractmethod
+from functools import cached_property
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
+from pydantic_core import PydanticCustomError
 
 from swaplora_server.engine.request import SamplingParams
-from swaplora_server.http.body import ClosedModel, WireModel
+from swaplora_server.http.body import BRANCH, ClosedModel, WireModel
 
-MAX_N = 16
-MAX_PROMPTS = 64
-MAX_STOPS = 16
+MAX_N = 128
+MAX_PROMPTS = 2048
+MAX_STOPS = 128
 MAX_PROMPT_TOKENS = 2**22
 MAX_LOGPROBS = 20
 MAX_SALT_CHARACTERS = 1024
 MAX_TERMS = 16
 MAX_SCALE = 1000.0
 MAX_SEED = 2**63 - 1
+NO_SEED = -1  # as vLLM and llama.cpp have it
 MAX_INT = 2**31 - 1
+MAX_EXACT_FLOAT = 2**53
 
+
+def _whole(value: object) -> object:
+    """A whole number written with a point, as some languages' encoders do, is the number."""
+    if isinstance(value, float) and abs(value) <= MAX_EXACT_FLOAT and value.is_integer():
+        return int(value)
+    return value
+
+
+def _asks_for_tokens(value: object) -> object:
+    if isinstance(value, int | float) and value < 1:
+        raise PydanticCustomError("max_tokens", "must be at least 1; leave it out for the default")
+    return value
+
+
+def _form(value: object) -> str | None:
+    """Which form of text or token ids `value` is in: the tag of that branch, so that no other complains."""
+    if isinstance(value, str):
+        return _TEXT
+    if not isinstance(value, list):
+        return None
+    first = value[0] if value else ""
+    return _TEXTS if isinstance(first, str) else _LISTS if isinstance(first, list) else _ITEMS
+
+
+def _content_form(value: object) -> str | None:
+    return _TEXT if isinstance(value, str) else _ITEMS if isinstance(value, list) else None
+
+
+def _forms(description: str) -> Discriminator:
+    return Discriminator(_form, "form", f"must be {description}")
+
+
+_TEXT, _TEXTS, _ITEMS, _LISTS = (f"{BRANCH}{name}" for name in ("text", "texts", "items", "lists"))
+Whole = Annotated[int, BeforeValidator(_whole)]
 # a list stops at its first complaint: a long one of bad items must not cost more than a good one
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 ModelName = Annotated[str, Field(min_length=1, max_length=512)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
-
-# fields that clients of OpenAI's or vLLM's API send and that would change the answer, with the values that would not
-UNSUPPORTED_ANYWHERE: dict[str, tuple[object, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "length_penalty": (1,),
-    "logit_bias": ({},),
-    "best_of": (1,),
-    "use_beam_search": (False,),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
-    "response_format": ({"type": "text"},),
-    "prompt_logprobs": (),
-    "truncate_prompt_tokens": (),
-    "logits_processors": ([],),
-    "lora_request": (),
-    "lora_path": (),  # what other servers call the field that names an adapter
-    "adapter_id": (),
-    "adapter_source": (),
-    "regex": (),
-    "ebnf": (),
-    "grammar": (),
-    "json_schema": (),
-    "structural_tag": (),
-    "stop_regex": (),
-    "typical_p": (1,),
-    "mirostat": (0,),
-    "return_tokens_as_token_ids": (False,),
-    "thinking_token_budget": (),
-    "mm_processor_kwargs": (),
-    "priority": (0,),
-    "vllm_xargs": ({},),
-    "kv_transfer_params": (),
-    "add_special_tokens": (),
-    "spaces_between_special_tokens": (True,),
-}
-UNSUPPORTED_COMPLETION = UNSUPPORTED_ANYWHERE | {
-    "echo": (False,),
-    "suffix": ("",),
-    "logprobs": (),
-    "prompt_embeds": (),
-}
-UNSUPPORTED_CHAT = UNSUPPORTED_ANYWHERE | {
-    "echo": (False,),
-    "include_reasoning": (True,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "web_search_options": (),
-    "documents": ([],),
-    "chat_template": (),
-    "verbosity": (),
-    "moderation": (),
-}
-
-
-UNSUPPORTED_MESSAGE: dict[str, tuple[object, ...]] = {
-    "tool_calls": ([],),
-    "tool_call_id": (),
-    "function_call": (),
-    "audio": (),
-    "reasoning_content": ("",),
-    "reasoning": ("",),
-}
+MaxTokens = Annotated[Whole, BeforeValidator(_asks_for_tokens), Field(ge=1, le=MAX_INT)]
+Stop = Annotated[
+    Annotated[str, Tag(_TEXT)] | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True), Tag(_TEXTS)],
+    _forms("a string or a list of strings"),
+]
+Prompt = Annotated[
+    Annotated[str, Tag(_TEXT)]
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag(_TEXTS)]
+    | Annotated[TokenIds, Tag(_ITEMS)]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag(_LISTS)],
+    _forms("text, a list of texts, token ids, or a list of lists of token ids"),
+]
 
 
 class StreamOptions(WireModel):
@@ -117,17 +92,17 @@ class GenerationBody(WireModel):
 
     model: ModelName
     adapters: Annotated[list[AdapterTerm], Field(max_length=MAX_TERMS, fail_fast=True)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
+    n: Annotated[Whole, Field(ge=1, le=MAX_N)] = 1
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1, le=MAX_INT)] = 0
+    top_k: Annotated[Whole, Field(ge=-1, le=MAX_INT)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED - MAX_N)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    seed: Annotated[Whole, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
+    stop: Stop | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    min_tokens: Annotated[int, Field(ge=0, le=MAX_PROMPT_TOKENS)] = 0
+    min_tokens: Annotated[Whole, Field(ge=0, le=MAX_PROMPT_TOKENS)] = 0
     skip_special_tokens: bool = True
     return_token_ids: bool = False
     stream: bool = False
@@ -149,6 +124,15 @@ class GenerationBody(WireModel):
             raise ValueError("a stop string must not be empty")
         return value
 
+    @abstractmethod
+    def prompt_param(self, number: int) -> str:
+        """The field that names its prompt of this number."""
+
+    @property
+    def length_param(self) -> str:
+        """The field that says how many tokens are wanted."""
+        return "max_tokens"
+
     @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -162,7 +146,7 @@ class GenerationBody(WireModel):
             top_p=self.top_p,
             top_k=max(0, self.top_k),
             min_p=self.min_p,
-            seed=self.seed,
+            seed=None if self.seed in (None, NO_SEED) else self.seed % (MAX_SEED - MAX_N + 1),
             stop_token_ids=own if self.ignore_eos else own | eos_token_ids,
             min_tokens=self.min_tokens,
             num_logprobs=num_logprobs,
@@ -172,15 +156,11 @@ class GenerationBody(WireModel):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-    )
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = 16
+    prompt: Prompt
+    add_special_tokens: bool = True
+    max_tokens: MaxTokens | None = 16
 
-    @property
+    @cached_property
     def prompts(self) -> list[str | list[int]]:
         """One entry per prompt, whichever of the four forms it came in."""
         if isinstance(self.prompt, str):
@@ -189,19 +169,36 @@ class CompletionBody(GenerationBody):
             return [self.prompt]
         return list(self.prompt)
 
+    def prompt_param(self, number: int) -> str:
+        """One of many stands at its place in the list."""
+        return f"prompt[{number}]" if len(self.prompts) > 1 else "prompt"
+
 
 class TextPart(WireModel):
-    type: Literal["text"]
+    type: str
     text: str
+
+    @field_validator("type")
+    @classmethod
+    def _only_text_is_read(cls, value: str) -> str:
+        if value != "text":
+            raise PydanticCustomError("part_type", "only parts of type text are read here")
+        return value
+
+
+Content = Annotated[
+    Annotated[str, Tag(_TEXT)] | Annotated[list[TextPart], Field(max_length=4096, fail_fast=True), Tag(_ITEMS)],
+    Discriminator(_content_form, "form", "must be a string, or a list of parts of type text"),
+]
 
 
 class Message(WireModel):
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | Annotated[list[TextPart], Field(max_length=4096, fail_fast=True)]
+    content: Content | None = None  # OpenAI's clients leave it out beside tool calls
     name: str | None = None
 
     def as_template_input(self) -> dict[str, str]:
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
         return {"role": self.role, "content": content} | ({"name": self.name} if self.name else {})
 
 
@@ -209,13 +206,23 @@ class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    add_special_tokens: bool = False  # the template has written them
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+
+    def prompt_param(self, _number: int) -> str:
+        """The messages make the one prompt."""
+        return "messages"
+
+    @property
+    def length_param(self) -> str:
+        """As it was sent."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def num_logprobs(self) -> int | None:

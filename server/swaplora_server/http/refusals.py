@@ -1,0 +1,152 @@
+"""What clients of OpenAI's and vLLM's API may send and is not honoured: each field, what it may be, what to do instead.
+
+This table is the one place; the README's list is made of it. Imports no torch.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import structlog
+from pydantic import BaseModel
+
+from swaplora_server.http.errors import ApiError
+
+_log = structlog.get_logger(__name__)
+_MAX_UNKNOWN_FIELDS = 64
+_MAX_NAMED = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A field that would change the answer, unless it is null or one of the `neutral` values, which ask for nothing."""
+
+    neutral: tuple[object, ...] = ()
+    instead: str = ""
+    same_as: str | None = None  # a field of the body whose value asks for nothing either
+
+    def allows(self, value: object, body: BaseModel) -> bool:
+        """Whether `value` asks for nothing."""
+        if value is None or value in self.neutral:
+            return True
+        return self.same_as is not None and value == getattr(body, self.same_as)
+
+    @property
+    def remedy(self) -> str:
+        """What to do, in a few words."""
+        values = [json.dumps(value) for value in self.neutral] + ([f"what {self.same_as} is"] if self.same_as else [])
+        leave = " or ".join(["leave it out", *([f"send {', '.join(values)}"] if values else [])])
+        return f"{leave}; {self.instead}" if self.instead else leave
+
+
+_NAME_IT = "name the adapter in model"
+_NO_GRAMMAR = "ask for the format in the prompt, and check what comes"
+_NO_TOOLS = "describe them in a message"
+_ZERO, _ONE, _OFF, _ON, _EMPTY = Refusal((0,)), Refusal((1,)), Refusal((False,)), Refusal((True,)), Refusal(([],))
+_GRAMMAR = Refusal(("",), _NO_GRAMMAR)
+
+ANYWHERE: dict[str, Refusal] = {
+    "presence_penalty": _ZERO,
+    "frequency_penalty": _ZERO,
+    "repetition_penalty": _ONE,
+    "length_penalty": _ONE,
+    "logit_bias": Refusal(({},)),
+    "best_of": Refusal(same_as="n", instead="ask for n, and choose"),
+    "use_beam_search": _OFF,
+    "allowed_token_ids": Refusal(),
+    "bad_words": _EMPTY,
+    "response_format": Refusal(({"type": "text"},), _NO_GRAMMAR),
+    "structured_outputs": Refusal(instead=_NO_GRAMMAR),
+    "guided_json": Refusal(instead=_NO_GRAMMAR),
+    "guided_regex": _GRAMMAR,
+    "guided_choice": Refusal(([],), _NO_GRAMMAR),
+    "guided_grammar": _GRAMMAR,
+    "json_schema": Refusal(instead=_NO_GRAMMAR),
+    "regex": _GRAMMAR,
+    "ebnf": _GRAMMAR,
+    "grammar": _GRAMMAR,
+    "structural_tag": _GRAMMAR,
+    "stop_regex": Refusal(("", []), "stop takes plain strings"),
+    "prompt_logprobs": Refusal(),
+    "truncate_prompt_tokens": Refusal(instead="send a prompt that fits"),
+    "detokenize": Refusal((True,), "return_token_ids gives the ids beside the text"),
+    "spaces_between_special_tokens": _ON,
+    "return_tokens_as_token_ids": Refusal((False,), "return_token_ids gives the ids beside the text"),
+    "logits_processors": _EMPTY,
+    "typical_p": _ONE,
+    "mirostat": _ZERO,
+    "priority": _ZERO,
+    "lora_request": Refusal(instead=_NAME_IT),
+    "lora_path": Refusal(instead=_NAME_IT),
+    "adapter_id": Refusal(instead=_NAME_IT),
+    "adapter_source": Refusal(instead=_NAME_IT),
+    "mm_processor_kwargs": Refusal(({},)),
+    "thinking_token_budget": Refusal(),
+    "kv_transfer_params": Refusal(),
+    "vllm_xargs": Refusal(({},)),
+    "store": Refusal((False,), "no answer is kept here"),
+    "service_tier": Refusal(("auto", "default")),
+}
+COMPLETION: dict[str, Refusal] = ANYWHERE | {
+    "echo": Refusal((False,), "put the prompt before the answer yourself"),
+    "suffix": Refusal(("",), "what comes after the gap is not looked at"),
+    "logprobs": Refusal(instead="/v1/chat/completions has logprobs"),
+    "prompt_embeds": Refusal(instead="send text or token ids"),
+}
+CHAT: dict[str, Refusal] = ANYWHERE | {
+    "echo": _OFF,
+    "tools": Refusal(([],), _NO_TOOLS),
+    "tool_choice": Refusal(("none", "auto")),
+    "parallel_tool_calls": Refusal((True, False)),
+    "functions": Refusal(([],), _NO_TOOLS),
+    "function_call": Refusal(("none", "auto")),
+    "modalities": Refusal((["text"],), "the answer is text"),
+    "audio": Refusal(instead="the answer is text"),
+    "prediction": Refusal(),
+    "include_reasoning": _ON,
+    "reasoning_effort": Refusal(("none",), "chat_template_kwargs may know a switch of the base's"),
+    "verbosity": Refusal(("medium",)),
+    "web_search_options": Refusal(),
+    "moderation": Refusal(),
+    "documents": Refusal(([],), "put them into a message"),
+    "chat_template": Refusal(instead="the base's own is used; /v1/completions takes what you rendered yourself"),
+}
+MESSAGE: dict[str, Refusal] = {
+    "tool_calls": Refusal(([],), "tools are not supported yet: write the call as content"),
+    "tool_call_id": Refusal(instead="tools are not supported yet: write the result as content of a user's message"),
+    "function_call": Refusal(instead="tools are not supported yet: write the call as content"),
+    "audio": Refusal(instead="send text"),
+    "refusal": Refusal(("",), "send it as content"),
+    "reasoning_content": Refusal(("",), "only content is read"),
+    "reasoning": Refusal(("",), "only content is read"),
+}
+
+
+def refuse_unsupported(
+    body: BaseModel, refused: Mapping[str, Refusal] = {}, messages: Sequence[BaseModel] = ()
+) -> None:
+    """Raise one ApiError that names every field of `body`, and of its `messages`, that is not honoured.
+
+    What nobody defines is logged and ignored.
+    """
+    found = [(name, name, refused[name]) for name in _refused(body, refused)]
+    for number, message in enumerate(messages):
+        found += [(f"messages[{number}].{name}", name, MESSAGE[name]) for name in _refused(message, MESSAGE)]
+    if not found:
+        return
+    first_paths: dict[tuple[bool, str], tuple[str, Refusal]] = {}
+    for path, name, refusal in found:  # what many messages have is named where it first stands
+        first_paths.setdefault((path == name, name), (path, refusal))
+    told = [f"{path} is not supported yet: {refusal.remedy}" for path, refusal in first_paths.values()]
+    raise ApiError("unsupported_field", ". ".join(told[:_MAX_NAMED]), found[0][0])
+
+
+def _refused(body: BaseModel, refused: Mapping[str, Refusal]) -> Iterator[str]:
+    extra = body.model_extra or {}
+    if len(extra) > _MAX_UNKNOWN_FIELDS:
+        raise ApiError("invalid_request", f"the body has {len(extra)} fields that are not known here")
+    for name, value in extra.items():
+        if name not in refused:
+            _log.debug("ignored an unknown field", field=name[:64])
+        elif not refused[name].allows(value, body):
+            yield name
