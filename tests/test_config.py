@@ -277,3 +277,19 @@ def test_reading_settings_imports_no_torch() -> None:
         subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
         == "\n"
     )
+
+
+def test_every_page_is_let_in_only_where_a_key_is_wanted_or_nobody_minds() -> None:
+    assert "cors_allow_origin: * lets every web page ask" in refusal(cors_allow_origin="*")[0]
+    assert settings(cors_allow_origin="*", api_key="key").cors_allow_origin == ("*",)
+    assert settings(cors_allow_origin="*", insecure_no_auth=True).cors_allow_origin == ("*",)
+
+
+def test_an_origin_is_a_scheme_and_a_host() -> None:
+    assert settings(cors_allow_origin="https://A.example, app://obsidian.md").cors_allow_origin == (
+        "https://a.example",
+        "app://obsidian.md",
+    )
+    for origin in ("a.example", "https://a.example/", "https://a.example/path", "null", ""):
+        (line,) = refusal(cors_allow_origin=(origin,))
+        assert "is not an origin" in line

@@ -35,6 +35,8 @@ FOREIGN_ADAPTER_DIRS = ("NIM_PEFT_SOURCE", "VLLM_LORA_RESOLVER_CACHE_DIR")
 FOREIGN_RESCAN = "NIM_PEFT_REFRESH_INTERVAL"
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?", re.IGNORECASE)
 
+ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#\s]+")
+
 
 def parse_size(value: object) -> object:
     """`"512MiB"`, `"4GB"` or `"1.5G"` as bytes (KiB is 1024, KB is 1000); what is not a string as it is."""
@@ -58,6 +60,12 @@ def _check_prefix(value: str) -> str:
     return value
 
 
+def _check_origin(value: str) -> str:
+    if value != "*" and not ORIGIN.fullmatch(value):
+        raise ValueError(f"{value!r} is not an origin: write https://HOST or https://HOST:PORT, without a path, or *")
+    return value.lower()
+
+
 def _expand_home(value: object) -> object:
     return os.path.expanduser(value) if isinstance(value, str) else value
 
@@ -79,6 +87,7 @@ Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1, le=2**50)]
 HomePath = Annotated[Path, BeforeValidator(_expand_home)]
 Folder = Annotated[DirectoryPath, BeforeValidator(_expand_home)]
 ApiKey = Annotated[SecretStr, Field(min_length=1)]
+Origin = Annotated[str, AfterValidator(_check_origin)]
 Prefix = Annotated[str, AfterValidator(_check_prefix)]
 Template = Annotated[str, AfterValidator(check_template)]
 
@@ -107,6 +116,14 @@ class Settings(BaseSettings):
         (), description="keys of which a request must carry one"
     )
     insecure_no_auth: bool = Field(False, description="listen beyond this machine without an API key")
+
+    cors_allow_origin: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
+        (),
+        description="origins whose pages may ask, as https://HOST or * for all; on loopback this machine's always may",
+    )
+    allowed_host: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
+        (), description="names that this server is called by, as api.example.com or *.example.com; else 421"
+    )
 
     adapter: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
         (), description="adapters to serve, each as NAME=PATH"
@@ -193,6 +210,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"host: other machines can reach {self.host}, so requests need a key: set --api-key "
                 "(SWAPLORA_API_KEY), or --insecure-no-auth to let anyone in"
+            )
+        if "*" in self.cors_allow_origin and not (self.api_key or self.insecure_no_auth):
+            raise ValueError(
+                "cors_allow_origin: * lets every web page ask, so requests need a key: set --api-key "
+                "(SWAPLORA_API_KEY), or --insecure-no-auth to let any page in"
             )
         return self
 

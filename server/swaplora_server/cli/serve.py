@@ -44,6 +44,14 @@ def serve(
     insecure_no_auth: Annotated[
         bool | None, typer.Option("--insecure-no-auth", help="Listen beyond this machine without a key.")
     ] = None,
+    cors_allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Whose web pages may ask: https://HOST, or * for all; repeatable."),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A name this server is called by: api.example.com; repeatable."),
+    ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(*ADAPTER_FLAGS, metavar="NAME=PATH", help="An adapter folder; repeatable.")
     ] = None,

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 from swaplora_adapters.derive.making import DEFAULT_ENERGY
 from swaplora_adapters.registry.card import Put
 from swaplora_adapters.registry.registry import Make
-from swaplora_server.http.body import ClosedModel, body_schema, json_body, read_json
+from swaplora_server.http.body import ClosedModel, body_schema, is_json, json_body, read_json
 from swaplora_server.http.cards import card_body
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.query import refuse_unknown_parameters
@@ -74,13 +74,9 @@ async def put_adapter(
         raise ApiError("invalid_request", "convert_energy needs convert=svd", "convert_energy")
     conditions = _Conditions(wanted, if_none_match is not None)
     make = None if convert is None else partial(service.workshop.maker.convert, convert_energy or DEFAULT_ENERGY)
-    take_in = _fetch if _is_json(request) else _receive
+    take_in = _fetch if is_json(request.headers.get("content-type", "")) else _receive
     put = await take_in(request, service, name, conditions, make)
     return JSONResponse(card_body(service, put.card), 201 if put.is_first else 200)
-
-
-def _is_json(request: Request) -> bool:
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
 
 
 class _Conditions(NamedTuple):

@@ -21,6 +21,7 @@ from swaplora_server.http import (
     models,
 )
 from swaplora_server.http.auth import KeyRing, authenticate
+from swaplora_server.http.browsers import guard_browsers
 from swaplora_server.http.errors import (
     ApiError,
     on_api_error,
@@ -46,7 +47,7 @@ _HANDLERS: dict[int | type[Exception], Any] = {
 
 def create_app(service: Service) -> RequestIdMiddleware:
     """The whole HTTP surface over `service`, which may still be starting. Only the health routes need no key."""
-    app = FastAPI(title="swaplora", exception_handlers=_HANDLERS, openapi_url=None)
+    app = FastAPI(title="swaplora", exception_handlers=_HANDLERS, openapi_url=None, redirect_slashes=False)
     app.state.service = service
     app.state.keys = KeyRing(service.settings.api_key)
     app.include_router(health.router)
@@ -56,5 +57,5 @@ def create_app(service: Service) -> RequestIdMiddleware:
     private.get("/openapi.json", include_in_schema=False)(app.openapi)
     app.include_router(private)
     return RequestIdMiddleware(
-        metrics.CountedRequests(app, service.figures)
+        metrics.CountedRequests(guard_browsers(app, service.settings), service.figures)
     )  # outermost, so that it sees every failure

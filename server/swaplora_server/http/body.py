@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from swaplora_server.http.errors import ApiError
 
 BRANCH = "|"  # what the tag of a union's branch begins with: no part of a path for clients
+_MAX_TYPE_CHARS = 64
 Model = TypeVar("Model", bound="WireModel")
 
 
@@ -34,12 +35,28 @@ def json_body(model: type[Model]) -> Callable[[Request], Coroutine[Any, Any, Mod
 
 
 async def read_json(request: Request, model: type[Model]) -> Model:
-    """The request's body as `model`. Raises ApiError naming the field at fault."""
+    """The request's body as `model`. Raises ApiError naming the field at fault, or what to send instead of a form."""
+    _check_type(request)
     raw = await read_limited(request, request.app.state.service.settings.max_body_bytes)
     try:
         return model.model_validate_json(raw)
     except ValidationError as error:
         raise _as_api_error(error) from error
+
+
+def is_json(content_type: str) -> bool:
+    """Whether a Content-Type names JSON, `application/vnd.some+json` too, whatever parameters follow it."""
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
+def _check_type(request: Request) -> None:
+    """Raise ApiError unless the body says that it is JSON, or nothing: a page's form would say what it is."""
+    content_type = request.headers.get("content-type", "")
+    if content_type and not is_json(content_type):
+        kind = content_type[:_MAX_TYPE_CHARS]
+        message = f"the body must be JSON, not {kind!r}: send the header Content-Type: application/json"
+        raise ApiError("unsupported_media_type", message, "Content-Type")
 
 
 def body_schema(model: type[WireModel]) -> dict[str, Any]:
