@@ -26,8 +26,8 @@ def test_the_proof_fails_when_a_fault_is_planted(fault: str) -> None:
     assert any("says something else" in problem for problem in report.problems)
 
 
-def test_the_engine_itself_stops_before_it_runs_weights_of_another_digest() -> None:
+def test_the_engine_itself_ends_a_request_before_it_runs_it_with_weights_of_another_digest() -> None:
     report = prove(SMALL, "name")
     assert not any("says something else" in problem for problem in report.problems)
-    assert any("engine_failed" in problem for problem in report.problems)
+    assert any("internal_error" in problem for problem in report.problems)
     assert any("AdapterMismatchError" in entry["error"] for entry in report.log)

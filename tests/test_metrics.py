@@ -102,7 +102,7 @@ def test_an_error_in_a_stream_is_a_failed_generation(
         monkeypatch.setattr(server.service.engine._runner, "run", lambda _batch: 1 / 0)  # noqa: SLF001
         monkeypatch.setattr("swaplora_server.engine.engine._log.exception", lambda *_args, **_fields: None)
         answer = server.client.post("/v1/completions", json={"model": BASE, "prompt": PROMPT, "stream": True})
-        assert "engine_failed" in answer.text
+        assert "internal_error" in answer.text
         after = scrape(server)
         assert change(before, after, "generations_total", outcome="failed") == 1
         assert change(before, after, "request_duration_seconds_count") == 0
@@ -142,7 +142,7 @@ def read(state: State) -> dict[str, float]:
 
 
 def test_the_prefix_cache_is_shown() -> None:
-    found = read(State(1, 2, 9, 4, 5, PrefixCacheState(100, 60, 3)))
+    found = read(State(1, 2, 9, 4, 6, 5, PrefixCacheState(100, 60, 3)))
     assert found["swaplora_prefix_cache_queried_tokens_total"] == 100
     assert found["swaplora_prefix_cache_hit_tokens_total"] == 60
     assert found["swaplora_kv_blocks_cached"] == 3

@@ -36,7 +36,7 @@ class BaseModel:
     layers: BaseLayers
     device: torch.device
     dtype: torch.dtype
-    vocab_size: int
+    vocab_size: int  # every id below it can be read, sampled and stopped at
     max_positions: int
     eos_token_ids: frozenset[int]
     kv_bytes_per_token: int
@@ -77,6 +77,7 @@ def load_base(
     model = _load_model(source, device, dtype, quantization)
     tokenizer = AutoTokenizer.from_pretrained(source)
     expected = stock_logits(model)
+    vocab_size = vocab_size_of(model.get_input_embeddings(), expected[0].shape[-1])
     attention.register()
     model.set_attn_implementation(attention.IMPLEMENTATION)
     activation = Activation(kernels.lora)
@@ -102,9 +103,9 @@ def load_base(
         layers=adaptable(wrapped, proof.addressable, tied, kernels.prepare_linear, dtype, device),
         device=device,
         dtype=dtype,
-        vocab_size=model.config.get_text_config().vocab_size,
+        vocab_size=vocab_size,
         max_positions=model.config.get_text_config().max_position_embeddings,
-        eos_token_ids=_eos_token_ids(model, tokenizer),
+        eos_token_ids=_eos_token_ids(model, tokenizer, vocab_size),
         kv_bytes_per_token=proof.kv_bytes_per_token,
         weight_bytes=weight_bytes,
     )
@@ -158,7 +159,22 @@ def _check_layer_types(config: Any) -> None:
         raise UnsupportedModelError(f"{config.model_type} has layers of kind {', '.join(sorted(kinds))}")
 
 
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+def vocab_size_of(embedding: torch.nn.Module, num_logits: int) -> int:
+    """The number of ids that a base says. Raises UnsupportedModelError if it could not read one of them back."""
+    num_embeddings = embedding.get_parameter("weight").shape[0]
+    if num_logits > num_embeddings:
+        raise UnsupportedModelError(f"the base says {num_logits} tokens, and has embeddings for {num_embeddings}")
+    return num_logits
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> frozenset[int]:
+    """What ends a sequence. An id beyond the vocabulary, which is never said, is left out with a warning."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in [*ids, tokenizer.eos_token_id] if token is not None)
+    wanted = {token for token in [*ids, tokenizer.eos_token_id] if token is not None}
+    said = frozenset(token for token in wanted if 0 <= token < vocab_size)
+    if said != wanted:
+        _log.warning(
+            "end tokens beyond the vocabulary are never said", ids=sorted(wanted - said), vocabulary=vocab_size
+        )
+    return said

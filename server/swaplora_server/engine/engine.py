@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import structlog
 
+from swaplora_server.engine.isolation import run_isolated
 from swaplora_server.engine.prefix_cache import PrefixCache
-from swaplora_server.engine.request import FinishReason, Request, TokenEvent
+from swaplora_server.engine.request import FinishReason, Request, SamplingParams, Sequence, TokenEvent
 from swaplora_server.engine.runner import Runner
-from swaplora_server.engine.scheduler import Scheduler
+from swaplora_server.engine.scheduler import Batch, ScheduledRows, Scheduler
 
 _IDLE_BEAT_SECONDS = 1.0
 _log = structlog.get_logger(__name__)
@@ -40,7 +41,8 @@ Command = Submit | Abort | Stop
 class Engine:
     """One thread that owns the scheduler, the KV cache and the model. Everyone else sends it small commands.
 
-    A request that was submitted is the engine's: it ends exactly once, and the engine calls its `release`.
+    A request that was submitted is the engine's: it ends exactly once, and the engine calls its `release`. What a
+    request makes fail ends that request; the engine itself ends only of what fails without any.
     """
 
     def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
@@ -76,6 +78,11 @@ class Engine:
     @property
     def num_cached_blocks(self) -> int:
         return self._scheduler.pool.num_cached_blocks
+
+    @property
+    def num_failed_requests(self) -> int:
+        """Those that ended alone, of a fault that was theirs."""
+        return self._scheduler.num_failed
 
     @property
     def prefix_cache(self) -> PrefixCache:
@@ -122,8 +129,22 @@ class Engine:
 
     def _step(self) -> None:
         batch = self._scheduler.schedule()
-        outputs = self._runner.run(batch)
-        self._scheduler.commit(batch, outputs)
+        output = run_isolated(self._runner.run, batch)
+        self._scheduler.commit(output.batch, output.sampled)
+        for request, error in output.failed.items():
+            self._scheduler.fail(request, error)
+        if output.failed and not output.batch.rows:
+            self._check_model()
+
+    def _check_model(self) -> None:
+        """Raise unless the model still computes a token of nobody's: not one request of a step could be run."""
+        request = Request("probe", (0,), SamplingParams(max_tokens=1), emit=lambda _event: None)
+        sequence, pool = Sequence(request, 0), self._scheduler.pool
+        pool.grow(sequence.block_table, 1)
+        try:
+            self._runner.run(Batch((ScheduledRows(sequence, 0, 1),)))
+        finally:
+            pool.release(sequence.block_table)
 
     def _take_commands(self) -> None:
         """Obey all that has arrived; with nothing to run, wait for something to."""
@@ -158,6 +179,5 @@ class Engine:
 
 
 def _refuse(request: Request, message: str) -> None:
-    request.release()
     for index in range(request.num_sequences):
-        request.emit(TokenEvent(index, finish_reason=FinishReason.ERROR, error=message))
+        request.finish(TokenEvent(index, finish_reason=FinishReason.ERROR, error=message))

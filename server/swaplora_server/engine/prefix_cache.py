@@ -54,7 +54,7 @@ class PrefixCache:
 
     def end(self, sequence: Sequence) -> None:
         """Give its blocks back. Those that were computed whole can be found as long as their memory is not needed."""
-        keys = self._keys(sequence, sequence.num_tokens)
+        keys = sequence.hashed_keys  # of all that it was to compute, and of all that it has
         num_full = sequence.num_computed // self._pool.block_size
         self._being_computed.difference_update(keys[num_full:])
         self._pool.release(sequence.block_table, keys[:num_full])

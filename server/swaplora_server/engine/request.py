@@ -4,8 +4,10 @@ import enum
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
+
+import structlog
 
 from swaplora_server.engine.block_keys import block_key, invoked_key, root_key
 
@@ -21,6 +23,8 @@ class FinishReason(enum.StrEnum):
     ABORT = "abort"
     ERROR = "error"
 
+
+_log = structlog.get_logger(__name__)
 
 # a temperature beneath this is greedy in the limit, and too small to divide by
 _GREEDY_BELOW = 1e-5
@@ -93,6 +97,19 @@ class Request:
     def __post_init__(self) -> None:
         self.num_unfinished = self.num_sequences
 
+    def finish(self, event: TokenEvent) -> None:
+        """Say how one of its sequences ended, and call `release` after the last. What these raise ends nothing else."""
+        self.num_unfinished -= 1
+        if not self.num_unfinished:
+            self._call(self.release)
+        self._call(partial(self.emit, event))
+
+    def _call(self, told: Callable[[], None]) -> None:
+        try:
+            told()
+        except Exception:  # noqa: BLE001 - the engine's boundary to who asked
+            _log.exception("a request could not be told of its end", request=self.request_id)
+
     @cached_property
     def adapter_key(self) -> tuple[tuple[str, float], ...]:
         """Equal for requests whose rows can share a segment; empty for the base, which sorts first."""
@@ -150,6 +167,11 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Tokens whose keys and values are not in the cache yet: the rest of a prompt, or 1 while decoding."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def hashed_keys(self) -> list[bytes]:
+        """Those of `block_keys` that were ever asked for."""
+        return self._block_keys
 
     def block_keys(self, num_blocks: int, block_size: int) -> list[bytes]:
         """Cache keys of its first `num_blocks` blocks, which its tokens must fill. Each is hashed once."""

@@ -27,8 +27,11 @@ class Sampler:
             if not is_finite:
                 sampled.append(Sampled(None))
                 continue
-            token_id = self._choose(logits[row], token_ids[row], sequence)
-            sampled.append(Sampled(token_id, _logprobs(logits[row], token_id, sequence.request.params)))
+            try:
+                token_id = self._choose(logits[row], token_ids[row], sequence)
+                sampled.append(Sampled(token_id, _logprobs(logits[row], token_id, sequence.request.params)))
+            except Exception as error:  # noqa: BLE001 - one row's boundary: what the others drew must not be drawn again
+                sampled.append(Sampled(None, error=error))
         return sampled
 
     def _choose(self, logits: Tensor, greedy_id: int, sequence: Sequence) -> int:
@@ -85,5 +88,5 @@ def _logprobs(logits: Tensor, token_id: int, params: SamplingParams) -> Logprobs
     if params.num_logprobs is None:
         return None
     logprobs = logits.log_softmax(-1)
-    top = logprobs.topk(params.num_logprobs)
+    top = logprobs.topk(min(params.num_logprobs, logprobs.numel()))
     return Logprobs(float(logprobs[token_id]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))

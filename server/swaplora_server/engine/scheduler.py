@@ -6,18 +6,24 @@ gives its blocks back and is computed again later, but for what the cache then s
 
 A waiting sequence lets later ones go before it while its adapters do not fit beside those that run, and while another
 sequence is computing the very block it needs next, which it then shares. It does so for a bounded number of steps.
+
+What fails while one sequence is looked at ends its request, and that alone.
 """
 
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
+
+import structlog
 
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.prefix_cache import PrefixCache
 from swaplora_server.engine.request import FinishReason, Logprobs, Request, Sequence, TokenEvent
 from swaplora_server.engine.step_ranks import StepRanks
 
+_log = structlog.get_logger(__name__)
 MAX_STEPS_PASSED_OVER = 64  # some seconds; then nothing begins before the one that waits
 
 
@@ -49,10 +55,14 @@ class Batch:
 
 
 class Sampled(NamedTuple):
-    """What the model said for one sampling sequence; `token_id` is None when its logits were not finite."""
+    """What the model said for one sampling sequence.
+
+    `token_id` is None when its logits were not finite, or where choosing raised `error`.
+    """
 
     token_id: int | None
     logprobs: Logprobs | None = None
+    error: Exception | None = None
 
 
 class Scheduler:
@@ -75,6 +85,7 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._max_num_seqs = max_num_seqs
         self._ranks = StepRanks(max_step_ranks)
+        self.num_failed = 0  # requests that `fail` ended; only grows, any thread may read it
         self._num_steps = 0
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -101,27 +112,43 @@ class Scheduler:
         budget = self._max_batch_tokens
         chosen: list[ScheduledRows] = []
         for sequence in sorted(self._running, key=lambda sequence: (sequence.num_uncomputed > 1, sequence.arrival)):
-            num_rows = min(sequence.num_uncomputed, budget)
-            if num_rows and sequence in self._running and self._make_room(sequence, num_rows, chosen):
-                chosen.append(_next_rows(sequence, num_rows))
-                budget -= num_rows
+            try:
+                num_rows = min(sequence.num_uncomputed, budget)
+                if num_rows and sequence in self._running and self._make_room(sequence, num_rows, chosen):
+                    chosen.append(_next_rows(sequence, num_rows))
+                    budget -= num_rows
+            except Exception as error:  # noqa: BLE001 - one request's boundary
+                self.fail(sequence.request, error)
         chosen += self._admit(budget)
+        chosen = [rows for rows in chosen if rows.sequence.block_table]  # a sibling may have failed since
         return Batch(tuple(sorted(chosen, key=lambda rows: (rows.sequence.request.adapter_key, rows.sequence.arrival))))
 
     def commit(self, batch: Batch, outputs: Iterable[Sampled]) -> None:
         """Record that `batch` ran: advance every sequence, append what was sampled, finish what ended."""
-        sampling = batch.sampling
+        of_sampling = iter(outputs)
         for rows in batch.rows:
-            rows.sequence.num_computed = rows.stop
-            self.cache.publish(rows.sequence, rows.start, rows.stop)
-        for sequence, sampled in zip(sampling, outputs, strict=True):
-            self._append(sequence, sampled)
+            sampled = next(of_sampling) if rows.is_sampling else None
+            try:
+                self._commit(rows, sampled)
+            except Exception as error:  # noqa: BLE001 - one request's boundary
+                self.fail(rows.sequence.request, error)
 
     def abort(self, request: Request, index: int | None = None) -> None:
         """End the request's unfinished sequences, or the one at `index`, and free what they hold."""
         for sequence in [*self._running, *self._waiting]:
             if sequence.request is request and index in (None, sequence.index):
                 self._finish(sequence, TokenEvent(sequence.index, finish_reason=FinishReason.ABORT))
+
+    def fail(self, request: Request, error: Exception) -> None:
+        """End what is unfinished of the one request that `error` is the fault of. The log is told what it was."""
+        _log.error("a request failed alone", request=request.request_id, error=repr(error), exc_info=error)
+        self.num_failed += 1
+        message = "the server failed on this request; its log says more"
+        for sequence in [*self._running, *self._waiting]:
+            if sequence.request is request:
+                self._finish(
+                    sequence, TokenEvent(sequence.index, None, None, FinishReason.ERROR, message, "internal_error")
+                )
 
     def fail_all(self, message: str) -> None:
         """End everything with an error: the engine cannot go on."""
@@ -140,20 +167,26 @@ class Scheduler:
     def _admit(self, budget: int) -> list[ScheduledRows]:
         """Begin waiting sequences while they fit, in their order but for those that can let others go first."""
         begun: list[ScheduledRows] = []
-        passed_over: list[Sequence] = []
-        while budget and self._waiting and len(self._running) < self._max_num_seqs:
-            sequence = self._waiting[0]
-            if self._should_wait(sequence):
-                if self._is_overdue(sequence):
+        num_passed_over = 0
+        while budget and num_passed_over < len(self._waiting) and len(self._running) < self._max_num_seqs:
+            sequence = self._waiting[num_passed_over]
+            try:
+                if self._should_wait(sequence):
+                    if self._is_overdue(sequence):
+                        break
+                    num_passed_over += 1
+                    continue
+                found = self.cache.find(sequence)
+                if not self._can_admit(sequence, found):
                     break
-                passed_over.append(self._waiting.popleft())
-                continue
-            found = self.cache.find(sequence)
-            if not self._can_admit(sequence, found):
-                break
-            begun.append(self._begin(self._waiting.popleft(), found, budget))
-            budget -= begun[-1].num_rows
-        self._waiting.extendleft(reversed(passed_over))
+                del self._waiting[num_passed_over]
+                begun.append(self._begin(sequence, found, budget))
+                budget -= begun[-1].num_rows
+            except Exception as error:  # noqa: BLE001 - one request's boundary
+                num_passed_over -= sum(
+                    passed.request is sequence.request for passed in islice(self._waiting, num_passed_over)
+                )
+                self.fail(sequence.request, error)
         return begun
 
     def _should_wait(self, sequence: Sequence) -> bool:
@@ -207,7 +240,18 @@ class Scheduler:
         self._ranks.remove(sequence.request.adapter_ranks)
         self.cache.end(sequence)
 
+    def _commit(self, rows: ScheduledRows, sampled: Sampled | None) -> None:
+        """Record that `rows` ran, unless their request has ended since, as where a sibling failed."""
+        if not rows.sequence.block_table:
+            return
+        rows.sequence.num_computed = rows.stop
+        self.cache.publish(rows.sequence, rows.start, rows.stop)
+        if sampled is not None:
+            self._append(rows.sequence, sampled)
+
     def _append(self, sequence: Sequence, sampled: Sampled) -> None:
+        if sampled.error is not None:
+            raise sampled.error
         if sampled.token_id is None:
             message = "the output is not finite: the adapter's weights are too large for this prompt"
             failed = TokenEvent(sequence.index, None, None, FinishReason.ERROR, message, "adapter_failed")
@@ -227,11 +271,7 @@ class Scheduler:
             self._stop(sequence)
         else:
             self._waiting.remove(sequence)
-        request = sequence.request
-        request.num_unfinished -= 1
-        if not request.num_unfinished:
-            request.release()
-        request.emit(event)
+        sequence.request.finish(event)
 
 
 def _next_rows(sequence: Sequence, num_rows: int) -> ScheduledRows:

@@ -52,6 +52,7 @@ class State:
     num_waiting: int
     num_blocks: int
     num_free_blocks: int
+    num_failed_requests: int
     resident_bytes: int
     prefix_cache: PrefixCacheState
 
@@ -114,6 +115,9 @@ class _StateCollector(Collector):
         yield GaugeMetricFamily("swaplora_waiting_sequences", "Sequences in the queue", state.num_waiting)
         yield GaugeMetricFamily("swaplora_kv_blocks", "Blocks of the KV cache", state.num_blocks)
         yield GaugeMetricFamily("swaplora_kv_blocks_free", "Blocks that are free", state.num_free_blocks)
+        yield CounterMetricFamily(
+            "swaplora_isolated_failures", "Requests that failed alone in the engine", state.num_failed_requests
+        )
         yield GaugeMetricFamily("swaplora_adapter_resident_bytes", "Memory of adapters", state.resident_bytes)
         yield from _prefix_cache_families(state.prefix_cache)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+import structlog
 from starlette.requests import Request as HttpRequest
 
 from swaplora_server.engine.detokenize import Detokenizer
@@ -55,6 +56,7 @@ class Generation:
         self._body = body
         self._prompts = prompts
         self._began = began
+        self._request_id = structlog.contextvars.get_contextvars().get("request_id", "")  # the answer's X-Request-Id
         self._first_at = self._last_at = 0.0
         self._outbox = service.outbox
         self._events: deque[tuple[int, TokenEvent]] = deque()
@@ -96,7 +98,7 @@ class Generation:
         release = _after_last(len(self._prompts), give_back)
         for number, (prompt, start) in enumerate(zip(self._prompts, starts, strict=True)):
             request = Request(
-                request_id=f"{id(self):x}-{number}",
+                request_id=f"{self._request_id}-{number}",
                 prompt_ids=tuple(prompt),
                 params=params,
                 emit=partial(self._post, number * self._body.n),
@@ -229,6 +231,7 @@ async def _admit(
 ) -> Admission:
     began = time.monotonic()
     service.check_serving()
+    _check_ids(service, body.stop_token_ids or (), "stop_token_ids")
     limit = min(_room(service, body, number, prompt, max_tokens) for number, prompt in enumerate(prompts))
     service.enter(len(prompts) * body.n)
     terms = None
@@ -246,14 +249,20 @@ async def _admit(
     return Admission(generation, terms.headers)
 
 
+def _check_ids(service: Service, token_ids: Sequence[int], param: str) -> None:
+    """Raise ApiError for an id that the base has no token for: it would index what is not there."""
+    largest, limit = max(token_ids, default=0), service.base.vocab_size
+    if largest >= limit:
+        message = f"{param}: token id {largest} is not in the base's vocabulary, whose ids end at {limit - 1}"
+        raise ApiError("invalid_request", message, param)
+
+
 def _room(service: Service, body: GenerationBody, number: int, prompt: Sequence[int], max_tokens: int | None) -> int:
     """How many tokens may follow `prompt`. Raises ApiError when it, or it and what is asked for, do not fit."""
     param = body.prompt_param(number)
     if not prompt:
         raise ApiError("invalid_request", f"{param} is empty", param)
-    largest = max(prompt)
-    if largest >= service.base.vocab_size:
-        raise ApiError("invalid_request", f"token id {largest} is not in the vocabulary", param)
+    _check_ids(service, prompt, param)
     room, wanted = service.max_model_len - len(prompt), max_tokens or 1
     if wanted > room:
         is_too_long = room < 1 or max_tokens is None

@@ -211,6 +211,7 @@ class Service:
             num_waiting=self.engine.num_waiting,
             num_blocks=self.engine.num_blocks,
             num_free_blocks=self.engine.num_free_blocks,
+            num_failed_requests=self.engine.num_failed_requests,
             resident_bytes=self.registry.resident_bytes,
             prefix_cache=PrefixCacheState(
                 self.engine.prefix_cache.num_looked_up_tokens,
