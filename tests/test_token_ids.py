@@ -25,8 +25,9 @@ def test_an_id_beyond_the_vocabulary_is_refused_by_the_name_of_its_field(
 ) -> None:
     body = {"model": BASE, "prompt": PROMPT, "max_tokens": 4, "min_tokens": 1}
     answer = server.client.post("/v1/completions", json=body | {field: [1, token_id]})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
-    assert f"{token_id} is not in the base's vocabulary, whose ids end at {LAST}" in answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_request", field)
+    assert f"{token_id} is not in the base's vocabulary, whose ids end at {LAST}" in error["message"]
 
 
 def test_the_last_id_of_the_vocabulary_can_stop_and_be_read(server: Running) -> None:
