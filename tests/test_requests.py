@@ -15,6 +15,7 @@ from openai.types.chat import completion_create_params as chat_create_params
 
 import tiny
 from serving import BASE, Running, serving, settings
+from swaplora_server.engine.request import FinishReason, Request, TokenEvent
 from swaplora_server.http.body import field_path
 from swaplora_server.http.refusals import CHAT, COMPLETION, MESSAGE
 from swaplora_server.http.wire import ChatBody, CompletionBody, Message
@@ -261,6 +262,20 @@ def test_a_length_that_says_nothing_is_refused_with_what_to_do(server: Running) 
 def test_what_does_not_fit_is_named(server: Running, post: Any, fields: dict[str, Any], param: str) -> None:
     error = refusal(post(server, **fields))
     assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+
+
+@pytest.mark.parametrize("post", [complete, chat])
+def test_a_stream_that_fails_before_its_first_token_is_answered_with_the_status(
+    server: Running, monkeypatch: pytest.MonkeyPatch, post: Any
+) -> None:
+    def fail(request: Request) -> None:
+        request.emit(TokenEvent(0, finish_reason=FinishReason.ERROR, error="it broke"))
+        request.release()
+
+    monkeypatch.setattr(server.service.engine, "submit", fail)
+    answer = post(server, stream=True)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_failed")
+    assert answer.headers["content-type"] == "application/json"
 
 
 @given(st.lists(st.text(min_size=1) | st.integers(0, 9), max_size=5))

@@ -13,7 +13,8 @@ from starlette.types import Message
 
 import tiny
 from swaplora_server.engine.request import FinishReason, Logprobs, TokenEvent
-from swaplora_server.http import answers, chat, completions
+from swaplora_server.http import answers, chat, completions, sse
+from swaplora_server.http.errors import ApiError
 from swaplora_server.http.figures import Outcome, Record
 from swaplora_server.http.generation import Generation, GenerationError, Piece
 from swaplora_server.http.outbox import Outbox
@@ -165,16 +166,82 @@ def test_what_comes_together_goes_out_in_one_write_with_an_event_each() -> None:
     assert [write.count(b"data: ") for write in writes] == [2, 1, 1]
 
 
-def test_what_came_before_an_error_goes_out_before_it_and_no_usage_follows() -> None:
+FAILING: list[Piece | GenerationError] = [Piece(0, "a", 65, None, None), GenerationError("engine_failed", "it broke")]
+
+
+class Client:
+    """One end of ASGI that reads all and stays; it may be told of what it was sent."""
+
+    def __init__(self) -> None:
+        self.got: list[Message] = []
+        self.has_got = asyncio.Event()
+
+    async def receive(self) -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(self, message: Message) -> None:
+        self.got.append(message)
+        self.has_got.set()
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message["body"] for message in self.got if message["type"] == "http.response.body")
+
+
+async def respond(client: Client, events: AsyncGenerator[bytes]) -> None:
+    response = EventStreamResponse(events, {}, at_end=lambda: None)
+    await response({"type": "http", "method": "POST", "headers": []}, client.receive, client.send)
+
+
+async def test_what_came_before_an_error_goes_out_before_it_and_no_usage_follows() -> None:
     body = body_of(CompletionBody, stream_options={"include_usage": True})
-    failing: list[Piece | GenerationError] = [
-        Piece(0, "a", 65, None, None),
-        GenerationError("engine_failed", "it broke"),
-    ]
-    said = b"".join(written(stream(completions._SHAPE, body, failing))).decode().split("\n\n")  # noqa: SLF001
+    client = Client()
+    await respond(client, stream(completions._SHAPE, body, FAILING))  # noqa: SLF001
+    said = client.body.decode().split("\n\n")
     assert json.loads(said[0].removeprefix("data: "))["choices"][0]["text"] == "a"
     assert json.loads(said[1].removeprefix("data: "))["error"]["code"] == "engine_failed"
     assert said[2:] == ["data: [DONE]", ""]
+
+
+@pytest.mark.parametrize("kind", [ChatBody, CompletionBody])
+async def test_an_error_before_the_first_token_is_no_stream(kind: type[GenerationBody]) -> None:
+    shape = chat_shape() if kind is ChatBody else completions._SHAPE  # noqa: SLF001
+    client = Client()
+    with pytest.raises(ApiError, match="it broke"):
+        await respond(client, stream(shape, body_of(kind), FAILING[1:]))
+    assert client.got == []
+
+
+async def test_a_comment_keeps_a_silent_stream_alive_and_an_error_then_is_an_event(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sse, "PING_SECONDS", 0.0)
+    client = Client()
+
+    async def silent() -> AsyncGenerator[bytes]:
+        await client.has_got.wait()
+        monkeypatch.setattr(sse, "PING_SECONDS", 3600.0)
+        if client.got:
+            raise ApiError("engine_failed", "it broke")
+        yield b""
+
+    await respond(client, silent())
+    assert [message["type"] for message in client.got].count("http.response.start") == 1
+    ping, *_, error, done, _ = client.body.decode().split("\n\n")
+    assert ping == ": ping"
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_failed"
+    assert done == "data: [DONE]"
+
+
+def test_a_choice_is_opened_in_the_write_of_the_first_token() -> None:
+    pieces = [Piece(0, text, 65, None, None) for text in "ab"]
+    writes = written(stream(chat_shape(), body_of(ChatBody), [], [pieces[0]], [pieces[1]]))
+    deltas = [
+        [json.loads(data.removeprefix("data: "))["choices"][0]["delta"] for data in write.decode().split("\n\n")[:-1]]
+        for write in writes[:2]
+    ]
+    assert deltas == [[{"role": "assistant", "content": ""}] * 2 + [{"content": "a"}], [{"content": "b"}]]
 
 
 def generation(body: GenerationBody) -> tuple[Generation, list[Record]]:

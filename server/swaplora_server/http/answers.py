@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +10,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from swaplora_server.engine.request import FinishReason, Logprobs
-from swaplora_server.http.errors import ApiError, error_body
+from swaplora_server.http.errors import ApiError
 from swaplora_server.http.figures import Outcome
 from swaplora_server.http.generation import Admission, Generation, GenerationError, Piece
-from swaplora_server.http.sse import DONE, EventStreamResponse, event, to_json, until_disconnect
+from swaplora_server.http.sse import DONE, EventStreamResponse, to_json, until_disconnect
 from swaplora_server.http.wire import GenerationBody
 
 
@@ -101,24 +101,37 @@ class _Stream:
     head: str  # what each chunk begins with, up to its choices
 
     async def events(self) -> AsyncGenerator[bytes]:
-        """Server-sent events, all at once that have come together."""
-        if self.shape.opening is not None:
-            yield "".join(map(self._chunk, map(self.shape.opening, range(self.generation.num_choices)))).encode()
+        """Server-sent events, all at once that have come together; what opens a choice goes with the first of them.
+
+        Raises ApiError behind what came before it.
+        """
+        opening = self._opening()
         while self.generation.outcome is None:
             await self.generation.arrival()
-            if arrived := "".join(self._arrived()):
-                yield arrived.encode()
-        yield f"{self._end()}{DONE}".encode()
+            arrived, failure = self._arrived()
+            if arrived:
+                yield f"{opening}{arrived}".encode()
+                opening = ""
+            if failure is not None:
+                raise ApiError(failure.code, str(failure)) from failure
+        yield f"{opening}{self._end()}{DONE}".encode()
 
-    def _arrived(self) -> Iterator[str]:
+    def _opening(self) -> str:
+        if self.shape.opening is None:
+            return ""
+        return "".join(map(self._chunk, map(self.shape.opening, range(self.generation.num_choices))))
+
+    def _arrived(self) -> tuple[str, GenerationError | None]:
+        chunks: list[str] = []
         try:
             for piece in self.generation.arrived():
                 token_ids = [] if piece.token_id is None else [piece.token_id]
                 for choice in self.shape.chunks(piece):
-                    yield self._chunk(choice, token_ids)
+                    chunks.append(self._chunk(choice, token_ids))
                     token_ids = []
         except GenerationError as error:
-            yield event(error_body(error.code, str(error)))
+            return "".join(chunks), error
+        return "".join(chunks), None
 
     def _chunk(self, choice: str, token_ids: list[int] | None = None) -> str:
         options = self.body.stream_options

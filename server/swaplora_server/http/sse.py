@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from swaplora_server.http.errors import ApiError, error_body
+
 PING_SECONDS = 15.0
 DONE = "data: [DONE]\n\n"
 _PING = b": ping\n\n"
@@ -26,9 +28,11 @@ def event(data: Mapping[str, Any]) -> str:
 
 
 class EventStreamResponse(Response):
-    """Sends what `events` yields as it comes, with a comment every 15 silent seconds.
+    """Sends what `events` yields as it comes, with a comment every 15 silent seconds; the first of either begins it.
 
-    The client's going is noticed at once, even while nothing is being sent; `events` is closed in every case.
+    An ApiError out of `events` is raised while nothing was sent, so that it is answered with its status, and is an
+    event after that. The client's going is noticed at once, even while nothing is being sent; `events` is closed in
+    every case.
     """
 
     media_type = "text/event-stream"
@@ -37,6 +41,8 @@ class EventStreamResponse(Response):
         """`at_end` is called when the response is over, even one whose events were never begun."""
         self._events = events
         self._at_end = at_end
+        self._has_begun = False
+        self._sending = asyncio.Lock()  # a comment and an event begin the response once
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
@@ -49,18 +55,28 @@ class EventStreamResponse(Response):
             self._at_end()
 
     async def _send_all(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         self._sent_at = time.monotonic()
         pings = asyncio.ensure_future(self._ping(send))
         try:
             async for events in self._events:
-                self._sent_at = time.monotonic()
-                await send({"type": "http.response.body", "body": events, "more_body": True})
+                await self._write(send, events)
+        except ApiError as error:
+            if not self._has_begun:
+                raise
+            await self._write(send, f"{event(error_body(error.code, error.message))}{DONE}".encode())
         finally:
             pings.cancel()
             await asyncio.wait({pings})
             await self._events.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _write(self, send: Send, events: bytes) -> None:
+        self._sent_at = time.monotonic()
+        async with self._sending:
+            if not self._has_begun:
+                self._has_begun = True
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": events, "more_body": True})
 
     async def _ping(self, send: Send) -> None:
         """For as long as it is let: one sleeper a stream, so that what is sent has no timer to set and to cancel."""
@@ -68,8 +84,7 @@ class EventStreamResponse(Response):
             while True:
                 await asyncio.sleep(self._sent_at + PING_SECONDS - time.monotonic())
                 if time.monotonic() >= self._sent_at + PING_SECONDS:
-                    self._sent_at = time.monotonic()
-                    await send({"type": "http.response.body", "body": _PING, "more_body": True})
+                    await self._write(send, _PING)
 
 
 async def until_disconnect(receive: Receive, work: Awaitable[Result]) -> Result:
