@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from swaplora_adapters.artifact.complaints import capped, quoted
-from swaplora_adapters.artifact.matching import Matcher
+from swaplora_adapters.artifact.matching import check_pattern
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 
 MAX_NAME_CHARS = 512
@@ -23,7 +23,6 @@ class ConfigFields:
     def __init__(self, raw: Mapping[str, Any]) -> None:
         self._raw = raw
         self._read: set[str] = set()
-        self._matcher = Matcher()
         self.malformed: list[str] = []
         self.unsupported: list[str] = []
 
@@ -68,10 +67,10 @@ class ConfigFields:
         return frozenset(self._strings(field, value))
 
     def patterns(self, field: str) -> tuple[str, ...]:
-        """A list of regular expressions, or one alone."""
+        """A list of regular expressions, or one alone, each of which stands in front of others as it is."""
         value = self.get(field)
         strings = self._strings(field, [value] if isinstance(value, str) and value else value)
-        return tuple(self._pattern(field, pattern) for pattern in strings)
+        return tuple(self._pattern(field, pattern, is_part=True) for pattern in strings)
 
     def layers(self, field: str) -> frozenset[int]:
         """A list of layer numbers, or one alone; nothing given is the empty set."""
@@ -135,8 +134,7 @@ class ConfigFields:
     def finish(self) -> None:
         """Raise what was found: UnsupportedAdapterError if nothing is malformed, else InvalidAdapterError with all."""
         if self.malformed:
-            malformed = dict.fromkeys(self.malformed)  # patterns that are out of time all say the same
-            raise InvalidAdapterError(capped([*malformed, *sorted(self.unsupported)]))
+            raise InvalidAdapterError(capped([*self.malformed, *sorted(self.unsupported)]))
         if self.unsupported:
             raise UnsupportedAdapterError(capped(sorted(self.unsupported)))
 
@@ -158,9 +156,9 @@ class ConfigFields:
             return [(self._pattern(field, key), item) for key, item in (value or {}).items()]
         return self._wrong(field, "must map patterns to numbers", [])
 
-    def _pattern(self, field: str, pattern: str) -> str:
+    def _pattern(self, field: str, pattern: str, is_part: bool = False) -> str:
         try:
-            self._matcher.check(field, pattern)
+            check_pattern(field, pattern, is_part)
         except InvalidAdapterError as error:
             self.malformed += error.reasons
         return pattern

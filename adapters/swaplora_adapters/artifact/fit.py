@@ -10,7 +10,7 @@ from swaplora_adapters.artifact.complaints import capped, quoted
 from swaplora_adapters.artifact.matching import Matcher
 from swaplora_adapters.artifact.slots import Slot, find_slots, parameter_shapes, pooled
 from swaplora_adapters.artifact.spec import ADALORA, AdapterSpec
-from swaplora_adapters.artifact.targets import Targets, find_targets
+from swaplora_adapters.artifact.targets import Targets, find_targets, paths_of
 from swaplora_adapters.errors import InvalidAdapterError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -45,9 +45,12 @@ class Layout:
         return self.targets.tokens[self.targets.tied_tokens.get(path, path)]
 
 
-def fitted(spec: AdapterSpec, layers: BaseLayers, found: Shapes) -> Layout:
-    """`found` are the shapes of the file's tensors by name. Raises InvalidAdapterError with every complaint."""
-    matcher = Matcher()
+def fitted(spec: AdapterSpec, layers: BaseLayers, found: Shapes, max_work: int | None = None) -> Layout:
+    """`found` are the shapes of the file's tensors by name, `max_work` the bound for patterns that come in.
+
+    Raises InvalidAdapterError with every complaint.
+    """
+    matcher = Matcher(paths_of(spec, layers), max_work)
     targets = find_targets(spec, layers, matcher)
     slots: dict[str, list[Slot]] = defaultdict(list)
     for slot in find_slots(spec, layers, targets, matcher):

@@ -9,6 +9,7 @@ from swaplora_adapters.artifact.base_layers import BaseLayers
 from swaplora_adapters.artifact.complaints import capped, quoted
 from swaplora_adapters.artifact.digest import digest_of
 from swaplora_adapters.artifact.disk import full_disk_is_told, read_bounded
+from swaplora_adapters.artifact.patterns import MAX_WORK
 from swaplora_adapters.artifact.records import Details
 from swaplora_adapters.artifact.served import last_names
 from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES, AdapterSpec
@@ -48,7 +49,7 @@ def inspect_files(
     """
     with full_disk_is_told():
         spec, header = _read_both(config_path, weights_path, limits)
-        layout = check_fit(spec, header, layers)
+        layout = check_fit(spec, header, layers, MAX_WORK)
         survey = survey_values(layout, iter_tensors(weights_path, header), dtype)
         digest = digest_of(spec.canonical, weights_path)
     details = Details(

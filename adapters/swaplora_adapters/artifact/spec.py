@@ -144,17 +144,18 @@ class AdapterSpec:
         return self.target_modules == "all-linear"
 
     def rank_of(self, module: str, matcher: Matcher | None = None) -> int:
-        """The rank that the module's factors must have; pass a `matcher` to bound many calls together.
+        """The rank that the module's factors must have; pass a `matcher` of all modules for many calls.
 
         A parameter that is itself a target (`target_parameters`) is asked for by its full name.
         """
+        matcher = matcher or Matcher([module])
         if self.peft_type == ADALORA:
-            return (matcher or Matcher()).exact_value_for("rank_pattern", self.rank_pattern, module, self.r)
-        return (matcher or Matcher()).value_for("rank_pattern", self.rank_pattern, module, self.r)
+            return matcher.exact_value_for("rank_pattern", self.rank_pattern, module, self.r)
+        return matcher.value_for("rank_pattern", self.rank_pattern, module, self.r)
 
     def alpha_of(self, module: str, matcher: Matcher | None = None) -> float:
         """The module's alpha, before it is divided by its rank."""
-        return (matcher or Matcher()).value_for("alpha_pattern", self.alpha_pattern, module, self.lora_alpha)
+        return (matcher or Matcher([module])).value_for("alpha_pattern", self.alpha_pattern, module, self.lora_alpha)
 
     def scaling_of(self, module: str, matcher: Matcher | None = None) -> float:
         """What B·A is multiplied by: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv:2312.03732).
@@ -171,7 +172,7 @@ class AdapterSpec:
 
         With `is_all_linear` that is every module not excluded; the caller leaves out the output head.
         """
-        matcher = matcher or Matcher()
+        matcher = matcher or Matcher([module])
         if self._excludes(module, matcher):
             return False
         if isinstance(self.target_modules, str):

@@ -38,8 +38,15 @@ class Targets:
     complaints: tuple[str, ...]
 
 
+def paths_of(spec: AdapterSpec, layers: BaseLayers) -> Iterator[str]:
+    """All that patterns of the config are matched against."""
+    yield from (*layers.linears, *layers.embeddings, *layers.others, *_TIED_NAMES)
+    if spec.target_parameters:
+        yield from (f"{path}.{name}" for path, sizes in _parameter_sizes(layers) for name in sizes)
+
+
 def find_targets(spec: AdapterSpec, layers: BaseLayers, matcher: Matcher) -> Targets:
-    """Raises InvalidAdapterError when patterns take too long to match."""
+    """`matcher` is one of `paths_of`. Raises InvalidAdapterError when patterns are too much work to match."""
     complaints: list[str] = []
     linears = {path for path in layers.linears if is_targeted(spec, path, matcher)}
     embeddings = {path for path in layers.embeddings if not spec.is_all_linear and spec.targets(path, matcher)}

@@ -32,12 +32,13 @@ from swaplora_adapters.native.huge_pages import HugePages
 Content = ModuleWeights | EmbeddingWeights | nn.Module
 
 
-def check_fit(spec: AdapterSpec, header: Header, layers: BaseLayers) -> Layout:
+def check_fit(spec: AdapterSpec, header: Header, layers: BaseLayers, max_work: int | None = None) -> Layout:
     """Raise unless every tensor has a place in the base, and everything that the config asks for its tensors.
 
-    Raises InvalidAdapterError with every complaint.
+    `max_work` bounds what patterns may cost; what was let in is never asked again whether it keeps to that. Raises
+    InvalidAdapterError with every complaint.
     """
-    return fitted(spec, layers, {name: info.shape for name, info in header.tensors.items()})
+    return fitted(spec, layers, {name: info.shape for name, info in header.tensors.items()}, max_work)
 
 
 def build_weights(

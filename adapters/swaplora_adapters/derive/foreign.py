@@ -17,6 +17,7 @@ from swaplora_adapters.artifact.config_fields import ConfigFields
 from swaplora_adapters.artifact.disk import full_disk_is_told, read_bounded
 from swaplora_adapters.artifact.matching import Matcher
 from swaplora_adapters.artifact.names import CONFIG_FILE
+from swaplora_adapters.artifact.patterns import MAX_WORK
 from swaplora_adapters.artifact.spec import MAX_ALPHA, MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, AdapterSpec
 from swaplora_adapters.artifact.strict_json import loads
 from swaplora_adapters.artifact.targets import is_targeted
@@ -74,7 +75,7 @@ def read_foreign(config_path: Path, weights_path: Path, shapes: Mapping[str, Lin
         spec = AdapterSpec.parse(json.dumps(_as_lora(document, kind)).encode())
         header = read_header(weights_path)
     _require_factors_alone(spec)
-    matcher = Matcher()
+    matcher = Matcher(shapes, MAX_WORK)
     targeted = {path: shape for path, shape in shapes.items() if is_targeted(spec, path, matcher)}
     modules = {path: numbers.module(spec, path, shape, matcher) for path, shape in targeted.items()}
     return _fitted(name, kind, spec, header, modules, numbers)
