@@ -160,6 +160,13 @@ class Settings(BaseSettings):
     adapter_memory_bytes: Size = Field(4 * 2**30, description="memory for resident adapters")
     max_adapter_bytes: Size = Field(2**30, description="largest adapter that may be uploaded")
     max_body_bytes: Size = Field(32 * 2**20, description="largest JSON body")
+    body_memory_bytes: Size = Field(
+        256 * 2**20,
+        description="memory for the JSON bodies of all running requests; one that does not fit is answered 429",
+    )
+    tokenizer_threads: int = Field(
+        2, ge=1, le=256, description="threads that parse large bodies and tokenize long prompts"
+    )
 
     drain_seconds: float = Field(30, ge=0, le=86_400, description="time running requests get to end at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
@@ -202,6 +209,15 @@ class Settings(BaseSettings):
         for name, folder in self.adapter_folders.items():
             if not folder.is_dir():
                 raise ValueError(f"adapter: {name}: {folder} is not a folder")
+        return self
+
+    @model_validator(mode="after")
+    def _check_body_memory(self) -> Self:
+        if self.body_memory_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"body_memory_bytes: {self.body_memory_bytes} holds not even one body of max_body_bytes, "
+                f"{self.max_body_bytes}: raise one or lower the other"
+            )
         return self
 
     @model_validator(mode="after")

@@ -96,6 +96,12 @@ def serve(
     max_body_bytes: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Largest JSON body (default 32MiB).")
     ] = None,
+    body_memory_bytes: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory for JSON bodies in all; then 429 (default 256MiB).")
+    ] = None,
+    tokenizer_threads: Annotated[
+        int | None, typer.Option(help="Threads for large bodies and long prompts (default 2).")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with settings, named as the flags.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Uploaded adapters.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Downloads and compiled code.")] = None,

@@ -21,6 +21,7 @@ from swaplora_server.http import (
     models,
 )
 from swaplora_server.http.auth import KeyRing, authenticate
+from swaplora_server.http.body_memory import AccountedBodies
 from swaplora_server.http.browsers import guard_browsers
 from swaplora_server.http.errors import (
     ApiError,
@@ -56,6 +57,7 @@ def create_app(service: Service) -> RequestIdMiddleware:
         private.include_router(module.router)
     private.get("/openapi.json", include_in_schema=False)(app.openapi)
     app.include_router(private)
+    accounted = AccountedBodies(app, service.body_memory)
     return RequestIdMiddleware(
-        metrics.CountedRequests(guard_browsers(app, service.settings), service.figures)
+        metrics.CountedRequests(guard_browsers(accounted, service.settings), service.figures)
     )  # outermost, so that it sees every failure

@@ -1,21 +1,29 @@
 """Reading a JSON body: its size bounded, its numbers finite, its unknown fields told from those that change meaning."""
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from swaplora_server.http.body_memory import account_of
 from swaplora_server.http.errors import ApiError
+from swaplora_server.http.json_weight import check_weight
+from swaplora_server.http.offload import Offload
+from swaplora_server.http.sse import until_disconnect
 
 BRANCH = "|"  # what the tag of a union's branch begins with: no part of a path for clients
 _MAX_TYPE_CHARS = 64
+SMALL_BYTES = 32 << 10  # parsed on the event loop
+MAX_SMALL_BODY_BYTES = 64 << 10  # of what only manages: names, versions, sources
 Model = TypeVar("Model", bound="WireModel")
 
 
 class WireModel(BaseModel):
     """A request body. Numbers are finite and of their own type; unknown fields are kept, to be looked at."""
 
+    has_content: ClassVar[bool] = False  # such as a prompt, which may be as large as the operator allows
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True, hide_input_in_errors=True)
 
 
@@ -37,7 +45,18 @@ def json_body(model: type[Model]) -> Callable[[Request], Coroutine[Any, Any, Mod
 async def read_json(request: Request, model: type[Model]) -> Model:
     """The request's body as `model`. Raises ApiError naming the field at fault, or what to send instead of a form."""
     _check_type(request)
-    raw = await read_limited(request, request.app.state.service.settings.max_body_bytes)
+    service = request.app.state.service
+    offload: Offload = service.offload
+    limit: int = service.settings.max_body_bytes
+    raw = await read_limited(request, limit if model.has_content else min(limit, MAX_SMALL_BODY_BYTES))
+    parse = partial(_parse, model, raw)
+    if len(raw) <= SMALL_BYTES:
+        return parse()
+    return await until_disconnect(request.receive, offload.do(len(raw), parse))
+
+
+def _parse(model: type[Model], raw: bytearray) -> Model:
+    check_weight(raw)
     try:
         return model.model_validate_json(raw)
     except ValidationError as error:
@@ -78,16 +97,25 @@ def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
     return own
 
 
-async def read_limited(request: Request, limit: int) -> bytes:
-    """The whole body. Raises ApiError body_too_large as soon as it is known to pass `limit` bytes."""
-    chunks: list[bytes] = []
-    size = 0
+async def read_limited(request: Request, limit: int) -> bytearray:
+    """The whole body, counted in the memory of all bodies.
+
+    Raises ApiError body_too_large as soon as it is known to pass `limit` bytes, and overloaded for want of memory.
+    """
+    account = account_of(request.scope)
+    body = bytearray()
+    if int(request.headers.get("content-length", 0)) > limit:
+        raise _too_large(limit)
     async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise ApiError("body_too_large", f"the body is larger than {limit} bytes")
-        chunks.append(chunk)
-    return b"".join(chunks)
+        if len(body) + len(chunk) > limit:
+            raise _too_large(limit)
+        account.add(len(chunk))
+        body += chunk
+    return body
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError("body_too_large", f"the body is larger than {limit} bytes")
 
 
 def _as_api_error(error: ValidationError) -> ApiError:

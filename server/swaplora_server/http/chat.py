@@ -1,5 +1,6 @@
 """POST /v1/chat/completions."""
 
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -26,15 +27,17 @@ async def chat(request: Request, body: Annotated[ChatBody, Depends(json_body(Cha
     service: Service = request.app.state.service
     service.check_serving()
     service.check_number(body.n, 1)
-    prompt = await service.render_chat(
+    encode = partial(
+        service.render_chat,
         [message.as_template_input() for message in body.messages],
         body.chat_template_kwargs or {},
+        body.prompt_param,
         add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
         continue_final_message=body.continue_final_message,
         add_special_tokens=body.add_special_tokens,
     )
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    admission = await admit(request, service, body, [prompt], max_tokens=max_tokens, num_logprobs=body.num_logprobs)
+    admission = await admit(request, service, body, encode, max_tokens=max_tokens, num_logprobs=body.num_logprobs)
     return await answer(request, body, admission, _shape(service))
 
 

@@ -1,5 +1,6 @@
 """POST /v1/completions."""
 
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -23,11 +24,10 @@ async def complete(request: Request, body: Annotated[CompletionBody, Depends(jso
     service: Service = request.app.state.service
     service.check_serving()
     service.check_number(body.n, len(body.prompts))
-    prompts = [
-        prompt if isinstance(prompt, list) else await service.encode(prompt, add_special_tokens=body.add_special_tokens)
-        for prompt in body.prompts
-    ]
-    admission = await admit(request, service, body, prompts, max_tokens=body.max_tokens or 16)
+    encode = partial(
+        service.tokenizer.encode_all, body.prompts, body.prompt_param, add_special_tokens=body.add_special_tokens
+    )
+    admission = await admit(request, service, body, encode, max_tokens=body.max_tokens or 16)
     return await answer(request, body, admission, _SHAPE)
 
 

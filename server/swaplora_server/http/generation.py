@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from swaplora_server.http.terms import Terms, take_terms
 from swaplora_server.http.wire import GenerationBody
 
 _SESSION_HEADER = "x-session-id"
+Encode = Callable[[], Awaitable[Sequence[Sequence[int]]]]  # what makes token ids of a request's prompts
 _PATIENCE = 32  # events that may lie unread where nobody needs them one by one
 
 
@@ -205,31 +206,32 @@ async def admit(
     http_request: HttpRequest,
     service: Service,
     body: GenerationBody,
-    prompts: Sequence[Sequence[int]],
+    encode: Encode,
     *,
     max_tokens: int | None,
     num_logprobs: int | None = None,
 ) -> Admission:
-    """Check the prompts, bind the names of who answers to versions, wait for their weights, and submit.
+    """Make and check the prompts, bind the names of who answers to versions, wait for their weights, and submit.
 
     max_tokens None means as many as fit. Raises ApiError, AdapterError for an adapter that cannot be had, and
     ClientGoneError for a client that does not wait for it.
     """
     client = http_request.headers.get(_SESSION_HEADER) or body.user or None  # an empty one names nobody
-    admission = _admit(service, body, prompts, client, max_tokens=max_tokens, num_logprobs=num_logprobs)
+    admission = _admit(service, body, encode, client, max_tokens=max_tokens, num_logprobs=num_logprobs)
     return await until_disconnect(http_request.receive, admission)
 
 
 async def _admit(
     service: Service,
     body: GenerationBody,
-    prompts: Sequence[Sequence[int]],
+    encode: Encode,
     client: str | None,
     *,
     max_tokens: int | None,
     num_logprobs: int | None,
 ) -> Admission:
     began = time.monotonic()
+    prompts = await encode()
     service.check_serving()
     _check_ids(service, body.stop_token_ids or (), "stop_token_ids")
     limit = min(_room(service, body, number, prompt, max_tokens) for number, prompt in enumerate(prompts))

@@ -1,6 +1,5 @@
 """The server's parts, put together: the base, the engine on it, and the registry of its adapters."""
 
-import asyncio
 import inspect
 import threading
 import time
@@ -25,14 +24,18 @@ from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.proof import UnsupportedModelError
 from swaplora_server.engine.scheduler import Scheduler
 from swaplora_server.http.arrivals import Arrivals
+from swaplora_server.http.body_memory import BodyMemory
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.figures import Figures, PrefixCacheState, State
+from swaplora_server.http.offload import Offload
 from swaplora_server.http.outbox import Outbox
 from swaplora_server.http.shared import result_of
+from swaplora_server.http.tokenizing import LONG_CHARACTERS, PromptTokenizer
 from swaplora_server.http.workshop import Workshop
 
 _HEARTBEAT_LIMIT_SECONDS = 60.0
-_LONG_CHARACTERS = 4096
+_JOIN_SECONDS = 3.0
+_MESSAGE_CHARACTERS = 64  # a message costs a template about as much as so many characters more
 _log = structlog.get_logger(__name__)
 
 
@@ -51,6 +54,8 @@ class Service:
         self.started_at = int(time.time())
         self.is_draining = False
         self.figures = Figures(self._state, settings.base_id)
+        self.body_memory = BodyMemory(settings.body_memory_bytes)
+        self.offload = Offload(settings.tokenizer_threads, settings.max_waiting, "tokenize")
         self._is_ready = threading.Event()
         self._lock = threading.Lock()
         self._count_lock = threading.Lock()
@@ -97,6 +102,7 @@ class Service:
             self.engine = self._make_engine()
             self.engine.start()
             opened.callback(self.engine.stop)
+            opened.callback(self.offload.join, _JOIN_SECONDS)
             self._opened = opened.pop_all()
         self._is_ready.set()
 
@@ -146,21 +152,23 @@ class Service:
     def is_base(self, model: str) -> bool:
         return model == self.settings.base_id
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """A prompt's token ids, computed off the event loop when it is long."""
-        encode = self.base.tokenizer.encode
-        return await _off_loop_if_long(len(text), lambda: encode(text, add_special_tokens=add_special_tokens))
+    @cached_property
+    def tokenizer(self) -> PromptTokenizer:
+        return PromptTokenizer(self.base.tokenizer, self.max_model_len, self.offload)
 
     async def render_chat(
         self,
         messages: Sequence[Mapping[str, str]],
         template_kwargs: Mapping[str, Any],
+        param: Callable[[int], str],
         *,
         add_special_tokens: bool,
         **options: bool,
-    ) -> list[int]:
-        """A conversation's token ids by the base's own template, which sees `template_kwargs` as variables.
+    ) -> list[list[int]]:
+        """A conversation as the one prompt of its request, by the base's own template.
 
+
+        The template sees `template_kwargs` as variables.
         Raises ApiError when the template refuses it, or for a variable that is really an option of the renderer's.
         """
         tokenizer = self.base.tokenizer
@@ -170,16 +178,17 @@ class Service:
         if tokenizer.chat_template is None:
             raise ApiError("invalid_request", "the base has no chat template; use /v1/completions", "messages")
 
-        def render() -> list[int]:
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options, **template_kwargs)
-            return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        def render() -> str:
+            return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options, **template_kwargs))
 
+        size = sum(_MESSAGE_CHARACTERS + len(message["content"]) for message in messages)
         try:
-            return await _off_loop_if_long(sum(len(message["content"]) for message in messages), render)
+            text = render() if size <= LONG_CHARACTERS else await self.offload.do(size, render)
         except TemplateError as error:
             raise ApiError("invalid_request", f"the chat template refuses this: {error}", "messages") from error
         except (TypeError, ValueError) as error:
             raise ApiError("invalid_request", "the chat template cannot make a prompt of this", "messages") from error
+        return await self.tokenizer.encode_all([text], param, add_special_tokens=add_special_tokens)
 
     async def warm(self, reference: str) -> VersionRecord:
         """Load the version that `reference` names into memory, and wait until it is there. Raises AdapterError.
@@ -279,7 +288,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, AdapterError):
         return str(error)
     return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
-
-
-async def _off_loop_if_long(num_characters: int, tokenize: Callable[[], list[int]]) -> list[int]:
-    return await asyncio.to_thread(tokenize) if num_characters > _LONG_CHARACTERS else tokenize()

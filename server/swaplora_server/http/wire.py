@@ -2,10 +2,10 @@
 
 from abc import abstractmethod
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, to_json
 
 from swaplora_server.engine.request import SamplingParams
 from swaplora_server.http.body import BRANCH, ClosedModel, WireModel
@@ -13,6 +13,10 @@ from swaplora_server.http.body import BRANCH, ClosedModel, WireModel
 MAX_N = 128
 MAX_PROMPTS = 2048
 MAX_STOPS = 128
+MAX_STOP_CHARACTERS = 8192  # of all together, since each is looked for in every token's text
+MAX_USER_CHARACTERS = 1024
+MAX_TEMPLATE_KWARGS = 64
+MAX_TEMPLATE_KWARGS_BYTES = 64 << 10
 MAX_PROMPT_TOKENS = 2**22
 MAX_LOGPROBS = 20
 MAX_SALT_CHARACTERS = 1024
@@ -90,6 +94,8 @@ class AdapterTerm(ClosedModel):
 class GenerationBody(WireModel):
     """What completions and chat completions share. `adapters` are added to the base, which is then the model."""
 
+    has_content: ClassVar[bool] = True
+
     model: ModelName
     adapters: Annotated[list[AdapterTerm], Field(max_length=MAX_TERMS, fail_fast=True)] | None = None
     n: Annotated[Whole, Field(ge=1, le=MAX_N)] = 1
@@ -107,7 +113,7 @@ class GenerationBody(WireModel):
     return_token_ids: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: Annotated[str, Field(max_length=MAX_USER_CHARACTERS)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
 
     @field_validator("*", mode="before")
@@ -122,6 +128,8 @@ class GenerationBody(WireModel):
     def _stop_is_not_empty(cls, value: str | list[str] | None) -> str | list[str] | None:
         if value is not None and "" in ([value] if isinstance(value, str) else value):
             raise ValueError("a stop string must not be empty")
+        if value is not None and sum(map(len, [value] if isinstance(value, str) else value)) > MAX_STOP_CHARACTERS:
+            raise ValueError(f"stop strings may have {MAX_STOP_CHARACTERS} characters in all")
         return value
 
     @abstractmethod
@@ -210,7 +218,7 @@ class ChatBody(GenerationBody):
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool = False
     top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_KWARGS)] | None = None
     add_special_tokens: bool = False  # the template has written them
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -223,6 +231,13 @@ class ChatBody(GenerationBody):
     def length_param(self) -> str:
         """As it was sent."""
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _template_kwargs_are_small(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if len(to_json(value)) > MAX_TEMPLATE_KWARGS_BYTES:
+            raise ValueError(f"chat_template_kwargs may be {MAX_TEMPLATE_KWARGS_BYTES} bytes of JSON")
+        return value
 
     @property
     def num_logprobs(self) -> int | None:

@@ -1,0 +1,66 @@
+"""How much of request bodies is in memory, of all requests together, from a body's first byte to its request's end."""
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from swaplora_server.http.errors import ApiError
+
+_ACCOUNT = "swaplora.body_account"
+
+
+class BodyMemory:
+    """A bound on the bytes that all accounts together hold. Belongs to the event loop."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.used_bytes = 0
+
+    def account(self) -> "BodyAccount":
+        return BodyAccount(self)
+
+    def take(self, num_bytes: int) -> None:
+        """Raises ApiError when that would be too much. Nobody waits: two halves of bodies could wait for each other."""
+        if self.used_bytes + num_bytes > self._limit:
+            raise ApiError("overloaded", "the bodies of running requests fill their memory; try again in a moment")
+        self.used_bytes += num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        self.used_bytes -= num_bytes
+
+
+class BodyAccount:
+    """What one request holds of it."""
+
+    def __init__(self, memory: BodyMemory) -> None:
+        self._memory = memory
+        self._num_bytes = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Raises ApiError when there is no memory for them."""
+        self._memory.take(num_bytes)
+        self._num_bytes += num_bytes
+
+    def close(self) -> None:
+        """Give all of it back."""
+        self._memory.give_back(self._num_bytes)
+        self._num_bytes = 0
+
+
+class AccountedBodies:
+    """Plain ASGI: opens an account for each request, and closes it when the answer has gone out or nobody reads it."""
+
+    def __init__(self, app: ASGIApp, memory: BodyMemory) -> None:
+        self._app = app
+        self._memory = memory
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        account = scope[_ACCOUNT] = self._memory.account()
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            account.close()
+
+
+def account_of(scope: Scope) -> BodyAccount:
+    """The account of the request whose scope this is."""
+    account: BodyAccount = scope[_ACCOUNT]
+    return account

@@ -1,0 +1,161 @@
+"""Long work of requests: bounded, in a fair order, dropped with its client, and never what an exit waits for."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swaplora_server.http.errors import ApiError
+from swaplora_server.http.offload import PATIENCE, Offload, WorkQueue
+
+GUARD_SECONDS = 60
+
+
+class Job(NamedTuple):
+    number: int
+    size: int
+
+
+class Gate:
+    """A job that runs until it is let go."""
+
+    def __init__(self) -> None:
+        self.has_begun = threading.Event()
+        self.may_end = threading.Event()
+
+    def __call__(self) -> str:
+        self.has_begun.set()
+        assert self.may_end.wait(GUARD_SECONDS)
+        return "done"
+
+
+async def begun(gate: Gate) -> None:
+    assert await asyncio.to_thread(gate.has_begun.wait, GUARD_SECONDS)
+
+
+async def until_waiting(offload: Offload, count: int) -> None:
+    async with asyncio.timeout(GUARD_SECONDS):
+        while offload.num_waiting != count:
+            await asyncio.sleep(0)
+
+
+@given(st.lists(st.one_of(st.integers(0, 1000), st.none())))
+def test_a_job_is_overtaken_by_little_and_every_job_comes(pushes: list[int | None]) -> None:
+    """None takes one job out; what is left at the end comes out too."""
+    queue: WorkQueue[Job] = WorkQueue()
+    jobs = [Job(number, size) for number, size in enumerate(pushes) if size is not None]
+    done: list[Job] = []
+    for number, size in enumerate(pushes):
+        if size is not None:
+            queue.push(size, Job(number, size))
+        elif queue:
+            done.append(queue.pop())
+    done += [queue.pop() for _ in range(len(queue))]
+    assert sorted(done) == jobs
+    for place, job in enumerate(done):
+        overtakers = [other for other in done[:place] if other.number > job.number]
+        assert sum(other.size for other in overtakers) <= PATIENCE * job.size
+        assert all(other.size < job.size for other in overtakers)
+
+
+def test_a_short_job_overtakes_long_ones() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    for _ in range(8):
+        queue.push(60_000, "long")
+    queue.push(5_000, "short")
+    assert queue.pop() == "short"
+
+
+def test_only_so_many_run_at_once_and_the_rest_wait_their_turn() -> None:
+    async def scenario() -> None:
+        offload = Offload(2, 8, "test")
+        gates = [Gate() for _ in range(4)]
+        tasks = [asyncio.create_task(offload.do(1, gate)) for gate in gates]
+        await begun(gates[0])
+        await begun(gates[1])
+        assert (offload.num_running, offload.num_waiting) == (2, 2)
+        assert not gates[2].has_begun.is_set()
+        gates[1].may_end.set()
+        await begun(gates[2])
+        assert not gates[3].has_begun.is_set()
+        for gate in gates:
+            gate.may_end.set()
+        assert await asyncio.gather(*tasks) == ["done"] * 4
+        assert (offload.num_running, offload.num_waiting) == (0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_what_waits_for_nobody_is_never_begun_and_its_place_is_free() -> None:
+    async def scenario() -> None:
+        offload = Offload(1, 1, "test")
+        running, abandoned, last = Gate(), Gate(), Gate()
+        first = asyncio.create_task(offload.do(1, running))
+        await begun(running)
+        second = asyncio.create_task(offload.do(1, abandoned))
+        await until_waiting(offload, 1)
+        with pytest.raises(ApiError) as caught:
+            await offload.do(1, last)
+        assert caught.value.code == "overloaded"
+        second.cancel()
+        await asyncio.wait({second})
+        third = asyncio.create_task(offload.do(1, last))
+        await until_waiting(offload, 1)
+        running.may_end.set()
+        last.may_end.set()
+        assert await first == await third == "done"
+        assert not abandoned.has_begun.is_set()
+
+    asyncio.run(scenario())
+
+
+def test_what_runs_keeps_its_thread_until_it_ends_even_for_nobody() -> None:
+    async def scenario() -> None:
+        offload = Offload(1, 8, "test")
+        abandoned, following = Gate(), Gate()
+        first = asyncio.create_task(offload.do(1, abandoned))
+        await begun(abandoned)
+        first.cancel()
+        await asyncio.wait({first})
+        second = asyncio.create_task(offload.do(1, following))
+        await until_waiting(offload, 1)
+        assert not following.has_begun.is_set()
+        following.may_end.set()
+        abandoned.may_end.set()
+        assert await second == "done"
+
+    asyncio.run(scenario())
+
+
+def test_an_error_is_raised_where_the_job_is_awaited() -> None:
+    async def scenario() -> None:
+        offload = Offload(1, 1, "test")
+        with pytest.raises(ZeroDivisionError):
+            await offload.do(1, lambda: 1 // 0)
+        assert offload.num_running == 0
+
+    asyncio.run(scenario())
+
+
+def test_no_exit_waits_for_what_nobody_waits_for() -> None:
+    code = """
+import asyncio, threading
+from swaplora_server.http.offload import Offload
+async def main():
+    offload = Offload(1, 1, "endless")
+    begun = threading.Event()
+    task = asyncio.create_task(offload.do(1, lambda: begun.set() or threading.Event().wait()))
+    await asyncio.to_thread(begun.wait)
+    task.cancel()
+    await asyncio.wait({task})
+    offload.join(0)
+asyncio.run(main())
+print("over")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=GUARD_SECONDS)
+    assert (run.returncode, run.stdout) == (0, "over\n")
