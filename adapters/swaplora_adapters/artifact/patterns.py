@@ -8,8 +8,8 @@ not depend on how fast the machine is, so that a bound on it decides the same at
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from re import _constants as sre  # type: ignore[attr-defined]
-from re import _parser, error  # type: ignore[attr-defined]
+from re import _constants as sre
+from re import _parser, error
 from typing import Any
 
 MAX_PATTERN_CHARS = 2048
