@@ -14,7 +14,7 @@ import uvicorn
 
 from swaplora_server.config import Settings
 from swaplora_server.http.app import create_app
-from swaplora_server.http.protocol import BoundedHttpProtocol
+from swaplora_server.http.protocol import HttpConfig
 from swaplora_server.http.service import Service
 
 BASE = "base"
@@ -79,11 +79,9 @@ def serving(config: Settings) -> Iterator[Running]:
     """Start, yield, stop. Every test leaves the server at rest, which is checked here."""
     service = Service(config)
     service.start(lambda _message: None)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(service), http=BoundedHttpProtocol, port=0, log_config=None, access_log=False, lifespan="off"
-        )
-    )
+    http = HttpConfig(create_app(service), config)
+    http.port = 0
+    server = uvicorn.Server(http)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -168,6 +168,21 @@ class Settings(BaseSettings):
         2, ge=1, le=256, description="threads that parse large bodies and tokenize long prompts"
     )
 
+    max_connections: int | None = Field(
+        None, ge=1, le=2**20, description="most connections; default 3/4 of the files that may be open, 4096 at most"
+    )
+    keep_alive_seconds: float = Field(120, gt=0, le=86_400, description="time a connection may rest between requests")
+    head_seconds: float = Field(20, gt=0, le=86_400, description="time a request's line and headers may take to come")
+    stall_seconds: float = Field(
+        30, gt=0, le=86_400, description="time a client may rest while sending its body or reading its answer"
+    )
+    min_bytes_per_second: int = Field(
+        256, ge=1, le=2**30, description="least that it sends or reads, rests of stall_seconds aside"
+    )
+    max_unread_bytes: Size = Field(
+        4 * 2**20, description="most of a stream that may lie unread; beyond that its request is ended"
+    )
+
     drain_seconds: float = Field(30, ge=0, le=86_400, description="time running requests get to end at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_json: bool = Field(False, description="log one JSON object a line")

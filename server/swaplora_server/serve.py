@@ -3,9 +3,11 @@
 import asyncio
 import gc
 import logging
+import resource
 import socket
 import sys
 import time
+from contextlib import suppress
 from types import FrameType
 
 import structlog
@@ -20,7 +22,8 @@ from swaplora_server.config import Settings
 from swaplora_server.embedded import EmbeddedBaseError
 from swaplora_server.engine.proof import UnsupportedModelError
 from swaplora_server.http.app import create_app
-from swaplora_server.http.protocol import BoundedHttpProtocol
+from swaplora_server.http.connections import num_allowed
+from swaplora_server.http.protocol import HttpConfig
 from swaplora_server.http.service import Service
 
 # beyond the time that running requests get, for their last bytes to go out
@@ -34,9 +37,23 @@ class StartError(RuntimeError):
 def run(settings: Settings) -> None:
     """Serve until told to stop. Raises StartError."""
     configure_logging(settings)
+    _allow_files(settings)
     service = Service(settings)
     with _listen(settings) as listener, asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
         runner.run(_serve(service, listener))
+
+
+def _allow_files(settings: Settings) -> None:
+    """Have as many open files as the system lets us: a connection is one. Raises StartError if that is too few."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # as it is, where the system names a limit that it does not grant
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    wanted, allowed = settings.max_connections or 0, num_allowed()
+    if wanted > allowed:
+        raise StartError(
+            f"max_connections: the system's limit of open files has room for {allowed} connections, not {wanted}; "
+            "raise it (ulimit -n) or lower --max-connections"
+        )
 
 
 async def _serve(service: Service, listener: socket.socket) -> None:
@@ -65,14 +82,7 @@ class _Server(uvicorn.Server):
     def __init__(self, service: Service) -> None:
         drain_seconds = service.settings.drain_seconds
         super().__init__(
-            uvicorn.Config(
-                create_app(service),
-                http=BoundedHttpProtocol,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                timeout_graceful_shutdown=int(drain_seconds) + _LAST_BYTES_SECONDS,
-            )
+            HttpConfig(create_app(service), service.settings, grace_seconds=int(drain_seconds) + _LAST_BYTES_SECONDS)
         )
         self._service = service
 

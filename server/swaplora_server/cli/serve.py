@@ -102,6 +102,24 @@ def serve(
     tokenizer_threads: Annotated[
         int | None, typer.Option(help="Threads for large bodies and long prompts (default 2).")
     ] = None,
+    max_connections: Annotated[
+        int | None, typer.Option(help="Most connections (default 3/4 of the open files allowed, 4096 at most).")
+    ] = None,
+    keep_alive_seconds: Annotated[
+        float | None, typer.Option(help="Time a connection may rest between requests (default 120).")
+    ] = None,
+    head_seconds: Annotated[
+        float | None, typer.Option(help="Time a request's line and headers may take to come (default 20).")
+    ] = None,
+    stall_seconds: Annotated[
+        float | None, typer.Option(help="Time a client may rest while sending its body or reading (default 30).")
+    ] = None,
+    min_bytes_per_second: Annotated[
+        int | None, typer.Option(help="Least it sends or reads, such rests aside (default 256).")
+    ] = None,
+    max_unread_bytes: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Most of a stream that may lie unread (default 4MiB).")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with settings, named as the flags.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Uploaded adapters.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Downloads and compiled code.")] = None,

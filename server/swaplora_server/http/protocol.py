@@ -1,43 +1,302 @@
-"""uvicorn's HTTP/1.1 protocol with a bound on a request's head, which it has none for, and the one error body."""
+"""uvicorn's HTTP/1.1 protocol with the bounds that it lacks: on heads, bodies, unread answers, and their time."""
 
+import asyncio
 import json
+import re
+import socket
+from contextlib import suppress
 from http import HTTPStatus
+from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
+import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
 
-from swaplora_server.http.errors import error_body
+from swaplora_server.config import Settings
+from swaplora_server.http.connections import Connections, Pace
+from swaplora_server.http.errors import ApiError, error_body, status_of
 
 MAX_HEAD_BYTES = 64 << 10
+MAX_HEADERS = 256
+MAX_PIPELINED = 64  # requests behind the one that is being answered
+_UNSENT_BYTES = 128 << 10  # that the system may hold of what a client does not read
+_UPGRADE_HEADERS = (b"connection", b"upgrade", b"http2-settings")
+_END_OF_AUTHORITY = re.compile(rb"[/?#]")
+_NOT_HTTP = ApiError("invalid_request", "the request is not well-formed HTTP/1.1")
+
+
+class HttpConfig(uvicorn.Config):
+    """How uvicorn serves `app`: with this protocol, whose connections it keeps, and without lines of its own."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, grace_seconds: int | None = None) -> None:
+        """`grace_seconds` are what answers have to end in at shutdown; None for ever."""
+        super().__init__(
+            app,
+            http=BoundedHttpProtocol,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=grace_seconds,
+        )
+        self.settings = settings
+        self.connections = Connections(settings)
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """Refuses a request whose line and headers are larger than `MAX_HEAD_BYTES`, before they have all arrived."""
+    """One connection. A client that sends or reads too little, too slowly or too much loses it, and nobody else."""
 
-    _num_head_bytes: int | None = None  # None while no head is being received
+    def __init__(
+        self,
+        config: HttpConfig,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        settings = config.settings
+        self._connections = config.connections
+        self._max_unread_bytes = settings.max_unread_bytes
+        self._sending = Pace(settings.min_bytes_per_second, settings.stall_seconds)
+        self._reading = Pace(settings.min_bytes_per_second, settings.stall_seconds)
+        self._running: RequestResponseCycle | None = None  # not the last one that came, when requests are pipelined
+        self._is_head_due = False  # and some of it is here
+        self._is_body_due = False
+        self._is_streaming = False
+        self._num_unseen_bytes = 0  # that have come and given neither a whole head nor any of a body
+        self._num_body_bytes = 0  # since the last look
+        self._num_written_bytes = 0  # of bodies, without what frames them
+        self._num_read_bytes = 0  # as of the last look
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=self._max_unread_bytes)
+        _bound_unsent(transport)
+        if not self._connections.enter(self):
+            self._refuse(ApiError("too_many_connections", "the server has no room for another connection"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._connections.leave(self)
+        self._end_running()
+        self.pipeline.clear()
+
+    def data_received(self, data: bytes) -> None:
+        self._num_unseen_bytes += len(data)
+        try:
+            self._parse(data)
+        except httptools.HttpParserError as error:
+            told = error.__context__
+            self._refuse(told if isinstance(told, ApiError) else _NOT_HTTP)
+            return
+        if self._num_unseen_bytes > MAX_HEAD_BYTES:
+            self._refuse(_too_large(f"{MAX_HEAD_BYTES} bytes"))
+
+    def _parse(self, data: bytes) -> None:
+        while True:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._head_without_upgrade() + data[upgrade.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+            else:
+                return
+
+    def _head_without_upgrade(self) -> bytes:
+        """The head of a request for another protocol, to be read as one that does not ask for it.
+
+        The parser leaves what follows such a head to the other protocol: a body would be taken for the next request.
+        """
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%s: %s" % header for header in self.headers if header[0] not in _UPGRADE_HEADERS]
+        if b"close" in self._header(b"connection").lower():
+            lines.append(b"connection: close")
+        return b"\r\n".join([*lines, b"", b""])
+
+    # What the parser finds. An ApiError that is raised here comes out of the parser as the context of its own error.
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._num_head_bytes = 0
+        self._num_unseen_bytes = 0
+        self._is_head_due = True
+        if self._is_answered:
+            self._connections.await_head(self)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_head_due:  # not a trailer, which nobody asks for
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._num_head_bytes = None
-        super().on_headers_complete()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._num_head_bytes is None:
+        self._num_unseen_bytes = 0
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise ApiError("invalid_request", "this server is no proxy")
             return
-        self._num_head_bytes += len(data)
-        if self._num_head_bytes > MAX_HEAD_BYTES:
-            self._num_head_bytes = None
-            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"headers are larger than {MAX_HEAD_BYTES} bytes")
+        self._is_head_due = False
+        self._check_head()
+        self._is_body_due = True
+        self._num_body_bytes = 0
+        self._sending.reset()
+        self._connections.work(self)
+        super().on_headers_complete()
+        if len(self.pipeline) > MAX_PIPELINED:
+            raise ApiError("invalid_request", f"more than {MAX_PIPELINED} requests wait for the answers before them")
+        self.flow.resume_reading()  # or nobody would notice that the client goes
 
-    def send_400_response(self, msg: str) -> None:
-        """What cannot be read as HTTP."""
-        self._refuse(HTTPStatus.BAD_REQUEST, msg)
+    def on_body(self, body: bytes) -> None:
+        self._num_unseen_bytes = 0
+        self._num_body_bytes += len(body)
+        super().on_body(body)
 
-    def _refuse(self, status: HTTPStatus, message: str) -> None:
-        body = json.dumps(error_body("invalid_request", message)).encode()
-        head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
-        self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+    def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
+        self._num_unseen_bytes = 0
+        self._is_body_due = False
+        super().on_message_complete()
+        if self._is_answered:  # before its body was here, and the client was told that this is the end
+            self.transport.close()
+
+    def _check_head(self) -> None:
+        """Raise ApiError for a head that is too large, or that others on the way might understand otherwise."""
+        num_bytes = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if num_bytes > MAX_HEAD_BYTES:
+            raise _too_large(f"{MAX_HEAD_BYTES} bytes")
+        if len(self.headers) > MAX_HEADERS:
+            raise _too_large(f"{MAX_HEADERS} headers")
+        version, coding = self.parser.get_http_version(), self._header(b"transfer-encoding")
+        if coding and (coding.lower() != b"chunked" or version == "1.0"):
+            raise ApiError("invalid_request", "Transfer-Encoding can only be chunked, and only in HTTP/1.1")
+        num_hosts = sum(name == b"host" for name, _ in self.headers)
+        if num_hosts > 1 or (num_hosts == 0 and version != "1.0"):
+            raise ApiError("invalid_request", "a request has one Host header")
+        _, is_absolute, rest = self.url.partition(b"://")
+        if is_absolute and not self.url.startswith(b"/"):
+            authority = _END_OF_AUTHORITY.split(rest, maxsplit=1)[0]
+            self.headers[:] = [header for header in self.headers if header[0] != b"host"] + [(b"host", authority)]
+
+    def _header(self, name: bytes) -> bytes:
+        return b",".join(value for found, value in self.headers if found == name)
+
+    # What is answered.
+
+    @property
+    def _is_answered(self) -> bool:
+        """Whether no request is being answered."""
+        return self._running is None or self._running.response_complete
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+
+        async def answer(scope: Scope, receive: Receive, _send: Send) -> None:
+            await app(scope, receive, lambda message: self._send(cycle, message))
+
+        super()._start_asgi_task(cycle, answer)  # type: ignore[arg-type]
+
+    async def _send(self, cycle: RequestResponseCycle, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._is_streaming = all(name.lower() != b"content-length" for name, _ in message["headers"])
+            if self._is_streaming and cycle.scope["http_version"] == "1.0":
+                cycle.chunked_encoding = False  # the end of the connection is the end of the answer
+            if cycle.more_body:  # what may still come of the body must not be taken for a request
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+        else:
+            self._note_written(cycle, len(message.get("body", b"")), is_last=not message.get("more_body", False))
+        await cycle.send(message)  # type: ignore[arg-type]
+
+    def _note_written(self, cycle: RequestResponseCycle, num_bytes: int, *, is_last: bool) -> None:
+        self._num_written_bytes += num_bytes
+        if self._is_streaming and not cycle.chunked_encoding:
+            cycle.expected_content_length = num_bytes
+        if is_last and cycle.more_body:
+            cycle.keep_alive = True  # for as long as the body comes: closing now could lose the answer on its way
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Wait for the next request, once the last one is answered and its answer is read."""
+        if not self._is_answered or self.transport.is_closing() or self.transport.get_write_buffer_size():
+            return
+        if self._is_body_due or self._is_head_due:
+            self._connections.await_head(self)
+        else:
+            self._connections.rest(self)
+
+    def pause_writing(self) -> None:
+        """More lies unread than may. A whole answer is made already, and is given time; a stream would go on."""
+        super().pause_writing()
+        if self._is_streaming and not self._is_answered:
+            self.loop.call_soon(self.transport.abort)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """`Connections` sees to that, also where uvicorn would forget to."""
+
+    # What `Connections` asks of a connection.
+
+    def drop(self) -> None:
+        self.transport.abort()
+
+    def time_out(self) -> None:
+        if self._is_head_due:
+            self._refuse(ApiError("request_timeout", "the request's headers did not come in time"))
+        else:
+            self.transport.close()
+
+    def check(self, seconds: float) -> None:
+        num_unread = self.transport.get_write_buffer_size()
+        num_read = self._num_written_bytes - num_unread
+        if num_unread and not self._reading.keeps_up(num_read - self._num_read_bytes, seconds):
+            self.transport.abort()
+        elif not num_unread:
+            self._reading.reset()
+            self._settle()
+        self._num_read_bytes = num_read
+        if self._is_body_wanted and not self._sending.keeps_up(self._num_body_bytes, seconds):
+            self._refuse(ApiError("request_timeout", "the request's body did not come in time"))
+        self._num_body_bytes = 0
+
+    @property
+    def _is_body_wanted(self) -> bool:
+        """Whether more of a body could come: we read, and the client was told to go on if it asked."""
+        is_held = self.flow.read_paused or self.cycle is None or self.cycle.waiting_for_100_continue
+        return self._is_body_due and not is_held and not self._is_answered
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer with `error`, unless another answer is on its way, and close."""
+        self._connections.work(self)
+        if self._running is not None and self._running.response_started and not self._running.response_complete:
+            self.transport.abort()
+            return
+        self._end_running()
+        self.transport.write(_whole_answer(error))
         self.transport.close()
+
+    def _end_running(self) -> None:
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
+
+
+def _too_large(limit: str) -> ApiError:
+    return ApiError("headers_too_large", f"the request's line and headers are more than {limit}")
+
+
+def _whole_answer(error: ApiError) -> bytes:
+    status = HTTPStatus(status_of(error))
+    body = json.dumps(error_body(error.code, error.message)).encode()
+    head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+
+
+def _bound_unsent(transport: asyncio.Transport) -> None:
+    """Have the system take little of what the client cannot take, so that it is known here."""
+    connection = transport.get_extra_info("socket")
+    if hasattr(socket, "TCP_NOTSENT_LOWAT") and connection is not None:
+        with suppress(OSError):  # the client may have gone already
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
