@@ -14,6 +14,7 @@ import uvicorn
 
 from swaplora_server.config import Settings
 from swaplora_server.http.app import create_app
+from swaplora_server.http.connections import Connections
 from swaplora_server.http.protocol import HttpConfig
 from swaplora_server.http.service import Service
 
@@ -27,6 +28,7 @@ class Running:
     url: str
     service: Service
     client: httpx.Client
+    connections: Connections = field(default=None)  # type: ignore[assignment]  # of a server in this process
 
     def put(self, name: str, folder: Path, **headers: str) -> httpx.Response:
         """Upload an adapter's two files, as curl would."""
@@ -88,7 +90,7 @@ def serving(config: Settings) -> Iterator[Running]:
         time.sleep(0.01)
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     with httpx.Client(base_url=url, timeout=60) as client:
-        running = Running(url, service, client)
+        running = Running(url, service, client, http.connections)
         try:
             yield running
             running.wait_idle()

@@ -137,6 +137,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 raise ApiError("invalid_request", "this server is no proxy")
             return
         self._is_head_due = False
+        if self.transport.is_closing():  # the client was told that there would be no further answer
+            return
         self._check_head()
         self._is_body_due = True
         self._num_body_bytes = 0
