@@ -13,12 +13,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import torch
 
@@ -47,7 +47,7 @@ Allowed = Mapping[str, Set[str | None]]  # name → digests that its current ver
 # the calls that change files, and those around them
 SYSCALLS = (
     *("openat", "write", "pwrite64", "fsync", "fdatasync", "fallocate", "ftruncate"),
-    *("rename", "renameat2", "unlink", "unlinkat", "mkdir", "rmdir"),
+    *("rename", "renameat2", "link", "linkat", "unlink", "unlinkat", "mkdir", "rmdir"),
 )
 _MiB = 1 << 20
 _HANG_SECONDS = 60
@@ -146,9 +146,13 @@ def allowed_after(before: Allowed, number: int, outcomes: Sequence[str]) -> Allo
 def check_recovered(data_dir: Path, allowed: Allowed) -> Allowed:
     """Open the store as the next start would: all that it lists is allowed and whole, and nothing else lies there.
 
-    Then deletes and an upload must work, which leave what is to be replaced in the next life.
+    A copy that has lost its catalogue must come to the same. Then deletes and an upload must work, which leave what is
+    to be replaced in the next life.
     """
+    with TemporaryDirectory() as folder, closing(Store(without_catalogue(data_dir, Path(folder) / "copy"))) as rebuilt:
+        known = everything(rebuilt)
     with opened(data_dir) as (store, registry):
+        assert everything(store) == known
         assert store.quarantined == []
         assert list((data_dir / "staging").iterdir()) == []
         records = [record for name in store.names() for record in store.versions(name)]
@@ -164,6 +168,18 @@ def check_recovered(data_dir: Path, allowed: Allowed) -> Allowed:
         put(registry, "replaced", -1)
         registry.check_integrity()
     return {"replaced": {digest_for(-1)}}
+
+
+def everything(store: Store) -> dict[str, Any]:
+    """All that a store answers."""
+    names = {name: (store.current(name), store.versions(name), store.is_pinned(name)) for name in store.names()}
+    return {"names": names, "origins": store.origins(), "aliases": store.aliases()}
+
+
+def without_catalogue(data_dir: Path, copy: Path) -> Path:
+    """A copy of a data directory, as it lies there, without the catalogue and its log."""
+    shutil.copytree(data_dir, copy, ignore=shutil.ignore_patterns("catalogue.sqlite3*"))
+    return copy
 
 
 class Nursery:

@@ -56,6 +56,21 @@ def test_sigkill_at_each_system_call_leaves_what_was_acknowledged_and_nothing_pa
     assert kills["rename"]
 
 
+def test_sigkill_while_a_lost_catalogue_is_made_anew_loses_nothing(nursery: Nursery, tmp_path: Path) -> None:
+    found = crash.check_recovered(tmp_path, {})
+    kills: Counter[str] = Counter()
+    for syscall, number in zip(crash.SYSCALLS, count(1000, 1000), strict=False):
+        for when in count(1):
+            os.truncate(tmp_path / "catalogue.sqlite3", 0)
+            life = nursery.live(tmp_path, number + when, Hurt("start", syscall, "signal=KILL", str(when)))
+            found = crash.check_recovered(tmp_path, crash.allowed_after(found, number + when, life.outcomes))
+            if life.outcomes:
+                break  # it has begun to serve, and what follows is the test before this one
+            kills[syscall] += 1
+    crash.report(f"{kills.total()} kills while starting without a catalogue: {dict(kills)}")
+    assert kills["rename"]
+
+
 class Client(threading.Thread):
     """Puts and deletes at random, under names of its own, until the server is gone."""
 

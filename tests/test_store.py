@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from adapter_files import config_bytes
-from swaplora_adapters.artifact import catalogue
+from crash import everything, without_catalogue
+from sizes import size
 from swaplora_adapters.artifact.catalogue import MIGRATIONS, Catalogue
 from swaplora_adapters.artifact.digest import digest_of
 from swaplora_adapters.artifact.disk import full_disk_is_told
@@ -212,18 +214,28 @@ def test_pins_origins_and_aliases_survive_a_restart(data_dir: Path) -> None:
     again.close()
 
 
-def test_a_catalogue_of_the_first_schema_is_brought_up_to_date(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(catalogue, "MIGRATIONS", MIGRATIONS[:1])
-        data_dir.mkdir(exist_ok=True)
-        old = Catalogue(data_dir / "catalogue.sqlite3")
-        with old.transaction():
-            old.put_blob("sha256:" + "0" * 64, 1, 1)
-            old.add_version("sql", Details("sha256:" + "0" * 64, 4, ("q_proj",), None, 10, ()), "upload")
-        old.close()
+DIGEST = "sha256:" + "0" * 64
+
+
+def make_first_schema(data_dir: Path) -> None:
+    """What a first release left: an adapter called sql, and a catalogue without pins, aliases, kinds and revisions."""
     (data_dir / "blobs" / ("0" * 64)).mkdir(parents=True)
+    connection = sqlite3.connect(data_dir / "catalogue.sqlite3")
+    connection.executescript(f"{MIGRATIONS[0]}; PRAGMA user_version = 1")
+    connection.execute("INSERT INTO blobs VALUES (?, 1, 1, NULL)", (DIGEST,))
+    connection.execute("INSERT INTO names VALUES ('sql', 1, 1)")
+    connection.execute(
+        "INSERT INTO versions VALUES ('sql', 1, ?, 4, '[\"q\"]', NULL, 10, 1.5, 'upload', '[]')", (DIGEST,)
+    )
+    connection.commit()
+    connection.close()
+
+
+def test_a_catalogue_of_the_first_schema_is_brought_up_to_date(data_dir: Path) -> None:
+    make_first_schema(data_dir)
     store = Store(data_dir)
-    assert store.current("sql").version == 1
+    record = store.current("sql")
+    assert (record.version, record.targets, record.kinds, record.created) == (1, ("q",), ("lora",), 1.5)
     assert not store.is_pinned("sql")
     assert store.aliases() == []
     store.close()
@@ -369,42 +381,6 @@ def test_a_failed_version_can_be_deleted(store: Store) -> None:
     assert store.discard_unreferenced(record.digest)
 
 
-def test_strangers_in_the_data_directory_are_swept(data_dir: Path) -> None:
-    Store(data_dir).close()
-    (data_dir / "staging" / "x").mkdir()
-    (data_dir / "staging" / "x" / "adapter_config.json").touch()
-    (data_dir / "blobs" / ("0" * 64)).mkdir()
-    (data_dir / "blobs" / "link").symlink_to("/etc")
-    Store(data_dir).close()
-    assert list((data_dir / "staging").iterdir()) == list((data_dir / "blobs").iterdir()) == []
-
-
-def test_a_lost_catalogue_does_not_cost_the_files(data_dir: Path) -> None:
-    store = Store(data_dir)
-    publish(store, "sql", b"weights")
-    store.close()
-    (data_dir / "catalogue.sqlite3").unlink()
-    with pytest.raises(StoreError, match="is missing beside stored adapters"):
-        Store(data_dir)
-    assert len(list((data_dir / "blobs").iterdir())) == 1
-
-
-def test_a_damaged_catalogue_is_a_clear_error(data_dir: Path) -> None:
-    Store(data_dir).close()
-    (data_dir / "catalogue.sqlite3").write_bytes(b"junk" * 1000)
-    with pytest.raises(StoreError, match="cannot be opened"):
-        Store(data_dir)
-
-
-def test_a_catalogue_of_a_newer_release_is_left_alone(data_dir: Path) -> None:
-    Store(data_dir).close()
-    connection = sqlite3.connect(data_dir / "catalogue.sqlite3")
-    connection.execute("PRAGMA user_version = 99")
-    connection.close()
-    with pytest.raises(StoreError, match="newer release"):
-        Store(data_dir)
-
-
 def failing(call: str, code: int, after: int) -> Callable[[pytest.MonkeyPatch], None]:
     def plant(monkeypatch: pytest.MonkeyPatch) -> None:
         real, calls = getattr(os, call), iter(range(10_000))
@@ -419,7 +395,8 @@ def failing(call: str, code: int, after: int) -> Callable[[pytest.MonkeyPatch], 
     return plant
 
 
-FAULTS = [("write", n) for n in range(2)] + [("fsync", n) for n in range(4)] + [("mkdir", 0), ("rename", 0)]
+FAULTS = [(call, 0) for call in ("mkdir", "rename", "link", "replace")]
+FAULTS += [("write", n) for n in range(3)] + [("fsync", n) for n in range(5)]
 
 
 @pytest.mark.parametrize(("call", "after"), FAULTS)
@@ -428,6 +405,7 @@ def test_a_fault_at_any_call_leaves_the_store_as_it_was(
     store: Store, data_dir: Path, monkeypatch: pytest.MonkeyPatch, call: str, after: int, code: int
 ) -> None:
     before = publish(store, "sql", b"one").record
+    described = (data_dir / "names" / "sql").read_bytes()
     with monkeypatch.context() as patch:
         failing(call, code, after)(patch)
         with pytest.raises(OSError) as caught:  # noqa: PT011 - which kind is the next line's matter
@@ -435,6 +413,7 @@ def test_a_fault_at_any_call_leaves_the_store_as_it_was(
     assert isinstance(caught.value, StorageFullError) == (code != errno.EIO)
     assert store.versions("sql") == [before]
     assert len(list((data_dir / "blobs").iterdir())) == 1
+    assert (data_dir / "names" / "sql").read_bytes() == described
     assert publish(store, "sql", b"two").is_new
 
 
@@ -485,7 +464,7 @@ def deadly(real):
         return real(*args, **kwargs)
     return call
 
-for name in ("mkdir", "open", "write", "fsync", "rename", "close"):
+for name in ("mkdir", "open", "write", "fsync", "rename", "link", "replace", "unlink", "close"):
     setattr(os, name, deadly(getattr(os, name)))
 
 for number in range(first, first + (1 if die_at else 1000)):
@@ -508,8 +487,13 @@ def start_publisher(data_dir: Path, first: int, die_at: int) -> "subprocess.Pope
 
 
 def assert_whole(data_dir: Path, acknowledged: list[str]) -> None:
-    """Every acknowledged version is there, and whatever is there is whole."""
+    """Every acknowledged version is there, and whatever is there is whole; the same where the catalogue is lost."""
+    copy = without_catalogue(data_dir, data_dir.with_name("copy"))
+    with closing(Store(copy)) as rebuilt:
+        known = everything(rebuilt)
+    shutil.rmtree(copy)
     store = Store(data_dir)
+    assert everything(store) == known
     assert store.quarantined == []
     assert list((data_dir / "staging").iterdir()) == []
     for line in acknowledged:
@@ -551,7 +535,7 @@ CONTENTS = st.sampled_from([b"0", b"1", b"2"])
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """The store against plain dictionaries: name → {version: content}, name → current, name → last number."""
+    """The store against plain dictionaries: what it has under each name, with its catalogue and without."""
 
     folder: Path
 
@@ -562,6 +546,10 @@ class StoreMachine(RuleBasedStateMachine):
         self.versions: dict[str, dict[int, bytes]] = {}
         self.current: dict[str, int] = {}
         self.last: dict[str, int] = {}
+        self.aliases: dict[str, Alias] = {}
+        self.pinned: set[str] = set()
+        self.backup = self.folder.with_name("backup")
+        shutil.copy(self.folder / "catalogue.sqlite3", self.backup)
 
     @rule(name=NAMES, content=CONTENTS)
     def publish(self, name: str, content: bytes) -> None:
@@ -603,8 +591,49 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = Store(self.folder)
         assert self.store.quarantined == []
 
+    @rule(loss=st.sampled_from(["catalogue", "log", "main", "older"]))
+    def loses_its_catalogue(self, loss: str) -> None:
+        """As if it were killed now, and what it knew by heart were damaged as well."""
+        copy = self.folder.with_name("killed")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(self.folder, copy)
+        main, log = (copy / name for name in ("catalogue.sqlite3", "catalogue.sqlite3-wal"))
+        if loss in ("catalogue", "main"):
+            os.truncate(main, 0)
+        if loss in ("catalogue", "log"):
+            log.unlink(missing_ok=True)
+        if loss == "older":
+            shutil.copy(self.backup, main)
+            log.unlink(missing_ok=True)
+        with closing(Store(copy)) as rebuilt:
+            assert everything(rebuilt) == everything(self.store)
+            assert rebuilt.quarantined == []
+            rebuilt.check_integrity()
+
+    @rule()
+    def backs_up(self) -> None:
+        self.restart()
+        shutil.copy(self.folder / "catalogue.sqlite3", self.backup)
+
+    @rule(alias=st.sampled_from(["x", "y"]), leads_to=st.lists(st.tuples(NAMES, st.integers(1, 9)), max_size=2))
+    def point_alias(self, alias: str, leads_to: list[tuple[str, int]]) -> None:
+        if leads_to:
+            self.aliases[alias] = Alias(alias, tuple(Target(*target) for target in leads_to))
+            self.store.put_alias(self.aliases[alias])
+        elif self.aliases.pop(alias, None) is not None:
+            self.store.remove_alias(alias)
+
+    @rule(name=NAMES, is_pinned=st.booleans())
+    def pin(self, name: str, is_pinned: bool) -> None:
+        if name in self.current:
+            self.store.change(name, is_pinned=is_pinned)
+            self.pinned = self.pinned - {name} | ({name} if is_pinned else set())
+
     @invariant()
     def agrees(self) -> None:
+        self.pinned &= self.current.keys()
+        assert {name for name in self.current if self.store.is_pinned(name)} == self.pinned
+        assert self.store.aliases() == [alias for _, alias in sorted(self.aliases.items())]
         assert self.store.names() == sorted(self.versions)
         for name, known in self.versions.items():
             records = self.store.versions(name)
@@ -622,6 +651,9 @@ def test_the_store_behaves_like_dictionaries(tmp_path: Path) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=12, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+            max_examples=size(ci=15, soak=300),
+            stateful_step_count=25,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow],
         ),
     )

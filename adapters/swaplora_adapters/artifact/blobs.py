@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from swaplora_adapters.artifact.digest import digest_of, hex_of
 from swaplora_adapters.artifact.disk import full_disk_is_told, read_bounded, regular_size, remove, sync_folder
+from swaplora_adapters.artifact.folders import Folders
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES, AdapterSpec
 from swaplora_adapters.artifact.staging import Staging
@@ -25,13 +26,11 @@ class BlobPaths(NamedTuple):
 
 
 class Blobs:
-    """The folders `blobs`, `staging` and `quarantine` of a data directory, and a reserve of room for a full disk."""
+    """What lies in the folder `blobs` of a data directory, and a reserve of room for a full disk."""
 
-    def __init__(self, data_dir: Path) -> None:
-        self._blobs, self._staging, self._quarantine = (data_dir / x for x in ("blobs", "staging", "quarantine"))
-        self._reserve = data_dir / "reserve"
-        for folder in (self._blobs, self._staging, self._quarantine):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    def __init__(self, folders: Folders) -> None:
+        self._folders = folders
+        self._blobs, self._staging, self._reserve = folders.blobs, folders.staging, folders.reserve
 
     def stage(self) -> Staging:
         """A new folder on the same file system; StorageFullError."""
@@ -79,21 +78,27 @@ class Blobs:
                 remove(doomed)
 
     def quarantine(self, digest: str) -> None:
-        """Set a blob aside, if there, in the place of an older one; on a failing disk it stays where it is."""
-        target = self._quarantine / hex_of(digest)
+        """Set a blob aside, if there; on a failing disk it stays where it is."""
         if self.has(digest):
             with suppress(OSError):
-                remove(target)
-                self._folder(digest).rename(target)
+                self._folders.set_aside(self._folder(digest), hex_of(digest))
 
-    def sweep(self, known: Collection[str]) -> None:
-        """Remove what staging holds and every blob whose digest is not `known`."""
-        folders = {hex_of(digest) for digest in known}
+    def sweep(self, known: Collection[str], removed: Collection[str]) -> int:
+        """Empty the staging folder, remove the blobs of `removed`, and set aside all that are not `known`: how many."""
         for leftover in self._staging.iterdir():
             remove(leftover)
-        for blob in self._blobs.iterdir():
-            if blob.name not in folders:
-                remove(blob)
+        known_folders, removed_folders = ({hex_of(digest) for digest in digests} for digests in (known, removed))
+        unknown = [path for path in self._blobs.iterdir() if path.name not in known_folders]
+        doomed = [path for path in unknown if path.name in removed_folders]
+        for path in doomed:
+            remove(path)
+        for path in set(unknown).difference(doomed):
+            self._folders.set_aside(path, path.name)
+        return len(unknown) - len(doomed)
+
+    def config_bytes(self, digest: str) -> int:
+        """The size of the config that lies there: what is the same adapter may be written in more than one way."""
+        return regular_size(self.paths(digest).config) or 0
 
     def size_complaint(self, digest: str, sizes: Sequence[int]) -> str | None:
         """What is wrong with the files at a glance: whether they are there and have these sizes in bytes."""

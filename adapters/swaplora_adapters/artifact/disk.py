@@ -16,6 +16,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FAILED = (errno.EIO, errno.EROFS)  # the second is what many file systems turn to after the first
 _SQLITE_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 _SQLITE_FAILED = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)  # primary codes
+_SQLITE_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+class StoreError(RuntimeError):
+    """The data directory cannot be used as it is. Meant for the operator: the message says what is wrong with it."""
 
 
 def open_regular(path: Path) -> FileIO:
@@ -72,7 +77,8 @@ def remove(path: Path) -> None:
 def full_disk_is_told() -> Iterator[None]:
     """Turn a full disk met in the body, by a file or by SQLite, into StorageFullError; the rest passes.
 
-    A disk that fails becomes StorageFailedError. SQLite says only that for no room at a sync, too.
+    A disk that fails, or has changed the catalogue, becomes StorageFailedError. SQLite says only that for no room at a
+    sync, too.
     """
     try:
         yield
@@ -87,6 +93,10 @@ def full_disk_is_told() -> Iterator[None]:
             raise _full() from error
         if error.sqlite_errorcode & 0xFF in _SQLITE_FAILED:
             raise _failed(str(error)) from error
+        raise
+    except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _SQLITE_DAMAGED:
+            raise _failed(f"the catalogue is damaged ({error}); the next start rebuilds it") from error
         raise
 
 

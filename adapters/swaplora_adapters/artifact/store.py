@@ -1,27 +1,32 @@
-"""The durable store of adapters: content-addressed files, and a catalogue of names and versions beside them.
+"""The durable store of adapters: content-addressed files, what they say of themselves, and a catalogue of it all.
 
     catalogue.sqlite3   lock   reserve
     blobs/<digest>/adapter_config.json, adapter_model.safetensors
+    names/<name>        its versions, and what else is kept of it
+    aliases/<alias>     where it leads
     staging/            on their way in, or on their way out
-    quarantine/         blobs found unusable
+    quarantine/         what was found unusable, or unknown
 
-A publish is durable when it returns: files synced, folder renamed into place, folder synced, catalogue committed.
-What a crash leaves behind is either in the catalogue and whole, or swept at the next start.
+A publish is durable when it returns: files synced, folder renamed into place, folder synced, the same for the name's
+description, catalogue committed. What a crash leaves behind is whole, or swept at the next start. The catalogue can be
+lost: it is made anew from the descriptions.
 """
 
 import fcntl
 import os
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from swaplora_adapters.artifact.blobs import BlobPaths, Blobs
-from swaplora_adapters.artifact.catalogue import Catalogue, StoreError
-from swaplora_adapters.artifact.disk import sync_folder
+from swaplora_adapters.artifact.descriptions import Description, Descriptions, NotUndoneError
+from swaplora_adapters.artifact.disk import StoreError
+from swaplora_adapters.artifact.folders import Folders, unusable
 from swaplora_adapters.artifact.names import validate_name
 from swaplora_adapters.artifact.records import Alias, Details, Published, Quarantined, VersionRecord
+from swaplora_adapters.artifact.recovery import Recovery
 from swaplora_adapters.artifact.staging import Staging
 from swaplora_adapters.errors import (
     AdapterFailedError,
@@ -42,17 +47,23 @@ class Store:
     """One process's hold on a data directory. Any thread may call any method.
 
     `quarantined` lists the versions whose files were found unusable at the start. They stay in the catalogue with their
-    `failure`; publishing the same bytes again mends them.
+    `failure`; publishing the same bytes again mends them. `notes` are for the operator: what else the start has mended.
     """
 
     def __init__(self, data_dir: Path) -> None:
         """Lock, open, migrate and recover `data_dir`, which is made if need be; StoreError if it cannot be used."""
         self._mutex = threading.RLock()
-        self._blobs = Blobs(data_dir)
-        self._lock_descriptor = _lock(data_dir / "lock")
+        folders = Folders(data_dir)
+        self._blobs = Blobs(folders)
+        self._names, self._aliases = (Descriptions(f, folders.staging) for f in (folders.names, folders.aliases))
+        self._lock_descriptor = _lock(folders.lock)
         try:
-            self._catalogue = _open_catalogue(data_dir / "catalogue.sqlite3", self._blobs)
-            self.quarantined = self._recover()
+            recovery = Recovery(folders, self._blobs, self._names, self._aliases)
+            self._catalogue = recovery.open_catalogue()
+            self._revision = recovery.agree(self._catalogue)
+            recovery.sweep(self._catalogue)
+            self.notes = recovery.notes
+            self.quarantined = self._find_damage()
         except BaseException:
             os.close(self._lock_descriptor)
             raise
@@ -90,17 +101,21 @@ class Store:
         with self._mutex:
             had_files, is_committing = self._blobs.has(details.digest), False
             try:
-                with self._catalogue.transaction():
+                with self._change():
                     previous = self._catalogue.current(name)
                     _check_preconditions(previous, if_none_match, if_match)
                     self._keep_or_place(staging, details.digest)
                     is_new = previous is None or previous.digest != details.digest
                     if is_new:
                         self._catalogue.add_version(name, details, source)
+                        self._describe(name)
                     is_committing = True
             except BaseException as error:
                 # a commit that fails for anything but room may stand at the next start, and would want its files
-                if not had_files and (not is_committing or isinstance(error, StorageFullError)):
+                may_stand = isinstance(error, NotUndoneError) or (
+                    is_committing and not isinstance(error, StorageFullError)
+                )
+                if not (had_files or may_stand):
                     self._blobs.discard(details.digest)
                 raise
             return Published(self.current(name), is_new, previous)
@@ -143,11 +158,12 @@ class Store:
                 self.current(name)
             else:
                 self.version(name, current)
-            with self._catalogue.transaction():
+            with self._change():
                 if current is not None:
                     self._catalogue.set_current(name, current)
                 if is_pinned is not None:
                     self._catalogue.set_pinned(name, is_pinned)
+                self._describe(name)
 
     def is_pinned(self, name: str) -> bool:
         """Whether the current version of `name` is to stay in memory."""
@@ -161,8 +177,9 @@ class Store:
 
     def set_origin(self, name: str, origin: str) -> None:
         """Note what `name` was taken in from; StorageFullError."""
-        with self._mutex, self._catalogue.transaction():
+        with self._mutex, self._change():
             self._catalogue.set_origin(name, origin)
+            self._describe(name)
 
     def aliases(self) -> list[Alias]:
         """In order of alias."""
@@ -172,13 +189,14 @@ class Store:
     def put_alias(self, alias: Alias) -> None:
         """Make an alias, or let it stand for something else; InvalidAdapterNameError, StorageFullError."""
         validate_name(alias.alias)
-        with self._mutex, self._catalogue.transaction():
-            self._catalogue.put_alias(alias)
+        with self._mutex, self._change():
+            self._catalogue.put_alias(alias, self._next_revision())
+            self._aliases.put(alias.alias, self._catalogue.describe_alias(alias.alias))
 
     def remove_alias(self, alias: str) -> None:
         """Raises AliasNotFoundError. Works on a full disk too."""
         with self._mutex:
-            if not self._even_if_full(lambda: self._catalogue.remove_alias(alias)):
+            if not self._even_if_full(lambda: self._remove_alias(alias)):
                 raise AliasNotFoundError(f"there is no alias called {alias[:128]!r}; GET /v1/aliases lists them")
 
     def delete(self, name: str, version: int | None = None) -> list[VersionRecord]:
@@ -190,7 +208,7 @@ class Store:
         """
         with self._mutex:
             doomed = self.versions(name) if version is None else [self.version(name, version)]
-            self._even_if_full(lambda: self._catalogue.remove_versions(doomed))
+            self._even_if_full(lambda: self._remove_versions(name, doomed))
             return doomed
 
     def discard_unreferenced(self, digest: str) -> bool:
@@ -238,11 +256,38 @@ class Store:
         if not (is_recorded and self._blobs.digest_complaint(digest) is None):
             self._catalogue.put_blob(digest, *self._blobs.place(staging, digest))
 
-    def _recover(self) -> list[Quarantined]:
-        """Sweep what was never acknowledged, set aside what is damaged, and list the versions that cannot be used."""
-        blobs = self._catalogue.blobs()
-        self._blobs.sweep([digest for digest, *_ in blobs])
-        for digest, *sizes, failure in blobs:
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Changes of the catalogue and of descriptions, all or none; durable when it ends. Needs `_mutex`."""
+        with self._names.undone_on_error(), self._aliases.undone_on_error(), self._catalogue.transaction():
+            yield
+
+    def _next_revision(self) -> int:
+        self._revision += 1
+        return self._revision
+
+    def _describe(self, name: str, removed: Sequence[str] = ()) -> None:
+        """Write down what the catalogue has of a name that has changed, before that is committed.
+
+        `removed` are digests that it has lost. What was removed on purpose is not set aside at the next start.
+        """
+        left = [d for d in dict.fromkeys([*self._catalogue.removed(name), *removed]) if self._blobs.has(d)]
+        self._catalogue.set_revision(name, self._next_revision(), left)
+        self._names.put(name, self._catalogue.describe_name(name))
+
+    def _remove_versions(self, name: str, doomed: Sequence[VersionRecord]) -> None:
+        self._catalogue.remove_versions(doomed)
+        self._describe(name, [record.digest for record in doomed])
+
+    def _remove_alias(self, alias: str) -> bool:
+        is_removed = self._catalogue.remove_alias(alias)
+        if is_removed:
+            self._aliases.put(alias, Description(self._next_revision(), {"targets": None}))
+        return is_removed
+
+    def _find_damage(self) -> list[Quarantined]:
+        """Set aside what is damaged, and list the versions that cannot be used."""
+        for digest, *sizes, failure in self._catalogue.blobs():
             complaint = self._blobs.size_complaint(digest, sizes)
             if complaint and failure is None:
                 self._give_up(digest, complaint)
@@ -265,32 +310,26 @@ class Store:
     def _even_if_full(self, change: Callable[[], T]) -> T:
         """What `change` returns, in a transaction that takes its room from the reserve if the disk has none left."""
         try:
-            with self._catalogue.transaction():
+            with self._change():
                 return change()
         except StorageFullError:
             self._blobs.free_reserve()
-            with self._catalogue.transaction():
+            with self._change():
                 return change()
 
 
 def _lock(path: Path) -> int:
     """An exclusive lock on the data directory, held until the descriptor is closed or the process ends."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode=0o600)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode=0o600)
+    except OSError as error:
+        raise unusable(path.parent, error) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise StoreError("the data directory is in use by another process") from None
     return descriptor
-
-
-def _open_catalogue(path: Path, blobs: Blobs) -> Catalogue:
-    """An empty catalogue beside stored files would have them all swept, so that is refused."""
-    if not path.exists() and not blobs.is_empty():
-        raise StoreError(f"{path.name} is missing beside stored adapters: bring it back, or empty the data directory")
-    catalogue = Catalogue(path)
-    sync_folder(path.parent)
-    return catalogue
 
 
 def _check_preconditions(current: VersionRecord | None, if_none_match: bool, if_match: str | None) -> None:

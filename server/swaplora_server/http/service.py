@@ -235,6 +235,8 @@ class Service:
             allowed=settings.allow_source, folder=settings.adapter_dir, max_weights_bytes=settings.max_adapter_bytes
         )
         store = Store(settings.data_dir)
+        for note in store.notes:
+            _log.warning(note)
         for name, version, reason in store.quarantined:
             _log.warning("an adapter's files are damaged", adapter=name, version=version, reason=reason)
         try:
