@@ -84,6 +84,15 @@ class Descriptions:
                 path.replace(self._folder / name)
             sync_folder(self._folder)
 
+    def take_away(self, name: str) -> None:
+        """Remove one, in an `undone_on_error`, where none can be written; as durably as a failing disk lets it be."""
+        target, before = self._folder / name, self._beside()
+        with full_disk_is_told(), suppress(FileNotFoundError):
+            target.rename(before)
+            self._replaced.append((target, before))
+            with suppress(OSError):
+                sync_folder(self._folder)
+
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """What the block puts is taken back if it raises; NotUndoneError if that fails."""

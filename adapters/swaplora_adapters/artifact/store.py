@@ -196,7 +196,7 @@ class Store:
     def remove_alias(self, alias: str) -> None:
         """Raises AliasNotFoundError. Works on a full disk too."""
         with self._mutex:
-            if not self._even_if_full(lambda: self._remove_alias(alias)):
+            if not self._even_if_full(lambda is_hard: self._remove_alias(alias, is_hard)):
                 raise AliasNotFoundError(f"there is no alias called {alias[:128]!r}; GET /v1/aliases lists them")
 
     def delete(self, name: str, version: int | None = None) -> list[VersionRecord]:
@@ -208,7 +208,7 @@ class Store:
         """
         with self._mutex:
             doomed = self.versions(name) if version is None else [self.version(name, version)]
-            self._even_if_full(lambda: self._remove_versions(name, doomed))
+            self._even_if_full(lambda is_hard: self._remove_versions(name, doomed, is_hard))
             return doomed
 
     def discard_unreferenced(self, digest: str) -> bool:
@@ -275,15 +275,29 @@ class Store:
         self._catalogue.set_revision(name, self._next_revision(), left)
         self._names.put(name, self._catalogue.describe_name(name))
 
-    def _remove_versions(self, name: str, doomed: Sequence[VersionRecord]) -> None:
+    def _remove_versions(self, name: str, doomed: Sequence[VersionRecord], is_hard: bool) -> None:
         self._catalogue.remove_versions(doomed)
-        self._describe(name, [record.digest for record in doomed])
+        with self._if_undescribed(
+            is_hard and self._catalogue.current(name) is None, lambda: self._names.take_away(name)
+        ):
+            self._describe(name, [record.digest for record in doomed])
 
-    def _remove_alias(self, alias: str) -> bool:
+    def _remove_alias(self, alias: str, is_hard: bool) -> bool:
         is_removed = self._catalogue.remove_alias(alias)
         if is_removed:
-            self._aliases.put(alias, Description(self._next_revision(), {"targets": None}))
+            with self._if_undescribed(is_hard, lambda: self._aliases.take_away(alias)):
+                self._aliases.put(alias, Description(self._next_revision(), {"targets": None}))
         return is_removed
+
+    @contextmanager
+    def _if_undescribed(self, is_enough: bool, take_away: Callable[[], None]) -> Iterator[None]:
+        """Where what is no more cannot be described as such, no description at all says so too, if that `is_enough`."""
+        try:
+            yield
+        except (StorageFullError, StorageFailedError):
+            if not is_enough:
+                raise
+            take_away()
 
     def _find_damage(self) -> list[Quarantined]:
         """Set aside what is damaged, and list the versions that cannot be used."""
@@ -307,15 +321,18 @@ class Store:
         with suppress(StorageFullError, StorageFailedError), self._catalogue.transaction():
             self._catalogue.mark_blob(digest, failure)
 
-    def _even_if_full(self, change: Callable[[], T]) -> T:
-        """What `change` returns, in a transaction that takes its room from the reserve if the disk has none left."""
+    def _even_if_full(self, change: Callable[[bool], T]) -> T:
+        """What `change` returns, in a transaction that takes its room from the reserve if the disk has none left.
+
+        `change` is told whether it has failed once, and may make do with less.
+        """
         try:
             with self._change():
-                return change()
-        except StorageFullError:
+                return change(False)
+        except (StorageFullError, StorageFailedError):
             self._blobs.free_reserve()
             with self._change():
-                return change()
+                return change(True)
 
 
 def _lock(path: Path) -> int:
