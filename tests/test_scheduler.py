@@ -41,9 +41,9 @@ def test_every_sequence_of_a_request_is_released_together_and_once() -> None:
 def test_a_stop_token_before_min_tokens_does_not_stop() -> None:
     scheduler = make()
     client = submit(scheduler, stop_token_ids=frozenset({EOS}), min_tokens=3)
-    for _ in range(3):
+    for _ in range(4):
         run_step(scheduler, EOS)
-    assert [event.finish_reason for event in client.events] == [None, None, FinishReason.STOP]
+    assert [event.finish_reason for event in client.events] == [None, None, None, FinishReason.STOP]
 
 
 def test_a_row_whose_logits_are_not_finite_fails_alone() -> None:

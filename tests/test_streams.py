@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from starlette.types import Message
 
 import tiny
+from swaplora_server.engine.detokenize import TextToken
 from swaplora_server.engine.request import FinishReason, Logprobs, TokenEvent
+from swaplora_server.engine.vocabulary import Vocabulary
 from swaplora_server.http import answers, chat, completions, sse
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.figures import Outcome, Record
@@ -24,16 +26,18 @@ from swaplora_server.http.terms import Terms
 from swaplora_server.http.wire import ChatBody, CompletionBody, GenerationBody
 
 TOKENIZER = tiny.byte_tokenizer()
+VOCABULARY = Vocabulary(TOKENIZER.backend_tokenizer)
 HEAD = {"id": "some-id", "created": 1700000000, "model": 'a "model" of Ω', "object": "chunk"}
 LOGPROBS = st.builds(
     Logprobs, st.floats(-100, 0), st.lists(st.tuples(st.integers(0, 255), st.floats(-100, 0)), max_size=2).map(tuple)
 )
+TOKENS = st.builds(TextToken, st.integers(0, 258), st.binary(max_size=2), LOGPROBS)
 PIECES = st.builds(
     Piece,
     st.integers(0, 15),
     st.text(),
     st.none() | st.integers(0, 258),
-    st.none() | LOGPROBS,
+    st.lists(TOKENS, max_size=2),
     st.none() | st.sampled_from([FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT]),
 )
 
@@ -81,8 +85,7 @@ def written(events: AsyncGenerator[bytes]) -> list[bytes]:
 
 
 def chat_shape() -> answers.Shape:
-    service = SimpleNamespace(base=SimpleNamespace(tokenizer=TOKENIZER))
-    return chat._shape(cast(Service, service))  # noqa: SLF001
+    return chat._shape(VOCABULARY, has_logprobs=True)  # noqa: SLF001
 
 
 def body_of(kind: type[GenerationBody], **fields: Any) -> GenerationBody:
@@ -107,16 +110,18 @@ def completion_choices(piece: Piece) -> list[dict[str, Any]]:
 
 
 def chat_choices(piece: Piece) -> list[dict[str, Any]]:
-    def token(token_id: int, logprob: float) -> dict[str, Any]:
-        text = TOKENIZER.decode([token_id])
-        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+    def token(token_id: int, logprob: float, data: bytes) -> dict[str, Any]:
+        return {"token": data.decode(errors="backslashreplace"), "logprob": logprob, "bytes": list(data)}
 
-    logprobs = None
-    if piece.token_id is not None and piece.logprobs is not None:
-        top = [token(*other) for other in piece.logprobs.top]
-        logprobs = {"content": [{**token(piece.token_id, piece.logprobs.chosen), "top_logprobs": top}]}
+    def with_others(one: TextToken) -> dict[str, Any]:
+        whole = VOCABULARY.bytes_of(one.token_id)
+        chosen = token(one.token_id, one.logprobs.chosen, one.data or whole) | {"bytes": list(one.data)}
+        others = [token(*other, VOCABULARY.bytes_of(other[0])) for other in one.logprobs.top]
+        return chosen | {"top_logprobs": others}
+
+    logprobs = {"content": [with_others(one) for one in piece.tokens]} if piece.tokens else None
     choices: list[dict[str, Any]] = []
-    if piece.text or piece.token_id is not None:
+    if piece.text or piece.tokens or piece.token_id is not None:
         delta = {"content": piece.text}
         choices.append({"index": piece.choice, "delta": delta, "logprobs": logprobs, "finish_reason": None})
     if piece.finish_reason is not None:
@@ -161,12 +166,12 @@ def test_chunks_written_as_text_are_what_encoding_the_whole_object_gives(
 
 
 def test_what_comes_together_goes_out_in_one_write_with_an_event_each() -> None:
-    pieces = [Piece(0, text, 65, None, None) for text in "abc"]
+    pieces = [Piece(0, text, 65, (), None) for text in "abc"]
     writes = written(stream(completions._SHAPE, body_of(CompletionBody), [*pieces[:2]], [pieces[2]]))  # noqa: SLF001
     assert [write.count(b"data: ") for write in writes] == [2, 1, 1]
 
 
-FAILING: list[Piece | GenerationError] = [Piece(0, "a", 65, None, None), GenerationError("engine_failed", "it broke")]
+FAILING: list[Piece | GenerationError] = [Piece(0, "a", 65, (), None), GenerationError("engine_failed", "it broke")]
 
 
 class Client:
@@ -235,7 +240,7 @@ async def test_a_comment_keeps_a_silent_stream_alive_and_an_error_then_is_an_eve
 
 
 def test_a_choice_is_opened_in_the_write_of_the_first_token() -> None:
-    pieces = [Piece(0, text, 65, None, None) for text in "ab"]
+    pieces = [Piece(0, text, 65, (), None) for text in "ab"]
     writes = written(stream(chat_shape(), body_of(ChatBody), [], [pieces[0]], [pieces[1]]))
     deltas = [
         [json.loads(data.removeprefix("data: "))["choices"][0]["delta"] for data in write.decode().split("\n\n")[:-1]]
@@ -249,13 +254,13 @@ def generation(body: GenerationBody) -> tuple[Generation, list[Record]]:
     records: list[Record] = []
     service = SimpleNamespace(
         outbox=Outbox(),
-        base=SimpleNamespace(tokenizer=TOKENIZER),
+        base=SimpleNamespace(vocabulary=VOCABULARY),
         figures=SimpleNamespace(observe=records.append),
         engine=SimpleNamespace(submit=lambda _request: None, abort=lambda _request, _index=None: None),
         leave=lambda _count: None,
     )
-    made = Generation(cast(Service, service), body, [[1, 2, 3]], began=0.0)
-    made.submit(body.sampling(100, frozenset(), None), (), Terms((), ()), [0])
+    made = Generation(cast(Service, service), body, [[1, 2, 3]], body.sampling(100, frozenset(), None), began=0.0)
+    made.submit((), Terms((), ()), [0])
     return made, records
 
 

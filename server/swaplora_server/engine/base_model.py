@@ -21,6 +21,7 @@ from swaplora_server.engine.lean_embedding import lean
 from swaplora_server.engine.proof import UnsupportedModelError, prove, stock_logits
 from swaplora_server.engine.quantisation import Quantization, loading_arguments, multiply_dequantised
 from swaplora_server.engine.runner import Runner
+from swaplora_server.engine.vocabulary import Vocabulary
 
 _log = structlog.get_logger(__name__)
 
@@ -33,6 +34,7 @@ class BaseModel:
     activation: Activation
     kernels: Kernels
     tokenizer: PreTrainedTokenizerFast
+    vocabulary: Vocabulary
     layers: BaseLayers
     device: torch.device
     dtype: torch.dtype
@@ -100,6 +102,7 @@ def load_base(
         activation=activation,
         kernels=kernels,
         tokenizer=tokenizer,
+        vocabulary=Vocabulary(tokenizer.backend_tokenizer),
         layers=adaptable(wrapped, proof.addressable, tied, kernels.prepare_linear, dtype, device),
         device=device,
         dtype=dtype,

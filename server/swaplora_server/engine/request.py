@@ -48,6 +48,10 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         return self.temperature < _GREEDY_BELOW
 
+    def may_end_at(self, number: int) -> bool:
+        """Whether its `number`th token may end a sequence, by itself or with a stop string: `min_tokens` go first."""
+        return number > self.min_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
@@ -185,7 +189,7 @@ class Sequence:
     def finish_reason_after(self, token_id: int) -> FinishReason | None:
         """Why the sequence ends with `token_id`, its newest token, or None while it goes on."""
         params = self.request.params
-        if token_id in params.stop_token_ids and self.num_generated >= params.min_tokens:
+        if token_id in params.stop_token_ids and params.may_end_at(self.num_generated):
             return FinishReason.STOP
         if self.num_generated >= params.max_tokens:
             return FinishReason.LENGTH

@@ -36,7 +36,7 @@ class Sampler:
 
     def _choose(self, logits: Tensor, greedy_id: int, sequence: Sequence) -> int:
         params = sequence.request.params
-        if sequence.num_generated < params.min_tokens and params.stop_token_ids:
+        if params.stop_token_ids and not params.may_end_at(sequence.num_generated + 1):
             logits = logits.index_fill(0, _as_index(params.stop_token_ids, logits), float("-inf"))
             greedy_id = int(logits.argmax())
         if params.is_greedy:

@@ -9,7 +9,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from swaplora_server.engine.request import FinishReason, Logprobs
+from swaplora_server.engine.detokenize import TextToken
+from swaplora_server.engine.request import FinishReason
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.figures import Outcome
 from swaplora_server.http.generation import Admission, Generation, GenerationError, Piece
@@ -24,7 +25,7 @@ class Choice:
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[tuple[int, Logprobs]] = field(default_factory=list)
+    tokens: list[TextToken] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     def add(self, piece: Piece) -> None:
@@ -32,8 +33,7 @@ class Choice:
         self.finish_reason = piece.finish_reason
         if piece.token_id is not None:
             self.token_ids.append(piece.token_id)
-            if piece.logprobs is not None:
-                self.logprobs.append((piece.token_id, piece.logprobs))
+        self.tokens += piece.tokens
 
 
 @dataclass(frozen=True, slots=True)

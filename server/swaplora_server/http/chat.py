@@ -1,12 +1,14 @@
 """POST /v1/chat/completions."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from swaplora_server.engine.request import Logprobs
+from swaplora_server.engine.detokenize import TextToken
+from swaplora_server.engine.vocabulary import Vocabulary, named, shown
 from swaplora_server.http.answers import Choice, Shape, answer
 from swaplora_server.http.body import body_schema, json_body
 from swaplora_server.http.errors import ApiError
@@ -38,7 +40,7 @@ async def chat(request: Request, body: Annotated[ChatBody, Depends(json_body(Cha
     )
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     admission = await admit(request, service, body, encode, max_tokens=max_tokens, num_logprobs=body.num_logprobs)
-    return await answer(request, body, admission, _shape(service))
+    return await answer(request, body, admission, _shape(service.base.vocabulary, has_logprobs=body.logprobs))
 
 
 def _check(body: ChatBody) -> None:
@@ -50,25 +52,24 @@ def _check(body: ChatBody) -> None:
             raise ApiError("invalid_request", f"{path} must be a string, or a list of parts of type text", path)
 
 
-def _shape(service: Service) -> Shape:
-    """Chat's objects; logprobs name tokens as text, so the tokenizer is needed."""
+def _shape(vocabulary: Vocabulary, *, has_logprobs: bool) -> Shape:
+    """Chat's objects; logprobs name tokens, so the vocabulary is needed."""
 
-    def logprobs(tokens: list[tuple[int, Logprobs]]) -> dict[str, Any] | None:
-        return {"content": [_token_logprobs(service, *token) for token in tokens]} if tokens else None
+    def logprobs(tokens: Sequence[TextToken]) -> dict[str, Any]:
+        return {"content": [_token_logprobs(vocabulary, token) for token in tokens]}
 
     def choice(choice: Choice) -> dict[str, Any]:
         return {
             "index": choice.index,
             "message": {"role": "assistant", "content": choice.text},
-            "logprobs": logprobs(choice.logprobs),
+            "logprobs": logprobs(choice.tokens) if has_logprobs else None,
             "finish_reason": choice.finish_reason,
         }
 
     def chunks(piece: Piece) -> list[str]:
-        tokens = [] if piece.token_id is None or piece.logprobs is None else [(piece.token_id, piece.logprobs)]
         deltas = []
-        if piece.text or piece.token_id is not None:
-            shown = to_json(logprobs(tokens)) if tokens else "null"
+        if piece.text or piece.tokens or piece.token_id is not None:
+            shown = to_json(logprobs(piece.tokens)) if piece.tokens else "null"
             deltas.append(_chunk(piece.choice, f'{{"content":{to_json(piece.text)}}}', logprobs=shown))
         if piece.finish_reason is not None:
             deltas.append(_chunk(piece.choice, "{}", finish_reason=to_json(piece.finish_reason)))
@@ -85,12 +86,14 @@ def _chunk(index: int, delta: str, *, logprobs: str = "null", finish_reason: str
     return f'{{"index":{index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish_reason}'
 
 
-def _token_logprobs(service: Service, token_id: int, logprobs: Logprobs) -> dict[str, Any]:
-    top = [_token(service, other, logprob) for other, logprob in logprobs.top]
-    return {**_token(service, token_id, logprobs.chosen), "top_logprobs": top}
+def _token_logprobs(vocabulary: Vocabulary, token: TextToken) -> dict[str, Any]:
+    """A token as far as it is in the text, where it may be hidden, and the likeliest in its place as a whole."""
+    token_id, data, (chosen, top) = token.token_id, token.data, (token.logprobs.chosen, token.logprobs.top)
+    names = named({token_id, *(other for other, _ in top)}, vocabulary)
+    is_cut = data not in (b"", vocabulary.bytes_of(token_id))
+    others = [_token(names[other], vocabulary.bytes_of(other), logprob) for other, logprob in top]
+    return {**_token(shown(data) if is_cut else names[token_id], data, chosen), "top_logprobs": others}
 
 
-def _token(service: Service, token_id: int, logprob: float) -> dict[str, Any]:
-    text = service.base.tokenizer.decode([token_id])
-    # part of a character decodes to U+FFFD, whose own bytes would be wrong
-    return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+def _token(name: str, data: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": name, "logprob": logprob, "bytes": list(data)}

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import structlog
 from starlette.requests import Request as HttpRequest
 
-from swaplora_server.engine.detokenize import Detokenizer
-from swaplora_server.engine.request import AdapterUse, FinishReason, Logprobs, Request, SamplingParams, TokenEvent
+from swaplora_server.engine.detokenize import Detokenizer, Settled, TextRules, TextToken
+from swaplora_server.engine.request import AdapterUse, FinishReason, Request, SamplingParams, TokenEvent
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.figures import Outcome, Record
 from swaplora_server.http.invocation import invoked_at
@@ -23,17 +23,21 @@ from swaplora_server.http.terms import Terms, take_terms
 from swaplora_server.http.wire import GenerationBody
 
 _SESSION_HEADER = "x-session-id"
+_log = structlog.get_logger(__name__)
 Encode = Callable[[], Awaitable[Sequence[Sequence[int]]]]  # what makes token ids of a request's prompts
 _PATIENCE = 32  # events that may lie unread where nobody needs them one by one
 
 
 class Piece(NamedTuple):
-    """What one step added to one choice. `text` may be empty while a character or a stop string is incomplete."""
+    """What one step added to one choice. `text` may be empty while a character or a stop string is incomplete.
+
+    `tokens` are those with logprobs that the text up to here is made of and that were not in a piece before.
+    """
 
     choice: int
     text: str
     token_id: int | None
-    logprobs: Logprobs | None
+    tokens: Sequence[TextToken]
     finish_reason: FinishReason | None
 
 
@@ -51,11 +55,19 @@ class Generation:
     Owns the requests until each of its choices has ended. Lives on the event loop; the engine posts events to it.
     """
 
-    def __init__(self, service: Service, body: GenerationBody, prompts: Sequence[Sequence[int]], began: float) -> None:
+    def __init__(
+        self,
+        service: Service,
+        body: GenerationBody,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        began: float,
+    ) -> None:
         """`began` is the moment, on the monotonic clock, at which the client's wait began."""
         self._service = service
         self._body = body
         self._prompts = prompts
+        self._params = params
         self._began = began
         self._request_id = structlog.contextvars.get_contextvars().get("request_id", "")  # the answer's X-Request-Id
         self._first_at = self._last_at = 0.0
@@ -64,7 +76,8 @@ class Generation:
         self._has_come = asyncio.Event()
         self._is_read_at_once = body.stream or bool(body.stops)
         self._requests: list[Request] = []
-        self._detokenizers = [self._detokenizer() for _ in range(len(prompts) * body.n)]
+        rules = self._text_rules()
+        self._detokenizers = [Detokenizer(rules, prompt) for prompt in prompts for _ in range(body.n)]
         self._open = set(range(len(self._detokenizers)))
         self.outcome: Outcome | None = None  # None while a choice is open
         self.num_generated = [0] * len(self._detokenizers)
@@ -86,7 +99,7 @@ class Generation:
     def prompt_ids(self, choice: int) -> Sequence[int]:
         return self._prompts[choice // self._body.n]
 
-    def submit(self, params: SamplingParams, uses: tuple[AdapterUse, ...], terms: Terms, starts: Sequence[int]) -> None:
+    def submit(self, uses: tuple[AdapterUse, ...], terms: Terms, starts: Sequence[int]) -> None:
         """Hand every prompt to the engine, and with them the leases, which go back when the last of them has ended.
 
         `starts` says for each prompt which token its adapter applies to first.
@@ -101,7 +114,7 @@ class Generation:
             request = Request(
                 request_id=f"{self._request_id}-{number}",
                 prompt_ids=tuple(prompt),
-                params=params,
+                params=self._params,
                 emit=partial(self._post, number * self._body.n),
                 adapters=uses,
                 num_sequences=self._body.n,
@@ -164,31 +177,41 @@ class Generation:
         if event.finish_reason is FinishReason.ERROR:
             self._abort(Outcome.FAILED)
             raise GenerationError(event.error_code, event.error)
-        text = self._text(choice, event)
+        try:
+            settled = self._settled(choice, event)
+        except Exception as error:
+            _log.exception("text cannot be made", error=repr(error))
+            self._abort(Outcome.FAILED)
+            message = "no text can be made of the tokens of this answer; see the server's log"
+            raise GenerationError("engine_failed", message) from error
         reason = event.finish_reason
         if self._detokenizers[choice].is_stopped and reason is not FinishReason.STOP:
             reason = FinishReason.STOP
             self._service.engine.abort(self._requests[choice // self._body.n], choice % self._body.n)
-        elif reason is not None:
-            text += self._detokenizers[choice].flush()
         if reason is not None:
             self._open.discard(choice)
             if not self._open:
                 self._end(Outcome.COMPLETED)
-        return Piece(choice, text, event.token_id, event.logprobs, reason)
+        return Piece(choice, settled.text, event.token_id, settled.tokens, reason)
 
-    def _text(self, choice: int, event: TokenEvent) -> str:
-        if event.token_id is None:
-            return ""
-        self.num_generated[choice] += 1
-        if event.finish_reason is FinishReason.STOP and not self._body.include_stop_str_in_output:
-            return ""  # a stop token is counted, not shown
-        return self._detokenizers[choice].push(event.token_id)
+    def _settled(self, choice: int, event: TokenEvent) -> Settled:
+        """The text that the event adds, and with an end all that was held back."""
+        detokenizer, settled = self._detokenizers[choice], Settled("")
+        if event.token_id is not None:
+            self.num_generated[choice] += 1
+            # a token that ends the text is counted, not shown
+            if event.finish_reason is not FinishReason.STOP or self._body.include_stop_str_in_output:
+                settled = detokenizer.push(event.token_id, event.logprobs)
+        if event.finish_reason is None or detokenizer.is_stopped:
+            return settled
+        rest = detokenizer.flush()
+        return Settled(settled.text + rest.text, [*settled.tokens, *rest.tokens])
 
-    def _detokenizer(self) -> Detokenizer:
-        return Detokenizer(
-            self._service.base.tokenizer.backend_tokenizer,
-            stop=self._body.stops,
+    def _text_rules(self) -> TextRules:
+        return TextRules(
+            self._service.base.vocabulary,
+            self._body.stops,
+            self._params.may_end_at,
             include_stop=self._body.include_stop_str_in_output,
             skip_special_tokens=self._body.skip_special_tokens,
         )
@@ -241,13 +264,14 @@ async def _admit(
         terms = await take_terms(service, body, client)
         uses = await terms.uses()
         starts = [invoked_at(prompt, uses, body.prompt_param(number)) for number, prompt in enumerate(prompts)]
-        generation = Generation(service, body, prompts, began)
+        params = body.sampling(limit, service.base.eos_token_ids, num_logprobs)
+        generation = Generation(service, body, prompts, params, began)
     except BaseException:
         service.leave(len(prompts) * body.n)
         if terms is not None:
             terms.release()
         raise
-    generation.submit(body.sampling(limit, service.base.eos_token_ids, num_logprobs), uses, terms, starts)
+    generation.submit(uses, terms, starts)
     return Admission(generation, terms.headers)
 
 
