@@ -366,7 +366,7 @@ def test_what_is_no_http_is_told_in_the_one_error_body(loaded: Running) -> None:
     assert json.loads(body)["error"]["code"] == "invalid_request"
 
 
-def test_every_route_but_three_wants_the_key(base: Path, tmp_path: Path) -> None:
+def test_every_route_but_the_public_ones_wants_the_key(base: Path, tmp_path: Path) -> None:
     with serving(settings(base, tmp_path, api_key=("correct",))) as locked:
         keyed = {"Authorization": "Bearer correct"}
         assert locked.client.get("/openapi.json").status_code == 401
@@ -377,7 +377,7 @@ def test_every_route_but_three_wants_the_key(base: Path, tmp_path: Path) -> None
                 url = path.format(name="x", model="x", alias="x")
                 for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "correct"}):
                     answer = locked.client.request(method, url, headers=headers)
-                    is_public = path in ("/health", "/health/ready", "/version")
+                    is_public = path in ("/health", "/health/ready", "/version", "/ping")
                     assert answer.status_code == (200 if is_public else 401), (method, path)
         assert locked.client.get("/v1/models", headers=keyed).status_code == 200
 

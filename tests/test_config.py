@@ -293,3 +293,11 @@ def test_an_origin_is_a_scheme_and_a_host() -> None:
     for origin in ("a.example", "https://a.example/", "https://a.example/path", "null", ""):
         (line,) = refusal(cors_allow_origin=(origin,))
         assert "is not an origin" in line
+
+
+def test_a_root_path_stands_in_front_of_others() -> None:
+    assert settings().root_path == ""
+    assert settings(root_path="/a/b-c.d").root_path == "/a/b-c.d"
+    for wrong in ("a", "/", "/a/", "//a", "/a b", "/a?b", "/%41"):
+        assert "write /PATH" in refusal(root_path=wrong)[0]
+    assert "/v1 is where the routes themselves begin" in refusal(root_path="/v1")[0]

@@ -77,12 +77,13 @@ def nodes(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def json_schemas(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Method, path and schema of every operation with a JSON body."""
+    """Method, path and schema of every operation with a JSON body, and of each of its bodies if several."""
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             content = operation.get("requestBody", {}).get("content", {})
             if "application/json" in content:
-                yield method, path, content["application/json"]["schema"]
+                schema = content["application/json"]["schema"]
+                yield from ((method, path, one) for one in schema.get("oneOf", [schema]))
 
 
 def test_every_reference_leads_somewhere_in_the_document(document: dict[str, Any]) -> None:

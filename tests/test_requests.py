@@ -13,6 +13,7 @@ from openai.types import completion_create_params
 from openai.types.chat import chat_completion_message_param
 from openai.types.chat import completion_create_params as chat_create_params
 
+import refused_list
 import tiny
 from serving import BASE, Running, serving, settings
 from swaplora_server.engine.request import FinishReason, Request, TokenEvent
@@ -56,7 +57,7 @@ NEUTRAL: list[dict[str, Any]] = [
     {"best_of": 1},
     {"max_tokens": 2.0},
     {"stop": [f"\n{name}:" for name in "abcdefghijklmnopqrstu"]},
-    {"stop": ["x" * (number + 1) for number in range(128)]},
+    {"stop": [f"{number:64}" for number in range(128)]},
     {"stop": []},
     {"stop_token_ids": list(range(128, 256))},
     {"add_special_tokens": True},
@@ -294,3 +295,13 @@ def test_every_field_of_openais_is_known() -> None:
         assert not own & refused
     for message in typing.get_args(chat_completion_message_param.ChatCompletionMessageParam):
         assert set(message.__annotations__) <= {*Message.model_fields, *MESSAGE}
+
+
+def test_the_readme_lists_what_the_tables_refuse() -> None:
+    assert refused_list.in_readme() == refused_list.listed(), "run python tests/refused_list.py"
+
+
+def test_every_refusal_says_what_to_do() -> None:
+    for refused in (COMPLETION, CHAT, MESSAGE):
+        for name, refusal in refused.items():
+            assert refusal.remedy.startswith("leave it out"), name

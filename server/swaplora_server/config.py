@@ -33,6 +33,7 @@ ENV_PREFIX = "SWAPLORA_"
 CLIENT_VARIABLES = frozenset({"SWAPLORA_URL"})  # read by the client commands, so not a misspelt setting
 FOREIGN_ADAPTER_DIRS = ("NIM_PEFT_SOURCE", "VLLM_LORA_RESOLVER_CACHE_DIR")
 FOREIGN_RESCAN = "NIM_PEFT_REFRESH_INTERVAL"
+ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?", re.IGNORECASE)
 
 ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#\s]+")
@@ -66,6 +67,14 @@ def _check_origin(value: str) -> str:
     return value.lower()
 
 
+def _check_root_path(value: str) -> str:
+    if not ROOT_PATH.fullmatch(value):
+        raise ValueError(f"{value!r} is not a path in front of others: write /PATH, without a slash at its end")
+    if value.startswith("/v1"):
+        raise ValueError("/v1 is where the routes themselves begin; give what stands before it, or nothing")
+    return value
+
+
 def _expand_home(value: object) -> object:
     return os.path.expanduser(value) if isinstance(value, str) else value
 
@@ -89,6 +98,7 @@ Folder = Annotated[DirectoryPath, BeforeValidator(_expand_home)]
 ApiKey = Annotated[SecretStr, Field(min_length=1)]
 Origin = Annotated[str, AfterValidator(_check_origin)]
 Prefix = Annotated[str, AfterValidator(_check_prefix)]
+RootPath = Annotated[str, AfterValidator(_check_root_path)]
 Template = Annotated[str, AfterValidator(check_template)]
 
 
@@ -112,6 +122,7 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    root_path: RootPath = Field("", description="path below which a proxy serves this, whether it cuts it off or not")
     api_key: Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
         (), description="keys of which a request must carry one"
     )

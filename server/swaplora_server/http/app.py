@@ -16,6 +16,7 @@ from swaplora_server.http import (
     control,
     health,
     inspection,
+    invocations,
     merged,
     metrics,
     models,
@@ -32,6 +33,7 @@ from swaplora_server.http.errors import (
     on_invalid_parameter,
 )
 from swaplora_server.http.request_id import RequestIdMiddleware
+from swaplora_server.http.request_line import RequestLine
 from swaplora_server.http.service import Service
 from swaplora_server.http.sse import ClientGoneError
 
@@ -48,16 +50,22 @@ _HANDLERS: dict[int | type[Exception], Any] = {
 
 def create_app(service: Service) -> RequestIdMiddleware:
     """The whole HTTP surface over `service`, which may still be starting. Only the health routes need no key."""
-    app = FastAPI(title="swaplora", exception_handlers=_HANDLERS, openapi_url=None, redirect_slashes=False)
+    root_path = service.settings.root_path
+    app = FastAPI(
+        title="swaplora",
+        exception_handlers=_HANDLERS,
+        openapi_url=None,
+        redirect_slashes=False,
+        servers=[{"url": root_path}] if root_path else None,
+    )
     app.state.service = service
     app.state.keys = KeyRing(service.settings.api_key)
     app.include_router(health.router)
     private = APIRouter(dependencies=[Depends(authenticate)])
-    for module in (models, completions, chat, adapters, inspection, merged, aliases, control, metrics):
+    for module in (models, completions, chat, invocations, adapters, inspection, merged, aliases, control, metrics):
         private.include_router(module.router)
     private.get("/openapi.json", include_in_schema=False)(app.openapi)
     app.include_router(private)
     accounted = AccountedBodies(app, service.body_memory)
-    return RequestIdMiddleware(
-        metrics.CountedRequests(guard_browsers(accounted, service.settings), service.figures)
-    )  # outermost, so that it sees every failure
+    counted = metrics.CountedRequests(guard_browsers(accounted, service.settings), service.figures)
+    return RequestIdMiddleware(RequestLine(counted, root_path))  # outermost, so that it sees every failure

@@ -1,5 +1,6 @@
 """Reading a JSON body: its size bounded, its numbers finite, its unknown fields told from those that change meaning."""
 
+from codecs import BOM_UTF8
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -8,6 +9,7 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from swaplora_server.http.body_memory import account_of
+from swaplora_server.http.encoding import body_chunks
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.json_weight import check_weight
 from swaplora_server.http.offload import Offload
@@ -17,13 +19,18 @@ BRANCH = "|"  # what the tag of a union's branch begins with: no part of a path 
 _MAX_TYPE_CHARS = 64
 SMALL_BYTES = 32 << 10  # parsed on the event loop
 MAX_SMALL_BODY_BYTES = 64 << 10  # of what only manages: names, versions, sources
-Model = TypeVar("Model", bound="WireModel")
+Model = TypeVar("Model", bound="Body")
 
 
-class WireModel(BaseModel):
-    """A request body. Numbers are finite and of their own type; unknown fields are kept, to be looked at."""
+class Body(BaseModel):
+    """What a request's body is read as."""
 
     has_content: ClassVar[bool] = False  # such as a prompt, which may be as large as the operator allows
+
+
+class WireModel(Body):
+    """A JSON object. Numbers are finite and of their own type; unknown fields are kept, to be looked at."""
+
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True, hide_input_in_errors=True)
 
 
@@ -56,6 +63,8 @@ async def read_json(request: Request, model: type[Model]) -> Model:
 
 
 def _parse(model: type[Model], raw: bytearray) -> Model:
+    if raw.startswith(BOM_UTF8):
+        del raw[: len(BOM_UTF8)]
     check_weight(raw)
     try:
         return model.model_validate_json(raw)
@@ -78,7 +87,7 @@ def _check_type(request: Request) -> None:
         raise ApiError("unsupported_media_type", message, "Content-Type")
 
 
-def body_schema(model: type[WireModel]) -> dict[str, Any]:
+def body_schema(model: type[BaseModel]) -> dict[str, Any]:
     """What a route that reads its own body says of it in the OpenAPI document, whose components it cannot add to."""
     schema = model.model_json_schema()
     schema = _inlined(schema, schema.pop("$defs", {}))
@@ -98,7 +107,7 @@ def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
 
 
 async def read_limited(request: Request, limit: int) -> bytearray:
-    """The whole body, counted in the memory of all bodies.
+    """The whole body, decoded, counted in the memory of all bodies.
 
     Raises ApiError body_too_large as soon as it is known to pass `limit` bytes, and overloaded for want of memory.
     """
@@ -106,7 +115,7 @@ async def read_limited(request: Request, limit: int) -> bytearray:
     body = bytearray()
     if int(request.headers.get("content-length", 0)) > limit:
         raise _too_large(limit)
-    async for chunk in request.stream():
+    async for chunk in body_chunks(request, limit):
         if len(body) + len(chunk) > limit:
             raise _too_large(limit)
         account.add(len(chunk))
@@ -121,7 +130,7 @@ def _too_large(limit: int) -> ApiError:
 def _as_api_error(error: ValidationError) -> ApiError:
     """The first few complaints in one line; `param` is the path of the first."""
     details = error.errors(include_url=False, include_context=False, include_input=False)
-    named = [(field_path(detail["loc"]), detail["msg"][:200]) for detail in details[:5]]
+    named = [(field_path(detail["loc"]), detail["msg"].removeprefix("Value error, ")[:200]) for detail in details[:5]]
     message = "; ".join(f"{path}: {text}" if path else text for path, text in named)
     return ApiError("invalid_request", message, named[0][0] or None)
 

@@ -24,6 +24,11 @@ router = APIRouter()
 @router.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody))
 async def chat(request: Request, body: Annotated[ChatBody, Depends(json_body(ChatBody))]) -> Response:
     """Answer the conversation."""
+    return await answer_chat(request, body)
+
+
+async def answer_chat(request: Request, body: ChatBody) -> Response:
+    """See POST /v1/chat/completions."""
     refuse_unsupported(body, CHAT, body.messages)
     _check(body)
     service: Service = request.app.state.service

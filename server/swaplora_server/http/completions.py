@@ -20,6 +20,11 @@ router = APIRouter()
 @router.post("/v1/completions", openapi_extra=body_schema(CompletionBody))
 async def complete(request: Request, body: Annotated[CompletionBody, Depends(json_body(CompletionBody))]) -> Response:
     """Continue each prompt."""
+    return await answer_completion(request, body)
+
+
+async def answer_completion(request: Request, body: CompletionBody) -> Response:
+    """See POST /v1/completions."""
     refuse_unsupported(body, COMPLETION)
     service: Service = request.app.state.service
     service.check_serving()

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from swaplora_adapters.errors import AdapterError, StorageFailedError, StorageFullError
+from swaplora_server.http.unserved import what_is_there
 
 _log = structlog.get_logger(__name__)
 _STATUS = {
@@ -92,11 +93,23 @@ async def on_api_error(_request: Request, error: Exception) -> JSONResponse:
     return error_response(error)
 
 
-async def on_http_error(_request: Request, error: Exception) -> JSONResponse:
+async def on_http_error(request: Request, error: Exception) -> JSONResponse:
     """Exception handler for what the framework refuses itself: unknown routes and methods."""
     assert isinstance(error, HTTPException)
     code = _HTTP_CODES.get(error.status_code, "invalid_request")
-    return JSONResponse(error_body(code, error.detail), error.status_code, headers=dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    return JSONResponse(error_body(code, _words(request, error, headers)), error.status_code, headers=headers)
+
+
+def _words(request: Request, error: HTTPException, headers: Mapping[str, str]) -> str:
+    path, root_path = request.scope["path"], request.scope["root_path"]
+    if path.startswith(f"{root_path}/"):
+        path = path[len(root_path) :]
+    if error.status_code == 404:
+        return what_is_there(path)
+    if error.status_code == 405:
+        return f"{request.method} is not served at {path[:128]!r}; {headers.get('Allow', 'nothing else')} is"
+    return str(error.detail)
 
 
 async def on_invalid_parameter(_request: Request, error: Exception) -> JSONResponse:

@@ -1,9 +1,9 @@
-"""The public routes: alive, ready, version."""
+"""The public routes: alive, ready, version, and SageMaker's ping."""
 
 from importlib.metadata import version
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from swaplora_server.http.service import Service
 
@@ -25,6 +25,13 @@ async def ready(request: Request) -> JSONResponse:
     """200 while new requests are taken; 503 while starting or shutting down."""
     service: Service = request.app.state.service
     return JSONResponse({"ready": service.is_ready}, _status(service.is_ready))
+
+
+@router.get("/ping")
+async def ping(request: Request) -> Response:
+    """SageMaker's question whether to send requests: 200 or 503, as for readiness."""
+    service: Service = request.app.state.service
+    return Response(status_code=_status(service.is_ready))
 
 
 @router.get("/version")

@@ -10,6 +10,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES
 from swaplora_adapters.artifact.staging import Part, Staging, Writer
+from swaplora_server.http.encoding import body_chunks
 from swaplora_server.http.errors import ApiError
 
 _MAX_HEADER_BYTES = 8 << 10
@@ -39,7 +40,7 @@ async def receive_files(request: Request, staging: Staging, max_weights_bytes: i
 async def _bounded_body(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
     """The body's chunks; what lies around the parts is skipped by the parser, and has to end too."""
     num_bytes = 0
-    async for chunk in request.stream():
+    async for chunk in body_chunks(request, max_bytes):
         num_bytes += len(chunk)
         if num_bytes > max_bytes:
             raise ApiError("body_too_large", f"the body is larger than {max_bytes} bytes; {_REMEDY}")

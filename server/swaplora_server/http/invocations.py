@@ -1,0 +1,59 @@
+"""POST /invocations: SageMaker's one route for what a model does, here either of the two that generate."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import Discriminator, RootModel, Tag
+from starlette.responses import Response
+
+from swaplora_server.http.body import BRANCH, Body, body_schema, json_body
+from swaplora_server.http.chat import answer_chat
+from swaplora_server.http.completions import answer_completion
+from swaplora_server.http.errors import ApiError
+from swaplora_server.http.service import Service
+from swaplora_server.http.wire import ChatBody, CompletionBody, GenerationBody
+
+router = APIRouter()
+ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
+_CHAT, _COMPLETION = f"{BRANCH}chat", f"{BRANCH}completion"
+
+
+def _kind(value: object) -> str | None:
+    if not isinstance(value, dict) or ("messages" in value) == ("prompt" in value):
+        return None
+    return _CHAT if "messages" in value else _COMPLETION
+
+
+class InvocationBody(
+    RootModel[
+        Annotated[
+            Annotated[ChatBody, Tag(_CHAT)] | Annotated[CompletionBody, Tag(_COMPLETION)],
+            Discriminator(_kind, "body", "give either messages, for a chat, or prompt, for a completion"),
+        ]
+    ],
+    Body,
+):
+    """The body of either route."""
+
+    has_content = True
+
+
+@router.post("/invocations", openapi_extra=body_schema(InvocationBody))
+async def invoke(request: Request, body: Annotated[InvocationBody, Depends(json_body(InvocationBody))]) -> Response:
+    """Answer a conversation, or continue prompts; an adapter may be named by SageMaker's header too."""
+    service: Service = request.app.state.service
+    named = _named(service, body.root, request.headers.get(ADAPTER_HEADER))
+    if isinstance(named, ChatBody):
+        return await answer_chat(request, named)
+    assert isinstance(named, CompletionBody)
+    return await answer_completion(request, named)
+
+
+def _named(service: Service, body: GenerationBody, adapter: str | None) -> GenerationBody:
+    """The body with the header's adapter as its model, where it names the base. Raises ApiError for two names."""
+    if not adapter or adapter == body.model:
+        return body
+    if not service.is_base(body.model):
+        message = f"{ADAPTER_HEADER} and model name different adapters; with the header, model is the base's id"
+        raise ApiError("invalid_request", message, "model")
+    return body.model_copy(update={"model": adapter})
