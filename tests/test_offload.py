@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swaplora_server.http.errors import ApiError
-from swaplora_server.http.offload import PATIENCE, Offload, WorkQueue
+from swaplora_server.http.offload import PATIENCE, Offload, WorkQueue, in_own_thread
 
 GUARD_SECONDS = 60
 
@@ -138,6 +138,20 @@ def test_an_error_is_raised_where_the_job_is_awaited() -> None:
         with pytest.raises(ZeroDivisionError):
             await offload.do(1, lambda: 1 // 0)
         assert offload.num_running == 0
+
+    asyncio.run(scenario())
+
+
+def test_what_has_a_thread_of_its_own_waits_for_none_of_the_loops() -> None:
+    async def scenario() -> None:
+        gates = [Gate() for _ in range(40)]  # more than any number of processors gives the loop's own pool
+        filling = [asyncio.get_running_loop().run_in_executor(None, gate) for gate in gates]
+        try:
+            assert await in_own_thread(lambda: "done") == "done"
+        finally:
+            for gate in gates:
+                gate.may_end.set()
+            await asyncio.gather(*filling)
 
     asyncio.run(scenario())
 

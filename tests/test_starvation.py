@@ -5,7 +5,9 @@ import json
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,10 +15,13 @@ import httpx
 import pytest
 
 from serving import BASE, Running, serving, settings
+from swaplora_adapters.registry.card import Put
 from swaplora_server.http import tokenizing
 from swaplora_server.http.body import MAX_SMALL_BODY_BYTES, SMALL_BYTES
+from swaplora_server.http.service import MAX_INSPECTIONS, NUM_INSPECTORS, NUM_UPLOAD_THREADS
 
 GUARD_SECONDS = 60
+MANY = 40  # more than any number of processors gives the event loop's own pool
 NUM_THREADS = 2
 MAX_WAITING = 3
 BODY_MEMORY = 200_000
@@ -118,20 +123,80 @@ def fill_queue(server: Running) -> list[Post]:
     return posts
 
 
+def check_others_are_answered(server: Running) -> None:
+    for path in ("/health", "/health/ready", "/metrics", "/v1/models", "/v1/adapters", "/v1/aliases", "/openapi.json"):
+        assert server.client.get(path).status_code == 200
+    assert server.client.put("/v1/aliases/y", json={"target": "x"}).status_code == 200
+    assert server.client.patch("/v1/adapters/x", json={"pinned": False}).status_code == 200
+    assert server.client.delete("/v1/aliases/y").status_code == 200
+    assert server.client.delete("/v1/adapters/nobody").status_code == 404
+    assert server.client.post("/v1/completions", content=json_of(prompt="short")).status_code == 200
+
+
+@pytest.fixture
+def named(small: Running, adapters: list[Path]) -> Iterator[str]:
+    assert small.put("x", adapters[0]).status_code == 201
+    yield "x"
+    small.client.delete("/v1/adapters/x")
+
+
+@pytest.mark.usefixtures("named")
 def test_while_every_tokenizer_thread_is_busy_everything_else_is_answered(
     small: Running, held: HeldTokenizer, adapters: list[Path]
 ) -> None:
     posts = fill_threads(small, held) + fill_queue(small)
-    for path in ("/health", "/health/ready", "/metrics", "/v1/models", "/v1/adapters", "/v1/aliases", "/openapi.json"):
-        assert small.client.get(path).status_code == 200
-    assert small.put("x", adapters[0]).status_code == 201
-    assert small.client.put("/v1/aliases/y", json={"target": "x"}).status_code == 200
+    check_others_are_answered(small)
+    assert small.put("z", adapters[1]).status_code == 201
     assert small.client.get("/v1/adapters/x/inspect").status_code == 200
-    assert small.client.delete("/v1/aliases/y").status_code == 200
-    assert small.client.delete("/v1/adapters/x").status_code == 200
-    assert small.client.post("/v1/completions", content=json_of(prompt="short")).status_code == 200
+    assert small.client.delete("/v1/adapters/z").status_code == 200
     held.may_go_on.set()
     assert [post.status() for post in posts] == [200] * len(posts)
+
+
+@pytest.mark.usefixtures("named")
+def test_while_uploads_are_checked_everything_else_is_answered(
+    small: Running, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, num_begun, may_go_on = small.service.registry.put, Counter[str](), threading.Event()
+
+    def held_put(name: str, *arguments: Any, **fields: Any) -> Put:
+        num_begun[name] += 1
+        assert may_go_on.wait(GUARD_SECONDS)
+        return put(name, *arguments, **fields)
+
+    monkeypatch.setattr(small.service.registry, "put", held_put)
+    with ThreadPoolExecutor(MANY) as clients:
+        answers = [clients.submit(small.put, f"u{number}", adapters[0]) for number in range(MANY)]
+        wait_for(lambda: num_begun.total() == NUM_UPLOAD_THREADS)
+        check_others_are_answered(small)
+        may_go_on.set()
+        assert {answer.result().status_code for answer in answers} == {201}
+    for number in range(MANY):
+        small.client.delete(f"/v1/adapters/u{number}")
+
+
+@pytest.mark.usefixtures("named")
+def test_while_adapters_are_inspected_everything_else_is_answered(
+    small: Running, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on = threading.Event()
+
+    def held_inspect(*_arguments: object) -> dict[str, Any]:
+        assert may_go_on.wait(GUARD_SECONDS)
+        return {"modules": [], "warnings": []}
+
+    monkeypatch.setattr("swaplora_server.http.inspection._inspect", held_inspect)
+    inspections = small.service.inspections
+    with ThreadPoolExecutor(MANY) as clients:
+        answers = [clients.submit(small.client.get, "/v1/adapters/x/inspect") for _ in range(MANY)]
+        wait_for(lambda: sum(answer.done() for answer in answers) == MANY - NUM_INSPECTORS - MAX_INSPECTIONS)
+        assert (inspections.num_running, inspections.num_waiting) == (NUM_INSPECTORS, MAX_INSPECTIONS)
+        check_others_are_answered(small)
+        assert small.put("z", adapters[1]).status_code == 201
+        may_go_on.set()
+        statuses = Counter(answer.result().status_code for answer in answers)
+    assert statuses == {200: NUM_INSPECTORS + MAX_INSPECTIONS, 429: MANY - NUM_INSPECTORS - MAX_INSPECTIONS}
+    small.client.delete("/v1/adapters/z")
 
 
 def test_a_client_that_hangs_up_takes_its_waiting_work_with_it(small: Running, held: HeldTokenizer) -> None:

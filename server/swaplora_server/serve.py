@@ -23,6 +23,7 @@ from swaplora_server.embedded import EmbeddedBaseError
 from swaplora_server.engine.proof import UnsupportedModelError
 from swaplora_server.http.app import create_app
 from swaplora_server.http.connections import num_allowed
+from swaplora_server.http.offload import in_own_thread
 from swaplora_server.http.protocol import HttpConfig
 from swaplora_server.http.service import Service
 
@@ -73,7 +74,7 @@ async def _serve(service: Service, listener: socket.socket) -> None:
     finally:
         server.should_exit = True
         await serving
-        await asyncio.to_thread(service.stop)
+        await in_own_thread(service.stop)
 
 
 class _Server(uvicorn.Server):
@@ -99,7 +100,7 @@ class _Server(uvicorn.Server):
 
     async def _end_in_time(self) -> None:
         await asyncio.sleep(self._service.settings.drain_seconds)
-        await asyncio.to_thread(self._service.stop)
+        await in_own_thread(self._service.stop)
 
 
 def configure_logging(settings: Settings) -> None:

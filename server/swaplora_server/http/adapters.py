@@ -88,9 +88,11 @@ async def _receive(request: Request, service: Service, name: str, conditions: _C
     """Take the two files out of the body."""
     registry = service.registry
     with registry.stage() as staging:
-        await receive_files(request, staging, service.settings.max_adapter_bytes)
+        await receive_files(request, staging, service.settings.max_adapter_bytes, service.upload_threads)
         put = partial(registry.put, name, staging, source="upload", **conditions._asdict(), make=make)
-        return await (asyncio.to_thread(put) if make is None else service.workshop.do(put))
+        if make is not None:
+            return await service.workshop.do(put)
+        return await asyncio.get_running_loop().run_in_executor(service.upload_threads, put)
 
 
 async def _fetch(request: Request, service: Service, name: str, conditions: _Conditions, make: Make | None) -> Put:

@@ -1,6 +1,5 @@
 """GET /v1/adapters/{name}/inspect: what an adapter does to each module, in numbers."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -36,7 +35,7 @@ async def inspect_adapter(
     service: Service = request.app.state.service
     service.check_serving()
     async with _leased(service, name) as (record, weights):
-        found = await asyncio.to_thread(_inspect, weights, service.workshop)
+        found = await service.inspections.do(1, partial(_inspect, weights, service.workshop))
     if against is not None:
         found |= await _compare(service, weights, against, found["modules"])
     if intruders:
@@ -74,7 +73,7 @@ async def _compare(
 ) -> dict[str, Any]:
     """`weights` are no longer leased: two leases of one request could wait for each other's room."""
     async with _leased(service, against) as (record, other):
-        likeness = await asyncio.to_thread(compare_weights, weights, other)
+        likeness = await service.inspections.do(1, partial(compare_weights, weights, other))
     named = {"name": record.name, "version": record.version, "digest": record.digest, "cosine": likeness.overall}
     return {
         "against": named,

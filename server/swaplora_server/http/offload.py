@@ -72,7 +72,7 @@ class Offload:
         Raises ApiError when more would wait than is good. Whoever is cancelled takes a job that waits with it.
         """
         if self.num_running >= self._num_threads and self.num_waiting >= self._max_waiting:
-            raise ApiError("overloaded", "too many long requests are being read; try again in a moment")
+            raise ApiError("overloaded", "too many requests wait for work as long as this; try again in a moment")
         result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         begin = partial(self._begin, job, result)
         self._waiting.push(size, begin)
@@ -111,6 +111,11 @@ class Offload:
         self._running.discard(thread)
         end()
         self._begin_waiting()
+
+
+async def in_own_thread(job: Callable[[], T]) -> T:
+    """What `job` returns or raises; no other work can be in its way."""
+    return await Offload(1, 0, "alone").do(0, job)
 
 
 def _answer(result: "asyncio.Future[T]", value: T) -> None:

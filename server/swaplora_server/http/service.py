@@ -4,6 +4,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
@@ -35,6 +36,9 @@ from swaplora_server.http.workshop import Workshop
 
 _HEARTBEAT_LIMIT_SECONDS = 60.0
 _JOIN_SECONDS = 3.0
+NUM_UPLOAD_THREADS = 4  # each writes what has come of one upload, or checks a whole one
+NUM_INSPECTORS = 1
+MAX_INSPECTIONS = 16  # waiting
 _MESSAGE_CHARACTERS = 64  # a message costs a template about as much as so many characters more
 _log = structlog.get_logger(__name__)
 
@@ -55,7 +59,10 @@ class Service:
         self.is_draining = False
         self.figures = Figures(self._state, settings.base_id)
         self.body_memory = BodyMemory(settings.body_memory_bytes)
+        # the loop's own threads are for what is short: lists, figures, changes of names
         self.offload = Offload(settings.tokenizer_threads, settings.max_waiting, "tokenize")
+        self.inspections = Offload(NUM_INSPECTORS, MAX_INSPECTIONS, "inspect")
+        self.upload_threads = ThreadPoolExecutor(NUM_UPLOAD_THREADS, "upload")
         self._is_ready = threading.Event()
         self._lock = threading.Lock()
         self._count_lock = threading.Lock()

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import Executor
 from contextlib import ExitStack
 
 from fastapi import Request
@@ -19,19 +20,20 @@ _MAX_TYPE_CHARS = 1024  # of the Content-Type, which is parsed while nothing els
 _REMEDY = "send exactly two parts: config (adapter_config.json) and weights (adapter_model.safetensors)"
 
 
-async def receive_files(request: Request, staging: Staging, max_weights_bytes: int) -> None:
-    """Write the request's parts `config` and `weights` into `staging`.
+async def receive_files(request: Request, staging: Staging, max_weights_bytes: int, threads: Executor) -> None:
+    """Write the request's parts `config` and `weights` into `staging`, in `threads`.
 
     Raises ApiError for anything but these two parts, AdapterTooLargeError and StorageFullError.
     """
     limits: dict[Part, int] = {"config": MAX_CONFIG_BYTES, "weights": max_weights_bytes}
     parts = _Parts(staging, limits)
+    loop = asyncio.get_running_loop()
     with parts.open_file:
         try:
             parser = MultipartParser(_boundary(request), parts.callbacks())
             async for chunk in _bounded_body(request, sum(limits.values()) + _MAX_FRAME_BYTES):
-                await asyncio.to_thread(parser.write, chunk)
-            await asyncio.to_thread(parser.finalize)
+                await loop.run_in_executor(threads, parser.write, chunk)
+            await loop.run_in_executor(threads, parser.finalize)
         except FormParserError as error:
             raise ApiError("invalid_request", f"the body is not well-formed multipart; {_REMEDY}") from error
     parts.check_complete()
