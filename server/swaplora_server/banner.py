@@ -11,6 +11,8 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from swaplora_server.printable import printable
+
 MAX_NAMES = 12
 
 
@@ -39,9 +41,9 @@ def show_banner(
     rows.add_column(style="dim")
     rows.add_column(overflow="fold")
     rows.add_row("URL", Text(url, style="bold"))
-    rows.add_row("base", Text(f"{base} ({device}, {dtype})"))
+    rows.add_row("base", Text(printable(f"{base} ({device}, {dtype})")))
     rows.add_row("memory", Text(" · ".join(f"{purpose} {human_bytes(size)}" for purpose, size in memory)))
-    rows.add_row("adapters", Text(_names(adapters)))
+    rows.add_row("adapters", Text(printable(_names(adapters))))
     console.print(Panel(rows, title="swaplora", subtitle=f"ready in {seconds:.1f} s", expand=False))
 
 
@@ -75,6 +77,7 @@ class Progress:
     def step(self, message: str) -> None:
         """End the step that runs, if any, and begin the next."""
         self._end(done=True)
+        message = printable(message)
         self._message, self._started = message, time.monotonic()
         if self._console.is_terminal:
             self._spinner = self._console.status(Text(message))

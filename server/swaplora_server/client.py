@@ -233,9 +233,9 @@ def _check(response: httpx.Response) -> None:
 
 def _explanation(error: Mapping[str, Any]) -> str:
     """An error object of the API as one printable line: its message, its code, and what a caller without a key does."""
-    printable = "".join(char if char.isprintable() else " " for char in str(error.get("message")))
     remedy = ": give --api-key or set SWAPLORA_API_KEY" if error.get("code") == "invalid_api_key" else ""
-    return f"{' '.join(printable.split())} ({error.get('code')}){remedy}"
+    words = f"{error.get('message')} ({error.get('code')}){remedy}"
+    return " ".join("".join(char if char.isprintable() else " " for char in words).split())
 
 
 def _pieces(lines: Iterable[str]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from swaplora_server.bench.report import Report
+from swaplora_server.printable import printable
 
 TIMES = {"TTFT": "ttft_ms", "TPOT": "tpot_ms", "gap": "gap_ms", "whole answer": "latency_ms"}
 
@@ -44,7 +45,7 @@ def adapters_table(report: Report) -> Table:
         good = str(adapter["goodput"]["requests"]) if adapter["goodput"] else "-"
         counts = [str(adapter["completed"]), str(adapter["failed"]), f"{adapter['output_tokens_per_second']:.1f}", good]
         times = [*_numbers(adapter["ttft_ms"])[:2], *_numbers(adapter["tpot_ms"])[:2]]
-        table.add_row(Text(adapter["name"]), *counts, *times)
+        table.add_row(Text(printable(adapter["name"])), *counts, *times)
     return table
 
 

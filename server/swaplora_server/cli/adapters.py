@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Column, Table
-from rich.text import Text
 
 from swaplora_server.banner import human_bytes
 from swaplora_server.cli.common import (
@@ -18,7 +17,9 @@ from swaplora_server.cli.common import (
     Name,
     Url,
     adapter_files,
+    cell,
     connected,
+    say,
     short_digest,
     show_json,
     show_table,
@@ -40,7 +41,7 @@ def list_adapters(url: Url = LOCAL, api_key: Key = None, as_json: AsJson = False
         return
     table = Table(Column("name", overflow="fold"), *TITLES, box=None)
     for card in cards:
-        table.add_row(*map(Text, _row(card)))
+        table.add_row(*map(cell, _row(card)))
     failed = [card for card in cards if card.get("last_failure")]
     show_table(table, [f"{card['name']} failed at {_failure(card['last_failure'])}" for card in failed])
 
@@ -61,7 +62,7 @@ def get_adapter(name: Name, url: Url = LOCAL, api_key: Key = None, as_json: AsJs
         return
     table = Table.grid(padding=(0, 2))
     for key, value in card.items():
-        table.add_row(key, Text(_shown(key, value)))
+        table.add_row(cell(key), cell(_shown(key, value)))
     show_table(table)
 
 
@@ -100,7 +101,7 @@ def put_adapter(
     if as_json:
         show_json(card)
     else:
-        typer.echo(f"{name}@{card.get('version')} is stored ({short_digest(card)})")
+        say(f"{name}@{card.get('version')} is stored ({short_digest(card)})")
 
 
 def _upload(client: "Client", name: str, folder: Path, **how: Any) -> "Card":
@@ -131,4 +132,4 @@ def delete_adapter(
     with connected(url, api_key) as client:
         is_free = client.delete_adapter(name, version=version, timeout=timeout)
     what = name if version is None else f"{name}@{version}"
-    typer.echo(f"{what} is deleted" if is_free else f"{what} is deleted; requests that began before still run on it")
+    say(f"{what} is deleted" if is_free else f"{what} is deleted; requests that began before still run on it")

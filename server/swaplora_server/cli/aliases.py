@@ -6,9 +6,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
-from swaplora_server.cli.common import LOCAL, AsJson, Key, Url, connected, fail, show_json, show_table
+from swaplora_server.cli.common import LOCAL, AsJson, Key, Url, cell, connected, fail, say, show_json, show_table
 
 WEIGHT = re.compile(r"[0-9]{1,9}")
 
@@ -24,7 +23,7 @@ def list_aliases(url: Url = LOCAL, api_key: Key = None, as_json: AsJson = False)
         return
     table = Table("alias", "targets", box=None)
     for alias in aliases:
-        table.add_row(Text(alias["alias"]), Text(_targets(alias)))
+        table.add_row(cell(alias["alias"]), cell(_targets(alias)))
     show_table(table)
 
 
@@ -44,7 +43,7 @@ def set_alias(
     if as_json:
         show_json(content)
     else:
-        typer.echo(f"{alias} stands for {_targets(content)}")
+        say(f"{alias} stands for {_targets(content)}")
 
 
 def _body(targets: list[str]) -> dict[str, Any]:
@@ -72,4 +71,4 @@ def delete_alias(alias: Alias, url: Url = LOCAL, api_key: Key = None) -> None:
     """Delete an alias. What it stood for stays."""
     with connected(url, api_key) as client:
         client.delete_alias(alias)
-    typer.echo(f"{alias} is deleted")
+    say(f"{alias} is deleted")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from swaplora_server.cli.common import LOCAL, AsJson, Key, Url, fail, show_json, show_table
+from swaplora_server.cli.common import LOCAL, AsJson, Key, Url, fail, say, show_json, show_table
 
 if TYPE_CHECKING:
     from swaplora_server.bench.exchange import Endpoint
@@ -105,7 +105,7 @@ def _show(report: "Report") -> None:
     from swaplora_server.bench.table import adapters_table, notes, summary, times_table
 
     for line in summary(report):
-        typer.echo(line)
+        say(line)
     show_table(times_table(report), [] if "adapters" in report else notes(report))
     if "adapters" in report:
         show_table(adapters_table(report), notes(report))

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swaplora_server.cli.common import LOCAL, Key, Url, connected
+from swaplora_server.cli.common import LOCAL, Key, Url, connected, say
+from swaplora_server.printable import printable
 
 if TYPE_CHECKING:
     from swaplora_server.client import Client, Conversation
@@ -42,8 +43,8 @@ def _base_id(client: "Client") -> str:
 
 def _answer(conversation: "Conversation", text: str) -> None:
     for piece in conversation.say(text):
-        typer.echo(piece, nl=False)
-    typer.echo()
+        say(piece, nl=False)
+    say()
 
 
 def _converse(client: "Client", conversation: "Conversation") -> None:
@@ -52,14 +53,14 @@ def _converse(client: "Client", conversation: "Conversation") -> None:
 
     with suppress(ImportError):
         import readline  # noqa: F401  # gives input() its line editing
-    typer.echo(f"Talking to {conversation.model}. {CHAT_COMMANDS}")
-    while (line := _read_line(f"{conversation.model}> ")) not in (None, "/quit"):
+    say(f"Talking to {conversation.model}. {CHAT_COMMANDS}")
+    while (line := _read_line(printable(f"{conversation.model}> "))) not in (None, "/quit"):
         try:
             _take_turn(client, conversation, line)
         except ClientError as error:
-            typer.echo(f"swaplora: {error}", err=True)
+            say(f"swaplora: {error}", err=True)
         except KeyboardInterrupt:
-            typer.echo(" (stopped)")
+            say(" (stopped)")
 
 
 def _read_line(prompt: str) -> str | None:
@@ -67,7 +68,7 @@ def _read_line(prompt: str) -> str | None:
     try:
         return input(prompt).strip()
     except (EOFError, KeyboardInterrupt):
-        typer.echo()
+        say()
         return None
 
 
@@ -78,10 +79,10 @@ def _take_turn(client: "Client", conversation: "Conversation", line: str) -> Non
         case ["/model", name]:
             conversation.model = name
         case ["/models"]:
-            typer.echo("\n".join(str(model["id"]) for model in client.models()))
+            say("\n".join(str(model["id"]) for model in client.models()))
         case ["/reset"]:
             conversation.reset()
         case [word, *_] if word.startswith("/"):
-            typer.echo(f"The commands are {CHAT_COMMANDS}")
+            say(f"The commands are {CHAT_COMMANDS}")
         case _:
             _answer(conversation, line)

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from swaplora_server.printable import printable
+
 if TYPE_CHECKING:
     from swaplora_server.client import Card, Client
     from swaplora_server.config import Settings
@@ -28,10 +30,20 @@ Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 VersionedName = Annotated[str, typer.Argument(help="The adapter's name, or one version of it: sql@2.")]
 
 
+def say(text: str = "", *, err: bool = False, nl: bool = True) -> None:
+    """Print what may hold words of others: of a server, a model or a file."""
+    typer.echo(printable(text), err=err, nl=nl)
+
+
+def cell(text: str) -> Text:
+    """Words of others in a table."""
+    return Text(printable(text))
+
+
 def fail(*lines: str, code: int = 1) -> NoReturn:
     """End the command with one line on stderr for each thing wrong."""
     for line in lines:
-        typer.echo(f"swaplora: {' '.join(line.splitlines())}", err=True)
+        say(f"swaplora: {' '.join(line.splitlines())}", err=True)
     raise typer.Exit(code)
 
 
@@ -47,7 +59,7 @@ def show_table(table: Table, notes: Iterable[str] = ()) -> None:
         console.width = WIDE
     console.print(table)
     for note in notes:
-        console.print(Text(note), soft_wrap=True)
+        console.print(cell(note), soft_wrap=True)
 
 
 def read_settings(flags: Mapping[str, Any]) -> "Settings":

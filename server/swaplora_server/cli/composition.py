@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from swaplora_server.cli.common import LOCAL, AsJson, Key, Name, Url, connected, fail, short_digest, show_json
+from swaplora_server.cli.common import LOCAL, AsJson, Key, Name, Url, connected, fail, say, short_digest, show_json
 
 
 def compose(
@@ -30,7 +30,7 @@ def compose(
     if as_json:
         show_json(card)
     else:
-        typer.echo(f"{name}@{card.get('version')} is stored ({short_digest(card)})")
+        say(f"{name}@{card.get('version')} is stored ({short_digest(card)})")
 
 
 def _scales(sources: list[str]) -> dict[str, float]:

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Column, Table
-from rich.text import Text
 
 from swaplora_server.cli.common import (
     LOCAL,
@@ -13,7 +12,9 @@ from swaplora_server.cli.common import (
     Key,
     Url,
     VersionedName,
+    cell,
     connected,
+    say,
     short_digest,
     show_json,
     show_table,
@@ -45,9 +46,9 @@ def inspect(
     if as_json:
         show_json(inspection)
         return
-    typer.echo(f"{inspection['name']}@{inspection['version']} ({short_digest(inspection)})")
+    say(f"{inspection['name']}@{inspection['version']} ({short_digest(inspection)})")
     if other := inspection.get("against"):
-        typer.echo(f"cosine with {other['name']}@{other['version']}: {_number(other['cosine'])}")
+        say(f"cosine with {other['name']}@{other['version']}: {_number(other['cosine'])}")
     show_table(_table(inspection["modules"]), [f"warning: {warning}" for warning in inspection["warnings"]])
 
 
@@ -57,7 +58,7 @@ def _table(modules: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(Column("module", overflow="fold"), *numbers, "singular values", box=None)
     for module in modules:
         values = [_number(module.get(key)) for key in shown]
-        table.add_row(Text(module["module"]), *values, _largest(module["singular_values"]))
+        table.add_row(cell(module["module"]), *values, _largest(module["singular_values"]))
     return table
 
 

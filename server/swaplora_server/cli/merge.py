@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from swaplora_server.cli.common import adapter_files, fail, read_settings
+from swaplora_server.cli.common import adapter_files, fail, read_settings, say
 
 
 def merge(
@@ -34,13 +34,13 @@ def merge(
 
     configure_logging(settings)
     try:
-        source = source_of(settings, lambda step: typer.echo(step, err=True))
+        source = source_of(settings, lambda step: say(step, err=True))
         write_merged(source, [Addend(*pair) for pair in zip(folders, scales, strict=True)], out)
     except InvalidAdapterError as error:
         fail(*error.reasons)
     except (EmbeddedBaseError, OSError, ValueError) as error:
         fail(str(error))
-    typer.echo(f"{settings.base_id} with {len(folders)} adapter{'s' * (len(folders) > 1)} merged in is in {out}")
+    say(f"{settings.base_id} with {len(folders)} adapter{'s' * (len(folders) > 1)} merged in is in {out}")
 
 
 def _scales(folders: Sequence[Path], scales: Sequence[float] | None) -> Sequence[float]:

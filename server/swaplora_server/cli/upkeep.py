@@ -13,6 +13,7 @@ from swaplora_server.cli.common import (
     VersionedName,
     connected,
     fail,
+    say,
     short_digest,
     show_json,
 )
@@ -68,4 +69,4 @@ def _show(card: "Card", line: str, as_json: bool) -> None:
     if as_json:
         show_json(card)
     else:
-        typer.echo(line)
+        say(line)

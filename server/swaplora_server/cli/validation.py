@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from swaplora_server.cli.common import AsJson, adapter_files, fail, read_settings, show_json
+from swaplora_server.cli.common import AsJson, adapter_files, fail, read_settings, say, show_json
 
 if TYPE_CHECKING:
     from swaplora_adapters.artifact.records import Details
@@ -84,9 +84,9 @@ def _accept(details: "Details", base_id: str, as_json: bool) -> None:
         )
         return
     what = f"rank {details.rank} on {', '.join(details.targets)}; {details.num_parameters} parameters"
-    typer.echo(f"{details.digest} fits {base_id}: {what}")
+    say(f"{details.digest} fits {base_id}: {what}")
     for warning in details.warnings:
-        typer.echo(f"warning: {warning}")
+        say(f"warning: {warning}")
 
 
 def _refuse(code: str, reasons: Sequence[str], as_json: bool) -> NoReturn:
