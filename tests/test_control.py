@@ -140,3 +140,100 @@ def test_a_missing_key_is_told_both_ways_too(base: Path, tmp_path: Path) -> None
             refused = server.client.post(path, json={})
             assert_refused(refused, 401, "InvalidUserInput", "API key")
             assert refused.json()["error"]["code"] == "invalid_api_key"
+
+
+def test_a_repositorys_name_is_loaded_asked_replaced_and_unloaded(controlled: Running) -> None:
+    name, client = "org/Adapter-1.v2", controlled.client
+    assert load(controlled, lora_name=name, lora_path="store/a1").text == (
+        f"Success: LoRA adapter '{name}' added successfully."
+    )
+    models = {model["id"]: model for model in client.get("/v1/models").json()["data"]}
+    assert models[name]["root"] == models["org--Adapter-1.v2"]["root"]
+    assert client.get(f"/v1/models/{name}").json()["id"] == name
+    answer = controlled.generate(name, PROMPT)
+    assert answer.headers["x-swaplora-adapter"] == "org--Adapter-1.v2@1"
+    assert answer.json()["model"] == name
+    first = controlled.token_ids(name, PROMPT)
+    assert first == controlled.token_ids("org--Adapter-1.v2", PROMPT)
+    again = load(controlled, lora_name=name, lora_path="store/a2")
+    assert_refused(again, 400, "InvalidUserInput", "has already been loaded")
+    assert load(controlled, lora_name=name, lora_path="store/a2", load_inplace=True).status_code == 200
+    assert controlled.token_ids(name, PROMPT) != first
+    assert unload(controlled, lora_name=name).text == f"Success: LoRA adapter '{name}' removed successfully."
+    for gone in (name, "org--Adapter-1.v2"):
+        assert controlled.generate(gone, PROMPT).status_code == 404
+    assert client.get("/v1/aliases").json()["data"] == []
+    assert_refused(unload(controlled, lora_name=name), 404, "NotFoundError", "cannot be found.")
+
+
+def test_repositories_whose_names_are_stored_alike_do_not_take_each_others_place(controlled: Running) -> None:
+    client = controlled.client
+    assert load(controlled, lora_name="a--b/c", lora_path="store/a1").status_code == 200
+    said = controlled.token_ids("a--b/c", PROMPT)
+    for body in ({"load_inplace": True}, {}):
+        for other in ("a/b--c", "a/b/c"):
+            refused = load(controlled, lora_name=other, lora_path="store/a2", **body)
+            assert_refused(refused, 400, "InvalidUserInput", "an adapter of that name already")
+            assert f"PUT /v1/aliases/{other}" in refused.json()["message"]
+            assert_refused(unload(controlled, lora_name=other), 404, "NotFoundError", "cannot be found.")
+    assert controlled.token_ids("a--b/c", PROMPT) == said
+    assert client.put("/v1/aliases/a/b--c", json={"target": "a--b--c"}).json()["alias"] == "a/b--c"  # as it was told
+    assert controlled.token_ids("a/b--c", PROMPT) == said
+    busy = unload(controlled, lora_name="a--b/c")
+    assert (busy.status_code, busy.json()["error"]["code"]) == (409, "adapter_busy")
+    assert controlled.token_ids("a--b/c", PROMPT) == said
+    assert client.delete("/v1/adapters/a--b--c").status_code == 409
+    assert client.delete("/v1/aliases/a/b--c").status_code == 200
+    assert unload(controlled, lora_name="a--b/c").status_code == 200
+
+
+def test_a_repositorys_name_that_is_something_elses_is_refused(controlled: Running) -> None:
+    client = controlled.client
+    assert load(controlled, lora_name="one", lora_path="store/a1").status_code == 200
+    assert client.put("/v1/aliases/team/one", json={"target": "one"}).status_code == 200
+    for inplace in (True, False):
+        refused = load(controlled, lora_name="team/one", lora_path="store/a2", load_inplace=inplace)
+        assert_refused(refused, 400, "InvalidUserInput", "an alias for something else")
+    assert_refused(unload(controlled, lora_name="team/one"), 404, "NotFoundError", "cannot be found.")
+    assert client.delete("/v1/aliases/team/one").status_code == 200
+    assert unload(controlled, lora_name="one").status_code == 200
+
+
+@pytest.mark.parametrize("name", ["a/", "/a", "a//b", "a/../b", "a/.b", "../a", "a/b c", "a\\b/c", "a/" + "b" * 126])
+def test_what_is_no_repositorys_name_is_refused(controlled: Running, name: str) -> None:
+    assert_refused(load(controlled, lora_name=name, lora_path="store/a1"), 400, "InvalidUserInput", "name")
+    assert controlled.client.get("/v1/aliases").json()["data"] == []
+
+
+def test_sagemakers_routes_take_a_repositorys_name_too(controlled: Running) -> None:
+    body = {"name": "org/eden", "src": "store/a1", "pin": True}
+    assert controlled.client.post("/adapters", json=body).status_code == 200
+    assert controlled.client.get("/v1/adapters/org--eden").json()["state"] == "resident"
+    invoked = controlled.client.post(
+        "/invocations",
+        json={"model": "base", "prompt": PROMPT, "max_tokens": 1},
+        headers={"X-Amzn-SageMaker-Adapter-Identifier": "org/eden"},
+    )
+    assert invoked.headers["x-swaplora-adapter"] == "org--eden@1"
+    for path in ("/adapters/org/eden", "/adapters/org%2Feden"):
+        answer = controlled.client.delete(path)
+        assert answer.status_code == (200 if path == "/adapters/org/eden" else 404), answer.text
+
+
+def test_a_repositorys_name_is_there_after_a_restart_and_where_the_catalogue_was_lost(
+    base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    shutil.copytree(adapters[1], tmp_path / "folder" / "store" / "a1")
+    fields = {"adapter_dir": tmp_path / "folder", "adapter_rescan_seconds": 0}
+    with serving(settings(base, tmp_path / "data", **fields)) as server:
+        assert load(server, lora_name="org/kept", lora_path="store/a1").status_code == 200
+        said = server.token_ids("org/kept", PROMPT)
+    with serving(settings(base, tmp_path / "data", **fields)) as server:
+        assert server.token_ids("org/kept", PROMPT) == said
+    for file in (tmp_path / "data").glob("catalogue*"):
+        file.unlink()
+    with serving(settings(base, tmp_path / "data", **fields)) as server:
+        assert server.token_ids("org/kept", PROMPT) == said
+        assert unload(server, lora_name="org/kept").status_code == 200
+    with serving(settings(base, tmp_path / "data", **fields)) as server:
+        assert server.generate("org/kept", PROMPT).status_code == 404

@@ -1,6 +1,6 @@
 """What the files say of themselves: for each name, or each alias, one small file that is replaced whole.
 
-    names/<name>        one line of JSON, and a line with its sha256
+    names/<name>        one line of JSON, and a line with its sha256; a slash of an alias is written as %
 
 A description is durable before the catalogue commits what it says, so it is never the older of the two. One of what was
 deleted stays, and says so: nothing comes back because its catalogue was lost.
@@ -20,6 +20,7 @@ from swaplora_adapters.artifact.staging import Writer
 from swaplora_adapters.errors import StorageFailedError
 
 FORMAT = 1
+_SLASH = "%"  # in a file's name: an alias may have slashes, and neither that nor a name has this
 Facts = dict[str, Any]  # JSON
 
 
@@ -51,11 +52,12 @@ class Descriptions:
             return found, damaged
         with full_disk_is_told(), os.scandir(self._folder) as entries:
             for entry in entries:
-                description = _decoded(entry.name, _read(entry.path) if entry.is_file(follow_symlinks=False) else b"")
+                name = entry.name.replace(_SLASH, "/")
+                description = _decoded(name, _read(entry.path) if entry.is_file(follow_symlinks=False) else b"")
                 if description is None:
                     damaged.append(Path(entry.path))
                 else:
-                    found[entry.name] = description
+                    found[name] = description
         return found, damaged
 
     def put(self, name: str, description: Description) -> None:
@@ -63,7 +65,7 @@ class Descriptions:
 
         Raises StorageFullError and StorageFailedError.
         """
-        staged, target, content = self._beside(), self._folder / name, _encoded(name, description)
+        staged, target, content = self._beside(), self._path(name), _encoded(name, description)
         with full_disk_is_told():
             with Writer(staged, len(content)) as writer:
                 writer.write(content)
@@ -81,12 +83,12 @@ class Descriptions:
             if staged:
                 os.sync()
             for name, path in staged.items():
-                path.replace(self._folder / name)
+                path.replace(self._path(name))
             sync_folder(self._folder)
 
     def take_away(self, name: str) -> None:
         """Remove one, in an `undone_on_error`, where none can be written; as durably as a failing disk lets it be."""
-        target, before = self._folder / name, self._beside()
+        target, before = self._path(name), self._beside()
         with full_disk_is_told(), suppress(FileNotFoundError):
             target.rename(before)
             self._replaced.append((target, before))
@@ -107,6 +109,9 @@ class Descriptions:
                     leftover.unlink(missing_ok=True)
             self._leftovers.clear()
             self._replaced.clear()
+
+    def _path(self, name: str) -> Path:
+        return self._folder / name.replace("/", _SLASH)
 
     def _beside(self) -> Path:
         """A path in staging that is not there and, when the change has ended, is not there again."""

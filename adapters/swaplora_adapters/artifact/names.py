@@ -1,4 +1,4 @@
-"""What an adapter may be called, and what its two files are called."""
+"""What an adapter and an alias may be called, and what an adapter's two files are called."""
 
 import re
 
@@ -6,6 +6,8 @@ from swaplora_adapters.errors import InvalidAdapterNameError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+MAX_NAME_CHARS = 128
+_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)+")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -17,3 +19,21 @@ def validate_name(name: str) -> str:
         "an adapter's name is 1 to 128 ASCII letters, digits, dots, dashes or underscores, "
         "and starts with a letter or digit"
     )
+
+
+def validate_alias(alias: str) -> str:
+    """Return `alias` if it may be one: a name, or several with slashes between them, as repositories have.
+
+    None begins with a dot, or has one behind a slash. Raises InvalidAdapterNameError.
+    """
+    return alias if is_repository(alias) else validate_name(alias)
+
+
+def is_repository(name: str) -> bool:
+    """Whether it is `org/name`, and what it is stored as is no longer than a name may be."""
+    return len(stored_name(name)) <= MAX_NAME_CHARS and _REPOSITORY.fullmatch(name) is not None
+
+
+def stored_name(name: str) -> str:
+    """What an adapter that others call `org/name` is called here, as in the hub's own cache. Two may share it."""
+    return name.replace("/", "--")

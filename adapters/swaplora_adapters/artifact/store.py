@@ -24,7 +24,7 @@ from swaplora_adapters.artifact.blobs import BlobPaths, Blobs
 from swaplora_adapters.artifact.descriptions import Description, Descriptions, NotUndoneError
 from swaplora_adapters.artifact.disk import StoreError
 from swaplora_adapters.artifact.folders import Folders, unusable
-from swaplora_adapters.artifact.names import validate_name
+from swaplora_adapters.artifact.names import validate_alias, validate_name
 from swaplora_adapters.artifact.records import Alias, Details, Published, Quarantined, VersionRecord
 from swaplora_adapters.artifact.recovery import Recovery
 from swaplora_adapters.artifact.staging import Staging
@@ -188,7 +188,7 @@ class Store:
 
     def put_alias(self, alias: Alias) -> None:
         """Make an alias, or let it stand for something else; InvalidAdapterNameError, StorageFullError."""
-        validate_name(alias.alias)
+        validate_alias(alias.alias)
         with self._mutex, self._change():
             self._catalogue.put_alias(alias, self._next_revision())
             self._aliases.put(alias.alias, self._catalogue.describe_alias(alias.alias))

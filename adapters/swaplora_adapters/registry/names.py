@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from swaplora_adapters.artifact.disk import full_disk_is_told
-from swaplora_adapters.artifact.names import validate_name
+from swaplora_adapters.artifact.names import validate_alias, validate_name
 from swaplora_adapters.artifact.records import Alias, Details, Published, Target, VersionRecord
 from swaplora_adapters.artifact.staging import Staging
 from swaplora_adapters.artifact.store import Store
@@ -142,7 +142,7 @@ class Names:
         Raises InvalidAdapterNameError, and AdapterNotFoundError or VersionNotFoundError for a target.
         """
         with self.changes:
-            validate_name(alias)
+            validate_alias(alias)
             if alias == self._base_model or alias in self.index:
                 raise InvalidAdapterNameError(f"{alias} is what the base or an adapter is called; choose another alias")
             for target in targets:

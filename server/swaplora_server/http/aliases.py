@@ -55,7 +55,7 @@ async def list_aliases(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": [alias_body(alias) for alias in aliases]}
 
 
-@router.get("/v1/aliases/{alias}")
+@router.get("/v1/aliases/{alias:path}")
 async def get_alias(request: Request, alias: str) -> dict[str, Any]:
     """One alias."""
     service: Service = request.app.state.service
@@ -63,7 +63,7 @@ async def get_alias(request: Request, alias: str) -> dict[str, Any]:
     return alias_body(service.registry.names.index.alias(alias))
 
 
-@router.put("/v1/aliases/{alias}", openapi_extra=body_schema(AliasBody))
+@router.put("/v1/aliases/{alias:path}", openapi_extra=body_schema(AliasBody))
 async def put_alias(
     request: Request, alias: str, body: Annotated[AliasBody, Depends(json_body(AliasBody))]
 ) -> dict[str, Any]:
@@ -73,7 +73,7 @@ async def put_alias(
     return alias_body(await asyncio.to_thread(service.registry.put_alias, alias, body.as_targets()))
 
 
-@router.delete("/v1/aliases/{alias}")
+@router.delete("/v1/aliases/{alias:path}")
 async def delete_alias(request: Request, alias: str) -> dict[str, Any]:
     """Unknown for new requests at once; what it led to stays."""
     service: Service = request.app.state.service

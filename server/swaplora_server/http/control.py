@@ -15,8 +15,11 @@ from fastapi.routing import APIRoute
 from pydantic import Field
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from swaplora_adapters.errors import AdapterError, AdapterNotFoundError, PreconditionFailedError
+from swaplora_adapters.artifact.names import stored_name, validate_alias
+from swaplora_adapters.artifact.records import Target
+from swaplora_adapters.errors import AdapterError, AdapterNotFoundError, AliasNotFoundError, PreconditionFailedError
 from swaplora_adapters.registry.card import Put
+from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.registry.sources.uri import uri_of
 from swaplora_server.http.body import ClosedModel, WireModel, body_schema, read_json
 from swaplora_server.http.errors import ApiError, on_api_error
@@ -91,19 +94,11 @@ async def register_adapter(request: Request) -> Response:
     """Take in an adapter, keep it in memory if asked to, and load it now unless told not to: all of it or nothing."""
     body = await read_json(request, RegisterBody)
     service = _service(request)
-    put = await _load(service, body.name, body.src, replace=False)
-    try:
-        if body.pin:
-            await asyncio.to_thread(service.registry.change, body.name, is_pinned=True)
-        if body.preload:
-            await service.warm(body.name)
-    except AdapterError:
-        await asyncio.to_thread(_take_back, service, put)
-        raise
+    await _load(service, body.name, body.src, replace=False, is_pinned=body.pin, is_warm=body.preload)
     return _added(body.name)
 
 
-@router.delete("/adapters/{name}")
+@router.delete("/adapters/{name:path}")
 async def unregister_adapter(request: Request, name: str) -> Response:
     """Delete an adapter."""
     return await _unload(_service(request), name)
@@ -115,12 +110,53 @@ def _service(request: Request) -> Service:
     return service
 
 
-async def _load(service: Service, name: str, path: str, *, replace: bool) -> Put:
+async def _load(
+    service: Service, name: str, path: str, *, replace: bool, is_pinned: bool = False, is_warm: bool = False
+) -> None:
+    """Take it in, and what else is asked for: all of it or nothing. A name with slashes becomes an alias for it."""
+    stored, is_known = name, False
+    if "/" in name:
+        stored, is_known = _stored_name(service, name), service.registry.names.index.is_alias(name)
+    put = await _fetch(service, name, stored, path, replace=replace and (is_known or stored == name))
     try:
-        return await service.arrivals.fetch(name, uri_of(path), if_none_match=not replace)
+        if is_pinned:
+            await asyncio.to_thread(service.registry.change, stored, is_pinned=True)
+        if is_warm:
+            await service.warm(stored)
+        if stored != name and not is_known:
+            await asyncio.to_thread(service.registry.put_alias, name, [Target(stored, 1)])
+    except AdapterError:
+        await asyncio.to_thread(_take_back, service, put)
+        raise
+
+
+def _stored_name(service: Service, name: str) -> str:
+    """What the adapter of a repository's name is called here. Raises ApiError where the name is something else's."""
+    names, stored = service.registry.names, stored_name(name)
+    validate_alias(name)
+    if name == service.settings.base_id:
+        raise ApiError("invalid_adapter_name", f"{name} is what the base is called; choose another name")
+    if names.index.is_alias(name) and names.index.alias(name).targets != (Target(stored, 1),):
+        raise ApiError("invalid_adapter_name", f"{name} is an alias for something else; delete it first")
+    return stored
+
+
+async def _fetch(service: Service, name: str, stored: str, path: str, *, replace: bool) -> Put:
+    names = service.registry.names
+    if_match = names.index.get(stored).current.digest if replace and stored != name and stored in names.index else None
+    try:
+        return await service.arrivals.fetch(stored, uri_of(path), if_none_match=not replace, if_match=if_match)
     except PreconditionFailedError as error:
-        remedy = "If you want to load the adapter in place, set 'load_inplace' to True."
-        message = f"The lora adapter '{name}' has already been loaded. {remedy}"
+        if stored != name and not names.index.is_alias(name):
+            message = (
+                f"'{name}' is kept as {stored}, and there is an adapter of that name already: choose another name, "
+                f"or let this one lead there with PUT /v1/aliases/{name}."
+            )
+        elif if_match is not None:
+            message = f"The lora adapter '{name}' was changed in the meantime; load it again."
+        else:
+            remedy = "If you want to load the adapter in place, set 'load_inplace' to True."
+            message = f"The lora adapter '{name}' has already been loaded. {remedy}"
         raise ApiError("invalid_request", message) from error
 
 
@@ -132,10 +168,27 @@ def _take_back(service: Service, put: Put) -> None:
 
 async def _unload(service: Service, name: str) -> Response:
     try:
-        await asyncio.to_thread(service.registry.delete, name)
-    except AdapterNotFoundError as error:
+        await asyncio.to_thread(_delete, service.registry, name)
+    except (AdapterNotFoundError, AliasNotFoundError) as error:
         raise ApiError("adapter_not_found", f"The lora adapter '{name[:128]}' cannot be found.") from error
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+def _delete(registry: Registry, name: str) -> None:
+    """An adapter; of a repository's name the alias and what it leads to, or neither."""
+    stored = stored_name(name)
+    if stored == name:
+        registry.delete(name)
+        return
+    with registry.names.changes:
+        if registry.names.index.alias(name).targets != (Target(stored, 1),):
+            raise AdapterNotFoundError(name)
+        registry.delete_alias(name)
+        try:
+            registry.delete(stored)
+        except AdapterError:
+            registry.put_alias(name, [Target(stored, 1)])
+            raise
 
 
 def _added(name: str) -> Response:
