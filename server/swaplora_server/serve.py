@@ -26,6 +26,7 @@ from swaplora_server.http.connections import num_allowed
 from swaplora_server.http.offload import in_own_thread
 from swaplora_server.http.protocol import HttpConfig
 from swaplora_server.http.service import Service
+from swaplora_server.log_lines import LineFormatter, indented_traceback, show_values
 
 # beyond the time that running requests get, for their last bytes to go out
 _LAST_BYTES_SECONDS = 5
@@ -110,16 +111,18 @@ def configure_logging(settings: Settings) -> None:
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        show_values,
     ]
-    # tracebacks without local variables, which may hold prompts
-    plain = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
+    plain = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=indented_traceback)
     as_json = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     structlog.configure(
         processors=[*shared, *(as_json if settings.log_json else [plain])],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
-    logging.basicConfig(level=max(level, logging.WARNING), format="%(levelname)s %(name)s: %(message)s")
+    library_lines = logging.StreamHandler()
+    library_lines.setFormatter(LineFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=max(level, logging.WARNING), handlers=[library_lines])
 
 
 def _show(service: Service, listener: socket.socket, seconds: float) -> None:

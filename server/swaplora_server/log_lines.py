@@ -1,0 +1,41 @@
+"""Log lines that only the server begins: no text of a client's ends a line, or moves a terminal's cursor."""
+
+import io
+import logging
+from collections.abc import MutableMapping
+from typing import Any, TextIO
+
+from structlog.dev import plain_traceback
+from structlog.typing import ExcInfo
+
+_INDENT = "    "  # of what follows a line's first: no line of ours begins so
+
+
+def visible(text: str) -> str:
+    """`text` with escapes for what cannot be seen: control characters, line separators, marks of direction."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def show_values(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """A structlog processor."""
+    return {name: visible(value) if isinstance(value, str) else value for name, value in event.items()}
+
+
+def indented_traceback(out: TextIO, exc_info: ExcInfo) -> None:
+    """A traceback without local variables, which may hold prompts, for structlog's console."""
+    text = io.StringIO()
+    plain_traceback(text, exc_info)
+    out.write("\n" + _INDENT + _in_lines(text.getvalue().strip("\n")))
+
+
+class LineFormatter(logging.Formatter):
+    """What libraries log, and tracebacks with it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _in_lines(super().format(record))
+
+
+def _in_lines(text: str) -> str:
+    return f"\n{_INDENT}".join(map(visible, text.split("\n")))
