@@ -31,7 +31,7 @@ def num_nodes(value: Any) -> int:
     return 1 + sum(map(num_nodes, value)) if isinstance(value, list) else 0
 
 
-def is_refused(raw: bytes) -> bool:
+def is_refused(raw: bytes | bytearray) -> bool:
     try:
         json_weight.check_weight(raw)
     except ApiError as error:
@@ -46,7 +46,7 @@ def test_items_and_nodes_are_counted_outside_of_strings(value: Any, ascii_only: 
         patch.setattr(json_weight, "MAX_ITEMS", LIMIT)
         patch.setattr(json_weight, "MAX_NODES", LIMIT)
         assert is_refused(raw) == (num_commas(value) > LIMIT or num_nodes(value) > LIMIT)
-        assert is_refused(bytes(bytearray(raw))) == is_refused(raw)
+        assert is_refused(bytearray(raw)) == is_refused(raw)
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,10 @@ def test_items_and_nodes_are_counted_outside_of_strings(value: Any, ascii_only: 
         b'["' + b"," * (json_weight.MAX_ITEMS + 1) + b'"]',
         b'["' + b"[" * (json_weight.MAX_NODES + 1) + b'"]',
         b"[" + b"1," * (json_weight.MAX_ITEMS - 1) + b"1]",
+        b'["' + b"a" * 2 * json_weight.MAX_BARE_BYTES + b'"]',
         b'["' + b"\\n" * json_weight.MAX_ESCAPES + b'"]',
     ],
-    ids=["text of commas", "text of brackets", "token ids", "escapes"],
+    ids=["text of commas", "text of brackets", "token ids", "text", "escapes"],
 )
 def test_what_is_large_and_light_passes(raw: bytes) -> None:
     assert not is_refused(raw)
@@ -72,8 +73,10 @@ def test_what_is_large_and_light_passes(raw: bytes) -> None:
         b"{" + b'"":1,' * (json_weight.MAX_NODES + 1) + b'"":1}',
         b"[" + b'"",' * (json_weight.MAX_ITEMS + json_weight.MAX_NODES + 2) + b"1]",
         b'["' + b"\\n" * (json_weight.MAX_ESCAPES + 1) + b'"]',
+        b"[" + (b"1" * 4000 + b",") * (json_weight.MAX_BARE_BYTES // 4000) + b"1]",
+        b"[1" + b" " * json_weight.MAX_BARE_BYTES + b"]",
     ],
-    ids=["items", "lists", "objects", "names", "strings", "escapes"],
+    ids=["items", "lists", "objects", "names", "strings", "escapes", "digits", "space"],
 )
 def test_what_has_too_many_parts_is_refused(raw: bytes) -> None:
     assert is_refused(raw)
