@@ -1,16 +1,14 @@
 """The server's parts, put together: the base, the engine on it, and the registry of its adapters."""
 
-import inspect
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import structlog
-from jinja2 import TemplateError
 
 from swaplora_adapters.artifact.records import VersionRecord
 from swaplora_adapters.artifact.store import Store
@@ -26,6 +24,7 @@ from swaplora_server.engine.proof import UnsupportedModelError
 from swaplora_server.engine.scheduler import Scheduler
 from swaplora_server.http.arrivals import Arrivals
 from swaplora_server.http.body_memory import BodyMemory
+from swaplora_server.http.chat_template import ChatTemplate
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.figures import Figures, PrefixCacheState, State
 from swaplora_server.http.offload import Offload
@@ -163,6 +162,10 @@ class Service:
     def tokenizer(self) -> PromptTokenizer:
         return PromptTokenizer(self.base.tokenizer, self.max_model_len, self.offload)
 
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        return ChatTemplate(self.base.tokenizer)
+
     async def render_chat(
         self,
         messages: Sequence[Mapping[str, str]],
@@ -172,29 +175,10 @@ class Service:
         add_special_tokens: bool,
         **options: bool,
     ) -> list[list[int]]:
-        """A conversation as the one prompt of its request, by the base's own template.
-
-
-        The template sees `template_kwargs` as variables.
-        Raises ApiError when the template refuses it, or for a variable that is really an option of the renderer's.
-        """
-        tokenizer = self.base.tokenizer
-        reserved = sorted(template_kwargs.keys() & inspect.signature(tokenizer.apply_chat_template).parameters.keys())
-        if reserved:
-            raise ApiError("unsupported_field", f"{', '.join(reserved)} cannot be given here", "chat_template_kwargs")
-        if tokenizer.chat_template is None:
-            raise ApiError("invalid_request", "the base has no chat template; use /v1/completions", "messages")
-
-        def render() -> str:
-            return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options, **template_kwargs))
-
+        """A conversation as the one prompt of its request; see `ChatTemplate.render`."""
+        render = partial(self.chat_template.render, messages, template_kwargs, **options)
         size = sum(_MESSAGE_CHARACTERS + len(message["content"]) for message in messages)
-        try:
-            text = render() if size <= LONG_CHARACTERS else await self.offload.do(size, render)
-        except TemplateError as error:
-            raise ApiError("invalid_request", f"the chat template refuses this: {error}", "messages") from error
-        except (TypeError, ValueError) as error:
-            raise ApiError("invalid_request", "the chat template cannot make a prompt of this", "messages") from error
+        text = render() if size <= LONG_CHARACTERS else await self.offload.do(size, render)
         return await self.tokenizer.encode_all([text], param, add_special_tokens=add_special_tokens)
 
     async def warm(self, reference: str) -> VersionRecord:
