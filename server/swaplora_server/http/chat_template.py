@@ -7,6 +7,7 @@ conversation with a mark for each content tells what becomes of it: short to ren
 
 import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ _MAX_SHAPES = 256  # remembered
 _MAX_REMEMBERED_MESSAGES = 64
 _MAX_REMEMBERED_CHARACTERS = 1024  # of the variables
 _MAX_NAMED = 8
+_MARK = re.compile(r"zq\d+qz|zn\d+nz")
 Message = Mapping[str, str]
 
 
@@ -78,16 +80,16 @@ class ChatTemplate:
         """The path of each thing that the template leaves out, and the words for it."""
         marked = [_marked(number, part) for number, part in enumerate(shape.parts)]
         try:
-            text = self._apply(marked, json.loads(shape.variables), dict(shape.options)).lower()
+            text = self._apply(marked, json.loads(shape.variables), dict(shape.options))
         except (TemplateError, TypeError, ValueError):
             return []  # it looks at what is said: then it is taken at its word
-        found = []
+        marks, found = set(_MARK.findall(text.lower())), []
         for number, (part, message) in enumerate(zip(shape.parts, marked, strict=True)):
             path = f"messages[{number}]"
-            if part.has_content and message["content"] not in text:
+            if part.has_content and message["content"] not in marks:
                 words = f"{path} is of role {part.role!r}, which the base's chat template leaves out there"
                 found.append((path, f"{words}; send it in another role, such as user"))
-            elif part.has_name and message["name"] not in text:
+            elif part.has_name and message["name"] not in marks:
                 words = f"{path}.name is left out by the base's chat template"
                 found.append((f"{path}.name", f"{words}; leave it out, or write it into the content"))
         return found
