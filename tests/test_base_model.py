@@ -95,7 +95,7 @@ def test_a_wrong_window_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         ({"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}, "bloom"),
         ({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2}, "mamba"),
-        ({"model_type": "gptj", "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "gptj"),
+        ({"model_type": "gpt_neo", "num_layers": 2, "attention_types": [[["global", "local"], 1]], "hidden_size": 32, "num_heads": 4}, "gpt_neo"),
     ],
 )
 def test_architecture_that_cannot_be_served_is_refused_with_the_reason(
@@ -138,10 +138,12 @@ def test_layers_that_fail_the_proof_in_one_call_run_by_themselves(
     assert base.layers.linears
 
 
-def test_bfloat16_is_refused_where_the_processor_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    for has_bf16, chosen in ((True, torch.bfloat16), (False, torch.float32)):
+def test_a_cpu_computes_in_float32_unless_bfloat16_is_asked_for_and_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_bf16 in (True, False):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has_bf16: has)
-        assert pick_dtype("auto", torch.device("cpu")) == chosen
-        assert pick_dtype("fp32", torch.device("cpu")) == torch.float32
+        assert pick_dtype("auto", CPU) == pick_dtype("fp32", CPU) == torch.float32
+        assert pick_dtype("auto", torch.device("cuda")) == pick_dtype("bf16", torch.device("cuda")) == torch.bfloat16
     with pytest.raises(UnsupportedModelError, match="--dtype fp32"):
-        pick_dtype("bf16", torch.device("cpu"))
+        pick_dtype("bf16", CPU)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert pick_dtype("bf16", CPU) == torch.bfloat16

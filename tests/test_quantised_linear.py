@@ -49,6 +49,20 @@ def test_a_packed_linear_equals_the_dequantised_one(kind: str, shape: tuple[int,
         torch.testing.assert_close(packed(x), linear(x), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("num_in", [33, 34, 40, 48, 80, 96, 100, 576])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@torch.no_grad()
+def test_a_scale_counts_for_its_block_where_blocks_go_on_from_one_row_to_the_next(kind: str, num_in: int) -> None:
+    linear, x = made(kind, num_in, 50, bias=False, compress_statistics=False), torch.eye(num_in)
+    state = linear.weight.quant_state
+    halves = torch.stack([linear.weight.data.view(-1) >> 4, linear.weight.data.view(-1) & 15], dim=1).view(-1)
+    scales = state.absmax.repeat_interleave(state.blocksize)
+    numel = num_in * 50
+    expected = (state.code[halves.int()][:numel] * scales[:numel]).view(50, num_in)
+    for module in (linear, PACK(linear)):
+        torch.testing.assert_close(module(x).t(), expected, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_bfloat16_row_comes_back_as_one(kind: str) -> None:
     packed, x = PACK(made(kind, 64, 48)), torch.randn(3, 64).bfloat16()

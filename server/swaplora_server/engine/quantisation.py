@@ -1,14 +1,16 @@
 """Bases of 8 and 4 bits, through bitsandbytes: what is asked of transformers, and what is refused."""
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import linear as product
 from transformers import BitsAndBytesConfig, PretrainedConfig
 from transformers.utils import is_bitsandbytes_available
 
 from swaplora_server.engine.proof import UnsupportedModelError
-from swaplora_server.engine.quantised_codes import is_quantised
+from swaplora_server.engine.quantised_codes import codes_of, has_blocks_across_rows, is_nibbles, is_quantised
 
 Quantization = Literal["int8", "nf4"]
 _REMEDY = "pip install 'swaplora[quantized]'"
@@ -68,8 +70,17 @@ def multiply_dequantised(model: nn.Module) -> None:
 
     Their other product of 8 bits rounds x as well and treats columns with outliers apart, those of all rows as soon
     as one row has them: a row would depend on its neighbours. The one of 4 bits would compute in whatever type the
-    files name, and on some processors lay the weight out anew.
+    files name, and on some processors lay the weight out anew. Its dequantisation for processors with AVX512 takes
+    wrong scales where a block goes on from one row to the next, so those linears get ours.
     """
     for linear in filter(is_quantised, model.modules()):
         linear.train()
-        linear.compute_dtype = torch.float32  # type: ignore[assignment]  # read by linears of 4 bits only
+        if is_nibbles(linear):
+            linear.compute_dtype = torch.float32  # type: ignore[assignment]
+            if has_blocks_across_rows(linear):
+                linear.forward = partial(_multiply, linear)
+
+
+def _multiply(linear: Any, x: Tensor) -> Tensor:
+    bias = None if linear.bias is None else linear.bias.float()
+    return product(x.float(), codes_of(linear).dense(), bias).to(x.dtype)

@@ -18,6 +18,11 @@ class Codes:
     scales: Tensor  # [out_features, in_features / block], float32
     table: Tensor | None  # [16], float32, of 4-bit codes
 
+    @property
+    def block(self) -> int:
+        """How many values of a row share a scale."""
+        return self.codes.shape[1] // self.scales.shape[1]
+
     def dense(self) -> Tensor:
         """W in float32."""
         values = self.codes.float() if self.table is None else self.table[self.codes.int()]
@@ -30,9 +35,20 @@ def is_quantised(linear: nn.Module) -> bool:
     return type(linear).__module__.startswith("bitsandbytes.") and type(linear).__name__ in {_BYTES, _NIBBLES}
 
 
+def is_nibbles(linear: nn.Module) -> bool:
+    """Whether the codes of a linear for which `is_quantised` have 4 bits."""
+    return type(linear).__name__ == _NIBBLES
+
+
+def has_blocks_across_rows(linear: Any) -> bool:
+    """Whether a scale counts for the end of one row and the start of the next, where `is_nibbles`."""
+    state = linear.weight.quant_state
+    return bool(state.shape[1] % state.blocksize)
+
+
 def codes_of(linear: nn.Module) -> Codes:
     """The weight of a linear for which `is_quantised`."""
-    return _nibbles(linear) if type(linear).__name__ == _NIBBLES else _bytes(linear)
+    return _nibbles(linear) if is_nibbles(linear) else _bytes(linear)
 
 
 def _bytes(linear: Any) -> Codes:

@@ -68,7 +68,7 @@ class QuantisedLinear(nn.Module):
             None if bias is None else bias.data_ptr(),
             self.in_features,
             self.out_features,
-            self.in_features // weight.scales.shape[1],
+            weight.block,
             num_columns,
             ctypes.cast(plain.linear_f32, ctypes.c_void_p),
         )
