@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.gptj import modeling_gptj
+from transformers.models.llama import modeling_llama
 
 import tiny
-from swaplora_server.engine import native_decoder, proof
+from swaplora_server.engine import attention, native_decoder, proof
 from swaplora_server.engine.attention import LayerAttention
 from swaplora_server.engine.base_model import BaseModel, load_base, pick_dtype
 from swaplora_server.engine.kernels import Kernels, pick_kernels, torch_kernels
@@ -64,14 +66,14 @@ CPU = torch.device("cpu")
 NATIVE = pick_kernels(CPU, torch.float32, Path(__file__).parent.parent / ".cache" / "native", lambda _message: None)
 
 
-def load(folder: Path, kernels: Kernels = NATIVE) -> BaseModel:
-    return load_base(folder, device=CPU, dtype=torch.float32, kernels=kernels)
+def load(folder: Path, kernels: Kernels = NATIVE, dtype: torch.dtype = torch.float32) -> BaseModel:
+    return load_base(folder, device=CPU, dtype=dtype, kernels=kernels)
 
 
 @pytest.fixture
 def strict(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the proof allow a ten-thousandth of a standard deviation of the logits, and no more."""
-    monkeypatch.setitem(proof._TOLERANCE, torch.float32, 1e-4)  # noqa: SLF001
+    monkeypatch.setattr(proof, "_TOLERANCE", 1e-4)
 
 
 @pytest.mark.usefixtures("strict")
@@ -84,10 +86,53 @@ def test_logits_are_stock_transformers_own(model_type: str, tmp_path: Path) -> N
         assert base.kv_bytes_per_token > 0
 
 
-def test_a_wrong_window_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_bfloat16_logits_are_as_near_to_float32_as_stock_transformers_own(model_type: str, tmp_path: Path) -> None:
+    folder = tiny.save_tiny_base(tmp_path, {"model_type": model_type, **ARCHITECTURES[model_type]})
+    assert load(folder, torch_kernels(CPU), torch.bfloat16).layers.linears
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_window_is_noticed(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PrefillRun, "mask", lambda self, _window: PrefillRun._make_mask(self, None))  # noqa: SLF001
+    folder = tiny.save_tiny_base(tmp_path, {"model_type": "mistral", **ARCHITECTURES["mistral"]})
     with pytest.raises(UnsupportedModelError, match="something else"):
-        load(tiny.save_tiny_base(tmp_path, {"model_type": "mistral", **ARCHITECTURES["mistral"]}), torch_kernels(CPU))
+        load(folder, torch_kernels(CPU), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fault_of_a_tenth_of_a_standard_deviation_is_noticed(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend = attention.paged_attention
+    monkeypatch.setattr(
+        attention, "paged_attention", lambda *rows, scaling, **asked: attend(*rows, scaling=1.2 * scaling, **asked)
+    )
+    with pytest.raises(UnsupportedModelError, match="something else"):
+        load(tiny.save_tiny_base(tmp_path), torch_kernels(CPU), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_attends_by_itself_is_refused(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_itself = modeling_llama.eager_attention_forward
+    monkeypatch.setattr(modeling_llama.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda _name, _default: by_itself)
+    with pytest.raises(UnsupportedModelError, match="llama computes something else"):
+        load(tiny.save_tiny_base(tmp_path), torch_kernels(CPU), dtype)
+
+
+@pytest.mark.usefixtures("strict")
+def test_gptj_is_served_as_soon_as_transformers_has_it_ask_the_attention_interface(tmp_path: Path) -> None:
+    """Up to 5.23 it attended by itself."""
+    folder = tiny.save_tiny_base(
+        tmp_path, {"model_type": "gptj", "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}
+    )
+    if hasattr(modeling_gptj, "ALL_ATTENTION_FUNCTIONS"):
+        assert load(folder).layers.linears
+        return
+    with pytest.raises(UnsupportedModelError, match="gptj"):
+        load(folder)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +140,16 @@ def test_a_wrong_window_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         ({"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}, "bloom"),
         ({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2}, "mamba"),
-        ({"model_type": "gpt_neo", "num_layers": 2, "attention_types": [[["global", "local"], 1]], "hidden_size": 32, "num_heads": 4}, "gpt_neo"),
+        (
+            {
+                "model_type": "gpt_neo",
+                "num_layers": 2,
+                "attention_types": [[["global", "local"], 1]],
+                "hidden_size": 32,
+                "num_heads": 4,
+            },
+            "gpt_neo",
+        ),
     ],
 )
 def test_architecture_that_cannot_be_served_is_refused_with_the_reason(

@@ -145,7 +145,7 @@ def test_linears_take_a_share_of_what_they_take_in_bfloat16(kind: Quantization, 
 @pytest.fixture
 def strict(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the proof allow a ten-thousandth of a standard deviation of the logits, and no more."""
-    monkeypatch.setitem(proof._TOLERANCE, torch.float32, 1e-4)  # noqa: SLF001
+    monkeypatch.setattr(proof, "_TOLERANCE", 1e-4)
 
 
 @pytest.mark.usefixtures("strict")

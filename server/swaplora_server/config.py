@@ -115,7 +115,9 @@ class Settings(BaseSettings):
     )
     served_model_name: str | None = Field(None, pattern=r"^\S+$", description="what requests call the base")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
-    dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="number format of the base")
+    dtype: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="number format of the base; auto is bf16 on a GPU, fp32 on a CPU"
+    )
     quantization: Literal["int8", "nf4"] | None = Field(
         None, description="keep the base's linears in 8 or 4 bits; needs bitsandbytes"
     )

@@ -31,7 +31,10 @@ def serve(
     base: Annotated[str | None, typer.Argument(help="embedded (default), a local folder, or a hub id.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="What requests call the base.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where the model runs.")] = None,
-    dtype: Annotated[Literal["auto", "bf16", "fp32"] | None, typer.Option(help="Number format of the base.")] = None,
+    dtype: Annotated[
+        Literal["auto", "bf16", "fp32"] | None,
+        typer.Option(help="Number format of the base: auto is bf16 on a GPU, fp32 on a CPU."),
+    ] = None,
     quantization: Annotated[
         Literal["int8", "nf4"] | None, typer.Option(help="Keep the base's linears in 8 or 4 bits.")
     ] = None,

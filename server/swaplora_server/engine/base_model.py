@@ -6,7 +6,6 @@ from typing import Any
 
 import structlog
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from swaplora_adapters.apply.activation import Activation
@@ -18,7 +17,7 @@ from swaplora_server.engine import attention
 from swaplora_server.engine.kernels import Kernels
 from swaplora_server.engine.layers import adaptable
 from swaplora_server.engine.lean_embedding import lean
-from swaplora_server.engine.proof import UnsupportedModelError, prove, stock_logits
+from swaplora_server.engine.proof import Expected, UnsupportedModelError, expected_logits, prove
 from swaplora_server.engine.quantisation import Quantization, loading_arguments, multiply_dequantised
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.vocabulary import Vocabulary
@@ -79,8 +78,8 @@ def load_base(
     """Load, wrap and prove a base from a folder or hub id. Raises UnsupportedModelError naming the reason."""
     model = _load_model(source, device, dtype, quantization)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    expected = stock_logits(model)
-    vocab_size = vocab_size_of(model.get_input_embeddings(), expected[0].shape[-1])
+    expected = expected_logits(model)
+    vocab_size = vocab_size_of(model.get_input_embeddings(), expected.logits[0].shape[-1])
     attention.register()
     model.set_attn_implementation(attention.IMPLEMENTATION)
     activation = Activation(kernels.lora)
@@ -124,7 +123,7 @@ def _tied(model: PreTrainedModel) -> dict[str, str]:
     return {paths[head]: paths[embedding]}
 
 
-def _fuse(model: PreTrainedModel, activation: Activation, expected: list[Tensor], kernels: Kernels) -> None:
+def _fuse(model: PreTrainedModel, activation: Activation, expected: Expected, kernels: Kernels) -> None:
     """Have all layers run in one native call, where there is one for their kind and it passes the proof as well."""
     undo = kernels.fuse(model, activation)
     if undo is None:

@@ -2,7 +2,8 @@
 
 Before anything is replaced, the stock model computes a few logits. Afterwards the same tokens go through the real
 runner: several sequences packed together, in chunks and one by one, over paged KV. Where the two disagree, the base is
-refused.
+refused. In half precision both are held against the stock model in float32: the runner may be off by what the stock
+model itself is, and not by much more.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from swaplora_adapters.apply.activation import Activation
@@ -21,13 +23,16 @@ from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import Request, SamplingParams, Sequence
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduler import Batch, ScheduledRows
+from swaplora_server.engine.widened import widened
 
 # where each sequence is cut: its chunk of step k is [cuts[k], cuts[k + 1])
 _CUTS = ((0, 4, 7, 8, 9), (0, 13, 14), (0, 1, 2, 3))
 _BLOCK_SIZE = 4
 _NUM_BLOCKS = sum(-(-cuts[-1] // _BLOCK_SIZE) for cuts in _CUTS)
-# the largest difference of a logit, in standard deviations of the stock model's logits, that rounding explains
-_TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.5, torch.float16: 0.1}
+# the largest difference of a logit, in standard deviations of a row's logits, that rounding explains in float32
+_TOLERANCE = 0.01
+# in half precision: times the stock model's own largest difference from float32
+_NOISE = 3.0
 
 
 class UnsupportedModelError(ValueError):
@@ -42,20 +47,51 @@ class Proof:
     addressable: frozenset[str]  # modules that see one row per token, or per sampled token: adapters may change these
 
 
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the stock model computes, each sequence alone, and how far from it rounding may lead."""
+
+    logits: list[Tensor]  # float32 [length, vocab_size] for each of the proof's sequences
+    tolerance: float  # in standard deviations of a row's logits
+
+
 @torch.inference_mode()
-def stock_logits(model: PreTrainedModel) -> list[Tensor]:
-    """[length, vocab_size] for each of the proof's sequences, alone, through the model as transformers made it."""
-    return [
-        model(torch.tensor([_tokens(cuts[-1], model)], device=model.device), use_cache=False).logits[0].float()
-        for cuts in _CUTS
-    ]
+def expected_logits(model: PreTrainedModel) -> Expected:
+    """Run the proof's sequences through the model as transformers made it. Raises UnsupportedModelError."""
+    stock = _stock_logits(model)
+    if model.dtype == torch.float32:
+        return Expected(stock, _TOLERANCE)
+    try:
+        with widened(model):
+            exact = _padded_logits(model)
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"{model.config.model_type} cannot be proven in half precision, start with --dtype fp32: {error}"
+        ) from error
+    noise = max(map(_deviation, torch.cat(stock), torch.cat(exact)))
+    return Expected(exact, max(_TOLERANCE, _NOISE * noise))
+
+
+def _stock_logits(model: PreTrainedModel) -> list[Tensor]:
+    return [model(tokens[None], use_cache=False).logits[0].float() for tokens in _all_tokens(model)]
+
+
+def _padded_logits(model: PreTrainedModel) -> list[Tensor]:
+    """The same in one pass: what pads a sequence comes after it, where none of its tokens looks."""
+    tokens = _all_tokens(model)
+    logits = model(pad_sequence(tokens, batch_first=True), use_cache=False).logits.float()
+    return [rows[: len(own)] for rows, own in zip(logits, tokens, strict=True)]
+
+
+def _all_tokens(model: PreTrainedModel) -> list[Tensor]:
+    return [torch.tensor(_tokens(index, cuts[-1], model), device=model.device) for index, cuts in enumerate(_CUTS)]
 
 
 def prove(
     model: PreTrainedModel,
     activation: Activation,
     wrapped: Mapping[str, Wrapped],
-    expected: list[Tensor],
+    expected: Expected,
     paged_kv: Callable[[int, int], PagedKV],
 ) -> Proof:
     """Run the proof's sequences. Raises UnsupportedModelError when their logits disagree with `expected`."""
@@ -77,9 +113,10 @@ def prove(
     )
 
 
-def _tokens(length: int, model: PreTrainedModel) -> list[int]:
+def _tokens(index: int, length: int, model: PreTrainedModel) -> list[int]:
+    """The first of a sequence's tokens, which no other sequence has in the same places."""
     vocab_size = model.config.get_text_config().vocab_size
-    return [(7 + 13 * position) % vocab_size for position in range(length)]
+    return [(7 + 13 * position + 5 * index) % vocab_size for position in range(length)]
 
 
 def _batch(model: PreTrainedModel, sequences: list[Sequence], step: int, pool: BlockPool) -> Batch:
@@ -87,7 +124,7 @@ def _batch(model: PreTrainedModel, sequences: list[Sequence], step: int, pool: B
     rows = []
     for sequence, cuts in zip(sequences, _CUTS, strict=True):
         if step + 1 < len(cuts):
-            sequence.token_ids = _tokens(cuts[step + 1], model)
+            sequence.token_ids = _tokens(sequence.index, cuts[step + 1], model)
             pool.grow(sequence.block_table, cuts[step + 1])
             rows.append(ScheduledRows(sequence, cuts[step], cuts[step + 1]))
     return Batch(tuple(rows))
@@ -96,19 +133,22 @@ def _batch(model: PreTrainedModel, sequences: list[Sequence], step: int, pool: B
 def _run(model: PreTrainedModel, runner: Runner, batch: Batch) -> Tensor:
     try:
         return runner.logits(batch).float()
-    except (TypeError, AttributeError, UnsupportedAttentionError) as error:
+    except (TypeError, AttributeError, RuntimeError, IndexError, UnsupportedAttentionError) as error:
         raise UnsupportedModelError(f"{model.config.model_type} does not run packed: {error}") from error
 
 
-def _compare(model: PreTrainedModel, batch: Batch, logits: Tensor, expected: list[Tensor]) -> None:
+def _compare(model: PreTrainedModel, batch: Batch, logits: Tensor, expected: Expected) -> None:
     for actual, rows in zip(logits, batch.rows, strict=True):
-        stock = expected[rows.sequence.index][rows.stop - 1]
-        deviations = float((actual - stock).abs().max() / stock.std())
-        if not deviations <= _TOLERANCE[model.dtype]:
+        deviation = _deviation(actual, expected.logits[rows.sequence.index][rows.stop - 1])
+        if not deviation <= expected.tolerance:
             raise UnsupportedModelError(
                 f"{model.config.model_type} computes something else when sequences are packed: "
-                f"its logits are off by {deviations:.2g} standard deviations"
+                f"its logits are off by {deviation:.2g} standard deviations"
             )
+
+
+def _deviation(row: Tensor, right: Tensor) -> float:
+    return float((row - right).abs().max() / right.std())
 
 
 def _is_head(module: Wrapped) -> bool:
