@@ -29,6 +29,8 @@ SHAPE = {
     "head_dim": 16,
     "max_position_embeddings": 512,
 }
+# no width is a whole number of vectors, of which torch would compute the rest with other code
+ODD = {**SHAPE, "hidden_size": 76, "intermediate_size": 108, "head_dim": 12}
 BASES = {
     "llama": {"model_type": "llama", **SHAPE},
     "qwen3": {"model_type": "qwen3", **SHAPE},
@@ -37,6 +39,9 @@ BASES = {
     "gemma2": {"model_type": "gemma2", "sliding_window": 9, **SHAPE},
     "starcoder2": {"model_type": "starcoder2", **SHAPE},
     "gpt_neox": {"model_type": "gpt_neox", **SHAPE},
+    "llama of odd widths": {"model_type": "llama", **ODD},
+    "gemma2 of odd widths": {"model_type": "gemma2", "sliding_window": 9, **ODD},
+    "smollm3 of odd widths": {"model_type": "smollm3", "no_rope_layers": [1, 0], **ODD},
 }
 
 

@@ -14,6 +14,7 @@ from swaplora_adapters.apply.layers import LoraEmbedding
 from swaplora_adapters.artifact.base_layers import BaseLayers
 from swaplora_adapters.native.huge_pages import HugePages
 from swaplora_server.engine import attention
+from swaplora_server.engine.elementwise import keep_in_whole_vectors
 from swaplora_server.engine.kernels import Kernels
 from swaplora_server.engine.layers import adaptable
 from swaplora_server.engine.lean_embedding import lean
@@ -94,6 +95,8 @@ def load_base(
     for path, module in wrapped.items():
         if isinstance(module, LoraEmbedding):
             module.base = lean(module.base, next((wrapped[head].base for head in tied if tied[head] == path), None))
+    if device.type == "cpu":
+        keep_in_whole_vectors(model, model.get_output_embeddings())
     weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     proof = prove(model, activation, wrapped, expected, kernels.paged_kv)
     _fuse(model, activation, expected, kernels)
