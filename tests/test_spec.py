@@ -15,10 +15,10 @@ from peft.utils.other import get_pattern_key
 from adapter_files import CONFIG, SHAPES, config_bytes
 from swaplora_adapters.artifact.matching import Matcher, check_pattern
 from swaplora_adapters.artifact.patterns import MAX_WORK
-from swaplora_adapters.artifact.spec import ADALORA_IGNORED_FIELDS, IGNORED_FIELDS, AdapterSpec
+from swaplora_adapters.artifact.spec import ADALORA_IGNORED_FIELDS, IGNORED_FIELDS, INERT_FIELDS, AdapterSpec
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 
-HONOURED = {field.name for field in dataclasses.fields(AdapterSpec)} | {"init_lora_weights"}
+HONOURED = {field.name for field in dataclasses.fields(AdapterSpec)} - {"inert"} | {"init_lora_weights"}
 PEFT_FIELDS = {field.name for field in dataclasses.fields(peft.LoraConfig)}
 ADALORA_FIELDS = {field.name for field in dataclasses.fields(peft.AdaLoraConfig)}
 # What changes the meaning: a value, and what else must be given for it to say something.
@@ -87,7 +87,7 @@ def test_absent_fields_have_pefts_defaults() -> None:
     assert (spec.r, spec.lora_alpha, spec.use_rslora) == (default.r, default.lora_alpha, default.use_rslora)
 
 
-@pytest.mark.parametrize("field", sorted(PEFT_FIELDS - HONOURED - IGNORED_FIELDS))
+@pytest.mark.parametrize("field", sorted(PEFT_FIELDS - HONOURED - IGNORED_FIELDS - INERT_FIELDS))
 def test_every_other_field_of_peft_is_refused_by_name(field: str) -> None:
     assert repr(field) in reasons(config_bytes(**{field: {"x": 1}}), UnsupportedAdapterError)
 
@@ -95,7 +95,7 @@ def test_every_other_field_of_peft_is_refused_by_name(field: str) -> None:
 def test_every_field_of_peft_is_honoured_checked_ignored_or_refused() -> None:
     """What is none of the first three is refused, as another test sees; fields that PEFT adds are among those."""
     assert MEANING.keys() | CHECKED == HONOURED
-    assert not HONOURED & IGNORED_FIELDS
+    assert not HONOURED & (IGNORED_FIELDS | INERT_FIELDS)
     assert ADALORA_IGNORED_FIELDS - {"r"} | {"init_r"} == ADALORA_FIELDS - PEFT_FIELDS
 
 
@@ -142,6 +142,23 @@ def test_what_does_not_go_together_is_refused_by_name(one: str, other: str) -> N
 def test_ignored_fields_are_pefts_and_change_nothing(field: str) -> None:
     assert field in PEFT_FIELDS
     assert parse(**{field: {"x": 1}}) == parse()
+
+
+@pytest.mark.parametrize("field", sorted(INERT_FIELDS))
+def test_fields_that_matter_to_training_alone_change_nothing_and_are_named(field: str) -> None:
+    spec = parse(**{field: {"x": 1}})
+    assert (spec, spec.canonical, spec.inert) == (parse(), parse().canonical, (field,))
+    assert parse(**{field: None}).inert == ()
+
+
+@pytest.mark.parametrize("field", ["use_qa_lora", "use_merged_linear", "enable_lora", "model_key_mapping"])
+def test_ms_swifts_fields_that_change_what_is_computed_are_refused(field: str) -> None:
+    assert parse(**{field: False}) == parse(**{field: None}) == parse()
+    assert repr(field) in reasons(config_bytes(**{field: True}), UnsupportedAdapterError)
+
+
+def test_the_group_size_of_qalora_may_be_null_as_it_is_elsewhere() -> None:
+    assert parse(qalora_group_size=None) == parse()
 
 
 @pytest.mark.parametrize("value", [None, False, "", [], {}], ids=repr)
@@ -231,11 +248,20 @@ def test_inits_that_leave_the_base_alone(init: object) -> None:
     assert parse(init_lora_weights=init) == parse()
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "new", 1])
-def test_inits_that_change_the_base_are_refused_with_the_remedy(init: object) -> None:
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "CorDA", "loftq", "lora_ga", "new", 1])
+def test_inits_that_change_the_base_are_refused_with_the_remedies_that_there_are(init: object) -> None:
     text = reasons(config_bytes(init_lora_weights=init), UnsupportedAdapterError)
     assert "init_lora_weights" in text
-    assert "path_initial_model_for_weight_conversion" in text
+    assert ("path_initial_model_for_weight_conversion" in text) == (init not in ("loftq", "new", 1))
+    assert "erve that changed base, saved with it, and set init_lora_weights to true" in text
+
+
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+def test_a_remedy_that_peft_refuses_is_not_named(pattern: str) -> None:
+    config = config_bytes(init_lora_weights="pissa", use_rslora=True, **{pattern: {"q_proj": 4}})
+    text = reasons(config, UnsupportedAdapterError)
+    assert "path_initial_model_for_weight_conversion" not in text
+    assert "Serve that changed base" in text
 
 
 TARGETS: dict[str, dict[str, Any]] = {

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from swaplora_adapters.apply.attach import shape_of
 from swaplora_adapters.artifact.base_layers import BaseLayers, EmbeddingShape
+from swaplora_adapters.artifact.earlier_names import earlier_names_of
 
 
 def layers_of(model: PreTrainedModel) -> BaseLayers:
@@ -31,6 +32,7 @@ def layers_of(model: PreTrainedModel) -> BaseLayers:
         others={path: shapes for path, shapes in others.items() if shapes},
         tied={head_path: embedding_path} if is_tied else {},
         transposed=frozenset(path for path, module in modules.items() if _is_transposed(module)),
+        earlier=earlier_names_of(model.config.model_type),
         read=lambda name: _read(model, name),
         rebuild=lambda path, parameters: _rebuild(model.get_submodule(path), parameters),
     )

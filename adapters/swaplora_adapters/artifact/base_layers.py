@@ -1,6 +1,6 @@
 """The layers of a base that adapters may change: their shapes, their weights, and how to make another like one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, NoReturn
 
@@ -21,6 +21,24 @@ class EmbeddingShape(NamedTuple):
     embedding_dim: int
 
 
+@dataclass(frozen=True, slots=True)
+class EarlierNames:
+    """What transformers 4 called the modules of a base that it has renamed or put together since."""
+
+    renamings: Sequence[tuple[str, str]]  # a part of a path then, and now
+    parameters: Mapping[str, str]  # the last name of a linear then → that of the parameter that it is in now
+
+    def renamed(self, path: str) -> str:
+        """A path of then as it is now."""
+        for then, now in self.renamings:
+            path = path.replace(then, now, 1)
+        return path
+
+    def linears_in(self, parameter: str) -> tuple[str, ...]:
+        """The last names of the linears of then that a parameter is of, in its order of outputs."""
+        return tuple(then for then, now in self.parameters.items() if now == parameter)
+
+
 def _no_weights(*_: object) -> NoReturn:
     raise TypeError("only the shapes of this base are known")
 
@@ -39,6 +57,7 @@ class BaseLayers:
     others: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)  # an output head → the embedding whose weight it shares
     transposed: frozenset[str] = frozenset()
+    earlier: EarlierNames | None = None  # None where nothing has another name than it had
     # a parameter by its full name, as a float32 copy on the CPU: a linear's weight is [out_features, in_features].
     # KeyError where the base has none
     read: Callable[[str], Tensor] = _no_weights

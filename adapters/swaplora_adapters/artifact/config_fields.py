@@ -121,11 +121,16 @@ class ConfigFields:
         pairs = self._pattern_pairs(field)
         return tuple((key, self._checked_number(f"{field}[{quoted(key)}]", v, 1.0, limit)) for key, v in pairs)
 
+    def given(self, names: frozenset[str]) -> tuple[str, ...]:
+        """Those of `names` that are there and neither null, false nor empty, sorted; all of them count as read."""
+        self._read |= names
+        return tuple(sorted(name for name in names & self._raw.keys() if _says_something(self._raw[name])))
+
     def refuse_the_rest(self, ignored: frozenset[str]) -> None:
         """Note as unsupported, by name, every field neither read nor ignored that is not null, false or empty."""
         for field in self._raw.keys() - self._read - ignored:
             value = self._raw[field]
-            if value is not None and value is not False and value not in ("", [], {}):
+            if _says_something(value):
                 shown = quoted(json.dumps(value)[:200])
                 self.unsupported.append(
                     f"{quoted(field)} is not supported, it must be null, false or empty, not {shown}"
@@ -176,6 +181,10 @@ class ConfigFields:
     def _wrong(self, label: str, complaint: str, default: Default) -> Default:
         self.malformed.append(f"{label} {complaint}")
         return default
+
+
+def _says_something(value: object) -> bool:
+    return value is not None and value is not False and value not in ("", [], {})
 
 
 def _is_mask(value: object) -> bool:

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 
 from swaplora_adapters.artifact.base_layers import BaseLayers
 from swaplora_adapters.artifact.complaints import capped, quoted
+from swaplora_adapters.artifact.earlier_names import as_of_today, probes
 from swaplora_adapters.artifact.matching import Matcher
-from swaplora_adapters.artifact.slots import Slot, find_slots, parameter_shapes, pooled
+from swaplora_adapters.artifact.slots import Slot, find_slots, parameter_shapes, pieces_of, pooled
 from swaplora_adapters.artifact.spec import ADALORA, AdapterSpec
+from swaplora_adapters.artifact.spellings import misspelling, spelled_as_today
 from swaplora_adapters.artifact.targets import Targets, find_targets, paths_of
 from swaplora_adapters.errors import InvalidAdapterError
 
 Shapes = Mapping[str, tuple[int, ...]]
 _FACTOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_[AB]\.weight")
+_EXPERT = re.compile(r".+\.experts\.\d+\.\w+")
 # What a name would need of the config to be read.
 _KINDS: Sequence[tuple[re.Pattern[str], str]] = [
     (re.compile(r".*\.lora_embedding_[AB]"), "embedding among its targets"),
@@ -50,11 +53,15 @@ def fitted(spec: AdapterSpec, layers: BaseLayers, found: Shapes, max_work: int |
 
     Raises InvalidAdapterError with every complaint.
     """
-    matcher = Matcher(paths_of(spec, layers), max_work)
+    spelled = spelled_as_today(found, layers.earlier)
+    found = {name: found[written] for name, written in spelled.items()}
+    matcher = Matcher([*paths_of(layers), *probes(layers)], max_work)
+    spec = as_of_today(spec, layers, found, matcher)
     targets = find_targets(spec, layers, matcher)
     slots: dict[str, list[Slot]] = defaultdict(list)
     for slot in find_slots(spec, layers, targets, matcher):
-        slots[slot.name].append(pooled(spec, slot, found.get(slot.name, ())) if spec.use_qalora else slot)
+        for written in _as_written(spec, slot, layers, found):
+            slots[written.name].append(written)
     complaints = [*_stranger_complaints(layers, slots, found), *targets.complaints]
     complaints += _conflicts(spec, targets)
     complaints += _token_complaints(spec, layers, targets)
@@ -63,7 +70,15 @@ def fitted(spec: AdapterSpec, layers: BaseLayers, found: Shapes, max_work: int |
         complaints.append("the file holds no LoRA factors")
     if complaints:
         raise InvalidAdapterError(capped(list(dict.fromkeys(complaints))))
-    return Layout(spec, layers, targets, {name: uses for name, uses in slots.items() if name in found})
+    return Layout(spec, layers, targets, {spelled[name]: uses for name, uses in slots.items() if name in found})
+
+
+def _as_written(spec: AdapterSpec, slot: Slot, layers: BaseLayers, found: Shapes) -> Sequence[Slot]:
+    """The slots of what the file has in place of one tensor, itself as a rule."""
+    pieces = [] if slot.name in found else pieces_of(slot, layers)
+    if any(piece.name in found for piece in pieces):
+        return pieces
+    return [pooled(spec, slot, found.get(slot.name, ())) if spec.use_qalora else slot]
 
 
 def _stranger_complaints(layers: BaseLayers, slots: Mapping[str, Sequence[Slot]], found: Shapes) -> Iterator[str]:
@@ -76,7 +91,14 @@ def _stranger_complaint(layers: BaseLayers, name: str) -> str:
         path = quoted(factor["module"])
         if factor["module"] in layers.linears:
             return f"{path} is in the file, but the config does not target it"
+        if reason := misspelling(name):
+            return f"{quoted(name)} {reason}"
+        if _EXPERT.fullmatch(factor["module"]) and layers.earlier is not None:
+            down = ", ".join(layers.earlier.parameters)
+            return f"{path} is now one with others in the base: PEFT reads it only with a config that targets {down}"
         return f"{path} is no linear layer of the base model"
+    if reason := misspelling(name):
+        return f"{quoted(name)} {reason}"
     for pattern, needed in _KINDS:
         if pattern.fullmatch(name):
             return f"{quoted(name)} is in the file, but the config has no {needed}"

@@ -1,5 +1,6 @@
 """All that an adapter's files must pass before they are published; works as well offline, on any folder."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,15 +84,20 @@ def _read_both(config_path: Path, weights_path: Path, limits: Limits) -> tuple[A
 
 def _warnings(spec: AdapterSpec, has_effect: bool, base_model: str | None) -> list[str]:
     warnings = []
-    claimed = spec.base_model_name_or_path
-    if base_model is not None and claimed is not None and _last_part(claimed) != _last_part(base_model):
+    claimed = spec.base_model_name_or_path or ""
+    if base_model is not None and _last_part(claimed) not in ("", ".", _last_part(base_model)):
         made_for = quoted(claimed)
         warnings.append(f"made for the base model {made_for}, not {base_model}; its shapes fit")
+    if spec.inert:
+        warnings.append(f"fields that matter to training alone are ignored: {', '.join(spec.inert)}")
     if not has_effect:
         warnings.append("every lora_B is zero: the adapter changes nothing")
     return warnings
 
 
 def _last_part(name: str) -> str:
-    """What two spellings of one base share: a hub id, a folder and a served name differ in what comes before."""
-    return name.rstrip("/").rpartition("/")[2].lower()
+    """What two spellings of one base share: a hub id, a folder and a served name differ in what comes before.
+
+    Folders of Windows too: an adapter may have been trained there.
+    """
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower()

@@ -1,7 +1,7 @@
 """The tensors of one module, gathered out of a file until all of them are there."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -32,14 +32,22 @@ class Parts:
     complaints: list[str] = field(default_factory=list)
     zeros: set[str] = field(default_factory=set)  # which parts hold nothing else
     has_effect: bool = False
+    pieces: dict[Slot, dict[tuple[int, int], Tensor]] = field(default_factory=dict)  # by what they are pieces of
 
     def add(self, slot: Slot, tensor: Tensor) -> None:
         """Keep a tensor, or compare it with the base's if it is but a copy of that."""
         kind, _, what = slot.part.partition(".")
         if kind == "copy":
             self._compare(slot, tensor, what)
+        elif slot.whole is not None:
+            self.pieces.setdefault(slot.whole, {})[slot.piece] = tensor
         else:
             self.tensors[slot.part] = Part(slot, tensor.t() if slot.is_transposed else tensor)
+
+    def join(self) -> None:
+        """Put pieces together, once all of them are there."""
+        for slot, pieces in self.pieces.items():
+            self.tensors[slot.part] = Part(slot, _joined(slot, pieces))
 
     def base(self, name: str) -> Tensor | None:
         """A parameter of the base's module in float32, None where it has none."""
@@ -111,4 +119,22 @@ def gather(layout: Layout, tensors: Iterable[tuple[str, Tensor]], dtype: torch.d
             parts.add(slot, tensor)
             missing[slot.path] -= 1
             if not missing[slot.path]:
+                parts.join()
                 yield gathered.pop(slot.path)
+
+
+def _joined(slot: Slot, pieces: Mapping[tuple[int, int], Tensor]) -> Tensor:
+    """An expert's factors of several linears beside one another: A's rows, and B's blocks, in which a rank is a column.
+
+    lora_A is [num_experts * rank, in_features], lora_B [out_features, rank * num_experts].
+    """
+    num_experts, num_linears = (1 + max(numbers) for numbers in zip(*pieces, strict=True))
+    experts = [[pieces[expert, linear] for linear in range(num_linears)] for expert in range(num_experts)]
+    if slot.part.startswith("lora_A"):
+        return torch.cat([tensor for expert in experts for tensor in expert])
+    return torch.stack([_block_diagonal(expert) for expert in experts], dim=2).flatten(1)
+
+
+def _block_diagonal(blocks: list[Tensor]) -> Tensor:
+    diagonal: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return diagonal

@@ -20,6 +20,8 @@ _NOT_ADALORAS = (
 )
 # These start from the base's weights as they are. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA start by changing them.
 HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+# Those of which PEFT makes plain LoRA again (`LoraModel._convert_state_dict_for_initial_model`).
+CONVERTED_INITS = ("pissa", "corda", "olora", "lora_ga")
 BIASES = ("none", "lora_only", "all")
 # What PEFT does not compute, or computes before an aLoRA's invocation too, though that adapter is not at work there.
 _EXCLUSIVE = (
@@ -57,11 +59,23 @@ def _refuse_values(fields: ConfigFields, spec: "AdapterSpec") -> None:
     init = fields.get("init_lora_weights", True)
     if not (isinstance(init, bool) or init is None or (isinstance(init, str) and init.lower() in HARMLESS_INITS)):
         fields.unsupported.append(
-            f"init_lora_weights {quoted(str(init))} is not supported: such an adapter fits only the base it changed. "
-            "Save it again with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            f"init_lora_weights {quoted(str(init))} is not supported: such an adapter fits only the base that it "
+            f"changed. {_init_remedy(spec, str(init).lower())}"
         )
     if spec.use_qalora and spec.qalora_group_size == 1:
         fields.unsupported.append("qalora_group_size 1 is not supported: its factors look like plain LoRA's")
+
+
+def _init_remedy(spec: "AdapterSpec", init: str) -> str:
+    """PEFT converts some, though not together with fields of which it cannot tell what was scaled how."""
+    changed_base = "serve that changed base, saved with it, and set init_lora_weights to true"
+    is_scaled_apart = spec.use_rslora and (spec.rank_pattern or spec.alpha_pattern)
+    if not init.startswith(CONVERTED_INITS) or is_scaled_apart:
+        return changed_base.capitalize()
+    return (
+        "Save it again with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), which takes the "
+        f"adapter as it was before training, or {changed_base}"
+    )
 
 
 def _refuse_combinations(fields: ConfigFields, spec: "AdapterSpec") -> None:

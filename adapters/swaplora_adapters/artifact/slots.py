@@ -1,14 +1,13 @@
 """What an adapter's file must hold: a slot for every tensor, by the config and the base, and by PEFT's names."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from swaplora_adapters.artifact.base_layers import BaseLayers, EmbeddingShape, LinearShape
 from swaplora_adapters.artifact.matching import Matcher
 from swaplora_adapters.artifact.spec import ADALORA, AdapterSpec
+from swaplora_adapters.artifact.spellings import PREFIX
 from swaplora_adapters.artifact.targets import OUTPUT_HEADS, TargetParameter, Targets
-
-PREFIX = "base_model.model."
 
 
 class Slot(NamedTuple):
@@ -23,6 +22,8 @@ class Slot(NamedTuple):
     is_transposed: bool = False  # in the file
     scaling: float = 1.0
     num_repeats: int = 1  # of each column
+    whole: "Slot | None" = None  # what this is but a piece of
+    piece: tuple[int, int] = (0, 0)  # of that: the expert, and which of its linears
 
     @classmethod
     def of(cls, path: str, part: str, name: str, shape: tuple[int, ...], *rest: Any, **options: Any) -> "Slot":
@@ -151,6 +152,28 @@ def expert_sizes(layers: BaseLayers, target: TargetParameter) -> tuple[int, int,
         return (shape[0], shape[1], shape[2]) if is_transposed else (shape[0], shape[2], shape[1])
     flipped = is_transposed and target.path in layers.linears
     return (1, shape[0], shape[1]) if flipped else (1, shape[1], shape[0])
+
+
+def pieces_of(slot: Slot, layers: BaseLayers) -> Sequence[Slot]:
+    """The slots of the same tensor in files of transformers 4, where experts had linears with factors of their own.
+
+    PEFT puts them together where it wraps first what it then finds there: the down projection's lie outermost.
+    """
+    letter, _, parameter = slot.part.partition(".")
+    linears = layers.earlier.linears_in(parameter) if layers.earlier else ()
+    wrapper = "base_layer." if len(linears) > 1 else ""
+    if slot.path in layers.transposed or not linears or slot.label != f"{wrapper}{letter}.weight":
+        return []
+    num_experts = parameter_shapes(layers, slot.path)[parameter][0]
+    rows, columns = slot.shape
+    shape = (rows // num_experts // len(linears), columns)
+    if letter == "lora_B":
+        shape = (rows // len(linears), columns // num_experts // len(linears))
+    return [
+        Slot.of(slot.path, slot.part, f"{e}.{linear}.{letter}.weight", shape, slot.needed_by, whole=slot, piece=(e, i))
+        for e in range(num_experts)
+        for i, linear in enumerate(linears)
+    ]
 
 
 def _biases(spec: AdapterSpec, layers: BaseLayers, targets: Targets) -> Iterator[Slot]:

@@ -5,7 +5,7 @@ The rules are those of PEFT's LoraConfig and AdaLoraConfig, whose defaults hold 
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from swaplora_adapters.artifact.complaints import quoted
@@ -28,13 +28,20 @@ LORA, ADALORA = "LORA", "ADALORA"
 IGNORED_FIELDS = frozenset(
     {
         "auto_mapping",
-        "eva_config",
         "inference_mode",
         "lora_dropout",
         "megatron_core",
         "peft_version",
         "revision",
         "runtime_config",
+    }
+)
+# The same, of initialisations that are over, of PEFT's first versions and of ms-swift: whoever gave them may think that
+# they still matter, so that the card names them.
+INERT_FIELDS = frozenset(
+    {
+        *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),
+        *("merge_weights", "lora_dtype", "lorap_emb_lr", "lorap_lr_ratio", "swift_type"),
     }
 )
 # AdaLoRA's schedule; its `r` is not read either, `init_r` stands in its place.
@@ -73,6 +80,7 @@ class AdapterSpec:
     target_parameters: frozenset[str]
     ensure_weight_tying: bool
     materialise: bool  # not PEFT's: serve it merged into weights of its own
+    inert: tuple[str, ...] = field(default=(), compare=False)  # fields that say something, but not of the output
 
     @classmethod
     def parse(cls, raw: bytes) -> "AdapterSpec":
@@ -111,13 +119,14 @@ class AdapterSpec:
             lora_bias=fields.boolean("lora_bias"),
             use_dora=fields.boolean("use_dora"),
             use_qalora=fields.boolean("use_qalora"),
-            qalora_group_size=fields.integer("qalora_group_size", 16, 1, MAX_GROUP_SIZE),
+            qalora_group_size=_group_size(fields),
             alora_invocation_tokens=fields.token_ids("alora_invocation_tokens"),
             modules_to_save=fields.plain_names("modules_to_save"),
             trainable_token_indices=fields.token_ids_by_module("trainable_token_indices"),
             target_parameters=frozenset(fields.plain_names("target_parameters")),
             ensure_weight_tying=fields.boolean("ensure_weight_tying"),
             materialise=fields.boolean("materialise"),
+            inert=fields.given(INERT_FIELDS),
         )
         refuse_unserved(fields, spec)
         fields.refuse_the_rest(IGNORED_FIELDS | (ADALORA_IGNORED_FIELDS if is_adalora else frozenset()))
@@ -242,6 +251,11 @@ def _require_lora(document: dict[str, Any]) -> None:
 def _ranks_left(fields: ConfigFields) -> tuple[tuple[str, int], ...]:
     """AdaLoRA's masks are named after the singular values that they keep, `<module path>.lora_E`."""
     return tuple((name.rpartition(".")[0], sum(mask)) for name, mask in fields.masks("rank_pattern"))
+
+
+def _group_size(fields: ConfigFields) -> int:
+    is_given = fields.get("qalora_group_size") is not None
+    return fields.integer("qalora_group_size", 16, 1, MAX_GROUP_SIZE) if is_given else 16
 
 
 def _folded_case(names: frozenset[str] | str) -> frozenset[str] | str:

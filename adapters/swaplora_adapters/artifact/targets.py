@@ -38,11 +38,10 @@ class Targets:
     complaints: tuple[str, ...]
 
 
-def paths_of(spec: AdapterSpec, layers: BaseLayers) -> Iterator[str]:
-    """All that patterns of the config are matched against."""
+def paths_of(layers: BaseLayers) -> Iterator[str]:
+    """All that patterns of a config are matched against."""
     yield from (*layers.linears, *layers.embeddings, *layers.others, *_TIED_NAMES)
-    if spec.target_parameters:
-        yield from (f"{path}.{name}" for path, sizes in _parameter_sizes(layers) for name in sizes)
+    yield from (f"{path}.{name}" for path, sizes in _parameter_sizes(layers) for name in sizes)
 
 
 def find_targets(spec: AdapterSpec, layers: BaseLayers, matcher: Matcher) -> Targets:

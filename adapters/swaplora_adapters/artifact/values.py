@@ -1,7 +1,8 @@
 """Values out of untrusted files, made ready to serve: in pieces, so that a load holds up nothing beside it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -66,9 +67,34 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def is_copy(stored: Tensor, base: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `stored` is the base's own float32 `base`, in the precision of whichever of the two has less."""
+    """Whether `stored` is the base's own float32 `base`, in the precision of whichever of the two has less.
+
+    A base that was loaded in half precision and cast back to train on has half the precision in twice the bytes; and
+    where the base is served in bfloat16, what it was before that is not known any more.
+    """
     pairs = list(zip(_pieces(stored.contiguous()), _pieces(base.contiguous()), strict=True))
-    return any(all(torch.equal(one.to(kind), other.to(kind)) for one, other in pairs) for kind in (dtype, stored.dtype))
+    ways: list[Callable[[Tensor, Tensor], bool]] = [
+        *(partial(_is_same_in, kind) for kind in (dtype, stored.dtype)),
+        *(partial(_was_rounded_to, half) for half in (torch.bfloat16, torch.float16)),
+        *([_may_be_one_in_float16] if dtype == torch.bfloat16 else []),
+    ]
+    return any(all(is_same(one, own) for one, own in pairs) for is_same in ways)
+
+
+def _is_same_in(dtype: torch.dtype, stored: Tensor, base: Tensor) -> bool:
+    return torch.equal(stored.to(dtype), base.to(dtype))
+
+
+def _was_rounded_to(half: torch.dtype, stored: Tensor, base: Tensor) -> bool:
+    return torch.equal(stored, base.to(half).to(stored.dtype))
+
+
+def _may_be_one_in_float16(stored: Tensor, base: Tensor) -> bool:
+    """Whether numbers that float16 makes into `stored` are those that bfloat16 makes into `base`."""
+    exact = stored.float()
+    reach = (exact.abs() * 2**-11).clamp(min=2**-25)
+    low, high = (exact - reach).bfloat16().float(), (exact + reach).bfloat16().float()
+    return torch.equal(exact.half().float(), exact) and bool(((low <= base) & (base <= high)).all())
 
 
 def extremes(tensor: Tensor) -> tuple[float, float]:

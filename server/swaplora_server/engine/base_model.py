@@ -106,7 +106,9 @@ def load_base(
         kernels=kernels,
         tokenizer=tokenizer,
         vocabulary=Vocabulary(tokenizer.backend_tokenizer),
-        layers=adaptable(wrapped, proof.addressable, tied, kernels.prepare_linear, dtype, device),
+        layers=adaptable(
+            wrapped, proof.addressable, tied, kernels.prepare_linear, dtype, device, model.config.model_type
+        ),
         device=device,
         dtype=dtype,
         vocab_size=vocab_size,

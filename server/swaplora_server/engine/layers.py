@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from swaplora_adapters.apply.attach import shape_of
 from swaplora_adapters.apply.layers import LoraEmbedding, LoraLinear, Replaceable, Wrapped
 from swaplora_adapters.artifact.base_layers import BaseLayers, EmbeddingShape
+from swaplora_adapters.artifact.earlier_names import earlier_names_of
 from swaplora_adapters.native.huge_pages import HugePages
 from swaplora_server.engine.dense_weight import weight_of
 from swaplora_server.engine.lean_embedding import NarrowEmbedding, TiedEmbedding, lean
@@ -23,6 +24,7 @@ def adaptable(
     prepare_linear: Callable[[nn.Module, HugePages], nn.Module],
     dtype: torch.dtype,
     device: torch.device,
+    model_type: str,
 ) -> BaseLayers:
     """The layers that adapters may change: `addressable` are the paths of those that see one row per token."""
     chosen = {path: module for path, module in wrapped.items() if path in addressable}
@@ -37,6 +39,7 @@ def adaptable(
         others={path: _shapes(module.base) for path, module in chosen.items() if isinstance(module, Replaceable)},
         tied=tied,
         transposed=frozenset(path for path, module in chosen.items() if getattr(module, "is_transposed", False)),
+        earlier=earlier_names_of(model_type),
         read=source.read,
         rebuild=source.rebuild,
         rebuilder=source.rebuilder,
