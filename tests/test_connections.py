@@ -1,6 +1,7 @@
 """Who waits for whom: a model of all connections, in which only time that the server had counts."""
 
 import asyncio
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving import settings
+from swaplora_server import serve
 from swaplora_server.http.connections import Connections, Pace
 
 MOST = 5
@@ -144,3 +146,13 @@ def test_a_rest_of_less_is_made_up_for() -> None:
     assert all(pace.keeps_up(0, 1) for _ in range(9))
     assert pace.keeps_up(5000, 1)
     assert all(pace.keeps_up(0, 1) for _ in range(9))
+
+
+def test_the_limit_of_open_files_is_raised_and_one_that_is_too_low_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [(100, 400)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _what, limit: limits.append(limit))
+    serve._allow_files(settings(Path(), Path(), max_connections=300))  # noqa: SLF001
+    assert limits[-1] == (400, 400)
+    with pytest.raises(serve.StartError, match="room for 300 connections, not 301; raise it"):
+        serve._allow_files(settings(Path(), Path(), max_connections=301))  # noqa: SLF001

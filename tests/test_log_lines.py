@@ -18,6 +18,8 @@ from swaplora_server.serve import configure_logging
 # each would begin a line of its own somewhere, or move a cursor
 HOSTILE = "/x\n\r\x0b\x0c\x1b[2K\x1c\x1d\x85\u2028\u2029\u202e\x9b2K\ud8002026-01-01 [error] forged"
 
+UNQUOTED = "/x\x1b[2K\x85\u2028forged"
+
 
 @contextmanager
 def logging_set_up(folder: Path, *, log_json: bool = False) -> Iterator[None]:
@@ -43,7 +45,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
 @pytest.mark.parametrize("is_json", [False, True])
 def test_a_clients_text_stays_in_its_line(is_json: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with logging_set_up(tmp_path, log_json=is_json):
-        structlog.get_logger().warning("refused", path=HOSTILE)
+        structlog.get_logger().warning("refused", path=HOSTILE, name=UNQUOTED)
     (line,) = lines(capsys)
     assert "refused" in (json.loads(line)["event"] if is_json else line)
 

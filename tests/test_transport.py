@@ -190,3 +190,8 @@ def test_what_cannot_be_read_ends_a_stream_and_is_not_written_into_it(server: Ru
 
 def test_connections_are_kept_for_longer_than_proxies_keep_theirs(tmp_path: Path) -> None:
     assert settings(tmp_path, tmp_path).keep_alive_seconds > 90
+
+
+def test_an_early_answer_reaches_a_client_that_sends_its_whole_body_first(server: Running) -> None:
+    answer = server.client.post("/nowhere", content=b"a" * (16 << 20))
+    assert (answer.status_code, answer.headers["connection"]) == (404, "close")
