@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from typing import SupportsIndex, overload
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from swaplora_server.engine.stop_strings import StopFinder, StopStrings, Unit, _Pattern
 
 HIDDEN = {7: "<p>", 8: "<q>"}
-UNITS = st.lists(st.sampled_from(["a", "b", 7, 8]), max_size=24)
+UNITS = st.lists(st.sampled_from([*"aaaabbbb", 7, 8]), max_size=24)
 STRINGS = st.lists(
-    st.lists(st.sampled_from(["a", "b", "<p>", "<q>"]), min_size=1, max_size=4).map("".join), min_size=1, max_size=3
+    st.lists(st.sampled_from([*"aaaabbbb", "<p>", "<q>"]), min_size=1, max_size=5).map("".join), min_size=1, max_size=3
 )
 
 
@@ -38,6 +38,10 @@ def expected(strings: list[str], units: list[Unit], may_stop_from: int) -> tuple
     return None
 
 
+@example([*"aaab"], ["aab"], 0, [1] * 24)
+@example([*"ababa"], ["aba"], 3, [1] * 24)
+@example([*"abababc"], ["ababc"], 0, [3] * 24)
+@example([*"aa", 7, *"ab", 7, "b"], ["a<p>b"], 3, [1] * 24)
 @given(UNITS, STRINGS, st.integers(0, 24), st.lists(st.integers(1, 5), min_size=24, max_size=24))
 def test_the_first_stop_string_to_be_complete_is_found_however_the_text_is_cut(
     units: list[Unit], strings: list[str], may_stop_from: int, steps: list[int]

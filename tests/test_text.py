@@ -1,5 +1,6 @@
 """What answers say as text: joined to the prompt, with the bytes of each token, stopped where they should be."""
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -90,6 +91,21 @@ def test_prompt_and_completion_are_what_the_ids_decode_to(said_by: Running, kind
             assert prompt + choice["text"] == whole
             compared += 1
     assert compared
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_text_keeps_the_space_that_it_begins_with(said_by: Running, kind: str, path: str) -> None:
+    said: dict[str, Any] = {"prompt": "ab", "messages": [{"role": "user", "content": "ab"}]}
+    body = said | {"model": BASE, "max_tokens": 1, "n": 100, "temperature": 3.0, "return_token_ids": True}
+    spaced = [token_id for piece, token_id in KINDS[kind].get_vocab().items() if piece in ("▁a", "▁ab", "Ġa", "Ġab")]
+    texts = []
+    for seed in itertools.count(0, 1000):
+        for choice in said_by.client.post(path, json=body | {"seed": seed}).json()["choices"]:
+            if choice["token_ids"][0] in spaced:
+                texts.append(choice["text"] if "text" in choice else choice["message"]["content"])
+        if texts:
+            break
+    assert {*texts} <= {" a", " ab"}
 
 
 @pytest.mark.parametrize("fields", [{}, {"ignore_eos": True}, {"skip_special_tokens": False, "ignore_eos": True}])
