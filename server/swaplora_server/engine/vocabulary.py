@@ -1,6 +1,7 @@
 """What each token is as bytes: some hold a part of a character, which no text can say."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
@@ -65,15 +66,14 @@ class Vocabulary:
 
 
 def named(ids: Iterable[int], vocabulary: Vocabulary) -> dict[int, str]:
-    """A name for each of some tokens: its text, with a part of a character as `\\xf0\\x9f`; pieces for equal texts."""
-    names = {token_id: shown(vocabulary.bytes_of(token_id)) for token_id in ids}
-    texts = list(names.values())
-    if len(set(texts)) < len(texts):
-        names = {
-            token_id: text if texts.count(text) == 1 else vocabulary.piece(token_id) or text
-            for token_id, text in names.items()
-        }
-    return names
+    """A name for each of some tokens: its text, with a part of a character as `\\xf0\\x9f`.
+
+    Where several have one text they are named by their pieces, and those without a piece by their ids.
+    """
+    pieces = {token_id: vocabulary.piece(token_id) or f"token_id:{token_id}" for token_id in ids}
+    texts = {token_id: shown(vocabulary.bytes_of(token_id)) for token_id in pieces}
+    alike = Counter(texts.values())
+    return {token_id: text if text and alike[text] == 1 else pieces[token_id] for token_id, text in texts.items()}
 
 
 def shown(data: bytes) -> str:
