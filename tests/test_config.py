@@ -129,6 +129,8 @@ def test_what_is_no_size_is_refused(written: object) -> None:
         {"max_batch_tokens": 2**31},
         {"max_num_seqs": 0},
         {"max_waiting": -1},
+        {"tokenizer_threads": 0},
+        {"body_memory_bytes": 0},
         {"max_model_len": 2**63},
         {"keep_versions": 0},
         {"drain_seconds": float("inf")},
@@ -141,6 +143,13 @@ def test_what_is_no_size_is_refused(written: object) -> None:
 def test_every_value_has_bounds(values: Mapping[str, Any]) -> None:
     (line,) = refusal(**values)
     assert line.startswith(next(iter(values)))
+
+
+def test_the_memory_for_bodies_holds_at_least_one() -> None:
+    assert settings(body_memory_bytes="32MiB", max_body_bytes="32MiB").body_memory_bytes == 32 * 2**20
+    (line,) = refusal(body_memory_bytes="32MiB", max_body_bytes="33MiB")
+    assert line.startswith("body_memory_bytes: ")
+    assert "raise one or lower the other" in line
 
 
 def test_settings_do_not_change() -> None:

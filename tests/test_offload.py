@@ -1,6 +1,7 @@
 """Long work of requests: bounded, in a fair order, dropped with its client, and never what an exit waits for."""
 
 import asyncio
+import itertools
 import subprocess
 import sys
 import threading
@@ -69,6 +70,16 @@ def test_a_short_job_overtakes_long_ones() -> None:
         queue.push(60_000, "long")
     queue.push(5_000, "short")
     assert queue.pop() == "short"
+
+
+def test_a_long_job_comes_however_many_short_ones_keep_coming() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    queue.push(10, "long")
+    for number in itertools.count(1):
+        queue.push(9, "short")
+        if queue.pop() == "long":
+            break
+        assert 9 * number <= PATIENCE * 10
 
 
 def test_only_so_many_run_at_once_and_the_rest_wait_their_turn() -> None:
