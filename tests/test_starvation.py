@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -123,6 +124,15 @@ def fill_queue(server: Running) -> list[Post]:
     return posts
 
 
+@contextmanager
+def set_at_end(event: threading.Event) -> Iterator[None]:
+    """So that a test that fails does not wait for what it holds up."""
+    try:
+        yield
+    finally:
+        event.set()
+
+
 def check_others_are_answered(server: Running) -> None:
     for path in ("/health", "/health/ready", "/metrics", "/v1/models", "/v1/adapters", "/v1/aliases", "/openapi.json"):
         assert server.client.get(path).status_code == 200
@@ -165,7 +175,7 @@ def test_while_uploads_are_checked_everything_else_is_answered(
         return put(name, *arguments, **fields)
 
     monkeypatch.setattr(small.service.registry, "put", held_put)
-    with ThreadPoolExecutor(MANY) as clients:
+    with ThreadPoolExecutor(MANY) as clients, set_at_end(may_go_on):
         answers = [clients.submit(small.put, f"u{number}", adapters[0]) for number in range(MANY)]
         wait_for(lambda: num_begun.total() == NUM_UPLOAD_THREADS)
         check_others_are_answered(small)
@@ -187,7 +197,7 @@ def test_while_adapters_are_inspected_everything_else_is_answered(
 
     monkeypatch.setattr("swaplora_server.http.inspection._inspect", held_inspect)
     inspections = small.service.inspections
-    with ThreadPoolExecutor(MANY) as clients:
+    with ThreadPoolExecutor(MANY) as clients, set_at_end(may_go_on):
         answers = [clients.submit(small.client.get, "/v1/adapters/x/inspect") for _ in range(MANY)]
         wait_for(lambda: sum(answer.done() for answer in answers) == MANY - NUM_INSPECTORS - MAX_INSPECTIONS)
         assert (inspections.num_running, inspections.num_waiting) == (NUM_INSPECTORS, MAX_INSPECTIONS)
