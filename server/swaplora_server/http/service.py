@@ -50,6 +50,7 @@ class Service:
     registry: Registry
     arrivals: Arrivals
     workshop: Workshop
+    tokenizer: PromptTokenizer
     max_model_len: int
 
     def __init__(self, settings: Settings) -> None:
@@ -106,6 +107,7 @@ class Service:
             for name in self.registry.pins_not_kept():
                 _log.warning("not all pinned adapters fit in memory: this one may leave it", adapter=name)
             self.engine = self._make_engine()
+            self.tokenizer = PromptTokenizer(self.base.tokenizer, self.max_model_len, self.offload)
             self.engine.start()
             opened.callback(self.engine.stop)
             opened.callback(self.offload.join, _JOIN_SECONDS)
@@ -157,10 +159,6 @@ class Service:
 
     def is_base(self, model: str) -> bool:
         return model == self.settings.base_id
-
-    @cached_property
-    def tokenizer(self) -> PromptTokenizer:
-        return PromptTokenizer(self.base.tokenizer, self.max_model_len, self.offload)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
