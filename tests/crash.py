@@ -96,6 +96,7 @@ def opened(data_dir: Path, keep_versions: int = 1) -> Iterator[tuple[Store, Regi
         dtype=torch.float32,
         device=torch.device("cpu"),
         memory_budget=_MiB,
+        wait_seconds=30,
         keep_versions=keep_versions,
         base_model="base",
     )

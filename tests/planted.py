@@ -3,7 +3,6 @@
 import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -14,24 +13,25 @@ from swaplora_adapters.apply.activation import Activation, Segment, StepAdapters
 from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_adapters.artifact.weights import load_weights
 from swaplora_adapters.registry import registry
-from swaplora_adapters.registry.lease import Lease
-from swaplora_adapters.registry.registry import Registry
+from swaplora_adapters.registry.claim import Claim
+from swaplora_adapters.registry.residency import Residency
 from swaplora_server.engine import runner
+from swaplora_server.engine.request import AdapterUse
+from swaplora_server.http.terms import Terms
 
 NUM_SLOTS = 3
 
 
 def keyed_by_name(patch: pytest.MonkeyPatch) -> None:
     """Weights are remembered by name: a replaced name goes on with what it was loaded with first."""
-    lease = Registry.lease
-    kept: dict[str, Future[AdapterWeights]] = {}
+    uses = Terms.uses
+    kept: dict[str, AdapterWeights] = {}
 
-    def remembering(self: Registry, reference: str, client: str | None = None) -> Lease:
-        own = lease(self, reference, client)
-        weights = kept.setdefault(own.record.name, own.weights)
-        return Lease(own.record, weights, lambda _lease: own.release())
+    async def remembering(self: Terms) -> tuple[AdapterUse, ...]:
+        own = zip(await uses(self), self.leases, strict=True)
+        return tuple(replace(use, weights=kept.setdefault(lease.record.name, use.weights)) for use, lease in own)
 
-    patch.setattr(Registry, "lease", remembering)
+    patch.setattr(Terms, "uses", remembering)
 
 
 def keyed_by_name_unchecked(patch: pytest.MonkeyPatch) -> None:
@@ -41,15 +41,15 @@ def keyed_by_name_unchecked(patch: pytest.MonkeyPatch) -> None:
 
 
 def freed_in_use(patch: pytest.MonkeyPatch) -> None:
-    """A lease goes back as soon as its weights are there, and a load overwrites the oldest of a few fixed slots."""
-    lease, load = Registry.lease, load_weights
+    """Memory goes back as soon as its weights are there, and a load overwrites the oldest of a few fixed slots."""
+    retain, load = Residency.retain, load_weights
     slots: list[AdapterWeights] = []
     turns = itertools.cycle(range(NUM_SLOTS))
 
-    def too_early(self: Registry, reference: str, client: str | None = None) -> Lease:
-        own = lease(self, reference, client)
-        own.weights.add_done_callback(lambda _weights: threading.Thread(target=own.release).start())
-        return Lease(own.record, own.weights, lambda _lease: None)
+    def too_early(self: Residency, sizes: Mapping[str, int]) -> Claim:
+        claim = retain(self, sizes)
+        claim.weights.add_done_callback(lambda _weights: threading.Thread(target=self.release, args=(claim,)).start())
+        return claim
 
     def reusing(*arguments: Any) -> AdapterWeights:
         weights = load(*arguments)
@@ -58,7 +58,7 @@ def freed_in_use(patch: pytest.MonkeyPatch) -> None:
             return weights
         return _overwritten(slots[next(turns)], weights)
 
-    patch.setattr(Registry, "lease", too_early)
+    patch.setattr(Residency, "retain", too_early)
     patch.setattr(registry, "load_weights", reusing)
 
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from swaplora_adapters.artifact.served import AdapterWeights, ModuleWeights
+from swaplora_adapters.registry.claim import Claim
 from swaplora_adapters.registry.residency import Residency
 
 SIZE = 40
@@ -41,8 +42,9 @@ class Make:
         self._loader = loader
         self._stack = stack
 
-    def __call__(self, budget: int) -> Residency:
-        return self._stack.enter_context(_resident(Residency(self._loader, budget, self._loader.reported.append)))
+    def __call__(self, budget: int, wait_seconds: float = 30.0) -> Residency:
+        residency = Residency(self._loader, budget, wait_seconds, self._loader.reported.append)
+        return self._stack.enter_context(_resident(residency))
 
 
 @contextmanager
@@ -55,11 +57,16 @@ def _resident(residency: Residency) -> Iterator[Residency]:
         residency.close()
 
 
-def use(residency: Residency, digest: str) -> None:
+def claim(residency: Residency, *digests: str, size: int = SIZE) -> Claim:
+    """What a request for all these does, each of them `size` bytes."""
+    return residency.retain(dict.fromkeys(digests, size))
+
+
+def use(residency: Residency, *digests: str) -> None:
     """A whole request."""
-    weights = residency.retain(digest, SIZE)
-    weights.result(30)
-    residency.release(digest, weights)
+    held = claim(residency, *digests)
+    held.weights.result(30)
+    residency.release(held)
 
 
 def wait_state(residency: Residency, digest: str, state: str) -> None:

@@ -133,9 +133,11 @@ def test_the_base_is_never_touched(server: Running, base: Path, versions: list[P
 
 def test_the_engine_refuses_weights_of_another_digest_than_was_admitted(server: Running, versions: list[Path]) -> None:
     server.put("checked", versions[0])
-    lease = server.service.registry.lease("checked")
-    weights = lease.weights.result()
-    lease.release()
+    registry = server.service.registry
+    lease = registry.lease("checked")
+    tenancy = registry.tenancy([lease])
+    weights = tenancy.weights.result()[lease.record.digest]
+    tenancy.release()
     assert checked_weights(AdapterUse(weights, 1.0, weights.digest)) is weights
     with pytest.raises(AdapterMismatchError):
         checked_weights(AdapterUse(weights, 1.0, "sha256:" + "0" * 64))

@@ -32,7 +32,7 @@ from swaplora_adapters.errors import (
     PreconditionFailedError,
     VersionNotFoundError,
 )
-from swaplora_adapters.registry.lease import Lease, Removal
+from swaplora_adapters.registry.lease import Removal, Tenancy
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.registry.sources.source import Sources
 
@@ -56,7 +56,7 @@ class Named:
 class Machine(RuleBasedStateMachine):
     """Every rule does to the registry and to the model the same, and expects the same of both."""
 
-    leases: Bundle[tuple[Lease, int]] = Bundle("leases")
+    leases: Bundle[tuple[Tenancy, int]] = Bundle("leases")
     folders: list[Path]
 
     def __init__(self) -> None:
@@ -78,6 +78,7 @@ class Machine(RuleBasedStateMachine):
             dtype=torch.float32,
             device=torch.device("cpu"),
             memory_budget=ROOM * num_bytes,
+            wait_seconds=30,
             keep_versions=KEPT,
             base_model="base",
         )
@@ -100,9 +101,7 @@ class Machine(RuleBasedStateMachine):
             named.last += 1
             named.current = named.last
             named.contents[named.current] = content
-        for version in sorted(named.contents)[:-KEPT]:
-            if version != named.current and not self.needing(name, {version}):
-                del named.contents[version]
+        self.retire_old_versions(name)
 
     @rule(name=NAMES, content=CONTENTS)
     def put_over_what_is_not_there(self, name: str, content: int) -> None:
@@ -112,6 +111,14 @@ class Machine(RuleBasedStateMachine):
             raise AssertionError("a digest that is not the current one was taken for it")
         if named is not None:
             self.put_bytes(name, named.contents[named.current], if_match=self.digests[named.contents[named.current]])
+            self.retire_old_versions(name)
+
+    def retire_old_versions(self, name: str) -> None:
+        """What any upload does, that of the same bytes too: an alias may have kept one that is no longer needed."""
+        named = self.names[name]
+        for version in sorted(named.contents)[:-KEPT]:
+            if version != named.current and not self.needing(name, {version}):
+                del named.contents[version]
 
     @rule(data=st.data(), is_whole=st.booleans())
     def delete(self, data: st.DataObject, is_whole: bool) -> None:
@@ -172,7 +179,7 @@ class Machine(RuleBasedStateMachine):
         del self.aliases[alias]
 
     @rule(target=leases, data=st.data(), how=st.sampled_from(["name", "version", "digest", "alias"]))
-    def lease(self, data: st.DataObject, how: str) -> tuple[Lease, int] | MultipleResults[tuple[Lease, int]]:
+    def lease(self, data: st.DataObject, how: str) -> tuple[Tenancy, int] | MultipleResults[tuple[Tenancy, int]]:
         name, version = self.draw_version(data)
         reference = {"name": name, "version": f"{name}@{version}", "alias": data.draw(ALIASES)}.get(how, "")
         expected = self.content(reference)
@@ -185,15 +192,17 @@ class Machine(RuleBasedStateMachine):
             assert expected is None
             return multiple()
         assert expected is not None
-        assert lease.record.digest == lease.weights.result(30).digest == self.digests[expected]
+        tenancy = self.registry.tenancy([lease])
+        assert lease.record.digest == self.digests[expected]
+        assert tenancy.weights.result(30)[lease.record.digest].digest == self.digests[expected]
         self.held[expected] += 1
-        return lease, expected
+        return tenancy, expected
 
     @rule(held=consumes(leases))
-    def release(self, held: tuple[Lease, int]) -> None:
-        lease, content = held
-        assert lease.weights.result().digest == self.digests[content]
-        lease.release()
+    def release(self, held: tuple[Tenancy, int]) -> None:
+        tenancy, content = held
+        assert tenancy.weights.result()[self.digests[content]].digest == self.digests[content]
+        tenancy.release()
         self.held[content] -= 1
 
     @precondition(lambda self: not self.held.total())

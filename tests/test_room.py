@@ -1,221 +1,188 @@
-"""Who waits for room in memory: in order, not too long, never starved, and never for what is in memory already."""
+"""Who comes next where memory is short: in order, all or nothing, not too long, and at nobody's cost who is served."""
 
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack
-from types import SimpleNamespace
-
-import pytest
-
-from resident import SIZE, Loader, Make, use, wait_state
-from swaplora_adapters.errors import MemoryFullError
-from swaplora_adapters.registry import residency as residency_module
-from swaplora_adapters.registry import room
+from line import Line
+from swaplora_adapters.registry.claim import Claim
+from swaplora_adapters.registry.room import PATIENCE_SECONDS
 
 
-@pytest.fixture
-def loader() -> Loader:
-    return Loader()
+def ask(line: Line, *digests: str, size: int = 1) -> Claim:
+    """What a request for all these does, each of them `size` bytes; what is let in is loaded at once."""
+    claim = line.ask(dict.fromkeys(digests, size))
+    for copy in line.loading:
+        line.load(copy)
+    return claim
 
 
-@pytest.fixture
-def make(loader: Loader) -> Iterator[Make]:
-    with ExitStack() as stack:
-        yield Make(loader, stack)
+def end(line: Line, claim: Claim) -> None:
+    line.leave(claim)
+    for copy in line.loading:
+        line.load(copy)
 
 
-def test_a_load_waits_for_room_until_somebody_is_done(make: Make, loader: Loader) -> None:
-    residency = make(SIZE)
-    held = residency.retain("a", SIZE)
-    held.result(30)
-    waiting = residency.retain("b", SIZE)
-    with pytest.raises(TimeoutError):
-        waiting.result(0.2)
-    residency.release("a", held)
-    assert waiting.result(30).digest == "b"
-    residency.release("b", waiting)
+def test_who_waits_holds_nothing() -> None:
+    line = Line(2)
+    a = ask(line, "a")
+    pair = ask(line, "a", "b", "c")
+    assert pair in line.refused
+    held, pair = ask(line, "b"), ask(line, "c", "d")
+    end(line, held)
+    assert pair in line.waiting
+    assert ask(line, "e") in line.inside, "half of what the pair needs is of no use to it"
+    end(line, a)
 
 
-def test_a_load_that_waits_long_makes_what_is_in_use_retire(
-    make: Make, loader: Loader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(room, "PATIENCE_SECONDS", 0.05)
-    residency = make(2 * SIZE)
-    held = {digest: residency.retain(digest, SIZE) for digest in "ab"}
-    for weights in held.values():
-        weights.result(30)
-    waiting = residency.retain("c", SIZE)
-    wait_state(residency, "a", "draining")  # the least recently used
-    again = residency.retain("a", SIZE)  # a new user waits for a fresh load, behind c
-    assert again is not held["a"]
-    assert not waiting.done()
-    residency.release("a", held["a"])
-    assert waiting.result(30).digest == "c"
-    residency.release("b", held["b"])
-    assert again.result(30).digest == "a"
-    assert loader.loaded == ["a", "b", "c", "a"]
-    for digest, weights in [("c", waiting), ("a", again)]:
-        residency.release(digest, weights)
+def test_pairs_that_overlap_do_not_wait_for_each_other() -> None:
+    line = Line(2)
+    first = ask(line, "a", "b")
+    waiting = [ask(line, *pair) for pair in ("bc", "ca", "ab", "cd")]
+    assert line.inside == [first, waiting[2]], "who wants the same shares it"
+    end(line, first)
+    end(line, waiting[2])
+    for number, claim in [(0, waiting[0]), (1, waiting[1]), (3, waiting[3])]:
+        assert line.inside == [claim], number
+        end(line, claim)
 
 
-def test_a_hot_adapter_does_not_keep_the_others_out(
-    make: Make, loader: Loader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(room, "PATIENCE_SECONDS", 0.05)
-    residency = make(SIZE)
-    users = [residency.retain("hot", SIZE)]
-    users[0].result(30)
-    cold = residency.retain("cold", SIZE)
-    deadline = time.monotonic() + 30
-    while not cold.done():  # always one user of the hot one at least, as overlapping requests are
-        users.append(residency.retain("hot", SIZE))
-        if users[-1] is not users[0] or len(users) > 2:
-            residency.release("hot", users.pop(0))
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    residency.release("cold", cold)
-    for weights in users:
-        weights.result(30)
-        residency.release("hot", weights)
+def test_what_is_named_twice_counts_once() -> None:
+    line = Line(2)
+    assert ask(line, "a", "b") in line.inside
+    assert ask(line, "a", "b") in line.inside
 
 
-def test_a_small_load_passes_a_large_one_that_still_has_patience(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "PATIENCE_SECONDS", 600)
-    monkeypatch.setattr(room, "TIMEOUT_SECONDS", 600)
-    residency = make(3 * SIZE)
-    held = residency.retain("a", 2 * SIZE)
-    held.result(30)
-    large, small = residency.retain("large", 2 * SIZE), residency.retain("small", SIZE)
-    assert small.result(30).digest == "small"
-    assert not large.done()
-    residency.release("a", held)
-    residency.release("small", small)
-    large.result(30)
-    residency.release("large", large)
+def test_what_can_never_fit_is_refused_at_once_and_costs_nobody_anything() -> None:
+    line = Line(2)
+    warm = ask(line, "a")
+    assert ask(line, "a", "b", "c") in line.refused
+    assert ask(line, "a") in line.inside
+    assert ask(line, "b") in line.inside
+    line.pin({"a": 1})
+    assert ask(line, "b", "c") in line.refused, "beside what is pinned there is no room"
+    waits = ask(line, "c")
+    line.pin({"a": 1, "b": 1})
+    assert waits in line.refused, "what is pinned by now leaves none"
+    end(line, warm)
 
 
-def test_an_adapter_that_made_room_in_vain_serves_again(
-    make: Make, loader: Loader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(room, "PATIENCE_SECONDS", 0.05)
-    monkeypatch.setattr(room, "TIMEOUT_SECONDS", 0.2)
-    residency = make(SIZE)
-    held = residency.retain("hot", SIZE)
-    held.result(30)
-    with pytest.raises(MemoryFullError):
-        residency.retain("cold", SIZE).result(30)
-    assert residency.state("hot")[0] == "draining"
-    again = residency.retain("hot", SIZE)
-    assert again.result(30) is held.result()
-    assert (residency.state("hot")[0], residency.resident_bytes) == ("resident", SIZE)
-    residency.release("hot", again)
-    residency.release("hot", held)
-    use(residency, "hot")
-    use(residency, "cold")
-    assert loader.loaded == ["hot", "cold"]
+def test_hot_adapters_are_served_while_a_cold_one_waits_for_a_long_stream() -> None:
+    line = Line(2)
+    streams = [ask(line, digest) for digest in "ab"]
+    cold = ask(line, "c")
+    for number in range(200):
+        line.pass_time(0.125)
+        hot = ask(line, "ab"[number % 2])
+        assert hot in line.inside
+        end(line, hot)
+    assert cold in line.waiting
+    end(line, streams[0])
+    assert cold in line.inside
 
 
-def test_who_waits_behind_one_that_gives_up_gets_the_copy_that_is_still_in_memory(
-    make: Make, loader: Loader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(room, "PATIENCE_SECONDS", 0.05)
-    residency = make(SIZE)
-    held = residency.retain("hot", SIZE)
-    held.result(30)
-    cold = residency.retain("cold", SIZE)
-    wait_state(residency, "hot", "draining")
-    again = residency.retain("hot", SIZE)
-    assert residency.state("hot")[0] == "loading"
-    residency.release("cold", cold)  # its only user left: nobody waits for it
-    assert again.result(30) is held.result()
-    assert (residency.state("cold")[0], loader.loaded) == ("stored", ["hot"])
-    residency.release("hot", again)
-    residency.release("hot", held)
+def test_a_cold_one_comes_in_between_short_requests_that_never_pause() -> None:
+    line = Line(1)
+    hot, cold = [ask(line, "a")], ask(line, "b")
+    while cold not in line.inside:
+        line.pass_time(0.125)
+        hot.append(ask(line, "a"))
+        end(line, hot.pop(0))
+        assert line.now <= 2 * PATIENCE_SECONDS
+    assert hot[-1] in line.waiting
+    end(line, cold)
+    assert hot[-1] in line.inside
 
 
-def test_memory_that_was_taken_over_is_in_use_until_the_first_users_are_done_too(
-    make: Make, loader: Loader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(room, "PATIENCE_SECONDS", 0.05)
-    residency = make(SIZE)
-    users = [residency.retain("hot", SIZE)]
-    for _ in range(2):
-        users[-1].result(30)
-        cold = residency.retain("cold", SIZE)
-        wait_state(residency, "hot", "draining")
-        residency.release("cold", cold)
-        users.append(residency.retain("hot", SIZE))
-    users[-1].result(30)
-    residency.release("hot", users.pop())
-    residency.release("hot", users.pop())
-    residency.check_integrity()
-    cold = residency.retain("cold", SIZE)
-    wait_state(residency, "hot", "draining")
-    assert (residency.resident_bytes, loader.loaded) == (SIZE, ["hot"])
-    residency.release("hot", users.pop())
-    assert cold.result(30).digest == "cold"
-    residency.release("cold", cold)
+def test_only_what_is_needed_is_closed_and_the_rest_is_served() -> None:
+    line = Line(3)
+    old = [ask(line, digest) for digest in "abc"]
+    cold = ask(line, "d")
+    line.pass_time(PATIENCE_SECONDS / 2)
+    young = [ask(line, digest) for digest in "aabc"]
+    for claim in old[:2]:
+        end(line, claim)
+    assert not line.closed
+    line.pass_time(PATIENCE_SECONDS / 2)
+    assert line.closed == {"b"}, "a has two users, and c one that was there before"
+    assert ask(line, "a") in line.inside
+    assert ask(line, "a", "c") in line.inside
+    assert ask(line, "b") in line.waiting
+    end(line, young[2])
+    assert cold in line.inside
 
 
-def test_room_that_is_free_is_given_however_many_wait_for_more(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "PATIENCE_SECONDS", 600)
-    monkeypatch.setattr(room, "TIMEOUT_SECONDS", 600)
-    before = threading.active_count()
-    residency = make(3 * SIZE)
-    held = residency.retain("a", 2 * SIZE)
-    held.result(30)
-    waiting = {digest: residency.retain(digest, 2 * SIZE) for digest in "bcdefgh"}
-    use(residency, "small")
-    assert not any(weights.done() for weights in waiting.values())
-    assert threading.active_count() - before <= 2
-    residency.release("a", held)
-    for digest, weights in waiting.items():
-        assert weights.result(30).digest == digest
-        residency.release(digest, weights)
+def test_what_was_closed_in_vain_is_open_again_for_all_who_waited() -> None:
+    line = Line(1)
+    old, cold = ask(line, "a"), ask(line, "b")
+    line.pass_time(4)
+    long = ask(line, "a")
+    end(line, old)
+    assert line.closed == {"a"}
+    waiting = [ask(line, "a") for _ in range(3)]
+    line.pass_time(3.875)
+    assert all(claim in line.waiting for claim in waiting)
+    line.pass_time(0.125)  # as long as it had waited
+    assert all(claim in line.inside for claim in waiting)
+    assert cold in line.waiting
+    end(line, long)
+    assert not line.closed
+    for claim in waiting:
+        end(line, claim)
+    assert cold in line.inside
 
 
-def test_everyones_time_runs_from_when_it_asked(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(residency_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    residency = make(SIZE)
-    held = residency.retain("a", SIZE)
-    held.result(30)
-    waiting = [residency.retain(digest, SIZE) for digest in "bcdefg"]
-    clock.now = 20.0
-    late = residency.retain("late", SIZE)
-    clock.now = 31.0
-    residency.pin({})  # wakes who looks at the clock
-    for weights in waiting:
-        with pytest.raises(MemoryFullError, match="adapter-memory-bytes"):
-            weights.result(10)
-    assert not late.done()
-    residency.release("a", held)
-    late.result(30)
-    residency.release("late", late)
+def test_who_hangs_up_gives_its_place_away_at_once() -> None:
+    line = Line(2)
+    held, first, second = ask(line, "a", "b"), ask(line, "c", "d"), ask(line, "c")
+    end(line, first)
+    end(line, held)
+    assert line.inside == [second]
 
 
-def test_a_load_that_takes_long_delays_nobodys_answer(
-    make: Make, loader: Loader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(room, "TIMEOUT_SECONDS", 0.1)
-    residency = make(SIZE)
-    loader.may_load.clear()
-    loading = residency.retain("a", SIZE)
-    with pytest.raises(MemoryFullError):
-        residency.retain("b", SIZE).result(20)
-    assert not loading.done()
-    loader.may_load.set()
-    loading.result(30)
-    residency.release("a", loading)
+def test_what_was_closed_for_one_that_hangs_up_is_open_again() -> None:
+    line = Line(1)
+    old, cold = ask(line, "a"), ask(line, "b")
+    line.pass_time(1)
+    ask(line, "a")
+    end(line, old)
+    assert line.closed == {"a"}
+    waits = ask(line, "a")
+    end(line, cold)
+    assert waits in line.inside
 
 
-def test_a_load_that_finds_no_room_in_time_says_so(make: Make, loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "TIMEOUT_SECONDS", 0.1)
-    residency = make(SIZE)
-    held = residency.retain("a", SIZE)
-    held.result(30)
-    with pytest.raises(MemoryFullError, match="adapter-memory-bytes"):
-        residency.retain("b", SIZE).result(30)
-    residency.release("a", held)
-    use(residency, "b")
+def test_a_load_that_fails_frees_what_its_request_had_beside_it() -> None:
+    line = Line(2)
+    claim, other = line.ask({"a": 1, "b": 1}), line.ask({"c": 2})
+    line.load(line.copies["a"])
+    assert line.fail(line.copies["b"]) == [claim]
+    assert other in line.inside
+    assert not line.room.leave(claim), "it is out, and may be let go of once more"
+
+
+def test_nobody_waits_longer_than_told() -> None:
+    line = Line(1, wait_seconds=3)
+    ask(line, "a")
+    first = ask(line, "b")
+    line.pass_time(2)
+    second = ask(line, "c")
+    line.pass_time(1)
+    assert (first in line.refused, second in line.waiting) == (True, True)
+    line.pass_time(2)
+    assert second in line.refused
+    at_once = Line(1, wait_seconds=0)
+    ask(at_once, "a")
+    assert ask(at_once, "b") in at_once.refused
+    assert ask(at_once, "a") in at_once.inside
+
+
+def test_a_pin_is_not_closed_for_anybody() -> None:
+    line = Line(2)
+    pinned = [ask(line, "a")]
+    line.pin({"a": 1})
+    others, cold = [ask(line, "b")], ask(line, "c")
+    for _ in range(8):
+        line.pass_time(0.25)
+        others.append(ask(line, "b"))
+        pinned.append(ask(line, "a"))
+        end(line, others.pop(0))
+        end(line, pinned.pop(0))
+        assert "a" not in line.closed
+    assert cold in line.inside

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from starlette.types import Message
 
 import tiny
+from swaplora_adapters.registry.lease import Tenancy
 from swaplora_server.engine.detokenize import TextToken
 from swaplora_server.engine.request import FinishReason, Logprobs, TokenEvent
 from swaplora_server.engine.vocabulary import Vocabulary
@@ -260,7 +261,7 @@ def generation(body: GenerationBody) -> tuple[Generation, list[Record]]:
         leave=lambda _count: None,
     )
     made = Generation(cast(Service, service), body, [[1, 2, 3]], body.sampling(100, frozenset(), None), began=0.0)
-    made.submit((), Terms((), ()), [0])
+    made.submit((), Terms(cast(Tenancy, SimpleNamespace(release=lambda: None)), (), ()), [0])
     return made, records
 
 

@@ -171,6 +171,12 @@ class Settings(BaseSettings):
     kv_cache_bytes: Size = Field(2**30, description="memory for the KV cache")
     prefix_cache: bool = Field(True, description="compute what prompts begin with in common once")
     adapter_memory_bytes: Size = Field(4 * 2**30, description="memory for resident adapters")
+    adapter_wait_seconds: float = Field(
+        30,
+        ge=0,
+        le=86_400,
+        description="longest that a request waits for memory for its adapters; then 507",
+    )
     max_adapter_bytes: Size = Field(2**30, description="largest adapter that may be uploaded")
     max_body_bytes: Size = Field(32 * 2**20, description="largest JSON body")
     body_memory_bytes: Size = Field(

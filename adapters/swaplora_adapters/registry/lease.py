@@ -1,20 +1,18 @@
 """A request's hold on a version, and a version's way out once nobody holds it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 from swaplora_adapters.artifact.records import VersionRecord
 from swaplora_adapters.artifact.served import AdapterWeights
+from swaplora_adapters.registry.claim import Claim
 
 
 class Lease:
-    """One request's hold on one version, from admission to its end. Give it back exactly once."""
+    """One request's hold on one version, from admission to its end: files and identity. Give it back exactly once."""
 
-    def __init__(
-        self, record: VersionRecord, weights: Future[AdapterWeights], give_back: Callable[["Lease"], None]
-    ) -> None:
+    def __init__(self, record: VersionRecord, give_back: Callable[["Lease"], None]) -> None:
         self.record = record
-        self.weights = weights  # fails with the reason when the version cannot be loaded
         self._give_back = give_back
         self._is_released = False
 
@@ -24,6 +22,31 @@ class Lease:
             raise RuntimeError("a lease was given back twice")
         self._is_released = True
         self._give_back(self)
+
+
+class Tenancy:
+    """What one request holds: its leases, and memory for the weights of all of them at once, or none yet."""
+
+    def __init__(self, leases: Sequence[Lease], claim: Claim, free: Callable[[Claim], None]) -> None:
+        self.leases = tuple(leases)
+        self._claim = claim
+        self._free = free
+
+    @property
+    def weights(self) -> Future[Mapping[str, AdapterWeights]]:
+        """By digest, when all are in memory; fails with the reason when one cannot be."""
+        return self._claim.weights
+
+    @property
+    def at_fault(self) -> Lease | None:
+        """The one that `weights` failed for, if it was a single one."""
+        return next((lease for lease in self.leases if lease.record.digest == self._claim.at_fault), None)
+
+    def release(self) -> None:
+        """Give back everything, memory first. Raises RuntimeError the second time."""
+        self._free(self._claim)
+        for lease in self.leases:
+            lease.release()
 
 
 class Removal:

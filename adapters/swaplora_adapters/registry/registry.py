@@ -25,7 +25,7 @@ from swaplora_adapters.errors import AdapterError, PreconditionFailedError, Stor
 from swaplora_adapters.registry.card import Card, Failure, Put
 from swaplora_adapters.registry.holds import Holds
 from swaplora_adapters.registry.index import NamedVersions
-from swaplora_adapters.registry.lease import Lease, Removal
+from swaplora_adapters.registry.lease import Lease, Removal, Tenancy
 from swaplora_adapters.registry.names import Names, Seen
 from swaplora_adapters.registry.residency import Residency
 from swaplora_adapters.registry.sources.folder import fetch_from_folder, origin_of
@@ -49,12 +49,14 @@ class Registry:
         dtype: torch.dtype,
         device: torch.device,
         memory_budget: int,
+        wait_seconds: float,
         keep_versions: int,
         base_model: str,
     ) -> None:
         """`layers` are the base's that adapters may change; weights are kept in `dtype` on `device`.
 
-        `base_model` is the base's name: an adapter that was made for another one is taken with a warning.
+        No request waits for memory for more than `wait_seconds`. `base_model` is the base's name: an adapter that was
+        made for another one is taken with a warning.
         """
         self._store = store
         self._sources = sources
@@ -63,7 +65,7 @@ class Registry:
         self._device = device
         self._base_model = base_model
         self._names = Names(store, base_model=base_model, keep_versions=keep_versions)
-        self._residency = Residency(self._load, memory_budget)
+        self._residency = Residency(self._load, memory_budget, wait_seconds)
         self._holds = Holds()
         self._last_failure: dict[str, Failure] = {}
         self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-free")
@@ -80,15 +82,22 @@ class Registry:
         return self._names
 
     def lease(self, reference: str, client: str | None = None) -> Lease:
-        """Bind `reference` to a version now, and have its weights loaded if they are not in memory.
+        """Bind `reference` to a version now. This takes no memory: see `tenancy`.
 
         `client` is whose request it is, for an alias that splits. Raises AdapterNotFoundError, VersionNotFoundError.
         """
         with self._holds.lock:
             record = self._names.index.resolve(reference, client)
-            weights = self._residency.retain(record.digest, self._num_bytes(record))
             self._holds.take(record)
-            return Lease(record, weights, self._give_back)
+            return Lease(record, self._give_back)
+
+    def tenancy(self, leases: Sequence[Lease]) -> Tenancy:
+        """Have the weights of all these in memory together, loaded if they are not there.
+
+        The leases are then given back with it.
+        """
+        sizes = {lease.record.digest: self._num_bytes(lease.record) for lease in leases}
+        return Tenancy(leases, self._residency.retain(sizes), self._residency.release)
 
     def stage(self) -> Staging:
         """A folder to write an upload into."""
@@ -289,7 +298,6 @@ class Registry:
     def _give_back(self, lease: Lease) -> None:
         """Called by a lease, once, on the thread its request ended on; what touches the disk is the cleaner's."""
         with self._holds.lock:
-            self._residency.release(lease.record.digest, lease.weights)
             if self._holds.give_back(lease.record):
                 self._cleaner.submit(self._finish_removals)
 

@@ -10,8 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 
 from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_adapters.errors import (
@@ -21,7 +20,8 @@ from swaplora_adapters.errors import (
     InvalidAdapterError,
     MemoryFullError,
 )
-from swaplora_adapters.registry.room import Entry, Room
+from swaplora_adapters.registry.claim import Claim, Copy
+from swaplora_adapters.registry.room import Room
 
 NICENESS = 10  # of the thread that loads: beside a busy engine it gets a tenth of a core
 
@@ -34,15 +34,20 @@ class Residency:
     """Owns the memory of adapters. Thread-safe; `retain` and `release` pair up, and `drop` forgets for good."""
 
     def __init__(
-        self, load: Callable[[str], AdapterWeights], budget: int, report: Callable[[BaseException], None] = _show
+        self,
+        load: Callable[[str], AdapterWeights],
+        budget: int,
+        wait_seconds: float,
+        report: Callable[[BaseException], None] = _show,
     ) -> None:
         """`load` reads one digest's weights into memory; `budget` is in bytes of weights.
 
-        `report` is told what went wrong in a load that nobody foresaw.
+        Nobody waits for room for more than `wait_seconds`. `report` is told what went wrong in a load that nobody
+        foresaw.
         """
         self._load = load
         self._report = report
-        self._room = Room(budget)
+        self._room = Room(budget, wait_seconds)
         self._reasons: dict[str, str] = {}
         self._is_closed = False
         self._changed = threading.Condition()
@@ -89,11 +94,11 @@ class Residency:
     def state(self, digest: str) -> tuple[str, str | None]:
         """stored, loading, resident, draining or failed, and why it failed."""
         with self._changed:
-            entry = self._room.find(digest)
-            if entry is not None:
-                return ("resident" if entry.weights.done() else "loading"), None
-            if self._room.is_draining(digest):
-                return "draining", None
+            copy = self._room.find(digest)
+            if copy is not None and copy.weights is not None:
+                return ("draining" if self._room.is_draining(copy) else "resident"), None
+            if copy is not None or self._room.waiting_for(digest):
+                return "loading", None
             reason = self._reasons.get(digest)
             return ("failed", reason) if reason else ("stored", None)
 
@@ -102,33 +107,30 @@ class Residency:
         with self._changed:
             self._reasons.pop(digest, None)
 
-    def retain(self, digest: str, nbytes: int) -> Future[AdapterWeights]:
-        """Count one more user and have it loaded if it is not there. Returns at once.
+    def retain(self, sizes: Mapping[str, int]) -> Claim:
+        """Have all of these, digest → bytes, loaded if they are not there, and keep them until `release`.
 
-        The future fails with MemoryFullError, StorageFailedError, or AdapterFailedError if the stored version is at
-        fault; that one is remembered, and fails at once until it is dropped.
+        Returns at once; what it returns holds no memory until there is room for all. Its weights fail with
+        AdapterTooLargeError if that can never be, with MemoryFullError, StorageFailedError, or with AdapterFailedError
+        if a stored version is at fault; that one is remembered, and fails at once until it is dropped.
         """
+        claim = Claim(sizes, time.monotonic())
         with self._changed:
-            entry = self._room.find(digest)
-            if entry is None:
-                entry = Entry(digest, nbytes, time.monotonic())
-                refusal = self._refusal(digest, nbytes)
-                if refusal is not None:
-                    entry.weights.set_exception(refusal)
-                    return entry.weights
-                self._room.add(entry)
+            refusal = self._refusal(claim)
+            if refusal is not None:
+                claim.weights.set_exception(refusal)
+            elif not sizes:
+                claim.weights.set_result({})
+            else:
+                self._room.add(claim)
+                self._let_in()
                 self._changed.notify_all()
-            self._room.touch(digest)
-            entry.num_users += 1
-            return entry.weights
+        return claim
 
-    def release(self, digest: str, weights: Future[AdapterWeights]) -> None:
-        """Count one user less; `weights` is what `retain` gave it."""
+    def release(self, claim: Claim) -> None:
+        """Let go of what `retain` gave, or is still to give. Harmless for a claim that failed."""
         with self._changed:
-            entry = self._room.holder(digest, weights)
-            if entry is not None:
-                entry.num_users -= 1
-                self._room.settle(entry)
+            if self._room.leave(claim):
                 self._prefetch_missing()
                 self._changed.notify_all()
 
@@ -136,10 +138,10 @@ class Residency:
         """Forget a version that nobody will ask for again, its failure included."""
         with self._changed:
             self._reasons.pop(digest, None)
-            entry = self._room.find(digest)
-            if entry is not None:
-                self._room.retire(entry)
-                self._changed.notify_all()
+            self._room.drop(digest)
+            for claim in self._room.waiting_for(digest):  # it was to be prefetched
+                self._fail(claim, AdapterFailedError("the adapter was deleted"))
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Let the load that runs end, and fail all others."""
@@ -149,71 +151,131 @@ class Residency:
         self._dispatcher.join()
         self._loader.shutdown(wait=True, cancel_futures=True)
         with self._changed:
-            for entry in self._room.copies():
-                if not entry.weights.done():
-                    self._fail(entry, MemoryFullError("the server is stopping"))
+            for claim in self._room.claims:
+                self._fail(claim, MemoryFullError("the server is stopping"))
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if a count went below zero, the budget is exceeded, or what retired stays for nobody."""
         with self._changed:
             self._room.check_integrity()
 
-    def _refusal(self, digest: str, nbytes: int) -> AdapterError | None:
+    def _refusal(self, claim: Claim) -> AdapterError | None:
         """Why nobody needs to try to load it."""
         if self._is_closed:
             return MemoryFullError("the server is stopping")
-        try:
-            self.check_size(nbytes)
-        except AdapterTooLargeError as error:  # the budget was larger when it was uploaded
-            self._reasons[digest] = str(error)
-        return AdapterFailedError(self._reasons[digest]) if digest in self._reasons else None
+        for digest, nbytes in claim.sizes.items():
+            try:
+                self.check_size(nbytes)
+            except AdapterTooLargeError as error:  # the budget was larger when it was uploaded
+                self._reasons[digest] = str(error)
+            if digest in self._reasons:
+                claim.at_fault = digest
+                return AdapterFailedError(self._reasons[digest])
+        return None
 
     def _prefetch_missing(self) -> None:
         """Have loaded what is pinned and could not be until now, unless it is itself at fault."""
         for digest, nbytes in self._room.kept.items():
-            if self._room.find(digest) is None and digest not in self._reasons and not self._is_closed:
-                weights = self.retain(digest, nbytes)
-                weights.add_done_callback(partial(self.release, digest))
+            is_there = self._room.find(digest) is not None or self._room.waiting_for(digest)
+            if not (is_there or digest in self._reasons or self._is_closed):
+                self._prefetch(digest, nbytes)
+
+    def _prefetch(self, digest: str, nbytes: int) -> None:
+        claim = self.retain({digest: nbytes})
+        claim.weights.add_done_callback(lambda _weights: self.release(claim))
 
     def _dispatch(self) -> None:
-        """A thread's life: give room to those that wait, or tell them that there is none."""
+        """A thread's life: see to the line whenever something or the time has changed it."""
         with self._changed:
             while not self._is_closed:
-                now = time.monotonic()
-                if (entry := self._room.next_in(now)) is not None:
-                    if not entry.weights.done():
-                        self._loader.submit(self._fill, entry)
-                elif (entry := self._room.next_hopeless(now)) is not None:
-                    self._fail(entry, _no_room())
-                else:
-                    self._changed.wait(self._room.seconds_to_wait(now))
+                self._let_in()
+                self._changed.wait(self._room.seconds_to_wait(time.monotonic()))
 
-    def _fill(self, entry: Entry) -> None:
-        """The other thread's job: load, publish by one assignment; or tell every waiter why not."""
+    def _let_in(self) -> None:
+        """Let in all who can be, and refuse those for whom waiting has no point any more. Needs the lock."""
+        while not self._is_closed:
+            now = time.monotonic()
+            if (claim := self._room.next_in(now)) is not None:
+                for copy in claim.copies:
+                    self._have_loaded(copy)
+                self._publish_if_loaded(claim)
+            elif (claim := self._room.next_hopeless(now)) is not None:
+                self._fail(claim, self._no_room(claim))
+            else:
+                return
+
+    def _have_loaded(self, copy: Copy) -> None:
+        if not copy.is_on_its_way:
+            copy.is_on_its_way = True
+            self._loader.submit(self._fill, copy)
+
+    def _fill(self, copy: Copy) -> None:
+        """The other thread's job: load, and publish to all who wait by one assignment each; or tell them why not."""
+        if self._is_given_up(copy):
+            return
         try:
-            weights = self._load(entry.digest)
+            weights = self._load(copy.digest)
         except (InvalidAdapterError, AdapterFailedError) as error:
-            self._fail(entry, AdapterFailedError(str(error)), is_lasting=True)
+            self._forget(copy, AdapterFailedError(str(error)), is_lasting=True)
         except AdapterError as error:
-            self._fail(entry, error)
+            self._forget(copy, error)
         except Exception as error:  # noqa: BLE001 - the thread's boundary: a waiter must never hang
-            self._fail(entry, _defect(error))
+            self._forget(copy, _defect(error))
             self._report(error)
         else:
             with self._changed:
-                entry.nbytes = min(entry.nbytes, weights.nbytes)  # bfloat16 takes less than was foreseen
-                entry.weights.set_result(weights)
-                self._room.settle(entry)
+                users = list(copy.users)
+                self._room.loaded(copy, weights)
+                for claim in users:
+                    self._publish_if_loaded(claim)
                 self._changed.notify_all()
 
-    def _fail(self, entry: Entry, error: AdapterError, *, is_lasting: bool = False) -> None:
+    def _is_given_up(self, copy: Copy) -> bool:
+        """Whether all who wanted it left before its turn; then it is forgotten."""
+        with self._changed:
+            if not copy.users:
+                self._room.forget(copy)
+                self._changed.notify_all()
+            return not copy.users
+
+    def _publish_if_loaded(self, claim: Claim) -> None:
+        weights = {copy.digest: copy.weights for copy in claim.copies if copy.weights is not None}
+        if len(weights) == len(claim.copies):
+            claim.weights.set_result(weights)
+
+    def _forget(self, copy: Copy, error: AdapterError, *, is_lasting: bool = False) -> None:
         """Only what is wrong with the files is lasting; the rest may have passed by the next request."""
         with self._changed:
-            if is_lasting and self._room.find(entry.digest) is entry:
-                self._reasons[entry.digest] = str(error)
-            self._room.forget(entry)
-            entry.weights.set_exception(error)
+            claims = self._room.forget(copy)
+            if is_lasting and not copy.is_dropped:
+                self._reasons[copy.digest] = str(error)
+                claims += self._room.waiting_for(copy.digest)
+            for claim in claims:
+                claim.at_fault = copy.digest
+                self._fail(claim, error)
             self._changed.notify_all()
+
+    def _fail(self, claim: Claim, error: AdapterError) -> None:
+        self._room.leave(claim)
+        claim.weights.set_exception(error)
+
+    def _no_room(self, claim: Claim) -> AdapterError:
+        """Why it waits no longer."""
+        wanted, kept, budget = sum(claim.sizes.values()), self._room.kept_besides(claim), self._room.budget
+        if wanted > budget:
+            return AdapterTooLargeError(
+                f"the request's {len(claim.sizes)} adapters need {wanted} bytes of memory at once, and the server "
+                f"gives all of its adapters {budget}: name fewer, or raise --adapter-memory-bytes"
+            )
+        if wanted + kept > budget:
+            return MemoryFullError(
+                f"the request needs {wanted} bytes of the {budget} that adapters have, and pinned ones keep {kept}: "
+                "unpin one, or raise --adapter-memory-bytes"
+            )
+        return MemoryFullError(
+            f"adapters in use or pinned left no room for {wanted} bytes of the {budget} that adapters have within "
+            f"{self._room.wait_seconds:g} seconds: try again later, or raise --adapter-memory-bytes"
+        )
 
 
 def _yield_to_steps() -> None:
@@ -221,10 +283,6 @@ def _yield_to_steps() -> None:
     if sys.platform == "linux":
         thread = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS))
-
-
-def _no_room() -> MemoryFullError:
-    return MemoryFullError("adapters in use or pinned fill the memory; raise --adapter-memory-bytes")
 
 
 def _defect(error: Exception) -> AdapterFailedError:

@@ -73,6 +73,9 @@ def serve(
     adapter_memory_bytes: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory for resident adapters (default 4GiB).")
     ] = None,
+    adapter_wait_seconds: Annotated[
+        float | None, typer.Option(help="Longest wait of a request for memory for its adapters (default 30).")
+    ] = None,
     max_adapter_bytes: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Largest adapter to accept (default 1GiB).")
     ] = None,

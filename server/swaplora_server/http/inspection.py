@@ -1,7 +1,7 @@
 """GET /v1/adapters/{name}/inspect: what an adapter does to each module, in numbers."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from swaplora_adapters.artifact.records import VersionRecord
 from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_adapters.derive.inspection import compare_weights, inspect_weights, warnings_about
+from swaplora_adapters.registry.lease import Lease
 from swaplora_server.http.query import refuse_unknown_parameters
 from swaplora_server.http.service import Service
 from swaplora_server.http.shared import result_of
@@ -34,10 +35,10 @@ async def inspect_adapter(
     """
     service: Service = request.app.state.service
     service.check_serving()
-    async with _leased(service, name) as (record, weights):
+    async with _loaded(service, name, *([] if against is None else [against])) as [(record, weights), *others]:
         found = await service.inspections.do(1, partial(_inspect, weights, service.workshop))
-    if against is not None:
-        found |= await _compare(service, weights, against, found["modules"])
+        for other in others:
+            found |= await _compare(service, weights, *other, found["modules"])
     if intruders:
         counts = await service.workshop.do(partial(_count_intruders, service, record))
         found["modules"] = [module | {"intruders": counts[module["module"]]} for module in found["modules"]]
@@ -46,14 +47,21 @@ async def inspect_adapter(
 
 
 @asynccontextmanager
-async def _leased(service: Service, name: str) -> AsyncIterator[tuple[VersionRecord, AdapterWeights]]:
-    """A version, in memory."""
-    service.registry.names.index.resolve_name(name)  # no alias: one that splits would show a side at random
-    lease = service.registry.lease(name)
+async def _loaded(service: Service, *names: str) -> AsyncIterator[list[tuple[VersionRecord, AdapterWeights]]]:
+    """Versions, in memory together."""
+    leases: list[Lease] = []
+    with ExitStack() as undo:
+        for name in names:
+            service.registry.names.index.resolve_name(name)  # no alias: one that splits would show a side at random
+            leases.append(service.registry.lease(name))
+            undo.callback(leases[-1].release)
+        tenancy = service.registry.tenancy(leases)
+        undo.pop_all()
     try:
-        yield lease.record, await result_of(lease.weights)
+        weights = await result_of(tenancy.weights)
+        yield [(lease.record, weights[lease.record.digest]) for lease in leases]
     finally:
-        lease.release()
+        tenancy.release()
 
 
 def _inspect(weights: AdapterWeights, workshop: Workshop) -> dict[str, Any]:
@@ -69,11 +77,13 @@ def _ratio(norm: float, base_norm: float | None) -> float | None:
 
 
 async def _compare(
-    service: Service, weights: AdapterWeights, against: str, modules: list[dict[str, Any]]
+    service: Service,
+    weights: AdapterWeights,
+    record: VersionRecord,
+    other: AdapterWeights,
+    modules: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """`weights` are no longer leased: two leases of one request could wait for each other's room."""
-    async with _leased(service, against) as (record, other):
-        likeness = await service.inspections.do(1, partial(compare_weights, weights, other))
+    likeness = await service.inspections.do(1, partial(compare_weights, weights, other))
     named = {"name": record.name, "version": record.version, "digest": record.digest, "cosine": likeness.overall}
     return {
         "against": named,

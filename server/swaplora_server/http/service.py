@@ -185,12 +185,12 @@ class Service:
         An alias is unknown here: one that splits names no version.
         """
         self.registry.names.index.resolve_name(reference)
-        lease = self.registry.lease(reference)
+        tenancy = self.registry.tenancy([self.registry.lease(reference)])
         try:
-            await result_of(lease.weights)
+            await result_of(tenancy.weights)
         finally:
-            lease.release()
-        return lease.record
+            tenancy.release()
+        return tenancy.leases[0].record
 
     def memory_plan(self) -> list[tuple[str, int]]:
         """What the server's memory is for, in bytes."""
@@ -236,6 +236,7 @@ class Service:
                 dtype=self.base.dtype,
                 device=self.base.device,
                 memory_budget=settings.adapter_memory_bytes,
+                wait_seconds=settings.adapter_wait_seconds,
                 keep_versions=settings.keep_versions,
                 base_model=settings.base_id,
             )

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from swaplora_adapters.errors import AdapterNotFoundError
-from swaplora_adapters.registry.lease import Lease
+from swaplora_adapters.errors import AdapterFailedError, AdapterNotFoundError, AdapterTooLargeError, MemoryFullError
+from swaplora_adapters.registry.lease import Lease, Tenancy
 from swaplora_server.engine.request import AdapterUse
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.service import Service
@@ -16,34 +16,49 @@ from swaplora_server.http.wire import AdapterTerm, GenerationBody
 class Terms:
     """The adapters whose deltas are added to the base, each times its scale. None of them: the base."""
 
-    leases: tuple[Lease, ...]
+    tenancy: Tenancy
     scales: tuple[float, ...]
+    params: tuple[str, ...]  # the request's fields that name them
+
+    @property
+    def leases(self) -> tuple[Lease, ...]:
+        return self.tenancy.leases
 
     async def uses(self) -> tuple[AdapterUse, ...]:
-        """Wait for the weights. Raises AdapterError for those that cannot be had, ApiError for what does not add up."""
+        """Wait for the weights. Raises ApiError for those that cannot be had, and for what does not add up.
+
+        Raises StorageFailedError as well.
+        """
+        try:
+            weights = await result_of(self.tenancy.weights)
+        except (AdapterFailedError, AdapterTooLargeError, MemoryFullError) as error:
+            raise ApiError(error.code, str(error), self._param_at_fault()) from error
+        digests = [lease.record.digest for lease in self.leases]
         uses = tuple(
-            [
-                AdapterUse(await result_of(lease.weights), scale, lease.record.digest)
-                for lease, scale in zip(self.leases, self.scales, strict=True)
-            ]
+            AdapterUse(weights[digest], scale, digest) for digest, scale in zip(digests, self.scales, strict=True)
         )
         if self.scales not in ((), (1.0,)):
             self._check_sum(uses)
         return uses
 
+    def _param_at_fault(self) -> str:
+        """The field of the one that cannot be had, or of all of them."""
+        if self.tenancy.at_fault is not None:
+            return self.params[self.leases.index(self.tenancy.at_fault)]
+        return self.params[0] if len(self.params) == 1 else "adapters"
+
     def _check_sum(self, uses: Sequence[AdapterUse]) -> None:
-        for number, (use, lease) in enumerate(zip(uses, self.leases, strict=True)):
+        for param, use, lease in zip(self.params, uses, self.leases, strict=True):
             if not use.weights.is_sum:
                 message = (
                     f"{lease.record.name!r} does more than add to the base (DoRA, modules of its own, an invocation), "
                     "so it has no place in a sum: name it alone, at scale 1"
                 )
-                raise ApiError("invalid_request", message, f"adapters[{number}].name")
+                raise ApiError("invalid_request", message, param)
 
     def release(self) -> None:
-        """Give every lease back."""
-        for lease in self.leases:
-            lease.release()
+        """Give back every lease, and the memory."""
+        self.tenancy.release()
 
     @property
     def headers(self) -> dict[str, str]:
@@ -57,7 +72,7 @@ class Terms:
 
 
 async def take_terms(service: Service, body: GenerationBody, client: str | None) -> Terms:
-    """Lease all that `body` names, or nothing. Raises ApiError, and VersionNotFoundError."""
+    """Lease all that `body` names, or nothing, and then claim memory for it. Raises ApiError, VersionNotFoundError."""
     wanted = _wanted(service, body)
     leases: list[Lease] = []
     try:
@@ -67,7 +82,8 @@ async def take_terms(service: Service, body: GenerationBody, client: str | None)
         for lease in leases:
             lease.release()
         raise
-    return Terms(tuple(leases), tuple(term.scale for term, _ in wanted))
+    scales, params = tuple(term.scale for term, _ in wanted), tuple(param for _, param in wanted)
+    return Terms(service.registry.tenancy(leases), scales, params)
 
 
 def _wanted(service: Service, body: GenerationBody) -> Sequence[tuple[AdapterTerm, str]]:

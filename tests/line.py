@@ -1,0 +1,202 @@
+"""A room with a clock of its own: whole traffics of requests in no time, and what may be expected of any of them."""
+
+from collections.abc import Iterable, Mapping, Set
+from types import SimpleNamespace
+
+from swaplora_adapters.artifact.served import AdapterWeights
+from swaplora_adapters.registry import room
+from swaplora_adapters.registry.claim import Claim, Copy
+from swaplora_adapters.registry.room import Room
+
+
+class Line:
+    """Asks, loads and ends as it is told, and sees to the line whenever something or the time has changed it.
+
+    Keeps its own books of who holds what, and checks the room against them after every change.
+    """
+
+    def __init__(self, budget: int, wait_seconds: float = 30.0) -> None:
+        self.now = 0.0
+        self.room = Room(budget, wait_seconds)
+        self.waiting: list[Claim] = []  # in order of arrival
+        self.inside: list[Claim] = []
+        self.refused: list[Claim] = []
+        self.kept_in_memory: set[str] = set()
+        self.on_their_way: set[Copy] = set()
+        self.first_since: tuple[Claim | None, float] = (None, 0.0)
+        self.longest_first = 0.0  # seconds that any claim was first in line
+        self.closed_since: dict[str, float] = {}
+        self.closed_before: set[str] = set()
+
+    def ask(self, sizes: Mapping[str, int]) -> Claim:
+        claim = Claim(sizes, self.now)
+        self.waiting.append(claim)
+        self.room.add(claim)
+        self.settle()
+        return claim
+
+    def leave(self, claim: Claim) -> None:
+        """It has ended, or its client has gone."""
+        assert self.room.leave(claim)
+        self.waiting = [other for other in self.waiting if other is not claim]
+        self.inside = [other for other in self.inside if other is not claim]
+        self.settle()
+
+    def load(self, copy: Copy) -> None:
+        self.on_their_way.discard(copy)
+        self.room.loaded(copy, _weights(copy.nbytes))
+        self.settle()
+
+    def fail(self, copy: Copy) -> list[Claim]:
+        """It cannot be loaded; who is told so."""
+        self.on_their_way.discard(copy)
+        told = self.room.forget(copy)
+        assert {claim for claim in self.inside if copy.digest in claim.sizes} == set(told)
+        self.inside = [claim for claim in self.inside if copy.digest not in claim.sizes]
+        self.settle()
+        return told
+
+    def pin(self, pinned: Mapping[str, int]) -> None:
+        self.kept_in_memory.clear()
+        self.closed_since.clear()  # it begins anew
+        self.room.pin(pinned)
+        self.settle()
+
+    def drop(self, digest: str) -> None:
+        """What is deleted is no longer pinned by then."""
+        self.pin({pinned: nbytes for pinned, nbytes in self.room.pinned.items() if pinned != digest})
+        self.room.drop(digest)
+        self.settle()
+
+    def pass_time(self, seconds: float) -> None:
+        """Stop at every moment that the room wants to be asked again."""
+        until = self.now + seconds
+        while (wait := self.room.seconds_to_wait(self.now)) is not None and self.now + wait <= until:
+            self.now += wait
+            self.settle()
+        self.now = until
+        self.settle()
+
+    @property
+    def copies(self) -> dict[str, Copy]:
+        """All in memory."""
+        return {copy.digest: copy for copy in self.room._copies.values()}  # noqa: SLF001
+
+    @property
+    def loading(self) -> list[Copy]:
+        return [copy for copy in self.copies.values() if copy.weights is None]
+
+    @property
+    def closed(self) -> set[str]:
+        front = self.room._front  # noqa: SLF001
+        return set() if front is None else {copy.digest for copy in front.closed}
+
+    def settle(self) -> None:
+        while True:
+            closed, promised = self.closed, self.is_promised()
+            if (claim := self.room.next_in(self.now)) is not None:
+                is_first = claim is self.waiting[0]
+                self.waiting.remove(claim)
+                self.inside.append(claim)
+                assert [copy.digest for copy in claim.copies] == list(claim.sizes), "has a part"
+                if promised and not is_first and self.closed == closed:
+                    assert self.is_promised(), "let in at the cost of the first in line"
+            elif (claim := self.room.next_hopeless(self.now)) is not None:
+                assert self.is_hopeless(claim), "refused without need"
+                self.room.leave(claim)
+                self.waiting.remove(claim)
+                self.refused.append(claim)
+            else:
+                break
+        self.check()
+
+    def is_hopeless(self, claim: Claim) -> bool:
+        kept = sum(nbytes for digest, nbytes in self.room.kept.items() if digest not in claim.sizes)
+        never_fits = kept + sum(claim.sizes.values()) > self.room.budget
+        return never_fits or self.now >= claim.asked_at + self.room.wait_seconds
+
+    def check(self) -> None:
+        """All that must hold at any time for any traffic."""
+        self.room.check_integrity()
+        self._check_memory()
+        self._check_nobody_waits_in_vain()
+        self._check_the_first()
+        self._check_what_is_closed()
+
+    def _check_memory(self) -> None:
+        copies = self.copies
+        assert sum(copy.nbytes for copy in copies.values()) <= self.room.budget
+        for claim in self.inside:
+            assert claim.sizes.keys() <= copies.keys(), "taken from who uses it"
+        assert self.on_their_way <= set(copies.values()), "taken while it is loaded"
+        self.on_their_way = set(self.loading)
+        assert self.kept_in_memory <= copies.keys(), "evicted in spite of its pin"
+        self.kept_in_memory = {digest for digest in self.room.kept if digest in copies and copies[digest].weights}
+
+    def _check_nobody_waits_in_vain(self) -> None:
+        for claim in self.waiting:
+            assert not self.is_hopeless(claim), "waits without hope"
+            assert self.closed or not self.fits(claim), "has room, and waits"
+            assert claim.sizes.keys() & self.closed or self.the_first_would_lack(claim), "could pass, and waits"
+            is_shared = all(digest in self.copies and self.copies[digest].users for digest in claim.sizes)
+            assert claim.sizes.keys() & self.closed or not is_shared, "wants what others use, and waits"
+        if self.waiting:
+            assert not self.fits(self.waiting[0]), "is first and has room, and waits"
+
+    def fits(self, claim: Claim) -> bool:
+        return self.bytes_staying(set(), [claim]) <= self.room.budget
+
+    def is_promised(self) -> bool:
+        """Whether copies are closed, and the first in line has room when those have come to their end."""
+        return bool(self.closed) and self.bytes_staying(self.closed, self.waiting[:1]) <= self.room.budget
+
+    def the_first_would_lack(self, claim: Claim) -> bool:
+        """Whether there is no room for this now, or for the first in line once what is closed has ended."""
+        return not self.fits(claim) or self.bytes_staying(self.closed, [claim, self.waiting[0]]) > self.room.budget
+
+    def bytes_staying(self, besides: Set[str], claims: Iterable[Claim]) -> int:
+        """Of what is used, loading or kept, but for `besides`, and of what `claims` want."""
+        used = {digest for claim in self.inside for digest in claim.sizes}
+        copies = self.copies
+        staying = [c for c in copies.values() if c.weights is None or c.digest in used or c.digest in self.room.kept]
+        sizes = {copy.digest: copy.nbytes for copy in staying if copy.digest not in besides}
+        for claim in claims:
+            for digest, nbytes in claim.sizes.items():
+                sizes.setdefault(digest, copies[digest].nbytes if digest in copies else nbytes)
+        return sum(sizes.values())
+
+    def _check_the_first(self) -> None:
+        first, (before, since) = (self.waiting[0] if self.waiting else None), self.first_since
+        if before is not None:
+            self.longest_first = max(self.longest_first, self.now - since)
+        if before is not first:
+            self.first_since = (first, self.now)
+
+    def _check_what_is_closed(self) -> None:
+        """Not for too long, as little as will do, and nothing while one is in the way who has to be waited for."""
+        first, since = self.first_since
+        closed = self.closed
+        assert not closed or first is not None, "closed for nobody"
+        if first is None:
+            self.closed_since.clear()
+            self.closed_before = set()
+            return
+        self.closed_since = {
+            digest: self.closed_since.get(digest, self.now) for digest in closed if self.copies[digest].weights
+        }
+        if closed and not closed <= self.closed_before:
+            for digest in closed:
+                assert self.bytes_staying(closed - {digest}, [first]) > self.room.budget, "closed without need"
+        self.closed_before = closed
+        if self.closed_since:
+            assert self.now - min(self.closed_since.values()) <= self.room.wait_seconds / 2
+            assert min(self.closed_since.values()) - since >= room.PATIENCE_SECONDS
+            assert self.now - min(self.closed_since.values()) <= min(self.closed_since.values()) - since
+        assert not closed & (first.sizes.keys() | self.room.kept.keys())
+        for digest in closed:
+            users = [claim for claim in self.inside if digest in claim.sizes]
+            assert all(claim.let_in_at > first.asked_at for claim in users), "closed in vain"
+
+
+def _weights(nbytes: int) -> AdapterWeights:
+    return SimpleNamespace(nbytes=nbytes)  # type: ignore[return-value]  # nobody computes with them
