@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -51,8 +52,8 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     """At the end of every fetch."""
     gate, fetch = Gate(), Sources.fetch
 
-    def held(sources: Sources, uri: str, staging: Staging, *, is_operators: bool = False) -> str:
-        fetched = fetch(sources, uri, staging, is_operators=is_operators)
+    def held(sources: Sources, uri: str, staging: Staging, **options: Any) -> str:
+        fetched = fetch(sources, uri, staging, **options)
         gate.go_through()
         return fetched
 

@@ -1,19 +1,28 @@
 """The process that computes: bounded in memory and processor time, ended with the server, its errors told here."""
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from adapter_files import SHAPES, write_adapter
+from hanging import Hanging, hang_derivations
+from serving import Running
 from swaplora_adapters.derive import process
 from swaplora_adapters.derive.process import DerivationProcess
 from swaplora_adapters.errors import AdapterTooLargeError, DerivationFailedError, InvalidAdapterError
+from swaplora_adapters.interest import AbandonedError, Interest
+from swaplora_adapters.registry.sources.workers import Workers
+from test_restart import SMALL
+from test_restart import process as serve
 
 GUARD_SECONDS = 600
 BOUNDED = "import torch; from swaplora_adapters.derive.process import bound_this_process; bound_this_process({}, {}); "
@@ -80,3 +89,43 @@ def test_a_stop_ends_the_job_that_runs_and_begins_no_other(tmp_path: Path) -> No
     assert len(failures) == 1
     with pytest.raises(DerivationFailedError, match="the server is stopping"):
         derivations.run("compose", compose(folder, tmp_path / "never"))
+
+
+@pytest.fixture
+def hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hanging:
+    return hang_derivations(tmp_path / "hanging", monkeypatch)
+
+
+def test_a_job_that_nobody_waits_for_is_ended(hanging: Hanging, tmp_path: Path) -> None:
+    folder, derivations, interest = write_adapter(tmp_path / "a"), DerivationProcess(), Interest()
+    jobs = Workers(2, "test-derive")
+    running = jobs.submit(lambda: derivations.run("compose", compose(folder, tmp_path / "never"), interest))
+    hanging.wait_for_begun(1)
+    waiting_interest = Interest()
+    waiting = jobs.submit(lambda: derivations.run("compose", compose(folder, tmp_path / "never"), waiting_interest))
+    waiting_interest.leave()
+    with pytest.raises(AbandonedError):
+        waiting.result(GUARD_SECONDS)
+    assert derivations.is_running
+    interest.leave()
+    with pytest.raises(AbandonedError):
+        running.result(GUARD_SECONDS)
+    hanging.let_go()
+    assert derivations.run("compose", compose(folder, tmp_path / "done"))["error"]["overall"] == 0
+    assert hanging.num_begun == 2
+    jobs.stop()
+
+
+def test_the_process_ends_with_a_server_that_is_killed(
+    base: Path, adapters: list[Path], tmp_path: Path, hanging: Hanging
+) -> None:
+    with serve(base, tmp_path / "data", *SMALL) as (server, client), ThreadPoolExecutor(1) as pool:
+        running = Running(str(client.base_url), None, client)  # type: ignore[arg-type]  # another process's
+        assert running.put("one", adapters[0]).status_code == 201
+        body = {"name": "new", "from": [{"name": "one", "scale": 2}]}
+        made = pool.submit(client.post, "/v1/merged", json=body, timeout=GUARD_SECONDS)
+        hanging.wait_for_begun(1)
+        os.kill(server.pid, signal.SIGKILL)
+        with pytest.raises(httpx.TransportError):
+            made.result(GUARD_SECONDS)
+        hanging.wait_for_end()

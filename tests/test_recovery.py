@@ -43,6 +43,7 @@ def fill(store: Store) -> None:
     store.set_origin("json", "a folder")
     store.put_alias(Alias("canary", (Target("sql", 90), Target("json@1", 10))))
     store.put_alias(Alias("old", (Target("json", 1),)))
+    store.put_alias(Alias("org/sql", (Target("sql", 1),)))
     store.set_origin("gone", "a folder")
     store.delete("gone")
     store.remove_alias("old")
@@ -118,7 +119,7 @@ def test_a_catalogue_that_is_lost_or_damaged_is_set_aside_and_made_anew(data_dir
     assert everything(store) == before
     assert len(store.notes) == 2
     assert "it is made anew from what the files of the adapters say" in store.notes[0]
-    assert "3 names and 1 aliases" not in store.notes[1]  # the deleted ones are known too
+    assert "4 names and 2 aliases" in store.notes[1]  # the deleted ones are known too
     assert (store.quarantined, list((data_dir / "staging").iterdir())) == ([], [])
     aside = data_dir / "quarantine" / "catalogue" / CATALOGUE
     assert (aside.read_bytes() if left is not None else None) == left

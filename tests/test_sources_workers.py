@@ -3,11 +3,13 @@
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from functools import partial
 
 import pytest
 
 from swaplora_adapters.errors import SourceFailedError
+from swaplora_adapters.interest import AbandonedError, Interest
 from swaplora_adapters.registry.sources.workers import Workers
 
 GUARD_SECONDS = 60
@@ -55,6 +57,64 @@ def test_only_so_many_run_at_once_and_the_rest_wait_in_order(workers: Workers, g
     gate.set()
     assert all(job.result(GUARD_SECONDS) for job in jobs)
     assert sorted(begun) == list(range(6))
+
+
+def begin(workers: Workers, gate: threading.Event, interest: Interest | None = None) -> Future[bool]:
+    """A job that has begun, and lasts until the gate is open."""
+    begun = threading.Event()
+
+    def job() -> bool:
+        begun.set()
+        return gate.wait(GUARD_SECONDS)
+
+    future = workers.submit(job, interest=interest)
+    assert begun.wait(GUARD_SECONDS)
+    return future
+
+
+def begin_two(workers: Workers, gate: threading.Event) -> None:
+    """Keep both threads busy until the gate is open."""
+    for _ in range(2):
+        begin(workers, gate)
+
+
+def test_a_job_that_nobody_waits_for_is_not_begun(workers: Workers, gate: threading.Event) -> None:
+    begin_two(workers, gate)
+    begun: list[str] = []
+    interests = {name: Interest() for name in ("left", "shared", "kept")}
+    jobs = {name: workers.submit(partial(begun.append, name), interest=i) for name, i in interests.items()}
+    assert interests["shared"].join()
+    for name in ("left", "shared"):
+        interests[name].leave()
+    with pytest.raises(AbandonedError):
+        jobs["left"].result(GUARD_SECONDS)
+    assert not interests["left"].join()  # what is given up is begun anew
+    assert workers.num_jobs == 4
+    gate.set()
+    assert [jobs[name].result(GUARD_SECONDS) for name in ("shared", "kept")] == [None, None]
+    assert begun == ["shared", "kept"]
+    with pytest.raises(AbandonedError):
+        workers.submit(partial(begun.append, "late"), interest=interests["left"]).result(GUARD_SECONDS)
+
+
+def test_who_leaves_a_job_that_runs_leaves_it_running(workers: Workers, gate: threading.Event) -> None:
+    interest = Interest()
+    job = begin(workers, gate, interest)
+    interest.leave()
+    gate.set()
+    assert job.result(GUARD_SECONDS)
+
+
+def test_owners_take_turns(gate: threading.Event) -> None:
+    workers, done = Workers(1, "test-turns"), list[str]()
+    begin(workers, gate)
+    jobs = [workers.submit(partial(done.append, job), owner=job[0]) for job in ("a1", "a2", "a3", "b1", "c1", "b2")]
+    assert [workers.num_waiting_of(owner) for owner in "abcd"] == [3, 2, 1, 0]
+    gate.set()
+    for job in jobs:
+        job.result(GUARD_SECONDS)
+    assert done == ["a1", "b1", "c1", "a2", "b2", "a3"]
+    workers.stop()
 
 
 def test_a_stop_answers_all_who_wait_and_joins_no_longer_than_told(workers: Workers, gate: threading.Event) -> None:

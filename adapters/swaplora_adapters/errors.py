@@ -79,6 +79,12 @@ class SourceFailedError(AdapterError):
     code = "source_failed"
 
 
+class OverloadedError(AdapterError):
+    """More is asked for at once than is good; trying again in a moment helps."""
+
+    code = "overloaded"
+
+
 class PreconditionFailedError(AdapterError):
     """If-Match or If-None-Match does not hold for the name as it is now."""
 

@@ -15,6 +15,7 @@ from swaplora_adapters.artifact.staging import FILE_NAMES, Staging
 from swaplora_adapters.derive.compose import Recipe
 from swaplora_adapters.derive.foreign import read_foreign
 from swaplora_adapters.derive.process import DerivationProcess
+from swaplora_adapters.interest import Interest
 
 DEFAULT_ENERGY = 0.99  # of a conversion: at most a tenth of the delta's norm is lost
 _CHUNK_BYTES = 1 << 20
@@ -30,14 +31,19 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Maker:
-    """Makes adapters for one base. Each method writes the two files and returns the version's provenance, JSON."""
+    """Makes adapters for one base. Each method writes the two files and returns the version's provenance, JSON.
+
+    AbandonedError when interest is lost, so that nothing is published.
+    """
 
     process: DerivationProcess
     shapes: Mapping[str, LinearShape]
     base_model: str
     max_bytes: int  # of a weights file
 
-    def compose(self, sources: Sequence[Source], recipe: Recipe, staging: Staging, *, materialise: bool) -> str:
+    def compose(
+        self, sources: Sequence[Source], recipe: Recipe, interest: Interest, staging: Staging, *, materialise: bool
+    ) -> str:
         """Combine `sources`. One adapter as it is stays what it is, byte for byte. Raises like `compose.compose`.
 
         `materialise`: have it served merged into weights of its own.
@@ -48,7 +54,8 @@ class Maker:
         else:
             folders = [str(source.folder) for source in sources]
             scales = [source.scale for source in sources]
-            made = self._run("compose", folders=folders, scales=scales, recipe=recipe.told(), out=str(staging.path))
+            arguments = {"folders": folders, "scales": scales, "recipe": recipe.told(), "out": str(staging.path)}
+            made = self._run("compose", arguments, interest)
         listed = [
             {"name": s.record.name, "version": s.record.version, "digest": s.record.digest, "scale": s.scale}
             for s in sources
@@ -56,17 +63,18 @@ class Maker:
         if materialise:
             _mark_materialised(staging)
             made = {**made, "materialise": True}
+        interest.check()
         return json.dumps({"kind": "composed", "from": listed, **recipe.told(), **made})
 
-    def convert(self, energy: float, staging: Staging) -> str:
+    def convert(self, energy: float, interest: Interest, staging: Staging) -> str:
         """Make the staged adapter of another kind into LoRA. What is wrong at a glance starts no process."""
         read_foreign(staging.config_path, staging.weights_path, self.shapes)
-        made = self._run("convert", folder=str(staging.path), energy=energy)
+        made = self._run("convert", {"folder": str(staging.path), "energy": energy}, interest)
         return json.dumps({"kind": "converted", "energy": energy, **made})
 
-    def _run(self, job: str, **arguments: Any) -> Any:
+    def _run(self, job: str, arguments: Mapping[str, Any], interest: Interest) -> Any:
         about = {"shapes": self.shapes, "base_model": self.base_model, "max_bytes": self.max_bytes}
-        return self.process.run(job, {**arguments, **about})
+        return self.process.run(job, {**arguments, **about}, interest)
 
 
 def _mark_materialised(staging: Staging) -> None:

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from swaplora_adapters.errors import (
@@ -19,6 +20,7 @@ from swaplora_adapters.errors import (
     StorageFullError,
     UnsupportedAdapterError,
 )
+from swaplora_adapters.interest import Interest
 
 MEMORY_BYTES = 4 << 30  # beyond what Python and torch take by themselves
 CPU_SECONDS = 1800
@@ -31,25 +33,24 @@ class DerivationProcess:
     """Runs the jobs of `derive.worker`, one at a time whoever asks. Thread-safe."""
 
     def __init__(self) -> None:
-        self._turn = threading.Lock()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._is_taken = False
         self._running: subprocess.Popen[bytes] | None = None
         self._is_stopped = False
 
-    def run(self, job: str, arguments: Mapping[str, Any]) -> Any:
+    def run(self, job: str, arguments: Mapping[str, Any], interest: Interest | None = None) -> Any:
         """What the job answers, as JSON has it.
 
-        Raises the job's AdapterError, and DerivationFailedError when it passes its bounds or `stop` ends it.
+        Raises the job's AdapterError, DerivationFailedError when it passes its bounds or `stop` ends it, and
+        AbandonedError when `interest` is lost, which ends it too.
         """
-        request = json.dumps({"job": job, "arguments": arguments}).encode()
-        with self._turn:
-            process = self._start()
-            try:
-                answer, _ = process.communicate(request)
-            finally:
-                process.kill()
-                self._running = None
-        return read_answer(process.returncode, answer)
+        request, interest = json.dumps({"job": job, "arguments": arguments}).encode() + b"\n", interest or Interest()
+        with self._turn(interest), self._started() as process:
+            interest.when_lost(process.kill)
+            answer = _exchange(process, request)
+            status = process.wait()
+        interest.check()
+        return read_answer(status, answer)
 
     @property
     def is_running(self) -> bool:
@@ -57,22 +58,61 @@ class DerivationProcess:
 
     def stop(self) -> None:
         """End the job that runs, and begin no other."""
-        with self._lock:
+        with self._changed:
             self._is_stopped = True
+            self._changed.notify_all()
             if self._running is not None:
                 self._running.kill()
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    @contextmanager
+    def _turn(self, interest: Interest) -> Iterator[None]:
+        """Wait until no other job runs, or nobody waits for this one any more."""
+        interest.when_lost(self._look_again)
+        with self._changed:
+            self._changed.wait_for(lambda: interest.is_lost or self._is_stopped or not self._is_taken)
+            interest.check()
+            if self._is_stopped:
+                raise DerivationFailedError("the server is stopping")
+            self._is_taken = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_taken = False
+                self._changed.notify_all()
+
+    def _look_again(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    @contextmanager
+    def _started(self) -> Iterator["subprocess.Popen[bytes]"]:
         """Its own modules are those that this process has found; nothing of the current folder is imported."""
         command = [sys.executable, "-P", "-m", "swaplora_adapters.derive.worker"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-        with self._lock:
+        with self._changed:
             if self._is_stopped:
                 raise DerivationFailedError("the server is stopping")
-            self._running = subprocess.Popen(
+            process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
             )
-            return self._running
+            self._running = process
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.communicate()  # closes the pipes, and waits for its end
+            self._running = None
+
+
+def _exchange(process: "subprocess.Popen[bytes]", request: bytes) -> bytes:
+    """The answer to `request`. The way to the worker stays open: that it closes tells it that this process is gone."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with suppress(BrokenPipeError):  # it has ended: its status says how
+        process.stdin.write(request)
+        process.stdin.flush()
+    return process.stdout.read()
 
 
 def bound_this_process(memory_bytes: int = MEMORY_BYTES, cpu_seconds: int = CPU_SECONDS) -> None:

@@ -1,10 +1,13 @@
 """The process that `derive.process` starts: reads one job on stdin, does it, answers on stdout. JSON both ways.
 
+It ends with the process that started it, however that ends: stdin is closed then, and not before.
 An error that is nobody's fault ends it with a traceback on stderr, which goes to the server's log.
 """
 
 import json
+import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,12 +33,18 @@ def main() -> None:
     """One job."""
     torch.set_num_threads(1)  # and so the same result each time
     bound_this_process()
-    request = json.load(sys.stdin)
+    request = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
         answer = {"result": _JOBS[request["job"]](**request["arguments"])}
     except AdapterError as error:
         answer = answer_of(error)
     json.dump(answer, sys.stdout)
+
+
+def _end_with_stdin() -> None:
+    os.read(sys.stdin.fileno(), 1)  # nothing ever comes
+    os._exit(1)
 
 
 def _compose(

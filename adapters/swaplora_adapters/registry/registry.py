@@ -22,6 +22,7 @@ from swaplora_adapters.artifact.staging import Staging
 from swaplora_adapters.artifact.store import Store
 from swaplora_adapters.artifact.weights import load_weights
 from swaplora_adapters.errors import AdapterError, PreconditionFailedError, StorageFailedError, StorageFullError
+from swaplora_adapters.interest import Interest
 from swaplora_adapters.registry.card import Card, Failure, Put
 from swaplora_adapters.registry.holds import Holds
 from swaplora_adapters.registry.index import NamedVersions
@@ -134,16 +135,18 @@ class Registry:
         if_seen: Seen | None = None,
         is_operators: bool = False,
         make: Make | None = None,
+        interest: Interest | None = None,
     ) -> Put:
         """Fetch an adapter from a source that the operator enabled, or wrote (`is_operators`), and `put` it.
 
-        Raises SourceNotAllowedError, SourceNotFoundError and SourceFailedError as well.
+        Raises SourceNotAllowedError, SourceNotFoundError and SourceFailedError as well, and AbandonedError when
+        `interest` is lost before all of it has come.
         """
         self._names.check_adapter_name(name)
         if if_none_match and name in self._names.index:
             raise PreconditionFailedError(f"adapter {name} exists already")
         with self._store.stage() as staging, self._told_on_the_card(name):
-            pinned_uri = self._sources.fetch(uri, staging, is_operators=is_operators)
+            pinned_uri = self._sources.fetch(uri, staging, is_operators=is_operators, interest=interest)
             return self._put(name, staging, pinned_uri, if_match, if_none_match, if_seen, make)
 
     def put_folder(self, name: str, folder: Path) -> None:

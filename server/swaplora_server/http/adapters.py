@@ -10,12 +10,13 @@ from starlette.responses import JSONResponse
 
 from swaplora_adapters.derive.making import DEFAULT_ENERGY
 from swaplora_adapters.registry.card import Put
-from swaplora_adapters.registry.registry import Make
+from swaplora_server.http.arrivals import MakeWhileWanted
 from swaplora_server.http.body import ClosedModel, body_schema, is_json, json_body, read_json
 from swaplora_server.http.cards import card_body
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.query import refuse_unknown_parameters
 from swaplora_server.http.service import Service
+from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.upload import receive_files
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
@@ -62,7 +63,8 @@ async def put_adapter(
     """Create an adapter or a new version of it: 201 for the first, 200 after. When this answers, it is durable.
 
     With `convert` one of another kind than LoRA is made into LoRA: each module keeps the smallest rank that holds
-    `convert_energy` of the squared singular values of its delta, by default 0.99.
+    `convert_energy` of the squared singular values of its delta, by default 0.99. A client that goes takes a fetch or a
+    conversion with it, and nothing is published; files that have been received whole are published all the same.
     """
     service: Service = request.app.state.service
     service.check_serving()
@@ -84,21 +86,27 @@ class _Conditions(NamedTuple):
     if_none_match: bool
 
 
-async def _receive(request: Request, service: Service, name: str, conditions: _Conditions, make: Make | None) -> Put:
+async def _receive(
+    request: Request, service: Service, name: str, conditions: _Conditions, make: MakeWhileWanted | None
+) -> Put:
     """Take the two files out of the body."""
     registry = service.registry
     with registry.stage() as staging:
         await receive_files(request, staging, service.settings.max_adapter_bytes, service.upload_threads)
-        put = partial(registry.put, name, staging, source="upload", **conditions._asdict(), make=make)
-        if make is not None:
-            return await service.workshop.do(put)
-        return await asyncio.get_running_loop().run_in_executor(service.upload_threads, put)
+        put = partial(registry.put, name, staging, source="upload", **conditions._asdict())
+        if make is None:
+            return await asyncio.get_running_loop().run_in_executor(service.upload_threads, put)
+        making = service.workshop.make(lambda interest: put(make=partial(make, interest)))
+        return await until_disconnect(request.receive, making)
 
 
-async def _fetch(request: Request, service: Service, name: str, conditions: _Conditions, make: Make | None) -> Put:
+async def _fetch(
+    request: Request, service: Service, name: str, conditions: _Conditions, make: MakeWhileWanted | None
+) -> Put:
     """Get them from the source that the body names."""
     body = await read_json(request, SourceBody)
-    return await service.arrivals.fetch(name, body.source, **conditions._asdict(), make=make)
+    fetch = service.arrivals.fetch(name, body.source, **conditions._asdict(), make=make)
+    return await until_disconnect(request.receive, fetch)
 
 
 @router.get("/v1/adapters")
@@ -144,7 +152,7 @@ async def warm_adapter(request: Request, name: str) -> dict[str, Any]:
     """Load it, or one version as `name@2`, into memory now; answers when it is there, or why it cannot be."""
     service: Service = request.app.state.service
     service.check_serving()
-    warmed = await service.warm(name)
+    warmed = await until_disconnect(request.receive, service.warm(name))
     return card_body(service, service.registry.card(warmed.name))
 
 

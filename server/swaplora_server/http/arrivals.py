@@ -6,25 +6,30 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from swaplora_adapters.artifact.staging import Staging
 from swaplora_adapters.errors import (
     AdapterFailedError,
     InvalidAdapterError,
     InvalidAdapterNameError,
     PreconditionFailedError,
 )
+from swaplora_adapters.interest import Interest
 from swaplora_adapters.registry.card import Put
 from swaplora_adapters.registry.folder import AdapterFolder
 from swaplora_adapters.registry.index import parse_reference
 from swaplora_adapters.registry.names import Seen
-from swaplora_adapters.registry.registry import Make, Registry
+from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.registry.sources.resolver import Resolver
 from swaplora_adapters.registry.sources.workers import Workers
 from swaplora_server.http.errors import ApiError
+from swaplora_server.http.peer import peer
 from swaplora_server.http.shared import result_of
 
 NUM_FETCHERS = 4
 MAX_FETCHES = 16  # waiting and running
 _JOIN_SECONDS = 3.0
+# As the registry's Make, for as long as there is interest.
+MakeWhileWanted = Callable[[Interest, Staging], str]
 _NEVER_USED = Seen(was_used=False, current=None)
 
 
@@ -72,36 +77,58 @@ class Arrivals:
         *,
         if_match: str | None = None,
         if_none_match: bool = False,
-        make: Make | None = None,
+        make: MakeWhileWanted | None = None,
     ) -> Put:
-        """See `Registry.put_source`. Raises ApiError when more would wait than is good."""
+        """See `Registry.put_source`; whoever is cancelled takes the fetch with it.
+
+        Raises ApiError when more would wait than is good.
+        """
         if self._fetchers.num_jobs >= MAX_FETCHES:
             raise ApiError("overloaded", f"{MAX_FETCHES} adapters are being fetched; try again in a moment")
-        put = partial(self._registry.put_source, name, uri, if_match=if_match, if_none_match=if_none_match, make=make)
-        return await result_of(self._fetchers.submit(put))
+        interest = Interest()
+        put = partial(
+            self._registry.put_source,
+            name,
+            uri,
+            if_match=if_match,
+            if_none_match=if_none_match,
+            make=None if make is None else partial(make, interest),
+            interest=interest,
+        )
+        fetch = self._fetchers.submit(put, interest=interest)
+        try:
+            return await result_of(fetch)
+        finally:
+            interest.leave()
 
     async def bring(self, reference: str) -> bool:
         """Whether the adapter that `reference` names, and that was not here, is now.
 
+        Looking takes turns between clients, and ends with the last who waits.
+
         Raises AdapterFailedError for one that was found and does not fit, SourceFailedError for a source that cannot be
-        asked, AdapterNotFoundError for what no adapter can be called.
+        asked, OverloadedError, and AdapterNotFoundError for what no adapter can be called.
         """
         name = parse_reference(reference).name
         names = self._registry.names
         if not names.was_used(name):
             try:
                 names.check_adapter_name(name)
-                await result_of(self._resolver.find(name))
+                look = self._resolver.find(name, peer.get())
+                try:
+                    await result_of(look.future)
+                finally:
+                    look.interest.leave()
             except InvalidAdapterNameError:
                 return False
             except InvalidAdapterError as error:
                 raise AdapterFailedError(f"{name} was found, and cannot be used: {error}") from error
         return name in names.index
 
-    def _take_in(self, name: str, uri: str) -> None:
+    def _take_in(self, name: str, uri: str, interest: Interest) -> None:
         """For a look: whoever used the name since it began has it, and what was found is let go."""
         with suppress(PreconditionFailedError):
             if self._folder is not None and uri.startswith("file:"):
                 self._folder.take_in(name, _NEVER_USED)
             else:
-                self._registry.put_source(name, uri, if_seen=_NEVER_USED, is_operators=True)
+                self._registry.put_source(name, uri, if_seen=_NEVER_USED, is_operators=True, interest=interest)

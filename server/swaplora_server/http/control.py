@@ -25,6 +25,7 @@ from swaplora_server.http.body import ClosedModel, WireModel, body_schema, read_
 from swaplora_server.http.errors import ApiError, on_api_error
 from swaplora_server.http.refusals import refuse_unsupported
 from swaplora_server.http.service import Service
+from swaplora_server.http.sse import until_disconnect
 
 _TYPES = {404: "NotFoundError"}
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -77,7 +78,7 @@ async def load_lora_adapter(request: Request) -> Response:
     """Take in an adapter from below the adapter folder, or from an enabled source."""
     body = await read_json(request, LoadBody)
     refuse_unsupported(body)
-    await _load(_service(request), body.lora_name, body.lora_path, replace=body.load_inplace)
+    await _load(request, body.lora_name, body.lora_path, replace=body.load_inplace)
     return _added(body.lora_name)
 
 
@@ -93,8 +94,7 @@ async def unload_lora_adapter(request: Request) -> Response:
 async def register_adapter(request: Request) -> Response:
     """Take in an adapter, keep it in memory if asked to, and load it now unless told not to: all of it or nothing."""
     body = await read_json(request, RegisterBody)
-    service = _service(request)
-    await _load(service, body.name, body.src, replace=False, is_pinned=body.pin, is_warm=body.preload)
+    await _load(request, body.name, body.src, replace=False, is_pinned=body.pin, is_warm=body.preload)
     return _added(body.name)
 
 
@@ -111,13 +111,18 @@ def _service(request: Request) -> Service:
 
 
 async def _load(
-    service: Service, name: str, path: str, *, replace: bool, is_pinned: bool = False, is_warm: bool = False
+    request: Request, name: str, path: str, *, replace: bool, is_pinned: bool = False, is_warm: bool = False
 ) -> None:
-    """Take it in, and what else is asked for: all of it or nothing. A name with slashes becomes an alias for it."""
+    """Take it in, and what else is asked for: all of it or nothing. A name with slashes becomes an alias for it.
+
+    A fetch ends with its client; what comes after it does not.
+    """
+    service = _service(request)
     stored, is_known = name, False
     if "/" in name:
         stored, is_known = _stored_name(service, name), service.registry.names.index.is_alias(name)
-    put = await _fetch(service, name, stored, path, replace=replace and (is_known or stored == name))
+    fetch = _fetch(service, name, stored, path, replace=replace and (is_known or stored == name))
+    put = await until_disconnect(request.receive, fetch)
     try:
         if is_pinned:
             await asyncio.to_thread(service.registry.change, stored, is_pinned=True)

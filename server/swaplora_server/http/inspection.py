@@ -15,7 +15,8 @@ from swaplora_adapters.registry.lease import Lease
 from swaplora_server.http.query import refuse_unknown_parameters
 from swaplora_server.http.service import Service
 from swaplora_server.http.shared import result_of
-from swaplora_server.http.workshop import Workshop
+from swaplora_server.http.sse import until_disconnect
+from swaplora_server.http.workshop import Count, Counts, Workshop
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 
@@ -31,16 +32,20 @@ async def inspect_adapter(
 
     `relative_norm` is that of B A over that of the base's weight. With `against` each module says how much it points
     the way of another adapter's. With `intruders`, how many of its ten largest directions the base did not have: that
-    takes long. Loads the adapter, or one version as `name@2`, if it is not in memory.
+    takes long. Loads the adapter, or one version as `name@2`, if it is not in memory. Ends with its client.
     """
     service: Service = request.app.state.service
     service.check_serving()
+    return await until_disconnect(request.receive, _inspection(service, name, against, intruders=intruders))
+
+
+async def _inspection(service: Service, name: str, against: str | None, *, intruders: bool) -> dict[str, Any]:
     async with _loaded(service, name, *([] if against is None else [against])) as [(record, weights), *others]:
         found = await service.inspections.do(1, partial(_inspect, weights, service.workshop))
         for other in others:
             found |= await _compare(service, weights, *other, found["modules"])
     if intruders:
-        counts = await service.workshop.do(partial(_count_intruders, service, record))
+        counts = await service.workshop.count_intruders(record.digest, partial(_in_a_folder, service, record))
         found["modules"] = [module | {"intruders": counts[module["module"]]} for module in found["modules"]]
     named = {"object": "adapter.inspection", "name": record.name, "version": record.version, "digest": record.digest}
     return named | found | {"warnings": [*record.warnings, *found["warnings"]]}
@@ -91,12 +96,9 @@ async def _compare(
     }
 
 
-def _count_intruders(service: Service, record: VersionRecord) -> dict[str, int | None]:
-    """In the workshop's thread."""
-    workshop = service.workshop
+def _in_a_folder(service: Service, record: VersionRecord, count: Count) -> Counts:
+    """What `count` makes of a version's files, which no delete reaches meanwhile. In the workshop's thread."""
     with service.registry.stage() as linked:
         folder = linked.path / "adapter"
         service.registry.names.link_files(f"{record.name}@{record.version}", folder)
-        arguments = {"folder": str(folder), "base": workshop.base_source, "shapes": workshop.shapes}
-        counts: dict[str, int | None] = workshop.process.run("count_intruders", arguments)
-        return counts
+        return count(str(folder))

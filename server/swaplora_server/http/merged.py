@@ -11,12 +11,14 @@ from starlette.responses import JSONResponse
 from swaplora_adapters.artifact.spec import MAX_RANK
 from swaplora_adapters.derive.compose import OPTIONAL, REQUIRED, Method, Recipe
 from swaplora_adapters.derive.making import Source
+from swaplora_adapters.interest import Interest
 from swaplora_adapters.registry.card import Put
 from swaplora_server.http.body import ClosedModel, body_schema, json_body
 from swaplora_server.http.cards import card_body
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.query import refuse_unknown_parameters
 from swaplora_server.http.service import Service
+from swaplora_server.http.sse import until_disconnect
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 MAX_INGREDIENTS = 16
@@ -54,14 +56,16 @@ async def compose_adapter(
 ) -> JSONResponse:
     """Make an adapter of others: 201 for a name's first version, 200 after. When this answers, it is durable.
 
-    The same request of the same versions gives the same bytes, and so no further version.
+    The same request of the same versions gives the same bytes, and so no further version. A client that goes before
+    it is made takes the work with it, and nothing is published.
     """
     service: Service = request.app.state.service
     service.check_serving()
     recipe = _recipe(body)
     service.registry.names.check_adapter_name(body.name)
     chosen = _chosen(service, body.ingredients)
-    put = await service.workshop.do(partial(_compose, service, body.name, chosen, recipe, body.materialise))
+    compose = partial(_compose, service, body.name, chosen, recipe, body.materialise)
+    put = await until_disconnect(request.receive, service.workshop.make(compose))
     return JSONResponse(card_body(service, put.card), 201 if put.is_first else 200)
 
 
@@ -90,7 +94,9 @@ def _chosen(service: Service, ingredients: Sequence[Ingredient]) -> dict[str, fl
     return chosen
 
 
-def _compose(service: Service, name: str, chosen: Mapping[str, float], recipe: Recipe, materialise: bool) -> Put:
+def _compose(
+    service: Service, name: str, chosen: Mapping[str, float], recipe: Recipe, materialise: bool, interest: Interest
+) -> Put:
     """In the workshop's thread."""
     registry = service.registry
     with registry.stage() as linked, registry.stage() as staging:
@@ -99,5 +105,5 @@ def _compose(service: Service, name: str, chosen: Mapping[str, float], recipe: R
             Source(registry.names.link_files(reference, folder), folder, chosen[reference])
             for reference, folder in folders.items()
         ]
-        make = partial(service.workshop.maker.compose, sources, recipe, materialise=materialise)
+        make = partial(service.workshop.maker.compose, sources, recipe, interest, materialise=materialise)
         return registry.put(name, staging, source="composed", make=make)

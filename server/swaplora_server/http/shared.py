@@ -2,6 +2,7 @@
 
 import asyncio
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,3 +13,9 @@ async def result_of(future: Future[T]) -> T:
     waited = asyncio.wrap_future(future)
     waited.add_done_callback(lambda done: done.cancelled() or done.exception())
     return await asyncio.shield(waited)
+
+
+async def ended(future: Future[T]) -> None:
+    """Return when it is done, whatever came of it."""
+    with suppress(Exception):
+        await result_of(future)

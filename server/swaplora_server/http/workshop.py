@@ -1,35 +1,48 @@
-"""Where adapters are made of others and measured against the base: one job at a time, beside what serves."""
+"""Where adapters are made of others and measured against the base, beside what serves, for as long as somebody waits.
+
+Each kind of work has its own queue: what is measured holds up nothing that is made.
+"""
 
 import time
 from collections.abc import Callable, Mapping
-from functools import cached_property
-from typing import TypeVar
+from concurrent.futures import Future
+from functools import cached_property, partial
+from typing import NamedTuple, TypeVar
 
 from swaplora_adapters.artifact.base_layers import LinearShape
 from swaplora_adapters.derive.base_files import BaseFiles
 from swaplora_adapters.derive.making import Maker
 from swaplora_adapters.derive.process import DerivationProcess
+from swaplora_adapters.interest import Interest
 from swaplora_adapters.registry.sources.workers import Workers
 from swaplora_server.config import Settings
 from swaplora_server.engine.chosen_base import source_of
 from swaplora_server.http.errors import ApiError
-from swaplora_server.http.shared import result_of
+from swaplora_server.http.shared import ended, result_of
 
-MAX_JOBS = 8  # waiting and running
+MAX_JOBS = 8  # of a kind, waiting and running
 _JOIN_SECONDS = 3.0
 T = TypeVar("T")
+Counts = dict[str, int | None]  # by module
+Count = Callable[[str], Counts]
+
+
+class _Shared(NamedTuple):
+    future: Future[Counts]
+    interest: Interest
 
 
 class Workshop:
-    """One thread that waits for one process. `stop` ends both."""
+    """Belongs to the event loop. `stop`, which any thread may call, ends all of it."""
 
     def __init__(self, settings: Settings, shapes: Mapping[str, LinearShape]) -> None:
         """`shapes` are the base's linears that adapters may target."""
-        self.process = DerivationProcess()
+        self._making, self._counting = DerivationProcess(), DerivationProcess()
         self.shapes = shapes
-        self.maker = Maker(self.process, shapes, settings.base_id, settings.max_adapter_bytes)
+        self.maker = Maker(self._making, shapes, settings.base_id, settings.max_adapter_bytes)
         self._settings = settings
-        self._thread = Workers(1, "derive")
+        self._makers, self._counters = Workers(1, "derive-make"), Workers(1, "derive-count")
+        self._shared: dict[str, _Shared] = {}
 
     @property
     def base_source(self) -> str:
@@ -41,14 +54,59 @@ class Workshop:
         """The base's own weights."""
         return BaseFiles(self.base_source)
 
-    async def do(self, job: Callable[[], T]) -> T:
-        """What `job` returns, once its turn has come. Raises ApiError when more would wait than is good."""
-        if self._thread.num_jobs >= MAX_JOBS:
-            raise ApiError("overloaded", f"{MAX_JOBS} adapters are being made or measured; try again in a moment")
-        return await result_of(self._thread.submit(job))
+    @property
+    def num_counts(self) -> int:
+        """Counts of intruders that wait or run."""
+        return self._counters.num_jobs
+
+    async def make(self, job: Callable[[Interest], T]) -> T:
+        """What `job` returns, once its turn has come. Whoever is cancelled waits until no more of it runs.
+
+        Raises ApiError when more would wait than is good.
+        """
+        interest = Interest()
+        future = _submit(self._makers, partial(job, interest), interest)
+        try:
+            return await result_of(future)
+        finally:
+            interest.leave()
+            await ended(future)
+
+    async def count_intruders(self, digest: str, in_a_folder: Callable[[Count], Counts]) -> Counts:
+        """By module: `in_a_folder` calls what it is given with a folder that holds the adapter, and returns the same.
+
+        All who ask about one digest share one run. Raises ApiError when more would wait than is good.
+        """
+        shared = self._shared.get(digest)
+        if shared is None or shared.future.done() or not shared.interest.join():
+            interest = Interest()
+            count = partial(in_a_folder, partial(self._count, interest))
+            shared = self._shared[digest] = _Shared(_submit(self._counters, count, interest), interest)
+        try:
+            return await result_of(shared.future)
+        finally:
+            shared.interest.leave()
+            if shared.interest.is_lost and self._shared.get(digest) is shared:
+                del self._shared[digest]
 
     def stop(self) -> None:
-        """Fail all who wait, end the process, and wait a moment for what its job still does."""
-        self._thread.stop()
-        self.process.stop()
-        self._thread.join(time.monotonic() + _JOIN_SECONDS)
+        """Fail all who wait, end the processes, and wait a moment for what their jobs still do."""
+        all_workers = (self._makers, self._counters)
+        for workers in all_workers:
+            workers.stop()
+        for process in (self._making, self._counting):
+            process.stop()
+        until = time.monotonic() + _JOIN_SECONDS
+        for workers in all_workers:
+            workers.join(until)
+
+    def _count(self, interest: Interest, folder: str) -> Counts:
+        arguments = {"folder": folder, "base": self.base_source, "shapes": self.shapes}
+        counts: Counts = self._counting.run("count_intruders", arguments, interest)
+        return counts
+
+
+def _submit(workers: Workers, job: Callable[[], T], interest: Interest) -> Future[T]:
+    if workers.num_jobs >= MAX_JOBS:
+        raise ApiError("overloaded", f"{MAX_JOBS} others of this kind are waited for; try again in a moment")
+    return workers.submit(job, interest=interest)

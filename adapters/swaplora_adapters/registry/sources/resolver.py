@@ -1,36 +1,49 @@
 """Where a name is looked for that is not here yet: the adapter folder, then the operator's template.
 
-However many ask for a name, it is looked for once at a time.
+However many ask for a name, it is looked for once at a time, and only as long as one of them waits. Clients take turns,
+so that a name waits for those of the same client before it, and for one of each other's.
 """
 
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from functools import partial
+from typing import NamedTuple
 
 from swaplora_adapters.artifact.names import validate_name
 from swaplora_adapters.errors import (
     InvalidAdapterNameError,
-    SourceFailedError,
+    OverloadedError,
     SourceNotAllowedError,
     SourceNotFoundError,
 )
+from swaplora_adapters.interest import AbandonedError, Interest
 from swaplora_adapters.registry.sources.uri import FOLDER, PLACE, check_template, parse_uri
 from swaplora_adapters.registry.sources.workers import Workers
 
 NUM_WORKERS = 2  # for the folder, and as many for what is far away and may be slow
 MISS_SECONDS, FAILURE_SECONDS = 30.0, 5.0
 MAX_REMEMBERED = 10_000
-MAX_LOOKS = 1_000
+MAX_LOOKS, MAX_LOOKS_OF_ONE = 1_000, 100  # of all clients and of one
+
+# Fetches and publishes what a URI leads to under a name, as long as there is interest.
+Bring = Callable[[str, str, Interest], None]
+
+
+class Look(NamedTuple):
+    """Whether a name was found and brought here, and who waits for that: whoever does not any more leaves."""
+
+    future: Future[bool]
+    interest: Interest
 
 
 class Resolver:
     """Looks for names in the adapter folder, then where the operator's template says. Thread-safe."""
 
-    def __init__(self, bring: Callable[[str, str], None], *, has_folder: bool, template: str | None = None) -> None:
-        """`bring(name, uri)` fetches and publishes an adapter, and raises SourceNotFoundError for a miss.
+    def __init__(self, bring: Bring, *, has_folder: bool, template: str | None = None) -> None:
+        """`bring` raises SourceNotFoundError for a miss.
 
         Raises SourceNotAllowedError, with a message for the operator, for a template that is written wrongly.
         """
@@ -38,7 +51,7 @@ class Resolver:
         self._bring = bring
         self._has_folder = has_folder
         self._lock = threading.Lock()
-        self._looks: dict[str, Future[bool]] = {}
+        self._looks: dict[str, Look] = {}
         self._remembered: OrderedDict[str, tuple[float, Future[bool]]] = OrderedDict()  # until when; oldest first
         self._near = Workers(NUM_WORKERS, "adapter-look-near")
         self._far = Workers(NUM_WORKERS, "adapter-look-far")
@@ -54,23 +67,26 @@ class Resolver:
             uris.append(uri)
         return uris
 
-    def find(self, name: str) -> Future[bool]:
-        """Whether the adapter was found and brought here. It fails with the first error that is not a miss.
+    def find(self, name: str, client: Hashable = None) -> Look:
+        """Begin to look, or join those who wait already. It fails with the first error that is not a miss.
 
-        A miss is remembered for `MISS_SECONDS`, a failure for `FAILURE_SECONDS`. Callers share the future, so none of
-        them can cancel it.
+        A miss is remembered for `MISS_SECONDS`, a failure for `FAILURE_SECONDS`; not that there were too many looks,
+        which is OverloadedError. Askers share the future, so none of them can cancel it.
         """
         uris = self.candidates(name)
         if not uris:
-            return _done(False)
+            return Look(_done(False), Interest())
         with self._lock:
-            known = self._looks.get(name) or self._recall(name)
+            known = self._recall(name)
             if known is not None:
-                return known
-            look: Future[bool] = Future()
-            look.set_running_or_notify_cancel()
+                return Look(known, Interest())
+            look = self._looks.get(name)
+            if look is not None and look.interest.join():
+                return look
+            look = Look(Future(), Interest())
+            look.future.set_running_or_notify_cancel()
             self._looks[name] = look
-        self._ask(name, uris, look)
+        self._ask(name, uris, look, client)
         return look
 
     def stop(self) -> None:
@@ -91,38 +107,43 @@ class Resolver:
             return None
         return answer
 
-    def _ask(self, name: str, uris: Sequence[str], look: Future[bool]) -> None:
+    def _ask(self, name: str, uris: Sequence[str], look: Look, client: Hashable) -> None:
         """Look at the first of `uris`, and if that misses at the rest."""
         workers = self._near if uris[0].startswith(FOLDER) else self._far
-        is_full = workers.num_jobs >= MAX_LOOKS
-        job = _too_many() if is_full else workers.submit(partial(self._is_brought, name, uris[0]))
-        job.add_done_callback(partial(self._answered, name, uris[1:], look))
+        if workers.num_jobs >= MAX_LOOKS or workers.num_waiting_of(client) >= MAX_LOOKS_OF_ONE:
+            job = _too_many()
+        else:
+            is_brought = partial(self._is_brought, name, uris[0], look.interest)
+            job = workers.submit(is_brought, interest=look.interest, owner=client)
+        job.add_done_callback(partial(self._answered, name, uris[1:], look, client))
 
-    def _is_brought(self, name: str, uri: str) -> bool:
+    def _is_brought(self, name: str, uri: str, interest: Interest) -> bool:
         """A worker's job."""
         try:
-            self._bring(name, uri)
+            self._bring(name, uri, interest)
         except SourceNotFoundError:
             return False
         return True
 
-    def _answered(self, name: str, rest: Sequence[str], look: Future[bool], job: Future[bool]) -> None:
+    def _answered(self, name: str, rest: Sequence[str], look: Look, client: Hashable, job: Future[bool]) -> None:
         error = job.exception()
         if error is not None:
-            self._remember(name, look, FAILURE_SECONDS)
-            look.set_exception(error)
+            is_lasting = not isinstance(error, AbandonedError | OverloadedError)
+            self._remember(name, look, FAILURE_SECONDS if is_lasting else 0.0)
+            look.future.set_exception(error)
         elif rest and not job.result():
-            self._ask(name, rest, look)
+            self._ask(name, rest, look, client)
         else:
             self._remember(name, look, 0.0 if job.result() else MISS_SECONDS)
-            look.set_result(job.result())
+            look.future.set_result(job.result())
 
-    def _remember(self, name: str, look: Future[bool], seconds: float) -> None:
+    def _remember(self, name: str, look: Look, seconds: float) -> None:
         """The look has ended; what follows it within `seconds` gets the same answer."""
         with self._lock:
-            del self._looks[name]
+            if self._looks.get(name) is look:  # else it was abandoned, and another has begun
+                del self._looks[name]
             if seconds:
-                self._remembered[name] = (time.monotonic() + seconds, look)
+                self._remembered[name] = (time.monotonic() + seconds, look.future)
             while len(self._remembered) > MAX_REMEMBERED:
                 self._remembered.popitem(last=False)
 
@@ -143,5 +164,5 @@ def _done(is_found: bool) -> Future[bool]:
 
 def _too_many() -> Future[bool]:
     future: Future[bool] = Future()
-    future.set_exception(SourceFailedError(f"{MAX_LOOKS} other adapters are being looked for; try again later"))
+    future.set_exception(OverloadedError("too many other adapters are being looked for; try again in a moment"))
     return future

@@ -8,6 +8,7 @@ from typing import TypeVar
 from swaplora_adapters.artifact.names import WEIGHTS_FILE
 from swaplora_adapters.artifact.staging import FILE_NAMES, Part, Staging
 from swaplora_adapters.errors import AdapterTooLargeError, SourceFailedError, SourceNotFoundError
+from swaplora_adapters.interest import Interest
 
 CHUNK_BYTES = 1 << 20
 CONNECT_SECONDS, READ_SECONDS = 10.0, 30.0
@@ -23,14 +24,16 @@ class PassingError(Exception):
 
 
 class Deadline:
-    """When a fetch has to have ended: `FETCH_SECONDS` after it began, or when the server stops."""
+    """When a fetch has to have ended: `FETCH_SECONDS` after it began, when the server stops, or nobody waits for it."""
 
-    def __init__(self, is_stopping: threading.Event) -> None:
+    def __init__(self, is_stopping: threading.Event, interest: Interest) -> None:
         self._is_stopping = is_stopping
+        self._interest = interest
         self._end = time.monotonic() + FETCH_SECONDS
 
     def check(self, step: object) -> None:
-        """Raise SourceFailedError if that is now."""
+        """Raise SourceFailedError if that is now, AbandonedError if nobody is left to hear of it."""
+        self._interest.check()
         if self._is_stopping.is_set():
             raise SourceFailedError(f"{step}: {STOPPING}")
         if time.monotonic() > self._end:
