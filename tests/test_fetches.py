@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -140,7 +141,7 @@ def test_a_failing_disk_is_asked_again_and_what_is_wrong_with_the_files_is_not(
 ) -> None:
     fetched: list[str] = []
 
-    def failing(_sources: Sources, uri: str, _staging: Staging, *, is_operators: bool = False) -> str:
+    def failing(_sources: Sources, uri: str, _staging: Staging, **_options: Any) -> str:
         fetched.append(uri)
         raise StorageFailedError("the disk that holds the adapters failed")
 
@@ -228,7 +229,7 @@ def test_a_base_that_is_called_as_an_adapter_leaves_nothing_open(
 def test_the_log_names_the_adapter_and_no_path(
     looking: Running, base: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(_sources: Sources, _uri: str, _staging: Staging, *, is_operators: bool = False) -> str:
+    def failing(_sources: Sources, _uri: str, _staging: Staging, **_options: Any) -> str:
         raise PermissionError(13, "Permission denied", "/srv/secret/file")
 
     monkeypatch.setattr(Sources, "fetch", failing)
