@@ -158,8 +158,9 @@ def test_so_many_requests_may_wait_for_the_answers_before_them(server: Running) 
     assert tell(server, HEALTH * 5000).count(b"HTTP/1.1 200") < 5000
 
 
+@pytest.mark.parametrize("comes_together", [True, False])
 def test_a_client_that_goes_is_noticed_behind_a_pipelined_request(
-    server: Running, monkeypatch: pytest.MonkeyPatch
+    server: Running, comes_together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps, run = [], Runner.run
 
@@ -170,9 +171,11 @@ def test_a_client_that_goes_is_noticed_behind_a_pipelined_request(
     monkeypatch.setattr(Runner, "run", noting)
     long: dict[str, Any] = WANTED | {"max_tokens": 480, "n": 4, "ignore_eos": True}
     with connected(server.url) as connection:
-        connection.sendall(request(ASK, long) + HEALTH)
+        connection.sendall(request(ASK, long) + (HEALTH if comes_together else b""))
         while server.service.engine.num_running < 4:
             pass
+        if not comes_together:
+            connection.sendall(HEALTH)
     server.wait_idle()
     assert len(steps) < 480
 

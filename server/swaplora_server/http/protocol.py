@@ -121,7 +121,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._num_unseen_bytes = 0
         self._is_head_due = True
         if self._is_answered:
             self._connections.await_head(self)
