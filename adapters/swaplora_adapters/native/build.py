@@ -12,6 +12,8 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+_LANES = "SWAPLORA_KERNEL_LANES"  # for tests, which run either width on any processor
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class NoCompilerError(RuntimeError):
@@ -24,7 +26,7 @@ def load(source: Path, cache_dir: Path, report: Callable[[str], None]) -> ctypes
     OpenMP's runtime is the one that torch has loaded already, so that its threads are torch's own.
     """
     library = cache_dir / f"{source.stem}-{_fingerprint(source)}.so"
-    if not library.exists():
+    if not _is_whole(library):
         report(f"compiling {source.name}")
         _compile(source, library)
     return ctypes.CDLL(str(library))
@@ -42,8 +44,9 @@ def _compile(source: Path, library: Path) -> None:
     descriptor, unfinished = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(descriptor)
     try:
-        command = [_compiler(), *_FLAGS, f"-I{_HERE}", "-o", unfinished, str(source)]
+        command = [_compiler(), *_flags(), f"-I{_HERE}", "-o", unfinished, str(source)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        _seal(Path(unfinished))
         os.replace(unfinished, library)
     except (subprocess.SubprocessError, OSError) as error:
         detail = getattr(error, "stderr", None) or str(error)
@@ -52,11 +55,36 @@ def _compile(source: Path, library: Path) -> None:
         Path(unfinished).unlink(missing_ok=True)
 
 
+def _seal(library: Path) -> None:
+    """Append the digest of what is there, which no loader reads."""
+    digest = hashlib.sha256(library.read_bytes()).digest()
+    with library.open("ab") as file:
+        file.write(digest)
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether it is there as it was sealed: one that was cut would end the process that loads it."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
+
+
+def _flags() -> tuple[str, ...]:
+    return (*_FLAGS, f"-DLANES={lanes()}")
+
+
+def lanes() -> int:
+    """How many floats the kernels work on at a time."""
+    return int(os.environ.get(_LANES, 16 if "avx512f" in _processor().split() else 8))
+
+
 def _fingerprint(source: Path) -> str:
     """Changes with the code, the headers it may include, the flags, and the processor that it is compiled for."""
     headers = sorted({*_HERE.glob("*.h"), *source.parent.glob("*.h")})
     code = [path.read_bytes() for path in (source, *headers)]
-    parts = [*code, " ".join(_FLAGS).encode(), _processor().encode()]
+    parts = [*code, " ".join(_flags()).encode(), _processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

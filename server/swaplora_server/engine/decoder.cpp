@@ -76,7 +76,7 @@ void each_row(const Step& s, int64_t start, int64_t stop, int64_t width, Work wo
 
 // to = from / rms(from) * weight; `to` may be `from`
 void norm_row(const float* from, const float* weight, int64_t width, double eps, float* to) {
-    f32x8 squares = {};
+    floats squares = {};
     const int64_t whole = width - width % LANES;
     for (int64_t i = 0; i < whole; i += LANES) squares = mul_add(load(from + i), load(from + i), squares);
     float total = sum(squares);
@@ -95,9 +95,9 @@ void rotate_row(float* head, const float* cos, const float* sin, int64_t head_di
     }
 }
 
-f32x8 silu(f32x8 x) {
-    const f32x8 zero = {}, one = zero + 1.0f;
-    const f32x8 e = exp_negative(x < zero ? x : -x);  // of -|x|, which cannot overflow
+floats silu(floats x) {
+    const floats zero = {}, one = zero + 1.0f;
+    const floats e = exp_negative(x < zero ? x : -x);  // of -|x|, which cannot overflow
     return x * (x < zero ? e : one) / (one + e);
 }
 

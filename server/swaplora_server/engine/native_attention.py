@@ -14,8 +14,6 @@ from swaplora_server.engine.attention import LayerAttention, Run
 from swaplora_server.engine.torch_attention import TorchKV, TorchStep
 
 _SOURCE = Path(__file__).with_name("paged_attention.cpp")
-LANES = 8  # head sizes are read this many numbers at a time
-_SLACK = 2 * LANES  # numbers that the last read of a small block may go beyond its end
 _CPU = torch.device("cpu")
 
 
@@ -48,6 +46,7 @@ class _Run(ctypes.Structure):
 def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
     """The compiled kernel. Raises NoCompilerError."""
     library = build.load(_SOURCE, cache_dir, report)
+    library.lanes.argtypes, library.lanes.restype = [], ctypes.c_int64
     for kernel in (library.paged_attention_f32, library.paged_attention_bf16):
         kernel.restype = None
         kernel.argtypes = [
@@ -65,6 +64,7 @@ class NativeKV:
 
     def __init__(self, library: ctypes.CDLL, num_blocks: int, block_size: int) -> None:
         self._kernels = {torch.float32: library.paged_attention_f32, torch.bfloat16: library.paged_attention_bf16}
+        self._slack = 2 * library.lanes()  # numbers that the last read of a small block or head may go beyond its end
         self._num_blocks = num_blocks
         self._block_size = block_size
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -81,16 +81,15 @@ class NativeKV:
         return NativeStep(self, runs)
 
     def has_code_for(self, query: Tensor, value: Tensor) -> bool:
-        """The kernel reads heads of whole lanes, keys and values of one size."""
-        head_dim = query.shape[-1]
-        return query.dtype in self._kernels and head_dim % LANES == 0 and value.shape[-1] == head_dim
+        """The kernel reads keys and values of one size."""
+        return query.dtype in self._kernels and value.shape[-1] == query.shape[-1]
 
     def layer(self, asked: LayerAttention, num_heads: int, like: Tensor) -> LayerCache:
         """One layer's cache, for keys like `like` [..., num_kv_heads, head_dim], and what it asks of its attention."""
         num_kv_heads, head_dim = like.shape[-2:]
         if asked.layer_idx not in self._layers:
             shape = (self._num_blocks + 1, num_kv_heads, head_dim * self._block_size)
-            self._layers[asked.layer_idx] = (_with_slack(shape, like.dtype), _with_slack(shape, like.dtype))
+            self._layers[asked.layer_idx] = (self._with_slack(shape, like.dtype), self._with_slack(shape, like.dtype))
         keys, values = self._layers[asked.layer_idx]
         return LayerCache(
             keys.data_ptr(),
@@ -105,6 +104,10 @@ class NativeKV:
             asked.softcap or 0.0,
         )
 
+    def _with_slack(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        numel = int(np.prod(shape))
+        return torch.empty(numel + self._slack, dtype=dtype)[:numel].view(shape)
+
     def torch_step(self, runs: Sequence[Run]) -> TorchStep:
         """The step of layers that the kernel has no code for."""
         return self._torch.step(runs)
@@ -118,11 +121,6 @@ class NativeKV:
             *(rows.data_ptr() for rows in (query, key, value, out)),
             torch.get_num_threads(),
         )
-
-
-def _with_slack(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    numel = int(np.prod(shape))
-    return torch.empty(numel + _SLACK, dtype=dtype)[:numel].view(shape)
 
 
 class RunTable:

@@ -20,7 +20,7 @@ from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_adapters.native import build
 from swaplora_server.engine import attention
 from swaplora_server.engine.attention import LayerAttention
-from swaplora_server.engine.native_attention import LANES, LayerCache, NativeStep
+from swaplora_server.engine.native_attention import LayerCache, NativeStep
 from swaplora_server.engine.native_linear import LinearWeight, NativeLinear
 
 _SOURCE = Path(__file__).with_name("decoder.cpp")
@@ -118,7 +118,7 @@ def _is_known(layer: Any) -> bool:
         return False
     has_silu = type(layer.mlp.act_fn).__name__ in {"SiLU", "SiLUActivation"}
     are_packed = all(isinstance(linear.base, NativeLinear) for linear in _linears(layer))
-    return has_silu and are_packed and layer.self_attn.head_dim % LANES == 0
+    return has_silu and are_packed
 
 
 def _linears(layer: Any) -> Iterator[Any]:

@@ -10,16 +10,7 @@
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int WIDTH = 16;
-#else
-constexpr int WIDTH = 8;
-#endif
-typedef float lanes __attribute__((vector_size(WIDTH * 4)));
-typedef float unaligned_lanes __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
-typedef uint32_t bits __attribute__((vector_size(WIDTH * 4)));
-typedef uint32_t unaligned_bits __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
-constexpr int VECTORS = 2, COLUMNS = VECTORS * WIDTH, ROWS = 6;  // of a tile: its sums fill most of the registers
+constexpr int VECTORS = 2, COLUMNS = VECTORS * LANES, ROWS = 6;  // of a tile: its sums fill most of the registers
 constexpr int64_t DEPTH = 288;         // of a panel at most at a time, so that it stays in the first cache for all rows
 constexpr int64_t AHEAD = 128;         // rows of a panel that are asked of memory before they are needed
 constexpr int64_t STRIP = 22 * ROWS;   // rows whose sums are held at a time
@@ -27,28 +18,20 @@ constexpr int64_t UNPACKED = 4 * ROWS; // rows from which on widening a panel on
 constexpr int64_t THREADED = 1 << 16;  // multiply-adds below which a second thread costs more than it saves
 constexpr int64_t SHARES = 8;          // pieces a thread takes of its work, so that a core that is busy elsewhere takes fewer
 
-#ifdef __AVX512F__
-lanes mul_add(lanes a, lanes b, lanes c) { return _mm512_fmadd_ps(a, b, c); }
-lanes wide_splat(float x) { return _mm512_set1_ps(x); }
-#else
-lanes wide_splat(float x) { return splat(x); }
-#endif
-lanes get(const float* from) { return *reinterpret_cast<const unaligned_lanes*>(from); }
-void put(lanes v, float* to) { *reinterpret_cast<unaligned_lanes*>(to) = v; }
-
-// Row k of a panel. A bfloat16 panel holds columns c and WIDTH + c as the halves of one word.
-void get_row(const float* panel, int64_t k, lanes* w) {
-    for (int v = 0; v < VECTORS; v++) w[v] = get(panel + k * COLUMNS + v * WIDTH);
+// Row k of a panel. A bfloat16 panel holds columns c and LANES + c as the halves of one word.
+void get_row(const float* panel, int64_t k, floats* w) {
+    for (int v = 0; v < VECTORS; v++) w[v] = load(panel + k * COLUMNS + v * LANES);
 }
-void get_row(const uint32_t* panel, int64_t k, lanes* w) {
-    const bits both = *reinterpret_cast<const unaligned_bits*>(panel + k * WIDTH);
-    w[0] = (lanes)(both << 16);
-    w[1] = (lanes)(both & 0xffff0000u);
+void get_row(const uint32_t* panel, int64_t k, floats* w) {
+    words both;
+    std::memcpy(&both, panel + k * LANES, sizeof both);
+    w[0] = (floats)(both << 16);
+    w[1] = (floats)(both & 0xffff0000u);
 }
 
 constexpr int64_t row_words(const float*) { return COLUMNS; }
-constexpr int64_t row_words(const uint32_t*) { return WIDTH; }
-constexpr int64_t row_words(bool is_bf16) { return is_bf16 ? WIDTH : COLUMNS; }
+constexpr int64_t row_words(const uint32_t*) { return LANES; }
+constexpr int64_t row_words(bool is_bf16) { return is_bf16 ? LANES : COLUMNS; }
 
 constexpr int64_t LINE = 64;  // bytes
 
@@ -77,21 +60,21 @@ template <int R, typename P>
 void tile(const float* x, int64_t in, const P* panel, int64_t depth, float* sums, Asking& asking) {
     int64_t soon_lines = depth / 2;
     const char* soon = asking.take(&soon_lines);
-    lanes acc[R][VECTORS];
+    floats acc[R][VECTORS];
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < VECTORS; v++) acc[r][v] = get(sums + r * COLUMNS + v * WIDTH);
+        for (int v = 0; v < VECTORS; v++) acc[r][v] = load(sums + r * COLUMNS + v * LANES);
     for (int64_t k = 0; k < depth; k++) {
-        lanes w[VECTORS];
+        floats w[VECTORS];
         get_row(panel, k, w);
         if (k % 2 && k / 2 < soon_lines) __builtin_prefetch(soon + k / 2 * LINE, 0, 2);
         else __builtin_prefetch(panel + (k + AHEAD) * row_words(panel));
         for (int r = 0; r < R; r++) {
-            const lanes scalar = wide_splat(x[r * in + k]);
+            const floats scalar = splat(x[r * in + k]);
             for (int v = 0; v < VECTORS; v++) acc[r][v] = mul_add(scalar, w[v], acc[r][v]);
         }
     }
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < VECTORS; v++) put(acc[r][v], sums + r * COLUMNS + v * WIDTH);
+        for (int v = 0; v < VECTORS; v++) store(acc[r][v], sums + r * COLUMNS + v * LANES);
 }
 
 template <typename P>
@@ -108,9 +91,9 @@ void tiles(int64_t rows, const float* x, int64_t in, const P* panel, int64_t dep
 
 void widen_panel(const uint32_t* panel, int64_t depth, float* wide) {
     for (int64_t k = 0; k < depth; k++) {
-        lanes w[VECTORS];
+        floats w[VECTORS];
         get_row(panel, k, w);
-        for (int v = 0; v < VECTORS; v++) put(w[v], wide + k * COLUMNS + v * WIDTH);
+        for (int v = 0; v < VECTORS; v++) store(w[v], wide + k * COLUMNS + v * LANES);
     }
 }
 
@@ -143,7 +126,7 @@ void panel_strip(const LinearWeight& w, int64_t p, const float* x, int64_t rows,
         const float* from = sums + r * COLUMNS;
         float* to = y + r * w.out + first;
         if (width < COLUMNS) std::memcpy(to, from, width * sizeof(float));
-        else for (int v = 0; v < VECTORS; v++) put(get(from + v * WIDTH), to + v * WIDTH);
+        else for (int v = 0; v < VECTORS; v++) store(load(from + v * LANES), to + v * LANES);
     }
 }
 
@@ -169,7 +152,7 @@ extern "C" void pack(const float* weight, int64_t in, int64_t out, int is_bf16, 
             const int64_t first = p * COLUMNS;
             for (int c = 0; c < row_words(is_bf16 != 0); c++) {
                 const float value = at(k, first + c);
-                if (is_bf16) row[c] = narrowed(value) | narrowed(at(k, first + WIDTH + c)) << 16;
+                if (is_bf16) row[c] = narrowed(value) | narrowed(at(k, first + LANES + c)) << 16;
                 else std::memcpy(row + c, &value, sizeof value);
             }
         }

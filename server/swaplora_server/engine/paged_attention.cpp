@@ -41,9 +41,9 @@ struct Next {
 // scores[r][0..V * LANES) = query[r] . keys[0..V * LANES), for R rows. Lanes beyond the block hold nothing of meaning.
 template <int R, int V, typename T>
 void score(const float* query, int64_t dim, const T* keys, int64_t block_size, Next<T> next, float* scores, int64_t stride) {
-    f32x8 sums[R][V] = {};
+    floats sums[R][V] = {};
     for (int64_t d = 0; d < dim; d++) {
-        f32x8 key[V];
+        floats key[V];
         __builtin_prefetch(next.keys + d * block_size);
         __builtin_prefetch(next.values + d * block_size);
         for (int v = 0; v < V; v++) key[v] = load(keys + d * block_size + v * LANES);
@@ -54,22 +54,23 @@ void score(const float* query, int64_t dim, const T* keys, int64_t block_size, N
         for (int v = 0; v < V; v++) store(sums[r][v], scores + r * stride + v * LANES);
 }
 
-// out[r][0..V * LANES) = sum over positions of weights[r][position] * values[position], for R rows
+// out[r][0..V * LANES) = sum over positions of weights[r][position] * values[position], for R rows. Lanes beyond the head hold
+// nothing of meaning.
 template <int R, int V, typename T>
 void mix(const float* weights, int64_t stride, const T* const* values, int64_t count, int64_t block_size, int64_t dim,
-         float* out) {
-    f32x8 sums[R][V] = {};
+         float* out, int64_t out_stride) {
+    floats sums[R][V] = {};
     for (int64_t first = 0; first < count; first += block_size) {
         const T* value = *values++;
         const int64_t stop = std::min(first + block_size, count);
         for (int64_t at = first; at < stop; at++, value += dim)
             for (int v = 0; v < V; v++) {
-                const f32x8 wide = load(value + v * LANES);
+                const floats wide = load(value + v * LANES);
                 for (int r = 0; r < R; r++) sums[r][v] = mul_add(splat(weights[r * stride + at]), wide, sums[r][v]);
             }
     }
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) store(sums[r][v], out + r * dim + v * LANES);
+        for (int v = 0; v < V; v++) store(sums[r][v], out + r * out_stride + v * LANES);
 }
 
 // scores[from..to) become their softmax, over themselves and one more that only takes its share, the sink; the rest of
@@ -80,9 +81,9 @@ void softmax(float* scores, int64_t from, int64_t to, int64_t count, const float
     std::fill(scores + to, scores + padded, -1e30f);
     float largest = sink ? *sink : scores[from];
     for (int64_t i = from; i < to; i++) largest = std::max(largest, scores[i]);
-    f32x8 sums = {};
+    floats sums = {};
     for (int64_t i = 0; i < padded; i += LANES) {
-        const f32x8 e = exp_negative(load(scores + i) - largest);
+        const floats e = exp_negative(load(scores + i) - largest);
         sums += e;
         store(e, scores + i);
     }
@@ -108,6 +109,7 @@ template <typename T>
 struct Layer {
     const LayerCache& c;
     const int64_t group = c.num_heads / c.num_kv_heads, dim = c.head_dim, block_size = c.block_size;
+    const int64_t out_stride = round_up(dim, LANES);
 
     T* keys_of(int64_t block, int64_t head) const {
         return static_cast<T*>(c.keys) + (block * c.num_kv_heads + head) * dim * block_size;
@@ -134,7 +136,7 @@ struct Layer {
         const int64_t base = first_position(tile.run->first + tile.from);
         const int64_t count = length - base, stride = round_up(count, LANES) + 2 * LANES;
         s.query.resize(rows * dim);
-        s.out.resize(rows * dim);
+        s.out.resize(rows * out_stride);
         s.scores.resize(rows * stride);
         for (int64_t r = 0; r < rows; r++)
             for (int64_t d = 0; d < dim; d++)
@@ -145,7 +147,7 @@ struct Layer {
                   c.sinks ? c.sinks + head * group + r % group : nullptr);
         mix_columns(count, rows, stride, s);
         for (int64_t r = 0; r < rows; r++)
-            for (int64_t d = 0; d < dim; d++) narrow(s.out[r * dim + d], out + row_at(tile, head, r) + d);
+            for (int64_t d = 0; d < dim; d++) narrow(s.out[r * out_stride + d], out + row_at(tile, head, r) + d);
     }
 
   private:
@@ -195,9 +197,9 @@ struct Layer {
             in_tiles(rows, [&](auto tile_rows, int64_t row) {
                 constexpr int R = decltype(tile_rows)::value;
                 const float* weights = s.scores.data() + row * stride;
-                float* to = s.out.data() + row * dim + d;
-                if (dim - d > LANES) mix<R, 2>(weights, stride, values.data(), count, block_size, dim, to);
-                else mix<R, 1>(weights, stride, values.data(), count, block_size, dim, to);
+                float* to = s.out.data() + row * out_stride + d;
+                if (dim - d > LANES) mix<R, 2>(weights, stride, values.data(), count, block_size, dim, to, out_stride);
+                else mix<R, 1>(weights, stride, values.data(), count, block_size, dim, to, out_stride);
             });
             for (const T*& value : values) value += 2 * LANES;
         }
@@ -237,3 +239,6 @@ void run(const LayerCache& cache, const Run* runs, int64_t num_runs, const T* qu
 
 EXPORT(paged_attention_f32, float)
 EXPORT(paged_attention_bf16, bf16)
+
+// How many numbers are read at a time: up to twice as many lie beyond the last of a cache.
+extern "C" int64_t lanes() { return LANES; }

@@ -7,23 +7,14 @@
 #include <vector>
 #include "packed_linear.h"
 #include "vec.h"
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
 
 namespace {
-
-typedef int32_t i32x8 __attribute__((vector_size(32)));
-
-struct Table {
-    f32x8 first, second;  // eight values each
-};
 
 constexpr int64_t THREADED = 1 << 16;  // weights below which a second thread costs more than it saves
 constexpr int64_t WIDENED = 1 << 16;   // floats at a time, which stay in the second cache
 
 struct QuantisedWeight {
-    const uint8_t* codes;  // [panels, in, columns] signed bytes, or two codes a byte: columns c and 8 + c of every 16
+    const uint8_t* codes;  // [panels, in, columns] signed bytes, or two codes a byte: columns c and LANES + c of every 2 * LANES
     const float* scales;   // [panels, in / block, columns]
     const float* table;    // [16], what the 4-bit codes stand for; null for 8 bits
     const float* bias;     // [out] or null
@@ -31,45 +22,56 @@ struct QuantisedWeight {
     void (*multiply)(const float*, int64_t, int64_t, const LinearJob*, int64_t, const Span*, int64_t, int);  // packed_linear.cpp's linear_f32
 };
 
-// Eight bytes as numbers, and eight entries of a table. What compilers make of the plain forms is several times slower.
-#ifdef __AVX2__
-__m128i eight(const void* from) { return _mm_loadl_epi64(static_cast<const __m128i*>(from)); }
-i32x8 numbers(const int8_t* from) { return (i32x8)_mm256_cvtepi8_epi32(eight(from)); }
-u32x8 numbers(const uint8_t* from) { return (u32x8)_mm256_cvtepu8_epi32(eight(from)); }
-
-f32x8 look_up(const Table& table, u32x8 codes) {
+// LANES bytes as numbers, and as many entries of a table. What compilers make of the plain forms is several times slower.
+#if LANES == 16 && defined(__AVX512F__)
+__m128i bytes(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+ints numbers(const int8_t* from) { return (ints)_mm512_cvtepi8_epi32(bytes(from)); }
+words numbers(const uint8_t* from) { return (words)_mm512_cvtepu8_epi32(bytes(from)); }
+floats look_up(const float* entries, words codes) { return _mm512_permutexvar_ps((__m512i)codes, load(entries)); }
+#elif LANES == 8 && defined(__AVX2__)
+__m128i bytes(const void* from) { return _mm_loadl_epi64(static_cast<const __m128i*>(from)); }
+ints numbers(const int8_t* from) { return (ints)_mm256_cvtepi8_epi32(bytes(from)); }
+words numbers(const uint8_t* from) { return (words)_mm256_cvtepu8_epi32(bytes(from)); }
+floats look_up(const float* entries, words codes) {
     const __m256i at = (__m256i)codes;  // three bits choose within a half, the fourth chooses the half
-    const __m256 first = _mm256_permutevar8x32_ps(table.first, at), second = _mm256_permutevar8x32_ps(table.second, at);
+    const __m256 first = _mm256_permutevar8x32_ps(load(entries), at);
+    const __m256 second = _mm256_permutevar8x32_ps(load(entries + LANES), at);
     return _mm256_blendv_ps(first, second, (__m256)(codes << 28));
 }
 #else
-i32x8 numbers(const int8_t* b) { return i32x8{b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]}; }
-u32x8 numbers(const uint8_t* b) { return u32x8{b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]}; }
-
-f32x8 look_up(const Table& table, u32x8 codes) {
-    f32x8 v;
-    for (int c = 0; c < LANES; c++) v[c] = codes[c] < LANES ? table.first[codes[c]] : table.second[codes[c] - LANES];
+ints numbers(const int8_t* from) {
+    ints v;
+    for (int c = 0; c < LANES; c++) v[c] = from[c];
+    return v;
+}
+words numbers(const uint8_t* from) {
+    words v;
+    for (int c = 0; c < LANES; c++) v[c] = from[c];
+    return v;
+}
+floats look_up(const float* entries, words codes) {
+    floats v;
+    for (int c = 0; c < LANES; c++) v[c] = entries[codes[c]];
     return v;
 }
 #endif
 
-// Sixteen columns of the rows of one block; rows lie `stride` columns apart
+// 2 * LANES columns of the rows of one block; rows lie `stride` columns apart
 void widen_bytes(const uint8_t* codes, const float* scales, int64_t rows, int64_t stride, float* wide) {
-    const f32x8 scale = load(scales), next_scale = load(scales + LANES);
+    const floats scale = load(scales), next_scale = load(scales + LANES);
     for (int64_t k = 0; k < rows; k++, codes += stride, wide += stride) {
         const int8_t* row = reinterpret_cast<const int8_t*>(codes);
-        store(__builtin_convertvector(numbers(row), f32x8) * scale, wide);
-        store(__builtin_convertvector(numbers(row + LANES), f32x8) * next_scale, wide + LANES);
+        store(__builtin_convertvector(numbers(row), floats) * scale, wide);
+        store(__builtin_convertvector(numbers(row + LANES), floats) * next_scale, wide + LANES);
     }
 }
 
 void widen_nibbles(const uint8_t* codes, const float* entries, const float* scales, int64_t rows, int64_t stride, float* wide) {
-    const Table table{load(entries), load(entries + LANES)};
-    const f32x8 scale = load(scales), next_scale = load(scales + LANES);
+    const floats scale = load(scales), next_scale = load(scales + LANES);
     for (int64_t k = 0; k < rows; k++, codes += stride / 2, wide += stride) {
-        const u32x8 both = numbers(codes);
-        store(look_up(table, both & 15) * scale, wide);
-        store(look_up(table, both >> 4) * next_scale, wide + LANES);
+        const words both = numbers(codes);
+        store(look_up(entries, both & 15) * scale, wide);
+        store(look_up(entries, both >> 4) * next_scale, wide + LANES);
     }
 }
 

@@ -55,9 +55,9 @@ class QuantisedLinear(nn.Module):
         """bias: [out_features], float32."""
         super().__init__()
         self.out_features, self.in_features = weight.codes.shape
-        num_columns = plain.packed_words(1, 1, False)
+        num_columns, lanes = (plain.packed_words(1, 1, is_bf16) for is_bf16 in (False, True))
         codes = _in_panels(weight.codes.view(torch.uint8), num_columns)
-        self.register_buffer("_codes", codes if weight.table is None else _in_halves(codes), persistent=False)
+        self.register_buffer("_codes", codes if weight.table is None else _in_halves(codes, lanes), persistent=False)
         self.register_buffer("_scales", _in_panels(weight.scales, num_columns), persistent=False)
         self._table = weight.table
         self._bias = bias
@@ -103,7 +103,7 @@ def _in_panels(values: Tensor, num_columns: int) -> Tensor:
     return padded.view(-1, num_columns, values.shape[1]).transpose(1, 2).contiguous()
 
 
-def _in_halves(codes: Tensor) -> Tensor:
-    """[…, num_columns] below 16 → […, num_columns / 2]: of every 16, columns c and 8 + c share a byte."""
-    pairs = codes.view(*codes.shape[:-1], -1, 2, 8)
+def _in_halves(codes: Tensor, lanes: int) -> Tensor:
+    """[…, num_columns] below 16 → […, num_columns / 2]: of every 2 · lanes, columns c and lanes + c share a byte."""
+    pairs = codes.view(*codes.shape[:-1], -1, 2, lanes)
     return (pairs[..., 0, :] | pairs[..., 1, :] << 4).flatten(-2)

@@ -27,16 +27,16 @@ void ask(const W* from, int64_t at) {
 // shrunk[row][0..ranks) = x[row] . A[0..ranks), for R rows
 template <int R, typename T, typename W>
 void shrink_block(const T* x, const W* a, int64_t in, int ranks, float* shrunk, int64_t stride) {
-    f32x8 sums[R][RANKS] = {};
+    floats sums[R][RANKS] = {};
     const W* factors[RANKS];
     for (int j = 0; j < RANKS; j++) factors[j] = a + std::min(j, ranks - 1) * in;
     const int64_t whole = in - in % LANES;
     for (int64_t k = 0; k < whole; k += LANES) {
-        f32x8 xs[R];
+        floats xs[R];
         for (int row = 0; row < R; row++) xs[row] = load(x + row * in + k);
         for (int j = 0; j < RANKS; j++) {
             if (R == 1) ask(factors[j] + RANKS * in + k, k);
-            const f32x8 av = load(factors[j] + k);
+            const floats av = load(factors[j] + k);
             for (int row = 0; row < R; row++) sums[row][j] = mul_add(xs[row], av, sums[row][j]);
         }
     }
@@ -56,7 +56,7 @@ struct Finish {
     Finish from(int64_t column) const {
         return {column_scale ? column_scale + column : nullptr, shift ? shift + column : nullptr, scale};
     }
-    f32x8 vector(f32x8 y, f32x8 sum, int64_t c) const {
+    floats vector(floats y, floats sum, int64_t c) const {
         y = mul_add(splat(scale), sum, y);
         if (column_scale) y *= load(column_scale + c);
         return shift ? mul_add(splat(scale), load(shift + c), y) : y;
@@ -71,11 +71,11 @@ struct Finish {
 // y[row][0..V * LANES), for R rows
 template <int R, int V, typename T, typename W>
 void expand_block(const float* shrunk, const W* b_t, int64_t rank, int64_t out, const Finish& finish, T* y) {
-    f32x8 sums[R][V] = {};
+    floats sums[R][V] = {};
     for (int64_t j = 0; j < rank; j++) {
         if (R == 1) __builtin_prefetch(b_t + j * out + V * LANES);
         for (int v = 0; v < V; v++) {
-            const f32x8 bv = load(b_t + j * out + v * LANES);
+            const floats bv = load(b_t + j * out + v * LANES);
             for (int row = 0; row < R; row++) sums[row][v] = mul_add(splat(shrunk[row * rank + j]), bv, sums[row][v]);
         }
     }
