@@ -87,7 +87,7 @@ class Sequences:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads", [(4, 4, 8), (9, 3, 64), (8, 1, 128), (6, 2, 24), (4, 2, 20), (7, 1, 16)])
+@pytest.mark.parametrize("heads", [(4, 4, 8), (9, 3, 64), (8, 1, 128), (6, 2, 24), (4, 2, 20), (3, 1, 33), (7, 1, 16)])
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("form", FORMS)
 def test_prompts_in_chunks_then_decoding_rows_attend_to_their_own_pages(

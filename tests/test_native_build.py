@@ -47,7 +47,7 @@ def test_all_that_python_knows_of_a_width_comes_from_the_library(lanes: int, mon
 
 def test_the_kernels_are_right_in_the_other_width_too() -> None:
     """Their own tests once more. What is too wide for this processor, the compiler does in parts."""
-    environment = {**os.environ, "SWAPLORA_KERNEL_LANES": str(24 - build.lanes())}
+    environment = {**os.environ, "SWAPLORA_KERNEL_LANES": str(24 - build.lanes()), "OMP_WAIT_POLICY": "passive"}
     names = [str(Path(__file__).with_name(name)) for name in KERNEL_TESTS]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -51,7 +51,10 @@ def pick_kernels(device: torch.device, dtype: torch.dtype, cache_dir: Path, repo
     try:
         return _native_kernels(dtype, cache_dir, report)
     except NoCompilerError as error:
-        _log.warning("serving without native kernels, several times slower", reason=str(error))
+        _log.warning(
+            "serving without native kernels: several times slower, and a row's last bits depend on those beside it",
+            reason=str(error),
+        )
         return torch_kernels(device)
 
 
@@ -63,6 +66,7 @@ def _native_kernels(dtype: torch.dtype, cache_dir: Path, report: Callable[[str],
     quantised = partial(quantised_linear.pack, quantised_linear.load_library(cache_dir, report), linear)
     paged_kv = partial(NativeKV, attention)
     if dtype != torch.float32:
+        _log.warning("in bf16 a row's last bits depend on those beside it; in fp32 they do not")
         return Kernels(native.op(lora), paged_kv, partial(_pack, onednn_linear.pack, quantised))
     fuse = partial(native_decoder.fuse, decoder, lora=lora, paged_attention=attention, linear=linear)
     plain = partial(native_linear.pack, linear)
