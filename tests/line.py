@@ -58,7 +58,6 @@ class Line:
 
     def pin(self, pinned: Mapping[str, int]) -> None:
         self.kept_in_memory.clear()
-        self.closed_since.clear()  # it begins anew
         self.room.pin(pinned)
         self.settle()
 

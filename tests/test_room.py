@@ -186,3 +186,21 @@ def test_a_pin_is_not_closed_for_anybody() -> None:
         end(line, pinned.pop(0))
         assert "a" not in line.closed
     assert cold in line.inside
+
+
+def test_what_is_pinned_or_uploaded_meanwhile_does_not_prolong_what_is_closed() -> None:
+    line = Line(2)
+    old, cold = ask(line, "a", "b"), ask(line, "c", "d")
+    line.pass_time(2)
+    ask(line, "a", "b")
+    end(line, old)
+    assert line.closed == {"a", "b"}
+    waits = ask(line, "b")
+    for _ in range(16):
+        line.pin({})  # as after every upload
+        assert waits in line.waiting
+        line.pass_time(0.125)
+    assert waits in line.inside
+    assert cold in line.waiting
+    line.pin({"a": 1})
+    assert cold in line.refused

@@ -115,8 +115,8 @@ class Room:
             self.kept = _first_that_fit(fitting, self.budget - max(fitting.values()))
         for digest in pinned.keys() & self._copies.keys():
             self._copies[digest].is_dropped = False  # there is one who wants it again
-        if self._front is not None:  # what was closed may be kept now, and would never make room
-            self._front.open(tuple(self._front.closed))
+        if self._front is not None:  # what is kept from now on would never make room
+            self._front.open([copy for copy in self._front.closed if copy.digest in self.kept])
 
     def next_in(self, now: float) -> Claim | None:
         """Let in whoever comes next, with copies that are in memory and others that have room to be loaded.
