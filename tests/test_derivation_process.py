@@ -63,7 +63,8 @@ def test_a_job_that_fails_says_why_and_the_next_one_runs(tmp_path: Path) -> None
 
 
 def test_a_job_that_passes_its_bounds_names_them() -> None:
-    for status, bound in ((-signal.SIGXCPU, "1800 seconds"), (-signal.SIGKILL, "4096 MiB"), (1, "4096 MiB")):
+    bounds = ((-signal.SIGXCPU, "1800 seconds"), (-signal.SIGKILL, "4096 MiB"), (1, "4096 MiB"), (0, "4096 MiB"))
+    for status, bound in bounds:
         with pytest.raises(DerivationFailedError, match=bound):
             process.read_answer(status, b"")
 
@@ -89,6 +90,21 @@ def test_a_stop_ends_the_job_that_runs_and_begins_no_other(tmp_path: Path) -> No
     assert len(failures) == 1
     with pytest.raises(DerivationFailedError, match="the server is stopping"):
         derivations.run("compose", compose(folder, tmp_path / "never"))
+
+
+def test_what_a_library_prints_is_no_part_of_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import os\nprint('noise', flush=True)\nos.write(1, b'noise')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    done = DerivationProcess().run("compose", compose(write_adapter(tmp_path / "a"), tmp_path / "done"))
+    assert done["error"]["overall"] == 0
+
+
+def test_a_process_that_cannot_be_started_is_an_error_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    with pytest.raises(DerivationFailedError, match="no process could be started for it: No such file"):
+        DerivationProcess().run("compose", {})
 
 
 @pytest.fixture

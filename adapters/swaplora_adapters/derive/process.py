@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import IO, Any
 
 from swaplora_adapters.errors import (
     AdapterError,
@@ -45,9 +45,9 @@ class DerivationProcess:
         AbandonedError when `interest` is lost, which ends it too.
         """
         request, interest = json.dumps({"job": job, "arguments": arguments}).encode() + b"\n", interest or Interest()
-        with self._turn(interest), self._started() as process:
+        with self._turn(interest), self._started() as (process, answers):
             interest.when_lost(process.kill)
-            answer = _exchange(process, request)
+            answer = _exchange(process, request, answers)
             status = process.wait()
         interest.check()
         return read_answer(status, answer)
@@ -86,33 +86,53 @@ class DerivationProcess:
             self._changed.notify_all()
 
     @contextmanager
-    def _started(self) -> Iterator["subprocess.Popen[bytes]"]:
-        """Its own modules are those that this process has found; nothing of the current folder is imported."""
-        command = [sys.executable, "-P", "-m", "swaplora_adapters.derive.worker"]
+    def _started(self) -> Iterator[tuple["subprocess.Popen[bytes]", IO[bytes]]]:
+        """The process, and where its answer comes from: what a library prints there is no part of that.
+
+        Its own modules are those that this process has found; nothing of the current folder is imported.
+        """
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+        read_end, write_end = os.pipe()
+        with open(read_end, "rb") as answers:
+            command = [sys.executable, "-P", "-m", "swaplora_adapters.derive.worker", str(write_end)]
+            try:
+                process = self._start(command, environment, write_end)
+            finally:
+                os.close(write_end)
+            try:
+                yield process, answers
+            finally:
+                process.kill()
+                process.communicate()  # closes the pipe, and waits for its end
+                self._running = None
+
+    def _start(
+        self, command: Sequence[str], environment: Mapping[str, str], write_end: int
+    ) -> "subprocess.Popen[bytes]":
         with self._changed:
             if self._is_stopped:
                 raise DerivationFailedError("the server is stopping")
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
-            )
-            self._running = process
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.communicate()  # closes the pipes, and waits for its end
-            self._running = None
+            try:
+                self._running = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    env=environment,
+                    pass_fds=[write_end],
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise DerivationFailedError(f"no process could be started for it: {error.strerror}") from error
+            return self._running
 
 
-def _exchange(process: "subprocess.Popen[bytes]", request: bytes) -> bytes:
+def _exchange(process: "subprocess.Popen[bytes]", request: bytes, answers: IO[bytes]) -> bytes:
     """The answer to `request`. The way to the worker stays open: that it closes tells it that this process is gone."""
     assert process.stdin is not None
-    assert process.stdout is not None
     with suppress(BrokenPipeError):  # it has ended: its status says how
         process.stdin.write(request)
         process.stdin.flush()
-    return process.stdout.read()
+    return answers.read()
 
 
 def bound_this_process(memory_bytes: int = MEMORY_BYTES, cpu_seconds: int = CPU_SECONDS) -> None:
@@ -145,7 +165,7 @@ def read_answer(status: int, answer: bytes) -> Any:
     """The result of a worker that ended with this status; raises what `DerivationProcess.run` does."""
     if status == -signal.SIGXCPU:
         raise DerivationFailedError(f"it was not done after {CPU_SECONDS} seconds of processor time")
-    if status != 0:
+    if status != 0 or not answer:
         raise DerivationFailedError(
             f"it ended early, as a rule for want of memory, of which it may take {MEMORY_BYTES >> 20} MiB; "
             "the server's log says more"

@@ -1,4 +1,4 @@
-"""The process that `derive.process` starts: reads one job on stdin, does it, answers on stdout. JSON both ways.
+"""The process that `derive.process` starts: reads a job on stdin, does it, answers on the descriptor it is told. JSON.
 
 It ends with the process that started it, however that ends: stdin is closed then, and not before.
 An error that is nobody's fault ends it with a traceback on stderr, which goes to the server's log.
@@ -39,7 +39,8 @@ def main() -> None:
         answer = {"result": _JOBS[request["job"]](**request["arguments"])}
     except AdapterError as error:
         answer = answer_of(error)
-    json.dump(answer, sys.stdout)
+    with open(int(sys.argv[1]), "w", encoding="utf-8") as file:
+        json.dump(answer, file)
 
 
 def _end_with_stdin() -> None:
