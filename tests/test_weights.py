@@ -1,5 +1,6 @@
 """Factors as served: what PEFT computes from the same files, and nothing at all from files that do not fit."""
 
+import bisect
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 import tiny
 from adapter_files import CONFIG, LAYERS, SHAPES, config_bytes, factors, write_adapter
+from swaplora_adapters.artifact import intake
 from swaplora_adapters.artifact.base_layers import BaseLayers, LinearShape
 from swaplora_adapters.artifact.fit import fitted
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.artifact.patterns import MAX_WORK
 from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_adapters.artifact.spec import AdapterSpec
 from swaplora_adapters.artifact.tensorfile import read_header
@@ -147,10 +150,10 @@ MISFITS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "wrong output": (adding(Q_B, 16, 4), "lora_B.weight of shape [16, 4], rank 4 and the base need [32, 4]"),
     "one dimension": (adding(Q_A, 128), "lora_A.weight of shape [128], rank 4 and the base need [4, 32]"),
     "three dimensions": (adding(Q_A, 1, 4, 32), "lora_A.weight of shape [1, 4, 32]"),
-    "no prefix": (renamed("base_model.model.", ""), "is no name of a LoRA factor"),
+    "no prefix": (renamed("base_model.model.", ""), "lacks the prefix base_model.model."),
     "wrong prefix": (renamed("base_model.model.model.", "base_model.model."), "is no linear layer of the base model"),
     "prefix twice": (renamed("base_model.model.", "base_model.model.base_model.model."), "is no linear layer"),
-    "adapter's name inside": (renamed(".weight", ".default.weight"), "is no name of a LoRA factor"),
+    "adapter's name inside": (renamed(".weight", ".mine.weight"), "has the adapter's name 'mine' in it"),
     "layer 10^9": (
         renamed("layers.1.", "layers.1000000000."),
         "'model.layers.1000000000.self_attn.q_proj' is no linear",
@@ -258,6 +261,31 @@ def test_the_header_alone_is_enough_to_know_whether_a_file_fits(tmp_path: Path) 
     check_fit(AdapterSpec.parse(config_bytes()), header, LAYERS)
     with pytest.raises(InvalidAdapterError, match="rank 5 and the base need"):
         check_fit(AdapterSpec.parse(config_bytes(r=5)), header, LAYERS)
+
+
+def test_what_patterns_may_cost_is_judged_alike_every_time_and_only_as_a_file_comes_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = {f"^{path}": 4 for path in SHAPES}
+    folder = write_adapter(tmp_path, rank_pattern=ranks)
+    paths = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    spec, header = AdapterSpec.parse(config_bytes(rank_pattern=ranks)), read_header(folder / WEIGHTS_FILE)
+
+    def is_let_in(max_work: int) -> bool:
+        try:
+            check_fit(spec, header, LAYERS, max_work)
+        except InvalidAdapterError:
+            return False
+        return True
+
+    needed = bisect.bisect_left(range(MAX_WORK), True, key=is_let_in)
+    assert 0 < needed < MAX_WORK // 100
+    assert [is_let_in(needed) for _ in range(5)] == [True] * 5
+    assert [is_let_in(needed - 1) for _ in range(5)] == [False] * 5
+    monkeypatch.setattr(intake, "MAX_WORK", needed - 1)
+    with pytest.raises(InvalidAdapterError, match="its patterns are too much work"):
+        intake.inspect_files(*paths, LAYERS)
+    assert load_weights("d", *paths, LAYERS, torch.float32, CPU).modules
 
 
 def test_loading_is_building(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def fitted(spec: AdapterSpec, layers: BaseLayers, found: Shapes, max_work: int |
     for slot in find_slots(spec, layers, targets, matcher):
         for written in _as_written(spec, slot, layers, found):
             slots[written.name].append(written)
-    complaints = [*_stranger_complaints(layers, slots, found), *targets.complaints]
+    complaints = [*_stranger_complaints(layers, slots, spelled), *targets.complaints]
     complaints += _conflicts(spec, targets)
     complaints += _token_complaints(spec, layers, targets)
     complaints += _slot_complaints(slots, found)
@@ -81,28 +81,31 @@ def _as_written(spec: AdapterSpec, slot: Slot, layers: BaseLayers, found: Shapes
     return [pooled(spec, slot, found.get(slot.name, ())) if spec.use_qalora else slot]
 
 
-def _stranger_complaints(layers: BaseLayers, slots: Mapping[str, Sequence[Slot]], found: Shapes) -> Iterator[str]:
-    return (_stranger_complaint(layers, name) for name in found if name not in slots)
+def _stranger_complaints(
+    layers: BaseLayers, slots: Mapping[str, Sequence[Slot]], spelled: Mapping[str, str]
+) -> Iterator[str]:
+    return (_stranger_complaint(layers, name, quoted(spelled[name])) for name in spelled if name not in slots)
 
 
-def _stranger_complaint(layers: BaseLayers, name: str) -> str:
+def _stranger_complaint(layers: BaseLayers, name: str, written: str) -> str:
     factor = _FACTOR_NAME.fullmatch(name)
-    if factor is not None:
-        path = quoted(factor["module"])
-        if factor["module"] in layers.linears:
-            return f"{path} is in the file, but the config does not target it"
-        if reason := misspelling(name):
-            return f"{quoted(name)} {reason}"
-        if _EXPERT.fullmatch(factor["module"]) and layers.earlier is not None:
-            down = ", ".join(layers.earlier.parameters)
-            return f"{path} is now one with others in the base: PEFT reads it only with a config that targets {down}"
-        return f"{path} is no linear layer of the base model"
+    if factor is not None and factor["module"] in layers.linears:
+        return f"{quoted(factor['module'])} is in the file, but the config does not target it"
     if reason := misspelling(name):
-        return f"{quoted(name)} {reason}"
+        return f"{written} {reason}"
+    if factor is not None:
+        return f"{quoted(factor['module'])} {_no_linear(layers, factor['module'])}"
     for pattern, needed in _KINDS:
         if pattern.fullmatch(name):
-            return f"{quoted(name)} is in the file, but the config has no {needed}"
-    return f"{quoted(name)} is no name of a LoRA factor (base_model.model.<module>.lora_A.weight, or lora_B)"
+            return f"{written} is in the file, but the config has no {needed}"
+    return f"{written} is no name of a LoRA factor (base_model.model.<module>.lora_A.weight, or lora_B)"
+
+
+def _no_linear(layers: BaseLayers, path: str) -> str:
+    if layers.earlier is None or not _EXPERT.fullmatch(path):
+        return "is no linear layer of the base model"
+    names = ", ".join(layers.earlier.parameters)
+    return f"is now one with others in the base: PEFT reads it only with a config that targets {names}"
 
 
 def _slot_complaints(slots: Mapping[str, Sequence[Slot]], found: Shapes) -> Iterator[str]:
