@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from structlog.testing import capture_logs
 
 from swaplora_adapters.native import build
 from swaplora_server.engine import native_attention, native_linear
+from swaplora_server.engine.kernels import pick_kernels
 
 KERNEL_TESTS = ("test_linear.py", "test_attention.py", "test_ops.py", "test_quantised_linear.py")
 SOURCE = 'extern "C" int answer() { return 42; }'
@@ -52,3 +55,22 @@ def test_the_kernels_are_right_in_the_other_width_too() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_compiler"), [(torch.float32, True), (torch.bfloat16, True), (torch.float32, False)]
+)
+def test_the_start_says_where_a_rows_last_bits_depend_on_its_company(
+    dtype: torch.dtype, has_compiler: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_compiler:
+        monkeypatch.setattr(build, "load", _no_compiler)
+    cache = Path(__file__).parent.parent / ".cache" / "native"
+    with capture_logs() as lines:
+        pick_kernels(torch.device("cpu"), dtype, cache, lambda _message: None)
+    is_said = any("a row's last bits depend on those beside it" in line["event"] for line in lines)
+    assert is_said == (dtype != torch.float32 or not has_compiler)
+
+
+def _no_compiler(*_: object) -> None:
+    raise build.NoCompilerError("there is no C++ compiler")
