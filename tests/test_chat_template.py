@@ -71,8 +71,6 @@ RULES = ("system", "obey")
         (SYSTEM_FIRST, say(RULES, RULES, HELLO), "messages[1]"),
         (SYSTEM_INSIDE, say(RULES, RULES, HELLO), "messages[0]"),
         (SYSTEM_INSIDE, say(HELLO, RULES), "messages[1]"),
-        (KNOWN_ROLES, say(HELLO, name="ann"), "messages[0].name"),
-        (SYSTEM_FIRST, [*say(HELLO), *say(HELLO, name="ann")], "messages[1].name"),
     ],
 )
 def test_what_is_left_out_is_named(text: str, messages: list[dict[str, str]], path: str) -> None:
@@ -94,6 +92,7 @@ def test_what_is_left_out_is_named(text: str, messages: list[dict[str, str]], pa
             say(HELLO, ("assistant", "<think>much</think>"), HELLO),
         ),  # what it makes of a text is its own affair
         (NAMES, say(HELLO, name="ann")),
+        (KNOWN_ROLES, say(HELLO, name="ann")),  # a label that the template may show or not
         (tiny.CHAT_TEMPLATE, say(RULES, HELLO, ("anybody", "x"))),
     ],
 )

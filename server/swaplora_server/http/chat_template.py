@@ -3,6 +3,7 @@
 Many templates pass over messages without a word: of a role that they do not know, or a system message that is not the
 first. What a template does with a message depends on the roles and where they stand, not on what is said. So the same
 conversation with a mark for each content tells what becomes of it: short to render, and once for all of its shape.
+A message's name is given to the template as well, which may pass over it: clients put one there for their own use.
 """
 
 import inspect
@@ -21,7 +22,7 @@ _MAX_SHAPES = 256  # remembered
 _MAX_REMEMBERED_MESSAGES = 64
 _MAX_REMEMBERED_CHARACTERS = 1024  # of the variables
 _MAX_NAMED = 8
-_MARK = re.compile(r"zq\d+qz|zn\d+nz")
+_MARK = re.compile(r"zq\d+qz")
 Message = Mapping[str, str]
 
 
@@ -89,9 +90,6 @@ class ChatTemplate:
             if part.has_content and message["content"] not in marks:
                 words = f"{path} is of role {part.role!r}, which the base's chat template leaves out there"
                 found.append((path, f"{words}; send it in another role, such as user"))
-            elif part.has_name and message["name"] not in marks:
-                words = f"{path}.name is left out by the base's chat template"
-                found.append((f"{path}.name", f"{words}; leave it out, or write it into the content"))
         return found
 
 
@@ -102,4 +100,4 @@ def _shape(messages: Sequence[Message], variables: Mapping[str, Any], options: M
 
 def _marked(number: int, part: _Part) -> Message:
     content = f"zq{number}qz" if part.has_content else ""
-    return {"role": part.role, "content": content} | ({"name": f"zn{number}nz"} if part.has_name else {})
+    return {"role": part.role, "content": content} | ({"name": f"n{number}"} if part.has_name else {})
