@@ -25,6 +25,8 @@ NUM_CYCLES = size(300, 10_000)
 NUM_WARM_UP = 50
 MAX_MIB_PER_1000 = size(30, 1)  # a short run also sees the allocator settle
 PROMPT = list(range(40, 60))
+NAMES = "names"  # the folder of descriptions
+MAX_DESCRIPTION_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Held:
 def held_by(server: Running) -> Held:
     """Counted with the server idle; `wait_idle` has checked that no lease is out and no removal pending.
 
+    A name that was used keeps its description, which says that it was deleted.
     The event loop's pool of threads has a bound of its own, and fills up to it as chance will have it.
     """
     server.wait_idle()
@@ -50,7 +53,9 @@ def held_by(server: Running) -> Held:
         resident_bytes=server.service.registry.resident_bytes,
         num_free_blocks=server.service.engine.num_free_blocks,
         num_adapters=len(server.client.get("/v1/adapters").json()["data"]),
-        files=frozenset(str(path.relative_to(data_dir)) for path in data_dir.rglob("*")),
+        files=frozenset(
+            str(path.relative_to(data_dir)) for path in data_dir.rglob("*") if path.parent != data_dir / NAMES
+        ),
         threads=tuple(sorted(name for name in names if not name.startswith(("asyncio_", "uvloop_")))),
         num_descriptors=len(os.listdir("/proc/self/fd")),
     )
@@ -167,6 +172,9 @@ def test_adapters_that_come_and_go_leave_nothing_behind(server: Running, tmp_pat
     samples = asyncio.run(cycle(server, weights, range(NUM_WARM_UP, NUM_WARM_UP + NUM_CYCLES)))
     assert comes_back_to(before, server) == before
     growth = slope(samples)
+    left = {path.name: path.stat().st_size for path in (server.service.settings.data_dir / NAMES).iterdir()}
+    assert left.keys() == {f"cycle-{number}" for number in range(NUM_WARM_UP + NUM_CYCLES) if number % 10 != 9}
+    assert max(left.values()) <= MAX_DESCRIPTION_BYTES
     said = f"{NUM_CYCLES} cycles: {growth:+.2f} MiB per 1,000 over the later half, {samples[-1][1]:.0f} MiB at the end"
     Console().print(f"\n{said}")
     assert growth < MAX_MIB_PER_1000
