@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from typing import Any
 
 import peft
@@ -411,6 +412,23 @@ def test_a_layers_pattern_that_fits_two_numbers_is_refused() -> None:
     assert spec.targets("model.layers.1.q_proj")
     with pytest.raises(InvalidAdapterError, match=r"layers_pattern: the pattern 'l\.\*s' fits several numbers"):
         spec.targets("model.layers.1.experts.2.q_proj")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matched"),
+    [
+        (r"(?<=mlp\.)x_proj", []),  # a whole path has nothing before it
+        (r".*(?<=mlp\.)x_proj", ["a.mlp.x_proj"]),
+        (r".*(?<!mlp\.)x_proj", ["x_proj", "b.attn.x_proj"]),
+        (r"(?!b).*x_proj", ["x_proj", "a.mlp.x_proj"]),
+        (r".*x_proj(?<=mlp.x_proj)", ["a.mlp.x_proj"]),
+    ],
+)
+def test_what_lies_around_a_match_is_looked_at(pattern: str, matched: list[str]) -> None:
+    paths = ["x_proj", "a.mlp.x_proj", "b.attn.x_proj"]
+    assert matched == [path for path in paths if re.fullmatch(pattern, path)]
+    spec, matcher = parse(target_modules=pattern), Matcher(paths)
+    assert [path for path in paths if spec.targets(path, matcher)] == matched
 
 
 _SYNTAX = (
