@@ -227,7 +227,7 @@ def looked_up_rows_ignored(patch: pytest.MonkeyPatch) -> None:
 
 
 def invocation_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(generation, "invoked_at", lambda _prompt, _uses: 0)
+    patch.setattr(generation, "invoked_at", lambda *_: 0)
 
 
 WITH_BIASES = {"lora_only", "all-biases", "lora_bias", "lora_bias-and-all", "dora", "dora-and-biases", "adalora-pruned"}

@@ -55,6 +55,9 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME", help="A name this server is called by: api.example.com; repeatable."),
     ] = None,
+    root_path: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Path below which a proxy serves this: /models.")
+    ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(*ADAPTER_FLAGS, metavar="NAME=PATH", help="An adapter folder; repeatable.")
     ] = None,
