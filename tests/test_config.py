@@ -309,4 +309,5 @@ def test_a_root_path_stands_in_front_of_others() -> None:
     assert settings(root_path="/a/b-c.d").root_path == "/a/b-c.d"
     for wrong in ("a", "/", "/a/", "//a", "/a b", "/a?b", "/%41"):
         assert "write /PATH" in refusal(root_path=wrong)[0]
-    assert "/v1 is where the routes themselves begin" in refusal(root_path="/v1")[0]
+    assert "/v1 is where routes themselves begin" in refusal(root_path="/v1")[0]
+    assert "/adapters is where routes" in refusal(root_path="/adapters/x")[0]

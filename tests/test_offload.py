@@ -184,3 +184,27 @@ print("over")
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=GUARD_SECONDS)
     assert (run.returncode, run.stdout) == (0, "over\n")
+
+
+def test_a_thread_that_cannot_be_had_or_panics_costs_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicError(BaseException):
+        """What a library of another language raises."""
+
+    def panic() -> None:
+        raise PanicError
+
+    def no_thread(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def main() -> None:
+        offload = Offload(1, 4, "test-offload")
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_thread)
+            with pytest.raises(RuntimeError, match="can't start"):
+                await offload.do(1, lambda: None)
+        with pytest.raises(RuntimeError, match="PanicError"):
+            await offload.do(1, panic)
+        assert await offload.do(1, lambda: 42) == 42
+        offload.join(GUARD_SECONDS)
+
+    asyncio.run(main())

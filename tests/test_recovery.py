@@ -18,8 +18,9 @@ from swaplora_adapters.artifact.catalogue import Catalogue
 from swaplora_adapters.artifact.digest import hex_of
 from swaplora_adapters.artifact.disk import full_disk_is_told
 from swaplora_adapters.artifact.records import Alias, Target
+from swaplora_adapters.artifact.spec import AdapterSpec
 from swaplora_adapters.artifact.store import Store, StoreError
-from swaplora_adapters.errors import StorageFailedError, StorageFullError
+from swaplora_adapters.errors import AdapterFailedError, InvalidAdapterError, StorageFailedError, StorageFullError
 from test_store import link_to, publish, replace_by_folder
 
 CATALOGUE, WAL = "catalogue.sqlite3", "catalogue.sqlite3-wal"
@@ -427,4 +428,44 @@ def test_a_change_that_cannot_be_committed_is_not_described(
     left = tree(data_dir)
     assert {p: c for p, c in left.items() if "/" in p} == {p: c for p, c in described.items() if "/" in p}
     assert everything(store) == before
+    store.close()
+
+
+def test_a_name_that_is_too_long_is_set_aside_under_a_shorter_one(data_dir: Path) -> None:
+    before = filled(data_dir)
+    (data_dir / "names" / ("x" * 253)).write_bytes(b"?")
+    store = Store(data_dir)
+    assert everything(store) == before
+    assert [path.name[:9] for path in (data_dir / "quarantine").iterdir()] == ["names-xxx"]
+    store.close()
+
+
+def test_a_file_system_without_hard_links_will_do(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(source: Path, _target: Path) -> None:
+        raise OSError(errno.EPERM if source.exists() else errno.ENOENT, "planted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    before = filled(data_dir)
+    empty(data_dir)
+    store = Store(data_dir)
+    assert everything(store) == before
+    store.close()
+
+
+def test_a_stored_config_that_is_refused_today_stays_where_it_is(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(data_dir)
+    record = publish(store, "sql", b"one").record
+
+    def refusing(_raw: bytes) -> None:
+        raise InvalidAdapterError(["target_modules: not any more"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterSpec, "parse", refusing)
+        with pytest.raises(AdapterFailedError, match="refused by this release: target_modules: not any more"):
+            store.verify(record.digest)
+    assert list((data_dir / "quarantine").iterdir()) == []
+    store.verify(record.digest)
+    assert store.current("sql").failure is None
     store.close()

@@ -91,3 +91,11 @@ def test_filters_keep_the_likeliest_and_what_they_must(
 def test_a_tiny_temperature_is_greedy() -> None:
     row = logits()
     assert Sampler().sample(row, [sequence(temperature=1e-9, seed=1)])[0].token_id == int(row.argmax())
+
+
+def test_a_logprob_beyond_what_json_can_write_is_cut_off() -> None:
+    """Of logits that are finite, and too far apart for their difference to be."""
+    rows = torch.tensor([[2.3e38, -2.3e38, 0.0]])
+    (sampled,) = Sampler().sample(rows, [sequence(temperature=0, num_logprobs=3)])
+    assert sampled.logprobs is not None
+    assert [logprob for _token_id, logprob in sampled.logprobs.top] == [0.0, -9999.0, -9999.0]

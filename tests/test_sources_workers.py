@@ -140,3 +140,15 @@ def test_a_stop_answers_all_who_wait_and_joins_no_longer_than_told(workers: Work
 def test_a_worker_that_hangs_holds_up_no_exit(workers: Workers, gate: threading.Event) -> None:
     is_daemon = workers.submit(lambda: threading.current_thread().daemon)
     assert is_daemon.result(GUARD_SECONDS)
+
+
+def test_a_thread_that_cannot_be_had_costs_no_place(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(RuntimeError, match="can't start"):
+            workers.submit(lambda: None)
+    assert workers.num_jobs == 0
+    assert workers.submit(lambda: 42).result(GUARD_SECONDS) == 42

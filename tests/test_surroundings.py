@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from serving import BASE, Running, serving, settings
+from swaplora_server.config import ROUTES_BEGIN
 from swaplora_server.http.invocations import ADAPTER_HEADER
 from swaplora_server.http.unserved import UNSERVED
 
@@ -192,6 +193,7 @@ def test_sagemakers_header_names_the_adapter(loaded: Running) -> None:
     assert invoke("tuned", "tuned").headers["x-swaplora-adapter"] == "tuned@1"
     assert "x-swaplora-adapter" not in invoke(BASE, "").headers
     assert invoke(BASE, "nobody").status_code == 404
+    assert invoke(BASE, "x" * 600).json()["error"]["code"] == "model_not_found"
     refused = invoke("tuned", "other")
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "model")
 
@@ -235,3 +237,8 @@ def test_a_method_that_is_not_served_is_told_which_is(server: Running) -> None:
     answer = server.client.get("/v1/chat/completions")
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
     assert answer.json()["error"]["message"] == "GET is not served at '/v1/chat/completions'; POST is"
+
+
+def test_a_root_path_can_hide_no_route(server: Running) -> None:
+    paths = server.client.get("/openapi.json").json()["paths"]
+    assert {path.split("/")[1] for path in [*paths, "/openapi.json"]} == set(ROUTES_BEGIN)

@@ -181,6 +181,28 @@ def test_a_client_that_goes_is_noticed_behind_a_pipelined_request(
     assert len(steps) < 480
 
 
+def test_a_client_that_goes_is_noticed_behind_a_large_body_that_waits(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, run = [], Runner.run
+
+    def noting(self: Runner, batch: Batch) -> list[Sampled]:
+        steps.append(batch)
+        return run(self, batch)
+
+    monkeypatch.setattr(Runner, "run", noting)
+    long: dict[str, Any] = WANTED | {"max_tokens": 480, "n": 4, "ignore_eos": True}
+    with connected(server.url) as connection:
+        connection.sendall(request(ASK, long))
+        while server.service.engine.num_running < 4:
+            time.sleep(0.005)
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        with suppress(OSError):  # it may be closed before it has all
+            connection.sendall(head + b"Content-Length: 10000000\r\n\r\n" + bytes(3_000_000))
+    server.wait_idle()
+    assert len(steps) < 480
+
+
 def test_what_cannot_be_read_ends_a_stream_and_is_not_written_into_it(server: Running) -> None:
     long = WANTED | {"max_tokens": 480, "ignore_eos": True, "stream": True}
     with connected(server.url) as connection:

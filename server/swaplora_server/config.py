@@ -33,6 +33,7 @@ ENV_PREFIX = "SWAPLORA_"
 CLIENT_VARIABLES = frozenset({"SWAPLORA_URL"})  # read by the client commands, so not a misspelt setting
 FOREIGN_ADAPTER_DIRS = ("NIM_PEFT_SOURCE", "VLLM_LORA_RESOLVER_CACHE_DIR")
 FOREIGN_RESCAN = "NIM_PEFT_REFRESH_INTERVAL"
+ROUTES_BEGIN = ("v1", "adapters", "health", "invocations", "metrics", "openapi.json", "ping", "version")
 ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?", re.IGNORECASE)
 
@@ -70,8 +71,9 @@ def _check_origin(value: str) -> str:
 def _check_root_path(value: str) -> str:
     if not ROOT_PATH.fullmatch(value):
         raise ValueError(f"{value!r} is not a path in front of others: write /PATH, without a slash at its end")
-    if value.startswith("/v1"):
-        raise ValueError("/v1 is where the routes themselves begin; give what stands before it, or nothing")
+    first = value.split("/")[1] if value else ""
+    if first in ROUTES_BEGIN:
+        raise ValueError(f"/{first} is where routes themselves begin; give what stands before it, or nothing")
     return value
 
 

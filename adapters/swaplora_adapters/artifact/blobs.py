@@ -11,9 +11,10 @@ from swaplora_adapters.artifact.digest import digest_of, hex_of
 from swaplora_adapters.artifact.disk import full_disk_is_told, read_bounded, regular_size, remove, sync_folder
 from swaplora_adapters.artifact.folders import Folders
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES, AdapterSpec
+from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, AdapterSpec
 from swaplora_adapters.artifact.staging import Staging
-from swaplora_adapters.errors import InvalidAdapterError
+from swaplora_adapters.artifact.strict_json import loads
+from swaplora_adapters.errors import AdapterFailedError, InvalidAdapterError, UnsupportedAdapterError
 
 RESERVE_BYTES = 256 << 10
 
@@ -111,12 +112,16 @@ class Blobs:
         return None
 
     def digest_complaint(self, digest: str) -> str | None:
-        """What is wrong with the files once every byte is hashed again; StorageFailedError if the disk is at fault."""
+        """What is wrong with the files once every byte is hashed again; StorageFailedError if the disk is at fault.
+
+        Raises AdapterFailedError for a whole config that this release refuses: no damage, the files stay.
+        """
         paths = self.paths(digest)
         try:
             with full_disk_is_told():
-                spec = AdapterSpec.parse(read_bounded(paths.config, MAX_CONFIG_BYTES))
-                if digest_of(spec.canonical, paths.weights) == digest:
+                config = read_bounded(paths.config, MAX_CONFIG_BYTES)
+                loads(config, what=CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES, max_depth=MAX_CONFIG_DEPTH)
+                if digest_of(_accepted(config).canonical, paths.weights) == digest:
                     return None
         except InvalidAdapterError as error:
             return f"its stored files are damaged: {error}"
@@ -134,3 +139,10 @@ class Blobs:
 
     def _folder(self, digest: str) -> Path:
         return self._blobs / hex_of(digest)
+
+
+def _accepted(config: bytes) -> AdapterSpec:
+    try:
+        return AdapterSpec.parse(config)
+    except (InvalidAdapterError, UnsupportedAdapterError) as error:
+        raise AdapterFailedError(f"its stored config is refused by this release: {error}") from error

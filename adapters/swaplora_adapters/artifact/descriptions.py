@@ -6,10 +6,12 @@ A description is durable before the catalogue commits what it says, so it is nev
 deleted stays, and says so: nothing comes back because its catalogue was lost.
 """
 
+import errno
 import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +22,7 @@ from swaplora_adapters.artifact.staging import Writer
 from swaplora_adapters.errors import StorageFailedError
 
 FORMAT = 1
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)  # of file systems that know none
 _SLASH = "%"  # in a file's name: an alias may have slashes, and neither that nor a name has this
 Facts = dict[str, Any]  # JSON
 
@@ -125,6 +128,10 @@ class Descriptions:
             os.link(target, before)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            shutil.copyfile(target, before)
         return before
 
     def _undo(self, error: BaseException) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from swaplora_adapters.artifact.disk import StoreError, full_disk_is_told
 
+_MAX_ASIDE_CHARS = 200  # a number may follow, and a file's name has 255 bytes
 _FILES = ("catalogue.sqlite3", "lock", "reserve")
 
 
@@ -49,6 +50,7 @@ class Folders:
 
     def place_aside(self, name: str) -> Path:
         """A path in the quarantine that nothing has: `name`, or that with a number."""
+        name = name[:_MAX_ASIDE_CHARS]
         names = (name if number == 1 else f"{name}.{number}" for number in count(1))
         return next(path for path in map(self.quarantine.joinpath, names) if not os.path.lexists(path))
 

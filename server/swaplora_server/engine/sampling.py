@@ -9,6 +9,8 @@ from torch import Tensor
 from swaplora_server.engine.request import Logprobs, SamplingParams, Sequence
 from swaplora_server.engine.scheduler import Sampled
 
+_LEAST_LOGPROB = -9999.0
+
 
 class Sampler:
     """Keeps one random generator per sampled sequence, for as long as the sequence lives."""
@@ -87,6 +89,6 @@ def _as_index(token_ids: frozenset[int], like: Tensor) -> Tensor:
 def _logprobs(logits: Tensor, token_id: int, params: SamplingParams) -> Logprobs | None:
     if params.num_logprobs is None:
         return None
-    logprobs = logits.log_softmax(-1)
+    logprobs = logits.log_softmax(-1).clamp(min=_LEAST_LOGPROB)  # JSON has no infinity
     top = logprobs.topk(min(params.num_logprobs, logprobs.numel()))
     return Logprobs(float(logprobs[token_id]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))

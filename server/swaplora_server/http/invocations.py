@@ -11,7 +11,7 @@ from swaplora_server.http.chat import answer_chat
 from swaplora_server.http.completions import answer_completion
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.service import Service
-from swaplora_server.http.wire import ChatBody, CompletionBody, GenerationBody
+from swaplora_server.http.wire import MAX_MODEL_CHARACTERS, ChatBody, CompletionBody, GenerationBody
 
 router = APIRouter()
 ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
@@ -56,4 +56,6 @@ def _named(service: Service, body: GenerationBody, adapter: str | None) -> Gener
     if not service.is_base(body.model):
         message = f"{ADAPTER_HEADER} and model name different adapters; with the header, model is the base's id"
         raise ApiError("invalid_request", message, "model")
+    if len(adapter) > MAX_MODEL_CHARACTERS:
+        raise ApiError("model_not_found", f"{ADAPTER_HEADER} is longer than any name", "model")
     return body.model_copy(update={"model": adapter})

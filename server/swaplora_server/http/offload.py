@@ -100,12 +100,18 @@ class Offload:
                 end = partial(_answer, result, job())
             except Exception as error:  # noqa: BLE001 - the thread's boundary: it is raised where the job is awaited
                 end = partial(_fail, result, error)
+            except BaseException as error:  # noqa: BLE001 - as a panic in a library: an asker must never hang
+                end = partial(_fail, result, RuntimeError(f"the job ended by {error!r}"))
             with suppress(RuntimeError):  # the loop has closed: nobody is left to tell
                 loop.call_soon_threadsafe(self._end, thread, end)
 
         thread = threading.Thread(target=run, name=self._name, daemon=True)
-        self._running.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no thread left
+            _fail(result, error)
+        else:
+            self._running.add(thread)
 
     def _end(self, thread: threading.Thread, end: Callable[[], None]) -> None:
         self._running.discard(thread)

@@ -152,6 +152,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._num_unseen_bytes = 0
         self._num_body_bytes += len(body)
         super().on_body(body)
+        if self.flow.read_paused and self.cycle is not self._running:
+            # nobody reads it until the answer before it is written, and behind it nobody would see the client go
+            raise ApiError("invalid_request", "a large body waits behind another answer: use a connection of its own")
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError, to_json
 from swaplora_server.engine.request import SamplingParams
 from swaplora_server.http.body import BRANCH, ClosedModel, WireModel
 
+MAX_MODEL_CHARACTERS = 512
 MAX_N = 128
 MAX_PROMPTS = 2048
 MAX_STOPS = 128
@@ -63,7 +64,7 @@ _TEXT, _TEXTS, _ITEMS, _LISTS = (f"{BRANCH}{name}" for name in ("text", "texts",
 Whole = Annotated[int, BeforeValidator(_whole)]
 # a list stops at its first complaint: a long one of bad items must not cost more than a good one
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
-ModelName = Annotated[str, Field(min_length=1, max_length=512)]
+ModelName = Annotated[str, Field(min_length=1, max_length=MAX_MODEL_CHARACTERS)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 MaxTokens = Annotated[Whole, BeforeValidator(_asks_for_tokens), Field(ge=1, le=MAX_INT)]
 Stop = Annotated[

@@ -56,12 +56,13 @@ class Workers:
             if self._is_stopped:
                 future.set_exception(SourceFailedError(STOPPING))
                 return future
+            if len(self._threads) < self._num_threads:
+                thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+                thread.start()
+                self._threads.append(thread)
             self._open.add(future)
             self._waiting.setdefault(owner, deque()).append(_Job(job, future))
             self._changed.notify()
-            if len(self._threads) < self._num_threads:
-                self._threads.append(threading.Thread(target=self._work, name=self._name, daemon=True))
-                self._threads[-1].start()
         if interest is not None:
             interest.when_lost(partial(self._drop, owner, future))
         return future
