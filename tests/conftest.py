@@ -12,6 +12,8 @@ import transformers
 
 import tiny
 from serving import Running, serving, settings
+from swaplora_server.engine.runner import Runner
+from swaplora_server.engine.scheduler import Batch, Sampled
 
 MEMORY = Path("/dev/shm")
 ROOM_BYTES = 4 << 30  # several times what all tests write, so that small machines and containers go on using the disk
@@ -44,3 +46,16 @@ def server(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run
     """A server of the tiny base with nothing uploaded yet."""
     with serving(settings(base, tmp_path_factory.mktemp("data"))) as running:
         yield running
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """What the engine has run since the test began."""
+    steps, run = [], Runner.run
+
+    def noting(self: Runner, batch: Batch) -> list[Sampled]:
+        steps.append(batch)
+        return run(self, batch)
+
+    monkeypatch.setattr(Runner, "run", noting)
+    return steps

@@ -10,8 +10,7 @@ import pytest
 
 from serving import BASE, Running
 from swaplora_adapters.artifact.served import AdapterWeights
-from swaplora_server.engine.runner import Runner
-from swaplora_server.engine.scheduler import Batch, Sampled
+from swaplora_server.engine.scheduler import Batch
 
 PROMPT = list(range(40, 60))
 MAX_TOKENS = 400
@@ -23,19 +22,6 @@ LONG = {"prompt": PROMPT, "max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eo
 def loaded(server: Running, adapters: list[Path]) -> Running:
     server.put("gone", adapters[3])
     return server
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
-    """What the engine has run since the test began."""
-    steps, run = [], Runner.run
-
-    def noting(self: Runner, batch: Batch) -> list[Sampled]:
-        steps.append(batch)
-        return run(self, batch)
-
-    monkeypatch.setattr(Runner, "run", noting)
-    return steps
 
 
 async def leave_after(server: Running, seconds: float, **fields: object) -> None:

@@ -11,8 +11,7 @@ import pytest
 
 from raw_http import GUARD_SECONDS, connected, read_answer, read_to_end, request
 from serving import BASE, Running, serving, settings
-from swaplora_server.engine.runner import Runner
-from swaplora_server.engine.scheduler import Batch, Sampled
+from swaplora_server.engine.scheduler import Batch
 
 SHORT_SECONDS = 0.5
 MAX_TOKENS = 480
@@ -40,19 +39,6 @@ def strict(base: Path, adapters: list[Path], tmp_path_factory: pytest.TempPathFa
     with serving(config) as running:
         running.put("tuned", adapters[0])
         yield running
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
-    """What the engine has run since the test began."""
-    steps, run = [], Runner.run
-
-    def noting(self: Runner, batch: Batch) -> list[Sampled]:
-        steps.append(batch)
-        return run(self, batch)
-
-    monkeypatch.setattr(Runner, "run", noting)
-    return steps
 
 
 def wait_until(is_true: Callable[[], bool]) -> None:

@@ -149,6 +149,24 @@ def test_a_thread_that_cannot_be_had_costs_no_place(workers: Workers, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", no_thread)
         with pytest.raises(RuntimeError, match="can't start"):
-            workers.submit(lambda: None)
+            workers.submit(lambda: None).result(0)
     assert workers.num_jobs == 0
     assert workers.submit(lambda: 42).result(GUARD_SECONDS) == 42
+    with monkeypatch.context() as patch:  # where there is one, it does all
+        patch.setattr(threading.Thread, "start", no_thread)
+        assert workers.submit(lambda: 43).result(GUARD_SECONDS) == 43
+
+
+def test_a_job_that_panics_costs_no_place(gate: threading.Event) -> None:
+    class PanicError(BaseException):
+        """What a library of another language raises."""
+
+    def panic() -> None:
+        raise PanicError
+
+    one = Workers(1, "test-worker")
+    with pytest.raises(RuntimeError, match="PanicError"):
+        one.submit(panic).result(GUARD_SECONDS)
+    assert one.submit(lambda: 42).result(GUARD_SECONDS) == 42
+    one.stop()
+    one.join(time.monotonic() + GUARD_SECONDS)

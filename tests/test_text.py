@@ -182,10 +182,10 @@ class BreaksFor:
     """Makes detokenizers of which those of one prompt break at their third token."""
 
     def __init__(self, prompt: list[int]) -> None:
-        self.prompt = prompt
+        self.end = prompt[-4:]
 
     def __call__(self, rules: TextRules, prompt_ids: Sequence[int]) -> Detokenizer:
-        return Broken(rules, prompt_ids) if list(prompt_ids) == self.prompt else Detokenizer(rules, prompt_ids)
+        return Broken(rules, prompt_ids) if list(prompt_ids) == self.end else Detokenizer(rules, prompt_ids)
 
 
 class Broken(Detokenizer):

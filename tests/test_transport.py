@@ -10,8 +10,7 @@ import pytest
 
 from raw_http import connected, read_answer, read_to_end, request
 from serving import BASE, Running, settings
-from swaplora_server.engine.runner import Runner
-from swaplora_server.engine.scheduler import Batch, Sampled
+from swaplora_server.engine.scheduler import Batch
 from swaplora_server.http.protocol import MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED
 
 WANTED = {"model": BASE, "prompt": [1], "max_tokens": 1}
@@ -161,15 +160,8 @@ def test_so_many_requests_may_wait_for_the_answers_before_them(server: Running) 
 
 @pytest.mark.parametrize("comes_together", [True, False])
 def test_a_client_that_goes_is_noticed_behind_a_pipelined_request(
-    server: Running, comes_together: bool, monkeypatch: pytest.MonkeyPatch
+    server: Running, comes_together: bool, steps: list[Batch]
 ) -> None:
-    steps, run = [], Runner.run
-
-    def noting(self: Runner, batch: Batch) -> list[Sampled]:
-        steps.append(batch)
-        return run(self, batch)
-
-    monkeypatch.setattr(Runner, "run", noting)
     long: dict[str, Any] = WANTED | {"max_tokens": 480, "n": 4, "ignore_eos": True}
     with connected(server.url) as connection:
         connection.sendall(request(ASK, long) + (HEALTH if comes_together else b""))
@@ -181,16 +173,7 @@ def test_a_client_that_goes_is_noticed_behind_a_pipelined_request(
     assert len(steps) < 480
 
 
-def test_a_client_that_goes_is_noticed_behind_a_large_body_that_waits(
-    server: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps, run = [], Runner.run
-
-    def noting(self: Runner, batch: Batch) -> list[Sampled]:
-        steps.append(batch)
-        return run(self, batch)
-
-    monkeypatch.setattr(Runner, "run", noting)
+def test_a_client_that_goes_is_noticed_behind_a_large_body_that_waits(server: Running, steps: list[Batch]) -> None:
     long: dict[str, Any] = WANTED | {"max_tokens": 480, "n": 4, "ignore_eos": True}
     with connected(server.url) as connection:
         connection.sendall(request(ASK, long))

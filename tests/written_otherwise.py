@@ -13,16 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import tiny
 from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
 
-_SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
+_SHAPE = {field: value for field, value in tiny.LLAMA.items() if field not in ("model_type", "tie_word_embeddings")}
 
 
 def own_state(name: str) -> str:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -131,7 +130,9 @@ class Descriptions:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            shutil.copyfile(target, before)
+            content = _read(str(target))
+            with Writer(before, len(content)) as writer:
+                writer.write(content)
         return before
 
     def _undo(self, error: BaseException) -> None:

@@ -46,6 +46,18 @@ class TextRules:
         object.__setattr__(self, "hidden", self.vocabulary.special if self.skip_special_tokens else {})
         object.__setattr__(self, "stops", StopStrings(self.stop, self.hidden))
 
+    def end_of(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The last tokens of a prompt that are in a text: as many as can hold a character that goes on behind them."""
+        end: list[int] = []
+        num_bytes = 0
+        for token_id in reversed(prompt_ids):
+            if token_id not in self.hidden and self.vocabulary.piece(token_id) is not None:
+                end.append(token_id)
+                num_bytes += len(self.vocabulary.bytes_of(token_id))
+                if num_bytes >= _LONGEST_CHARACTER:
+                    break
+        return end[::-1]
+
 
 @dataclass(slots=True)
 class _Unsettled:
@@ -70,7 +82,7 @@ class Detokenizer:
         self._vocabulary, self._hidden = rules.vocabulary, rules.hidden
         self._decoder = _Utf8Decoder(errors="replace")
         self._is_first = True  # no token that is shown came yet, not in the prompt either
-        self._is_in_prompt = self._read_prompt(prompt_ids)
+        self._is_in_prompt = self._read_prompt(prompt_ids)  # of which `TextRules.end_of` it is enough
         self._finder = StopFinder(rules.stops) if rules.stop else None
         self._held = ""
         self._num_tokens = self._num_chars = 0
@@ -112,14 +124,9 @@ class Detokenizer:
 
     def _read_prompt(self, prompt_ids: Sequence[int]) -> bool:
         """Begin in the middle of the character that the prompt leaves incomplete; whether there is one."""
-        end = b""
-        for token_id in reversed(prompt_ids):
-            if token_id not in self._hidden and self._vocabulary.piece(token_id) is not None:
-                self._is_first = False
-                end = self._vocabulary.bytes_of(token_id) + end
-                if len(end) >= _LONGEST_CHARACTER:
-                    break
-        self._decoder.decode(end)
+        end = self._rules.end_of(prompt_ids)
+        self._is_first = not end
+        self._decoder.decode(b"".join(map(self._vocabulary.bytes_of, end)))
         return bool(self._pending)
 
     def _decode(self, data: bytes, *, is_last: bool = False) -> str:

@@ -50,7 +50,14 @@ _STATUS = {
     "storage_failed": 507,
     "memory_full": 507,
 }
-_RETRY_AFTER = {"overloaded": "1", "not_ready": "5", "draining": "5", "memory_full": "5", "source_failed": "5"}
+_RETRY_AFTER = {
+    "overloaded": "1",
+    "too_many_connections": "1",
+    "not_ready": "5",
+    "draining": "5",
+    "memory_full": "5",
+    "source_failed": "5",
+}
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -63,11 +70,6 @@ class ApiError(Exception):
         self.code = code
         self.message = message
         self.param = param
-
-
-def status_of(error: ApiError | AdapterError) -> int:
-    """The status that a request which failed with `error` is answered with."""
-    return _STATUS[error.code]
 
 
 def error_body(code: str, message: str, param: str | None = None) -> dict[str, dict[str, str | None]]:

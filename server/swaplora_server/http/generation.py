@@ -77,7 +77,8 @@ class Generation:
         self._is_read_at_once = body.stream or bool(body.stops)
         self._requests: list[Request] = []
         rules = self._text_rules()
-        self._detokenizers = [Detokenizer(rules, prompt) for prompt in prompts for _ in range(body.n)]
+        ends = [rules.end_of(prompt) for prompt in prompts]  # once for all choices: a prompt may be long
+        self._detokenizers = [Detokenizer(rules, end) for end in ends for _ in range(body.n)]
         self._open = set(range(len(self._detokenizers)))
         self.outcome: Outcome | None = None  # None while a choice is open
         self.num_generated = [0] * len(self._detokenizers)

@@ -1,9 +1,9 @@
 """uvicorn's HTTP/1.1 protocol with the bounds that it lacks: on heads, bodies, unread answers, and their time."""
 
 import asyncio
-import json
 import re
 import socket
+import uuid
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
@@ -16,7 +16,7 @@ from uvicorn.server import ServerState
 
 from swaplora_server.config import Settings
 from swaplora_server.http.connections import Connections, Pace
-from swaplora_server.http.errors import ApiError, error_body, status_of
+from swaplora_server.http.errors import ApiError, error_response
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 256
@@ -292,10 +292,9 @@ def _too_large(limit: str) -> ApiError:
 
 
 def _whole_answer(error: ApiError) -> bytes:
-    status = HTTPStatus(status_of(error))
-    body = json.dumps(error_body(error.code, error.message)).encode()
-    head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
-    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+    answer = error_response(error, {"connection": "close", "x-request-id": uuid.uuid4().hex})
+    first = f"HTTP/1.1 {answer.status_code} {HTTPStatus(answer.status_code).phrase}\r\n".encode()
+    return b"".join([first, *(b"%b: %b\r\n" % header for header in answer.raw_headers), b"\r\n", answer.body])
 
 
 def _bound_unsent(transport: asyncio.Transport) -> None:

@@ -56,10 +56,12 @@ class Workers:
             if self._is_stopped:
                 future.set_exception(SourceFailedError(STOPPING))
                 return future
-            if len(self._threads) < self._num_threads:
-                thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-                thread.start()
-                self._threads.append(thread)
+            try:
+                self._begin_thread()
+            except RuntimeError as error:  # the system has no thread left: those that there are will do
+                if not self._threads:
+                    future.set_exception(error)
+                    return future
             self._open.add(future)
             self._waiting.setdefault(owner, deque()).append(_Job(job, future))
             self._changed.notify()
@@ -81,6 +83,13 @@ class Workers:
         """After `stop`: wait for what runs, to the moment `until` of the monotonic clock at most."""
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
+
+    def _begin_thread(self) -> None:
+        """One more, while there may be more. Needs the lock."""
+        if len(self._threads) < self._num_threads:
+            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
@@ -104,6 +113,9 @@ class Workers:
         except Exception as error:  # noqa: BLE001 - the worker's boundary: a waiter must never hang
             if self._is_awaited(job.future):
                 job.future.set_exception(error)
+        except BaseException as error:  # noqa: BLE001 - as a panic in a library: the thread goes on
+            if self._is_awaited(job.future):
+                job.future.set_exception(RuntimeError(f"the job ended by {error!r}"))
         else:
             if self._is_awaited(job.future):
                 job.future.set_result(result)
