@@ -1,6 +1,7 @@
 """What PEFT reads is served with the same numbers, whoever wrote it; what PEFT reads as nothing is refused."""
 
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -235,9 +236,14 @@ def test_the_earlier_names_are_those_of_peft_and_transformers() -> None:
             assert earlier.renamings == ((families[family],) if families[family] else ())
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("served", [torch.float32, torch.bfloat16])
+HALVES = (torch.bfloat16, torch.float16)
+# Trained in, stored in, served in. Left out is what is rounded twice on one way and once on the other, and may differ.
+ROUNDINGS = {*product(HALVES, (torch.float32, *HALVES), (torch.float32, torch.bfloat16))} - {
+    (torch.float16, torch.bfloat16, torch.bfloat16)
+}
+
+
+@pytest.mark.parametrize(("half", "stored", "served"), sorted(ROUNDINGS, key=str))
 @pytest.mark.parametrize("kind", ["embedding", "embedding and head"])
 def test_a_copy_of_the_base_in_half_precision_is_the_bases_own_however_it_is_stored(
     kind: str,
@@ -256,8 +262,6 @@ def test_a_copy_of_the_base_in_half_precision_is_the_bases_own_however_it_is_sto
         tensors[name] = tensors[name].to(half).to(stored)
     save_file(tensors, source / WEIGHTS_FILE)
     layers = layers_of(plain(base).to(served))
-    if (half, stored, served) == (torch.float16, torch.bfloat16, torch.bfloat16):
-        pytest.skip("rounded twice on one way and once on the other, which may differ")
     assert load(source, layers, served).embeddings
     save_file({**tensors, copies[0]: tensors[copies[0]] + 0.02}, source / WEIGHTS_FILE)
     with pytest.raises(InvalidAdapterError, match="is not the base's own"):
