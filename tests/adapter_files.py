@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from swaplora_adapters.artifact.base_layers import BaseLayers, LinearShape
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.fit.base import BaseLayers, LinearShape
 
 _LAYER = {
     "self_attn.q_proj": LinearShape(32, 32),

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from adapter_files import LAYERS
-from swaplora_adapters.artifact.intake import inspect_files
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.errors import AdapterError
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.intake import inspect_files
 
 HARMLESS = frozenset({"object.__getattr__", "sys._getframe"})
 WARM_UP_BYTES = 100_000

@@ -23,13 +23,13 @@ from typing import IO, Any, Literal
 import torch
 
 from adapter_files import LAYERS, config_bytes, write_adapter
-from swaplora_adapters.artifact.digest import digest_of, hex_of
-from swaplora_adapters.artifact.names import WEIGHTS_FILE
-from swaplora_adapters.artifact.spec import AdapterSpec
-from swaplora_adapters.artifact.store import Store
+from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.errors import AdapterError
+from swaplora_adapters.files.digest import digest_of, hex_of
+from swaplora_adapters.files.names import WEIGHTS_FILE
 from swaplora_adapters.registry.registry import Registry
-from swaplora_adapters.registry.sources.source import Sources
+from swaplora_adapters.sources.source import Sources
+from swaplora_adapters.store.store import Store
 
 # what is done, to which name, and what is added to the life's number for the weights
 STEPS = (

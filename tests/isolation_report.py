@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.table import Table
 
-from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_adapters.registry import registry
+from swaplora_adapters.weights.served import AdapterWeights
 
 
 @dataclass

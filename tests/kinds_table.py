@@ -20,10 +20,10 @@ import tiny
 from kinds_oracle import KindOracle, SumOracle
 from oracle import Oracle
 from peft_kinds import BASES, KINDS
-from swaplora_adapters.artifact.merged import merged
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.artifact.served import AdapterWeights
-from swaplora_adapters.artifact.weights import load_weights
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.weights.load import load_weights
+from swaplora_adapters.weights.materialise import merged
+from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.engine.base_model import BaseModel, load_base
 from swaplora_server.engine.kernels import Kernels, pick_kernels
 from swaplora_server.engine.kv_cache import BlockPool

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping, Set
 from types import SimpleNamespace
 
-from swaplora_adapters.artifact.served import AdapterWeights
-from swaplora_adapters.registry import room
+from swaplora_adapters.registry import memory_queue as room
 from swaplora_adapters.registry.claim import Claim, Copy
-from swaplora_adapters.registry.room import Room
+from swaplora_adapters.registry.memory_queue import Room
+from swaplora_adapters.weights.served import AdapterWeights
 
 
 class Line:

@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from swaplora_adapters.artifact.served import AdapterWeights, ModuleWeights
 from swaplora_adapters.registry.claim import Claim
 from swaplora_adapters.registry.residency import Residency
+from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 
 SIZE = 40
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from swaplora_adapters.artifact.staging import Staging
-from swaplora_adapters.registry.sources.source import Sources
+from swaplora_adapters.sources.source import Sources
+from swaplora_adapters.store.staging import Staging
 
 GUARD_SECONDS = 60
 

@@ -15,10 +15,10 @@ import pytest
 
 from hanging import GUARD_SECONDS, Hanging, hang_derivations
 from serving import Running, serving, settings
-from swaplora_adapters.artifact.staging import Staging
 from swaplora_adapters.interest import Interest
-from swaplora_adapters.registry.sources import resolver
-from swaplora_adapters.registry.sources.source import Sources
+from swaplora_adapters.sources import resolver
+from swaplora_adapters.sources.source import Sources
+from swaplora_adapters.store.staging import Staging
 from swaplora_server.http import workshop as workshop_module
 
 PATIENCE_SECONDS = 120

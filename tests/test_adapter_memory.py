@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import tiny
 from serving import BASE, Running, serving, settings
-from swaplora_adapters.artifact.names import WEIGHTS_FILE
-from swaplora_adapters.registry.lease import Tenancy
+from swaplora_adapters.files.names import WEIGHTS_FILE
+from swaplora_adapters.registry.leases import Tenancy
 
 GUARD_SECONDS = 60
 NAMES = [f"t{number}" for number in range(5)]

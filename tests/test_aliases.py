@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from serving import BASE, Running, serving, settings
-from swaplora_adapters.artifact.records import Alias, Target
+from swaplora_adapters.store.records import Alias, Target
 
 PROMPT = list(range(30, 50))
 

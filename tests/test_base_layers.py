@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import peft_kinds
 from kinds_table import CACHE, CPU
 from peft_kinds import BASES
-from swaplora_adapters.artifact.base_layers import BaseLayers
+from swaplora_adapters.fit.base import BaseLayers
 from swaplora_server.engine.base_model import load_base
 from swaplora_server.engine.kernels import Kernels, pick_kernels, torch_kernels
 from whole_base import layers_of

@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM
 import tiny
 from adapter_files import LAYERS, SHAPES, write_adapter
 from serving import BASE, Running, serving, settings
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.artifact.served import AdapterWeights, ModuleWeights
-from swaplora_adapters.artifact.spec import MAX_RANK
-from swaplora_adapters.artifact.weights import load_weights
+from swaplora_adapters.config.spec import MAX_RANK
 from swaplora_adapters.derive.compose import Ingredient, Recipe, compose
 from swaplora_adapters.derive.files import write_adapter as write_composed
 from swaplora_adapters.derive.lowrank import LowRank
 from swaplora_adapters.errors import AdapterTooLargeError, InvalidAdapterError
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.weights.load import load_weights
+from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 
 PROMPT = [72, 101, 108, 108, 111]
 GUARD_SECONDS = 600  # what is computed runs at low priority

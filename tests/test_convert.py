@@ -17,11 +17,11 @@ import tiny
 from adapter_files import SHAPES
 from oracle import Oracle
 from serving import Running
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.artifact.spec import CONVERTIBLE_KINDS
+from swaplora_adapters.config.spec import CONVERTIBLE_KINDS
 from swaplora_adapters.derive.convert import Converted, convert
 from swaplora_adapters.derive.kinds import KINDS
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 
 GUARD_SECONDS = 600  # what is computed runs at low priority
 PROMPT = [72, 101, 108, 108, 111]

@@ -22,7 +22,7 @@ from corpus import CORPUS, MAX_ADAPTER_BYTES
 from damage import Files, filled
 from hostile import Hostile
 from serving import BASE, Running, serving, settings, stream_chat
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 
 HANG_SECONDS = 60
 PROMPT = list(range(30, 50))

@@ -7,9 +7,9 @@ import pytest
 
 import tiny
 from adapter_files import config_bytes, write_adapter
-from swaplora_adapters.artifact.spec import AdapterSpec
+from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.derive.deltas import require_deltas
-from swaplora_adapters.derive.merge import Addend, merge
+from swaplora_adapters.derive.export import Addend, merge
 from swaplora_adapters.derive.process import DerivationProcess
 from swaplora_adapters.errors import UnsupportedAdapterError
 from test_derivation_process import compose

@@ -20,7 +20,7 @@ from swaplora_adapters.derive import process
 from swaplora_adapters.derive.process import DerivationProcess
 from swaplora_adapters.errors import AdapterTooLargeError, DerivationFailedError, InvalidAdapterError
 from swaplora_adapters.interest import AbandonedError, Interest
-from swaplora_adapters.registry.sources.workers import Workers
+from swaplora_adapters.sources.workers import Workers
 from test_restart import SMALL
 from test_restart import process as serve
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from swaplora_adapters.artifact.served import AdapterWeights, EmbeddingWeights, ModuleWeights
+from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, ModuleWeights
 from swaplora_server.engine.base_model import BaseModel, load_base
 from swaplora_server.engine.kernels import pick_kernels
 from swaplora_server.engine.kv_cache import BlockPool

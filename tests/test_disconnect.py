@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from serving import BASE, Running
-from swaplora_adapters.artifact.served import AdapterWeights
+from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.engine.scheduler import Batch
 
 PROMPT = list(range(40, 60))

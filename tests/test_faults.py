@@ -20,8 +20,8 @@ import crash
 from crash import Allowed, Hurt, Nursery, Thread
 from serving import Running, serving, settings
 from sizes import size
-from swaplora_adapters.artifact.digest import hex_of
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.digest import hex_of
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from test_restart import SMALL, free_port, process, wait_ready
 
 CODES = ("storage_full", "storage_failed")

@@ -17,10 +17,10 @@ import structlog
 from hub import Answer, stand_in
 from serving import Running, serving, settings
 from slow_sources import GUARD_SECONDS, Gate, gate
-from swaplora_adapters.artifact.staging import Staging
 from swaplora_adapters.errors import StorageFailedError
-from swaplora_adapters.registry.folder import AdapterFolder
-from swaplora_adapters.registry.sources.source import Sources
+from swaplora_adapters.sources.source import Sources
+from swaplora_adapters.sources.watcher import AdapterFolder
+from swaplora_adapters.store.staging import Staging
 from swaplora_server.engine.proof import UnsupportedModelError
 from swaplora_server.http.service import Service
 from test_restart import SMALL, process

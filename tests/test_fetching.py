@@ -12,8 +12,8 @@ from moto.server import ThreadedMotoServer
 
 from hub import Answer, StandIn, stand_in
 from serving import Running, serving, settings
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.registry.sources import transfer
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.sources import transfer
 
 PROMPT = list(range(30, 50))
 COMMIT, NEXT = "1" * 40, "2" * 40

@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_files import CONFIG, LAYERS, factors, safetensors_bytes
-from swaplora_adapters.artifact.intake import inspect_files
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.artifact.spec import AdapterSpec
-from swaplora_adapters.artifact.strict_json import loads
-from swaplora_adapters.artifact.tensorfile import read_header, read_tensors
+from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.errors import AdapterError
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.strict_json import loads
+from swaplora_adapters.files.tensorfile import read_header, read_tensors
+from swaplora_adapters.intake import inspect_files
 
 MAX_BYTES = 1 << 16
 MEMORY_PER_BYTE = 64  # of a JSON text: an empty object of two characters is one of 64 bytes

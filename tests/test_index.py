@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 
-from swaplora_adapters.artifact.records import Alias, Target, VersionRecord
 from swaplora_adapters.errors import AdapterNotFoundError, AliasNotFoundError, VersionNotFoundError
 from swaplora_adapters.registry.index import Index
 from swaplora_adapters.registry.split import choose
+from swaplora_adapters.store.records import Alias, Target, VersionRecord
 
 
 def record(version: int, digit: str, name: str = "sql") -> VersionRecord:

@@ -12,13 +12,13 @@ import tiny
 from adapter_files import LAYERS, SHAPES, factors, write_adapter
 from serving import Running, serving, settings
 from stand_in import CARD, StandIn, standing_in, swaplora
-from swaplora_adapters.artifact.base_layers import LinearShape
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.artifact.served import AdapterWeights, ModuleWeights
-from swaplora_adapters.artifact.weights import load_weights
 from swaplora_adapters.derive.base_files import BaseFiles
 from swaplora_adapters.derive.inspection import compare_weights
 from swaplora_adapters.derive.intruders import NUM_LOOKED_AT, count_intruders, intruders
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.fit.base import LinearShape
+from swaplora_adapters.weights.load import load_weights
+from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 
 GUARD_SECONDS = 600  # what is computed runs at low priority
 Q_PROJ = "model.layers.0.self_attn.q_proj"

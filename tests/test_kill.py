@@ -17,9 +17,9 @@ import crash
 from crash import Allowed, Hurt, Nursery, Thread
 from serving import Running
 from sizes import size
-from swaplora_adapters.artifact.digest import digest_of
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.artifact.spec import AdapterSpec
+from swaplora_adapters.config.spec import AdapterSpec
+from swaplora_adapters.files.digest import digest_of
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from test_restart import SMALL, process
 
 PROMPT = list(range(50, 70))

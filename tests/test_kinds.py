@@ -20,11 +20,11 @@ from planted import neighbours_weights
 from serving import BASE, Running, Streamed, serving, settings, stream_chat
 from swaplora_adapters.apply.activation import StepRows
 from swaplora_adapters.apply.layers import LoraEmbedding
-from swaplora_adapters.artifact import linears
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.artifact.served import AdapterWeights
-from swaplora_adapters.artifact.weights import load_weights
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.registry import registry
+from swaplora_adapters.weights import linears
+from swaplora_adapters.weights.load import load_weights
+from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.engine.native_decoder import NativeDecoder
 from swaplora_server.engine.native_linear import NativeLinear
 from swaplora_server.http import generation

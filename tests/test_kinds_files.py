@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import peft_kinds
 from peft_kinds import BASES, KINDS
-from swaplora_adapters.artifact.base_layers import BaseLayers
-from swaplora_adapters.artifact.intake import inspect_files
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.artifact.served import AdapterWeights, EmbeddingWeights, ModuleWeights
-from swaplora_adapters.artifact.weights import load_weights
 from swaplora_adapters.errors import InvalidAdapterError
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.fit.base import BaseLayers
+from swaplora_adapters.intake import inspect_files
+from swaplora_adapters.weights.load import load_weights
+from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, ModuleWeights
 from whole_base import layers_of
 
 CPU = torch.device("cpu")

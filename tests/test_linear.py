@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from swaplora_adapters.native.huge_pages import HugePages
+from swaplora_adapters.weights.memory import HugePages
 from swaplora_server.engine import native_linear, onednn_linear
 
 LIBRARY = native_linear.load_library(Path(__file__).parent.parent / ".cache" / "native", lambda _message: None)

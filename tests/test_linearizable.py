@@ -18,7 +18,7 @@ import serving
 from history import Operation, State, final_states
 from serving import Running, settings
 from sizes import size
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_server.http.app import create_app
 from swaplora_server.http.service import Service
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import tiny
 from serving import BASE, Running, serving, settings
-from swaplora_adapters.artifact.merged import merged
-from swaplora_adapters.artifact.names import WEIGHTS_FILE
-from swaplora_adapters.artifact.served import AdapterWeights
+from swaplora_adapters.files.names import WEIGHTS_FILE
+from swaplora_adapters.weights.materialise import merged
+from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.engine.base_model import BaseModel, load_base
 from swaplora_server.engine.kernels import pick_kernels, torch_kernels
 from swaplora_server.engine.kv_cache import BlockPool

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from swaplora_adapters.apply.activation import LoraOp, Segment
 from swaplora_adapters.apply.ops import native, reference, torch_form
-from swaplora_adapters.artifact.served import AdapterWeights, ModuleWeights
+from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 
 CACHE = Path(__file__).parent.parent / ".cache" / "native"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}

@@ -11,7 +11,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from swaplora_adapters.native.huge_pages import HugePages
+from swaplora_adapters.weights.memory import HugePages
 from swaplora_server.engine import native_linear, quantised_linear
 from swaplora_server.engine.dense_weight import weight_of
 from swaplora_server.engine.native_linear import NativeLinear

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from crash import everything
-from swaplora_adapters.artifact import descriptions
-from swaplora_adapters.artifact.catalogue import Catalogue
-from swaplora_adapters.artifact.digest import hex_of
-from swaplora_adapters.artifact.disk import full_disk_is_told
-from swaplora_adapters.artifact.records import Alias, Target
-from swaplora_adapters.artifact.spec import AdapterSpec
-from swaplora_adapters.artifact.store import Store, StoreError
+from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.errors import AdapterFailedError, InvalidAdapterError, StorageFailedError, StorageFullError
+from swaplora_adapters.files.digest import hex_of
+from swaplora_adapters.files.disk import full_disk_is_told
+from swaplora_adapters.store import descriptions
+from swaplora_adapters.store.catalogue import Catalogue
+from swaplora_adapters.store.records import Alias, Target
+from swaplora_adapters.store.store import Store, StoreError
 from test_store import link_to, publish, replace_by_folder
 
 CATALOGUE, WAL = "catalogue.sqlite3", "catalogue.sqlite3-wal"

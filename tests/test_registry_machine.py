@@ -23,18 +23,18 @@ from hypothesis.stateful import run_state_machine_as_test as run
 
 import adapter_files
 from sizes import size
-from swaplora_adapters.artifact.records import Target
-from swaplora_adapters.artifact.staging import FILE_NAMES, Staging
-from swaplora_adapters.artifact.store import Store
 from swaplora_adapters.errors import (
     AdapterBusyError,
     AdapterNotFoundError,
     PreconditionFailedError,
     VersionNotFoundError,
 )
-from swaplora_adapters.registry.lease import Removal, Tenancy
+from swaplora_adapters.registry.leases import Removal, Tenancy
 from swaplora_adapters.registry.registry import Registry
-from swaplora_adapters.registry.sources.source import Sources
+from swaplora_adapters.sources.source import Sources
+from swaplora_adapters.store.records import Target
+from swaplora_adapters.store.staging import FILE_NAMES, Staging
+from swaplora_adapters.store.store import Store
 
 NAMES = st.sampled_from(["a", "ab", "b.c"])
 ALIASES = st.sampled_from(["x", "y"])

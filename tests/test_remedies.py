@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import peft_kinds
 import tiny
-from swaplora_adapters.artifact.intake import inspect_files
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.errors import InvalidAdapterError
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.intake import inspect_files
 from test_kinds_files import load, plain, serve
 from test_written_otherwise import IDS
 from whole_base import layers_of

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 
 from resident import SIZE, Loader, Make, claim, use, wait_state
-from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_adapters.errors import (
     AdapterFailedError,
     AdapterTooLargeError,
@@ -19,9 +18,10 @@ from swaplora_adapters.errors import (
     MemoryFullError,
     StorageFailedError,
 )
+from swaplora_adapters.registry import memory_queue as room
 from swaplora_adapters.registry import residency as residency_module
-from swaplora_adapters.registry import room
 from swaplora_adapters.registry.residency import NICENESS, Residency
+from swaplora_adapters.weights.served import AdapterWeights
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from line import Line
 from swaplora_adapters.registry.claim import Claim
-from swaplora_adapters.registry.room import PATIENCE_SECONDS
+from swaplora_adapters.registry.memory_queue import PATIENCE_SECONDS
 
 
 def ask(line: Line, *digests: str, size: int = 1) -> Claim:

@@ -15,9 +15,9 @@ from hypothesis.stateful import run_state_machine_as_test as run
 
 from line import Line
 from sizes import size
-from swaplora_adapters.registry import room
+from swaplora_adapters.registry import memory_queue as room
 from swaplora_adapters.registry.claim import Claim, Copy
-from swaplora_adapters.registry.room import Front, Room
+from swaplora_adapters.registry.memory_queue import Front, Room
 
 Fault = Callable[[pytest.MonkeyPatch], None]
 BUDGET = 6

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import tiny
 from swaplora_adapters.apply.activation import Activation
-from swaplora_adapters.artifact.served import AdapterWeights, ModuleWeights
+from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 from swaplora_server.engine import request as requests
 from swaplora_server.engine import runner, sampling, scheduler
 from swaplora_server.engine.attention import Run

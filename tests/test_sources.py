@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 from adapter_files import write_adapter
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.artifact.staging import FILE_NAMES, Part, Staging, Writer
 from swaplora_adapters.errors import (
     AdapterTooLargeError,
     InvalidAdapterError,
@@ -18,9 +16,11 @@ from swaplora_adapters.errors import (
     SourceNotAllowedError,
     SourceNotFoundError,
 )
-from swaplora_adapters.registry.sources.folder import ReplacedMeanwhileError
-from swaplora_adapters.registry.sources.source import Sources
-from swaplora_adapters.registry.sources.uri import HubUri, ObjectUri, parse_uri, uri_of
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.sources.folder import ReplacedMeanwhileError
+from swaplora_adapters.sources.source import Sources
+from swaplora_adapters.sources.uri import HubUri, ObjectUri, parse_uri, uri_of
+from swaplora_adapters.store.staging import FILE_NAMES, Part, Staging, Writer
 
 BAD_URIS = {
     "no folder": "file:",

@@ -9,16 +9,16 @@ import pytest
 
 from adapter_files import write_adapter
 from hub import Answer, StandIn, stand_in
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.artifact.staging import Part, Staging, Writer
 from swaplora_adapters.errors import (
     AdapterTooLargeError,
     SourceFailedError,
     SourceNotAllowedError,
     SourceNotFoundError,
 )
-from swaplora_adapters.registry.sources import transfer
-from swaplora_adapters.registry.sources.source import Sources
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.sources import transfer
+from swaplora_adapters.sources.source import Sources
+from swaplora_adapters.store.staging import Part, Staging, Writer
 
 COMMIT, NEXT_COMMIT = "a" * 40, "b" * 40
 TOKEN = "hf_hunter2"

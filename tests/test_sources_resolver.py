@@ -17,8 +17,8 @@ from swaplora_adapters.errors import (
     SourceNotFoundError,
 )
 from swaplora_adapters.interest import AbandonedError, Interest
-from swaplora_adapters.registry.sources import resolver as module
-from swaplora_adapters.registry.sources.resolver import Look, Resolver
+from swaplora_adapters.sources import resolver as module
+from swaplora_adapters.sources.resolver import Look, Resolver
 
 GUARD_SECONDS = 60
 

@@ -11,16 +11,16 @@ from moto.server import ThreadedMotoServer
 
 from adapter_files import write_adapter
 from hub import Answer, StandIn, stand_in
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.artifact.staging import Part, Staging, Writer
 from swaplora_adapters.errors import (
     AdapterTooLargeError,
     SourceFailedError,
     SourceNotAllowedError,
     SourceNotFoundError,
 )
-from swaplora_adapters.registry.sources import transfer
-from swaplora_adapters.registry.sources.source import Sources
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.sources import transfer
+from swaplora_adapters.sources.source import Sources
+from swaplora_adapters.store.staging import Part, Staging, Writer
 
 URI = "s3://bucket/team/one"
 WEIGHTS = f"/bucket/team/one/{WEIGHTS_FILE}"
@@ -262,7 +262,7 @@ def test_a_store_that_is_down_is_a_failure(environment: pytest.MonkeyPatch, sour
 
 
 def test_without_boto3_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, sources: Sources, staging: Staging) -> None:
-    monkeypatch.delitem(sys.modules, "swaplora_adapters.registry.sources.s3", raising=False)
+    monkeypatch.delitem(sys.modules, "swaplora_adapters.sources.s3", raising=False)
     monkeypatch.setitem(sys.modules, "boto3", None)
     with pytest.raises(SourceNotAllowedError, match=r"pip install 'swaplora\[s3\]'"):
         sources.fetch(URI, staging)

@@ -10,7 +10,7 @@ import pytest
 
 from swaplora_adapters.errors import SourceFailedError
 from swaplora_adapters.interest import AbandonedError, Interest
-from swaplora_adapters.registry.sources.workers import Workers
+from swaplora_adapters.sources.workers import Workers
 
 GUARD_SECONDS = 60
 

@@ -14,9 +14,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from adapter_files import CONFIG, SHAPES, config_bytes
-from swaplora_adapters.artifact.matching import Matcher, check_pattern
-from swaplora_adapters.artifact.patterns import MAX_WORK
-from swaplora_adapters.artifact.spec import ADALORA_IGNORED_FIELDS, IGNORED_FIELDS, INERT_FIELDS, AdapterSpec
+from swaplora_adapters.config.matching import Matcher, check_pattern
+from swaplora_adapters.config.patterns import MAX_WORK
+from swaplora_adapters.config.spec import ADALORA_IGNORED_FIELDS, IGNORED_FIELDS, INERT_FIELDS, AdapterSpec
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 
 HONOURED = {field.name for field in dataclasses.fields(AdapterSpec)} - {"inert"} | {"init_lora_weights"}

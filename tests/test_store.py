@@ -21,12 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from adapter_files import config_bytes
 from crash import everything, without_catalogue
 from sizes import size
-from swaplora_adapters.artifact.catalogue import MIGRATIONS, Catalogue
-from swaplora_adapters.artifact.digest import digest_of
-from swaplora_adapters.artifact.disk import full_disk_is_told
-from swaplora_adapters.artifact.records import Alias, Target
-from swaplora_adapters.artifact.spec import AdapterSpec
-from swaplora_adapters.artifact.store import Details, Published, Staging, Store, StoreError
+from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.errors import (
     AdapterError,
     AdapterFailedError,
@@ -39,6 +34,11 @@ from swaplora_adapters.errors import (
     StorageFullError,
     VersionNotFoundError,
 )
+from swaplora_adapters.files.digest import digest_of
+from swaplora_adapters.files.disk import full_disk_is_told
+from swaplora_adapters.store.catalogue import MIGRATIONS, Catalogue
+from swaplora_adapters.store.records import Alias, Target
+from swaplora_adapters.store.store import Details, Published, Staging, Store, StoreError
 
 Disturb = Callable[[Path], object]
 
@@ -446,9 +446,9 @@ def test_delete_works_on_a_full_disk(store: Store, data_dir: Path, monkeypatch: 
 PUBLISHER = """
 import os, signal, sys
 from pathlib import Path
-from swaplora_adapters.artifact.digest import digest_of
-from swaplora_adapters.artifact.spec import AdapterSpec
-from swaplora_adapters.artifact.store import Details, Store
+from swaplora_adapters.files.digest import digest_of
+from swaplora_adapters.config.spec import AdapterSpec
+from swaplora_adapters.store.store import Details, Store
 
 data_dir, config, first, die_at = Path(sys.argv[1]), sys.argv[2].encode(), int(sys.argv[3]), int(sys.argv[4])
 assert "torch" not in sys.modules

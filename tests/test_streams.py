@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from starlette.types import Message
 
 import tiny
-from swaplora_adapters.registry.lease import Tenancy
+from swaplora_adapters.registry.leases import Tenancy
 from swaplora_server.engine.detokenize import TextToken
 from swaplora_server.engine.request import FinishReason, Logprobs, TokenEvent
 from swaplora_server.engine.vocabulary import Vocabulary

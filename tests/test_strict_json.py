@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swaplora_adapters.artifact.strict_json import loads
 from swaplora_adapters.errors import InvalidAdapterError
+from swaplora_adapters.files.strict_json import loads
 
 REFUSED = {
     "empty": (b"", "not JSON"),

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_files import safetensors_bytes
-from swaplora_adapters.artifact.tensorfile import Header, Limits, read_header, read_tensors
 from swaplora_adapters.errors import InvalidAdapterError
+from swaplora_adapters.files.tensorfile import Header, Limits, read_header, read_tensors
 
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 DATA = bytes(24)

@@ -15,16 +15,16 @@ from transformers.pytorch_utils import Conv1D
 
 import tiny
 from adapter_files import CONFIG, LAYERS, SHAPES, config_bytes, factors, write_adapter
-from swaplora_adapters.artifact import intake
-from swaplora_adapters.artifact.base_layers import BaseLayers, LinearShape
-from swaplora_adapters.artifact.fit import fitted
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.artifact.patterns import MAX_WORK
-from swaplora_adapters.artifact.served import AdapterWeights
-from swaplora_adapters.artifact.spec import AdapterSpec
-from swaplora_adapters.artifact.tensorfile import read_header
-from swaplora_adapters.artifact.weights import Survey, build_weights, check_fit, load_weights, survey_values
+from swaplora_adapters import intake
+from swaplora_adapters.config.patterns import MAX_WORK
+from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.errors import InvalidAdapterError
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.tensorfile import read_header
+from swaplora_adapters.fit.base import BaseLayers, LinearShape
+from swaplora_adapters.fit.fit import fitted
+from swaplora_adapters.weights.load import Survey, build_weights, check_fit, load_weights, survey_values
+from swaplora_adapters.weights.served import AdapterWeights
 
 CPU = torch.device("cpu")
 PREFIX = "base_model.model.model.layers.0."
@@ -233,7 +233,7 @@ def test_values_that_are_not_finite_are_named(value: float, dtype: torch.dtype) 
 
 
 def test_pieces_make_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swaplora_adapters.artifact.values.PIECE", 24)
+    monkeypatch.setattr("swaplora_adapters.weights.values.PIECE", 24)
     tensors = factors()
     module = build(tensors, torch.bfloat16).modules["model.layers.0.self_attn.q_proj"]
     assert torch.equal(module.lora_B, (tensors[Q_B] * 2.25).bfloat16())

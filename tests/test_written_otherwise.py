@@ -20,10 +20,10 @@ from kinds_oracle import KindOracle
 from kinds_table import Made
 from peft_kinds import KINDS
 from serving import BASE, serving, settings
-from swaplora_adapters.artifact.earlier_names import earlier_names_of
-from swaplora_adapters.artifact.intake import inspect_files
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.errors import InvalidAdapterError
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.fit.earlier_names import earlier_names_of
+from swaplora_adapters.intake import inspect_files
 from test_kinds_files import load, plain, serve
 from whole_base import layers_of
 from written_otherwise import (

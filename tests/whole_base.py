@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from swaplora_adapters.apply.attach import shape_of
-from swaplora_adapters.artifact.base_layers import BaseLayers, EmbeddingShape
-from swaplora_adapters.artifact.earlier_names import earlier_names_of
+from swaplora_adapters.fit.base import BaseLayers, EmbeddingShape
+from swaplora_adapters.fit.earlier_names import earlier_names_of
 
 
 def layers_of(model: PreTrainedModel) -> BaseLayers:

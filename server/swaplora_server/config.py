@@ -23,9 +23,9 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from swaplora_adapters.artifact.names import validate_name
 from swaplora_adapters.errors import InvalidAdapterNameError
-from swaplora_adapters.registry.sources.uri import check_template, parse_prefix
+from swaplora_adapters.files.names import validate_name
+from swaplora_adapters.sources.uri import check_template, parse_prefix
 
 EMBEDDED = "embedded"
 EMBEDDED_ID = "smollm2-135m-instruct"

@@ -15,8 +15,8 @@ import uvicorn
 from rich.console import Console
 from uvicorn.loops.auto import auto_loop_factory
 
-from swaplora_adapters.artifact.store import StoreError
 from swaplora_adapters.errors import AdapterError
+from swaplora_adapters.store.store import StoreError
 from swaplora_server.banner import Progress, show_banner
 from swaplora_server.config import Settings
 from swaplora_server.embedded import EmbeddedBaseError

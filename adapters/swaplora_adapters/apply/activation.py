@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from swaplora_adapters.apply.routing import Owner
-from swaplora_adapters.artifact.served import AdapterWeights
+from swaplora_adapters.weights.served import AdapterWeights
 
 
 @dataclass(frozen=True, slots=True)

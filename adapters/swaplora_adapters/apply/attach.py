@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from swaplora_adapters.apply.activation import Activation
 from swaplora_adapters.apply.layers import LoraEmbedding, LoraLinear, Replaceable, Wrapped
-from swaplora_adapters.artifact.base_layers import LinearShape
+from swaplora_adapters.fit.base import LinearShape
 
 
 def attach(

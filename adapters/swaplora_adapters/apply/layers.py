@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from swaplora_adapters.apply.activation import Activation, Segment
 from swaplora_adapters.apply.routing import routed
-from swaplora_adapters.artifact.served import EmbeddingWeights
+from swaplora_adapters.weights.served import EmbeddingWeights
 
 
 class Wrapped(nn.Module):

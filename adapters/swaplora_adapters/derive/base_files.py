@@ -9,9 +9,9 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
-from swaplora_adapters.artifact.base_layers import LinearShape
-from swaplora_adapters.artifact.targets import OUTPUT_HEADS
-from swaplora_adapters.artifact.values import PIECE
+from swaplora_adapters.fit.base import LinearShape
+from swaplora_adapters.fit.targets import OUTPUT_HEADS
+from swaplora_adapters.weights.values import PIECE
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")

@@ -8,11 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from swaplora_adapters.artifact.served import AdapterWeights, ModuleWeights
-from swaplora_adapters.artifact.spec import MAX_RANK
+from swaplora_adapters.config.spec import MAX_RANK
 from swaplora_adapters.derive.delta_merge import dare_linear, dare_ties, ties
 from swaplora_adapters.derive.lowrank import LowRank, at_most, cut_factors, cut_matrix
 from swaplora_adapters.errors import InvalidAdapterError
+from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 
 Method = Literal["sum", "svd", "ties", "dare_linear", "dare_ties"]
 # What each method needs to be told, and what it may be told as well.

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from swaplora_adapters.artifact.base_layers import LinearShape
-from swaplora_adapters.artifact.complaints import capped, quoted
-from swaplora_adapters.artifact.tensorfile import read_tensors
 from swaplora_adapters.derive.foreign import Foreign, read_foreign
 from swaplora_adapters.derive.lowrank import LowRank, with_energy
 from swaplora_adapters.errors import InvalidAdapterError
+from swaplora_adapters.files.complaints import capped, quoted
+from swaplora_adapters.files.tensorfile import read_tensors
+from swaplora_adapters.fit.base import LinearShape
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Which adapters others can be made of: those that only add a low-rank delta to some of the base's linears."""
 
-from swaplora_adapters.artifact.spec import AdapterSpec
+from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.errors import UnsupportedAdapterError
 
 _DELTAS = frozenset({"lora", "adalora", "qalora"})

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES, MAX_RANK
-from swaplora_adapters.artifact.staging import Writer
+from swaplora_adapters.config.spec import MAX_CONFIG_BYTES, MAX_RANK
 from swaplora_adapters.derive.lowrank import LowRank
 from swaplora_adapters.errors import AdapterTooLargeError
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.store.staging import Writer
 
 
 def write_adapter(

@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swaplora_adapters.artifact.base_layers import LinearShape
-from swaplora_adapters.artifact.complaints import capped, quoted
-from swaplora_adapters.artifact.config_fields import ConfigFields
-from swaplora_adapters.artifact.disk import full_disk_is_told, read_bounded
-from swaplora_adapters.artifact.matching import Matcher
-from swaplora_adapters.artifact.names import CONFIG_FILE
-from swaplora_adapters.artifact.patterns import MAX_WORK
-from swaplora_adapters.artifact.spec import MAX_ALPHA, MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, AdapterSpec
-from swaplora_adapters.artifact.strict_json import loads
-from swaplora_adapters.artifact.targets import is_targeted
-from swaplora_adapters.artifact.tensorfile import Header, read_header
+from swaplora_adapters.config.fields import ConfigFields
+from swaplora_adapters.config.matching import Matcher
+from swaplora_adapters.config.patterns import MAX_WORK
+from swaplora_adapters.config.spec import MAX_ALPHA, MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, AdapterSpec
 from swaplora_adapters.derive.kinds import KINDS, Kind, Module, Shapes
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
+from swaplora_adapters.files.complaints import capped, quoted
+from swaplora_adapters.files.disk import full_disk_is_told, read_bounded
+from swaplora_adapters.files.names import CONFIG_FILE
+from swaplora_adapters.files.strict_json import loads
+from swaplora_adapters.files.tensorfile import Header, read_header
+from swaplora_adapters.fit.base import LinearShape
+from swaplora_adapters.fit.targets import is_targeted
 
 _MAX_SEED = 2**63 - 1
 _PREFIX = "base_model."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swaplora_adapters.artifact.served import AdapterWeights, ModuleWeights
+from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 
 _NEGLIGIBLE = 1e-6  # of the largest singular value: float32's own noise
 

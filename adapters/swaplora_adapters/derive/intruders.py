@@ -7,9 +7,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from swaplora_adapters.artifact.base_layers import LinearShape
-from swaplora_adapters.artifact.served import AdapterWeights, ModuleWeights
 from swaplora_adapters.derive.base_files import BaseFiles
+from swaplora_adapters.fit.base import LinearShape
+from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 
 NUM_LOOKED_AT = 10  # of the singular vectors of the adapted weight, the largest
 LEAST_COSINE = 0.6

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swaplora_adapters.artifact.base_layers import LinearShape
 from swaplora_adapters.derive.lowrank import Limit, LowRank, cut_factors, cut_kronecker, cut_matrix
+from swaplora_adapters.fit.base import LinearShape
 
 Shapes = Mapping[str, tuple[int, ...]]  # of a module's tensors, by part
 Tensors = Mapping[str, Tensor]

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from swaplora_adapters.artifact.base_layers import LinearShape
-from swaplora_adapters.artifact.disk import open_regular, read_bounded
-from swaplora_adapters.artifact.records import VersionRecord
-from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES
-from swaplora_adapters.artifact.staging import FILE_NAMES, Staging
+from swaplora_adapters.config.spec import MAX_CONFIG_BYTES
 from swaplora_adapters.derive.compose import Recipe
 from swaplora_adapters.derive.foreign import read_foreign
 from swaplora_adapters.derive.process import DerivationProcess
+from swaplora_adapters.files.disk import open_regular, read_bounded
+from swaplora_adapters.fit.base import LinearShape
 from swaplora_adapters.interest import Interest
+from swaplora_adapters.store.records import VersionRecord
+from swaplora_adapters.store.staging import FILE_NAMES, Staging
 
 DEFAULT_ENERGY = 0.99  # of a conversion: at most a tenth of the delta's norm is lost
 _CHUNK_BYTES = 1 << 20

@@ -14,12 +14,7 @@ from typing import Any
 
 import torch
 
-from swaplora_adapters.artifact.base_layers import BaseLayers, LinearShape
-from swaplora_adapters.artifact.disk import read_bounded
-from swaplora_adapters.artifact.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.artifact.served import AdapterWeights
-from swaplora_adapters.artifact.spec import MAX_CONFIG_BYTES, AdapterSpec
-from swaplora_adapters.artifact.weights import load_weights
+from swaplora_adapters.config.spec import MAX_CONFIG_BYTES, AdapterSpec
 from swaplora_adapters.derive.compose import Ingredient, Recipe, compose
 from swaplora_adapters.derive.convert import convert
 from swaplora_adapters.derive.deltas import require_deltas
@@ -27,6 +22,11 @@ from swaplora_adapters.derive.files import write_adapter
 from swaplora_adapters.derive.lowrank import LowRank, relative_error
 from swaplora_adapters.derive.process import answer_of, bound_this_process
 from swaplora_adapters.errors import AdapterError
+from swaplora_adapters.files.disk import read_bounded
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.fit.base import BaseLayers, LinearShape
+from swaplora_adapters.weights.load import load_weights
+from swaplora_adapters.weights.served import AdapterWeights
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from swaplora_adapters.artifact.records import VersionRecord
+from swaplora_adapters.store.records import VersionRecord
 
 
 class Failure(NamedTuple):

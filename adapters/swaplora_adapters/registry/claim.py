@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from swaplora_adapters.artifact.served import AdapterWeights
+from swaplora_adapters.weights.served import AdapterWeights
 
 
 @dataclass(slots=True, eq=False)

@@ -5,8 +5,8 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from swaplora_adapters.artifact.records import VersionRecord
-from swaplora_adapters.registry.lease import Removal
+from swaplora_adapters.registry.leases import Removal
+from swaplora_adapters.store.records import VersionRecord
 
 
 class Holds:

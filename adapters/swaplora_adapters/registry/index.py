@@ -5,9 +5,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from swaplora_adapters.artifact.records import Alias, VersionRecord
 from swaplora_adapters.errors import AdapterNotFoundError, AliasNotFoundError, VersionNotFoundError
 from swaplora_adapters.registry.split import choose
+from swaplora_adapters.store.records import Alias, VersionRecord
 
 _REFERENCE = re.compile(
     r"(?:base:)?(?P<name>[^@:]+)(?:@(?:(?P<version>[1-9][0-9]{0,8})|sha256:(?P<digest>[0-9a-f]{12,64})))?"

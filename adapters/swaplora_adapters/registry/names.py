@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from swaplora_adapters.artifact.disk import full_disk_is_told
-from swaplora_adapters.artifact.names import validate_alias, validate_name
-from swaplora_adapters.artifact.records import Alias, Details, Published, Target, VersionRecord
-from swaplora_adapters.artifact.staging import Staging
-from swaplora_adapters.artifact.store import Store
 from swaplora_adapters.errors import (
     AdapterBusyError,
     AdapterNotFoundError,
     InvalidAdapterNameError,
     PreconditionFailedError,
 )
+from swaplora_adapters.files.disk import full_disk_is_told
+from swaplora_adapters.files.names import validate_alias, validate_name
 from swaplora_adapters.registry.index import Index, NamedVersions
+from swaplora_adapters.store.records import Alias, Details, Published, Target, VersionRecord
+from swaplora_adapters.store.staging import Staging
+from swaplora_adapters.store.store import Store
 
 
 class Seen(NamedTuple):

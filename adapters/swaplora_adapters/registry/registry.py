@@ -14,24 +14,24 @@ from pathlib import Path
 
 import torch
 
-from swaplora_adapters.artifact.base_layers import BaseLayers
-from swaplora_adapters.artifact.intake import inspect_files
-from swaplora_adapters.artifact.records import Alias, Target, VersionRecord
-from swaplora_adapters.artifact.served import AdapterWeights
-from swaplora_adapters.artifact.staging import Staging
-from swaplora_adapters.artifact.store import Store
-from swaplora_adapters.artifact.weights import load_weights
 from swaplora_adapters.errors import AdapterError, PreconditionFailedError, StorageFailedError, StorageFullError
+from swaplora_adapters.fit.base import BaseLayers
+from swaplora_adapters.intake import inspect_files
 from swaplora_adapters.interest import Interest
 from swaplora_adapters.registry.card import Card, Failure, Put
 from swaplora_adapters.registry.holds import Holds
 from swaplora_adapters.registry.index import NamedVersions
-from swaplora_adapters.registry.lease import Lease, Removal, Tenancy
+from swaplora_adapters.registry.leases import Lease, Removal, Tenancy
 from swaplora_adapters.registry.names import Names, Seen
 from swaplora_adapters.registry.residency import Residency
-from swaplora_adapters.registry.sources.folder import fetch_from_folder, origin_of
-from swaplora_adapters.registry.sources.source import Sources
-from swaplora_adapters.registry.sources.uri import FolderUri
+from swaplora_adapters.sources.folder import fetch_from_folder, origin_of
+from swaplora_adapters.sources.source import Sources
+from swaplora_adapters.sources.uri import FolderUri
+from swaplora_adapters.store.records import Alias, Target, VersionRecord
+from swaplora_adapters.store.staging import Staging
+from swaplora_adapters.store.store import Store
+from swaplora_adapters.weights.load import load_weights
+from swaplora_adapters.weights.served import AdapterWeights
 
 # Writes a staging folder's two files, or rewrites them, and says how: a version's provenance.
 Make = Callable[[Staging], str]

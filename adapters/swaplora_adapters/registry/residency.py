@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_adapters.errors import (
     AdapterError,
     AdapterFailedError,
@@ -21,7 +20,8 @@ from swaplora_adapters.errors import (
     MemoryFullError,
 )
 from swaplora_adapters.registry.claim import Claim, Copy
-from swaplora_adapters.registry.room import Room
+from swaplora_adapters.registry.memory_queue import Room
+from swaplora_adapters.weights.served import AdapterWeights
 
 NICENESS = 10  # of the thread that loads: beside a busy engine it gets a tenth of a core
 

@@ -4,7 +4,7 @@ import hashlib
 import math
 import random
 
-from swaplora_adapters.artifact.records import Alias, Target
+from swaplora_adapters.store.records import Alias, Target
 
 _HASH_BITS = 52  # as many as leave a float between 0 and 1 neither of the two
 

@@ -25,8 +25,8 @@ def merge(
     for folder in folders:
         adapter_files(folder)
     settings = read_settings({} if base is None else {"base": base})
-    from swaplora_adapters.derive.merge import Addend
-    from swaplora_adapters.derive.merge import merge as write_merged
+    from swaplora_adapters.derive.export import Addend
+    from swaplora_adapters.derive.export import merge as write_merged
     from swaplora_adapters.errors import InvalidAdapterError
     from swaplora_server.embedded import EmbeddedBaseError
     from swaplora_server.engine.chosen_base import source_of

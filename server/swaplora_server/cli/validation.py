@@ -9,7 +9,7 @@ import typer
 from swaplora_server.cli.common import AsJson, adapter_files, fail, read_settings, say, show_json
 
 if TYPE_CHECKING:
-    from swaplora_adapters.artifact.records import Details
+    from swaplora_adapters.store.records import Details
     from swaplora_server.config import Settings
     from swaplora_server.engine.base_model import BaseModel
 
@@ -56,8 +56,8 @@ def _load(settings: "Settings") -> "BaseModel":
 
 def _inspect(config: Path, weights: Path, base: "BaseModel", settings: "Settings") -> "Details":
     """Raises what an upload raises, in its order: the size of the file, what is in it, its size in memory."""
-    from swaplora_adapters.artifact.intake import inspect_files
     from swaplora_adapters.errors import AdapterTooLargeError
+    from swaplora_adapters.intake import inspect_files
 
     if weights.stat().st_size > settings.max_adapter_bytes:
         raise AdapterTooLargeError(f"{weights.name} is larger than {settings.max_adapter_bytes} bytes")

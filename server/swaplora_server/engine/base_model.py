@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from swaplora_adapters.apply.activation import Activation
 from swaplora_adapters.apply.attach import attach
 from swaplora_adapters.apply.layers import LoraEmbedding
-from swaplora_adapters.artifact.base_layers import BaseLayers
-from swaplora_adapters.native.huge_pages import HugePages
+from swaplora_adapters.fit.base import BaseLayers
+from swaplora_adapters.weights.memory import HugePages
 from swaplora_server.engine import attention
 from swaplora_server.engine.elementwise import keep_in_whole_vectors
 from swaplora_server.engine.kernels import Kernels

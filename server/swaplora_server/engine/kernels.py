@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from swaplora_adapters.apply.activation import Activation, LoraOp
 from swaplora_adapters.apply.ops import native, torch_form
 from swaplora_adapters.native.build import NoCompilerError
-from swaplora_adapters.native.huge_pages import HugePages
+from swaplora_adapters.weights.memory import HugePages
 from swaplora_server.engine import (
     native_attention,
     native_decoder,

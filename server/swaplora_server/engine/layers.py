@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from swaplora_adapters.apply.attach import shape_of
 from swaplora_adapters.apply.layers import LoraEmbedding, LoraLinear, Replaceable, Wrapped
-from swaplora_adapters.artifact.base_layers import BaseLayers, EmbeddingShape
-from swaplora_adapters.artifact.earlier_names import earlier_names_of
-from swaplora_adapters.native.huge_pages import HugePages
+from swaplora_adapters.fit.base import BaseLayers, EmbeddingShape
+from swaplora_adapters.fit.earlier_names import earlier_names_of
+from swaplora_adapters.weights.memory import HugePages
 from swaplora_server.engine.dense_weight import weight_of
 from swaplora_server.engine.lean_embedding import NarrowEmbedding, TiedEmbedding, lean
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from swaplora_adapters.apply.activation import Activation, Segment, StepRows
-from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_adapters.native import build
+from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.engine import attention
 from swaplora_server.engine.attention import LayerAttention
 from swaplora_server.engine.native_attention import LayerCache, NativeStep

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from swaplora_adapters.native import build
-from swaplora_adapters.native.huge_pages import HugePages
+from swaplora_adapters.weights.memory import HugePages
 
 _SOURCE = Path(__file__).with_name("packed_linear.cpp")
 

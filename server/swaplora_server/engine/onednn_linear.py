@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from swaplora_adapters.native.huge_pages import HugePages
+from swaplora_adapters.weights.memory import HugePages
 
 # the row count that the layout is tuned for; measured best, or within noise of it, from 2 to 128 rows
 _ROWS_HINT = 16

@@ -12,7 +12,7 @@ import structlog
 from swaplora_server.engine.block_keys import block_key, invoked_key, root_key
 
 if TYPE_CHECKING:
-    from swaplora_adapters.artifact.served import AdapterWeights
+    from swaplora_adapters.weights.served import AdapterWeights
 
 
 class FinishReason(enum.StrEnum):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from swaplora_adapters.apply.activation import Activation, Segment, StepAdapters
-from swaplora_adapters.artifact.served import AdapterWeights
+from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.engine import attention
 from swaplora_server.engine.attention import PagedKV, Run
 from swaplora_server.engine.request import AdapterUse, Request

@@ -6,7 +6,6 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from swaplora_adapters.artifact.staging import Staging
 from swaplora_adapters.errors import (
     AdapterFailedError,
     InvalidAdapterError,
@@ -15,12 +14,13 @@ from swaplora_adapters.errors import (
 )
 from swaplora_adapters.interest import Interest
 from swaplora_adapters.registry.card import Put
-from swaplora_adapters.registry.folder import AdapterFolder
 from swaplora_adapters.registry.index import parse_reference
 from swaplora_adapters.registry.names import Seen
 from swaplora_adapters.registry.registry import Registry
-from swaplora_adapters.registry.sources.resolver import Resolver
-from swaplora_adapters.registry.sources.workers import Workers
+from swaplora_adapters.sources.resolver import Resolver
+from swaplora_adapters.sources.watcher import AdapterFolder
+from swaplora_adapters.sources.workers import Workers
+from swaplora_adapters.store.staging import Staging
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.peer import peer
 from swaplora_server.http.shared import result_of

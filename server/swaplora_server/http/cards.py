@@ -3,8 +3,8 @@
 import json
 from typing import Any
 
-from swaplora_adapters.artifact.records import Alias
 from swaplora_adapters.registry.card import Card
+from swaplora_adapters.store.records import Alias
 from swaplora_server.http.service import Service
 
 

@@ -15,12 +15,12 @@ from fastapi.routing import APIRoute
 from pydantic import Field
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from swaplora_adapters.artifact.names import stored_name, validate_alias
-from swaplora_adapters.artifact.records import Target
 from swaplora_adapters.errors import AdapterError, AdapterNotFoundError, AliasNotFoundError, PreconditionFailedError
+from swaplora_adapters.files.names import stored_name, validate_alias
 from swaplora_adapters.registry.card import Put
 from swaplora_adapters.registry.registry import Registry
-from swaplora_adapters.registry.sources.uri import uri_of
+from swaplora_adapters.sources.uri import uri_of
+from swaplora_adapters.store.records import Target
 from swaplora_server.http.body import ClosedModel, WireModel, body_schema, read_json
 from swaplora_server.http.errors import ApiError, on_api_error
 from swaplora_server.http.refusals import refuse_unsupported

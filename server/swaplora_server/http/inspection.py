@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
 
-from swaplora_adapters.artifact.records import VersionRecord
-from swaplora_adapters.artifact.served import AdapterWeights
 from swaplora_adapters.derive.inspection import compare_weights, inspect_weights, warnings_about
-from swaplora_adapters.registry.lease import Lease
+from swaplora_adapters.registry.leases import Lease
+from swaplora_adapters.store.records import VersionRecord
+from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.http.query import refuse_unknown_parameters
 from swaplora_server.http.service import Service
 from swaplora_server.http.shared import result_of

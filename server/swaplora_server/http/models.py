@@ -6,8 +6,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from swaplora_adapters.artifact.records import Alias, VersionRecord
 from swaplora_adapters.errors import AdapterNotFoundError, AliasNotFoundError, VersionNotFoundError
+from swaplora_adapters.store.records import Alias, VersionRecord
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.service import Service
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import structlog
 
-from swaplora_adapters.artifact.records import VersionRecord
-from swaplora_adapters.artifact.store import Store
 from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.registry.registry import Registry
-from swaplora_adapters.registry.sources.source import Sources
+from swaplora_adapters.sources.source import Sources
+from swaplora_adapters.store.records import VersionRecord
+from swaplora_adapters.store.store import Store
 from swaplora_server.config import Settings
 from swaplora_server.engine.base_model import BaseModel
 from swaplora_server.engine.chosen_base import load_chosen_base

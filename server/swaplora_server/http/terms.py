@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swaplora_adapters.errors import AdapterFailedError, AdapterNotFoundError, AdapterTooLargeError, MemoryFullError
-from swaplora_adapters.registry.lease import Lease, Tenancy
+from swaplora_adapters.registry.leases import Lease, Tenancy
 from swaplora_server.engine.request import AdapterUse
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.service import Service

@@ -9,12 +9,12 @@ from concurrent.futures import Future
 from functools import cached_property, partial
 from typing import NamedTuple, TypeVar
 
-from swaplora_adapters.artifact.base_layers import LinearShape
 from swaplora_adapters.derive.base_files import BaseFiles
 from swaplora_adapters.derive.making import Maker
 from swaplora_adapters.derive.process import DerivationProcess
+from swaplora_adapters.fit.base import LinearShape
 from swaplora_adapters.interest import Interest
-from swaplora_adapters.registry.sources.workers import Workers
+from swaplora_adapters.sources.workers import Workers
 from swaplora_server.config import Settings
 from swaplora_server.engine.chosen_base import source_of
 from swaplora_server.http.errors import ApiError

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from swaplora_adapters.apply.activation import LoraOp, Segment
-from swaplora_adapters.artifact.served import AdapterWeights, ModuleWeights
 from swaplora_adapters.native import build
+from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 
 _SOURCE = Path(__file__).with_name("lora_delta.cpp")
 

@@ -1,0 +1,83 @@
+"""A stand-alone model of a base and some adapters: W' = W + Σ s B A in float32, kept in the base's own format."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from swaplora_adapters.apply.attach import shape_of
+from swaplora_adapters.config.spec import MAX_CONFIG_BYTES, AdapterSpec
+from swaplora_adapters.derive.deltas import require_deltas
+from swaplora_adapters.files.disk import read_bounded
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.fit.base import BaseLayers
+from swaplora_adapters.intake import inspect_files
+from swaplora_adapters.weights.load import load_weights
+from swaplora_adapters.weights.served import AdapterWeights
+
+
+class Addend(NamedTuple):
+    """An adapter's folder, and how much of it; any sign."""
+
+    folder: Path
+    scale: float
+
+
+def merge(base: str | Path, addends: Sequence[Addend], out: Path) -> None:
+    """Write the merged model, its config and its tokenizer into `out`, which appears whole or not at all.
+
+    Raises InvalidAdapterError for an adapter that does not fit the base or cannot be merged, ValueError and OSError for
+    a base that cannot be loaded, and FileExistsError if `out` is there and not empty.
+    """
+    if out.exists() and (not out.is_dir() or next(out.iterdir(), None) is not None):
+        raise FileExistsError(f"{out} is there already, and not an empty folder")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    layers = BaseLayers({path: shape_of(module) for path, module in linears.items()})
+    adapters = [(_checked(addend.folder, layers), addend.scale) for addend in addends]
+    _untie(model, adapters, linears)
+    for path, linear in linears.items():
+        parts = [(weights.modules[path], scale) for weights, scale in adapters if path in weights.modules]
+        if parts:
+            _add(linear, sum((scale * (part.lora_B @ part.lora_A) for part, scale in parts), torch.zeros(())))
+    _save(model, base, out)
+
+
+def _checked(folder: Path, layers: BaseLayers) -> AdapterWeights:
+    config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    require_deltas(AdapterSpec.parse(read_bounded(config, MAX_CONFIG_BYTES)))
+    digest = inspect_files(config, weights, layers).digest
+    return load_weights(digest, config, weights, layers, torch.float32, torch.device("cpu"))
+
+
+def _untie(
+    model: PreTrainedModel, adapters: Sequence[tuple[AdapterWeights, float]], linears: Mapping[str, nn.Module]
+) -> None:
+    """Give a tied output head a weight of its own if an adapter changes it: the embedding is not to change with it."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    changed = {path for weights, _ in adapters for path in weights.modules}
+    if head is not None and head.weight is embedding.weight and any(linears[path] is head for path in changed):
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.get_text_config().tie_word_embeddings = False
+        model.config.tie_word_embeddings = False
+
+
+@torch.no_grad()
+def _add(linear: nn.Module, delta: torch.Tensor) -> None:
+    weight = linear.weight
+    assert isinstance(weight, nn.Parameter)
+    weight.copy_(weight.float() + (delta.T if isinstance(linear, Conv1D) else delta))
+
+
+def _save(model: PreTrainedModel, base: str | Path, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        part = Path(folder) / out.name
+        model.save_pretrained(part, max_shard_size="4GB")
+        AutoTokenizer.from_pretrained(base).save_pretrained(part)
+        part.rename(out)

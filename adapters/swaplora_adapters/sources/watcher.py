@@ -1,0 +1,117 @@
+"""A folder of the operator's whose sub-folders are adapters: what is new or changed in it is taken in."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from swaplora_adapters.errors import (
+    AdapterError,
+    AdapterTooLargeError,
+    InvalidAdapterError,
+    InvalidAdapterNameError,
+    PreconditionFailedError,
+)
+from swaplora_adapters.files.names import CONFIG_FILE, validate_name
+from swaplora_adapters.registry.names import Seen
+from swaplora_adapters.registry.registry import Registry
+from swaplora_adapters.sources.folder import ReplacedMeanwhileError, origin_of
+
+
+class AdapterFolder:
+    """Looks when told to, and by itself between `start` and `stop`. What leaves the folder is served on until deleted.
+
+    What was taken in is remembered with the files' times and sizes, durably: an unchanged sub-folder is not taken in
+    again, neither over an upload or a roll-back of the same name, nor after a delete.
+    """
+
+    def __init__(self, registry: Registry, folder: Path, report: Callable[[str, Exception], None]) -> None:
+        """`report` hears of every sub-folder that cannot be taken in, and why; once, until that or its files change."""
+        self._registry = registry
+        self._folder = folder
+        self._report = report
+        self._refused: dict[str, str] = {}
+        self._told: dict[str, tuple[str, str]] = {}
+        self._is_stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def scan(self) -> None:
+        """Take in what is new or changed."""
+        for name, origin in self._found():
+            if self._is_stopping.is_set():
+                return
+            seen = self._registry.names.seen(name)
+            if origin not in (self._registry.names.origin(name), self._refused.get(name)):
+                self._try(name, origin, seen)
+
+    def take_in(self, name: str, if_seen: Seen) -> None:
+        """Make the sub-folder `name` the current version of that name.
+
+        Raises AdapterError; SourceNotFoundError if there is no such sub-folder, PreconditionFailedError if the name is
+        no more as it was `if_seen`.
+        """
+        origin = origin_of(self._folder / name)
+        self._registry.put_source(name, f"file:{name}", if_seen=if_seen)
+        self._registry.names.set_origin(name, origin)
+
+    def start(self, interval: float) -> None:
+        """Scan every `interval` seconds, until `stop`."""
+        self._thread = threading.Thread(target=self._watch, args=(interval,), name="adapter-folder", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Begin no further sub-folder, and no further scan."""
+        self._is_stopping.set()
+
+    def join(self, until: float) -> None:
+        """After `stop`: wait for the scan that runs, to the moment `until` of the monotonic clock at most."""
+        if self._thread is not None:
+            self._thread.join(max(0.0, until - time.monotonic()))
+
+    def _watch(self, interval: float) -> None:
+        while not self._is_stopping.wait(interval):
+            try:
+                self.scan()
+            except Exception as error:  # noqa: BLE001 - the thread's boundary: one bad look must not be the last
+                self._tell("", "", error)
+
+    def _try(self, name: str, origin: str, seen: Seen) -> None:
+        try:
+            self.take_in(name, seen)
+        except (PreconditionFailedError, ReplacedMeanwhileError):
+            return  # it changes just now: the next scan looks again
+        except (AdapterError, OSError) as error:
+            if _is_lasting(name, error):
+                self._refused[name] = origin
+            self._tell(name, origin, error)
+        else:
+            self._told.pop(name, None)
+
+    def _tell(self, name: str, origin: str, error: Exception) -> None:
+        """Report it unless the same was the last that was told of the same files. No name means the whole folder."""
+        told = (origin, str(error))
+        if self._told.get(name) != told and not self._is_stopping.is_set():
+            self._told[name] = told
+            self._report(name or self._folder.name, error)
+
+    def _found(self) -> Iterator[tuple[str, str]]:
+        """Name and origin of every sub-folder that holds a config, in order of name."""
+        try:
+            names = sorted(entry.name for entry in os.scandir(self._folder) if entry.is_dir())
+        except OSError as error:
+            self._tell("", "", error)
+            return
+        self._told.pop("", None)
+        for name in names:
+            if os.path.exists(self._folder / name / CONFIG_FILE):
+                yield name, origin_of(self._folder / name)
+
+
+def _is_lasting(name: str, error: Exception) -> bool:
+    """Whether the same files under this name would be refused again, whatever else changes."""
+    try:
+        validate_name(name)
+    except InvalidAdapterNameError:
+        return True
+    return isinstance(error, InvalidAdapterError | AdapterTooLargeError)

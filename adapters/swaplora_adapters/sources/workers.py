@@ -1,0 +1,141 @@
+"""Threads for what may be long in coming: few, and not waited for when the server stops."""
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+from swaplora_adapters.errors import SourceFailedError
+from swaplora_adapters.interest import AbandonedError, Interest
+from swaplora_adapters.sources.transfer import STOPPING
+
+T = TypeVar("T")
+
+
+class _Job(NamedTuple):
+    do: Callable[[], Any]
+    future: Future[Any]
+
+
+class Workers:
+    """Does jobs, `num_threads` at once. Owners take turns; an owner's own are done in the order they come. Thread-safe.
+
+    The threads are daemons, which those of an executor are not: one that hears nothing from a host holds up no exit.
+    """
+
+    def __init__(self, num_threads: int, name: str) -> None:
+        self._num_threads = num_threads
+        self._name = name
+        self._threads: list[threading.Thread] = []
+        self._waiting: OrderedDict[Hashable, deque[_Job]] = OrderedDict()  # by owner; whose turn it is comes first
+        self._changed = threading.Condition()
+        self._open: set[Future[Any]] = set()
+        self._is_stopped = False
+
+    @property
+    def num_jobs(self) -> int:
+        """Waiting and running."""
+        return len(self._open)
+
+    def num_waiting_of(self, owner: Hashable) -> int:
+        with self._changed:
+            return len(self._waiting.get(owner, ()))
+
+    def submit(self, job: Callable[[], T], *, interest: Interest | None = None, owner: Hashable = None) -> Future[T]:
+        """What `job` returns or raises, SourceFailedError if `stop` comes first, AbandonedError if `interest` is lost.
+
+        A job whose interest is lost is not begun; one that runs has to look itself. Any number may wait for the future:
+        none of them can cancel it.
+        """
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()
+        with self._changed:
+            if self._is_stopped:
+                future.set_exception(SourceFailedError(STOPPING))
+                return future
+            try:
+                self._begin_thread()
+            except RuntimeError as error:  # the system has no thread left: those that there are will do
+                if not self._threads:
+                    future.set_exception(error)
+                    return future
+            self._open.add(future)
+            self._waiting.setdefault(owner, deque()).append(_Job(job, future))
+            self._changed.notify()
+        if interest is not None:
+            interest.when_lost(partial(self._drop, owner, future))
+        return future
+
+    def stop(self) -> None:
+        """Fail what waits and what runs, at once; what runs ends unheard."""
+        with self._changed:
+            self._is_stopped = True
+            failed, self._open = self._open, set()
+            self._waiting.clear()
+            self._changed.notify_all()
+        for future in failed:
+            future.set_exception(SourceFailedError(STOPPING))
+
+    def join(self, until: float) -> None:
+        """After `stop`: wait for what runs, to the moment `until` of the monotonic clock at most."""
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _begin_thread(self) -> None:
+        """One more, while there may be more. Needs the lock."""
+        if len(self._threads) < self._num_threads:
+            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            self._do(job)
+
+    def _next(self) -> _Job | None:
+        """The next owner's first; None when it is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._is_stopped)
+            if self._is_stopped:
+                return None
+            owner, jobs = self._waiting.popitem(last=False)
+            job = jobs.popleft()
+            if jobs:
+                self._waiting[owner] = jobs
+            return job
+
+    def _do(self, job: _Job) -> None:
+        try:
+            result = job.do()
+        except Exception as error:  # noqa: BLE001 - the worker's boundary: a waiter must never hang
+            if self._is_awaited(job.future):
+                job.future.set_exception(error)
+        except BaseException as error:  # noqa: BLE001 - as a panic in a library: the thread goes on
+            if self._is_awaited(job.future):
+                job.future.set_exception(RuntimeError(f"the job ended by {error!r}"))
+        else:
+            if self._is_awaited(job.future):
+                job.future.set_result(result)
+
+    def _drop(self, owner: Hashable, future: Future[Any]) -> None:
+        """Take a job out that waits; what runs or is done is left alone."""
+        with self._changed:
+            jobs = self._waiting.get(owner, deque())
+            job = next((job for job in jobs if job.future is future), None)
+            if job is None:
+                return
+            jobs.remove(job)
+            if not jobs:
+                del self._waiting[owner]
+            self._open.discard(future)
+        future.set_exception(AbandonedError())
+
+    def _is_awaited(self, future: Future[Any]) -> bool:
+        """Whether `stop` has not answered it yet; only one of the two does."""
+        with self._changed:
+            is_awaited = future in self._open
+            self._open.discard(future)
+            return is_awaited

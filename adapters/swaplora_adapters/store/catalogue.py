@@ -1,0 +1,365 @@
+"""The names, versions and blobs of a store, in SQLite. Knows no files but its own."""
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from swaplora_adapters.files.disk import StoreError, full_disk_is_told
+from swaplora_adapters.store.descriptions import Description, Facts
+from swaplora_adapters.store.records import Alias, Details, Target, VersionRecord
+
+# Each script brings `user_version` one further. Never change one that was released: append.
+MIGRATIONS = (
+    """
+    CREATE TABLE blobs (
+        digest TEXT PRIMARY KEY,
+        config_bytes INTEGER NOT NULL,
+        weights_bytes INTEGER NOT NULL,
+        failure TEXT
+    ) STRICT;
+    CREATE TABLE names (
+        name TEXT PRIMARY KEY,
+        current INTEGER,
+        last_version INTEGER NOT NULL
+    ) STRICT;
+    CREATE TABLE versions (
+        name TEXT NOT NULL REFERENCES names,
+        version INTEGER NOT NULL,
+        digest TEXT NOT NULL REFERENCES blobs,
+        rank INTEGER NOT NULL,
+        targets TEXT NOT NULL,
+        base_model TEXT,
+        num_parameters INTEGER NOT NULL,
+        created REAL NOT NULL,
+        source TEXT NOT NULL,
+        warnings TEXT NOT NULL,
+        PRIMARY KEY (name, version)
+    ) STRICT;
+    CREATE INDEX versions_by_digest ON versions (digest);
+    """,
+    """
+    ALTER TABLE names ADD COLUMN is_pinned INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE names ADD COLUMN origin TEXT;
+    CREATE TABLE aliases (
+        alias TEXT PRIMARY KEY,
+        targets TEXT NOT NULL
+    ) STRICT;
+    """,
+    "ALTER TABLE versions ADD COLUMN provenance TEXT;",
+    """ALTER TABLE versions ADD COLUMN kinds TEXT NOT NULL DEFAULT '["lora"]';""",
+    """
+    ALTER TABLE names ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE names ADD COLUMN removed TEXT NOT NULL DEFAULT '[]';
+    ALTER TABLE aliases ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
+    """,
+)
+# What a description of a name holds: of the name, and of each of its versions.
+_OF_NAME = ("current", "last_version", "is_pinned", "origin", "removed")
+_OF_VERSION = (
+    *("version", "digest", "kinds", "rank", "targets", "base_model", "num_parameters", "created", "source"),
+    *("warnings", "provenance"),
+)
+_OF_ALIAS = ("alias", "revision", "targets")
+_LISTS = ("kinds", "targets", "warnings", "removed")  # JSON in the tables
+# Answers of SQLite that speak of the disk or of other programs. All others mean that the catalogue is damaged.
+_NOT_ITS_FAULT = (
+    *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR),
+    *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOMEM),
+)
+_RECORD = ("name", *_OF_VERSION, "nbytes", "failure")
+_RECORDS = f"""
+    SELECT {", ".join(f"v.{column}" for column in _RECORD[:-2])}, b.config_bytes + b.weights_bytes, b.failure
+    FROM versions v JOIN blobs b USING (digest)
+"""
+
+
+class DamagedCatalogueError(StoreError):
+    """The file is no catalogue, or not a whole one, or of a newer release: it can be rebuilt from what files say."""
+
+
+class Catalogue:
+    """One connection, used by one thread at a time: the store's lock sees to that.
+
+    A name whose versions are all deleted keeps its row, so that its version numbers never start again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises DamagedCatalogueError, and StoreError for what is not the file's fault."""
+        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        try:
+            self._configure()
+            self._refuse(self._damaged_pages())  # before anything is changed
+            self._migrate()
+            self._refuse(self._inconsistencies())
+        except sqlite3.Error as error:
+            self.close()
+            is_damaged = getattr(error, "sqlite_errorcode", 0) & 0xFF not in _NOT_ITS_FAULT
+            kind = DamagedCatalogueError if is_damaged else StoreError
+            raise kind(f"the catalogue {path.name} cannot be opened: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the connection; every committed change is on disk already."""
+        self._connection.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All changes of the body or none, durable when it ends; StorageFullError if there is no room.
+
+        A commit that ends in StorageFailedError may come to be after all, if the next start finds it written.
+        """
+        with full_disk_is_told():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def current(self, name: str) -> VersionRecord | None:
+        """The version that the name stands for."""
+        condition = "JOIN names n ON n.name = v.name AND n.current = v.version WHERE v.name = ?"
+        return next(iter(self._records(condition, name)), None)
+
+    def versions(self, name: str) -> list[VersionRecord]:
+        """All versions of a name, oldest first."""
+        return self._records("WHERE v.name = ? ORDER BY v.version", name)
+
+    def failed(self) -> list[VersionRecord]:
+        """Versions whose blob is marked unusable."""
+        return self._records("WHERE b.failure IS NOT NULL ORDER BY v.name, v.version")
+
+    def names(self) -> list[str]:
+        """Every name that has a version, in order."""
+        return [name for (name,) in self._query("SELECT name FROM names WHERE current IS NOT NULL ORDER BY name")]
+
+    def is_pinned(self, name: str) -> bool:
+        """Whether the name's current version is to stay in memory."""
+        return self._query("SELECT is_pinned FROM names WHERE name = ?", name) == [(1,)]
+
+    def origins(self) -> dict[str, str | None]:
+        """What each name was last taken in from by itself, for all that were ever used, the deleted ones too."""
+        return dict(self._query("SELECT name, origin FROM names"))
+
+    def removed(self, name: str | None = None) -> list[str]:
+        """Digests of versions that the name had, or that any had, whose files may still be there."""
+        rows = self._query("SELECT removed FROM names WHERE removed != '[]' AND (?1 IS NULL OR name = ?1)", name)
+        return [digest for (digests,) in rows for digest in json.loads(digests)]
+
+    def aliases(self) -> list[Alias]:
+        """In order of alias."""
+        rows = self._query("SELECT alias, targets FROM aliases ORDER BY alias")
+        return [Alias(alias, tuple(Target(*target) for target in json.loads(targets))) for alias, targets in rows]
+
+    def is_referenced(self, digest: str) -> bool:
+        """Whether any version has this digest."""
+        return bool(self._query("SELECT 1 FROM versions WHERE digest = ? LIMIT 1", digest))
+
+    def failure(self, digest: str) -> str | None:
+        """Why the blob is unusable, if it is."""
+        return next((failure for (failure,) in self._query("SELECT failure FROM blobs WHERE digest = ?", digest)), None)
+
+    def is_blob(self, digest: str) -> bool:
+        """Whether the blob is recorded."""
+        return bool(self._query("SELECT 1 FROM blobs WHERE digest = ?", digest))
+
+    def blobs(self) -> list[tuple[str, int, int, str | None]]:
+        """Digest, config bytes, weights bytes and failure of every blob."""
+        return self._query("SELECT digest, config_bytes, weights_bytes, failure FROM blobs")
+
+    def revisions(self) -> dict[str, int]:
+        """Which change of anything the last one of each name was."""
+        return dict(self._query("SELECT name, revision FROM names"))
+
+    def alias_revisions(self) -> dict[str, int]:
+        """The same of each alias."""
+        return dict(self._query("SELECT alias, revision FROM aliases"))
+
+    def describe_name(self, name: str) -> Description:
+        """All that is kept of a name, but for what was found out about its files."""
+        columns = (*_OF_VERSION, "weights_bytes")
+        joined = f"SELECT {', '.join(columns)} FROM versions JOIN blobs USING (digest) WHERE name = ? ORDER BY version"
+        versions = [_unpacked(columns, row) for row in self._query(joined, name)]
+        [(revision, *row)] = self._query(f"SELECT revision, {', '.join(_OF_NAME)} FROM names WHERE name = ?", name)
+        return Description(revision, _unpacked(_OF_NAME, row) | {"versions": versions})
+
+    def describe_alias(self, alias: str) -> Description:
+        """Where it leads."""
+        [(revision, targets)] = self._query("SELECT revision, targets FROM aliases WHERE alias = ?", alias)
+        return Description(revision, {"targets": json.loads(targets)})
+
+    def adopt_name(self, name: str, description: Description, config_bytes: Mapping[str, int]) -> None:
+        """Take what a description says for what is kept of the name; `config_bytes` are the files', by digest."""
+        facts = description.facts
+        self._execute("DELETE FROM versions WHERE name = ?", name)
+        self._insert(
+            "names", {"name": name, "revision": description.revision, **facts}, ("name", "revision", *_OF_NAME)
+        )
+        for version in facts["versions"]:
+            digest = version["digest"]
+            if not self.is_blob(digest):
+                self.put_blob(digest, config_bytes[digest], version["weights_bytes"])
+            self._insert("versions", {"name": name, **version}, ("name", *_OF_VERSION))
+
+    def adopt_alias(self, alias: str, description: Description) -> None:
+        """Take what a description says, which may be that the alias is no more."""
+        self.remove_alias(alias)
+        if description.facts["targets"] is not None:
+            self._insert("aliases", {"alias": alias, "revision": description.revision, **description.facts}, _OF_ALIAS)
+
+    def forget_unreferenced(self) -> None:
+        """Delete the rows of blobs that no version has."""
+        self._execute("DELETE FROM blobs WHERE digest NOT IN (SELECT digest FROM versions)")
+
+    def put_blob(self, digest: str, config_bytes: int, weights_bytes: int) -> None:
+        """Record a blob whose files are in place and sound."""
+        self._execute(
+            "INSERT INTO blobs (digest, config_bytes, weights_bytes) VALUES (?, ?, ?) ON CONFLICT (digest) DO UPDATE"
+            " SET config_bytes = excluded.config_bytes, weights_bytes = excluded.weights_bytes, failure = NULL",
+            digest,
+            config_bytes,
+            weights_bytes,
+        )
+
+    def mark_blob(self, digest: str, failure: str | None) -> None:
+        """Note why a blob is unusable, or that it is sound again."""
+        self._execute("UPDATE blobs SET failure = ? WHERE digest = ?", failure, digest)
+
+    def add_version(self, name: str, details: Details, source: str) -> int:
+        """Give the name a new version, make it current, and return its number."""
+        [(version,)] = self._query(
+            "INSERT INTO names (name, current, last_version) VALUES (?, 1, 1) ON CONFLICT (name) DO UPDATE"
+            " SET last_version = last_version + 1, current = last_version + 1 RETURNING last_version",
+            name,
+        )
+        facts = {"name": name, "version": version, "created": time.time(), "source": source, **asdict(details)}
+        self._insert("versions", facts, ("name", *_OF_VERSION))
+        return int(version)
+
+    def remove_versions(self, records: Iterable[VersionRecord]) -> None:
+        """Delete versions, and a blob's row with its last one; a name without its current one moves to its newest."""
+        for record in records:
+            key = (record.name, record.version)
+            self._execute("DELETE FROM versions WHERE name = ? AND version = ?", *key)
+            self._execute(
+                "DELETE FROM blobs WHERE digest = ? AND NOT EXISTS (SELECT 1 FROM versions v WHERE v.digest = ?)",
+                record.digest,
+                record.digest,
+            )
+            self._execute(
+                "UPDATE names SET current = (SELECT max(version) FROM versions v WHERE v.name = names.name)"
+                " WHERE name = ? AND current = ?",
+                *key,
+            )
+            self._execute("UPDATE names SET is_pinned = 0 WHERE name = ? AND current IS NULL", record.name)
+
+    def set_current(self, name: str, version: int) -> None:
+        """Let the name stand for one of its versions."""
+        self._execute("UPDATE names SET current = ? WHERE name = ?", version, name)
+
+    def set_pinned(self, name: str, is_pinned: bool) -> None:
+        """Note whether the name's current version is to stay in memory."""
+        self._execute("UPDATE names SET is_pinned = ? WHERE name = ?", is_pinned, name)
+
+    def set_origin(self, name: str, origin: str) -> None:
+        """Note what the name was taken in from, so that it is not taken in again unchanged."""
+        self._execute("UPDATE names SET origin = ? WHERE name = ?", origin, name)
+
+    def set_revision(self, name: str, revision: int, removed: Sequence[str]) -> None:
+        """Note which change of anything the name's last one is, and what files it has left behind."""
+        self._execute("UPDATE names SET revision = ?, removed = ? WHERE name = ?", revision, json.dumps(removed), name)
+
+    def put_alias(self, alias: Alias, revision: int) -> None:
+        """Make an alias, or let it stand for something else."""
+        self.adopt_alias(alias.alias, Description(revision, {"targets": alias.targets}))
+
+    def remove_alias(self, alias: str) -> bool:
+        """Delete an alias; whether there was one."""
+        return bool(self._query("DELETE FROM aliases WHERE alias = ? RETURNING alias", alias))
+
+    def complaints(self) -> list[str]:
+        """What is inconsistent: damaged pages, broken references, names whose current version does not exist.
+
+        Raises sqlite3.Error where that cannot even be asked.
+        """
+        return self._damaged_pages() + self._inconsistencies()
+
+    def _refuse(self, complaints: Sequence[str]) -> None:
+        if complaints:
+            raise DamagedCatalogueError(f"the catalogue is damaged: {complaints[0]}")
+
+    def _damaged_pages(self) -> list[str]:
+        return [str(row[0]) for row in self._connection.execute("PRAGMA integrity_check") if row[0] != "ok"]
+
+    def _inconsistencies(self) -> list[str]:
+        execute = self._connection.execute
+        found = [f"broken reference in {row[0]}" for row in execute("PRAGMA foreign_key_check")]
+        dangling = execute(
+            "SELECT name FROM names n WHERE (current IS NOT NULL) !="
+            " EXISTS (SELECT 1 FROM versions v WHERE v.name = n.name AND v.version = n.current)"
+            " OR (current IS NULL AND EXISTS (SELECT 1 FROM versions v WHERE v.name = n.name))"
+        )
+        execute(f"SELECT {', '.join(_OF_ALIAS)} FROM aliases LIMIT 1")  # fails if there is no such table
+        return found + [f"{name} has no current version" for (name,) in dangling]
+
+    def _records(self, condition: str, *values: Any) -> list[VersionRecord]:
+        return [_record(dict(zip(_RECORD, row, strict=True))) for row in self._query(_RECORDS + condition, *values)]
+
+    def _insert(self, table: str, facts: Mapping[str, Any], columns: Sequence[str]) -> None:
+        """Put one row, or put it in the place of the one with its key; lists are kept as JSON."""
+        values = [json.dumps(facts[column]) if column in _LISTS else facts[column] for column in columns]
+        updates = ", ".join(f"{column} = excluded.{column}" for column in columns)
+        places = ", ".join("?" for _ in columns)
+        key = {"names": "name", "versions": "name, version", "aliases": "alias"}[table]
+        self._execute(
+            f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places}) ON CONFLICT ({key}) DO UPDATE SET {updates}",
+            *values,
+        )
+
+    def _execute(self, sql: str, *values: Any) -> None:
+        self._connection.execute(sql, values)
+
+    def _query(self, sql: str, *values: Any) -> list[Any]:
+        """Every row; StorageFailedError where the disk, or what lies on it, does not read."""
+        with full_disk_is_told():
+            return self._connection.execute(sql, values).fetchall()
+
+    def _configure(self) -> None:
+        """Exclusive locking keeps the WAL's index in memory of our own, where a full disk cannot hurt it.
+
+        A short WAL is soon written over from its start: deletes, however many, need no more room than the reserve has.
+        """
+        for pragma in (
+            "locking_mode = EXCLUSIVE",
+            "journal_mode = WAL",
+            "synchronous = FULL",
+            "foreign_keys = ON",
+            "wal_autocheckpoint = 32",
+        ):
+            self._connection.execute(f"PRAGMA {pragma}").fetchall()
+
+    def _migrate(self) -> None:
+        [(found,)] = self._connection.execute("PRAGMA user_version").fetchall()
+        if found > len(MIGRATIONS):
+            raise DamagedCatalogueError(f"the catalogue was written by a newer release (schema {found})")
+        for number, script in enumerate(MIGRATIONS[found:], start=found + 1):
+            self._connection.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;")
+
+
+def _record(row: dict[str, Any]) -> VersionRecord:
+    lists = {name: tuple(json.loads(row[name])) for name in ("kinds", "targets", "warnings")}
+    return VersionRecord(**row | lists)
+
+
+def _unpacked(columns: Sequence[str], row: Sequence[Any]) -> Facts:
+    facts = dict(zip(columns, row, strict=True))
+    return facts | {column: json.loads(facts[column]) for column in _LISTS if column in facts}

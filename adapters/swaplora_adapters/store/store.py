@@ -1,0 +1,356 @@
+"""The durable store of adapters: content-addressed files, what they say of themselves, and a catalogue of it all.
+
+    catalogue.sqlite3   lock   reserve
+    blobs/<digest>/adapter_config.json, adapter_model.safetensors
+    names/<name>        its versions, and what else is kept of it
+    aliases/<alias>     where it leads
+    staging/            on their way in, or on their way out
+    quarantine/         what was found unusable, or unknown
+
+A publish is durable when it returns: files synced, folder renamed into place, folder synced, the same for the name's
+description, catalogue committed. What a crash leaves behind is whole, or swept at the next start. The catalogue can be
+lost: it is made anew from the descriptions.
+"""
+
+import fcntl
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+from swaplora_adapters.errors import (
+    AdapterFailedError,
+    AdapterNotFoundError,
+    AliasNotFoundError,
+    PreconditionFailedError,
+    StorageFailedError,
+    StorageFullError,
+    VersionNotFoundError,
+)
+from swaplora_adapters.files.disk import StoreError
+from swaplora_adapters.files.names import validate_alias, validate_name
+from swaplora_adapters.store.blobs import BlobPaths, Blobs
+from swaplora_adapters.store.descriptions import Description, Descriptions, NotUndoneError
+from swaplora_adapters.store.folders import Folders, unusable
+from swaplora_adapters.store.records import Alias, Details, Published, Quarantined, VersionRecord
+from swaplora_adapters.store.recovery import Recovery
+from swaplora_adapters.store.staging import Staging
+
+__all__ = ["BlobPaths", "Details", "Published", "Quarantined", "Staging", "Store", "StoreError", "VersionRecord"]
+
+T = TypeVar("T")
+
+
+class Store:
+    """One process's hold on a data directory. Any thread may call any method.
+
+    `quarantined` lists the versions whose files were found unusable at the start. They stay in the catalogue with their
+    `failure`; publishing the same bytes again mends them. `notes` are for the operator: what else the start has mended.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        """Lock, open, migrate and recover `data_dir`, which is made if need be; StoreError if it cannot be used."""
+        self._mutex = threading.RLock()
+        folders = Folders(data_dir)
+        self._blobs = Blobs(folders)
+        self._names, self._aliases = (Descriptions(f, folders.staging) for f in (folders.names, folders.aliases))
+        self._lock_descriptor = _lock(folders.lock)
+        try:
+            recovery = Recovery(folders, self._blobs, self._names, self._aliases)
+            self._catalogue = recovery.open_catalogue()
+            self._revision = recovery.agree(self._catalogue)
+            recovery.sweep(self._catalogue)
+            self.notes = recovery.notes
+            self.quarantined = self._find_damage()
+        except BaseException:
+            os.close(self._lock_descriptor)
+            raise
+
+    def close(self) -> None:
+        """Let go of the data directory."""
+        with self._mutex:
+            self._catalogue.close()
+            os.close(self._lock_descriptor)
+
+    def stage(self) -> Staging:
+        """A place on the same file system to write the two files of an adapter to; StorageFullError."""
+        return self._blobs.stage()
+
+    def publish(
+        self,
+        name: str,
+        staging: Staging,
+        details: Details,
+        *,
+        source: str = "upload",
+        if_none_match: bool = False,
+        if_match: str | None = None,
+    ) -> Published:
+        """Make the staged files the current version of `name`; durable when this returns.
+
+        A new version is made only if the current one has another digest, also where an older one has the same; files
+        are shared by digest, and files that are there and sound are not touched. `if_none_match` wants the name unused,
+        `if_match` wants its current digest to be this one: PreconditionFailedError otherwise. Also raises
+        InvalidAdapterNameError, InvalidAdapterError if a file is missing, and StorageFullError; then the store is as
+        before. After StorageFailedError, too, but the next start
+        may find the change made.
+        """
+        validate_name(name)
+        with self._mutex:
+            had_files, is_committing = self._blobs.has(details.digest), False
+            try:
+                with self._change():
+                    previous = self._catalogue.current(name)
+                    _check_preconditions(previous, if_none_match, if_match)
+                    self._keep_or_place(staging, details.digest)
+                    is_new = previous is None or previous.digest != details.digest
+                    if is_new:
+                        self._catalogue.add_version(name, details, source)
+                        self._describe(name)
+                    is_committing = True
+            except BaseException as error:
+                # a commit that fails for anything but room may stand at the next start, and would want its files
+                may_stand = isinstance(error, NotUndoneError) or (
+                    is_committing and not isinstance(error, StorageFullError)
+                )
+                if not (had_files or may_stand):
+                    self._blobs.discard(details.digest)
+                raise
+            return Published(self.current(name), is_new, previous)
+
+    def current(self, name: str) -> VersionRecord:
+        """The version that `name` stands for; AdapterNotFoundError."""
+        with self._mutex:
+            record = self._catalogue.current(name)
+        if record is None:
+            raise AdapterNotFoundError(f"there is no adapter named {name!a}")
+        return record
+
+    def versions(self, name: str) -> list[VersionRecord]:
+        """All versions of a name, oldest first; AdapterNotFoundError if there is none."""
+        with self._mutex:
+            records = self._catalogue.versions(name)
+        if not records:
+            raise AdapterNotFoundError(f"there is no adapter named {name!a}")
+        return records
+
+    def version(self, name: str, version: int) -> VersionRecord:
+        """One version by number; AdapterNotFoundError or VersionNotFoundError."""
+        found = next((record for record in self.versions(name) if record.version == version), None)
+        if found is None:
+            raise VersionNotFoundError(f"adapter {name!a} has no version {version}")
+        return found
+
+    def names(self) -> list[str]:
+        """Every name, in order."""
+        with self._mutex:
+            return self._catalogue.names()
+
+    def change(self, name: str, *, current: int | None = None, is_pinned: bool | None = None) -> None:
+        """Let `name` stand for another of its versions, or pin it, or both at once.
+
+        Raises AdapterNotFoundError, VersionNotFoundError and StorageFullError; then nothing has changed.
+        """
+        with self._mutex:
+            if current is None:
+                self.current(name)
+            else:
+                self.version(name, current)
+            with self._change():
+                if current is not None:
+                    self._catalogue.set_current(name, current)
+                if is_pinned is not None:
+                    self._catalogue.set_pinned(name, is_pinned)
+                self._describe(name)
+
+    def is_pinned(self, name: str) -> bool:
+        """Whether the current version of `name` is to stay in memory."""
+        with self._mutex:
+            return self._catalogue.is_pinned(name)
+
+    def origins(self) -> dict[str, str | None]:
+        """What each name was last taken in from by itself, for all that were ever used, the deleted ones too."""
+        with self._mutex:
+            return self._catalogue.origins()
+
+    def set_origin(self, name: str, origin: str) -> None:
+        """Note what `name` was taken in from; StorageFullError."""
+        with self._mutex, self._change():
+            self._catalogue.set_origin(name, origin)
+            self._describe(name)
+
+    def aliases(self) -> list[Alias]:
+        """In order of alias."""
+        with self._mutex:
+            return self._catalogue.aliases()
+
+    def put_alias(self, alias: Alias) -> None:
+        """Make an alias, or let it stand for something else; InvalidAdapterNameError, StorageFullError."""
+        validate_alias(alias.alias)
+        with self._mutex, self._change():
+            self._catalogue.put_alias(alias, self._next_revision())
+            self._aliases.put(alias.alias, self._catalogue.describe_alias(alias.alias))
+
+    def remove_alias(self, alias: str) -> None:
+        """Raises AliasNotFoundError. Works on a full disk too."""
+        with self._mutex:
+            if not self._even_if_full(lambda is_hard: self._remove_alias(alias, is_hard)):
+                raise AliasNotFoundError(f"there is no alias called {alias[:128]!r}; GET /v1/aliases lists them")
+
+    def delete(self, name: str, version: int | None = None) -> list[VersionRecord]:
+        """Remove a name, or one version of it, and return what was removed; the files stay until they are discarded.
+
+        Without its current version a name stands for the newest that remains. Its version numbers never start again.
+        Works on a full disk too, where the reserve makes room for the catalogue's own change. Raises
+        AdapterNotFoundError or VersionNotFoundError.
+        """
+        with self._mutex:
+            doomed = self.versions(name) if version is None else [self.version(name, version)]
+            self._even_if_full(lambda is_hard: self._remove_versions(name, doomed, is_hard))
+            return doomed
+
+    def discard_unreferenced(self, digest: str) -> bool:
+        """Remove a blob's files for good if no version refers to them any more; whether that was so."""
+        with self._mutex:
+            if self._catalogue.is_referenced(digest):
+                return False
+            self._blobs.discard(digest)
+            self._blobs.fill_reserve()
+            return True
+
+    def blob_paths(self, digest: str) -> BlobPaths:
+        """Where the files of a digest lie, or would lie."""
+        return self._blobs.paths(digest)
+
+    def verify(self, digest: str) -> None:
+        """Hash a blob's files again; unusable ones are quarantined, and AdapterFailedError carries the reason."""
+        with self._mutex:
+            failure = self._catalogue.failure(digest)
+        if failure is None and self._blobs.digest_complaint(digest) is None:
+            return
+        with self._mutex:  # where a publish of the same bytes may have mended it by now
+            failure = self._catalogue.failure(digest) or self._blobs.digest_complaint(digest)
+            if failure is None:
+                return
+            self._give_up(digest, failure)
+        raise AdapterFailedError(failure)
+
+    def check_integrity(self) -> None:
+        """Raise StoreError unless the catalogue is sound and every version's files are there or known to be bad."""
+        with self._mutex:
+            complaints = self._catalogue.complaints()
+            for digest, *sizes, failure in self._catalogue.blobs():
+                if failure is None and (complaint := self._blobs.size_complaint(digest, sizes)):
+                    complaints.append(f"{digest}: {complaint}")
+        if complaints:
+            raise StoreError("; ".join(complaints))
+
+    def _keep_or_place(self, staging: Staging, digest: str) -> None:
+        """Files that others rely on are replaced only if they are damaged: a crash could part them from their row.
+
+        The same digest does not mean the same bytes, since a config is digested by what it means.
+        """
+        is_recorded = self._catalogue.is_blob(digest) and self._catalogue.failure(digest) is None
+        if not (is_recorded and self._blobs.digest_complaint(digest) is None):
+            self._catalogue.put_blob(digest, *self._blobs.place(staging, digest))
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Changes of the catalogue and of descriptions, all or none; durable when it ends. Needs `_mutex`."""
+        with self._names.undone_on_error(), self._aliases.undone_on_error(), self._catalogue.transaction():
+            yield
+
+    def _next_revision(self) -> int:
+        self._revision += 1
+        return self._revision
+
+    def _describe(self, name: str, removed: Sequence[str] = ()) -> None:
+        """Write down what the catalogue has of a name that has changed, before that is committed.
+
+        `removed` are digests that it has lost. What was removed on purpose is not set aside at the next start.
+        """
+        left = [d for d in dict.fromkeys([*self._catalogue.removed(name), *removed]) if self._blobs.has(d)]
+        self._catalogue.set_revision(name, self._next_revision(), left)
+        self._names.put(name, self._catalogue.describe_name(name))
+
+    def _remove_versions(self, name: str, doomed: Sequence[VersionRecord], is_hard: bool) -> None:
+        self._catalogue.remove_versions(doomed)
+        with self._if_undescribed(
+            is_hard and self._catalogue.current(name) is None, lambda: self._names.take_away(name)
+        ):
+            self._describe(name, [record.digest for record in doomed])
+
+    def _remove_alias(self, alias: str, is_hard: bool) -> bool:
+        is_removed = self._catalogue.remove_alias(alias)
+        if is_removed:
+            with self._if_undescribed(is_hard, lambda: self._aliases.take_away(alias)):
+                self._aliases.put(alias, Description(self._next_revision(), {"targets": None}))
+        return is_removed
+
+    @contextmanager
+    def _if_undescribed(self, is_enough: bool, take_away: Callable[[], None]) -> Iterator[None]:
+        """Where what is no more cannot be described as such, no description at all says so too, if that `is_enough`."""
+        try:
+            yield
+        except (StorageFullError, StorageFailedError):
+            if not is_enough:
+                raise
+            take_away()
+
+    def _find_damage(self) -> list[Quarantined]:
+        """Set aside what is damaged, and list the versions that cannot be used."""
+        for digest, *sizes, failure in self._catalogue.blobs():
+            complaint = self._blobs.size_complaint(digest, sizes)
+            if complaint and failure is None:
+                self._give_up(digest, complaint)
+            elif failure is not None and complaint is None:
+                self._mark(digest, None)
+        self._blobs.fill_reserve()
+        return [Quarantined(r.name, r.version, r.failure or "") for r in self._catalogue.failed()]
+
+    def _give_up(self, digest: str, reason: str) -> None:
+        """Quarantine a blob that versions refer to, and mark them."""
+        if self._catalogue.is_referenced(digest):
+            self._blobs.quarantine(digest)
+            self._mark(digest, reason)
+
+    def _mark(self, digest: str, failure: str | None) -> None:
+        """Note what was found about a blob; a full disk leaves that to the next start, which finds it again."""
+        with suppress(StorageFullError, StorageFailedError), self._catalogue.transaction():
+            self._catalogue.mark_blob(digest, failure)
+
+    def _even_if_full(self, change: Callable[[bool], T]) -> T:
+        """What `change` returns, in a transaction that takes its room from the reserve if the disk has none left.
+
+        `change` is told whether it has failed once, and may make do with less.
+        """
+        try:
+            with self._change():
+                return change(False)
+        except (StorageFullError, StorageFailedError):
+            self._blobs.free_reserve()
+            with self._change():
+                return change(True)
+
+
+def _lock(path: Path) -> int:
+    """An exclusive lock on the data directory, held until the descriptor is closed or the process ends."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode=0o600)
+    except OSError as error:
+        raise unusable(path.parent, error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StoreError("the data directory is in use by another process") from None
+    return descriptor
+
+
+def _check_preconditions(current: VersionRecord | None, if_none_match: bool, if_match: str | None) -> None:
+    if if_none_match and current is not None:
+        raise PreconditionFailedError(f"adapter {current.name} exists already")
+    if if_match is not None and (current is None or if_match not in ("*", current.digest)):
+        raise PreconditionFailedError("the adapter's current version is not the one that If-Match names")

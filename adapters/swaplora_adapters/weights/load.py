@@ -1,0 +1,188 @@
+"""A file's tensors made into what is served: checked against the config and the base, alpha and rank folded in.
+
+Files name tensors as PEFT's `save_pretrained` does: `base_model.model.<module path>.lora_A.weight`, and B likewise.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from swaplora_adapters.config.spec import MAX_CONFIG_BYTES, AdapterSpec
+from swaplora_adapters.errors import InvalidAdapterError
+from swaplora_adapters.files.complaints import capped
+from swaplora_adapters.files.disk import read_bounded
+from swaplora_adapters.files.tensorfile import Header, iter_tensors, read_header
+from swaplora_adapters.fit.base import BaseLayers
+from swaplora_adapters.fit.fit import Layout, fitted
+from swaplora_adapters.weights.embeddings import build_embedding
+from swaplora_adapters.weights.linears import build_linear
+from swaplora_adapters.weights.materialise import merged
+from swaplora_adapters.weights.memory import HugePages
+from swaplora_adapters.weights.parts import Parts, gather
+from swaplora_adapters.weights.replacements import build_replacement
+from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, ModuleWeights
+from swaplora_adapters.weights.values import copied
+
+Content = ModuleWeights | EmbeddingWeights | nn.Module
+
+
+def check_fit(spec: AdapterSpec, header: Header, layers: BaseLayers, max_work: int | None = None) -> Layout:
+    """Raise unless every tensor has a place in the base, and everything that the config asks for its tensors.
+
+    `max_work` bounds what patterns may cost; what was let in is never asked again whether it keeps to that. Raises
+    InvalidAdapterError with every complaint.
+    """
+    return fitted(spec, layers, {name: info.shape for name, info in header.tensors.items()}, max_work)
+
+
+def build_weights(
+    digest: str,
+    spec: AdapterSpec,
+    tensors: Mapping[str, Tensor],
+    layers: BaseLayers,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> AdapterWeights:
+    """Turn a file's tensors into weights to serve: on `device`, alpha and rank folded into B.
+
+    On a CPU they lie in one piece of memory, if they take what their file does. They are of `dtype`, or bfloat16 where
+    the file's are and nothing is lost by it. Raises like `check_fit`, and InvalidAdapterError for values that are not
+    finite or overflow `dtype`, or that would have to be the base's own and are not.
+    """
+    layout = fitted(spec, layers, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    num_bytes = sum(_num_bytes(tensor.numel(), tensor.dtype, dtype) for tensor in tensors.values())
+    return _assemble(digest, layout, tensors.items(), num_bytes, dtype, device)
+
+
+def load_weights(
+    digest: str,
+    config_path: Path,
+    weights_path: Path,
+    layers: BaseLayers,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> AdapterWeights:
+    """`build_weights` from the two files, checked as if for the first time; holds one module's tensors raw."""
+    spec = AdapterSpec.parse(read_bounded(config_path, MAX_CONFIG_BYTES))
+    header = read_header(weights_path)
+    layout = check_fit(spec, header, layers)
+    num_bytes = sum(_num_bytes(math.prod(info.shape), info.dtype, dtype) for info in header.tensors.values())
+    return _assemble(digest, layout, iter_tensors(weights_path, header), num_bytes, dtype, device)
+
+
+class Survey(NamedTuple):
+    """What an adapter will be in memory."""
+
+    rank: int
+    paths: tuple[str, ...]
+    num_parameters: int
+    has_effect: bool  # whether it changes anything
+
+
+def survey_values(layout: Layout, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Survey:
+    """Build all of it once, keeping nothing, for a file that passed `check_fit`. Raises like `build_weights`."""
+    rank, num_parameters, has_effect, paths = 0, 0, False, []
+    for parts, content in _built(layout, tensors, dtype):
+        has_effect = has_effect or parts.has_effect
+        paths.append(parts.path)
+        num_parameters += _num_merged(parts, layout.layers) if layout.spec.materialise else _num_elements(content)
+        rank = max(rank, 0 if isinstance(content, nn.Module) else content.rank)
+    return Survey(rank, tuple(paths), num_parameters, has_effect)
+
+
+def _num_merged(parts: Parts, layers: BaseLayers) -> int:
+    """Elements of a module of its own; the bias is counted where there may be one."""
+    if shape := layers.linears.get(parts.path):
+        return shape.out_features * (shape.in_features + 1)
+    if table := layers.embeddings.get(parts.path):
+        return table.num_embeddings * table.embedding_dim
+    return sum(map(math.prod, layers.others[parts.path].values()))
+
+
+def _num_elements(content: Content) -> int:
+    if isinstance(content, nn.Module):
+        return sum(tensor.numel() for tensor in (*content.parameters(), *content.buffers()))
+    return sum(tensor.numel() for tensor in content.tensors)
+
+
+def _num_bytes(num_elements: int, of_file: torch.dtype, dtype: torch.dtype) -> int:
+    return num_elements * (of_file if of_file == torch.bfloat16 else dtype).itemsize
+
+
+def _assemble(
+    digest: str,
+    layout: Layout,
+    tensors: Iterable[tuple[str, Tensor]],
+    num_bytes: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> AdapterWeights:
+    """`num_bytes`: about what all of it takes; on a CPU it is laid into pieces of memory of that size."""
+    place = partial(_place, device=device, pages=HugePages(mapping_bytes=num_bytes))
+    modules: dict[str, ModuleWeights] = {}
+    embeddings: dict[str, EmbeddingWeights] = {}
+    replaced: dict[str, nn.Module] = {}
+    for parts, content in _built(layout, tensors, dtype):
+        if isinstance(content, ModuleWeights):
+            modules[parts.path] = _placed_linear(content, place)
+        elif isinstance(content, EmbeddingWeights):
+            embeddings[parts.path] = _placed_embedding(content, place)
+        else:
+            replaced[parts.path] = content.to(device)
+    weights = AdapterWeights(
+        digest,
+        MappingProxyType(modules),
+        MappingProxyType(embeddings),
+        MappingProxyType(replaced),
+        layout.spec.alora_invocation_tokens,
+    )
+    return merged(weights, layout.layers) if layout.spec.materialise else weights
+
+
+def _built(
+    layout: Layout, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+) -> Iterator[tuple[Parts, Content]]:
+    """Each module as it is served; once all are through, raise InvalidAdapterError if there were complaints."""
+    complaints: list[str] = []
+    for parts in gather(layout, tensors, dtype):
+        content = _build(parts)
+        complaints += parts.complaints
+        if content is not None and not complaints:
+            yield parts, content
+    if complaints:
+        raise InvalidAdapterError(capped(list(dict.fromkeys(complaints))))
+
+
+def _build(parts: Parts) -> Content | None:
+    if not parts.tensors:
+        return None  # there was but a copy of the base's own
+    is_whole = any(part.startswith("parameter.") for part in parts.tensors)
+    if is_whole or parts.path in parts.layout.layers.others:
+        return build_replacement(parts)
+    return build_embedding(parts) if parts.path in parts.layout.layers.embeddings else build_linear(parts)
+
+
+def _placed_linear(linear: ModuleWeights, place: Callable[[Tensor], Tensor]) -> ModuleWeights:
+    """Both factors are read along the rank by kernels, so lora_B lies column by column."""
+    vectors = {"column_scale": linear.column_scale, "shift": linear.shift}
+    placed = {name: place(vector) for name, vector in vectors.items() if vector is not None}
+    return ModuleWeights(place(linear.lora_A), place(linear.lora_B.t()).t(), **placed)
+
+
+def _placed_embedding(embedding: EmbeddingWeights, place: Callable[[Tensor], Tensor]) -> EmbeddingWeights:
+    rows = {"token_ids": embedding.token_ids, "token_rows": embedding.token_rows}
+    placed = {name: place(tensor) for name, tensor in rows.items() if tensor is not None}
+    return EmbeddingWeights(place(embedding.lora_A), place(embedding.lora_B), **placed)
+
+
+def _place(tensor: Tensor, device: torch.device, pages: HugePages) -> Tensor:
+    """The tensor, row by row, where steps read it."""
+    if device.type != "cpu":
+        return tensor.contiguous().to(device)
+    return copied(tensor, pages.empty(tensor.numel(), tensor.dtype))
