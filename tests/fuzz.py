@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(tempfile.gettempdir()) / "swaplora-fuzz"
-PACKAGE = "swaplora_adapters.artifact"
+PACKAGE = "swaplora_adapters"
 # fmt: off
 TOKENS = (
     '"dtype"', '"shape"', '"data_offsets"', '"__metadata__"', '"F32"', '"F16"', '"BF16"', '"I64"', "[0,512]", "\\u0061",

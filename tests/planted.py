@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from swaplora_adapters.apply.activation import Activation, Segment, StepAdapters
 from swaplora_adapters.registry import registry
 from swaplora_adapters.registry.claim import Claim
 from swaplora_adapters.registry.residency import Residency
 from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.engine import runner
+from swaplora_server.engine.lora.activation import Activation, Segment, StepAdapters
 from swaplora_server.engine.request import AdapterUse
 from swaplora_server.http.terms import Terms
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from swaplora_server.engine import native_attention
 from swaplora_server.engine.attention import LayerAttention, PagedKV, Run, use
-from swaplora_server.engine.native_attention import NativeKV
-from swaplora_server.engine.torch_attention import TorchKV
+from swaplora_server.kernels.cpu import attention as native_attention
+from swaplora_server.kernels.cpu.attention import NativeKV
+from swaplora_server.kernels.torch.attention import TorchKV
 
 CPU = torch.device("cpu")
 CACHE = Path(__file__).parent.parent / ".cache" / "native"

@@ -10,7 +10,7 @@ from kinds_table import CACHE, CPU
 from peft_kinds import BASES
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_server.engine.base_model import load_base
-from swaplora_server.engine.kernels import Kernels, pick_kernels, torch_kernels
+from swaplora_server.kernels.pick import Kernels, pick_kernels, torch_kernels
 from whole_base import layers_of
 
 # sees positions, not tokens: a server leaves it out

@@ -11,11 +11,11 @@ from torch import Tensor
 import tiny
 from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, ModuleWeights
 from swaplora_server.engine.base_model import BaseModel, load_base
-from swaplora_server.engine.kernels import pick_kernels
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduler import Batch, ScheduledRows
+from swaplora_server.kernels.pick import pick_kernels
 
 CPU = torch.device("cpu")
 CACHE = Path(__file__).parent.parent / ".cache" / "native"

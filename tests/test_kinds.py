@@ -18,16 +18,16 @@ from kinds_oracle import KindOracle
 from kinds_table import INVOCATION, Made, make_all
 from planted import neighbours_weights
 from serving import BASE, Running, Streamed, serving, settings, stream_chat
-from swaplora_adapters.apply.activation import StepRows
-from swaplora_adapters.apply.layers import LoraEmbedding
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.registry import registry
 from swaplora_adapters.weights import linears
 from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.served import AdapterWeights
-from swaplora_server.engine.native_decoder import NativeDecoder
-from swaplora_server.engine.native_linear import NativeLinear
+from swaplora_server.engine.lora.activation import StepRows
+from swaplora_server.engine.lora.modules import LoraEmbedding
 from swaplora_server.http import generation
+from swaplora_server.kernels.cpu.decoder import NativeDecoder
+from swaplora_server.kernels.cpu.linear import NativeLinear
 
 # of PEFT's: a base stored with its embeddings, tied heads, biases that merging could not keep, Conv1D
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kinds_table import CACHE, CPU, README, WRONG, in_readme, measure_all, table
-from swaplora_server.engine.kernels import pick_kernels, torch_kernels
+from swaplora_server.kernels.pick import pick_kernels, torch_kernels
 
 # of PEFT's: a base stored with its embeddings, tied heads, biases that merging could not keep, Conv1D
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -10,7 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from swaplora_adapters.weights.memory import HugePages
-from swaplora_server.engine import native_linear, onednn_linear
+from swaplora_server.kernels.cpu import linear as native_linear
+from swaplora_server.kernels.torch import onednn_linear
 
 LIBRARY = native_linear.load_library(Path(__file__).parent.parent / ".cache" / "native", lambda _message: None)
 PACK = partial(native_linear.pack, LIBRARY, pages=HugePages())

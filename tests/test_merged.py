@@ -16,10 +16,10 @@ from swaplora_adapters.files.names import WEIGHTS_FILE
 from swaplora_adapters.weights.materialise import merged
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.engine.base_model import BaseModel, load_base
-from swaplora_server.engine.kernels import pick_kernels, torch_kernels
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
 from swaplora_server.engine.scheduler import Batch, ScheduledRows
+from swaplora_server.kernels.pick import pick_kernels, torch_kernels
 from test_deterministic import CACHE, SHAPE, embedding_adapter, random_adapter, replacing_adapter, scaled_adapter
 
 CPU = torch.device("cpu")

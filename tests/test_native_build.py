@@ -9,9 +9,10 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from swaplora_adapters.native import build
-from swaplora_server.engine import native_attention, native_linear
-from swaplora_server.engine.kernels import pick_kernels
+from swaplora_server.kernels.cpu import attention as native_attention
+from swaplora_server.kernels.cpu import build
+from swaplora_server.kernels.cpu import linear as native_linear
+from swaplora_server.kernels.pick import pick_kernels
 
 KERNEL_TESTS = ("test_linear.py", "test_attention.py", "test_ops.py", "test_quantised_linear.py")
 SOURCE = 'extern "C" int answer() { return 42; }'

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from swaplora_adapters.apply.activation import LoraOp, Segment
-from swaplora_adapters.apply.ops import native, reference, torch_form
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
+from swaplora_server.engine.lora.activation import LoraOp, Segment
+from swaplora_server.kernels.cpu import lora as native
+from swaplora_server.kernels.torch import lora as torch_form
+from swaplora_server.kernels.torch import lora_reference as reference
 
 CACHE = Path(__file__).parent.parent / ".cache" / "native"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}

@@ -14,15 +14,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 import tiny
 from oracle import Oracle
 from serving import BASE, Running, Streamed, serving, settings
-from swaplora_adapters.apply.layers import LoraLinear
 from swaplora_server.engine import proof, quantisation
 from swaplora_server.engine.base_model import BaseModel, load_base
 from swaplora_server.engine.dense_weight import weight_of
-from swaplora_server.engine.kernels import Kernels, pick_kernels, torch_kernels
-from swaplora_server.engine.native_linear import NativeLinear
+from swaplora_server.engine.lora.modules import LoraLinear
 from swaplora_server.engine.proof import UnsupportedModelError
 from swaplora_server.engine.quantisation import Quantization, loading_arguments, multiply_dequantised
-from swaplora_server.engine.quantised_linear import QuantisedLinear
+from swaplora_server.kernels.cpu.linear import NativeLinear
+from swaplora_server.kernels.cpu.quantised_linear import QuantisedLinear
+from swaplora_server.kernels.pick import Kernels, pick_kernels, torch_kernels
 from test_deterministic import NUM_DECODED, Company, random_adapter
 from test_equivalence import MAX_TOKENS, TOLERANCE, error_against, prompt_of, stream_all
 

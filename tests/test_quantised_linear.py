@@ -12,10 +12,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from swaplora_adapters.weights.memory import HugePages
-from swaplora_server.engine import native_linear, quantised_linear
 from swaplora_server.engine.dense_weight import weight_of
-from swaplora_server.engine.native_linear import NativeLinear
 from swaplora_server.engine.quantisation import multiply_dequantised
+from swaplora_server.kernels.cpu import linear as native_linear
+from swaplora_server.kernels.cpu import quantised_linear
+from swaplora_server.kernels.cpu.linear import NativeLinear
 
 CPU = torch.device("cpu")
 CACHE = Path(__file__).parent.parent / ".cache" / "native"

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import tiny
-from swaplora_adapters.apply.activation import Activation
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 from swaplora_server.engine import request as requests
 from swaplora_server.engine import runner, sampling, scheduler
@@ -19,11 +18,12 @@ from swaplora_server.engine.attention import Run
 from swaplora_server.engine.base_model import BaseModel, load_base
 from swaplora_server.engine.engine import Engine
 from swaplora_server.engine.isolation import run_isolated
-from swaplora_server.engine.kernels import pick_kernels
 from swaplora_server.engine.kv_cache import BlockPool
+from swaplora_server.engine.lora.activation import Activation
 from swaplora_server.engine.request import AdapterUse, FinishReason, Request, SamplingParams, Sequence, TokenEvent
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows, Scheduler
+from swaplora_server.kernels.pick import pick_kernels
 
 CPU = torch.device("cpu")
 CACHE = Path(__file__).parent.parent / ".cache" / "native"

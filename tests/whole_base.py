@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from swaplora_adapters.apply.attach import shape_of
-from swaplora_adapters.fit.base import BaseLayers, EmbeddingShape
+from swaplora_adapters.fit.base import BaseLayers, EmbeddingShape, shape_of
 from swaplora_adapters.fit.earlier_names import earlier_names_of
 
 

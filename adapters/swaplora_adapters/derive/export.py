@@ -10,12 +10,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from swaplora_adapters.apply.attach import shape_of
 from swaplora_adapters.config.spec import MAX_CONFIG_BYTES, AdapterSpec
 from swaplora_adapters.derive.deltas import require_deltas
 from swaplora_adapters.files.disk import read_bounded
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.fit.base import BaseLayers
+from swaplora_adapters.fit.base import BaseLayers, shape_of
 from swaplora_adapters.intake import inspect_files
 from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.served import AdapterWeights

@@ -8,7 +8,7 @@ import transformers
 from swaplora_server.config import EMBEDDED, Settings
 from swaplora_server.embedded import ensure_embedded_base
 from swaplora_server.engine.base_model import BaseModel, load_base, pick_device, pick_dtype
-from swaplora_server.engine.kernels import pick_kernels
+from swaplora_server.kernels.pick import pick_kernels
 
 
 def load_chosen_base(settings: Settings, report: Callable[[str], None]) -> BaseModel:

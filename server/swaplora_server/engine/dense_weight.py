@@ -4,10 +4,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from swaplora_server.engine.lean_embedding import NarrowEmbedding, TiedEmbedding
-from swaplora_server.engine.native_linear import NativeLinear
-from swaplora_server.engine.onednn_linear import OnednnLinear
-from swaplora_server.engine.quantised_codes import codes_of, is_quantised
-from swaplora_server.engine.quantised_linear import QuantisedLinear
+from swaplora_server.kernels.cpu.linear import NativeLinear
+from swaplora_server.kernels.cpu.quantised_linear import QuantisedLinear
+from swaplora_server.kernels.quantised_codes import codes_of, is_quantised
+from swaplora_server.kernels.torch.onednn_linear import OnednnLinear
 
 
 def weight_of(module: nn.Module) -> Tensor:

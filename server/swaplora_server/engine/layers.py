@@ -8,13 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from swaplora_adapters.apply.attach import shape_of
-from swaplora_adapters.apply.layers import LoraEmbedding, LoraLinear, Replaceable, Wrapped
-from swaplora_adapters.fit.base import BaseLayers, EmbeddingShape
+from swaplora_adapters.fit.base import BaseLayers, EmbeddingShape, shape_of
 from swaplora_adapters.fit.earlier_names import earlier_names_of
 from swaplora_adapters.weights.memory import HugePages
 from swaplora_server.engine.dense_weight import weight_of
 from swaplora_server.engine.lean_embedding import NarrowEmbedding, TiedEmbedding, lean
+from swaplora_server.engine.lora.modules import LoraEmbedding, LoraLinear, Replaceable, Wrapped
 
 
 def adaptable(

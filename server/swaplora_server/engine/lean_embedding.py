@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from swaplora_server.engine.native_linear import NativeLinear
+from swaplora_server.kernels.cpu.linear import NativeLinear
 
 
 class TiedEmbedding(nn.Module):

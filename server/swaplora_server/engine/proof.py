@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from swaplora_adapters.apply.activation import Activation
-from swaplora_adapters.apply.layers import LoraEmbedding, LoraLinear, Wrapped, row_dim
 from swaplora_server.engine.attention import PagedKV, UnsupportedAttentionError
 from swaplora_server.engine.kv_cache import BlockPool
+from swaplora_server.engine.lora.activation import Activation
+from swaplora_server.engine.lora.modules import LoraEmbedding, LoraLinear, Wrapped, row_dim
 from swaplora_server.engine.request import Request, SamplingParams, Sequence
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduler import Batch, ScheduledRows

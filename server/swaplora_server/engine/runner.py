@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swaplora_adapters.apply.activation import Activation, Segment, StepAdapters
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.engine import attention
 from swaplora_server.engine.attention import PagedKV, Run
+from swaplora_server.engine.lora.activation import Activation, Segment, StepAdapters
 from swaplora_server.engine.request import AdapterUse, Request
 from swaplora_server.engine.sampling import Sampler
 from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows

@@ -5,9 +5,8 @@ from collections.abc import Callable
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from swaplora_adapters.apply.activation import Activation
-from swaplora_adapters.apply.layers import LoraEmbedding, LoraLinear, Replaceable, Wrapped
-from swaplora_adapters.fit.base import LinearShape
+from swaplora_server.engine.lora.activation import Activation
+from swaplora_server.engine.lora.modules import LoraEmbedding, LoraLinear, Replaceable, Wrapped
 
 
 def attach(
@@ -51,13 +50,3 @@ def _is_leaf(module: nn.Module) -> bool:
 
 def _has_parameters(module: nn.Module, *, recurse: bool = True) -> bool:
     return any(True for _ in module.parameters(recurse))
-
-
-def shape_of(linear: nn.Module) -> LinearShape:
-    """What the factors of an adapter must match: in and out features of a linear, or of GPT-2's transposed Conv1D."""
-    if isinstance(linear, Conv1D):
-        return LinearShape(in_features=linear.nx, out_features=linear.nf)
-    in_features, out_features = linear.in_features, linear.out_features
-    if not (isinstance(in_features, int) and isinstance(out_features, int)):
-        raise TypeError(f"{type(linear).__name__} does not say how many features it has")
-    return LinearShape(in_features, out_features)

@@ -10,21 +10,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from swaplora_adapters.apply.activation import Activation, LoraOp
-from swaplora_adapters.apply.ops import native, torch_form
-from swaplora_adapters.native.build import NoCompilerError
 from swaplora_adapters.weights.memory import HugePages
-from swaplora_server.engine import (
-    native_attention,
-    native_decoder,
-    native_linear,
-    onednn_linear,
-    quantised_linear,
-)
 from swaplora_server.engine.attention import PagedKV
-from swaplora_server.engine.native_attention import NativeKV
-from swaplora_server.engine.quantised_codes import is_quantised
-from swaplora_server.engine.torch_attention import TorchKV
+from swaplora_server.engine.lora.activation import Activation, LoraOp
+from swaplora_server.kernels.cpu import attention as native_attention
+from swaplora_server.kernels.cpu import decoder as native_decoder
+from swaplora_server.kernels.cpu import linear as native_linear
+from swaplora_server.kernels.cpu import lora as native
+from swaplora_server.kernels.cpu import quantised_linear
+from swaplora_server.kernels.cpu.attention import NativeKV
+from swaplora_server.kernels.cpu.build import NoCompilerError
+from swaplora_server.kernels.quantised_codes import is_quantised
+from swaplora_server.kernels.torch import lora as torch_form
+from swaplora_server.kernels.torch import onednn_linear
+from swaplora_server.kernels.torch.attention import TorchKV
 
 _log = structlog.get_logger(__name__)
 

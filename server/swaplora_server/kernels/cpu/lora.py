@@ -8,11 +8,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from swaplora_adapters.apply.activation import LoraOp, Segment
-from swaplora_adapters.native import build
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
+from swaplora_server.engine.lora.activation import LoraOp, Segment
+from swaplora_server.kernels.cpu import build
 
-_SOURCE = Path(__file__).with_name("lora_delta.cpp")
+_SOURCE = build.CSRC / "lora_delta.cpp"
 
 
 class _Factors(ctypes.Structure):

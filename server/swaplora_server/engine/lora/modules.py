@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swaplora_adapters.apply.activation import Activation, Segment
-from swaplora_adapters.apply.routing import routed
 from swaplora_adapters.weights.served import EmbeddingWeights
+from swaplora_server.engine.lora.activation import Activation, Segment
+from swaplora_server.engine.lora.routing import routed
 
 
 class Wrapped(nn.Module):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from swaplora_adapters.apply.activation import LoraOp, Segment
+from swaplora_server.engine.lora.activation import LoraOp, Segment
 
 
 class Prepared(NamedTuple):

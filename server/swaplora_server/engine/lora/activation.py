@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from swaplora_adapters.apply.routing import Owner
 from swaplora_adapters.weights.served import AdapterWeights
+from swaplora_server.engine.lora.routing import Owner
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swaplora_adapters.native import build
 from swaplora_server.engine.attention import LayerAttention, Run
-from swaplora_server.engine.torch_attention import TorchKV, TorchStep
+from swaplora_server.kernels.cpu import build
+from swaplora_server.kernels.torch.attention import TorchKV, TorchStep
 
-_SOURCE = Path(__file__).with_name("paged_attention.cpp")
+_SOURCE = build.CSRC / "paged_attention.cpp"
 _CPU = torch.device("cpu")
 
 

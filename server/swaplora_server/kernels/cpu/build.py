@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-_HERE = Path(__file__).parent
+CSRC = Path(__file__).parent / "csrc"
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 _LANES = "SWAPLORA_KERNEL_LANES"  # for tests, which run either width on any processor
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -44,7 +44,7 @@ def _compile(source: Path, library: Path) -> None:
     descriptor, unfinished = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(descriptor)
     try:
-        command = [_compiler(), *_flags(), f"-I{_HERE}", "-o", unfinished, str(source)]
+        command = [_compiler(), *_flags(), f"-I{CSRC}", "-o", unfinished, str(source)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
         _seal(Path(unfinished))
         os.replace(unfinished, library)
@@ -82,7 +82,7 @@ def lanes() -> int:
 
 def _fingerprint(source: Path) -> str:
     """Changes with the code, the headers it may include, the flags, and the processor that it is compiled for."""
-    headers = sorted({*_HERE.glob("*.h"), *source.parent.glob("*.h")})
+    headers = sorted({*CSRC.glob("*.h"), *source.parent.glob("*.h")})
     code = [path.read_bytes() for path in (source, *headers)]
     parts = [*code, " ".join(_flags()).encode(), _processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from swaplora_adapters.native import build
-from swaplora_server.engine.quantised_codes import Codes, codes_of
+from swaplora_server.kernels.cpu import build
+from swaplora_server.kernels.quantised_codes import Codes, codes_of
 
-_SOURCE = Path(__file__).with_name("quantised_linear.cpp")
+_SOURCE = build.CSRC / "quantised_linear.cpp"
 
 
 class _Weight(ctypes.Structure):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from swaplora_adapters.native import build
 from swaplora_adapters.weights.memory import HugePages
+from swaplora_server.kernels.cpu import build
 
-_SOURCE = Path(__file__).with_name("packed_linear.cpp")
+_SOURCE = build.CSRC / "packed_linear.cpp"
 
 
 class LinearWeight(ctypes.Structure):

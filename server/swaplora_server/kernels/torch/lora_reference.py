@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from swaplora_adapters.apply.activation import LoraOp
-from swaplora_adapters.apply.ops.torch_form import Prepared
+from swaplora_server.engine.lora.activation import LoraOp
+from swaplora_server.kernels.torch.lora import Prepared
 
 
 def _add(y: Tensor, x: Tensor, prepared: Prepared, number: int) -> None:

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from swaplora_adapters.apply.activation import Activation, Segment, StepRows
-from swaplora_adapters.native import build
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.engine import attention
 from swaplora_server.engine.attention import LayerAttention
-from swaplora_server.engine.native_attention import LayerCache, NativeStep
-from swaplora_server.engine.native_linear import LinearWeight, NativeLinear
+from swaplora_server.engine.lora.activation import Activation, Segment, StepRows
+from swaplora_server.kernels.cpu import build
+from swaplora_server.kernels.cpu.attention import LayerCache, NativeStep
+from swaplora_server.kernels.cpu.linear import LinearWeight, NativeLinear
 
-_SOURCE = Path(__file__).with_name("decoder.cpp")
+_SOURCE = build.CSRC / "decoder.cpp"
 # layers that are computed as decoder.cpp says, and nothing else
 _KNOWN = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -1,1 +1,0 @@
-"""The forms of y[rows] += scale · (x[rows] Aᵀ) Bᵀ: reference, torch and native."""
