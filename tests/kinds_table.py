@@ -24,12 +24,12 @@ from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.materialise import merged
 from swaplora_adapters.weights.served import AdapterWeights
-from swaplora_server.engine.base_model import BaseModel, load_base
+from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
 from swaplora_server.engine.scheduler import Batch, ScheduledRows
-from swaplora_server.http.invocation import invoked_at
 from swaplora_server.kernels.pick import Kernels, pick_kernels
+from swaplora_server.service.invocation import invoked_at
 
 CPU = torch.device("cpu")
 README = Path(__file__).parent.parent / "README.md"

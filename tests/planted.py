@@ -17,7 +17,7 @@ from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.engine import runner
 from swaplora_server.engine.lora.activation import Activation, Segment, StepAdapters
 from swaplora_server.engine.request import AdapterUse
-from swaplora_server.http.terms import Terms
+from swaplora_server.service.adapter_mix import Terms
 
 NUM_SLOTS = 3
 

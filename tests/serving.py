@@ -14,9 +14,9 @@ import uvicorn
 
 from swaplora_server.config import Settings
 from swaplora_server.http.app import create_app
-from swaplora_server.http.connections import Connections
-from swaplora_server.http.protocol import HttpConfig
-from swaplora_server.http.service import Service
+from swaplora_server.http.transport.connections import Connections
+from swaplora_server.http.transport.protocol import HttpConfig
+from swaplora_server.service.service import Service
 
 BASE = "base"
 

@@ -9,7 +9,7 @@ import peft_kinds
 from kinds_table import CACHE, CPU
 from peft_kinds import BASES
 from swaplora_adapters.fit.base import BaseLayers
-from swaplora_server.engine.base_model import load_base
+from swaplora_server.base.base_model import load_base
 from swaplora_server.kernels.pick import Kernels, pick_kernels, torch_kernels
 from whole_base import layers_of
 

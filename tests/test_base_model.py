@@ -9,10 +9,11 @@ from transformers.models.gptj import modeling_gptj
 from transformers.models.llama import modeling_llama
 
 import tiny
-from swaplora_server.engine import attention, proof
+from swaplora_server.base import proof
+from swaplora_server.base.base_model import BaseModel, load_base, pick_dtype
+from swaplora_server.base.proof import UnsupportedModelError
+from swaplora_server.engine import attention
 from swaplora_server.engine.attention import LayerAttention
-from swaplora_server.engine.base_model import BaseModel, load_base, pick_dtype
-from swaplora_server.engine.proof import UnsupportedModelError
 from swaplora_server.kernels.cpu import decoder as native_decoder
 from swaplora_server.kernels.cpu.decoder import NativeDecoder
 from swaplora_server.kernels.pick import Kernels, pick_kernels, torch_kernels

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving import BASE, Running, serving, settings
-from swaplora_server.http.browsers import EXPOSED_HEADERS, is_own_host
+from swaplora_server.http.transport.browsers import EXPOSED_HEADERS, is_own_host
 
 EVIL = "https://evil.example"
 LISTED = "https://app.example"

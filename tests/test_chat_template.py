@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import tiny
 from serving import BASE, Running, serving, settings
-from swaplora_server.http.chat_template import ChatTemplate
 from swaplora_server.http.errors import ApiError
+from swaplora_server.service.chat_template import ChatTemplate
 
 # as those of well-known models: only some roles; system first or not at all; in the first user's message; upper case
 KNOWN_ROLES = (

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from serving import settings
 from swaplora_server import serve
-from swaplora_server.http.connections import Connections, Pace
+from swaplora_server.http.transport.connections import Connections, Pace
 
 MOST = 5
 HEAD_SECONDS = 8.0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tiny
 from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, ModuleWeights
-from swaplora_server.engine.base_model import BaseModel, load_base
+from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
 from swaplora_server.engine.runner import Runner

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import tiny
-from swaplora_server.engine import detokenize
-from swaplora_server.engine.detokenize import Detokenizer, TextRules, TextToken
+from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.request import Logprobs, SamplingParams
-from swaplora_server.engine.vocabulary import Vocabulary
+from swaplora_server.service import detokenize
+from swaplora_server.service.detokenize import Detokenizer, TextRules, TextToken
 from tokenizer_kinds import KINDS, SPECIAL
 
 TOKENIZER = tiny.byte_tokenizer()

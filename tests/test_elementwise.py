@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 from torch.overrides import TorchFunctionMode
 
-from swaplora_server.engine.elementwise import InWholeVectors, keep_in_whole_vectors
+from swaplora_server.base.elementwise import InWholeVectors, keep_in_whole_vectors
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "cos": Tensor.cos,

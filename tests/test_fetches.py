@@ -21,8 +21,8 @@ from swaplora_adapters.errors import StorageFailedError
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.sources.watcher import AdapterFolder
 from swaplora_adapters.store.staging import Staging
-from swaplora_server.engine.proof import UnsupportedModelError
-from swaplora_server.http.service import Service
+from swaplora_server.base.proof import UnsupportedModelError
+from swaplora_server.service.service import Service
 from test_restart import SMALL, process
 
 __all__ = ["gate"]

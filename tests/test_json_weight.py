@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swaplora_server.http import json_weight
 from swaplora_server.http.errors import ApiError
+from swaplora_server.http.transport import json_weight
 
 HARD = st.text(st.sampled_from('a,:[]{}"\\\u6f22'))
 LIMIT = 6

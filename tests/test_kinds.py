@@ -25,9 +25,9 @@ from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.engine.lora.activation import StepRows
 from swaplora_server.engine.lora.modules import LoraEmbedding
-from swaplora_server.http import generation
 from swaplora_server.kernels.cpu.decoder import NativeDecoder
 from swaplora_server.kernels.cpu.linear import NativeLinear
+from swaplora_server.service import generation
 
 # of PEFT's: a base stored with its embeddings, tied heads, biases that merging could not keep, Conv1D
 pytestmark = pytest.mark.filterwarnings("ignore")

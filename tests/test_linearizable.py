@@ -20,7 +20,7 @@ from serving import Running, settings
 from sizes import size
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_server.http.app import create_app
-from swaplora_server.http.service import Service
+from swaplora_server.service.service import Service
 
 NAMES = ("one", "two", "three")
 NUM_CLIENTS, ROUND = 16, 48

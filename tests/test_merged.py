@@ -15,7 +15,7 @@ from serving import BASE, Running, serving, settings
 from swaplora_adapters.files.names import WEIGHTS_FILE
 from swaplora_adapters.weights.materialise import merged
 from swaplora_adapters.weights.served import AdapterWeights
-from swaplora_server.engine.base_model import BaseModel, load_base
+from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
 from swaplora_server.engine.scheduler import Batch, ScheduledRows

@@ -7,8 +7,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from serving import BASE, Running, serving, settings
-from swaplora_server.http.figures import Figures, Outcome, PrefixCacheState, Record, State
-from swaplora_server.http.service import Service
+from swaplora_server.service.metrics import Figures, Outcome, PrefixCacheState, Record, State
+from swaplora_server.service.service import Service
 
 PROMPT = list(range(30, 50))
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]

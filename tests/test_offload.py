@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swaplora_server.http.errors import ApiError
-from swaplora_server.http.offload import PATIENCE, Offload, WorkQueue, in_own_thread
+from swaplora_server.service.offload import PATIENCE, Offload, WorkQueue, in_own_thread
 
 GUARD_SECONDS = 60
 
@@ -170,7 +170,7 @@ def test_what_has_a_thread_of_its_own_waits_for_none_of_the_loops() -> None:
 def test_no_exit_waits_for_what_nobody_waits_for() -> None:
     code = """
 import asyncio, threading
-from swaplora_server.http.offload import Offload
+from swaplora_server.service.offload import Offload
 async def main():
     offload = Offload(1, 1, "endless")
     begun = threading.Event()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from swaplora_server.http.outbox import Outbox
+from swaplora_server.service.wakeups import Outbox
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 import tiny
 from oracle import Oracle
 from serving import BASE, Running, Streamed, serving, settings
-from swaplora_server.engine import proof, quantisation
-from swaplora_server.engine.base_model import BaseModel, load_base
-from swaplora_server.engine.dense_weight import weight_of
+from swaplora_server.base import proof, quantisation
+from swaplora_server.base.base_model import BaseModel, load_base
+from swaplora_server.base.dense_weight import weight_of
+from swaplora_server.base.proof import UnsupportedModelError
+from swaplora_server.base.quantisation import Quantization, loading_arguments, multiply_dequantised
 from swaplora_server.engine.lora.modules import LoraLinear
-from swaplora_server.engine.proof import UnsupportedModelError
-from swaplora_server.engine.quantisation import Quantization, loading_arguments, multiply_dequantised
 from swaplora_server.kernels.cpu.linear import NativeLinear
 from swaplora_server.kernels.cpu.quantised_linear import QuantisedLinear
 from swaplora_server.kernels.pick import Kernels, pick_kernels, torch_kernels

@@ -12,8 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from swaplora_adapters.weights.memory import HugePages
-from swaplora_server.engine.dense_weight import weight_of
-from swaplora_server.engine.quantisation import multiply_dequantised
+from swaplora_server.base.dense_weight import weight_of
+from swaplora_server.base.quantisation import multiply_dequantised
 from swaplora_server.kernels.cpu import linear as native_linear
 from swaplora_server.kernels.cpu import quantised_linear
 from swaplora_server.kernels.cpu.linear import NativeLinear

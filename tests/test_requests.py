@@ -17,8 +17,8 @@ import refused_list
 import tiny
 from serving import BASE, Running, serving, settings
 from swaplora_server.engine.request import FinishReason, Request, TokenEvent
-from swaplora_server.http.body import field_path
 from swaplora_server.http.refusals import CHAT, COMPLETION, MESSAGE
+from swaplora_server.http.transport.body import field_path
 from swaplora_server.http.wire import ChatBody, CompletionBody, Message
 
 PROMPT = list(range(30, 50))

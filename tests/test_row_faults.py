@@ -12,10 +12,10 @@ from torch import Tensor
 
 import tiny
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
+from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine import request as requests
 from swaplora_server.engine import runner, sampling, scheduler
 from swaplora_server.engine.attention import Run
-from swaplora_server.engine.base_model import BaseModel, load_base
 from swaplora_server.engine.engine import Engine
 from swaplora_server.engine.isolation import run_isolated
 from swaplora_server.engine.kv_cache import BlockPool

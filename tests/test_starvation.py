@@ -17,9 +17,9 @@ import pytest
 
 from serving import BASE, Running, serving, settings
 from swaplora_adapters.registry.card import Put
-from swaplora_server.http import tokenizing
-from swaplora_server.http.body import MAX_SMALL_BODY_BYTES, SMALL_BYTES
-from swaplora_server.http.service import MAX_INSPECTIONS, NUM_INSPECTORS, NUM_UPLOAD_THREADS
+from swaplora_server.http.transport.body import MAX_SMALL_BODY_BYTES, SMALL_BYTES
+from swaplora_server.service import prompts as tokenizing
+from swaplora_server.service.service import MAX_INSPECTIONS, NUM_INSPECTORS, NUM_UPLOAD_THREADS
 
 GUARD_SECONDS = 60
 MANY = 40  # more than any number of processors gives the event loop's own pool
@@ -195,7 +195,7 @@ def test_while_adapters_are_inspected_everything_else_is_answered(
         assert may_go_on.wait(GUARD_SECONDS)
         return {"modules": [], "warnings": []}
 
-    monkeypatch.setattr("swaplora_server.http.inspection._inspect", held_inspect)
+    monkeypatch.setattr("swaplora_server.http.routes.inspection._inspect", held_inspect)
     inspections = small.service.inspections
     with ThreadPoolExecutor(MANY) as clients, set_at_end(may_go_on):
         answers = [clients.submit(small.client.get, "/v1/adapters/x/inspect") for _ in range(MANY)]
@@ -291,7 +291,7 @@ def test_a_large_body_is_parsed_off_the_event_loop(small: Running, monkeypatch: 
         has_begun.set()
         assert may_go_on.wait(GUARD_SECONDS)
 
-    monkeypatch.setattr("swaplora_server.http.body.check_weight", hold)
+    monkeypatch.setattr("swaplora_server.http.transport.body.check_weight", hold)
     post = completion(small, "x", zzz="z" * SMALL_BYTES)
     assert has_begun.wait(GUARD_SECONDS)
     assert small.client.get("/health").status_code == 200

@@ -6,7 +6,7 @@ from typing import SupportsIndex, overload
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from swaplora_server.engine.stop_strings import StopFinder, StopStrings, Unit, _Pattern
+from swaplora_server.service.stop_strings import StopFinder, StopStrings, Unit, _Pattern
 
 HIDDEN = {7: "<p>", 8: "<q>"}
 UNITS = st.lists(st.sampled_from([*"aaaabbbb", 7, 8]), max_size=24)

@@ -13,18 +13,19 @@ from starlette.types import Message
 
 import tiny
 from swaplora_adapters.registry.leases import Tenancy
-from swaplora_server.engine.detokenize import TextToken
+from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.request import FinishReason, Logprobs, TokenEvent
-from swaplora_server.engine.vocabulary import Vocabulary
-from swaplora_server.http import answers, chat, completions, sse
+from swaplora_server.http import answers, sse
 from swaplora_server.http.errors import ApiError
-from swaplora_server.http.figures import Outcome, Record
-from swaplora_server.http.generation import Generation, GenerationError, Piece
-from swaplora_server.http.outbox import Outbox
-from swaplora_server.http.service import Service
+from swaplora_server.http.routes import chat, completions
 from swaplora_server.http.sse import DONE, EventStreamResponse
-from swaplora_server.http.terms import Terms
 from swaplora_server.http.wire import ChatBody, CompletionBody, GenerationBody
+from swaplora_server.service.adapter_mix import Terms
+from swaplora_server.service.detokenize import TextToken
+from swaplora_server.service.generation import Generation, GenerationError, Piece
+from swaplora_server.service.metrics import Outcome, Record
+from swaplora_server.service.service import Service
+from swaplora_server.service.wakeups import Outbox
 
 TOKENIZER = tiny.byte_tokenizer()
 VOCABULARY = Vocabulary(TOKENIZER.backend_tokenizer)

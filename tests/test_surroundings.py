@@ -12,7 +12,7 @@ import pytest
 
 from serving import BASE, Running, serving, settings
 from swaplora_server.config import ROUTES_BEGIN
-from swaplora_server.http.invocations import ADAPTER_HEADER
+from swaplora_server.http.routes.invocations import ADAPTER_HEADER
 from swaplora_server.http.unserved import UNSERVED
 
 BODY = {"model": BASE, "prompt": "hi", "max_tokens": 1, "temperature": 0}

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer
 
 import tiny
 from serving import BASE, Running, Streamed, read_event, serving, settings
-from swaplora_server.engine.detokenize import Detokenizer, Settled, TextRules
 from swaplora_server.engine.request import Logprobs
-from swaplora_server.http import generation
+from swaplora_server.service import generation
+from swaplora_server.service.detokenize import Detokenizer, Settled, TextRules
 from tokenizer_kinds import KINDS, for_models
 
 

@@ -9,8 +9,8 @@ from torch import nn
 
 import tiny
 from serving import BASE, Running, serving, settings
-from swaplora_server.engine.base_model import vocab_size_of
-from swaplora_server.engine.proof import UnsupportedModelError
+from swaplora_server.base.base_model import vocab_size_of
+from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.engine.request import Request, SamplingParams, Sequence
 from swaplora_server.engine.sampling import Sampler
 

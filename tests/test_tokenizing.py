@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from swaplora_server.http import tokenizing
 from swaplora_server.http.errors import ApiError
-from swaplora_server.http.offload import Offload
-from swaplora_server.http.tokenizing import PromptTokenizer
+from swaplora_server.service import prompts as tokenizing
+from swaplora_server.service.offload import Offload
+from swaplora_server.service.prompts import PromptTokenizer
 
 CONTEXT = 10
 LONGEST = 50

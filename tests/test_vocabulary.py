@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from swaplora_server.engine.vocabulary import Vocabulary, named
+from swaplora_server.base.vocabulary import Vocabulary, named
 from tokenizer_kinds import KINDS
 
 VOCABULARIES = {kind: Vocabulary(tokenizer) for kind, tokenizer in KINDS.items()}

@@ -18,15 +18,15 @@ from uvicorn.loops.auto import auto_loop_factory
 from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.store.store import StoreError
 from swaplora_server.banner import Progress, show_banner
+from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.config import Settings
 from swaplora_server.embedded import EmbeddedBaseError
-from swaplora_server.engine.proof import UnsupportedModelError
 from swaplora_server.http.app import create_app
-from swaplora_server.http.connections import num_allowed
-from swaplora_server.http.offload import in_own_thread
-from swaplora_server.http.protocol import HttpConfig
-from swaplora_server.http.service import Service
+from swaplora_server.http.transport.connections import num_allowed
+from swaplora_server.http.transport.protocol import HttpConfig
 from swaplora_server.log_lines import LineFormatter, indented_traceback, show_values
+from swaplora_server.service.offload import in_own_thread
+from swaplora_server.service.service import Service
 
 # beyond the time that running requests get, for their last bytes to go out
 _LAST_BYTES_SECONDS = 5

@@ -28,8 +28,8 @@ def merge(
     from swaplora_adapters.derive.export import Addend
     from swaplora_adapters.derive.export import merge as write_merged
     from swaplora_adapters.errors import InvalidAdapterError
+    from swaplora_server.base.chosen_base import source_of
     from swaplora_server.embedded import EmbeddedBaseError
-    from swaplora_server.engine.chosen_base import source_of
     from swaplora_server.serve import configure_logging
 
     configure_logging(settings)

@@ -10,8 +10,8 @@ from swaplora_server.cli.common import AsJson, adapter_files, fail, read_setting
 
 if TYPE_CHECKING:
     from swaplora_adapters.store.records import Details
+    from swaplora_server.base.base_model import BaseModel
     from swaplora_server.config import Settings
-    from swaplora_server.engine.base_model import BaseModel
 
 
 def validate(
@@ -42,8 +42,8 @@ def validate(
 def _load(settings: "Settings") -> "BaseModel":
     """The base as the server loads it; ends the command if that cannot be done."""
     from swaplora_server.banner import Progress
+    from swaplora_server.base.chosen_base import load_chosen_base
     from swaplora_server.embedded import EmbeddedBaseError
-    from swaplora_server.engine.chosen_base import load_chosen_base
     from swaplora_server.serve import configure_logging
 
     configure_logging(settings)

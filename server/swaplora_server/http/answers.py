@@ -9,13 +9,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from swaplora_server.engine.detokenize import TextToken
 from swaplora_server.engine.request import FinishReason
 from swaplora_server.http.errors import ApiError
-from swaplora_server.http.figures import Outcome
-from swaplora_server.http.generation import Admission, Generation, GenerationError, Piece
 from swaplora_server.http.sse import DONE, EventStreamResponse, to_json, until_disconnect
 from swaplora_server.http.wire import GenerationBody
+from swaplora_server.service.detokenize import TextToken
+from swaplora_server.service.generation import Admission, Generation, GenerationError, Piece
+from swaplora_server.service.metrics import Outcome
 
 
 @dataclass(slots=True)

@@ -8,22 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from swaplora_adapters.errors import AdapterError
-from swaplora_server.http import (
-    adapters,
-    aliases,
-    chat,
-    completions,
-    control,
-    health,
-    inspection,
-    invocations,
-    merged,
-    metrics,
-    models,
-)
 from swaplora_server.http.auth import KeyRing, authenticate
-from swaplora_server.http.body_memory import AccountedBodies
-from swaplora_server.http.browsers import guard_browsers
 from swaplora_server.http.errors import (
     ApiError,
     on_api_error,
@@ -32,10 +17,25 @@ from swaplora_server.http.errors import (
     on_http_error,
     on_invalid_parameter,
 )
-from swaplora_server.http.request_id import RequestIdMiddleware
-from swaplora_server.http.request_line import RequestLine
-from swaplora_server.http.service import Service
+from swaplora_server.http.routes import (
+    adapters,
+    aliases,
+    chat,
+    completions,
+    control,
+    health,
+    inspection,
+    invocations,
+    metrics,
+    models,
+)
+from swaplora_server.http.routes import compose as merged
 from swaplora_server.http.sse import ClientGoneError
+from swaplora_server.http.transport.body_memory import AccountedBodies
+from swaplora_server.http.transport.browsers import guard_browsers
+from swaplora_server.http.transport.request_id import RequestIdMiddleware
+from swaplora_server.http.transport.request_line import RequestLine
+from swaplora_server.service.service import Service
 
 _HANDLERS: dict[int | type[Exception], Any] = {
     ApiError: on_api_error,

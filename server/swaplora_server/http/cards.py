@@ -5,7 +5,7 @@ from typing import Any
 
 from swaplora_adapters.registry.card import Card
 from swaplora_adapters.store.records import Alias
-from swaplora_server.http.service import Service
+from swaplora_server.service.service import Service
 
 
 def card_body(service: Service, card: Card) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from swaplora_adapters.config.spec import MAX_CONFIG_BYTES
 from swaplora_adapters.store.staging import Part, Staging, Writer
-from swaplora_server.http.encoding import body_chunks
 from swaplora_server.http.errors import ApiError
+from swaplora_server.http.transport.encoding import body_chunks
 
 _MAX_HEADER_BYTES = 8 << 10
 _MAX_FRAME_BYTES = 1 << 20  # what a body may hold beside the two files

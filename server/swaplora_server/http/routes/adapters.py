@@ -10,14 +10,14 @@ from starlette.responses import JSONResponse
 
 from swaplora_adapters.derive.making import DEFAULT_ENERGY
 from swaplora_adapters.registry.card import Put
-from swaplora_server.http.arrivals import MakeWhileWanted
-from swaplora_server.http.body import ClosedModel, body_schema, is_json, json_body, read_json
 from swaplora_server.http.cards import card_body
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.query import refuse_unknown_parameters
-from swaplora_server.http.service import Service
 from swaplora_server.http.sse import until_disconnect
+from swaplora_server.http.transport.body import ClosedModel, body_schema, is_json, json_body, read_json
 from swaplora_server.http.upload import receive_files
+from swaplora_server.service.ingest import MakeWhileWanted
+from swaplora_server.service.service import Service
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 State = Literal["stored", "loading", "resident", "draining", "failed"]

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from swaplora_server.engine.lean_embedding import NarrowEmbedding, TiedEmbedding
+from swaplora_server.base.lean_embedding import NarrowEmbedding, TiedEmbedding
 from swaplora_server.kernels.cpu.linear import NativeLinear
 from swaplora_server.kernels.cpu.quantised_linear import QuantisedLinear
 from swaplora_server.kernels.quantised_codes import codes_of, is_quantised

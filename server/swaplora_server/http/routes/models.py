@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from swaplora_adapters.errors import AdapterNotFoundError, AliasNotFoundError, VersionNotFoundError
 from swaplora_adapters.store.records import Alias, VersionRecord
 from swaplora_server.http.errors import ApiError
-from swaplora_server.http.service import Service
+from swaplora_server.service.service import Service
 
 router = APIRouter()
 

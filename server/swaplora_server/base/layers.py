@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from swaplora_adapters.fit.base import BaseLayers, EmbeddingShape, shape_of
 from swaplora_adapters.fit.earlier_names import earlier_names_of
 from swaplora_adapters.weights.memory import HugePages
-from swaplora_server.engine.dense_weight import weight_of
-from swaplora_server.engine.lean_embedding import NarrowEmbedding, TiedEmbedding, lean
+from swaplora_server.base.dense_weight import weight_of
+from swaplora_server.base.lean_embedding import NarrowEmbedding, TiedEmbedding, lean
 from swaplora_server.engine.lora.modules import LoraEmbedding, LoraLinear, Replaceable, Wrapped
 
 

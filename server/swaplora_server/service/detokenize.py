@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.request import Logprobs
-from swaplora_server.engine.stop_strings import Match, StopFinder, StopStrings, Unit
-from swaplora_server.engine.vocabulary import Vocabulary
+from swaplora_server.service.stop_strings import Match, StopFinder, StopStrings, Unit
 
 _LONGEST_CHARACTER = 4
 

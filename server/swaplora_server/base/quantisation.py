@@ -9,7 +9,7 @@ from torch.nn.functional import linear as product
 from transformers import BitsAndBytesConfig, PretrainedConfig
 from transformers.utils import is_bitsandbytes_available
 
-from swaplora_server.engine.proof import UnsupportedModelError
+from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.kernels.quantised_codes import codes_of, has_blocks_across_rows, is_nibbles, is_quantised
 
 Quantization = Literal["int8", "nf4"]

@@ -6,12 +6,12 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Discriminator, RootModel, Tag
 from starlette.responses import Response
 
-from swaplora_server.http.body import BRANCH, Body, body_schema, json_body
-from swaplora_server.http.chat import answer_chat
-from swaplora_server.http.completions import answer_completion
 from swaplora_server.http.errors import ApiError
-from swaplora_server.http.service import Service
+from swaplora_server.http.routes.chat import answer_chat
+from swaplora_server.http.routes.completions import answer_completion
+from swaplora_server.http.transport.body import BRANCH, Body, body_schema, json_body
 from swaplora_server.http.wire import MAX_MODEL_CHARACTERS, ChatBody, CompletionBody, GenerationBody
+from swaplora_server.service.service import Service
 
 router = APIRouter()
 ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"

@@ -15,8 +15,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from swaplora_server.config import Settings
-from swaplora_server.http.connections import Connections, Pace
 from swaplora_server.http.errors import ApiError, error_response
+from swaplora_server.http.transport.connections import Connections, Pace
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 256

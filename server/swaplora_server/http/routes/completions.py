@@ -7,12 +7,12 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from swaplora_server.http.answers import Choice, Shape, answer
-from swaplora_server.http.body import body_schema, json_body
-from swaplora_server.http.generation import Piece, admit
 from swaplora_server.http.refusals import COMPLETION, refuse_unsupported
-from swaplora_server.http.service import Service
 from swaplora_server.http.sse import to_json
+from swaplora_server.http.transport.body import body_schema, json_body
 from swaplora_server.http.wire import CompletionBody
+from swaplora_server.service.generation import Piece, admit
+from swaplora_server.service.service import Service
 
 router = APIRouter()
 

@@ -15,23 +15,23 @@ from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_adapters.store.store import Store
+from swaplora_server.base.base_model import BaseModel
+from swaplora_server.base.chosen_base import load_chosen_base
+from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.config import Settings
-from swaplora_server.engine.base_model import BaseModel
-from swaplora_server.engine.chosen_base import load_chosen_base
 from swaplora_server.engine.engine import Engine
 from swaplora_server.engine.kv_cache import BlockPool
-from swaplora_server.engine.proof import UnsupportedModelError
 from swaplora_server.engine.scheduler import Scheduler
-from swaplora_server.http.arrivals import Arrivals
-from swaplora_server.http.body_memory import BodyMemory
-from swaplora_server.http.chat_template import ChatTemplate
 from swaplora_server.http.errors import ApiError
-from swaplora_server.http.figures import Figures, PrefixCacheState, State
-from swaplora_server.http.offload import Offload
-from swaplora_server.http.outbox import Outbox
-from swaplora_server.http.shared import result_of
-from swaplora_server.http.tokenizing import LONG_CHARACTERS, PromptTokenizer
-from swaplora_server.http.workshop import Workshop
+from swaplora_server.http.transport.body_memory import BodyMemory
+from swaplora_server.service.chat_template import ChatTemplate
+from swaplora_server.service.derivations import Workshop
+from swaplora_server.service.ingest import Arrivals
+from swaplora_server.service.metrics import Figures, PrefixCacheState, State
+from swaplora_server.service.offload import Offload
+from swaplora_server.service.prompts import LONG_CHARACTERS, PromptTokenizer
+from swaplora_server.service.shared import result_of
+from swaplora_server.service.wakeups import Outbox
 
 _HEARTBEAT_LIMIT_SECONDS = 60.0
 _JOIN_SECONDS = 3.0

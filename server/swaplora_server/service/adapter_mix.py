@@ -7,9 +7,9 @@ from swaplora_adapters.errors import AdapterFailedError, AdapterNotFoundError, A
 from swaplora_adapters.registry.leases import Lease, Tenancy
 from swaplora_server.engine.request import AdapterUse
 from swaplora_server.http.errors import ApiError
-from swaplora_server.http.service import Service
-from swaplora_server.http.shared import result_of
 from swaplora_server.http.wire import AdapterTerm, GenerationBody
+from swaplora_server.service.service import Service
+from swaplora_server.service.shared import result_of
 
 
 @dataclass(frozen=True, slots=True)

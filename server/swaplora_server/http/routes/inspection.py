@@ -13,10 +13,10 @@ from swaplora_adapters.registry.leases import Lease
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.http.query import refuse_unknown_parameters
-from swaplora_server.http.service import Service
-from swaplora_server.http.shared import result_of
 from swaplora_server.http.sse import until_disconnect
-from swaplora_server.http.workshop import Count, Counts, Workshop
+from swaplora_server.service.derivations import Count, Counts, Workshop
+from swaplora_server.service.service import Service
+from swaplora_server.service.shared import result_of
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 

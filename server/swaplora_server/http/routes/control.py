@@ -21,11 +21,11 @@ from swaplora_adapters.registry.card import Put
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.uri import uri_of
 from swaplora_adapters.store.records import Target
-from swaplora_server.http.body import ClosedModel, WireModel, body_schema, read_json
 from swaplora_server.http.errors import ApiError, on_api_error
 from swaplora_server.http.refusals import refuse_unsupported
-from swaplora_server.http.service import Service
 from swaplora_server.http.sse import until_disconnect
+from swaplora_server.http.transport.body import ClosedModel, WireModel, body_schema, read_json
+from swaplora_server.service.service import Service
 
 _TYPES = {404: "NotFoundError"}
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import transformers
 
+from swaplora_server.base.base_model import BaseModel, load_base, pick_device, pick_dtype
 from swaplora_server.config import EMBEDDED, Settings
 from swaplora_server.embedded import ensure_embedded_base
-from swaplora_server.engine.base_model import BaseModel, load_base, pick_device, pick_dtype
 from swaplora_server.kernels.pick import pick_kernels
 
 

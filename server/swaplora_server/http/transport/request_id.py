@@ -7,7 +7,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from swaplora_server.http.peer import peer
+from swaplora_server.http.transport.peer import peer
 
 _HEADER = "x-request-id"
 _log = structlog.get_logger(__name__)

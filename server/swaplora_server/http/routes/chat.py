@@ -7,16 +7,16 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from swaplora_server.engine.detokenize import TextToken
-from swaplora_server.engine.vocabulary import Vocabulary, named, shown
+from swaplora_server.base.vocabulary import Vocabulary, named, shown
 from swaplora_server.http.answers import Choice, Shape, answer
-from swaplora_server.http.body import body_schema, json_body
 from swaplora_server.http.errors import ApiError
-from swaplora_server.http.generation import Piece, admit
 from swaplora_server.http.refusals import CHAT, refuse_unsupported
-from swaplora_server.http.service import Service
 from swaplora_server.http.sse import to_json
+from swaplora_server.http.transport.body import body_schema, json_body
 from swaplora_server.http.wire import ChatBody
+from swaplora_server.service.detokenize import TextToken
+from swaplora_server.service.generation import Piece, admit
+from swaplora_server.service.service import Service
 
 router = APIRouter()
 

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from swaplora_server.http.service import Service
+from swaplora_server.service.service import Service
 
 router = APIRouter()
 _VERSION = version("swaplora")

@@ -6,7 +6,7 @@ from functools import partial
 from transformers import PreTrainedTokenizerFast
 
 from swaplora_server.http.errors import ApiError
-from swaplora_server.http.offload import Offload
+from swaplora_server.service.offload import Offload
 
 LONG_CHARACTERS = 4096
 PIECE_CHARACTERS = 1 << 16

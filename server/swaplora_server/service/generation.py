@@ -12,15 +12,15 @@ from typing import NamedTuple
 import structlog
 from starlette.requests import Request as HttpRequest
 
-from swaplora_server.engine.detokenize import Detokenizer, Settled, TextRules, TextToken
 from swaplora_server.engine.request import AdapterUse, FinishReason, Request, SamplingParams, TokenEvent
 from swaplora_server.http.errors import ApiError
-from swaplora_server.http.figures import Outcome, Record
-from swaplora_server.http.invocation import invoked_at
-from swaplora_server.http.service import Service
 from swaplora_server.http.sse import until_disconnect
-from swaplora_server.http.terms import Terms, take_terms
 from swaplora_server.http.wire import GenerationBody
+from swaplora_server.service.adapter_mix import Terms, take_terms
+from swaplora_server.service.detokenize import Detokenizer, Settled, TextRules, TextToken
+from swaplora_server.service.invocation import invoked_at
+from swaplora_server.service.metrics import Outcome, Record
+from swaplora_server.service.service import Service
 
 _SESSION_HEADER = "x-session-id"
 _log = structlog.get_logger(__name__)

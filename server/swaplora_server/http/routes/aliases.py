@@ -7,10 +7,10 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field, model_validator
 
 from swaplora_adapters.store.records import Target
-from swaplora_server.http.body import ClosedModel, body_schema, json_body
 from swaplora_server.http.cards import alias_body
 from swaplora_server.http.query import refuse_unknown_parameters
-from swaplora_server.http.service import Service
+from swaplora_server.http.transport.body import ClosedModel, body_schema, json_body
+from swaplora_server.service.service import Service
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 MAX_TARGETS = 16

@@ -7,9 +7,9 @@ from prometheus_client.exposition import choose_encoder
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from swaplora_server.http.figures import Figures
 from swaplora_server.http.query import refuse_unknown_parameters
-from swaplora_server.http.service import Service
+from swaplora_server.service.metrics import Figures
+from swaplora_server.service.service import Service
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 

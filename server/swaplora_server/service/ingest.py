@@ -22,8 +22,8 @@ from swaplora_adapters.sources.watcher import AdapterFolder
 from swaplora_adapters.sources.workers import Workers
 from swaplora_adapters.store.staging import Staging
 from swaplora_server.http.errors import ApiError
-from swaplora_server.http.peer import peer
-from swaplora_server.http.shared import result_of
+from swaplora_server.http.transport.peer import peer
+from swaplora_server.service.shared import result_of
 
 NUM_FETCHERS = 4
 MAX_FETCHES = 16  # waiting and running

@@ -10,17 +10,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.weights.memory import HugePages
+from swaplora_server.base.elementwise import keep_in_whole_vectors
+from swaplora_server.base.layers import adaptable
+from swaplora_server.base.lean_embedding import lean
+from swaplora_server.base.proof import Expected, UnsupportedModelError, expected_logits, prove
+from swaplora_server.base.quantisation import Quantization, loading_arguments, multiply_dequantised
+from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine import attention
-from swaplora_server.engine.elementwise import keep_in_whole_vectors
-from swaplora_server.engine.layers import adaptable
-from swaplora_server.engine.lean_embedding import lean
 from swaplora_server.engine.lora.activation import Activation
 from swaplora_server.engine.lora.attach import attach
 from swaplora_server.engine.lora.modules import LoraEmbedding
-from swaplora_server.engine.proof import Expected, UnsupportedModelError, expected_logits, prove
-from swaplora_server.engine.quantisation import Quantization, loading_arguments, multiply_dequantised
 from swaplora_server.engine.runner import Runner
-from swaplora_server.engine.vocabulary import Vocabulary
 from swaplora_server.kernels.pick import Kernels
 
 _log = structlog.get_logger(__name__)

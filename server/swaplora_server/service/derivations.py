@@ -15,10 +15,10 @@ from swaplora_adapters.derive.process import DerivationProcess
 from swaplora_adapters.fit.base import LinearShape
 from swaplora_adapters.interest import Interest
 from swaplora_adapters.sources.workers import Workers
+from swaplora_server.base.chosen_base import source_of
 from swaplora_server.config import Settings
-from swaplora_server.engine.chosen_base import source_of
 from swaplora_server.http.errors import ApiError
-from swaplora_server.http.shared import ended, result_of
+from swaplora_server.service.shared import ended, result_of
 
 MAX_JOBS = 8  # of a kind, waiting and running
 _JOIN_SECONDS = 3.0

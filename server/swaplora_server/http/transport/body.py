@@ -8,12 +8,12 @@ from typing import Any, ClassVar, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from swaplora_server.http.body_memory import account_of
-from swaplora_server.http.encoding import body_chunks
 from swaplora_server.http.errors import ApiError
-from swaplora_server.http.json_weight import check_weight
-from swaplora_server.http.offload import Offload
 from swaplora_server.http.sse import until_disconnect
+from swaplora_server.http.transport.body_memory import account_of
+from swaplora_server.http.transport.encoding import body_chunks
+from swaplora_server.http.transport.json_weight import check_weight
+from swaplora_server.service.offload import Offload
 
 BRANCH = "|"  # what the tag of a union's branch begins with: no part of a path for clients
 _MAX_TYPE_CHARS = 64

@@ -13,12 +13,12 @@ from swaplora_adapters.derive.compose import OPTIONAL, REQUIRED, Method, Recipe
 from swaplora_adapters.derive.making import Source
 from swaplora_adapters.interest import Interest
 from swaplora_adapters.registry.card import Put
-from swaplora_server.http.body import ClosedModel, body_schema, json_body
 from swaplora_server.http.cards import card_body
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.query import refuse_unknown_parameters
-from swaplora_server.http.service import Service
 from swaplora_server.http.sse import until_disconnect
+from swaplora_server.http.transport.body import ClosedModel, body_schema, json_body
+from swaplora_server.service.service import Service
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 MAX_INGREDIENTS = 16
