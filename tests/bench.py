@@ -26,13 +26,13 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
+from server_process import process
 from swaplora_server.bench.machine import measure_machine
 from swaplora_server.bench.protocol import FULL, QUICK, RATIOS, Workload
 from swaplora_server.bench.rounds import Round, machine_range, medians, ratios, tables
 from swaplora_server.bench.table import machine_line
 from swaplora_server.config import Settings
 from swaplora_server.embedded import ensure_embedded_base
-from test_restart import process
 
 PROMPT_TOKENS, OUTPUT_TOKENS, NUM_ADAPTERS, RANK = 128, 64, 16, 16
 MIXED_RANKS, NUM_REGISTERED, VOCAB_SIZE = (8, 16, 32, 64), 1000, 40_000

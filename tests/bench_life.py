@@ -15,9 +15,9 @@ from statistics import median
 import httpx
 
 from bench import RANK, complete, console, drive, machine, make_adapters, prompt, resident_mib
+from server_process import process
 from swaplora_server.config import Settings
 from swaplora_server.embedded import ensure_embedded_base
-from test_restart import process
 
 NUM_ADAPTERS, NUM_RESIDENT, NUM_STREAMS, STREAM_TOKENS = 32, 8, 8, 150
 ADAPTER_BYTES = 2 * 30 * RANK * 10_176  # of one in memory: bfloat16, 30 layers, in + out features of the seven linears

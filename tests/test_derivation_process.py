@@ -15,14 +15,14 @@ import pytest
 
 from adapter_files import SHAPES, write_adapter
 from hanging import Hanging, hang_derivations
+from server_process import SMALL
+from server_process import process as serve
 from serving import Running
 from swaplora_adapters.derive import process
 from swaplora_adapters.derive.process import DerivationProcess
 from swaplora_adapters.errors import AdapterTooLargeError, DerivationFailedError, InvalidAdapterError
 from swaplora_adapters.interest import AbandonedError, Interest
 from swaplora_adapters.sources.workers import Workers
-from test_restart import SMALL
-from test_restart import process as serve
 
 GUARD_SECONDS = 600
 BOUNDED = "import torch; from swaplora_adapters.derive.process import bound_this_process; bound_this_process({}, {}); "

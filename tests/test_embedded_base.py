@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from serving import BASE, Running, Streamed, serving, settings
+from shapes import SHAPES, stream_all
 from swaplora_server.embedded import ensure_embedded_base
-from test_equivalence import SHAPES, stream_all
 
 TOLERANCE = 1e-4
 

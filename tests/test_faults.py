@@ -18,11 +18,11 @@ import pytest
 
 import crash
 from crash import Allowed, Hurt, Nursery, Thread
+from server_process import SMALL, free_port, process, wait_ready
 from serving import Running, serving, settings
 from sizes import size
 from swaplora_adapters.files.digest import hex_of
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
-from test_restart import SMALL, free_port, process, wait_ready
 
 CODES = ("storage_full", "storage_failed")
 SQLITE_FAULTS = [("pwrite64", "ENOSPC", CODES[0]), ("pwrite64", "EIO", CODES[1]), ("fdatasync", "EIO", CODES[1])]

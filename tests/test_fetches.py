@@ -15,6 +15,7 @@ import pytest
 import structlog
 
 from hub import Answer, stand_in
+from server_process import SMALL, process
 from serving import Running, serving, settings
 from slow_sources import GUARD_SECONDS, Gate, gate
 from swaplora_adapters.errors import StorageFailedError
@@ -23,7 +24,6 @@ from swaplora_adapters.sources.watcher import AdapterFolder
 from swaplora_adapters.store.staging import Staging
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.service.service import Service
-from test_restart import SMALL, process
 
 __all__ = ["gate"]
 PROMPT = list(range(30, 50))

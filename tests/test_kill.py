@@ -15,12 +15,12 @@ import pytest
 
 import crash
 from crash import Allowed, Hurt, Nursery, Thread
+from server_process import SMALL, process
 from serving import Running
 from sizes import size
 from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.files.digest import digest_of
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
-from test_restart import SMALL, process
 
 PROMPT = list(range(50, 70))
 NUM_KILLS = size(ci=5, soak=25)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny
+from company import CACHE, SHAPE, embedding_adapter, random_adapter, replacing_adapter, scaled_adapter
 from serving import BASE, Running, serving, settings
 from swaplora_adapters.files.names import WEIGHTS_FILE
 from swaplora_adapters.weights.materialise import merged
@@ -20,7 +21,6 @@ from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
 from swaplora_server.engine.scheduler import Batch, ScheduledRows
 from swaplora_server.kernels.pick import pick_kernels, torch_kernels
-from test_deterministic import CACHE, SHAPE, embedding_adapter, random_adapter, replacing_adapter, scaled_adapter
 
 CPU = torch.device("cpu")
 PROMPT = list(range(40, 80))

@@ -12,8 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedModel
 
 import tiny
+from company import NUM_DECODED, Company, random_adapter
 from oracle import Oracle
 from serving import BASE, Running, Streamed, serving, settings
+from shapes import MAX_TOKENS, TOLERANCE, error_against, prompt_of, stream_all
 from swaplora_server.base import proof, quantisation
 from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.base.dense_weight import weight_of
@@ -23,8 +25,6 @@ from swaplora_server.engine.lora.modules import LoraLinear
 from swaplora_server.kernels.cpu.linear import NativeLinear
 from swaplora_server.kernels.cpu.quantised_linear import QuantisedLinear
 from swaplora_server.kernels.pick import Kernels, pick_kernels, torch_kernels
-from test_deterministic import NUM_DECODED, Company, random_adapter
-from test_equivalence import MAX_TOKENS, TOLERANCE, error_against, prompt_of, stream_all
 
 CPU = torch.device("cpu")
 CACHE = Path(__file__).parent.parent / ".cache" / "native"
