@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
-SOAK_TESTS := tests/test_isolation.py tests/test_linearizable.py tests/test_leaks.py tests/test_registry_machine.py \
-	tests/test_kill.py tests/test_faults.py
+SOAK_TESTS := tests/proofs/test_isolation.py tests/proofs/test_linearizable.py tests/proofs/test_leaks.py \
+	tests/registry/test_registry_machine.py tests/store/test_kill.py tests/store/test_faults.py
+# the programs in tools/ use what the tests have: tiny bases, kinds of adapters, servers
+TOOL := PYTHONPATH=tests/support:tests/kinds $(VENV)/bin/python
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
@@ -17,7 +19,7 @@ help: ## show this list
 	@echo 'ARGS="..." is passed on: make serve ARGS="--port 9000", make test ARGS="-k config"'
 
 serve: $(VENV)/.runtime ## serve the embedded base and the demo adapters on 127.0.0.1:8000
-	$(BIN)/swaplora serve --adapter-dir adapters/demo $(ARGS)
+	$(BIN)/swaplora serve --adapter-dir demo $(ARGS)
 
 # Two processes, a file's tests in one of them, for the servers that they share. The longest files stand in the middle of
 # the alphabet, so that in this order both processes end at about the same time.
@@ -27,23 +29,23 @@ test: $(VENV)/.dev ## run the tests
 check: $(VENV)/.dev ## lint, format check, types, Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy server adapters tests
+	$(BIN)/mypy server adapters tests tools
 	$(BIN)/hadolint Dockerfile
 
 isolation: $(VENV)/.dev ## the proof that no request is answered with another's weights
-	$(BIN)/python tests/isolation.py $(ARGS)
+	$(TOOL) tools/isolation.py $(ARGS)
 
 soak: $(VENV)/.dev ## the long forms of the tests that have one (an hour or more on two cores)
 	SWAPLORA_SOAK=1 $(BIN)/python -m pytest -s $(SOAK_TESTS) $(ARGS)
 
 bench: $(VENV)/.dev ## measure throughput on this machine, base against adapters (ARGS=--quick for one short round)
-	$(BIN)/python tests/bench.py $(ARGS)
+	$(TOOL) tools/bench.py $(ARGS)
 
 bench-life: $(VENV)/.dev ## measure what loads, uploads and a working set beyond the memory cost
-	$(BIN)/python tests/bench_life.py $(ARGS)
+	$(TOOL) tools/bench_life.py $(ARGS)
 
 demo-adapters: $(VENV)/.dev ## train the demo adapters again (about half an hour on two cores)
-	$(BIN)/python adapters/demo/train.py $(ARGS)
+	$(BIN)/python demo/train.py $(ARGS)
 
 clean: ## remove the environment and all caches
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,206 @@
+"""Every architecture that goes through the attention interface: its logits are stock transformers' own."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.gptj import modeling_gptj
+from transformers.models.llama import modeling_llama
+
+import tiny
+from repository import KERNEL_CACHE
+from swaplora_server.base import proof
+from swaplora_server.base.base_model import BaseModel, load_base, pick_dtype
+from swaplora_server.base.proof import UnsupportedModelError
+from swaplora_server.engine import attention
+from swaplora_server.engine.attention import LayerAttention
+from swaplora_server.kernels.cpu import decoder as native_decoder
+from swaplora_server.kernels.cpu.decoder import NativeDecoder
+from swaplora_server.kernels.pick import Kernels, pick_kernels, torch_kernels
+from swaplora_server.kernels.torch.attention import PrefillRun
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": SMALL,
+    "qwen2": SMALL,
+    "qwen3": SMALL | {"head_dim": 16},
+    "mistral": SMALL | {"sliding_window": 5},
+    "mixtral": SMALL | {"sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma2": SMALL | {"head_dim": 16, "sliding_window": 5, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
+    "gemma3_text": SMALL
+    | {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": SMALL | {"sliding_window": 5},
+    "olmo": SMALL,
+    "olmo2": SMALL,
+    "granite": SMALL | {"attention_multiplier": 0.2, "residual_multiplier": 0.5},
+    "smollm3": SMALL | {"no_rope_layers": [1, 0]},
+    "cohere": SMALL,
+    "starcoder2": SMALL | {"sliding_window": 5},
+    "gpt_neox": SMALL,
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 48},
+    "opt": {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "word_embed_proj_dim": 32,
+    },
+    "gpt_oss": SMALL
+    | {
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+
+
+CPU = torch.device("cpu")
+NATIVE = pick_kernels(CPU, torch.float32, KERNEL_CACHE, lambda _message: None)
+
+
+def load(folder: Path, kernels: Kernels = NATIVE, dtype: torch.dtype = torch.float32) -> BaseModel:
+    return load_base(folder, device=CPU, dtype=dtype, kernels=kernels)
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the proof allow a ten-thousandth of a standard deviation of the logits, and no more."""
+    monkeypatch.setattr(proof, "_TOLERANCE", 1e-4)
+
+
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_logits_are_stock_transformers_own(model_type: str, tmp_path: Path) -> None:
+    folder = tiny.save_tiny_base(tmp_path, {"model_type": model_type, **ARCHITECTURES[model_type]})
+    for kernels in (NATIVE, torch_kernels(CPU)):
+        base = load(folder, kernels)
+        assert base.layers.linears
+        assert base.kv_bytes_per_token > 0
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_bfloat16_logits_are_as_near_to_float32_as_stock_transformers_own(model_type: str, tmp_path: Path) -> None:
+    folder = tiny.save_tiny_base(tmp_path, {"model_type": model_type, **ARCHITECTURES[model_type]})
+    assert load(folder, torch_kernels(CPU), torch.bfloat16).layers.linears
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_window_is_noticed(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PrefillRun, "mask", lambda self, _window: PrefillRun._make_mask(self, None))  # noqa: SLF001
+    folder = tiny.save_tiny_base(tmp_path, {"model_type": "mistral", **ARCHITECTURES["mistral"]})
+    with pytest.raises(UnsupportedModelError, match="something else"):
+        load(folder, torch_kernels(CPU), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fault_of_a_tenth_of_a_standard_deviation_is_noticed(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend = attention.paged_attention
+    monkeypatch.setattr(
+        attention, "paged_attention", lambda *rows, scaling, **asked: attend(*rows, scaling=1.2 * scaling, **asked)
+    )
+    with pytest.raises(UnsupportedModelError, match="something else"):
+        load(tiny.save_tiny_base(tmp_path), torch_kernels(CPU), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_attends_by_itself_is_refused(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_itself = modeling_llama.eager_attention_forward
+    monkeypatch.setattr(modeling_llama.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda _name, _default: by_itself)
+    with pytest.raises(UnsupportedModelError, match="llama computes something else"):
+        load(tiny.save_tiny_base(tmp_path), torch_kernels(CPU), dtype)
+
+
+@pytest.mark.usefixtures("strict")
+def test_gptj_is_served_as_soon_as_transformers_has_it_ask_the_attention_interface(tmp_path: Path) -> None:
+    """Up to 5.23 it attended by itself."""
+    folder = tiny.save_tiny_base(
+        tmp_path, {"model_type": "gptj", "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}
+    )
+    if hasattr(modeling_gptj, "ALL_ATTENTION_FUNCTIONS"):
+        assert load(folder).layers.linears
+        return
+    with pytest.raises(UnsupportedModelError, match="gptj"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}, "bloom"),
+        ({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2}, "mamba"),
+        (
+            {
+                "model_type": "gpt_neo",
+                "num_layers": 2,
+                "attention_types": [[["global", "local"], 1]],
+                "hidden_size": 32,
+                "num_heads": 4,
+            },
+            "gpt_neo",
+        ),
+    ],
+)
+def test_architecture_that_cannot_be_served_is_refused_with_the_reason(
+    fields: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=reason):
+        load(tiny.save_tiny_base(tmp_path, fields))
+
+
+def test_linears_that_do_not_see_every_token_are_no_targets(tmp_path: Path) -> None:
+    """Routed experts compute some rows only, so a row's adapter could not be told."""
+    base = load(tiny.save_tiny_base(tmp_path, {"model_type": "mixtral", **ARCHITECTURES["mixtral"]}))
+    assert {path.rpartition(".")[2] for path in base.layers.linears} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "lm_head",
+    }
+
+
+def test_no_plain_copy_of_a_packed_weight_is_kept(tmp_path: Path) -> None:
+    base = load(tiny.save_tiny_base(tmp_path))
+    left = {name for name, _ in base.model.named_parameters()}
+    assert left == {"model.norm.base.weight"}, "besides these, the native decoder has all"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_layers_of_llamas_kind_run_in_one_native_call(model_type: str, tmp_path: Path) -> None:
+    base = load(tiny.save_tiny_base(tmp_path, {"model_type": model_type, **ARCHITECTURES[model_type]}))
+    assert [type(layer) for layer in base.model.model.layers] == [NativeDecoder]
+
+
+def test_layers_that_fail_the_proof_in_one_call_run_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_decoder, "_attention_of", lambda layer: LayerAttention(layer.self_attn.layer_idx, 1.0))
+    base = load(tiny.save_tiny_base(tmp_path))
+    assert len(base.model.model.layers) == 2
+    assert base.layers.linears
+
+
+def test_a_cpu_computes_in_float32_unless_bfloat16_is_asked_for_and_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_bf16 in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has_bf16: has)
+        assert pick_dtype("auto", CPU) == pick_dtype("fp32", CPU) == torch.float32
+        assert pick_dtype("auto", torch.device("cuda")) == pick_dtype("bf16", torch.device("cuda")) == torch.bfloat16
+    with pytest.raises(UnsupportedModelError, match="--dtype fp32"):
+        pick_dtype("bf16", CPU)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert pick_dtype("bf16", CPU) == torch.bfloat16

@@ -1,0 +1,225 @@
+"""LoRA on bases of 8 and 4 bits: what PEFT gives on the same quantised base, in memory that really is smaller."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from pydantic import ValidationError
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedModel
+
+import tiny
+from company import NUM_DECODED, Company, random_adapter
+from oracle import Oracle
+from repository import KERNEL_CACHE
+from serving import BASE, Running, Streamed, serving, settings
+from shapes import MAX_TOKENS, TOLERANCE, error_against, prompt_of, stream_all
+from swaplora_server.base import proof, quantisation
+from swaplora_server.base.base_model import BaseModel, load_base
+from swaplora_server.base.dense_weight import weight_of
+from swaplora_server.base.proof import UnsupportedModelError
+from swaplora_server.base.quantisation import Quantization, loading_arguments, multiply_dequantised
+from swaplora_server.engine.lora.modules import LoraLinear
+from swaplora_server.kernels.cpu.linear import NativeLinear
+from swaplora_server.kernels.cpu.quantised_linear import QuantisedLinear
+from swaplora_server.kernels.pick import Kernels, pick_kernels, torch_kernels
+
+CPU = torch.device("cpu")
+CACHE = KERNEL_CACHE
+NATIVE = pick_kernels(CPU, torch.float32, CACHE, lambda _message: None)
+SHAPE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = {**tiny.LLAMA, **SHAPE}
+CONFIGS = {
+    "int8": BitsAndBytesConfig(load_in_8bit=True),
+    "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+}
+
+
+def stock(base: Path, config: BitsAndBytesConfig | None) -> PreTrainedModel:
+    """Transformers' own quantised model on a CPU; a base that was saved quantised needs no `config`."""
+    arguments = {} if config is None else {"quantization_config": config}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, attn_implementation="eager", device_map={"": CPU}, **arguments
+    )
+    return model
+
+
+class QuantisedOracle(Oracle):
+    """PEFT on the quantised base, whose linears multiply with the dequantised weights as they do in training."""
+
+    def __init__(self, base: Path, config: BitsAndBytesConfig | None, adapter: Path | None = None) -> None:
+        model = stock(base, config)
+        self._model = model if adapter is None else PeftModel.from_pretrained(model, str(adapter))
+        self._model.eval()
+        multiply_dequantised(self._model)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_tiny_base(tmp_path_factory.mktemp("base"), LLAMA)
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return [tiny.save_adapter(folder / f"a{seed}", base, seed=seed, rank=rank) for seed, rank in enumerate((7, 16))]
+
+
+def load(folder: Path, quantization: Quantization | None, kernels: Kernels = NATIVE) -> BaseModel:
+    return load_base(folder, device=CPU, dtype=torch.float32, kernels=kernels, quantization=quantization)
+
+
+def linears_of(base: BaseModel) -> dict[str, nn.Module]:
+    """What stands behind each wrapped linear."""
+    return {path: module.base for path, module in base.model.named_modules() if isinstance(module, LoraLinear)}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def quantized(
+    request: pytest.FixtureRequest, base: Path, adapters: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Running]]:
+    with serving(settings(base, tmp_path_factory.mktemp("data"), quantization=request.param)) as server:
+        for folder in adapters:
+            assert server.put(folder.name, folder).status_code == 201
+        yield request.param, server
+
+
+def error_of(oracle: Oracle, name: str, said: Streamed) -> float:
+    assert len(said.token_ids) == MAX_TOKENS
+    assert oracle.is_greedy(prompt_of(name), said.token_ids, tie=2 * TOLERANCE)
+    return error_against(oracle, name, said)
+
+
+async def test_base_and_adapters_alone_and_in_one_batch_equal_peft(
+    quantized: tuple[str, Running], base: Path, adapters: list[Path]
+) -> None:
+    kind, server = quantized
+    names = [BASE, *(folder.name for folder in adapters)]
+    together = await stream_all(server, names)
+    for name, folder, mixed in zip(names, [None, *adapters], together, strict=True):
+        (alone,) = await stream_all(server, [name])
+        oracle = QuantisedOracle(base, CONFIGS[kind], folder)
+        assert error_of(oracle, name, alone) <= TOLERANCE, name
+        assert error_of(oracle, name, mixed) <= TOLERANCE, name
+        assert (mixed.token_ids, mixed.logprobs) == (alone.token_ids, alone.logprobs)
+
+
+async def test_adapters_and_quantisation_both_move_the_output(
+    quantized: tuple[str, Running], base: Path, adapters: list[Path]
+) -> None:
+    kind, server = quantized
+    plain, without = Oracle(base), QuantisedOracle(base, CONFIGS[kind])
+    said = await stream_all(server, [BASE, *(folder.name for folder in adapters)])
+    assert plain.worst_error(prompt_of(BASE), said[0].token_ids, said[0].logprobs) > 100 * TOLERANCE
+    for folder, adapted in zip(adapters, said[1:], strict=True):
+        assert without.worst_error(prompt_of(folder.name), adapted.token_ids, adapted.logprobs) > 0.5
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("count", [1, 7, 33])
+def test_logits_do_not_depend_on_the_company(kind: Quantization, count: int, base: Path) -> None:
+    loaded = load(base, kind)
+    adapters = [random_adapter(loaded, rank, seed) for seed, rank in enumerate([1, 7, 16, 33])]
+    company = Company(loaded, adapters, count, seed=count)
+    together = company.together()
+    for number in range(count):
+        alone = company.alone(number)
+        assert len(alone) == NUM_DECODED + 1
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(alone, together[number], strict=True))
+
+
+@pytest.mark.parametrize(("kind", "share"), [("int8", 0.55), ("nf4", 0.35)])
+def test_linears_take_a_share_of_what_they_take_in_bfloat16(kind: Quantization, share: float, base: Path) -> None:
+    linears = linears_of(load(base, kind))
+    for path, linear in linears.items():
+        if path != "lm_head":
+            assert isinstance(linear, QuantisedLinear)
+            assert not list(linear.parameters())
+            num_bytes = sum(buffer.numel() * buffer.element_size() for buffer in linear.buffers())
+            assert num_bytes <= share * 2 * linear.in_features * linear.out_features, path
+    assert isinstance(linears["lm_head"], NativeLinear), "what the quantiser leaves alone runs as it always does"
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the proof allow a ten-thousandth of a standard deviation of the logits, and no more."""
+    monkeypatch.setattr(proof, "_TOLERANCE", 1e-4)
+
+
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        LLAMA,
+        {"model_type": "qwen2", **SHAPE, "intermediate_size": 96, "num_key_value_heads": 2},
+        {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    ],
+    ids=lambda fields: fields["model_type"],
+)
+def test_logits_are_the_stock_quantised_models_own(kind: Quantization, fields: dict[str, Any], tmp_path: Path) -> None:
+    folder = tiny.save_tiny_base(tmp_path, fields)
+    for kernels in (NATIVE, torch_kernels(CPU)):
+        assert load(folder, kind, kernels).layers.linears == load(folder, None, kernels).layers.linears
+
+
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIGS["int8"],
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        ),
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
+    ],
+    ids=["int8", "nf4", "fp4"],
+)
+def test_a_base_saved_quantised_is_served_as_it_is(config: BitsAndBytesConfig, base: Path, tmp_path: Path) -> None:
+    model = stock(base, config)
+    model.save_pretrained(tmp_path / "saved")
+    tiny.byte_tokenizer().save_pretrained(tmp_path / "saved")
+    expected = {path: weight_of(linear) for path, linear in model.named_modules() if isinstance(linear, nn.Linear)}
+    served = linears_of(load(tmp_path / "saved", None))
+    assert served.keys() == expected.keys()
+    for path, linear in served.items():
+        assert path == "lm_head" or torch.equal(weight_of(linear), expected[path])
+
+
+def refusal(wanted: Quantization | None, **saved: Any) -> str:
+    config = LlamaConfig(quantization_config=saved) if saved else LlamaConfig()
+    with pytest.raises(UnsupportedModelError) as caught:
+        loading_arguments(config, wanted, CPU, torch.float32)
+    return str(caught.value)
+
+
+def test_without_bitsandbytes_the_refusal_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantisation, "is_bitsandbytes_available", lambda: False)
+    for message, field in (
+        (refusal("nf4"), "quantization nf4"),
+        (refusal(None, quant_method="bitsandbytes", load_in_8bit=True), "quantization_config"),
+    ):
+        assert field in message
+        assert "pip install 'swaplora[quantized]'" in message
+    assert loading_arguments(LlamaConfig(), None, CPU, torch.float32) == {}
+
+
+def test_what_is_not_served_is_refused_by_name() -> None:
+    assert "quant_method gptq" in refusal(None, quant_method="gptq", bits=4)
+    assert "quant_method gptq" in refusal("nf4", quant_method="gptq", bits=4)
+    assert "llm_int8_has_fp16_weight" in refusal(None, load_in_8bit=True, llm_int8_has_fp16_weight=True)
+    message = refusal("nf4", quant_method="bitsandbytes", load_in_8bit=True)
+    assert "quantization nf4" in message
+    assert "int8" in message
+
+
+def test_the_setting_takes_two_values_and_no_other(base: Path, tmp_path: Path) -> None:
+    assert settings(base, tmp_path, quantization="nf4").quantization == "nf4"
+    with pytest.raises(ValidationError, match="quantization"):
+        settings(base, tmp_path, quantization="int4")

@@ -1,0 +1,167 @@
+"""Attention over pages against plain softmax attention over the same tokens: torch's form and the native kernel."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from repository import KERNEL_CACHE
+from swaplora_server.engine.attention import LayerAttention, PagedKV, Run, use
+from swaplora_server.kernels.cpu import attention as native_attention
+from swaplora_server.kernels.cpu.attention import NativeKV
+from swaplora_server.kernels.torch.attention import TorchKV
+
+CPU = torch.device("cpu")
+CACHE = KERNEL_CACHE
+LIBRARY = native_attention.load_library(CACHE, lambda _message: None)
+LENGTHS = [1, 2, 17, 64, 130]
+FORMS = ["torch", "native"]
+LAYERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window": {"window": 5},
+    "window beyond": {"window": 500},
+    "softcap": {"softcap": 3.0},
+    "sinks": {"has_sinks": True},
+    "all": {"window": 9, "softcap": 3.0, "has_sinks": True},
+}
+
+
+def make_layer(name: str, num_heads: int, head_dim: int) -> LayerAttention:
+    fields = dict(LAYERS[name])
+    sinks = torch.randn(num_heads) if fields.pop("has_sinks", False) else None
+    return LayerAttention(0, head_dim**-0.5, fields.get("softcap"), sinks, fields.get("window"))
+
+
+def attend_plainly(query: Tensor, keys: Tensor, values: Tensor, layer: LayerAttention) -> Tensor:
+    """The definition: query [num_heads, head_dim] at the last of keys, values [length, num_kv_heads, head_dim]."""
+    length, heads_per_kv_head = len(keys), query.shape[0] // keys.shape[1]
+    keys, values = (t.float().repeat_interleave(heads_per_kv_head, 1) for t in (keys, values))
+    scores = torch.einsum("hd,lhd->hl", query.float(), keys) * layer.scaling
+    if layer.softcap:
+        scores = torch.tanh(scores / layer.softcap) * layer.softcap
+    if layer.window:
+        scores[:, : max(0, length - layer.window)] = float("-inf")
+    if layer.sinks is not None:
+        scores = torch.cat([scores, layer.sinks[:, None]], 1)
+    return torch.einsum("hl,lhd->hd", scores.softmax(-1)[:, :length], values)
+
+
+def make_kv(form: str, num_blocks: int, block_size: int) -> PagedKV:
+    return NativeKV(LIBRARY, num_blocks, block_size) if form == "native" else TorchKV(num_blocks, block_size, CPU)
+
+
+class Sequences:
+    """Random queries, keys and values of whole sequences, and blocks for them in no order."""
+
+    def __init__(self, lengths: list[int], heads: tuple[int, int, int], block_size: int, dtype: torch.dtype) -> None:
+        num_heads, num_kv_heads, head_dim = heads
+        total = sum(lengths)
+        self.lengths = lengths
+        self.query = torch.split(torch.randn(total, num_heads, head_dim).to(dtype), lengths)
+        self.keys = torch.split(torch.randn(total, num_kv_heads, head_dim).to(dtype), lengths)
+        self.values = torch.split(torch.randn(total, num_kv_heads, head_dim).to(dtype), lengths)
+        self.num_blocks = sum(-(-length // block_size) for length in lengths) + 5
+        free = random.Random(5).sample(range(1, self.num_blocks + 1), self.num_blocks)
+        self.blocks = [[free.pop() for _ in range(-(-length // block_size))] for length in lengths]
+
+    def run(self, kv: PagedKV, layer: LayerAttention, chunks: list[tuple[int, int, int]]) -> list[Tensor]:
+        """One step of (sequence, first, stop), in that order; the output of each."""
+        runs, start = [], 0
+        for number, first, stop in chunks:
+            runs.append(Run(start, start + stop - first, first, self.blocks[number]))
+            start += stop - first
+        query, keys, values = (
+            torch.cat([rows[number][first:stop] for number, first, stop in chunks])
+            for rows in (self.query, self.keys, self.values)
+        )
+        out = kv.step(runs).attend(layer, query, keys, values)
+        return list(torch.split(out, [run.num_rows for run in runs]))
+
+    def expected(self, number: int, first: int, stop: int, layer: LayerAttention) -> Tensor:
+        query, keys, values = self.query[number], self.keys[number], self.values[number]
+        return torch.stack(
+            [attend_plainly(query[at], keys[: at + 1], values[: at + 1], layer) for at in range(first, stop)]
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(4, 4, 8), (9, 3, 64), (8, 1, 128), (6, 2, 24), (4, 2, 20), (3, 1, 33), (7, 1, 16)])
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("form", FORMS)
+def test_prompts_in_chunks_then_decoding_rows_attend_to_their_own_pages(
+    form: str, name: str, heads: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    layer = make_layer(name, heads[0], heads[2])
+    sequences = Sequences(LENGTHS, heads, 16, dtype)
+    kv = make_kv(form, sequences.num_blocks, 16)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    last = [(number, length - 1, length) for number, length in enumerate(LENGTHS)]
+    steps = [
+        [(number, 0, (length - 1) // 3) for number, length in enumerate(LENGTHS) if length > 3],
+        [(number, (length - 1) // 3, length - 1) for number, length in enumerate(LENGTHS) if length > 3] + [(1, 0, 1)],
+        last[::-1],
+    ]
+    for chunks in steps:
+        for out, chunk in zip(sequences.run(kv, layer, chunks), chunks, strict=True):
+            assert (out.float() - sequences.expected(*chunk, layer)).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 4, 8, 12, 16, 32])
+@pytest.mark.parametrize("form", FORMS)
+def test_blocks_of_any_size_do(form: str, block_size: int) -> None:
+    layer = make_layer("all", 6, 24)
+    sequences = Sequences([50], (6, 2, 24), block_size, torch.float32)
+    kv = make_kv(form, sequences.num_blocks, block_size)
+    for chunk in [(0, 0, 21), (0, 21, 49), (0, 49, 50)]:
+        (out,) = sequences.run(kv, layer, [chunk])
+        assert (out - sequences.expected(*chunk, layer)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("block_size", [4, 12, 16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_native_row_is_the_same_bit_for_bit_however_its_prompt_is_cut_and_whoever_is_beside_it(
+    name: str, block_size: int
+) -> None:
+    layer = make_layer(name, 6, 24)
+    sequences = Sequences([70, 33, 5], (6, 2, 24), block_size, torch.float32)
+    alone = make_kv("native", sequences.num_blocks, block_size)
+    (whole,) = sequences.run(alone, layer, [(0, 0, 70)])
+    among = make_kv("native", sequences.num_blocks, block_size)
+    first = sequences.run(among, layer, [(1, 0, 20), (0, 0, 1), (2, 0, 5)])[1]
+    rest = [sequences.run(among, layer, [(1, at, at + 1), (0, at - 19, at + 3 - 19)])[1] for at in range(20, 33, 3)]
+    tail = [sequences.run(among, layer, [(0, at, at + 1)])[0] for at in range(16, 20)]
+    last = sequences.run(among, layer, [(0, 20, 70)])[0]
+    assert torch.equal(torch.cat([first, *rest, *tail, last]), whole)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_freed_block_holds_cannot_reach_a_neighbour(form: str) -> None:
+    layer, heads = make_layer("plain", 4, 16), (4, 2, 16)
+    sequences = Sequences(LENGTHS, heads, 16, torch.float32)
+    poison = Sequences([sequences.num_blocks * 16], heads, 16, torch.float32)
+    poison.blocks = [list(range(1, sequences.num_blocks + 1))]
+    poison.keys = poison.values = (torch.full_like(poison.keys[0], float("nan")),)
+    kv = make_kv(form, sequences.num_blocks, 16)
+    poison.run(kv, layer, [(0, 0, sequences.num_blocks * 16)])
+    chunks = [(number, 0, max(1, length - 1)) for number, length in enumerate(LENGTHS)]
+    last = [(number, length - 1, length) for number, length in enumerate(LENGTHS)]
+    for out in [*sequences.run(kv, layer, chunks), *sequences.run(kv, layer, last)]:
+        assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bytes_are_counted_by_token(form: str) -> None:
+    sequences = Sequences([3], (4, 2, 8), 4, torch.float32)
+    kv = make_kv(form, sequences.num_blocks, 4)
+    sequences.run(kv, make_layer("plain", 4, 8), [(0, 0, 3)])
+    assert kv.bytes_per_token == 2 * 2 * 8 * 4
+
+
+def test_steps_do_not_nest() -> None:
+    step = TorchKV(1, 1, CPU).step([Run(0, 1, 0, [1])])
+    with use(step), pytest.raises(RuntimeError, match="already"), use(step):
+        pass
+    with use(step):
+        pass

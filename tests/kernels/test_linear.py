@@ -1,0 +1,89 @@
+"""The packed linear against torch's, over ragged shapes; and that a row does not depend on its neighbours."""
+
+import ctypes
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from repository import KERNEL_CACHE
+from swaplora_adapters.weights.memory import HugePages
+from swaplora_server.kernels.cpu import linear as native_linear
+from swaplora_server.kernels.torch import onednn_linear
+
+LIBRARY = native_linear.load_library(KERNEL_CACHE, lambda _message: None)
+PACK = partial(native_linear.pack, LIBRARY, pages=HugePages())
+SHAPES = [(1, 1), (7, 5), (16, 16), (31, 33), (64, 17), (300, 48), (576, 192), (513, 100)]
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_equals_torchs_linear(shape: tuple[int, int], has_bias: bool) -> None:
+    linear = nn.Linear(*shape, bias=has_bias)
+    packed = PACK(linear)
+    for num_rows in (1, 2, 3, 5, 6, 7, 16, 24, 25, 131, 132, 133, 140):
+        x = torch.randn(1, num_rows, shape[0])
+        torch.testing.assert_close(packed(x), linear(x), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_conv1d_is_packed_as_the_transposed_linear_that_it_is() -> None:
+    conv = Conv1D(40, 24)
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(PACK(conv)(x), conv(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 8, 16, 31, 32, 33, 70, 200])
+@pytest.mark.parametrize("shape", [(576, 192), (1536, 576), (33, 31)])
+def test_a_row_is_bit_for_bit_the_same_alone_and_among_any_others(num_rows: int, shape: tuple[int, int]) -> None:
+    packed = PACK(nn.Linear(*shape))
+    x = torch.randn(num_rows, shape[0])
+    together = packed(x)
+    for row in range(num_rows):
+        assert torch.equal(packed(x[row : row + 1])[0], together[row])
+
+
+class Span(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_void_p), ("bytes", ctypes.c_int64))
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 16, 140])
+@pytest.mark.parametrize("sizes", [(), (0,), (1, 0, 0, 65), (100, 1 << 16, 0), (0, 1 << 20)])
+def test_asking_for_other_memory_meanwhile_changes_nothing(num_rows: int, sizes: tuple[int, ...]) -> None:
+    packed, x = PACK(nn.Linear(576, 192)), torch.randn(num_rows, 576)
+    others = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+    spans = (Span * len(sizes))(*(Span(other.data_ptr(), other.nbytes) for other in others))
+    y = torch.empty(num_rows, 192)
+    job = native_linear.LinearJob(ctypes.pointer(packed.packed), y.data_ptr())
+    LIBRARY.linear_f32(x.data_ptr(), num_rows, 576, job, 1, ctypes.addressof(spans), len(spans), 2)
+    assert torch.equal(y, packed(x))
+
+
+def test_threads_do_not_change_the_result() -> None:
+    packed, x = PACK(nn.Linear(576, 192)), torch.randn(20, 576)
+    expected = packed(x)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(packed(x), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def test_onednns_layout_computes_the_same() -> None:
+    linear = nn.Linear(48, 32)
+    x = torch.randn(1, 5, 48)
+    torch.testing.assert_close(onednn_linear.pack(linear, HugePages())(x), linear(x), atol=1e-5, rtol=1e-5)
+
+
+def test_tensors_in_huge_pages_share_no_byte_and_outlive_their_giver() -> None:
+    pages = HugePages(mapping_bytes=1 << 12)
+    tensors = [pages.empty(size, torch.int32).fill_(size) for size in (3, 1000, 1, 16, 5000, 7)]
+    del pages
+    assert [(len(tensor), bool((tensor == len(tensor)).all())) for tensor in tensors] == [
+        (size, True) for size in (3, 1000, 1, 16, 5000, 7)
+    ]
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)

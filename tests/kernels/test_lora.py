@@ -1,0 +1,94 @@
+"""Every form of the LoRA operation against the reference, over ragged segments; base rows are left bit for bit."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from repository import KERNEL_CACHE
+from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
+from swaplora_server.engine.lora.activation import LoraOp, Segment
+from swaplora_server.kernels.cpu import lora as native
+from swaplora_server.kernels.torch import lora as torch_form
+from swaplora_server.kernels.torch import lora_reference as reference
+
+CACHE = KERNEL_CACHE
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
+FORMS = {"torch": torch_form.OP, "native": native.op(native.load_library(CACHE, lambda _message: None))}
+# of the rows, and of the factors
+DTYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
+# by workload: one row each of many adapters, one adapter for all, a prompt beside decoding rows, overlapping sums
+LAYOUTS = {
+    "distinct": [(n, n + 1) for n in range(16)],
+    "same": [(0, 16)],
+    "prompt beside decodes": [(1, 2), (2, 60), (60, 61)],
+    "sums": [(0, 5), (0, 5), (3, 9), (9, 10)],
+    "odd": [(0, 1), (1, 4), (4, 9)],
+}
+
+
+PATHS = ["elsewhere", "here"]
+
+
+def adapter(rng: random.Random, in_features: int, out_features: int, dtype: torch.dtype) -> AdapterWeights:
+    rank = rng.choice([0, 1, 3, 4, 7, 8, 16, 33, 64])
+    generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
+    lora_A = torch.randn(rank, in_features, generator=generator) / in_features**0.5
+    lora_B = torch.randn(out_features, rank, generator=generator) / max(1, rank) ** 0.5
+    lora_B = lora_B.t().contiguous().t()
+    vectors = [torch.randn(out_features, generator=generator) if rng.random() < 0.3 else None for _ in range(2)]
+    return AdapterWeights("sha256:0", {"here": ModuleWeights(lora_A.to(dtype), lora_B.to(dtype), *vectors)})
+
+
+def apply(op: LoraOp, y: Tensor, x: Tensor, segments: list[Segment]) -> Tensor:
+    out = y.clone()
+    op.add(out, x, op.prepare(segments, PATHS), 1)
+    return out
+
+
+@pytest.mark.parametrize(("dtype", "stored"), DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(576, 192), (48, 576), (33, 31), (7, 1), (1, 100)])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_equals_the_reference(
+    form: str, shape: tuple[int, int], layout: str, dtype: torch.dtype, stored: torch.dtype
+) -> None:
+    rng = random.Random(f"{form}{shape}{layout}")
+    spans = LAYOUTS[layout]
+    num_rows = max(stop for _, stop in spans) + 2
+    segments = [Segment(adapter(rng, *shape, stored), rng.uniform(-2, 2), start, stop) for start, stop in spans]
+    x, y = torch.randn(num_rows, shape[0]).to(dtype), torch.randn(num_rows, shape[1]).to(dtype)
+    actual, expected = apply(FORMS[form], y, x, segments), apply(reference.OP, y, x, segments)
+    assert (actual.float() - expected.float()).abs().max() <= TOLERANCE[dtype] * max(1.0, float(expected.abs().max()))
+    assert torch.equal(actual[-2:], y[-2:]), "rows in no segment must not change"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_module_that_an_adapter_does_not_target_is_left_bit_for_bit(form: str) -> None:
+    lora = adapter(random.Random(1), 48, 32, torch.float32)
+    x, y = torch.randn(4, 48), torch.randn(4, 32)
+    out, op = y.clone(), FORMS[form]
+    op.add(out, x, op.prepare([Segment(lora, 1.0, 0, 4)], PATHS), 0)
+    assert torch.equal(out, y)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 8, 16, 31, 32, 33])
+@pytest.mark.parametrize(("dtype", "stored"), DTYPES)
+def test_a_native_row_does_not_depend_on_its_neighbours(num_rows: int, dtype: torch.dtype, stored: torch.dtype) -> None:
+    rng = random.Random(1)
+    lora = adapter(rng, 576, 192, stored)
+    assert lora.rank
+    x, y = torch.randn(40, 576).to(dtype), torch.randn(40, 192).to(dtype)
+    together = apply(FORMS["native"], y[:num_rows], x[:num_rows], [Segment(lora, 0.5, 0, num_rows)])
+    for row in range(num_rows):
+        alone = apply(FORMS["native"], y[row : row + 1], x[row : row + 1], [Segment(lora, 0.5, 0, 1)])
+        assert torch.equal(alone[0], together[row])
+
+
+def test_a_form_that_forgets_the_scale_is_caught() -> None:
+    lora = adapter(random.Random(3), 48, 32, torch.float32)
+    x, y = torch.randn(4, 48), torch.randn(4, 32)
+    right = apply(reference.OP, y, x, [Segment(lora, 0.5, 0, 4)])
+    wrong = apply(torch_form.OP, y, x, [Segment(lora, 1.0, 0, 4)])
+    assert (right - wrong).abs().max() > 0.1

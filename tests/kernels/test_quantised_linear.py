@@ -1,0 +1,107 @@
+"""The packed linear of 8 and 4 bits against bitsandbytes' own, over ragged shapes, and every weight read in float32."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from repository import KERNEL_CACHE
+from swaplora_adapters.weights.memory import HugePages
+from swaplora_server.base.dense_weight import weight_of
+from swaplora_server.base.quantisation import multiply_dequantised
+from swaplora_server.kernels.cpu import linear as native_linear
+from swaplora_server.kernels.cpu import quantised_linear
+from swaplora_server.kernels.cpu.linear import NativeLinear
+
+CPU = torch.device("cpu")
+CACHE = KERNEL_CACHE
+PLAIN = native_linear.load_library(CACHE, lambda _message: None)
+PACK = partial(quantised_linear.pack, quantised_linear.load_library(CACHE, lambda _message: None), PLAIN)
+
+
+def made(kind: str, num_in: int, num_out: int, bias: bool = True, **fields: Any) -> Any:
+    """One of bitsandbytes' linears with random weights, quantised."""
+    plain = nn.Linear(num_in, num_out, bias=bias)
+    if kind == "int8":
+        linear = Linear8bitLt(num_in, num_out, bias=bias, has_fp16_weights=False, threshold=6.0)
+    else:
+        linear = Linear4bit(num_in, num_out, bias=bias, quant_type=kind, **fields)
+    linear.load_state_dict(plain.state_dict())
+    linear.to(CPU)
+    multiply_dequantised(linear)
+    return linear
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("shape", [(64, 16), (128, 192), (96, 17), (576, 100), (33, 31), (4096, 70)])
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp4"])
+@torch.no_grad()
+def test_a_packed_linear_equals_the_dequantised_one(kind: str, shape: tuple[int, int], has_bias: bool) -> None:
+    linear = made(kind, *shape, has_bias)
+    packed, dense = PACK(linear), NativeLinear(PLAIN, HugePages(), weight_of(linear), linear.bias)
+    for num_rows in (1, 2, 7, 33, 70):
+        x = torch.randn(1, num_rows, shape[0])
+        assert torch.equal(packed(x), dense(x))
+        torch.testing.assert_close(packed(x), linear(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_in", [33, 34, 40, 48, 80, 96, 100, 576])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@torch.no_grad()
+def test_a_scale_counts_for_its_block_where_blocks_go_on_from_one_row_to_the_next(kind: str, num_in: int) -> None:
+    linear, x = made(kind, num_in, 50, bias=False, compress_statistics=False), torch.eye(num_in)
+    state = linear.weight.quant_state
+    halves = torch.stack([linear.weight.data.view(-1) >> 4, linear.weight.data.view(-1) & 15], dim=1).view(-1)
+    scales = state.absmax.repeat_interleave(state.blocksize)
+    numel = num_in * 50
+    expected = (state.code[halves.int()][:numel] * scales[:numel]).view(50, num_in)
+    for module in (linear, PACK(linear)):
+        torch.testing.assert_close(module(x).t(), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_bfloat16_row_comes_back_as_one(kind: str) -> None:
+    packed, x = PACK(made(kind, 64, 48)), torch.randn(3, 64).bfloat16()
+    assert torch.equal(packed(x), packed(x.float()).bfloat16())
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_row_is_bit_for_bit_the_same_alone_and_among_any_others(kind: str) -> None:
+    packed, x = PACK(made(kind, 576, 200)), torch.randn(70, 576)
+    together = packed(x)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert all(torch.equal(packed(x[row : row + 1])[0], together[row]) for row in range(len(x)))
+        assert torch.equal(packed(x), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_weights_are_read_as_bitsandbytes_dequantises_them() -> None:
+    bytes_ = made("int8", 128, 40)
+    scaled = bytes_.weight.float() * bytes_.weight.SCB.unsqueeze(1).mul(1.0 / 127.0)
+    assert torch.equal(weight_of(bytes_), scaled)
+    assert torch.equal(weight_of(PACK(bytes_)), scaled)
+    bytes_(torch.randn(1, 128))  # moves the scales elsewhere
+    assert torch.equal(weight_of(bytes_), scaled)
+    for kind in ("nf4", "fp4"):
+        for is_nested in (True, False):
+            nibbles = made(kind, 128, 40, compress_statistics=is_nested)
+            expected = dequantize_4bit(nibbles.weight.data, nibbles.weight.quant_state)
+            assert torch.equal(weight_of(nibbles), expected)
+            assert torch.equal(weight_of(PACK(nibbles)), expected)
+
+
+@torch.no_grad()
+def test_plain_weights_are_read_in_float32_and_others_refused() -> None:
+    linear, conv = nn.Linear(5, 3, dtype=torch.bfloat16), Conv1D(3, 5)
+    assert torch.equal(weight_of(linear), linear.weight.float())
+    assert torch.equal(weight_of(conv), conv.weight.t())
+    with pytest.raises(TypeError, match="Dropout"):
+        weight_of(nn.Dropout())

@@ -1,0 +1,206 @@
+"""Who comes next where memory is short: in order, all or nothing, not too long, and at nobody's cost who is served."""
+
+from memory_traffic import Line
+from swaplora_adapters.registry.claim import Claim
+from swaplora_adapters.registry.memory_queue import PATIENCE_SECONDS
+
+
+def ask(line: Line, *digests: str, size: int = 1) -> Claim:
+    """What a request for all these does, each of them `size` bytes; what is let in is loaded at once."""
+    claim = line.ask(dict.fromkeys(digests, size))
+    for copy in line.loading:
+        line.load(copy)
+    return claim
+
+
+def end(line: Line, claim: Claim) -> None:
+    line.leave(claim)
+    for copy in line.loading:
+        line.load(copy)
+
+
+def test_who_waits_holds_nothing() -> None:
+    line = Line(2)
+    a = ask(line, "a")
+    pair = ask(line, "a", "b", "c")
+    assert pair in line.refused
+    held, pair = ask(line, "b"), ask(line, "c", "d")
+    end(line, held)
+    assert pair in line.waiting
+    assert ask(line, "e") in line.inside, "half of what the pair needs is of no use to it"
+    end(line, a)
+
+
+def test_pairs_that_overlap_do_not_wait_for_each_other() -> None:
+    line = Line(2)
+    first = ask(line, "a", "b")
+    waiting = [ask(line, *pair) for pair in ("bc", "ca", "ab", "cd")]
+    assert line.inside == [first, waiting[2]], "who wants the same shares it"
+    end(line, first)
+    end(line, waiting[2])
+    for number, claim in [(0, waiting[0]), (1, waiting[1]), (3, waiting[3])]:
+        assert line.inside == [claim], number
+        end(line, claim)
+
+
+def test_what_is_named_twice_counts_once() -> None:
+    line = Line(2)
+    assert ask(line, "a", "b") in line.inside
+    assert ask(line, "a", "b") in line.inside
+
+
+def test_what_can_never_fit_is_refused_at_once_and_costs_nobody_anything() -> None:
+    line = Line(2)
+    warm = ask(line, "a")
+    assert ask(line, "a", "b", "c") in line.refused
+    assert ask(line, "a") in line.inside
+    assert ask(line, "b") in line.inside
+    line.pin({"a": 1})
+    assert ask(line, "b", "c") in line.refused, "beside what is pinned there is no room"
+    waits = ask(line, "c")
+    line.pin({"a": 1, "b": 1})
+    assert waits in line.refused, "what is pinned by now leaves none"
+    end(line, warm)
+
+
+def test_hot_adapters_are_served_while_a_cold_one_waits_for_a_long_stream() -> None:
+    line = Line(2)
+    streams = [ask(line, digest) for digest in "ab"]
+    cold = ask(line, "c")
+    for number in range(200):
+        line.pass_time(0.125)
+        hot = ask(line, "ab"[number % 2])
+        assert hot in line.inside
+        end(line, hot)
+    assert cold in line.waiting
+    end(line, streams[0])
+    assert cold in line.inside
+
+
+def test_a_cold_one_comes_in_between_short_requests_that_never_pause() -> None:
+    line = Line(1)
+    hot, cold = [ask(line, "a")], ask(line, "b")
+    while cold not in line.inside:
+        line.pass_time(0.125)
+        hot.append(ask(line, "a"))
+        end(line, hot.pop(0))
+        assert line.now <= 2 * PATIENCE_SECONDS
+    assert hot[-1] in line.waiting
+    end(line, cold)
+    assert hot[-1] in line.inside
+
+
+def test_only_what_is_needed_is_closed_and_the_rest_is_served() -> None:
+    line = Line(3)
+    old = [ask(line, digest) for digest in "abc"]
+    cold = ask(line, "d")
+    line.pass_time(PATIENCE_SECONDS / 2)
+    young = [ask(line, digest) for digest in "aabc"]
+    for claim in old[:2]:
+        end(line, claim)
+    assert not line.closed
+    line.pass_time(PATIENCE_SECONDS / 2)
+    assert line.closed == {"b"}, "a has two users, and c one that was there before"
+    assert ask(line, "a") in line.inside
+    assert ask(line, "a", "c") in line.inside
+    assert ask(line, "b") in line.waiting
+    end(line, young[2])
+    assert cold in line.inside
+
+
+def test_what_was_closed_in_vain_is_open_again_for_all_who_waited() -> None:
+    line = Line(1)
+    old, cold = ask(line, "a"), ask(line, "b")
+    line.pass_time(4)
+    long = ask(line, "a")
+    end(line, old)
+    assert line.closed == {"a"}
+    waiting = [ask(line, "a") for _ in range(3)]
+    line.pass_time(3.875)
+    assert all(claim in line.waiting for claim in waiting)
+    line.pass_time(0.125)  # as long as it had waited
+    assert all(claim in line.inside for claim in waiting)
+    assert cold in line.waiting
+    end(line, long)
+    assert not line.closed
+    for claim in waiting:
+        end(line, claim)
+    assert cold in line.inside
+
+
+def test_who_hangs_up_gives_its_place_away_at_once() -> None:
+    line = Line(2)
+    held, first, second = ask(line, "a", "b"), ask(line, "c", "d"), ask(line, "c")
+    end(line, first)
+    end(line, held)
+    assert line.inside == [second]
+
+
+def test_what_was_closed_for_one_that_hangs_up_is_open_again() -> None:
+    line = Line(1)
+    old, cold = ask(line, "a"), ask(line, "b")
+    line.pass_time(1)
+    ask(line, "a")
+    end(line, old)
+    assert line.closed == {"a"}
+    waits = ask(line, "a")
+    end(line, cold)
+    assert waits in line.inside
+
+
+def test_a_load_that_fails_frees_what_its_request_had_beside_it() -> None:
+    line = Line(2)
+    claim, other = line.ask({"a": 1, "b": 1}), line.ask({"c": 2})
+    line.load(line.copies["a"])
+    assert line.fail(line.copies["b"]) == [claim]
+    assert other in line.inside
+    assert not line.room.leave(claim), "it is out, and may be let go of once more"
+
+
+def test_nobody_waits_longer_than_told() -> None:
+    line = Line(1, wait_seconds=3)
+    ask(line, "a")
+    first = ask(line, "b")
+    line.pass_time(2)
+    second = ask(line, "c")
+    line.pass_time(1)
+    assert (first in line.refused, second in line.waiting) == (True, True)
+    line.pass_time(2)
+    assert second in line.refused
+    at_once = Line(1, wait_seconds=0)
+    ask(at_once, "a")
+    assert ask(at_once, "b") in at_once.refused
+    assert ask(at_once, "a") in at_once.inside
+
+
+def test_a_pin_is_not_closed_for_anybody() -> None:
+    line = Line(2)
+    pinned = [ask(line, "a")]
+    line.pin({"a": 1})
+    others, cold = [ask(line, "b")], ask(line, "c")
+    for _ in range(8):
+        line.pass_time(0.25)
+        others.append(ask(line, "b"))
+        pinned.append(ask(line, "a"))
+        end(line, others.pop(0))
+        end(line, pinned.pop(0))
+        assert "a" not in line.closed
+    assert cold in line.inside
+
+
+def test_what_is_pinned_or_uploaded_meanwhile_does_not_prolong_what_is_closed() -> None:
+    line = Line(2)
+    old, cold = ask(line, "a", "b"), ask(line, "c", "d")
+    line.pass_time(2)
+    ask(line, "a", "b")
+    end(line, old)
+    assert line.closed == {"a", "b"}
+    waits = ask(line, "b")
+    for _ in range(16):
+        line.pin({})  # as after every upload
+        assert waits in line.waiting
+        line.pass_time(0.125)
+    assert waits in line.inside
+    assert cold in line.waiting
+    line.pin({"a": 1})
+    assert cold in line.refused

@@ -1,0 +1,48 @@
+"""The README's list of what is refused, made from the server's own tables: `python tools/refused_list.py` writes it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from swaplora_server.http.refusals import ANYWHERE, CHAT, COMPLETION, MESSAGE, Refusal
+from swaplora_server.http.unserved import UNSERVED
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- refused -->", "<!-- /refused -->"
+
+
+def listed() -> str:
+    """Each field with the values that ask for nothing, by where it stands; then the routes."""
+    rows = {
+        "completions and chats": _fields(ANYWHERE),
+        "completions": _fields(_without(COMPLETION, ANYWHERE)),
+        "chats": _fields(_without(CHAT, ANYWHERE)),
+        "a message": _fields(MESSAGE),
+        "routes": ", ".join(f"`{path}`" for path in UNSERVED),
+    }
+    table = "".join(f"| {where} | {what} |\n" for where, what in rows.items())
+    return f"| in | refused, unless it is null or what stands behind it |\n| --- | --- |\n{table}"
+
+
+def in_readme() -> str:
+    """What stands there now."""
+    return README.read_text(encoding="utf-8").partition(f"{BEGIN}\n")[2].partition(END)[0]
+
+
+def _without(refused: Mapping[str, Refusal], others: Mapping[str, Refusal]) -> dict[str, Refusal]:
+    return {name: refusal for name, refusal in refused.items() if others.get(name) != refusal}
+
+
+def _fields(refused: Mapping[str, Refusal]) -> str:
+    return ", ".join(f"`{name}`{_neutral(refusal)}" for name, refusal in refused.items())
+
+
+def _neutral(refusal: Refusal) -> str:
+    values = [f"`{json.dumps(value)}`" for value in refusal.neutral]
+    values += [f"as `{refusal.same_as}`"] if refusal.same_as else []
+    return f" ({', '.join(values)})" if values else ""
+
+
+if __name__ == "__main__":
+    text = README.read_text(encoding="utf-8")
+    README.write_text(text.replace(in_readme(), listed()), encoding="utf-8")
