@@ -76,7 +76,7 @@ def test_stopping_ends_running_requests_with_an_error(server: Running) -> None:
         target=lambda: answers.append(server.client.post("/v1/completions", json=LONG).status_code)
     )
     thread.start()
-    while not server.service.engine.num_running:
+    while not server.service.engine.snapshot().num_running:
         time.sleep(0.005)
     server.service.engine.stop()
     thread.join(60)

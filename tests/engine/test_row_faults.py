@@ -274,7 +274,7 @@ def test_a_failing_row_ends_its_request_alone(
     expected = [asker for number, asker in enumerate(undisturbed) if number != CULPRIT]
     assert [asker.said for asker in asked] == [asker.said for asker in expected]
     assert [asker.num_released for asker in asked] == [1] * len(asked)
-    assert engine.num_failed_requests == 1
+    assert engine.snapshot().num_failed_requests == 1
     assert engine.is_alive
     again = askers(model)[0]
     engine.submit(again.request)
@@ -282,7 +282,7 @@ def test_a_failing_row_ends_its_request_alone(
     assert again.said == undisturbed[0].said
     engine.stop()
     assert engine.failure is None
-    assert engine.num_free_blocks == engine.num_blocks
+    assert engine.snapshot().is_at_rest
 
 
 @pytest.mark.parametrize("told", ["emit", "release"])
@@ -307,7 +307,7 @@ def test_a_client_that_cannot_be_told_costs_nobody_else(
     assert [asker.said for asker in asked] == [asker.said for asker in expected]
     engine.stop()
     assert engine.failure is None
-    assert engine.num_free_blocks == engine.num_blocks
+    assert engine.snapshot().is_at_rest
     assert culprit.request.num_unfinished == 0
 
 
@@ -325,7 +325,7 @@ def test_a_fault_that_passes_costs_nobody(
     asked = askers(model)
     engine = run_to_the_end(model, asked)
     assert [asker.said for asker in asked] == [asker.said for asker in undisturbed]
-    assert engine.num_failed_requests == 0
+    assert engine.snapshot().num_failed_requests == 0
     engine.stop()
 
 

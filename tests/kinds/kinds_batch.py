@@ -17,6 +17,7 @@ from kinds_oracle import SumOracle
 from kinds_table import Made
 from oracle import Oracle
 from serving import BASE, Running, Streamed, stream_chat
+from swaplora_server.engine.engine import Engine
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduler import Batch, Sampled
 
@@ -134,6 +135,12 @@ class Steps:
         return max(map(len, self.keys))
 
 
+def num_submitted(engine: Engine) -> int:
+    """Sequences that run or wait."""
+    snapshot = engine.snapshot()
+    return snapshot.num_running + snapshot.num_waiting
+
+
 @contextmanager
 def gathered(server: Running, count: int, seconds: float = 60.0) -> Iterator[Steps]:
     """Let no step run before `count` sequences are there, so that all of them share steps."""
@@ -141,7 +148,7 @@ def gathered(server: Running, count: int, seconds: float = 60.0) -> Iterator[Ste
 
     def held(self: Runner, batch: Batch) -> list[Sampled]:
         deadline = time.monotonic() + seconds
-        while not steps.keys and engine.num_running + engine.num_waiting < count and time.monotonic() < deadline:
+        while not steps.keys and num_submitted(engine) < count and time.monotonic() < deadline:
             time.sleep(0.002)
         steps.keys.append({rows.sequence.request.adapter_key for rows in batch.rows})
         return run(self, batch)

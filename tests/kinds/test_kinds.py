@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peft_kinds
-from kinds_batch import Company, content, gathered, is_right, prompt_of, slug
+from kinds_batch import Company, content, gathered, is_right, num_submitted, prompt_of, slug
 from kinds_oracle import KindOracle
 from kinds_table import INVOCATION, Made, make_all
 from planted import neighbours_weights
@@ -173,7 +173,7 @@ async def test_all_kinds_as_versions_of_one_name_run_side_by_side(llama: Company
 async def until_submitted(running: Running, count: int) -> None:
     engine = running.service.engine
     async with asyncio.timeout(60):
-        while engine.num_running + engine.num_waiting < count:
+        while num_submitted(engine) < count:
             await asyncio.sleep(0.002)
 
 

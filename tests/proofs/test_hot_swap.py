@@ -31,7 +31,7 @@ async def stream(server: Running, model: str, max_tokens: int) -> Streamed:
 
 async def wait_running(server: Running, count: int) -> None:
     async with asyncio.timeout(60):
-        while server.service.engine.num_running < count:
+        while server.service.engine.snapshot().num_running < count:
             await asyncio.sleep(0.005)
 
 

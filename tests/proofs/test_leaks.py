@@ -51,7 +51,7 @@ def held_by(server: Running) -> Held:
     data_dir, names = server.service.settings.data_dir, [thread.name for thread in threading.enumerate()]
     return Held(
         resident_bytes=server.service.registry.resident_bytes,
-        num_free_blocks=server.service.engine.num_free_blocks,
+        num_free_blocks=server.service.engine.snapshot().num_free_blocks,
         num_adapters=len(server.client.get("/v1/adapters").json()["data"]),
         files=frozenset(
             str(path.relative_to(data_dir)) for path in data_dir.rglob("*") if path.parent != data_dir / NAMES

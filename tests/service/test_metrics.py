@@ -1,5 +1,6 @@
 """GET /metrics: what Prometheus's own parser reads there is what happened, with labels that nobody can multiply."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from serving import BASE, Running, serving, settings
-from swaplora_server.service.metrics import Figures, Outcome, PrefixCacheState, Record, State
+from swaplora_server.engine.snapshot import Snapshot
+from swaplora_server.service.metrics import Figures, Outcome, Record, State
 from swaplora_server.service.service import Service
 
 PROMPT = list(range(30, 50))
@@ -66,7 +68,7 @@ def test_the_engine_and_the_memory_are_shown_as_they_are(server: Running, adapte
     server.wait_idle()
     found = scrape(server)
     assert (value(found, "running_sequences"), value(found, "waiting_sequences")) == (0, 0)
-    assert value(found, "kv_blocks") == value(found, "kv_blocks_free") == server.service.engine.num_blocks
+    assert value(found, "kv_blocks") == value(found, "kv_blocks_free") == server.service.engine.snapshot().num_blocks
     assert value(found, "adapter_resident_bytes") == server.service.registry.resident_bytes > 0
     assert found["process_resident_memory_bytes", ()] > 1 << 20
     assert value(found, "info", base=BASE, version=server.client.get("/version").json()["version"]) == 1
@@ -142,7 +144,9 @@ def read(state: State) -> dict[str, float]:
 
 
 def test_the_prefix_cache_is_shown() -> None:
-    found = read(State(1, 2, 9, 4, 6, 5, PrefixCacheState(100, 60, 3)))
+    counts = {count.name: 0 for count in fields(Snapshot)}
+    counts |= {"num_looked_up_tokens": 100, "num_hit_tokens": 60, "num_cached_blocks": 3}
+    found = read(State(Snapshot(**counts), resident_bytes=5))
     assert found["swaplora_prefix_cache_queried_tokens_total"] == 100
     assert found["swaplora_prefix_cache_hit_tokens_total"] == 60
     assert found["swaplora_kv_blocks_cached"] == 3

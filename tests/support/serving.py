@@ -54,8 +54,8 @@ class Running:
 
     def wait_idle(self, seconds: float = 60.0) -> None:
         """Return once nothing runs or waits and every block is free; fail if that takes longer."""
-        engine, deadline = self.service.engine, time.monotonic() + seconds
-        while engine.num_running or engine.num_waiting or engine.num_free_blocks != engine.num_blocks:
+        deadline = time.monotonic() + seconds
+        while not self.service.engine.snapshot().is_at_rest:
             assert time.monotonic() < deadline, "the engine did not come to rest"
             time.sleep(0.01)
         self.service.registry.check_integrity()

@@ -39,10 +39,11 @@ async def test_a_disconnect_frees_every_block(
     async with httpx.AsyncClient(base_url=loaded.url, timeout=GUARD_SECONDS) as client:
         body = LONG | {"model": model, "stream": is_streaming, "n": 4}
         asked = asyncio.create_task(client.post("/v1/completions", json=body))
-        while loaded.service.engine.num_running < 4:
+        while loaded.service.engine.snapshot().num_running < 4:
             assert not asked.done()
             await asyncio.sleep(0.005)
-        assert loaded.service.engine.num_free_blocks < loaded.service.engine.num_blocks
+        snapshot = loaded.service.engine.snapshot()
+        assert snapshot.num_free_blocks < snapshot.num_blocks
         asked.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asked

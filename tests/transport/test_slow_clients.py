@@ -141,7 +141,7 @@ def test_a_client_that_was_not_told_to_go_on_is_waited_for(strict: Running) -> N
 def test_an_answer_that_nobody_reads_is_thrown_away(strict: Running, is_streaming: bool) -> None:
     with connected(strict.url, TINY_BUFFER) as connection:
         connection.sendall(request("/v1/chat/completions", LARGE | {"stream": is_streaming}))
-        wait_until(lambda: strict.service.engine.num_running > 0)
+        wait_until(lambda: strict.service.engine.snapshot().num_running > 0)
         strict.wait_idle()
         wait_until(lambda: len(strict.connections) == 0)
         assert strict.client.get("/v1/adapters/tuned").json()["in_flight"] == 0

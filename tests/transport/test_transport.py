@@ -165,7 +165,7 @@ def test_a_client_that_goes_is_noticed_behind_a_pipelined_request(
     long: dict[str, Any] = WANTED | {"max_tokens": 480, "n": 4, "ignore_eos": True}
     with connected(server.url) as connection:
         connection.sendall(request(ASK, long) + (HEALTH if comes_together else b""))
-        while server.service.engine.num_running < 4:
+        while server.service.engine.snapshot().num_running < 4:
             time.sleep(0.005)
         if not comes_together:
             connection.sendall(HEALTH)
@@ -177,7 +177,7 @@ def test_a_client_that_goes_is_noticed_behind_a_large_body_that_waits(server: Ru
     long: dict[str, Any] = WANTED | {"max_tokens": 480, "n": 4, "ignore_eos": True}
     with connected(server.url) as connection:
         connection.sendall(request(ASK, long))
-        while server.service.engine.num_running < 4:
+        while server.service.engine.snapshot().num_running < 4:
             time.sleep(0.005)
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         with suppress(OSError):  # it may be closed before it has all

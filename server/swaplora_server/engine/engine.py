@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import structlog
 
 from swaplora_server.engine.isolation import run_isolated
-from swaplora_server.engine.prefix_cache import PrefixCache
 from swaplora_server.engine.request import FinishReason, Request, SamplingParams, Sequence, TokenEvent
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduler import Batch, ScheduledRows, Scheduler
+from swaplora_server.engine.snapshot import Snapshot
 
 _IDLE_BEAT_SECONDS = 1.0
 _log = structlog.get_logger(__name__)
@@ -53,41 +53,26 @@ class Engine:
         self._is_stopping = False
         self._lock = threading.Lock()  # between a command and the thread's last look at its inbox
         self.failure: str | None = None
-        self.last_beat = time.monotonic()
+        self._last_beat = time.monotonic()
 
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive() and self.failure is None
 
-    @property
-    def num_running(self) -> int:
-        return self._scheduler.num_running
-
-    @property
-    def num_waiting(self) -> int:
-        return self._scheduler.num_waiting + self._inbox.qsize()
-
-    @property
-    def num_free_blocks(self) -> int:
-        return self._scheduler.pool.num_free
-
-    @property
-    def num_blocks(self) -> int:
-        return self._scheduler.pool.num_blocks
-
-    @property
-    def num_cached_blocks(self) -> int:
-        return self._scheduler.pool.num_cached_blocks
-
-    @property
-    def num_failed_requests(self) -> int:
-        """Those that ended alone, of a fault that was theirs."""
-        return self._scheduler.num_failed
-
-    @property
-    def prefix_cache(self) -> PrefixCache:
-        """For its counters."""
-        return self._scheduler.cache
+    def snapshot(self) -> Snapshot:
+        """How it stands now. Any thread may ask; what is counted between two steps fits together, during one nearly."""
+        scheduler, pool = self._scheduler, self._scheduler.pool
+        return Snapshot(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting + self._inbox.qsize(),
+            num_blocks=pool.num_blocks,
+            num_free_blocks=pool.num_free,
+            num_cached_blocks=pool.num_cached_blocks,
+            num_looked_up_tokens=scheduler.cache.num_looked_up_tokens,
+            num_hit_tokens=scheduler.cache.num_hit_tokens,
+            num_failed_requests=scheduler.num_failed,
+            seconds_since_beat=time.monotonic() - self._last_beat,
+        )
 
     def start(self) -> None:
         self._thread.start()
@@ -120,7 +105,7 @@ class Engine:
                 self._take_commands()
                 if self._scheduler.has_work:
                     self._step()
-                self.last_beat = time.monotonic()
+                self._last_beat = time.monotonic()
             self._finish("the server is shutting down")
         except Exception as error:  # noqa: BLE001 - the thread's boundary: everyone waiting must be told
             _log.exception("engine failed", error=repr(error))

@@ -9,6 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 
+from swaplora_server.engine.snapshot import Snapshot
+
 Family = CounterMetricFamily | GaugeMetricFamily | InfoMetricFamily
 _TO_FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _PER_TOKEN = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
@@ -36,25 +38,11 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixCacheState:
-    """Prompt tokens looked up since the start and found, and the blocks that can be found."""
-
-    num_queried_tokens: int
-    num_hit_tokens: int
-    num_cached_blocks: int
-
-
-@dataclass(frozen=True, slots=True)
 class State:
     """The engine and the adapters at one moment."""
 
-    num_running: int
-    num_waiting: int
-    num_blocks: int
-    num_free_blocks: int
-    num_failed_requests: int
-    resident_bytes: int
-    prefix_cache: PrefixCacheState
+    engine: Snapshot
+    resident_bytes: int  # of adapters, in memory
 
 
 class Figures:
@@ -111,21 +99,22 @@ class _StateCollector(Collector):
         state = self._read_state()
         if state is None:
             return
-        yield GaugeMetricFamily("swaplora_running_sequences", "Sequences in the batch", state.num_running)
-        yield GaugeMetricFamily("swaplora_waiting_sequences", "Sequences in the queue", state.num_waiting)
-        yield GaugeMetricFamily("swaplora_kv_blocks", "Blocks of the KV cache", state.num_blocks)
-        yield GaugeMetricFamily("swaplora_kv_blocks_free", "Blocks that are free", state.num_free_blocks)
+        engine = state.engine
+        yield GaugeMetricFamily("swaplora_running_sequences", "Sequences in the batch", engine.num_running)
+        yield GaugeMetricFamily("swaplora_waiting_sequences", "Sequences in the queue", engine.num_waiting)
+        yield GaugeMetricFamily("swaplora_kv_blocks", "Blocks of the KV cache", engine.num_blocks)
+        yield GaugeMetricFamily("swaplora_kv_blocks_free", "Blocks that are free", engine.num_free_blocks)
         yield CounterMetricFamily(
-            "swaplora_isolated_failures", "Requests that failed alone in the engine", state.num_failed_requests
+            "swaplora_isolated_failures", "Requests that failed alone in the engine", engine.num_failed_requests
         )
         yield GaugeMetricFamily("swaplora_adapter_resident_bytes", "Memory of adapters", state.resident_bytes)
-        yield from _prefix_cache_families(state.prefix_cache)
+        yield from _prefix_cache_families(engine)
 
 
-def _prefix_cache_families(state: PrefixCacheState) -> Iterator[Family]:
+def _prefix_cache_families(engine: Snapshot) -> Iterator[Family]:
     yield GaugeMetricFamily(
-        "swaplora_kv_blocks_cached", "Blocks that later prompts can begin with", state.num_cached_blocks
+        "swaplora_kv_blocks_cached", "Blocks that later prompts can begin with", engine.num_cached_blocks
     )
-    queried, hit = state.num_queried_tokens, state.num_hit_tokens
-    yield CounterMetricFamily("swaplora_prefix_cache_queried_tokens", "Prompt tokens looked up", queried)
+    looked_up, hit = engine.num_looked_up_tokens, engine.num_hit_tokens
+    yield CounterMetricFamily("swaplora_prefix_cache_queried_tokens", "Prompt tokens looked up", looked_up)
     yield CounterMetricFamily("swaplora_prefix_cache_hit_tokens", "Of them those found", hit)

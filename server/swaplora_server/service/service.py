@@ -27,7 +27,7 @@ from swaplora_server.http.transport.body_memory import BodyMemory
 from swaplora_server.service.chat_template import ChatTemplate
 from swaplora_server.service.derivations import Workshop
 from swaplora_server.service.ingest import Arrivals
-from swaplora_server.service.metrics import Figures, PrefixCacheState, State
+from swaplora_server.service.metrics import Figures, State
 from swaplora_server.service.offload import Offload
 from swaplora_server.service.prompts import LONG_CHARACTERS, PromptTokenizer
 from swaplora_server.service.shared import result_of
@@ -78,7 +78,7 @@ class Service:
         """Starting, or with an engine whose heart beats."""
         if not self._is_ready.is_set():
             return True
-        return self.engine.is_alive and time.monotonic() - self.engine.last_beat < _HEARTBEAT_LIMIT_SECONDS
+        return self.engine.is_alive and self.engine.snapshot().seconds_since_beat < _HEARTBEAT_LIMIT_SECONDS
 
     @cached_property
     def outbox(self) -> Outbox:
@@ -204,19 +204,7 @@ class Service:
         """The engine and the adapters as they are now; None before there is an engine."""
         if not self._is_ready.is_set():
             return None
-        return State(
-            num_running=self.engine.num_running,
-            num_waiting=self.engine.num_waiting,
-            num_blocks=self.engine.num_blocks,
-            num_free_blocks=self.engine.num_free_blocks,
-            num_failed_requests=self.engine.num_failed_requests,
-            resident_bytes=self.registry.resident_bytes,
-            prefix_cache=PrefixCacheState(
-                self.engine.prefix_cache.num_looked_up_tokens,
-                self.engine.prefix_cache.num_hit_tokens,
-                self.engine.num_cached_blocks,
-            ),
-        )
+        return State(self.engine.snapshot(), self.registry.resident_bytes)
 
     def _open_registry(self) -> Registry:
         settings = self.settings
