@@ -32,6 +32,7 @@ from swaplora_adapters.errors import (
 from swaplora_adapters.registry.leases import Removal, Tenancy
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.source import Sources
+from swaplora_adapters.store.conditions import Conditions
 from swaplora_adapters.store.records import Target
 from swaplora_adapters.store.staging import FILE_NAMES, Staging
 from swaplora_adapters.store.store import Store
@@ -90,7 +91,7 @@ class Machine(RuleBasedStateMachine):
     def put_bytes(self, name: str, content: int, if_match: str | None = None) -> None:
         with self.registry.stage() as staging:
             write(staging, self.folders[content])
-            put = self.registry.put(name, staging, source="upload", if_match=if_match)
+            put = self.registry.put(name, staging, source="upload", conditions=Conditions(if_match=if_match))
         self.digests[content] = put.card.record.digest
 
     @rule(name=NAMES, content=CONTENTS)

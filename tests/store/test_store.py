@@ -37,6 +37,7 @@ from swaplora_adapters.errors import (
 from swaplora_adapters.files.digest import digest_of
 from swaplora_adapters.files.disk import full_disk_is_told
 from swaplora_adapters.store.catalogue import MIGRATIONS, Catalogue
+from swaplora_adapters.store.conditions import Conditions, NameState
 from swaplora_adapters.store.records import Alias, Target
 from swaplora_adapters.store.store import Details, Published, Staging, Store, StoreError
 
@@ -50,13 +51,21 @@ def fill(staging: Staging, config: bytes, weights: bytes) -> None:
         writer.write(weights)
 
 
-def publish(store: Store, name: str, weights: bytes, config: bytes = config_bytes(), **preconditions: Any) -> Published:
+def publish(
+    store: Store,
+    name: str,
+    weights: bytes,
+    config: bytes = config_bytes(),
+    *,
+    source: str = "upload",
+    **conditions: Any,
+) -> Published:
     """Publish weights of any bytes at all: the store does not look into them."""
     with store.stage() as staging:
         fill(staging, config, weights)
         digest = digest_of(AdapterSpec.parse(config_bytes()).canonical, staging.weights_path)
         details = Details(digest, 4, ("q_proj", "v_proj"), "base", 32, ("a warning",))
-        return store.publish(name, staging, details, **preconditions)
+        return store.publish(name, staging, details, source=source, conditions=Conditions(**conditions))
 
 
 def raising(error: Exception) -> Callable[..., None]:
@@ -154,6 +163,23 @@ def test_preconditions(store: Store) -> None:
     with pytest.raises(PreconditionFailedError):
         publish(store, "sql", b"three", if_match=first.digest)
     assert store.current("sql") == second
+
+
+def test_what_changed_since_it_was_looked_at_is_not_replaced(store: Store) -> None:
+    never_used = NameState(was_used=False, version=None)
+    first = publish(store, "sql", b"one", if_unchanged_since=never_used).record
+    seen = NameState(was_used=True, version=first.version)
+    store.change("sql", is_pinned=True)
+    second = publish(store, "sql", b"two", if_unchanged_since=seen).record
+    for since in (never_used, seen):
+        with pytest.raises(PreconditionFailedError, match="sql was changed in the meantime"):
+            publish(store, "sql", b"three", if_unchanged_since=since)
+    assert store.current("sql") == second
+    store.delete("sql")
+    for since in (never_used, NameState(was_used=True, version=second.version)):
+        with pytest.raises(PreconditionFailedError):
+            publish(store, "sql", b"three", if_unchanged_since=since)
+    assert publish(store, "sql", b"three", if_unchanged_since=NameState(True, None)).record.version == 3
 
 
 def test_a_refused_publish_leaves_no_files(store: Store, data_dir: Path) -> None:

@@ -4,27 +4,19 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from swaplora_adapters.errors import (
     AdapterBusyError,
     AdapterNotFoundError,
     InvalidAdapterNameError,
-    PreconditionFailedError,
 )
 from swaplora_adapters.files.disk import full_disk_is_told
 from swaplora_adapters.files.names import validate_alias, validate_name
 from swaplora_adapters.registry.index import Index, NamedVersions
+from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions, NameState
 from swaplora_adapters.store.records import Alias, Details, Published, Target, VersionRecord
 from swaplora_adapters.store.staging import Staging
 from swaplora_adapters.store.store import Store
-
-
-class Seen(NamedTuple):
-    """A name at one moment."""
-
-    was_used: bool
-    current: VersionRecord | None
 
 
 class Names:
@@ -56,10 +48,10 @@ class Names:
         if self.index.is_alias(name):
             raise InvalidAdapterNameError(f"{name} is an alias; choose another name, or delete the alias first")
 
-    def seen(self, name: str) -> Seen:
+    def state(self, name: str) -> NameState:
         """What the name is now, to be compared with what it is when something that took long is to be published."""
-        current = self.index.get(name).current if name in self.index else None
-        return Seen(self.was_used(name), current)
+        version = self.index.get(name).current.version if name in self.index else None
+        return NameState(self.was_used(name), version)
 
     def publish(
         self,
@@ -68,18 +60,12 @@ class Names:
         details: Details,
         *,
         source: str,
-        if_match: str | None,
-        if_none_match: bool,
-        if_seen: Seen | None,
+        conditions: Conditions = UNCONDITIONAL,
     ) -> Published:
-        """See `Store.publish`. Also raises PreconditionFailedError if the name is no more as it was `if_seen`."""
+        """See `Store.publish`."""
         with self.changes:
             self.check_adapter_name(name)
-            if if_seen is not None and self.seen(name) != if_seen:
-                raise PreconditionFailedError(f"{name} was changed in the meantime")
-            published = self._store.publish(
-                name, staging, details, source=source, if_match=if_match, if_none_match=if_none_match
-            )
+            published = self._store.publish(name, staging, details, source=source, conditions=conditions)
             self._origins.setdefault(name, None)
             for affected in {name, *self.index.names_of(details.digest)}:  # damaged files are whole again for all
                 self._refresh(affected)

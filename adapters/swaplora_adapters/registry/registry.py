@@ -22,11 +22,12 @@ from swaplora_adapters.registry.card import Card, Failure, Put
 from swaplora_adapters.registry.holds import Holds
 from swaplora_adapters.registry.index import NamedVersions
 from swaplora_adapters.registry.leases import Lease, Removal, Tenancy
-from swaplora_adapters.registry.names import Names, Seen
+from swaplora_adapters.registry.names import Names
 from swaplora_adapters.registry.residency import Residency
 from swaplora_adapters.sources.folder import fetch_from_folder, origin_of
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.sources.uri import FolderUri
+from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
 from swaplora_adapters.store.records import Alias, Target, VersionRecord
 from swaplora_adapters.store.staging import Staging
 from swaplora_adapters.store.store import Store
@@ -110,9 +111,7 @@ class Registry:
         staging: Staging,
         *,
         source: str,
-        if_match: str | None = None,
-        if_none_match: bool = False,
-        if_seen: Seen | None = None,
+        conditions: Conditions = UNCONDITIONAL,
         make: Make | None = None,
     ) -> Put:
         """Check staged files whole and make them the current version of `name`, durably.
@@ -123,16 +122,14 @@ class Registry:
         """
         self._names.check_adapter_name(name)
         with self._told_on_the_card(name):
-            return self._put(name, staging, source, if_match, if_none_match, if_seen, make)
+            return self._put(name, staging, source, conditions, make)
 
     def put_source(
         self,
         name: str,
         uri: str,
         *,
-        if_match: str | None = None,
-        if_none_match: bool = False,
-        if_seen: Seen | None = None,
+        conditions: Conditions = UNCONDITIONAL,
         is_operators: bool = False,
         make: Make | None = None,
         interest: Interest | None = None,
@@ -143,11 +140,11 @@ class Registry:
         `interest` is lost before all of it has come.
         """
         self._names.check_adapter_name(name)
-        if if_none_match and name in self._names.index:
+        if conditions.if_none_match and name in self._names.index:
             raise PreconditionFailedError(f"adapter {name} exists already")
         with self._store.stage() as staging, self._told_on_the_card(name):
             pinned_uri = self._sources.fetch(uri, staging, is_operators=is_operators, interest=interest)
-            return self._put(name, staging, pinned_uri, if_match, if_none_match, if_seen, make)
+            return self._put(name, staging, pinned_uri, conditions, make)
 
     def put_folder(self, name: str, folder: Path) -> None:
         """Take in an adapter from any folder of the operator's, wherever its links lead, as if it had been uploaded.
@@ -231,16 +228,7 @@ class Registry:
                 self._last_failure[name] = Failure(time.time(), str(error))
             raise
 
-    def _put(
-        self,
-        name: str,
-        staging: Staging,
-        source: str,
-        if_match: str | None,
-        if_none_match: bool,
-        if_seen: Seen | None,
-        make: Make | None,
-    ) -> Put:
+    def _put(self, name: str, staging: Staging, source: str, conditions: Conditions, make: Make | None) -> Put:
         provenance = None if make is None else make(staging)
         found = inspect_files(
             staging.config_path, staging.weights_path, self._layers, self._dtype, base_model=self._base_model
@@ -251,15 +239,7 @@ class Registry:
         with self._names.changes:
             if name in self._names.index and self._names.index.get(name).is_pinned:
                 self._check_pins(name, details.digest, nbytes)
-            published = self._names.publish(
-                name,
-                staging,
-                details,
-                source=source,
-                if_match=if_match,
-                if_none_match=if_none_match,
-                if_seen=if_seen,
-            )
+            published = self._names.publish(name, staging, details, source=source, conditions=conditions)
             self._residency.forget_failure(details.digest)  # its file may have been damaged, and is whole again
             self._last_failure.pop(name, None)
             with suppress(StorageFullError, StorageFailedError):  # one too many is kept until the next replace

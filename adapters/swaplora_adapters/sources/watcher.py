@@ -14,9 +14,9 @@ from swaplora_adapters.errors import (
     PreconditionFailedError,
 )
 from swaplora_adapters.files.names import CONFIG_FILE, validate_name
-from swaplora_adapters.registry.names import Seen
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.folder import ReplacedMeanwhileError, origin_of
+from swaplora_adapters.store.conditions import Conditions, NameState
 
 
 class AdapterFolder:
@@ -41,18 +41,18 @@ class AdapterFolder:
         for name, origin in self._found():
             if self._is_stopping.is_set():
                 return
-            seen = self._registry.names.seen(name)
+            state = self._registry.names.state(name)
             if origin not in (self._registry.names.origin(name), self._refused.get(name)):
-                self._try(name, origin, seen)
+                self._try(name, origin, state)
 
-    def take_in(self, name: str, if_seen: Seen) -> None:
+    def take_in(self, name: str, since: NameState) -> None:
         """Make the sub-folder `name` the current version of that name.
 
         Raises AdapterError; SourceNotFoundError if there is no such sub-folder, PreconditionFailedError if the name is
-        no more as it was `if_seen`.
+        no more as it was `since`.
         """
         origin = origin_of(self._folder / name)
-        self._registry.put_source(name, f"file:{name}", if_seen=if_seen)
+        self._registry.put_source(name, f"file:{name}", conditions=Conditions(if_unchanged_since=since))
         self._registry.names.set_origin(name, origin)
 
     def start(self, interval: float) -> None:
@@ -76,9 +76,9 @@ class AdapterFolder:
             except Exception as error:  # noqa: BLE001 - the thread's boundary: one bad look must not be the last
                 self._tell("", "", error)
 
-    def _try(self, name: str, origin: str, seen: Seen) -> None:
+    def _try(self, name: str, origin: str, since: NameState) -> None:
         try:
-            self.take_in(name, seen)
+            self.take_in(name, since)
         except (PreconditionFailedError, ReplacedMeanwhileError):
             return  # it changes just now: the next scan looks again
         except (AdapterError, OSError) as error:

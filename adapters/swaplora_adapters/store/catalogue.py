@@ -146,6 +146,10 @@ class Catalogue:
         """Whether the name's current version is to stay in memory."""
         return self._query("SELECT is_pinned FROM names WHERE name = ?", name) == [(1,)]
 
+    def was_used(self, name: str) -> bool:
+        """Whether there is or was a version of this name."""
+        return bool(self._query("SELECT 1 FROM names WHERE name = ?", name))
+
     def origins(self) -> dict[str, str | None]:
         """What each name was last taken in from by itself, for all that were ever used, the deleted ones too."""
         return dict(self._query("SELECT name, origin FROM names"))

@@ -24,7 +24,6 @@ from swaplora_adapters.errors import (
     AdapterFailedError,
     AdapterNotFoundError,
     AliasNotFoundError,
-    PreconditionFailedError,
     StorageFailedError,
     StorageFullError,
     VersionNotFoundError,
@@ -32,6 +31,7 @@ from swaplora_adapters.errors import (
 from swaplora_adapters.files.disk import StoreError
 from swaplora_adapters.files.names import validate_alias, validate_name
 from swaplora_adapters.store.blobs import BlobPaths, Blobs
+from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
 from swaplora_adapters.store.descriptions import Description, Descriptions, NotUndoneError
 from swaplora_adapters.store.folders import Folders, unusable
 from swaplora_adapters.store.records import Alias, Details, Published, Quarantined, VersionRecord
@@ -85,17 +85,15 @@ class Store:
         details: Details,
         *,
         source: str = "upload",
-        if_none_match: bool = False,
-        if_match: str | None = None,
+        conditions: Conditions = UNCONDITIONAL,
     ) -> Published:
         """Make the staged files the current version of `name`; durable when this returns.
 
         A new version is made only if the current one has another digest, also where an older one has the same; files
-        are shared by digest, and files that are there and sound are not touched. `if_none_match` wants the name unused,
-        `if_match` wants its current digest to be this one: PreconditionFailedError otherwise. Also raises
-        InvalidAdapterNameError, InvalidAdapterError if a file is missing, and StorageFullError; then the store is as
-        before. After StorageFailedError, too, but the next start
-        may find the change made.
+        are shared by digest, and files that are there and sound are not touched. Raises PreconditionFailedError if
+        one of the `conditions` does not hold, InvalidAdapterNameError, InvalidAdapterError if a file is missing, and
+        StorageFullError; then the store is as before. After StorageFailedError, too, but the next start may find the
+        change made.
         """
         validate_name(name)
         with self._mutex:
@@ -103,7 +101,7 @@ class Store:
             try:
                 with self._change():
                     previous = self._catalogue.current(name)
-                    _check_preconditions(previous, if_none_match, if_match)
+                    conditions.check(name, self._catalogue.was_used(name), previous)
                     self._keep_or_place(staging, details.digest)
                     is_new = previous is None or previous.digest != details.digest
                     if is_new:
@@ -347,10 +345,3 @@ def _lock(path: Path) -> int:
         os.close(descriptor)
         raise StoreError("the data directory is in use by another process") from None
     return descriptor
-
-
-def _check_preconditions(current: VersionRecord | None, if_none_match: bool, if_match: str | None) -> None:
-    if if_none_match and current is not None:
-        raise PreconditionFailedError(f"adapter {current.name} exists already")
-    if if_match is not None and (current is None or if_match not in ("*", current.digest)):
-        raise PreconditionFailedError("the adapter's current version is not the one that If-Match names")

@@ -15,11 +15,11 @@ from swaplora_adapters.errors import (
 from swaplora_adapters.interest import Interest
 from swaplora_adapters.registry.card import Put
 from swaplora_adapters.registry.index import parse_reference
-from swaplora_adapters.registry.names import Seen
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.resolver import Resolver
 from swaplora_adapters.sources.watcher import AdapterFolder
 from swaplora_adapters.sources.workers import Workers
+from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions, NameState
 from swaplora_adapters.store.staging import Staging
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.transport.peer import peer
@@ -30,7 +30,7 @@ MAX_FETCHES = 16  # waiting and running
 _JOIN_SECONDS = 3.0
 # As the registry's Make, for as long as there is interest.
 MakeWhileWanted = Callable[[Interest, Staging], str]
-_NEVER_USED = Seen(was_used=False, current=None)
+_NEVER_USED = NameState(was_used=False, version=None)
 
 
 class Arrivals:
@@ -75,8 +75,7 @@ class Arrivals:
         name: str,
         uri: str,
         *,
-        if_match: str | None = None,
-        if_none_match: bool = False,
+        conditions: Conditions = UNCONDITIONAL,
         make: MakeWhileWanted | None = None,
     ) -> Put:
         """See `Registry.put_source`; whoever is cancelled takes the fetch with it.
@@ -90,8 +89,7 @@ class Arrivals:
             self._registry.put_source,
             name,
             uri,
-            if_match=if_match,
-            if_none_match=if_none_match,
+            conditions=conditions,
             make=None if make is None else partial(make, interest),
             interest=interest,
         )
@@ -131,4 +129,5 @@ class Arrivals:
             if self._folder is not None and uri.startswith("file:"):
                 self._folder.take_in(name, _NEVER_USED)
             else:
-                self._registry.put_source(name, uri, if_seen=_NEVER_USED, is_operators=True, interest=interest)
+                conditions = Conditions(if_unchanged_since=_NEVER_USED)
+                self._registry.put_source(name, uri, conditions=conditions, is_operators=True, interest=interest)

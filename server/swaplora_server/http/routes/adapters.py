@@ -2,7 +2,7 @@
 
 import asyncio
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Depends, Header, Query, Request
 from pydantic import Field, model_validator
@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 
 from swaplora_adapters.derive.making import DEFAULT_ENERGY
 from swaplora_adapters.registry.card import Put
+from swaplora_adapters.store.conditions import Conditions
 from swaplora_server.http.cards import card_body
 from swaplora_server.http.errors import ApiError
 from swaplora_server.http.query import refuse_unknown_parameters
@@ -74,26 +75,21 @@ async def put_adapter(
     wanted = None if if_match is None else if_match.strip('"')
     if convert is None and convert_energy is not None:
         raise ApiError("invalid_request", "convert_energy needs convert=svd", "convert_energy")
-    conditions = _Conditions(wanted, if_none_match is not None)
+    conditions = Conditions(if_match=wanted, if_none_match=if_none_match is not None)
     make = None if convert is None else partial(service.workshop.maker.convert, convert_energy or DEFAULT_ENERGY)
     take_in = _fetch if is_json(request.headers.get("content-type", "")) else _receive
     put = await take_in(request, service, name, conditions, make)
     return JSONResponse(card_body(service, put.card), 201 if put.is_first else 200)
 
 
-class _Conditions(NamedTuple):
-    if_match: str | None
-    if_none_match: bool
-
-
 async def _receive(
-    request: Request, service: Service, name: str, conditions: _Conditions, make: MakeWhileWanted | None
+    request: Request, service: Service, name: str, conditions: Conditions, make: MakeWhileWanted | None
 ) -> Put:
     """Take the two files out of the body."""
     registry = service.registry
     with registry.stage() as staging:
         await receive_files(request, staging, service.settings.max_adapter_bytes, service.upload_threads)
-        put = partial(registry.put, name, staging, source="upload", **conditions._asdict())
+        put = partial(registry.put, name, staging, source="upload", conditions=conditions)
         if make is None:
             return await asyncio.get_running_loop().run_in_executor(service.upload_threads, put)
         making = service.workshop.make(lambda interest: put(make=partial(make, interest)))
@@ -101,11 +97,11 @@ async def _receive(
 
 
 async def _fetch(
-    request: Request, service: Service, name: str, conditions: _Conditions, make: MakeWhileWanted | None
+    request: Request, service: Service, name: str, conditions: Conditions, make: MakeWhileWanted | None
 ) -> Put:
     """Get them from the source that the body names."""
     body = await read_json(request, SourceBody)
-    fetch = service.arrivals.fetch(name, body.source, **conditions._asdict(), make=make)
+    fetch = service.arrivals.fetch(name, body.source, conditions=conditions, make=make)
     return await until_disconnect(request.receive, fetch)
 
 

@@ -20,6 +20,7 @@ from swaplora_adapters.files.names import stored_name, validate_alias
 from swaplora_adapters.registry.card import Put
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.uri import uri_of
+from swaplora_adapters.store.conditions import Conditions
 from swaplora_adapters.store.records import Target
 from swaplora_server.http.errors import ApiError, on_api_error
 from swaplora_server.http.refusals import refuse_unsupported
@@ -150,7 +151,8 @@ async def _fetch(service: Service, name: str, stored: str, path: str, *, replace
     names = service.registry.names
     if_match = names.index.get(stored).current.digest if replace and stored != name and stored in names.index else None
     try:
-        return await service.arrivals.fetch(stored, uri_of(path), if_none_match=not replace, if_match=if_match)
+        conditions = Conditions(if_match=if_match, if_none_match=not replace)
+        return await service.arrivals.fetch(stored, uri_of(path), conditions=conditions)
     except PreconditionFailedError as error:
         if stored != name and not names.index.is_alias(name):
             message = (
