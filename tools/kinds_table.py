@@ -28,7 +28,8 @@ from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
 from swaplora_server.engine.scheduler import Batch, ScheduledRows
-from swaplora_server.kernels.pick import Kernels, pick_kernels
+from swaplora_server.kernels.backend import Backend
+from swaplora_server.kernels.pick import pick_backend
 from swaplora_server.service.invocation import invoked_at
 
 CPU = torch.device("cpu")
@@ -126,9 +127,9 @@ def make_all(base: str, base_folder: Path, folder: Path) -> Iterator[Made]:
 class Bench:
     """One base in the engine, and the log-probabilities of what comes after `PROMPT`."""
 
-    def __init__(self, folder: Path, kernels: Kernels) -> None:
+    def __init__(self, folder: Path, backend: Backend) -> None:
         self.folder = folder
-        self.base: BaseModel = load_base(folder, device=CPU, dtype=torch.float32, kernels=kernels)
+        self.base: BaseModel = load_base(folder, device=CPU, dtype=torch.float32, backend=backend)
         self.logprobs = Oracle(folder).logprobs(PROMPT)[-1]
 
     def load(self, made: Made) -> AdapterWeights:
@@ -190,15 +191,15 @@ def _is_same(answer: Tensor, expected: Tensor) -> bool:
     return float((answer - expected).abs().max()) <= TOLERANCE
 
 
-def measure_all(*forms: Kernels) -> list[Cells]:
+def measure_all(*forms: Backend) -> list[Cells]:
     """The cells of every kind of every base of `peft_kinds`, for each form of the heavy work."""
     measured: list[Cells] = [{} for _ in forms]
     with tempfile.TemporaryDirectory() as folder:
         for name in BASES:
             base = peft_kinds.save_base(name, Path(folder) / name)
             adapters = list(make_all(name, base, base.parent / f"{name}-adapters"))
-            for cells, kernels in zip(measured, forms, strict=True):
-                cells |= measure(Bench(base, kernels), adapters)
+            for cells, backend in zip(measured, forms, strict=True):
+                cells |= measure(Bench(base, backend), adapters)
     return measured
 
 
@@ -224,10 +225,10 @@ def in_readme(readme: str) -> str:
 def main() -> None:
     """Measure, and write the table into the README."""
     warnings.simplefilter("ignore")
-    kernels = pick_kernels(CPU, torch.float32, CACHE, lambda _message: None)
+    backend = pick_backend(CPU, torch.float32, CACHE, lambda _message: None)
     text = README.read_text()
     before, _, rest = text.partition(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{table(measure_all(kernels)[0])}\n{END}{rest.partition(END)[2]}")
+    README.write_text(f"{before}{BEGIN}\n{table(measure_all(backend)[0])}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

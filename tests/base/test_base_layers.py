@@ -10,7 +10,8 @@ from kinds_table import CACHE, CPU
 from peft_kinds import BASES
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_server.base.base_model import load_base
-from swaplora_server.kernels.pick import Kernels, pick_kernels, torch_kernels
+from swaplora_server.kernels.backend import Backend
+from swaplora_server.kernels.pick import pick_backend, torch_backend
 from whole_base import layers_of
 
 # sees positions, not tokens: a server leaves it out
@@ -18,8 +19,8 @@ NOT_SERVED = {"transformer.wpe"}
 Both = tuple[BaseLayers, BaseLayers, PreTrainedModel]
 
 
-def native_kernels() -> Kernels:
-    return pick_kernels(CPU, torch.float32, CACHE, lambda _message: None)
+def cpu_backend() -> Backend:
+    return pick_backend(CPU, torch.float32, CACHE, lambda _message: None)
 
 
 @pytest.fixture(
@@ -27,13 +28,13 @@ def native_kernels() -> Kernels:
 )
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Both:
     """A server's layers, those of the stock model, and that model; weights in full, and such as bfloat16 holds."""
-    base, is_native, kept = request.param
+    base, is_cpu, kept = request.param
     folder = peft_kinds.save_base(base, tmp_path_factory.mktemp("base"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if kept == "bf16":
         model.bfloat16().float().save_pretrained(folder)
-    kernels = native_kernels() if is_native else torch_kernels(CPU)
-    return load_base(folder, device=CPU, dtype=torch.float32, kernels=kernels).layers, layers_of(model), model
+    backend = cpu_backend() if is_cpu else torch_backend(CPU)
+    return load_base(folder, device=CPU, dtype=torch.float32, backend=backend).layers, layers_of(model), model
 
 
 def test_the_same_layers_are_known(both: Both) -> None:

@@ -14,10 +14,11 @@ from swaplora_server.base import proof
 from swaplora_server.base.base_model import BaseModel, load_base, pick_dtype
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.engine import attention
-from swaplora_server.engine.attention import LayerAttention
-from swaplora_server.kernels.cpu import decoder as native_decoder
-from swaplora_server.kernels.cpu.decoder import NativeDecoder
-from swaplora_server.kernels.pick import Kernels, pick_kernels, torch_kernels
+from swaplora_server.kernels.backend import Backend
+from swaplora_server.kernels.cpu import decoder as cpu_decoder
+from swaplora_server.kernels.cpu.decoder import CpuDecoder
+from swaplora_server.kernels.pick import pick_backend, torch_backend
+from swaplora_server.kernels.rows import LayerAttention
 from swaplora_server.kernels.torch.attention import PrefillRun
 
 SMALL = {
@@ -66,11 +67,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 CPU = torch.device("cpu")
-NATIVE = pick_kernels(CPU, torch.float32, KERNEL_CACHE, lambda _message: None)
+CPU_BACKEND = pick_backend(CPU, torch.float32, KERNEL_CACHE, lambda _message: None)
 
 
-def load(folder: Path, kernels: Kernels = NATIVE, dtype: torch.dtype = torch.float32) -> BaseModel:
-    return load_base(folder, device=CPU, dtype=dtype, kernels=kernels)
+def load(folder: Path, backend: Backend = CPU_BACKEND, dtype: torch.dtype = torch.float32) -> BaseModel:
+    return load_base(folder, device=CPU, dtype=dtype, backend=backend)
 
 
 @pytest.fixture
@@ -83,8 +84,8 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_logits_are_stock_transformers_own(model_type: str, tmp_path: Path) -> None:
     folder = tiny.save_tiny_base(tmp_path, {"model_type": model_type, **ARCHITECTURES[model_type]})
-    for kernels in (NATIVE, torch_kernels(CPU)):
-        base = load(folder, kernels)
+    for backend in (CPU_BACKEND, torch_backend(CPU)):
+        base = load(folder, backend)
         assert base.layers.linears
         assert base.kv_bytes_per_token > 0
 
@@ -92,7 +93,7 @@ def test_logits_are_stock_transformers_own(model_type: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_bfloat16_logits_are_as_near_to_float32_as_stock_transformers_own(model_type: str, tmp_path: Path) -> None:
     folder = tiny.save_tiny_base(tmp_path, {"model_type": model_type, **ARCHITECTURES[model_type]})
-    assert load(folder, torch_kernels(CPU), torch.bfloat16).layers.linears
+    assert load(folder, torch_backend(CPU), torch.bfloat16).layers.linears
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -100,7 +101,7 @@ def test_a_wrong_window_is_noticed(dtype: torch.dtype, tmp_path: Path, monkeypat
     monkeypatch.setattr(PrefillRun, "mask", lambda self, _window: PrefillRun._make_mask(self, None))  # noqa: SLF001
     folder = tiny.save_tiny_base(tmp_path, {"model_type": "mistral", **ARCHITECTURES["mistral"]})
     with pytest.raises(UnsupportedModelError, match="something else"):
-        load(folder, torch_kernels(CPU), dtype)
+        load(folder, torch_backend(CPU), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -112,7 +113,7 @@ def test_a_fault_of_a_tenth_of_a_standard_deviation_is_noticed(
         attention, "paged_attention", lambda *rows, scaling, **asked: attend(*rows, scaling=1.2 * scaling, **asked)
     )
     with pytest.raises(UnsupportedModelError, match="something else"):
-        load(tiny.save_tiny_base(tmp_path), torch_kernels(CPU), dtype)
+        load(tiny.save_tiny_base(tmp_path), torch_backend(CPU), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -122,7 +123,7 @@ def test_a_model_that_attends_by_itself_is_refused(
     by_itself = modeling_llama.eager_attention_forward
     monkeypatch.setattr(modeling_llama.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda _name, _default: by_itself)
     with pytest.raises(UnsupportedModelError, match="llama computes something else"):
-        load(tiny.save_tiny_base(tmp_path), torch_kernels(CPU), dtype)
+        load(tiny.save_tiny_base(tmp_path), torch_backend(CPU), dtype)
 
 
 @pytest.mark.usefixtures("strict")
@@ -183,13 +184,13 @@ def test_no_plain_copy_of_a_packed_weight_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 def test_layers_of_llamas_kind_run_in_one_native_call(model_type: str, tmp_path: Path) -> None:
     base = load(tiny.save_tiny_base(tmp_path, {"model_type": model_type, **ARCHITECTURES[model_type]}))
-    assert [type(layer) for layer in base.model.model.layers] == [NativeDecoder]
+    assert [type(layer) for layer in base.model.model.layers] == [CpuDecoder]
 
 
 def test_layers_that_fail_the_proof_in_one_call_run_by_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native_decoder, "_attention_of", lambda layer: LayerAttention(layer.self_attn.layer_idx, 1.0))
+    monkeypatch.setattr(cpu_decoder, "_attention_of", lambda layer: LayerAttention(layer.self_attn.layer_idx, 1.0))
     base = load(tiny.save_tiny_base(tmp_path))
     assert len(base.model.model.layers) == 2
     assert base.layers.linears

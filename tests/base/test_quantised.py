@@ -23,13 +23,14 @@ from swaplora_server.base.dense_weight import weight_of
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.base.quantisation import Quantization, loading_arguments, multiply_dequantised
 from swaplora_server.engine.lora.modules import LoraLinear
-from swaplora_server.kernels.cpu.linear import NativeLinear
+from swaplora_server.kernels.backend import Backend
+from swaplora_server.kernels.cpu.linear import CpuLinear
 from swaplora_server.kernels.cpu.quantised_linear import QuantisedLinear
-from swaplora_server.kernels.pick import Kernels, pick_kernels, torch_kernels
+from swaplora_server.kernels.pick import pick_backend, torch_backend
 
 CPU = torch.device("cpu")
 CACHE = KERNEL_CACHE
-NATIVE = pick_kernels(CPU, torch.float32, CACHE, lambda _message: None)
+CPU_BACKEND = pick_backend(CPU, torch.float32, CACHE, lambda _message: None)
 SHAPE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {**tiny.LLAMA, **SHAPE}
 CONFIGS = {
@@ -68,8 +69,8 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
     return [tiny.save_adapter(folder / f"a{seed}", base, seed=seed, rank=rank) for seed, rank in enumerate((7, 16))]
 
 
-def load(folder: Path, quantization: Quantization | None, kernels: Kernels = NATIVE) -> BaseModel:
-    return load_base(folder, device=CPU, dtype=torch.float32, kernels=kernels, quantization=quantization)
+def load(folder: Path, quantization: Quantization | None, backend: Backend = CPU_BACKEND) -> BaseModel:
+    return load_base(folder, device=CPU, dtype=torch.float32, backend=backend, quantization=quantization)
 
 
 def linears_of(base: BaseModel) -> dict[str, nn.Module]:
@@ -140,7 +141,7 @@ def test_linears_take_a_share_of_what_they_take_in_bfloat16(kind: Quantization, 
             assert not list(linear.parameters())
             num_bytes = sum(buffer.numel() * buffer.element_size() for buffer in linear.buffers())
             assert num_bytes <= share * 2 * linear.in_features * linear.out_features, path
-    assert isinstance(linears["lm_head"], NativeLinear), "what the quantiser leaves alone runs as it always does"
+    assert isinstance(linears["lm_head"], CpuLinear), "what the quantiser leaves alone runs as it always does"
 
 
 @pytest.fixture
@@ -162,8 +163,8 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_logits_are_the_stock_quantised_models_own(kind: Quantization, fields: dict[str, Any], tmp_path: Path) -> None:
     folder = tiny.save_tiny_base(tmp_path, fields)
-    for kernels in (NATIVE, torch_kernels(CPU)):
-        assert load(folder, kind, kernels).layers.linears == load(folder, None, kernels).layers.linears
+    for backend in (CPU_BACKEND, torch_backend(CPU)):
+        assert load(folder, kind, backend).layers.linears == load(folder, None, backend).layers.linears
 
 
 @pytest.mark.usefixtures("strict")

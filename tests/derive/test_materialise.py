@@ -20,7 +20,7 @@ from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
 from swaplora_server.engine.scheduler import Batch, ScheduledRows
-from swaplora_server.kernels.pick import pick_kernels, torch_kernels
+from swaplora_server.kernels.pick import pick_backend, torch_backend
 
 CPU = torch.device("cpu")
 PROMPT = list(range(40, 80))
@@ -37,12 +37,12 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=[(name, native) for name in BASES for native in (True, False)])
+@pytest.fixture(scope="module", params=[(name, is_cpu) for name in BASES for is_cpu in (True, False)])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    name, is_native = request.param
+    name, is_cpu = request.param
     folder = tiny.save_tiny_base(tmp_path_factory.mktemp("base"), BASES[name])
-    kernels = pick_kernels(CPU, torch.float32, CACHE, lambda _message: None) if is_native else torch_kernels(CPU)
-    return load_base(folder, device=CPU, dtype=torch.float32, kernels=kernels)
+    backend = pick_backend(CPU, torch.float32, CACHE, lambda _message: None) if is_cpu else torch_backend(CPU)
+    return load_base(folder, device=CPU, dtype=torch.float32, backend=backend)
 
 
 def answers(base: BaseModel, adapters: list[AdapterWeights | None]) -> list[Tensor]:

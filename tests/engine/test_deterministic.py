@@ -16,7 +16,7 @@ from company import (
 )
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.base.base_model import BaseModel, load_base
-from swaplora_server.kernels.pick import pick_kernels
+from swaplora_server.kernels.pick import pick_backend
 
 CPU = torch.device("cpu")
 # no width is a whole number of vectors, of which torch would compute the rest with other code
@@ -41,7 +41,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # noqa: SLF001
         pytest.skip("this processor does not compute in bfloat16")
     folder = tiny.save_tiny_base(tmp_path_factory.mktemp("base"), BASES[name])
-    return load_base(folder, device=CPU, dtype=dtype, kernels=pick_kernels(CPU, dtype, CACHE, lambda _message: None))
+    return load_base(folder, device=CPU, dtype=dtype, backend=pick_backend(CPU, dtype, CACHE, lambda _message: None))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine import request as requests
 from swaplora_server.engine import runner, sampling, scheduler
-from swaplora_server.engine.attention import Run
 from swaplora_server.engine.engine import Engine
 from swaplora_server.engine.isolation import run_isolated
 from swaplora_server.engine.kv_cache import BlockPool
@@ -23,7 +22,8 @@ from swaplora_server.engine.lora.activation import Activation
 from swaplora_server.engine.request import AdapterUse, FinishReason, Request, SamplingParams, Sequence, TokenEvent
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows, Scheduler
-from swaplora_server.kernels.pick import pick_kernels
+from swaplora_server.kernels.pick import pick_backend
+from swaplora_server.kernels.rows import Run
 
 CPU = torch.device("cpu")
 CACHE = KERNEL_CACHE
@@ -69,8 +69,8 @@ class Asker:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     folder = tiny.save_tiny_base(tmp_path_factory.mktemp("base"))
-    kernels = pick_kernels(CPU, torch.float32, CACHE, lambda _message: None)
-    return load_base(folder, device=CPU, dtype=torch.float32, kernels=kernels)
+    backend = pick_backend(CPU, torch.float32, CACHE, lambda _message: None)
+    return load_base(folder, device=CPU, dtype=torch.float32, backend=backend)
 
 
 def adapter(model: BaseModel, seed: int) -> AdapterUse:

@@ -1,4 +1,4 @@
-"""Attention over pages against plain softmax attention over the same tokens: torch's form and the native kernel."""
+"""Attention over pages against plain softmax attention over the same tokens: the torch and the cpu backend."""
 
 import random
 from typing import Any
@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 from repository import KERNEL_CACHE
-from swaplora_server.engine.attention import LayerAttention, PagedKV, Run, use
-from swaplora_server.kernels.cpu import attention as native_attention
-from swaplora_server.kernels.cpu.attention import NativeKV
+from swaplora_server.engine.attention import use
+from swaplora_server.kernels.backend import PagedKV
+from swaplora_server.kernels.cpu import attention as cpu_attention
+from swaplora_server.kernels.cpu.attention import CpuKV
+from swaplora_server.kernels.rows import LayerAttention, Run
 from swaplora_server.kernels.torch.attention import TorchKV
 
 CPU = torch.device("cpu")
 CACHE = KERNEL_CACHE
-LIBRARY = native_attention.load_library(CACHE, lambda _message: None)
+LIBRARY = cpu_attention.load_library(CACHE, lambda _message: None)
 LENGTHS = [1, 2, 17, 64, 130]
-FORMS = ["torch", "native"]
+FORMS = ["torch", "cpu"]
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"window": 5},
@@ -49,7 +51,7 @@ def attend_plainly(query: Tensor, keys: Tensor, values: Tensor, layer: LayerAtte
 
 
 def make_kv(form: str, num_blocks: int, block_size: int) -> PagedKV:
-    return NativeKV(LIBRARY, num_blocks, block_size) if form == "native" else TorchKV(num_blocks, block_size, CPU)
+    return CpuKV(LIBRARY, num_blocks, block_size) if form == "cpu" else TorchKV(num_blocks, block_size, CPU)
 
 
 class Sequences:
@@ -121,14 +123,14 @@ def test_blocks_of_any_size_do(form: str, block_size: int) -> None:
 
 @pytest.mark.parametrize("block_size", [4, 12, 16])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_native_row_is_the_same_bit_for_bit_however_its_prompt_is_cut_and_whoever_is_beside_it(
+def test_a_cpu_row_is_the_same_bit_for_bit_however_its_prompt_is_cut_and_whoever_is_beside_it(
     name: str, block_size: int
 ) -> None:
     layer = make_layer(name, 6, 24)
     sequences = Sequences([70, 33, 5], (6, 2, 24), block_size, torch.float32)
-    alone = make_kv("native", sequences.num_blocks, block_size)
+    alone = make_kv("cpu", sequences.num_blocks, block_size)
     (whole,) = sequences.run(alone, layer, [(0, 0, 70)])
-    among = make_kv("native", sequences.num_blocks, block_size)
+    among = make_kv("cpu", sequences.num_blocks, block_size)
     first = sequences.run(among, layer, [(1, 0, 20), (0, 0, 1), (2, 0, 5)])[1]
     rest = [sequences.run(among, layer, [(1, at, at + 1), (0, at - 19, at + 3 - 19)])[1] for at in range(20, 33, 3)]
     tail = [sequences.run(among, layer, [(0, at, at + 1)])[0] for at in range(16, 20)]

@@ -10,10 +10,10 @@ import torch
 from structlog.testing import capture_logs
 
 from repository import KERNEL_CACHE
-from swaplora_server.kernels.cpu import attention as native_attention
+from swaplora_server.kernels.cpu import attention as cpu_attention
 from swaplora_server.kernels.cpu import build
-from swaplora_server.kernels.cpu import linear as native_linear
-from swaplora_server.kernels.pick import pick_kernels
+from swaplora_server.kernels.cpu import linear as cpu_linear
+from swaplora_server.kernels.pick import pick_backend
 
 KERNEL_TESTS = ("test_linear.py", "test_attention.py", "test_lora.py", "test_quantised_linear.py")
 SOURCE = 'extern "C" int answer() { return 42; }'
@@ -46,8 +46,8 @@ def test_all_that_python_knows_of_a_width_comes_from_the_library(lanes: int, mon
     monkeypatch.setenv("SWAPLORA_KERNEL_LANES", str(lanes))
     cache = KERNEL_CACHE
     assert build.lanes() == lanes
-    assert native_attention.load_library(cache, lambda _message: None).lanes() == lanes
-    assert native_linear.load_library(cache, lambda _message: None).packed_words(1, 1, False) == 2 * lanes
+    assert cpu_attention.load_library(cache, lambda _message: None).lanes() == lanes
+    assert cpu_linear.load_library(cache, lambda _message: None).packed_words(1, 1, False) == 2 * lanes
 
 
 def test_the_kernels_are_right_in_the_other_width_too() -> None:
@@ -69,7 +69,7 @@ def test_the_start_says_where_a_rows_last_bits_depend_on_its_company(
         monkeypatch.setattr(build, "load", _no_compiler)
     cache = KERNEL_CACHE
     with capture_logs() as lines:
-        pick_kernels(torch.device("cpu"), dtype, cache, lambda _message: None)
+        pick_backend(torch.device("cpu"), dtype, cache, lambda _message: None)
     is_said = any("a row's last bits depend on those beside it" in line["event"] for line in lines)
     assert is_said == (dtype != torch.float32 or not has_compiler)
 

@@ -10,11 +10,11 @@ from transformers.pytorch_utils import Conv1D
 
 from repository import KERNEL_CACHE
 from swaplora_adapters.weights.memory import HugePages
-from swaplora_server.kernels.cpu import linear as native_linear
+from swaplora_server.kernels.cpu import linear as cpu_linear
 from swaplora_server.kernels.torch import onednn_linear
 
-LIBRARY = native_linear.load_library(KERNEL_CACHE, lambda _message: None)
-PACK = partial(native_linear.pack, LIBRARY, pages=HugePages())
+LIBRARY = cpu_linear.load_library(KERNEL_CACHE, lambda _message: None)
+PACK = partial(cpu_linear.pack, LIBRARY, pages=HugePages())
 SHAPES = [(1, 1), (7, 5), (16, 16), (31, 33), (64, 17), (300, 48), (576, 192), (513, 100)]
 
 
@@ -56,7 +56,7 @@ def test_asking_for_other_memory_meanwhile_changes_nothing(num_rows: int, sizes:
     others = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
     spans = (Span * len(sizes))(*(Span(other.data_ptr(), other.nbytes) for other in others))
     y = torch.empty(num_rows, 192)
-    job = native_linear.LinearJob(ctypes.pointer(packed.packed), y.data_ptr())
+    job = cpu_linear.LinearJob(ctypes.pointer(packed.packed), y.data_ptr())
     LIBRARY.linear_f32(x.data_ptr(), num_rows, 576, job, 1, ctypes.addressof(spans), len(spans), 2)
     assert torch.equal(y, packed(x))
 

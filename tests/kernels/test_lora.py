@@ -6,16 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
+import lora_reference as reference
 from repository import KERNEL_CACHE
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
-from swaplora_server.engine.lora.activation import LoraOp, Segment
-from swaplora_server.kernels.cpu import lora as native
-from swaplora_server.kernels.torch import lora as torch_form
-from swaplora_server.kernels.torch import lora_reference as reference
+from swaplora_server.kernels.backend import LoraOp
+from swaplora_server.kernels.cpu import lora as cpu_lora
+from swaplora_server.kernels.rows import Segment
+from swaplora_server.kernels.torch import lora as torch_lora
 
 CACHE = KERNEL_CACHE
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
-FORMS = {"torch": torch_form.OP, "native": native.op(native.load_library(CACHE, lambda _message: None))}
+FORMS = {"torch": torch_lora.OP, "cpu": cpu_lora.op(cpu_lora.load_library(CACHE, lambda _message: None))}
 # of the rows, and of the factors
 DTYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
 # by workload: one row each of many adapters, one adapter for all, a prompt beside decoding rows, overlapping sums
@@ -75,14 +76,14 @@ def test_a_module_that_an_adapter_does_not_target_is_left_bit_for_bit(form: str)
 
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 8, 16, 31, 32, 33])
 @pytest.mark.parametrize(("dtype", "stored"), DTYPES)
-def test_a_native_row_does_not_depend_on_its_neighbours(num_rows: int, dtype: torch.dtype, stored: torch.dtype) -> None:
+def test_a_cpu_row_does_not_depend_on_its_neighbours(num_rows: int, dtype: torch.dtype, stored: torch.dtype) -> None:
     rng = random.Random(1)
     lora = adapter(rng, 576, 192, stored)
     assert lora.rank
     x, y = torch.randn(40, 576).to(dtype), torch.randn(40, 192).to(dtype)
-    together = apply(FORMS["native"], y[:num_rows], x[:num_rows], [Segment(lora, 0.5, 0, num_rows)])
+    together = apply(FORMS["cpu"], y[:num_rows], x[:num_rows], [Segment(lora, 0.5, 0, num_rows)])
     for row in range(num_rows):
-        alone = apply(FORMS["native"], y[row : row + 1], x[row : row + 1], [Segment(lora, 0.5, 0, 1)])
+        alone = apply(FORMS["cpu"], y[row : row + 1], x[row : row + 1], [Segment(lora, 0.5, 0, 1)])
         assert torch.equal(alone[0], together[row])
 
 
@@ -90,5 +91,5 @@ def test_a_form_that_forgets_the_scale_is_caught() -> None:
     lora = adapter(random.Random(3), 48, 32, torch.float32)
     x, y = torch.randn(4, 48), torch.randn(4, 32)
     right = apply(reference.OP, y, x, [Segment(lora, 0.5, 0, 4)])
-    wrong = apply(torch_form.OP, y, x, [Segment(lora, 1.0, 0, 4)])
+    wrong = apply(torch_lora.OP, y, x, [Segment(lora, 1.0, 0, 4)])
     assert (right - wrong).abs().max() > 0.1

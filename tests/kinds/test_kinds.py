@@ -23,10 +23,10 @@ from swaplora_adapters.registry import registry
 from swaplora_adapters.weights import linears
 from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.served import AdapterWeights
-from swaplora_server.engine.lora.activation import StepRows
 from swaplora_server.engine.lora.modules import LoraEmbedding
-from swaplora_server.kernels.cpu.decoder import NativeDecoder
-from swaplora_server.kernels.cpu.linear import NativeLinear
+from swaplora_server.engine.lora.routing import replaced_rows
+from swaplora_server.kernels.cpu.decoder import CpuDecoder
+from swaplora_server.kernels.cpu.linear import CpuLinear
 from swaplora_server.service import generation
 
 # of PEFT's: a base stored with its embeddings, tied heads, biases that merging could not keep, Conv1D
@@ -208,18 +208,20 @@ def biases_dropped(patch: pytest.MonkeyPatch) -> None:
 
 
 def own_head_ignored(patch: pytest.MonkeyPatch) -> None:
-    owners = StepRows.owners
-    patch.setattr(StepRows, "owners", lambda self, path: () if path == "lm_head" else owners(self, path))
+    patch.setattr(
+        "swaplora_server.engine.lora.modules.replaced_rows",
+        lambda rows, path: () if path == "lm_head" else replaced_rows(rows, path),
+    )
 
 
 def own_norms_in_layers_ignored(patch: pytest.MonkeyPatch) -> None:
-    table_of = NativeDecoder.__dict__["_table_of"]
+    table_of = CpuDecoder.__dict__["_table_of"]
 
-    def without_norms(self: NativeDecoder, weights: AdapterWeights) -> Any:
-        left = {path: module for path, module in weights.replaced.items() if isinstance(module, NativeLinear)}
+    def without_norms(self: CpuDecoder, weights: AdapterWeights) -> Any:
+        left = {path: module for path, module in weights.replaced.items() if isinstance(module, CpuLinear)}
         return table_of(self, replace(weights, replaced=left))
 
-    patch.setattr(NativeDecoder, "_table_of", without_norms)
+    patch.setattr(CpuDecoder, "_table_of", without_norms)
 
 
 def looked_up_rows_ignored(patch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,9 @@ from swaplora_adapters.registry.residency import Residency
 from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.engine import runner
-from swaplora_server.engine.lora.activation import Activation, Segment, StepAdapters
+from swaplora_server.engine.lora.activation import Activation
 from swaplora_server.engine.request import AdapterUse
+from swaplora_server.kernels.rows import Segment, StepAdapters
 from swaplora_server.service.adapter_mix import Terms
 
 NUM_SLOTS = 3

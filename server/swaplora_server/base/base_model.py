@@ -21,7 +21,7 @@ from swaplora_server.engine.lora.activation import Activation
 from swaplora_server.engine.lora.attach import attach
 from swaplora_server.engine.lora.modules import LoraEmbedding
 from swaplora_server.engine.runner import Runner
-from swaplora_server.kernels.pick import Kernels
+from swaplora_server.kernels.backend import Backend, RunningStep
 
 _log = structlog.get_logger(__name__)
 
@@ -32,7 +32,7 @@ class BaseModel:
 
     model: PreTrainedModel
     activation: Activation
-    kernels: Kernels
+    backend: Backend
     tokenizer: PreTrainedTokenizerFast
     vocabulary: Vocabulary
     layers: BaseLayers
@@ -45,7 +45,7 @@ class BaseModel:
     weight_bytes: int
 
     def runner(self, num_blocks: int, block_size: int) -> Runner:
-        return Runner(self.model, self.activation, self.kernels.paged_kv(num_blocks, block_size), self.device)
+        return Runner(self.model, self.activation, self.backend.paged_kv(num_blocks, block_size), self.device)
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -73,7 +73,7 @@ def load_base(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    kernels: Kernels,
+    backend: Backend,
     quantization: Quantization | None = None,
 ) -> BaseModel:
     """Load, wrap and prove a base from a folder or hub id. Raises UnsupportedModelError naming the reason."""
@@ -83,14 +83,14 @@ def load_base(
     vocab_size = vocab_size_of(model.get_input_embeddings(), expected.logits[0].shape[-1])
     attention.register()
     model.set_attn_implementation(attention.IMPLEMENTATION)
-    activation = Activation(kernels.lora)
+    activation = Activation(backend.lora)
     tied, pages = _tied(model), HugePages()
     wrapped = attach(
         model,
         activation,
         embedding=model.get_input_embeddings(),
         head=model.get_output_embeddings(),
-        prepare=lambda linear: kernels.prepare_linear(linear, pages),
+        prepare=lambda linear: backend.linear(linear, pages),
     )
     for path, module in wrapped.items():
         if isinstance(module, LoraEmbedding):
@@ -98,17 +98,15 @@ def load_base(
     if device.type == "cpu":
         keep_in_whole_vectors(model, model.get_output_embeddings())
     weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    proof = prove(model, activation, wrapped, expected, kernels.paged_kv)
-    _fuse(model, activation, expected, kernels)
+    proof = prove(model, activation, wrapped, expected, backend.paged_kv)
+    _wrap(model, activation, expected, backend)
     return BaseModel(
         model=model,
         activation=activation,
-        kernels=kernels,
+        backend=backend,
         tokenizer=tokenizer,
         vocabulary=Vocabulary(tokenizer.backend_tokenizer),
-        layers=adaptable(
-            wrapped, proof.addressable, tied, kernels.prepare_linear, dtype, device, model.config.model_type
-        ),
+        layers=adaptable(wrapped, proof.addressable, tied, backend.linear, dtype, device, model.config.model_type),
         device=device,
         dtype=dtype,
         vocab_size=vocab_size,
@@ -128,13 +126,13 @@ def _tied(model: PreTrainedModel) -> dict[str, str]:
     return {paths[head]: paths[embedding]}
 
 
-def _fuse(model: PreTrainedModel, activation: Activation, expected: Expected, kernels: Kernels) -> None:
+def _wrap(model: PreTrainedModel, activation: Activation, expected: Expected, backend: Backend) -> None:
     """Have all layers run in one native call, where there is one for their kind and it passes the proof as well."""
-    undo = kernels.fuse(model, activation)
+    undo = backend.wrap(model, activation.paths, lambda: RunningStep(activation.step, attention.current()))
     if undo is None:
         return
     try:
-        prove(model, activation, {}, expected, kernels.paged_kv)
+        prove(model, activation, {}, expected, backend.paged_kv)
     except UnsupportedModelError as error:
         undo()
         _log.warning("layers run one operation at a time", reason=str(error))

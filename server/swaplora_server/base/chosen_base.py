@@ -8,11 +8,11 @@ import transformers
 from swaplora_server.base.base_model import BaseModel, load_base, pick_device, pick_dtype
 from swaplora_server.config import EMBEDDED, Settings
 from swaplora_server.embedded import ensure_embedded_base
-from swaplora_server.kernels.pick import pick_kernels
+from swaplora_server.kernels.pick import pick_backend
 
 
 def load_chosen_base(settings: Settings, report: Callable[[str], None]) -> BaseModel:
-    """Load the base on its device, in its number format, with this machine's kernels. `report` hears each step.
+    """Load the base on its device, in its number format, with this machine's backend. `report` hears each step.
 
     Raises UnsupportedModelError, EmbeddedBaseError, OSError and ValueError, each with a message for the operator.
     """
@@ -21,8 +21,8 @@ def load_chosen_base(settings: Settings, report: Callable[[str], None]) -> BaseM
     report(f"loading {settings.base_id}")
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
-    kernels = pick_kernels(device, dtype, settings.cache_dir / "native", report)
-    return load_base(source, device=device, dtype=dtype, kernels=kernels, quantization=settings.quantization)
+    backend = pick_backend(device, dtype, settings.cache_dir / "native", report)
+    return load_base(source, device=device, dtype=dtype, backend=backend, quantization=settings.quantization)
 
 
 def source_of(settings: Settings, report: Callable[[str], None]) -> str | Path:

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from swaplora_server.base.lean_embedding import NarrowEmbedding, TiedEmbedding
-from swaplora_server.kernels.cpu.linear import NativeLinear
+from swaplora_server.kernels.cpu.linear import CpuLinear
 from swaplora_server.kernels.cpu.quantised_linear import QuantisedLinear
 from swaplora_server.kernels.quantised_codes import codes_of, is_quantised
 from swaplora_server.kernels.torch.onednn_linear import OnednnLinear
@@ -12,7 +12,7 @@ from swaplora_server.kernels.torch.onednn_linear import OnednnLinear
 
 def weight_of(module: nn.Module) -> Tensor:
     """The weight that a linear, embedding or norm computes with; a linear's is [out_features, in_features]."""
-    if isinstance(module, NativeLinear | OnednnLinear | QuantisedLinear | NarrowEmbedding | TiedEmbedding):
+    if isinstance(module, CpuLinear | OnednnLinear | QuantisedLinear | NarrowEmbedding | TiedEmbedding):
         return module.dense()
     if is_quantised(module):
         return codes_of(module).dense()

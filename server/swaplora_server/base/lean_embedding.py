@@ -4,13 +4,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from swaplora_server.kernels.cpu.linear import NativeLinear
+from swaplora_server.kernels.cpu.linear import CpuLinear
 
 
 class TiedEmbedding(nn.Module):
     """Looks rows up in the packed output head that it is tied to."""
 
-    def __init__(self, head: NativeLinear) -> None:
+    def __init__(self, head: CpuLinear) -> None:
         super().__init__()
         self._head = [head]  # in a list: not a part of this module, which would count its bytes twice
         self.num_embeddings, self.embedding_dim = head.out_features, head.in_features
@@ -49,7 +49,7 @@ def lean(module: nn.Module, tied_head: nn.Module | None) -> nn.Module:
     """A stand-in for a plain float32 embedding, or `module` itself when something would be lost."""
     if type(module) is not nn.Embedding or module.weight.dtype != torch.float32:
         return module
-    if isinstance(tied_head, NativeLinear):
+    if isinstance(tied_head, CpuLinear):
         return TiedEmbedding(tied_head)
     is_exact = torch.equal(module.weight.bfloat16().float(), module.weight)
     return NarrowEmbedding(module.weight) if is_exact else module

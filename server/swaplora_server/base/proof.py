@@ -17,13 +17,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from swaplora_server.base.widened import widened
-from swaplora_server.engine.attention import PagedKV, UnsupportedAttentionError
+from swaplora_server.engine.attention import UnsupportedAttentionError
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.lora.activation import Activation
 from swaplora_server.engine.lora.modules import LoraEmbedding, LoraLinear, Wrapped, row_dim
 from swaplora_server.engine.request import Request, SamplingParams, Sequence
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduler import Batch, ScheduledRows
+from swaplora_server.kernels.backend import PagedKV
 
 # where each sequence is cut: its chunk of step k is [cuts[k], cuts[k + 1])
 _CUTS = ((0, 4, 7, 8, 9), (0, 13, 14), (0, 1, 2, 3))

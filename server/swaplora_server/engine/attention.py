@@ -1,18 +1,21 @@
-"""Attention over paged keys and values, put into transformers' models through its attention interface.
+"""PagedAttention (vLLM), put into transformers' models through its attention interface.
 
 A step's rows are packed one sequence after the other into [1, num_rows]. The model calls `paged_attention` once a
-layer: the rows' keys and values go into the cache, then every row attends to its own sequence. Which rows belong to
-whom is settled once a step. The forms that do the work are `torch_attention` and `native_attention`.
+layer: the rows' keys and values go into the cache, then every row attends to its own sequence through its block table.
+Which rows belong to whom is settled once a step. The kernels are the backend's: `kernels/torch/attention.py` and
+`kernels/cpu/attention.py`. Sliding windows, softcaps and attention sinks are honoured; anything else is refused.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from swaplora_server.kernels.backend import PagedStep
+from swaplora_server.kernels.rows import LayerAttention
 
 IMPLEMENTATION = "swaplora_paged"
 # what transformers passes along that does not change a causal forward without its own cache
@@ -23,62 +26,11 @@ class UnsupportedAttentionError(ValueError):
     """The model asks its attention for something that is not honoured here; the message names it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Rows [start, stop) of a step: the tokens of one sequence from position `first` on."""
-
-    start: int
-    stop: int
-    first: int
-    blocks: Sequence[int]  # the sequence's block table
-
-    @property
-    def num_rows(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def length(self) -> int:
-        """Tokens of the sequence up to the run's end."""
-        return self.first + self.num_rows
-
-
-@dataclass(frozen=True, slots=True)
-class LayerAttention:
-    """What one layer asks of its attention, the same for all of its rows."""
-
-    layer_idx: int
-    scaling: float
-    softcap: float | None = None
-    sinks: Tensor | None = None  # [num_heads]
-    window: int | None = None  # keys a row may look back on, itself included
-
-
-class Step(Protocol):
-    """One step over a paged cache."""
-
-    def attend(self, asked: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Store the rows' keys and values [num_rows, num_kv_heads, head_dim], then attend causally.
-
-        query: [num_rows, num_heads, head_dim] → [num_rows, num_heads, head_dim of value].
-        """
-
-
-class PagedKV(Protocol):
-    """Keys and values of every layer, `block_size` tokens to a block. A layer is allocated when it first writes."""
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Over all layers seen so far."""
-
-    def step(self, runs: Sequence[Run]) -> Step:
-        """A step's view of the cache; `runs` cover its rows in order."""
-
-
-_current: ContextVar[Step | None] = ContextVar("paged_step", default=None)
+_current: ContextVar[PagedStep | None] = ContextVar("paged_step", default=None)
 
 
 @contextmanager
-def use(step: Step) -> Iterator[None]:
+def use(step: PagedStep) -> Iterator[None]:
     """Hold `step` for the duration of one forward pass on this thread; refuses to nest and always clears."""
     if _current.get() is not None:
         raise RuntimeError("a step is already running on this thread")
@@ -89,7 +41,7 @@ def use(step: Step) -> Iterator[None]:
         _current.reset(token)
 
 
-def current() -> Step:
+def current() -> PagedStep:
     """The running step. Raises RuntimeError outside of `use`."""
     step = _current.get()
     if step is None:

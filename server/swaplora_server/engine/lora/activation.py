@@ -5,62 +5,13 @@ A step packs the rows of many sequences one after the other. Each sequence is a 
 adapter does not target has no factors in it, so there is nothing to zero and nothing stale.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from swaplora_adapters.weights.served import AdapterWeights
-from swaplora_server.engine.lora.routing import Owner
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Rows `start` to `stop` of a packed step use one adapter at `scale`. Segments are in the order of their rows."""
-
-    weights: AdapterWeights
-    scale: float
-    start: int
-    stop: int
-
-
-class LoraOp(NamedTuple):
-    """One form of y[rows] = (y[rows] + scale · (x[rows] Aᵀ) Bᵀ) · column_scale + scale · shift, by module.
-
-    Prepared once a step, then added module by module.
-    """
-
-    # (a step's segments, the paths of all modules by number) → what `add` reads
-    prepare: Callable[[Sequence[Segment], Sequence[str]], Any]
-    # (y [num_rows, out_features], x [num_rows, in_features], prepared, the module's number)
-    add: Callable[[Tensor, Tensor, Any, int], None]
-
-
-class StepRows:
-    """A step's adapters in one of a model's two row spaces: every token, or the rows that reach the output head."""
-
-    def __init__(self, segments: Sequence[Segment], deltas: Any) -> None:
-        """`deltas`: as the form in use prepared them, or None where nothing is added to a linear."""
-        self.deltas = deltas
-        self.replacing = [segment for segment in segments if segment.weights.replaced]
-        self.embedding = [segment for segment in segments if segment.weights.embeddings]
-
-    def owners(self, path: str) -> Sequence[Owner]:
-        """Runs of rows that do not go through the base's module at `path`."""
-        if not self.replacing:
-            return ()
-        owners = ((segment, segment.weights.replaced.get(path)) for segment in self.replacing)
-        return [Owner(segment.start, segment.stop, module) for segment, module in owners if module is not None]
-
-
-class StepAdapters(NamedTuple):
-    """The segments of one step, in both row spaces."""
-
-    tokens: StepRows
-    head: StepRows
-    kept: Sequence[int]  # which rows of `tokens` those of `head` are, in ascending order
+from swaplora_server.kernels.backend import LoraOp
+from swaplora_server.kernels.rows import Segment, StepAdapters, StepRows
 
 
 class Activation:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from swaplora_adapters.weights.served import EmbeddingWeights
-from swaplora_server.engine.lora.activation import Activation, Segment
-from swaplora_server.engine.lora.routing import routed
+from swaplora_server.engine.lora.activation import Activation
+from swaplora_server.engine.lora.routing import replaced_rows, routed
+from swaplora_server.kernels.rows import Segment
 
 
 class Wrapped(nn.Module):
@@ -45,7 +46,7 @@ class LoraLinear(Wrapped):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., num_rows, in_features] → [..., num_rows, out_features]."""
         rows = self._activation.step.head if self.is_head else self._activation.step.tokens
-        y: Tensor = routed(self.base, rows.owners(self.path), x.ndim - 2, (x,))
+        y: Tensor = routed(self.base, replaced_rows(rows, self.path), x.ndim - 2, (x,))
         self._activation.add_delta(self.number, y, x, rows)
         return y
 
@@ -56,7 +57,7 @@ class LoraEmbedding(Wrapped):
     def forward(self, ids: Tensor) -> Tensor:
         """ids: [1, num_rows] → [1, num_rows, embedding_dim]."""
         rows = self._activation.step.tokens
-        y: Tensor = routed(self.base, rows.owners(self.path), 1, (ids,))
+        y: Tensor = routed(self.base, replaced_rows(rows, self.path), 1, (ids,))
         for segment in rows.embedding:
             own = segment.weights.embeddings.get(self.path)
             if own is not None:
@@ -85,7 +86,8 @@ class Replaceable(Wrapped):
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """Rows are the first dimension of flat inputs, [num_rows, …], and the second of others, [1, num_rows, …]."""
-        return routed(self.base, self._activation.step.tokens.owners(self.path), row_dim(inputs[0]), inputs, options)
+        replaced = replaced_rows(self._activation.step.tokens, self.path)
+        return routed(self.base, replaced, row_dim(inputs[0]), inputs, options)
 
 
 def row_dim(x: Tensor) -> int:

@@ -6,29 +6,43 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from swaplora_server.kernels.rows import StepRows
+
 _NOTHING: Mapping[str, Any] = {}
 
 
-class Owner(NamedTuple):
-    """Rows `start` to `stop` go through `module`, which is an adapter's own."""
+class ReplacedRows(NamedTuple):
+    """Rows `start` to `stop` go through `module`, which is an adapter's own (PEFT's `modules_to_save`)."""
 
     start: int
     stop: int
     module: nn.Module
 
 
-def routed(
-    base: nn.Module, owners: Sequence[Owner], dim: int, inputs: tuple[Any, ...], options: Mapping[str, Any] = _NOTHING
-) -> Any:
-    """What `base` makes of rows that nobody owns, and each owner of its own.
+def replaced_rows(rows: StepRows, path: str) -> Sequence[ReplacedRows]:
+    """Runs of rows that do not go through the base's module at `path`."""
+    if not rows.replacing:
+        return ()
+    own = ((segment, segment.weights.replaced.get(path)) for segment in rows.replacing)
+    return [ReplacedRows(segment.start, segment.stop, module) for segment, module in own if module is not None]
 
-    `owners` are in the order of their rows and do not overlap; the rows are dimension `dim` of every tensor.
+
+def routed(
+    base: nn.Module,
+    replaced: Sequence[ReplacedRows],
+    dim: int,
+    inputs: tuple[Any, ...],
+    options: Mapping[str, Any] = _NOTHING,
+) -> Any:
+    """What `base` makes of its rows, and each module in its place of those that it has `replaced`.
+
+    `replaced` are in the order of their rows and do not overlap; the rows are dimension `dim` of every tensor.
     """
-    if not owners:
+    if not replaced:
         return base(*inputs, **options)
     num_rows = inputs[0].shape[dim]
     outputs, reached = [], 0
-    for start, stop, module in (*owners, Owner(num_rows, num_rows, base)):
+    for start, stop, module in (*replaced, ReplacedRows(num_rows, num_rows, base)):
         for first, last, chosen in ((reached, start, base), (start, stop, module)):
             if first < last:
                 outputs.append(

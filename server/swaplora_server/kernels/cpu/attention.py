@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swaplora_server.engine.attention import LayerAttention, Run
 from swaplora_server.kernels.cpu import build
+from swaplora_server.kernels.rows import LayerAttention, Run
 from swaplora_server.kernels.torch.attention import TorchKV, TorchStep
 
 _SOURCE = build.CSRC / "paged_attention.cpp"
@@ -59,7 +59,7 @@ def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
     return library
 
 
-class NativeKV:
+class CpuKV:
     """Paged keys and values as the kernel lays them out, and torch's form for layers that it has no code for."""
 
     def __init__(self, library: ctypes.CDLL, num_blocks: int, block_size: int) -> None:
@@ -76,9 +76,9 @@ class NativeKV:
         per_block = sum(cache[0].nbytes for layer in self._layers.values() for cache in layer)
         return per_block // self._block_size + self._torch.bytes_per_token
 
-    def step(self, runs: Sequence[Run]) -> "NativeStep":
-        """See `attention.PagedKV`."""
-        return NativeStep(self, runs)
+    def step(self, runs: Sequence[Run]) -> "CpuStep":
+        """See `PagedKV`."""
+        return CpuStep(self, runs)
 
     def has_code_for(self, query: Tensor, value: Tensor) -> bool:
         """The kernel reads keys and values of one size."""
@@ -113,7 +113,7 @@ class NativeKV:
         return self._torch.step(runs)
 
     def run(self, cache: LayerCache, table: "RunTable", query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
-        """All tensors contiguous, shaped as in `attention.Step.attend`."""
+        """All tensors contiguous, shaped as in `PagedStep.attend`."""
         self._kernels[query.dtype](
             cache,
             table.runs,
@@ -136,10 +136,10 @@ class RunTable:
 
 
 @dataclass(slots=True)
-class NativeStep:
+class CpuStep:
     """One step over `kv`."""
 
-    kv: NativeKV
+    kv: CpuKV
     runs: Sequence[Run]
     _table: RunTable | None = None
     _torch: TorchStep | None = None
@@ -152,7 +152,7 @@ class NativeStep:
         return self._table
 
     def attend(self, asked: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `attention.Step`."""
+        """See `PagedStep`."""
         if not self.kv.has_code_for(query, value):
             if self._torch is None:
                 self._torch = self.kv.torch_step(self.runs)

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from swaplora_adapters.weights.served import AdapterWeights
-from swaplora_server.engine import attention
-from swaplora_server.engine.attention import LayerAttention
-from swaplora_server.engine.lora.activation import Activation, Segment, StepRows
+from swaplora_server.kernels.backend import RunningStep
 from swaplora_server.kernels.cpu import build
-from swaplora_server.kernels.cpu.attention import LayerCache, NativeStep
-from swaplora_server.kernels.cpu.linear import LinearWeight, NativeLinear
+from swaplora_server.kernels.cpu.attention import CpuStep, LayerCache
+from swaplora_server.kernels.cpu.linear import CpuLinear, LinearWeight
+from swaplora_server.kernels.rows import LayerAttention, Segment, StepRows
 
 _SOURCE = build.CSRC / "decoder.cpp"
 # layers that are computed as decoder.cpp says, and nothing else
@@ -89,16 +88,20 @@ def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
     return library
 
 
-def fuse(
+def wrap(
     library: ctypes.CDLL,
     model: PreTrainedModel,
-    activation: Activation,
+    paths: Sequence[str],
+    running: Callable[[], RunningStep],
     *,
     lora: ctypes.CDLL,
     paged_attention: ctypes.CDLL,
     linear: ctypes.CDLL,
 ) -> Callable[[], None] | None:
-    """Exchange the layers of `model` for one native call, if they are of a known kind; what undoes it, or None."""
+    """Exchange the layers of `model` for one native call, if they are of a known kind; what undoes it, or None.
+
+    See `Backend.wrap`.
+    """
     decoder: Any = model.get_decoder()
     layers = decoder.layers if isinstance(getattr(decoder, "layers", None), nn.ModuleList) else None
     if layers is None or not all(_is_known(layer) for layer in layers):
@@ -109,7 +112,7 @@ def fuse(
             for function in (linear.linear_f32, lora.lora_delta_f32, paged_attention.paged_attention_f32)
         )
     )
-    decoder.layers = nn.ModuleList([NativeDecoder(library, kernels, list(layers), activation)])
+    decoder.layers = nn.ModuleList([CpuDecoder(library, kernels, list(layers), paths, running)])
     return lambda: setattr(decoder, "layers", layers)
 
 
@@ -117,7 +120,7 @@ def _is_known(layer: Any) -> bool:
     if type(layer).__name__ not in _KNOWN:
         return False
     has_silu = type(layer.mlp.act_fn).__name__ in {"SiLU", "SiLUActivation"}
-    are_packed = all(isinstance(linear.base, NativeLinear) for linear in _linears(layer))
+    are_packed = all(isinstance(linear.base, CpuLinear) for linear in _linears(layer))
     return has_silu and are_packed
 
 
@@ -126,15 +129,23 @@ def _linears(layer: Any) -> Iterator[Any]:
     yield from (getattr(layer.mlp, name) for name in _MLP)
 
 
-class NativeDecoder(nn.Module):
+class CpuDecoder(nn.Module):
     """Stands in for all layers of a decoder."""
 
-    def __init__(self, library: ctypes.CDLL, kernels: _Kernels, layers: list[Any], activation: Activation) -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        kernels: _Kernels,
+        layers: list[Any],
+        paths: Sequence[str],
+        running: Callable[[], RunningStep],
+    ) -> None:
         super().__init__()
         self._decode = library.decode
         self._kernels = kernels
         self._layers = layers  # a plain list: the model's other code is not to see them
-        self._activation = activation
+        self._paths = paths
+        self._running = running
         self._asked = [_attention_of(layer) for layer in layers]
         self._entries = (_Layer * len(layers))(*map(_entry, layers))
         self._cached_for: object = None
@@ -142,13 +153,13 @@ class NativeDecoder(nn.Module):
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_others: object) -> Tensor:
         """hidden_states: [1, num_rows, hidden_size] → the same after every layer, in the rows that reach the head."""
-        step = attention.current()
-        if not isinstance(step, NativeStep):
-            raise RuntimeError("a native decoder ran over another form's cache")
+        adapters, step = self._running()
+        if not isinstance(step, CpuStep):
+            raise RuntimeError("a fused decoder ran over another backend's cache")
         self._point_at(step)
         hidden = hidden_states.clone()
         cos, sin = (angles.contiguous() for angles in position_embeddings)
-        adapters, runs = self._activation.step, step.table.runs
+        runs = step.table.runs
         kept = (ctypes.c_int64 * len(adapters.kept))(*adapters.kept)
         owners = [self._owners(rows.replacing) for rows in (adapters.tokens, adapters.head)]
         self._decode(
@@ -180,12 +191,12 @@ class NativeDecoder(nn.Module):
         """Where an adapter's own modules are, by number."""
         table = self._tables.get(weights)
         if table is None:
-            paths = self._activation.paths
-            table = (ctypes.c_void_p * len(paths))(*(_address(weights.replaced.get(path)) for path in paths))
+            entries = (_address(weights.replaced.get(path)) for path in self._paths)
+            table = (ctypes.c_void_p * len(self._paths))(*entries)
             self._tables[weights] = table
         return table
 
-    def _point_at(self, step: NativeStep) -> None:
+    def _point_at(self, step: CpuStep) -> None:
         """Every layer at its part of the cache, which stays the same from step to step."""
         if step.kv is self._cached_for:
             return
@@ -235,7 +246,7 @@ def _address(module: nn.Module | None) -> int | None:
     """Of what decoder.cpp reads of an adapter's own module: a packed linear, or the weight of a norm."""
     if module is None:
         return None
-    if isinstance(module, NativeLinear):
+    if isinstance(module, CpuLinear):
         return ctypes.addressof(module.packed)
     weight = module.weight
     assert isinstance(weight, Tensor)

@@ -48,10 +48,10 @@ def pack(library: ctypes.CDLL, linear: nn.Module, pages: HugePages) -> nn.Module
     assert isinstance(weight, Tensor)
     bias = linear.bias
     assert bias is None or isinstance(bias, Tensor)
-    return NativeLinear(library, pages, weight.detach(), None if bias is None else bias.detach())
+    return CpuLinear(library, pages, weight.detach(), None if bias is None else bias.detach())
 
 
-class NativeLinear(nn.Module):
+class CpuLinear(nn.Module):
     """y = x Wᵀ + b with W in the kernel's panels; no plain copy is kept."""
 
     _panels: Tensor

@@ -1,4 +1,7 @@
-"""The form for CPUs with a C++ compiler: each adapter's factors read once, rows in a fixed order of sums."""
+"""SGMV and BGMV (Punica) for CPUs with a C++ compiler: each adapter's factors read once, sums in a fixed order.
+
+The equation and the shapes are `LoraOp`'s; the kernel is csrc/lora_delta.cpp.
+"""
 
 import ctypes
 from collections.abc import Callable, Sequence
@@ -9,8 +12,9 @@ import torch
 from torch import Tensor
 
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
-from swaplora_server.engine.lora.activation import LoraOp, Segment
+from swaplora_server.kernels.backend import LoraOp
 from swaplora_server.kernels.cpu import build
+from swaplora_server.kernels.rows import Segment
 
 _SOURCE = build.CSRC / "lora_delta.cpp"
 
@@ -91,7 +95,7 @@ def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
 
 
 def op(library: ctypes.CDLL) -> LoraOp:
-    """The native form, for rows on CPU in float32 or bfloat16."""
+    """This backend's operation, for rows on CPU in float32 or bfloat16."""
     kernels = {torch.float32: library.lora_delta_f32, torch.bfloat16: library.lora_delta_bf16}
     tables: WeakKeyDictionary[AdapterWeights, _FactorTable] = WeakKeyDictionary()
 

@@ -39,7 +39,7 @@ def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
 
 
 def pack(library: ctypes.CDLL, plain: ctypes.CDLL, linear: nn.Module) -> nn.Module:
-    """A packed stand-in for bitsandbytes' linear on CPU; `plain` is native_linear's library."""
+    """A packed stand-in for bitsandbytes' linear on CPU; `plain` is cpu_linear's library."""
     bias = linear.bias
     assert bias is None or isinstance(bias, Tensor)
     return QuantisedLinear(library, plain, codes_of(linear), None if bias is None else bias.detach().float())

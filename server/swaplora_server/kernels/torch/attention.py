@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from swaplora_server.engine.attention import LayerAttention, Run
+from swaplora_server.kernels.rows import LayerAttention, Run
 
 Slots = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -198,7 +198,7 @@ class TorchStep:
     prefills: Sequence[PrefillRun]
 
     def attend(self, asked: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `attention.Step`."""
+        """See `PagedStep`."""
         keys, values = self.kv.write(asked.layer_idx, self.slot_mapping, key, value)
         layer = _Layer(asked)
         out = query.new_empty(*query.shape[:2], value.shape[-1])

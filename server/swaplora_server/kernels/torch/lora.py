@@ -1,11 +1,12 @@
-"""The form that is always there: two library GEMMs a segment, on any device."""
+"""The LoRA operation in torch's own GEMMs, two a segment, on any device. It is the definition of SGMV and BGMV here."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from swaplora_server.engine.lora.activation import LoraOp, Segment
+from swaplora_server.kernels.backend import LoraOp
+from swaplora_server.kernels.rows import Segment
 
 
 class Prepared(NamedTuple):

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from swaplora_server.engine.lora.activation import LoraOp
+from swaplora_server.kernels.backend import LoraOp
 from swaplora_server.kernels.torch.lora import Prepared
 
 
