@@ -111,102 +111,87 @@ class Settings(BaseSettings):
         env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", hide_input_in_errors=True
     )
 
-    config: HomePath | None = Field(None, description="YAML file with settings, named as here")
     base: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
-        EMBEDDED, min_length=1, description="base model: embedded, a local folder, or a hub id"
+        EMBEDDED, min_length=1, description="embedded (default), a local folder, or a hub id"
     )
-    served_model_name: str | None = Field(None, pattern=r"^\S+$", description="what requests call the base")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
+    served_model_name: str | None = Field(None, pattern=r"^\S+$", description="What requests call the base")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs")
     dtype: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="number format of the base; auto is bf16 on a GPU, fp32 on a CPU"
+        "auto", description="Number format of the base: auto is bf16 on a GPU, fp32 on a CPU"
     )
-    quantization: Literal["int8", "nf4"] | None = Field(
-        None, description="keep the base's linears in 8 or 4 bits; needs bitsandbytes"
+    quantization: Literal["int8", "nf4"] | None = Field(None, description="Keep the base's linears in 8 or 4 bits")
+    max_model_len: int | None = Field(
+        None, ge=1, le=2**24, description="Longest context in tokens (default: the base's)"
     )
 
-    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    root_path: RootPath = Field("", description="path below which a proxy serves this, whether it cuts it off or not")
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one")
     api_key: Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
-        (), description="keys of which a request must carry one"
+        (), description="A key that admits a request"
     )
-    insecure_no_auth: bool = Field(False, description="listen beyond this machine without an API key")
-
+    insecure_no_auth: bool = Field(False, description="Listen beyond this machine without a key")
     cors_allow_origin: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
-        (),
-        description="origins whose pages may ask, as https://HOST or * for all; on loopback this machine's always may",
+        (), description="Whose web pages may ask: https://HOST, or * for all"
     )
     allowed_host: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
-        (), description="names that this server is called by, as api.example.com or *.example.com; else 421"
+        (), description="A name this server is called by: api.example.com"
     )
+    root_path: RootPath = Field("", description="Path below which a proxy serves this: /models")
 
     adapter: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
-        (), description="adapters to serve, each as NAME=PATH"
+        (), description="An adapter folder"
     )
-    adapter_dir: Folder | None = Field(None, description="folder whose sub-folders are adapters")
+    adapter_dir: Folder | None = Field(None, description="Folder whose sub-folders are adapters")
     adapter_rescan_seconds: float = Field(
-        10, ge=0, le=86_400, description="time between looks at adapter_dir for what has changed; 0 looks at start only"
+        10, ge=0, le=86_400, description="Time between looks at --adapter-dir; 0 looks at start only"
     )
     allow_source: Annotated[tuple[Prefix, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
-        (), description="what adapters may be fetched from: hf://, hf://ORG, s3://BUCKET/PREFIX"
+        (), description="Where adapters may be fetched from: hf://ORG, s3://BUCKET"
     )
     resolver: Template | None = Field(
-        None, description="source, with {name} in it, of an adapter that is asked for and not here yet"
+        None, description="Where an adapter that is not here is fetched from: hf://ORG/{name}"
     )
+    adapter_memory_bytes: Size = Field(4 * 2**30, description="Memory for resident adapters")
+    adapter_wait_seconds: float = Field(
+        30, ge=0, le=86_400, description="Longest wait of a request for memory for its adapters"
+    )
+    max_adapter_bytes: Size = Field(2**30, description="Largest adapter to accept")
+    keep_versions: int = Field(8, ge=1, le=10_000, description="Versions kept of each adapter")
+
+    max_num_seqs: int = Field(64, ge=1, le=2**16, description="Most requests running at once")
+    max_waiting: int = Field(256, ge=0, le=2**20, description="Most requests waiting; then 429")
+    max_batch_tokens: int = Field(512, ge=1, le=2**20, description="Most tokens in one step")
+    max_step_ranks: int = Field(
+        4096, ge=1, le=2**30, description="Most ranks of distinct adapters in one step (default 4096: 64 of rank 64)"
+    )
+    kv_cache_bytes: Size = Field(2**30, description="Memory for the KV cache")
+    block_size: int = Field(16, ge=1, le=1024, description="Tokens in a block of the KV cache")
+    prefix_cache: bool = Field(True, description="Compute what prompts begin with in common once")
+
+    max_body_bytes: Size = Field(32 * 2**20, description="Largest JSON body")
+    body_memory_bytes: Size = Field(256 * 2**20, description="Memory for JSON bodies in all; then 429")
+    tokenizer_threads: int = Field(2, ge=1, le=256, description="Threads for large bodies and long prompts")
+    max_connections: int | None = Field(
+        None, ge=1, le=2**20, description="Most connections (default 3/4 of the open files allowed, 4096 at most)"
+    )
+    keep_alive_seconds: float = Field(120, gt=0, le=86_400, description="Time a connection may rest between requests")
+    head_seconds: float = Field(20, gt=0, le=86_400, description="Time a request's line and headers may take to come")
+    stall_seconds: float = Field(
+        30, gt=0, le=86_400, description="Time a client may rest while sending its body or reading"
+    )
+    min_bytes_per_second: int = Field(256, ge=1, le=2**30, description="Least it sends or reads, such rests aside")
+    max_unread_bytes: Size = Field(4 * 2**20, description="Most of a stream that may lie unread")
+
+    config: HomePath | None = Field(None, description="YAML file with settings, named as the flags")
     data_dir: HomePath = Field(
-        default_factory=lambda: _xdg_folder("XDG_DATA_HOME", ".local/share"), description="uploaded adapters"
+        default_factory=lambda: _xdg_folder("XDG_DATA_HOME", ".local/share"), description="Uploaded adapters"
     )
     cache_dir: HomePath = Field(
-        default_factory=lambda: _xdg_folder("XDG_CACHE_HOME", ".cache"),
-        description="downloads and compiled code; may be deleted",
+        default_factory=lambda: _xdg_folder("XDG_CACHE_HOME", ".cache"), description="Downloads and compiled code"
     )
-    keep_versions: int = Field(8, ge=1, le=10_000, description="versions kept of each adapter")
-
-    max_model_len: int | None = Field(None, ge=1, le=2**24, description="longest context in tokens; default the base's")
-    max_batch_tokens: int = Field(512, ge=1, le=2**20, description="most tokens computed in one step")
-    max_num_seqs: int = Field(64, ge=1, le=2**16, description="most requests running at once")
-    max_step_ranks: int = Field(
-        4096, ge=1, le=2**30, description="most ranks of distinct adapters in one step; 4096 is 64 adapters of rank 64"
-    )
-    max_waiting: int = Field(256, ge=0, le=2**20, description="most requests waiting; one more is answered 429")
-    block_size: int = Field(16, ge=1, le=1024, description="tokens in one block of the KV cache")
-    kv_cache_bytes: Size = Field(2**30, description="memory for the KV cache")
-    prefix_cache: bool = Field(True, description="compute what prompts begin with in common once")
-    adapter_memory_bytes: Size = Field(4 * 2**30, description="memory for resident adapters")
-    adapter_wait_seconds: float = Field(
-        30,
-        ge=0,
-        le=86_400,
-        description="longest that a request waits for memory for its adapters; then 507",
-    )
-    max_adapter_bytes: Size = Field(2**30, description="largest adapter that may be uploaded")
-    max_body_bytes: Size = Field(32 * 2**20, description="largest JSON body")
-    body_memory_bytes: Size = Field(
-        256 * 2**20,
-        description="memory for the JSON bodies of all running requests; one that does not fit is answered 429",
-    )
-    tokenizer_threads: int = Field(
-        2, ge=1, le=256, description="threads that parse large bodies and tokenize long prompts"
-    )
-
-    max_connections: int | None = Field(
-        None, ge=1, le=2**20, description="most connections; default 3/4 of the files that may be open, 4096 at most"
-    )
-    keep_alive_seconds: float = Field(120, gt=0, le=86_400, description="time a connection may rest between requests")
-    head_seconds: float = Field(20, gt=0, le=86_400, description="time a request's line and headers may take to come")
-    stall_seconds: float = Field(
-        30, gt=0, le=86_400, description="time a client may rest while sending its body or reading its answer"
-    )
-    min_bytes_per_second: int = Field(
-        256, ge=1, le=2**30, description="least that it sends or reads, rests of stall_seconds aside"
-    )
-    max_unread_bytes: Size = Field(
-        4 * 2**20, description="most of a stream that may lie unread; beyond that its request is ended"
-    )
-
-    drain_seconds: float = Field(30, ge=0, le=86_400, description="time running requests get to end at shutdown")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
-    log_json: bool = Field(False, description="log one JSON object a line")
+    drain_seconds: float = Field(30, ge=0, le=86_400, description="Time to end requests at shutdown")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged")
+    log_json: bool = Field(False, description="Log one JSON object a line")
 
     @property
     def base_id(self) -> str:

@@ -19,16 +19,17 @@ from swaplora_server.config import Settings
 RUN = "from swaplora_server.cli import main; main()"
 COMMANDS = (
     "",
-    "serve",
     "chat",
     "bench",
     "adapters",
     *(f"adapters {name}" for name in ("list", "get", "put", "delete", "rollback", "pin", "unpin", "warm", "inspect")),
-    "adapters validate",
+    "adapters compose",
     "aliases",
     *(f"aliases {name}" for name in ("list", "set", "delete")),
 )
-SLOW = ("torch", "transformers", "fastapi", "numpy", "swaplora_adapters", "httpx", "pydantic_settings")
+TAKE_SETTINGS = ("serve", "merge", "adapters validate")
+NEVER = frozenset({"torch", "transformers", "fastapi", "numpy", "httpx"})
+OF_SETTINGS = frozenset({"pydantic_settings", "swaplora_adapters"})  # what Settings is made with, and of which it knows
 
 
 class StartError(RuntimeError):
@@ -51,9 +52,12 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     return settings
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_imports_nothing_slow(command: str) -> None:
-    report = f"print(*({set(SLOW)} & sys.modules.keys()), file=sys.stderr)"
+@pytest.mark.parametrize(
+    ("command", "slow"),
+    [*((command, NEVER | OF_SETTINGS) for command in COMMANDS), *((command, NEVER) for command in TAKE_SETTINGS)],
+)
+def test_help_imports_nothing_slow(command: str, slow: frozenset[str]) -> None:
+    report = f"print(*({set(slow)} & sys.modules.keys()), file=sys.stderr)"
     code = f"import atexit, sys; atexit.register(lambda: {report}); {RUN}"
     done = subprocess.run(
         [sys.executable, "-c", code, *command.split(), "--help"],
@@ -101,6 +105,60 @@ def test_every_setting_has_a_flag() -> None:
     text = swaplora("serve", "--help").output
     flags = {"--" + name.replace("_", "-") for name in Settings.model_fields} - {"--base"}
     assert [flag for flag in sorted(flags) if flag not in text] == []
+
+
+@pytest.mark.parametrize("command", TAKE_SETTINGS)
+def test_a_setting_is_described_by_its_field(command: str) -> None:
+    shown = " ".join(swaplora(*command.split(), "--help").output.split())
+    names = Settings.model_fields if command == "serve" else ["base"]
+    missing = [name for name in names if str(Settings.model_fields[name].description) not in shown]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--port <int> Port to listen on; 0 picks a free one (default 8000).",
+        "--kv-cache-bytes SIZE Memory for the KV cache (default 1GiB).",
+        "--adapter, --lora-modules, --lora-paths NAME=PATH An adapter folder; repeatable.",
+        "--api-key KEY A key that admits a request; repeatable.",
+        "--quantization <int8|nf4> Keep the base's linears in 8 or 4 bits.",
+        "--prefix-cache / --no-prefix-cache Compute what prompts begin with in common once (default on).",
+        "--log-json Log one JSON object a line.",
+        "--adapter-dir <path> Folder whose sub-folders are adapters.",
+        "--drain-seconds <float> Time to end requests at shutdown (default 30).",
+        "--max-model-len <int> Longest context in tokens (default: the base's).",
+    ],
+)
+def test_help_shows_a_settings_type_and_default(line: str) -> None:
+    assert f" {line} " in " ".join(swaplora("serve", "--help").output.split())
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "complaint"),
+    [
+        ("--port", "x", "'--port': Input should be a valid integer"),
+        ("--drain-seconds", "x", "'--drain-seconds': Input should be a valid number"),
+        ("--device", "tpu", "'--device': Value error, 'tpu' is not one of 'auto', 'cpu', 'cuda'"),
+        (
+            "--max-batch-tokens",
+            "x",
+            "'--max-batch-tokens' / '--max-num-batched-tokens': Input should be a valid integer",
+        ),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_flag(
+    started: list[Settings], flag: str, value: str, complaint: str
+) -> None:
+    done = swaplora("serve", flag, value)
+    assert (done.exit_code, started) == (2, [])
+    assert f"Error: Invalid value for {complaint}" in done.stderr
+
+
+def test_a_switch_can_be_turned_off(started: list[Settings]) -> None:
+    assert swaplora("serve", "--no-prefix-cache").exit_code == 0
+    assert swaplora("serve", "--no-log-json").exit_code == 2
+    assert not started[0].prefix_cache
 
 
 def test_other_servers_flags_are_understood(started: list[Settings], tmp_path: Path) -> None:

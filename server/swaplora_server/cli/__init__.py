@@ -20,6 +20,9 @@ from swaplora_server.cli import (
     upkeep,
     validation,
 )
+from swaplora_server.cli.settings import PLAIN_HELP, SettingsCommand
+
+TAKE_SETTINGS = (serve.serve, merge.merge, validation.validate)
 
 
 def main() -> None:
@@ -31,11 +34,10 @@ def _group(description: str, commands: Mapping[str, Callable[..., None]]) -> typ
     group = typer.Typer(
         help=description,
         no_args_is_help=True,
-        rich_markup_mode=None,  # plain help: rich's panels alone take a third of the half second that it may take
-        pretty_exceptions_enable=False,
+        **PLAIN_HELP,
     )
     for name, command in commands.items():
-        group.command(name)(command)
+        group.command(name, cls=SettingsCommand if command in TAKE_SETTINGS else None)(command)
     return group
 
 

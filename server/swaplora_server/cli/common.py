@@ -1,10 +1,10 @@
-"""What several commands share: their options, settings, a connection, how they print and how they fail."""
+"""What several commands share: their options, a connection, how they print and how they fail."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -15,7 +15,6 @@ from swaplora_server.printable import printable
 
 if TYPE_CHECKING:
     from swaplora_server.client import Card, Client
-    from swaplora_server.config import Settings
 
 WIDE = 1000  # characters: more than any table needs
 LOCAL = "http://127.0.0.1:8000"
@@ -60,21 +59,6 @@ def show_table(table: Table, notes: Iterable[str] = ()) -> None:
     console.print(table)
     for note in notes:
         console.print(cell(note), soft_wrap=True)
-
-
-def read_settings(flags: Mapping[str, Any]) -> "Settings":
-    """The settings that a server started with these flags would have; ends the command if they are wrong."""
-    from pydantic import ValidationError
-    from pydantic_settings import SettingsError
-
-    from swaplora_server.config import Settings, complaints
-
-    try:
-        return Settings(**flags)
-    except ValidationError as error:
-        fail(*complaints(error), code=2)
-    except SettingsError as error:
-        fail(str(error), code=2)
 
 
 @contextmanager

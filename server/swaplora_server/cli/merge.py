@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from swaplora_server.cli.common import adapter_files, fail, read_settings, say
+from swaplora_server.cli.common import adapter_files, fail, say
+from swaplora_server.cli.settings import read_settings
 
 
 def merge(
     folders: Annotated[list[Path], typer.Argument(help="Adapters' folders, as PEFT saves them.", metavar="FOLDER")],
     out: Annotated[Path, typer.Option(help="Folder to write the model to; it must not be there, or be empty.")],
-    base: Annotated[str | None, typer.Option(help="embedded (default), a local folder, or a hub id.")] = None,
+    base: Annotated[str | None, typer.Option()] = None,
     scale: Annotated[
         list[float] | None, typer.Option(help="How much of each adapter, in their order; 1 unless given.")
     ] = None,

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from swaplora_server.cli.common import AsJson, adapter_files, fail, read_settings, say, show_json
+from swaplora_server.cli.common import AsJson, adapter_files, fail, say, show_json
+from swaplora_server.cli.settings import read_settings
 
 if TYPE_CHECKING:
     from swaplora_adapters.store.records import Details
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def validate(
     folder: Annotated[Path, typer.Argument(help="A folder as PEFT saves it.")],
-    base: Annotated[str | None, typer.Option(help="embedded (default), a local folder, or a hub id.")] = None,
+    base: Annotated[str | None, typer.Option()] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check an adapter without a server, as one of this base would on upload.
