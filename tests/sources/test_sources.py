@@ -254,7 +254,7 @@ def test_files_past_their_limit_are_too_large(root: Path, staging: Staging) -> N
 
 def test_no_clients_library_is_imported_before_it_is_needed() -> None:
     modules = "source", "folder", "uri", "resolver", "transfer", "workers"
-    imports = ", ".join(f"swaplora_adapters.registry.sources.{module}" for module in modules)
+    imports = ", ".join(f"swaplora_adapters.sources.{module}" for module in modules)
     clients = {"boto3", "botocore", "huggingface_hub", "httpx2", "torch"}
     script = f"import sys, {imports}; print({clients} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
