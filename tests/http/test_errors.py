@@ -9,7 +9,7 @@ import swaplora_server
 from swaplora_adapters.errors import AdapterError
 from swaplora_server.http.errors import _HTTP_CODES, _STATUS
 
-RAISING = ("ApiError", "error_body")  # whose first argument is a code
+RAISING = ("RequestError", "error_body")  # whose first argument is a code
 
 
 def subclasses(kind: type[AdapterError]) -> Iterator[type[AdapterError]]:

@@ -16,16 +16,16 @@ from swaplora_adapters.registry.leases import Tenancy
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.request import FinishReason, Logprobs, TokenEvent
 from swaplora_server.http import answers, sse
-from swaplora_server.http.errors import ApiError
 from swaplora_server.http.routes import chat, completions
 from swaplora_server.http.sse import DONE, EventStreamResponse
 from swaplora_server.http.wire import ChatBody, CompletionBody, GenerationBody
-from swaplora_server.service.adapter_mix import Terms
+from swaplora_server.service.adapter_mix import AdapterMix
 from swaplora_server.service.detokenize import TextToken
+from swaplora_server.service.errors import RequestError
 from swaplora_server.service.generation import Generation, GenerationError, Piece
 from swaplora_server.service.metrics import Outcome, Record
 from swaplora_server.service.service import Service
-from swaplora_server.service.wakeups import Outbox
+from swaplora_server.service.wakeups import Wakeups
 
 TOKENIZER = tiny.byte_tokenizer()
 VOCABULARY = Vocabulary(TOKENIZER.backend_tokenizer)
@@ -72,11 +72,11 @@ class Told:
 
 
 def stream(
-    shape: answers.Shape, body: GenerationBody, *batches: list[Piece | GenerationError]
+    form: answers.AnswerFormat, body: GenerationBody, *batches: list[Piece | GenerationError]
 ) -> AsyncGenerator[bytes]:
     head = json.dumps(HEAD, ensure_ascii=False, separators=(",", ":")).removesuffix("}")
     told = cast(Generation, Told(list(batches)))
-    return answers._Stream(body, told, shape, f'data: {head},"choices":[').events()  # noqa: SLF001
+    return answers._Stream(body, told, form, f'data: {head},"choices":[').events()  # noqa: SLF001
 
 
 def written(events: AsyncGenerator[bytes]) -> list[bytes]:
@@ -86,8 +86,8 @@ def written(events: AsyncGenerator[bytes]) -> list[bytes]:
     return asyncio.run(collect())
 
 
-def chat_shape() -> answers.Shape:
-    return chat._shape(VOCABULARY, has_logprobs=True)  # noqa: SLF001
+def chat_format() -> answers.AnswerFormat:
+    return chat._format(VOCABULARY, has_logprobs=True)  # noqa: SLF001
 
 
 def body_of(kind: type[GenerationBody], **fields: Any) -> GenerationBody:
@@ -138,13 +138,13 @@ def with_ids(choices: list[dict[str, Any]], token_id: int | None) -> list[dict[s
 
 
 @pytest.mark.parametrize(
-    ("kind", "shape", "choices"),
-    [(CompletionBody, completions._SHAPE, completion_choices), (ChatBody, chat_shape(), chat_choices)],  # noqa: SLF001
+    ("kind", "form", "choices"),
+    [(CompletionBody, completions._FORMAT, completion_choices), (ChatBody, chat_format(), chat_choices)],  # noqa: SLF001
 )
 @given(pieces=st.lists(PIECES, min_size=1, max_size=3), has_ids=st.booleans(), is_counting=st.booleans())
 def test_chunks_written_as_text_are_what_encoding_the_whole_object_gives(
     kind: type[GenerationBody],
-    shape: answers.Shape,
+    form: answers.AnswerFormat,
     choices: Callable[[Piece], list[dict[str, Any]]],
     pieces: list[Piece],
     has_ids: bool,
@@ -164,12 +164,12 @@ def test_chunks_written_as_text_are_what_encoding_the_whole_object_gives(
     opened = [{**HEAD, "choices": [choice], **({"usage": usage(0)} if is_counting else {})} for choice in opening]
     last = {**HEAD, "choices": [], "usage": usage(len(pieces))}
     expected = events(*opened, *chunks, last) + DONE.encode()
-    assert b"".join(written(stream(shape, body, [*pieces]))) == expected
+    assert b"".join(written(stream(form, body, [*pieces]))) == expected
 
 
 def test_what_comes_together_goes_out_in_one_write_with_an_event_each() -> None:
     pieces = [Piece(0, text, 65, (), None) for text in "abc"]
-    writes = written(stream(completions._SHAPE, body_of(CompletionBody), [*pieces[:2]], [pieces[2]]))  # noqa: SLF001
+    writes = written(stream(completions._FORMAT, body_of(CompletionBody), [*pieces[:2]], [pieces[2]]))  # noqa: SLF001
     assert [write.count(b"data: ") for write in writes] == [2, 1, 1]
 
 
@@ -204,7 +204,7 @@ async def respond(client: Client, events: AsyncGenerator[bytes]) -> None:
 async def test_what_came_before_an_error_goes_out_before_it_and_no_usage_follows() -> None:
     body = body_of(CompletionBody, stream_options={"include_usage": True})
     client = Client()
-    await respond(client, stream(completions._SHAPE, body, FAILING))  # noqa: SLF001
+    await respond(client, stream(completions._FORMAT, body, FAILING))  # noqa: SLF001
     said = client.body.decode().split("\n\n")
     assert json.loads(said[0].removeprefix("data: "))["choices"][0]["text"] == "a"
     assert json.loads(said[1].removeprefix("data: "))["error"]["code"] == "engine_failed"
@@ -213,10 +213,10 @@ async def test_what_came_before_an_error_goes_out_before_it_and_no_usage_follows
 
 @pytest.mark.parametrize("kind", [ChatBody, CompletionBody])
 async def test_an_error_before_the_first_token_is_no_stream(kind: type[GenerationBody]) -> None:
-    shape = chat_shape() if kind is ChatBody else completions._SHAPE  # noqa: SLF001
+    form = chat_format() if kind is ChatBody else completions._FORMAT  # noqa: SLF001
     client = Client()
-    with pytest.raises(ApiError, match="it broke"):
-        await respond(client, stream(shape, body_of(kind), FAILING[1:]))
+    with pytest.raises(RequestError, match="it broke"):
+        await respond(client, stream(form, body_of(kind), FAILING[1:]))
     assert client.got == []
 
 
@@ -230,7 +230,7 @@ async def test_a_comment_keeps_a_silent_stream_alive_and_an_error_then_is_an_eve
         await client.has_got.wait()
         monkeypatch.setattr(sse, "PING_SECONDS", 3600.0)
         if client.got:
-            raise ApiError("engine_failed", "it broke")
+            raise RequestError("engine_failed", "it broke")
         yield b""
 
     await respond(client, silent())
@@ -243,7 +243,7 @@ async def test_a_comment_keeps_a_silent_stream_alive_and_an_error_then_is_an_eve
 
 def test_a_choice_is_opened_in_the_write_of_the_first_token() -> None:
     pieces = [Piece(0, text, 65, (), None) for text in "ab"]
-    writes = written(stream(chat_shape(), body_of(ChatBody), [], [pieces[0]], [pieces[1]]))
+    writes = written(stream(chat_format(), body_of(ChatBody), [], [pieces[0]], [pieces[1]]))
     deltas = [
         [json.loads(data.removeprefix("data: "))["choices"][0]["delta"] for data in write.decode().split("\n\n")[:-1]]
         for write in writes[:2]
@@ -255,14 +255,14 @@ def generation(body: GenerationBody) -> tuple[Generation, list[Record]]:
     """A generation of one prompt on nothing, and what it reports when it ends."""
     records: list[Record] = []
     service = SimpleNamespace(
-        outbox=Outbox(),
+        wakeups=Wakeups(),
         base=SimpleNamespace(vocabulary=VOCABULARY),
-        figures=SimpleNamespace(observe=records.append),
+        metrics=SimpleNamespace(observe=records.append),
         engine=SimpleNamespace(submit=lambda _request: None, abort=lambda _request, _index=None: None),
         leave=lambda _count: None,
     )
     made = Generation(cast(Service, service), body, [[1, 2, 3]], body.sampling(100, frozenset(), None), began=0.0)
-    made.submit((), Terms(cast(Tenancy, SimpleNamespace(release=lambda: None)), (), ()), [0])
+    made.submit((), AdapterMix(cast(Tenancy, SimpleNamespace(release=lambda: None)), (), ()), [0])
     return made, records
 
 

@@ -291,7 +291,7 @@ def test_a_large_body_is_parsed_off_the_event_loop(small: Running, monkeypatch: 
         has_begun.set()
         assert may_go_on.wait(GUARD_SECONDS)
 
-    monkeypatch.setattr("swaplora_server.http.transport.body.check_weight", hold)
+    monkeypatch.setattr("swaplora_server.http.transport.body.check_limits", hold)
     post = completion(small, "x", zzz="z" * SMALL_BYTES)
     assert has_begun.wait(GUARD_SECONDS)
     assert small.client.get("/health").status_code == 200

@@ -114,12 +114,12 @@ async def test_no_memory_is_held_while_a_term_is_looked_for(open_server: Open, m
     server = open_server(1)
     is_looking, is_found = threading.Event(), threading.Event()
 
-    async def bring(_reference: str) -> bool:
+    async def resolve(_reference: str) -> bool:
         is_looking.set()
         await asyncio.to_thread(is_found.wait, GUARD_SECONDS)
         return False
 
-    monkeypatch.setattr(server.service.arrivals, "bring", bring)
+    monkeypatch.setattr(server.service.ingest, "resolve", resolve)
     async with httpx.AsyncClient(base_url=server.url, timeout=GUARD_SECONDS) as client:
         asked = asyncio.create_task(client.post("/v1/completions", json=sum_of("t0", "ghost")))
         assert await asyncio.to_thread(is_looking.wait, GUARD_SECONDS)

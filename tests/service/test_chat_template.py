@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import tiny
 from serving import BASE, Running, serving, settings
-from swaplora_server.http.errors import ApiError
 from swaplora_server.service.chat_template import ChatTemplate
+from swaplora_server.service.errors import RequestError
 
 # as those of well-known models: only some roles; system first or not at all; in the first user's message; upper case
 KNOWN_ROLES = (
@@ -49,10 +49,10 @@ def say(*turns: tuple[str, str], **fields: str) -> list[dict[str, str]]:
     return [{"role": role, "content": content, **fields} for role, content in turns]
 
 
-def refusal(text: str, messages: list[dict[str, str]], **variables: Any) -> ApiError | None:
+def refusal(text: str, messages: list[dict[str, str]], **variables: Any) -> RequestError | None:
     try:
         template(text).render(messages, variables, add_generation_prompt=True, continue_final_message=False)
-    except ApiError as error:
+    except RequestError as error:
         return error
     return None
 
@@ -111,7 +111,7 @@ def test_what_is_left_out_may_depend_on_a_variable() -> None:
     for plain, is_refused in ((True, True), (False, False), (True, True)):
         try:
             same.render(say(RULES, HELLO), {"plain": plain}, add_generation_prompt=True)
-        except ApiError:
+        except RequestError:
             assert is_refused
         else:
             assert not is_refused
@@ -152,7 +152,7 @@ def test_a_conversation_is_refused_where_it_would_be_the_same_without_a_message(
     ) or (len(apart) == 1 and bool(apart[0][1]) and apart[0][1].strip().upper() not in whole.upper())
     try:
         looked_at.render(say(*turns), {}, add_generation_prompt=False)
-    except ApiError:
+    except RequestError:
         assert is_lost
     else:
         assert not is_lost

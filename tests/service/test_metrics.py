@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from serving import BASE, Running, serving, settings
 from swaplora_server.engine.snapshot import Snapshot
-from swaplora_server.service.metrics import Figures, Outcome, Record, State
+from swaplora_server.service.metrics import Metrics, Outcome, Record, State
 from swaplora_server.service.service import Service
 
 PROMPT = list(range(30, 50))
@@ -132,14 +132,14 @@ def test_metrics_want_the_key_and_take_no_parameters(base: Path, tmp_path: Path)
 
 def test_a_server_that_is_still_starting_shows_what_there_is(base: Path, tmp_path: Path) -> None:
     service = Service(settings(base, tmp_path))
-    names = {family.name for family in service.figures.registry.collect()}
+    names = {family.name for family in service.metrics.registry.collect()}
     assert "swaplora_requests" in names
     assert "swaplora_running_sequences" not in names
 
 
 def read(state: State) -> dict[str, float]:
-    figures = Figures(lambda: state, BASE)
-    found = {sample.name: sample.value for family in figures.registry.collect() for sample in family.samples}
+    metrics = Metrics(lambda: state, BASE)
+    found = {sample.name: sample.value for family in metrics.registry.collect() for sample in family.samples}
     return {name: count for name, count in found.items() if name.startswith("swaplora_")}
 
 
@@ -163,10 +163,10 @@ def test_what_a_prompt_finds_in_the_cache_is_counted(server: Running) -> None:
 
 
 def test_how_long_a_generation_takes_is_told_by_those_that_were_whole() -> None:
-    figures = Figures(lambda: None, BASE)
+    metrics = Metrics(lambda: None, BASE)
     for outcome in Outcome:
-        figures.observe(Record(outcome, 3, 2, seconds=4.0, seconds_to_first=1.0, seconds_per_token=0.5))
-    value = figures.registry.get_sample_value
+        metrics.observe(Record(outcome, 3, 2, seconds=4.0, seconds_to_first=1.0, seconds_per_token=0.5))
+    value = metrics.registry.get_sample_value
     assert value("swaplora_request_duration_seconds_count") == 1
     assert value("swaplora_time_per_output_token_seconds_count") == 1
     assert value("swaplora_time_to_first_token_seconds_count") == 3

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swaplora_server.http.errors import ApiError
+from swaplora_server.service.errors import RequestError
 from swaplora_server.service.offload import PATIENCE, Offload, WorkQueue, in_own_thread
 
 GUARD_SECONDS = 60
@@ -110,7 +110,7 @@ def test_what_waits_for_nobody_is_never_begun_and_its_place_is_free() -> None:
         await begun(running)
         second = asyncio.create_task(offload.do(1, abandoned))
         await until_waiting(offload, 1)
-        with pytest.raises(ApiError) as caught:
+        with pytest.raises(RequestError) as caught:
             await offload.do(1, last)
         assert caught.value.code == "overloaded"
         second.cancel()

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from swaplora_server.http.errors import ApiError
 from swaplora_server.service import prompts as tokenizing
+from swaplora_server.service.errors import RequestError
 from swaplora_server.service.offload import Offload
 from swaplora_server.service.prompts import PromptTokenizer
 
@@ -49,8 +49,8 @@ def encode(tokenizer: CountingTokenizer, texts: Sequence[str]) -> list[list[int]
     return asyncio.run(scenario())
 
 
-def refusal(tokenizer: CountingTokenizer, texts: Sequence[str]) -> ApiError:
-    with pytest.raises(ApiError) as caught:
+def refusal(tokenizer: CountingTokenizer, texts: Sequence[str]) -> RequestError:
+    with pytest.raises(RequestError) as caught:
         encode(tokenizer, texts)
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", f"prompt[{len(texts) - 1}]")
     assert caught.value.message.startswith(f"This model's maximum context length is {CONTEXT} tokens. However, prompt[")

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from swaplora_server.service.wakeups import Outbox
+from swaplora_server.service.wakeups import Wakeups
 
 
 @pytest.fixture
 def wake_ups(monkeypatch: pytest.MonkeyPatch) -> list[Callable[..., Any]]:
-    """Grows by one with every wake-up of a loop that this test's outboxes ask for."""
+    """Grows by one with every wake-up of a loop that this test's wake-ups ask for."""
     asked: list[Callable[..., Any]] = []
 
     async def prepare() -> type[asyncio.AbstractEventLoop]:
@@ -23,7 +23,7 @@ def wake_ups(monkeypatch: pytest.MonkeyPatch) -> list[Callable[..., Any]]:
     wake = loop_type.call_soon_threadsafe
 
     def counted(self: asyncio.AbstractEventLoop, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        if getattr(call, "__func__", None) is vars(Outbox)["_deliver"]:
+        if getattr(call, "__func__", None) is vars(Wakeups)["_deliver"]:
             asked.append(call)
         return wake(self, call, *args, **options)
 
@@ -32,10 +32,10 @@ def wake_ups(monkeypatch: pytest.MonkeyPatch) -> list[Callable[..., Any]]:
 
 
 async def test_what_is_posted_together_takes_one_wake_up_and_keeps_its_order(wake_ups: list[Any]) -> None:
-    outbox = Outbox()
+    wakeups = Wakeups()
     made: list[int] = []
     for number in range(16):
-        outbox.post(partial(made.append, number))
+        wakeups.post(partial(made.append, number))
     assert made == []
     await asyncio.sleep(0)
     assert made == list(range(16))
@@ -43,26 +43,26 @@ async def test_what_is_posted_together_takes_one_wake_up_and_keeps_its_order(wak
 
 
 async def test_what_is_posted_after_a_delivery_wakes_the_loop_again(wake_ups: list[Any]) -> None:
-    outbox = Outbox()
+    wakeups = Wakeups()
     made: list[int] = []
     for number in range(3):
-        outbox.post(partial(made.append, number))
+        wakeups.post(partial(made.append, number))
         await asyncio.sleep(0)
     assert made == [0, 1, 2]
     assert len(wake_ups) == 3
 
 
 async def test_what_is_posted_during_a_delivery_is_not_forgotten() -> None:
-    outbox = Outbox()
+    wakeups = Wakeups()
     made: list[str] = []
-    outbox.post(lambda: outbox.post(partial(made.append, "inner")))
+    wakeups.post(lambda: wakeups.post(partial(made.append, "inner")))
     for _ in range(3):
         await asyncio.sleep(0)
     assert made == ["inner"]
 
 
 async def test_every_call_of_every_thread_is_made_once_and_in_that_threads_order() -> None:
-    outbox, num_threads, num_calls = Outbox(), 4, 2000
+    wakeups, num_threads, num_calls = Wakeups(), 4, 2000
     made: list[tuple[int, int]] = []
     is_all = asyncio.Event()
 
@@ -73,7 +73,7 @@ async def test_every_call_of_every_thread_is_made_once_and_in_that_threads_order
 
     def post(thread: int) -> None:
         for number in range(num_calls):
-            outbox.post(partial(note, thread, number))
+            wakeups.post(partial(note, thread, number))
 
     threads = [threading.Thread(target=post, args=(thread,)) for thread in range(num_threads)]
     for thread in threads:
@@ -87,11 +87,11 @@ async def test_every_call_of_every_thread_is_made_once_and_in_that_threads_order
 
 
 def test_a_loop_that_has_closed_is_told_nothing_and_the_poster_goes_on() -> None:
-    async def make() -> Outbox:
-        return Outbox()
+    async def make() -> Wakeups:
+        return Wakeups()
 
-    outbox = asyncio.run(make())
+    wakeups = asyncio.run(make())
     made: list[int] = []
     for number in range(3):
-        outbox.post(partial(made.append, number))
+        wakeups.post(partial(made.append, number))
     assert made == []

@@ -18,21 +18,21 @@ from swaplora_server.engine import runner
 from swaplora_server.engine.lora.activation import Activation
 from swaplora_server.engine.request import AdapterUse
 from swaplora_server.kernels.rows import Segment, StepAdapters
-from swaplora_server.service.adapter_mix import Terms
+from swaplora_server.service.adapter_mix import AdapterMix
 
 NUM_SLOTS = 3
 
 
 def keyed_by_name(patch: pytest.MonkeyPatch) -> None:
     """Weights are remembered by name: a replaced name goes on with what it was loaded with first."""
-    uses = Terms.uses
+    uses = AdapterMix.uses
     kept: dict[str, AdapterWeights] = {}
 
-    async def remembering(self: Terms) -> tuple[AdapterUse, ...]:
+    async def remembering(self: AdapterMix) -> tuple[AdapterUse, ...]:
         own = zip(await uses(self), self.leases, strict=True)
         return tuple(replace(use, weights=kept.setdefault(lease.record.name, use.weights)) for use, lease in own)
 
-    patch.setattr(Terms, "uses", remembering)
+    patch.setattr(AdapterMix, "uses", remembering)
 
 
 def keyed_by_name_unchecked(patch: pytest.MonkeyPatch) -> None:

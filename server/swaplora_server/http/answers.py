@@ -10,10 +10,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from swaplora_server.engine.request import FinishReason
-from swaplora_server.http.errors import ApiError
 from swaplora_server.http.sse import DONE, EventStreamResponse, to_json, until_disconnect
 from swaplora_server.http.wire import GenerationBody
 from swaplora_server.service.detokenize import TextToken
+from swaplora_server.service.errors import RequestError
 from swaplora_server.service.generation import Admission, Generation, GenerationError, Piece
 from swaplora_server.service.metrics import Outcome
 
@@ -37,7 +37,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class AnswerFormat:
     """How one route writes its objects."""
 
     id_prefix: str
@@ -49,23 +49,23 @@ class Shape:
     opening: Callable[[int], str] | None
 
 
-async def answer(request: Request, body: GenerationBody, admission: Admission, shape: Shape) -> Response:
+async def answer(request: Request, body: GenerationBody, admission: Admission, form: AnswerFormat) -> Response:
     """The whole answer or a stream of it. The generation is aborted when the client goes before it has ended."""
-    envelope = {"id": f"{shape.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+    envelope = {"id": f"{form.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
     if body.stream:
-        head = to_json({**envelope, "object": shape.chunk_object}).removesuffix("}")
-        stream = _Stream(body, admission.generation, shape, f'data: {head},"choices":[')
+        head = to_json({**envelope, "object": form.chunk_object}).removesuffix("}")
+        stream = _Stream(body, admission.generation, form, f'data: {head},"choices":[')
         return EventStreamResponse(stream.events(), admission.headers, at_end=admission.generation.abort)
     try:
         choices = await until_disconnect(request.receive, _collect(admission.generation))
     except GenerationError as error:
-        raise ApiError(error.code, str(error)) from error
+        raise RequestError(error.code, str(error)) from error
     finally:
         admission.generation.abort()
     content = {
         **envelope,
-        "object": shape.object,
-        "choices": [_whole_choice(body, admission.generation, shape, choice) for choice in choices],
+        "object": form.object,
+        "choices": [_whole_choice(body, admission.generation, form, choice) for choice in choices],
         "usage": usage(admission.generation),
     }
     return JSONResponse(content, headers=admission.headers)
@@ -97,13 +97,13 @@ class _Stream:
 
     body: GenerationBody
     generation: Generation
-    shape: Shape
+    form: AnswerFormat
     head: str  # what each chunk begins with, up to its choices
 
     async def events(self) -> AsyncGenerator[bytes]:
         """Server-sent events, all at once that have come together; what opens a choice goes with the first of them.
 
-        Raises ApiError behind what came before it.
+        Raises RequestError behind what came before it.
         """
         opening = self._opening()
         while self.generation.outcome is None:
@@ -113,20 +113,20 @@ class _Stream:
                 yield f"{opening}{arrived}".encode()
                 opening = ""
             if failure is not None:
-                raise ApiError(failure.code, str(failure)) from failure
+                raise RequestError(failure.code, str(failure)) from failure
         yield f"{opening}{self._end()}{DONE}".encode()
 
     def _opening(self) -> str:
-        if self.shape.opening is None:
+        if self.form.opening is None:
             return ""
-        return "".join(map(self._chunk, map(self.shape.opening, range(self.generation.num_choices))))
+        return "".join(map(self._chunk, map(self.form.opening, range(self.generation.num_choices))))
 
     def _arrived(self) -> tuple[str, GenerationError | None]:
         chunks: list[str] = []
         try:
             for piece in self.generation.arrived():
                 token_ids = [] if piece.token_id is None else [piece.token_id]
-                for choice in self.shape.chunks(piece):
+                for choice in self.form.chunks(piece):
                     chunks.append(self._chunk(choice, token_ids))
                     token_ids = []
         except GenerationError as error:
@@ -146,9 +146,9 @@ class _Stream:
         return f'{self.head}],"usage":{to_json(usage(self.generation))}}}\n\n' if is_wanted else ""
 
 
-def _whole_choice(body: GenerationBody, generation: Generation, shape: Shape, choice: Choice) -> dict[str, Any]:
+def _whole_choice(body: GenerationBody, generation: Generation, form: AnswerFormat, choice: Choice) -> dict[str, Any]:
     prompt = {"prompt_token_ids": list(generation.prompt_ids(choice.index))} if body.return_token_ids else {}
-    return {**_with_ids(body, shape.choice(choice), choice.token_ids), **prompt}
+    return {**_with_ids(body, form.choice(choice), choice.token_ids), **prompt}
 
 
 def _with_ids(body: GenerationBody, choice: dict[str, Any], token_ids: list[int]) -> dict[str, Any]:

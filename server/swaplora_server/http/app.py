@@ -9,14 +9,7 @@ from starlette.requests import ClientDisconnect
 
 from swaplora_adapters.errors import AdapterError
 from swaplora_server.http.auth import KeyRing, authenticate
-from swaplora_server.http.errors import (
-    ApiError,
-    on_api_error,
-    on_client_gone,
-    on_defect,
-    on_http_error,
-    on_invalid_parameter,
-)
+from swaplora_server.http.errors import on_client_gone, on_defect, on_http_error, on_invalid_parameter, on_request_error
 from swaplora_server.http.routes import (
     adapters,
     aliases,
@@ -35,11 +28,12 @@ from swaplora_server.http.transport.body_memory import AccountedBodies
 from swaplora_server.http.transport.browsers import guard_browsers
 from swaplora_server.http.transport.request_id import RequestIdMiddleware
 from swaplora_server.http.transport.request_line import RequestLine
+from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
 
 _HANDLERS: dict[int | type[Exception], Any] = {
-    ApiError: on_api_error,
-    AdapterError: on_api_error,
+    RequestError: on_request_error,
+    AdapterError: on_request_error,
     HTTPException: on_http_error,
     RequestValidationError: on_invalid_parameter,
     ClientDisconnect: on_client_gone,
@@ -67,5 +61,5 @@ def create_app(service: Service) -> RequestIdMiddleware:
     private.get("/openapi.json", include_in_schema=False)(app.openapi)
     app.include_router(private)
     accounted = AccountedBodies(app, service.body_memory)
-    counted = metrics.CountedRequests(guard_browsers(accounted, service.settings), service.figures)
+    counted = metrics.CountedRequests(guard_browsers(accounted, service.settings), service.metrics)
     return RequestIdMiddleware(RequestLine(counted, root_path))  # outermost, so that it sees every failure

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fastapi import Request
 from pydantic import SecretStr
 
-from swaplora_server.http.errors import ApiError
+from swaplora_server.service.errors import RequestError
 
 
 class KeyRing:
@@ -25,11 +25,11 @@ class KeyRing:
 
 
 async def authenticate(request: Request) -> None:
-    """A dependency. Raises ApiError unless the request carries `Authorization: Bearer KEY` with one of the keys."""
+    """A dependency. Raises RequestError unless the request carries `Authorization: Bearer KEY` with one of the keys."""
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     keys: KeyRing = request.app.state.keys
     if not keys.admits(key.strip() if scheme.lower() == "bearer" else None):
-        raise ApiError("invalid_api_key", "send a valid API key as Authorization: Bearer KEY")
+        raise RequestError("invalid_api_key", "send a valid API key as Authorization: Bearer KEY")
 
 
 def _digest(key: str) -> bytes:

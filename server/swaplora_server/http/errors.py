@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from swaplora_adapters.errors import AdapterError, StorageFailedError, StorageFullError
 from swaplora_server.http.unserved import what_is_there
+from swaplora_server.service.errors import RequestError
 
 _log = structlog.get_logger(__name__)
 _STATUS = {
@@ -62,16 +63,6 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
-class ApiError(Exception):
-    """What a request is answered with. `code` is a key of the status table; `param` names the field at fault."""
-
-    def __init__(self, code: str, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-        self.param = param
-
-
 def error_body(code: str, message: str, param: str | None = None) -> dict[str, dict[str, str | None]]:
     """OpenAI's error object, as it stands in a JSON answer and in a stream."""
     status = _STATUS[code]
@@ -79,17 +70,17 @@ def error_body(code: str, message: str, param: str | None = None) -> dict[str, d
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def error_response(error: ApiError | AdapterError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def error_response(error: RequestError | AdapterError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The answer to a request that failed with `error`."""
-    param = error.param if isinstance(error, ApiError) else None
+    param = error.param if isinstance(error, RequestError) else None
     retry = {"Retry-After": _RETRY_AFTER[error.code]} if error.code in _RETRY_AFTER else {}
     body = error_body(error.code, str(error), param)
     return JSONResponse(body, _STATUS[error.code], headers={**retry, **(headers or {})})
 
 
-async def on_api_error(_request: Request, error: Exception) -> JSONResponse:
-    """Exception handler for ApiError and AdapterError."""
-    assert isinstance(error, ApiError | AdapterError)
+async def on_request_error(_request: Request, error: Exception) -> JSONResponse:
+    """Exception handler for RequestError and AdapterError."""
+    assert isinstance(error, RequestError | AdapterError)
     if isinstance(error, StorageFullError | StorageFailedError):
         _log.error("the data directory cannot be written", reason=str(error))
     return error_response(error)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import structlog
 from pydantic import BaseModel
 
-from swaplora_server.http.errors import ApiError
+from swaplora_server.service.errors import RequestError
 
 _log = structlog.get_logger(__name__)
 _MAX_UNKNOWN_FIELDS = 64
@@ -125,7 +125,7 @@ MESSAGE: dict[str, Refusal] = {
 def refuse_unsupported(
     body: BaseModel, refused: Mapping[str, Refusal] = {}, messages: Sequence[BaseModel] = ()
 ) -> None:
-    """Raise one ApiError that names every field of `body`, and of its `messages`, that is not honoured.
+    """Raise one RequestError that names every field of `body`, and of its `messages`, that is not honoured.
 
     What nobody defines is logged and ignored.
     """
@@ -138,13 +138,13 @@ def refuse_unsupported(
     for path, name, refusal in found:  # what many messages have is named where it first stands
         first_paths.setdefault((path == name, name), (path, refusal))
     told = [f"{path} is not supported yet: {refusal.remedy}" for path, refusal in first_paths.values()]
-    raise ApiError("unsupported_field", ". ".join(told[:_MAX_NAMED]), found[0][0])
+    raise RequestError("unsupported_field", ". ".join(told[:_MAX_NAMED]), found[0][0])
 
 
 def _refused(body: BaseModel, refused: Mapping[str, Refusal]) -> Iterator[str]:
     extra = body.model_extra or {}
     if len(extra) > _MAX_UNKNOWN_FIELDS:
-        raise ApiError("invalid_request", f"the body has {len(extra)} fields that are not known here")
+        raise RequestError("invalid_request", f"the body has {len(extra)} fields that are not known here")
     for name, value in extra.items():
         if name not in refused:
             _log.debug("ignored an unknown field", field=name[:64])

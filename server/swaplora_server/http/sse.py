@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from swaplora_server.http.errors import ApiError, error_body
+from swaplora_server.http.errors import error_body
+from swaplora_server.service.errors import RequestError
 
 PING_SECONDS = 15.0
 DONE = "data: [DONE]\n\n"
@@ -30,7 +31,7 @@ def event(data: Mapping[str, Any]) -> str:
 class EventStreamResponse(Response):
     """Sends what `events` yields as it comes, with a comment every 15 silent seconds; the first of either begins it.
 
-    An ApiError out of `events` is raised while nothing was sent, so that it is answered with its status, and is an
+    A RequestError out of `events` is raised while nothing was sent, so that it is answered with its status, and is an
     event after that. The client's going is noticed at once, even while nothing is being sent; `events` is closed in
     every case.
     """
@@ -60,7 +61,7 @@ class EventStreamResponse(Response):
         try:
             async for events in self._events:
                 await self._write(send, events)
-        except ApiError as error:
+        except RequestError as error:
             if not self._has_begun:
                 raise
             await self._write(send, f"{event(error_body(error.code, error.message))}{DONE}".encode())

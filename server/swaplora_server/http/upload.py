@@ -11,8 +11,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from swaplora_adapters.config.spec import MAX_CONFIG_BYTES
 from swaplora_adapters.store.staging import Part, Staging, Writer
-from swaplora_server.http.errors import ApiError
 from swaplora_server.http.transport.encoding import body_chunks
+from swaplora_server.service.errors import RequestError
 
 _MAX_HEADER_BYTES = 8 << 10
 _MAX_FRAME_BYTES = 1 << 20  # what a body may hold beside the two files
@@ -23,7 +23,7 @@ _REMEDY = "send exactly two parts: config (adapter_config.json) and weights (ada
 async def receive_files(request: Request, staging: Staging, max_weights_bytes: int, threads: Executor) -> None:
     """Write the request's parts `config` and `weights` into `staging`, in `threads`.
 
-    Raises ApiError for anything but these two parts, AdapterTooLargeError and StorageFullError.
+    Raises RequestError for anything but these two parts, AdapterTooLargeError and StorageFullError.
     """
     limits: dict[Part, int] = {"config": MAX_CONFIG_BYTES, "weights": max_weights_bytes}
     parts = _Parts(staging, limits)
@@ -35,7 +35,7 @@ async def receive_files(request: Request, staging: Staging, max_weights_bytes: i
                 await loop.run_in_executor(threads, parser.write, chunk)
             await loop.run_in_executor(threads, parser.finalize)
         except FormParserError as error:
-            raise ApiError("invalid_request", f"the body is not well-formed multipart; {_REMEDY}") from error
+            raise RequestError("invalid_request", f"the body is not well-formed multipart; {_REMEDY}") from error
     parts.check_complete()
 
 
@@ -45,7 +45,7 @@ async def _bounded_body(request: Request, max_bytes: int) -> AsyncIterator[bytes
     async for chunk in body_chunks(request, max_bytes):
         num_bytes += len(chunk)
         if num_bytes > max_bytes:
-            raise ApiError("body_too_large", f"the body is larger than {max_bytes} bytes; {_REMEDY}")
+            raise RequestError("body_too_large", f"the body is larger than {max_bytes} bytes; {_REMEDY}")
         yield chunk
 
 
@@ -54,7 +54,7 @@ def _boundary(request: Request) -> bytes:
     kind, options = parse_options_header(content_type if len(content_type) <= _MAX_TYPE_CHARS else "")
     boundary: bytes = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not boundary:
-        raise ApiError("invalid_request", f"the body must be multipart/form-data; {_REMEDY}")
+        raise RequestError("invalid_request", f"the body must be multipart/form-data; {_REMEDY}")
     return boundary
 
 
@@ -89,7 +89,7 @@ class _Parts:
         missing = sorted(self._limits.keys() - self._received)
         if missing or not self._is_finished:
             what = f"part {' and '.join(missing)} is missing" if missing else "the body ends early"
-            raise ApiError("invalid_request", f"{what}; {_REMEDY}", missing[0] if missing else None)
+            raise RequestError("invalid_request", f"{what}; {_REMEDY}", missing[0] if missing else None)
 
     def _begin(self) -> None:
         self._disposition = None
@@ -104,7 +104,9 @@ class _Parts:
     def _bounded(self, piece: bytes) -> bytes:
         self._num_header_bytes += len(piece)
         if self._num_header_bytes > _MAX_HEADER_BYTES:
-            raise ApiError("invalid_request", f"a part's headers are larger than {_MAX_HEADER_BYTES} bytes; {_REMEDY}")
+            raise RequestError(
+                "invalid_request", f"a part's headers are larger than {_MAX_HEADER_BYTES} bytes; {_REMEDY}"
+            )
         return piece
 
     def _on_header_end(self) -> None:
@@ -116,9 +118,9 @@ class _Parts:
         sent = _part_name(self._disposition)
         name = next((part for part in self._limits if part == sent), None)
         if name is None:
-            raise ApiError("invalid_request", f"there is a part of another name; {_REMEDY}")
+            raise RequestError("invalid_request", f"there is a part of another name; {_REMEDY}")
         if name in self._received:
-            raise ApiError("invalid_request", f"part {name} is sent twice; {_REMEDY}", name)
+            raise RequestError("invalid_request", f"part {name} is sent twice; {_REMEDY}", name)
         self._received.add(name)
         self._writer = self.open_file.enter_context(self._staging.writer(name, self._limits[name]))
 

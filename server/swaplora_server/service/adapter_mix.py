@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from swaplora_adapters.errors import AdapterFailedError, AdapterNotFoundError, AdapterTooLargeError, MemoryFullError
 from swaplora_adapters.registry.leases import Lease, Tenancy
 from swaplora_server.engine.request import AdapterUse
-from swaplora_server.http.errors import ApiError
 from swaplora_server.http.wire import AdapterTerm, GenerationBody
+from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
 from swaplora_server.service.shared import result_of
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class AdapterMix:
     """The adapters whose deltas are added to the base, each times its scale. None of them: the base."""
 
     tenancy: Tenancy
@@ -25,14 +25,14 @@ class Terms:
         return self.tenancy.leases
 
     async def uses(self) -> tuple[AdapterUse, ...]:
-        """Wait for the weights. Raises ApiError for those that cannot be had, and for what does not add up.
+        """Wait for the weights. Raises RequestError for those that cannot be had, and for what does not add up.
 
         Raises StorageFailedError as well.
         """
         try:
             weights = await result_of(self.tenancy.weights)
         except (AdapterFailedError, AdapterTooLargeError, MemoryFullError) as error:
-            raise ApiError(error.code, str(error), self._param_at_fault()) from error
+            raise RequestError(error.code, str(error), self._param_at_fault()) from error
         digests = [lease.record.digest for lease in self.leases]
         uses = tuple(
             AdapterUse(weights[digest], scale, digest) for digest, scale in zip(digests, self.scales, strict=True)
@@ -54,7 +54,7 @@ class Terms:
                     f"{lease.record.name!r} does more than add to the base (DoRA, modules of its own, an invocation), "
                     "so it has no place in a sum: name it alone, at scale 1"
                 )
-                raise ApiError("invalid_request", message, param)
+                raise RequestError("invalid_request", message, param)
 
     def release(self) -> None:
         """Give back every lease, and the memory."""
@@ -71,8 +71,8 @@ class Terms:
         }
 
 
-async def take_terms(service: Service, body: GenerationBody, client: str | None) -> Terms:
-    """Lease all that `body` names, or nothing, and then claim memory for it. Raises ApiError, VersionNotFoundError."""
+async def lease_mix(service: Service, body: GenerationBody, client: str | None) -> AdapterMix:
+    """Lease all that `body` names, or nothing, and claim memory for it. Raises RequestError, VersionNotFoundError."""
     wanted = _wanted(service, body)
     leases: list[Lease] = []
     try:
@@ -83,7 +83,7 @@ async def take_terms(service: Service, body: GenerationBody, client: str | None)
             lease.release()
         raise
     scales, params = tuple(term.scale for term, _ in wanted), tuple(param for _, param in wanted)
-    return Terms(service.registry.tenancy(leases), scales, params)
+    return AdapterMix(service.registry.tenancy(leases), scales, params)
 
 
 def _wanted(service: Service, body: GenerationBody) -> Sequence[tuple[AdapterTerm, str]]:
@@ -91,27 +91,27 @@ def _wanted(service: Service, body: GenerationBody) -> Sequence[tuple[AdapterTer
     is_base = service.is_base(body.model)
     if body.adapters and not is_base:
         message = f"adapters are added to the base: with them, model is {service.settings.base_id}"
-        raise ApiError("invalid_request", message, "model")
+        raise RequestError("invalid_request", message, "model")
     if not is_base:
         return [(AdapterTerm(name=body.model), "model")]
     for number, term in enumerate(body.adapters or ()):
         if service.is_base(term.name):
-            raise ApiError("invalid_request", "the base is in every sum already", f"adapters[{number}].name")
+            raise RequestError("invalid_request", "the base is in every sum already", f"adapters[{number}].name")
     return [(term, f"adapters[{number}].name") for number, term in enumerate(body.adapters or ())]
 
 
 async def lease_model(service: Service, model: str, client: str | None, param: str = "model") -> Lease:
     """A lease on who `model` stands for, looked for where the operator says if it is not here yet.
 
-    `client` keeps to one side of an alias that splits. Raises ApiError model_not_found, and VersionNotFoundError.
+    `client` keeps to one side of an alias that splits. Raises RequestError model_not_found, and VersionNotFoundError.
     """
     try:
         try:
             return service.registry.lease(model, client)
         except AdapterNotFoundError:
-            if not await service.arrivals.bring(model):
+            if not await service.ingest.resolve(model):
                 raise
             return service.registry.lease(model, client)
     except AdapterNotFoundError as error:
         message = f"there is no model {model[:128]!r}; GET /v1/models lists what there is"
-        raise ApiError("model_not_found", message, param) from error
+        raise RequestError("model_not_found", message, param) from error

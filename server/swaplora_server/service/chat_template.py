@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from swaplora_server.http.errors import ApiError
+from swaplora_server.service.errors import RequestError
 
 _MAX_SHAPES = 256  # remembered
 _MAX_REMEMBERED_MESSAGES = 64
@@ -51,22 +51,26 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], variables: Mapping[str, Any], **options: bool) -> str:
         """The text; the template sees `variables` as variables.
 
-        Raises ApiError when the template refuses the conversation or leaves something of it out, and for a variable
+        Raises RequestError when the template refuses the conversation or leaves something of it out, and for a variable
         that is really an option of the renderer's.
         """
         if reserved := sorted(variables.keys() & self._options):
-            raise ApiError("unsupported_field", f"{', '.join(reserved)} cannot be given here", "chat_template_kwargs")
+            raise RequestError(
+                "unsupported_field", f"{', '.join(reserved)} cannot be given here", "chat_template_kwargs"
+            )
         if self._tokenizer.chat_template is None:
-            raise ApiError("invalid_request", "the base has no chat template; use /v1/completions", "messages")
+            raise RequestError("invalid_request", "the base has no chat template; use /v1/completions", "messages")
         try:
             text = self._apply(messages, variables, options)
         except TemplateError as error:
-            raise ApiError("invalid_request", f"the chat template refuses this: {error}", "messages") from error
+            raise RequestError("invalid_request", f"the chat template refuses this: {error}", "messages") from error
         except (TypeError, ValueError) as error:
-            raise ApiError("invalid_request", "the chat template cannot make a prompt of this", "messages") from error
+            raise RequestError(
+                "invalid_request", "the chat template cannot make a prompt of this", "messages"
+            ) from error
         if left_out := self._look(_shape(messages, variables, options)):
             told = [words for _, words in left_out[:_MAX_NAMED]]
-            raise ApiError("unsupported_field", ". ".join(told), left_out[0][0])
+            raise RequestError("unsupported_field", ". ".join(told), left_out[0][0])
         return text
 
     def _apply(self, messages: Sequence[Message], variables: Mapping[str, Any], options: Mapping[str, bool]) -> str:

@@ -17,7 +17,7 @@ from swaplora_adapters.interest import Interest
 from swaplora_adapters.sources.workers import Workers
 from swaplora_server.base.chosen_base import source_of
 from swaplora_server.config import Settings
-from swaplora_server.http.errors import ApiError
+from swaplora_server.service.errors import RequestError
 from swaplora_server.service.shared import ended, result_of
 
 MAX_JOBS = 8  # of a kind, waiting and running
@@ -32,7 +32,7 @@ class _Shared(NamedTuple):
     interest: Interest
 
 
-class Workshop:
+class Derivations:
     """Belongs to the event loop. `stop`, which any thread may call, ends all of it."""
 
     def __init__(self, settings: Settings, shapes: Mapping[str, LinearShape]) -> None:
@@ -62,7 +62,7 @@ class Workshop:
     async def make(self, job: Callable[[Interest], T]) -> T:
         """What `job` returns, once its turn has come. Whoever is cancelled waits until no more of it runs.
 
-        Raises ApiError when more would wait than is good.
+        Raises RequestError when more would wait than is good.
         """
         interest = Interest()
         future = _submit(self._makers, partial(job, interest), interest)
@@ -75,7 +75,7 @@ class Workshop:
     async def count_intruders(self, digest: str, in_a_folder: Callable[[Count], Counts]) -> Counts:
         """By module: `in_a_folder` calls what it is given with a folder that holds the adapter, and returns the same.
 
-        All who ask about one digest share one run. Raises ApiError when more would wait than is good.
+        All who ask about one digest share one run. Raises RequestError when more would wait than is good.
         """
         shared = self._shared.get(digest)
         if shared is None or shared.future.done() or not shared.interest.join():
@@ -108,5 +108,5 @@ class Workshop:
 
 def _submit(workers: Workers, job: Callable[[], T], interest: Interest) -> Future[T]:
     if workers.num_jobs >= MAX_JOBS:
-        raise ApiError("overloaded", f"{MAX_JOBS} others of this kind are waited for; try again in a moment")
+        raise RequestError("overloaded", f"{MAX_JOBS} others of this kind are waited for; try again in a moment")
     return workers.submit(job, interest=interest)

@@ -13,11 +13,11 @@ import structlog
 from starlette.requests import Request as HttpRequest
 
 from swaplora_server.engine.request import AdapterUse, FinishReason, Request, SamplingParams, TokenEvent
-from swaplora_server.http.errors import ApiError
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.wire import GenerationBody
-from swaplora_server.service.adapter_mix import Terms, take_terms
+from swaplora_server.service.adapter_mix import AdapterMix, lease_mix
 from swaplora_server.service.detokenize import Detokenizer, Settled, TextRules, TextToken
+from swaplora_server.service.errors import RequestError
 from swaplora_server.service.invocation import invoked_at
 from swaplora_server.service.metrics import Outcome, Record
 from swaplora_server.service.service import Service
@@ -71,7 +71,7 @@ class Generation:
         self._began = began
         self._request_id = structlog.contextvars.get_contextvars().get("request_id", "")  # the answer's X-Request-Id
         self._first_at = self._last_at = 0.0
-        self._outbox = service.outbox
+        self._wakeups = service.wakeups
         self._events: deque[tuple[int, TokenEvent]] = deque()
         self._has_come = asyncio.Event()
         self._is_read_at_once = body.stream or bool(body.stops)
@@ -100,7 +100,7 @@ class Generation:
     def prompt_ids(self, choice: int) -> Sequence[int]:
         return self._prompts[choice // self._body.n]
 
-    def submit(self, uses: tuple[AdapterUse, ...], terms: Terms, starts: Sequence[int]) -> None:
+    def submit(self, uses: tuple[AdapterUse, ...], terms: AdapterMix, starts: Sequence[int]) -> None:
         """Hand every prompt to the engine, and with them the leases, which go back when the last of them has ended.
 
         `starts` says for each prompt which token its adapter applies to first.
@@ -153,7 +153,7 @@ class Generation:
         self._open.clear()
         self._num_cached_tokens = self.num_cached_tokens
         self._requests.clear()  # which point back here: weights must not wait for the cycle collector
-        self._service.figures.observe(self._record(outcome))
+        self._service.metrics.observe(self._record(outcome))
 
     def _record(self, outcome: Outcome) -> Record:
         longest = max(self.num_generated)
@@ -172,7 +172,7 @@ class Generation:
         self._first_at = self._first_at or self._last_at
         self._events.append((first_choice + event.index, event))
         if self._is_read_at_once or event.finish_reason is not None or len(self._events) >= _PATIENCE:
-            self._outbox.post(self._has_come.set)
+            self._wakeups.post(self._has_come.set)
 
     def _piece(self, choice: int, event: TokenEvent) -> Piece:
         if event.finish_reason is FinishReason.ERROR:
@@ -237,7 +237,7 @@ async def admit(
 ) -> Admission:
     """Make and check the prompts, bind the names of who answers to versions, wait for their weights, and submit.
 
-    max_tokens None means as many as fit. Raises ApiError, AdapterError for an adapter that cannot be had, and
+    max_tokens None means as many as fit. Raises RequestError, AdapterError for an adapter that cannot be had, and
     ClientGoneError for a client that does not wait for it.
     """
     client = http_request.headers.get(_SESSION_HEADER) or body.user or None  # an empty one names nobody
@@ -262,7 +262,7 @@ async def _admit(
     service.enter(len(prompts) * body.n)
     terms = None
     try:
-        terms = await take_terms(service, body, client)
+        terms = await lease_mix(service, body, client)
         uses = await terms.uses()
         starts = [invoked_at(prompt, uses, body.prompt_param(number)) for number, prompt in enumerate(prompts)]
         params = body.sampling(limit, service.base.eos_token_ids, num_logprobs)
@@ -277,23 +277,23 @@ async def _admit(
 
 
 def _check_ids(service: Service, token_ids: Sequence[int], param: str) -> None:
-    """Raise ApiError for an id that the base has no token for: it would index what is not there."""
+    """Raise RequestError for an id that the base has no token for: it would index what is not there."""
     largest, limit = max(token_ids, default=0), service.base.vocab_size
     if largest >= limit:
         message = f"{param}: token id {largest} is not in the base's vocabulary, whose ids end at {limit - 1}"
-        raise ApiError("invalid_request", message, param)
+        raise RequestError("invalid_request", message, param)
 
 
 def _room(service: Service, body: GenerationBody, number: int, prompt: Sequence[int], max_tokens: int | None) -> int:
-    """How many tokens may follow `prompt`. Raises ApiError when it, or it and what is asked for, do not fit."""
+    """How many tokens may follow `prompt`. Raises RequestError when it, or it and what is asked for, do not fit."""
     param = body.prompt_param(number)
     if not prompt:
-        raise ApiError("invalid_request", f"{param} is empty", param)
+        raise RequestError("invalid_request", f"{param} is empty", param)
     _check_ids(service, prompt, param)
     room, wanted = service.max_model_len - len(prompt), max_tokens or 1
     if wanted > room:
         is_too_long = room < 1 or max_tokens is None
-        raise ApiError(
+        raise RequestError(
             "context_length_exceeded",
             f"This model's maximum context length is {service.max_model_len} tokens. However, you requested "
             f"{len(prompt) + wanted} tokens ({len(prompt)} in the prompt, {wanted} to generate). "

@@ -21,8 +21,8 @@ from swaplora_adapters.sources.watcher import AdapterFolder
 from swaplora_adapters.sources.workers import Workers
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions, NameState
 from swaplora_adapters.store.staging import Staging
-from swaplora_server.http.errors import ApiError
 from swaplora_server.http.transport.peer import peer
+from swaplora_server.service.errors import RequestError
 from swaplora_server.service.shared import result_of
 
 NUM_FETCHERS = 4
@@ -33,7 +33,7 @@ MakeWhileWanted = Callable[[Interest, Staging], str]
 _NEVER_USED = NameState(was_used=False, version=None)
 
 
-class Arrivals:
+class Ingest:
     """Looks into the folder at `start` and then now and again, and for a single name when a request names it.
 
     A name that was ever used is never looked for: what was deleted does not come back by being asked for.
@@ -80,10 +80,10 @@ class Arrivals:
     ) -> Put:
         """See `Registry.put_source`; whoever is cancelled takes the fetch with it.
 
-        Raises ApiError when more would wait than is good.
+        Raises RequestError when more would wait than is good.
         """
         if self._fetchers.num_jobs >= MAX_FETCHES:
-            raise ApiError("overloaded", f"{MAX_FETCHES} adapters are being fetched; try again in a moment")
+            raise RequestError("overloaded", f"{MAX_FETCHES} adapters are being fetched; try again in a moment")
         interest = Interest()
         put = partial(
             self._registry.put_source,
@@ -99,7 +99,7 @@ class Arrivals:
         finally:
             interest.leave()
 
-    async def bring(self, reference: str) -> bool:
+    async def resolve(self, reference: str) -> bool:
         """Whether the adapter that `reference` names, and that was not here, is now.
 
         Looking takes turns between clients, and ends with the last who waits.

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from swaplora_server.engine.request import AdapterUse
-from swaplora_server.http.errors import ApiError
+from swaplora_server.service.errors import RequestError
 
 
 def invoked_at(prompt: Sequence[int], uses: Sequence[AdapterUse], param: str = "prompt") -> int:
     """The first token that the adapter applies to: where its invocation stands for the last time; 0 for other kinds.
 
-    Raises ApiError, with `param` for the prompt, for one without the invocation, which the base alone would answer.
+    Raises RequestError, with `param` for the prompt, for one without the invocation, which the base alone would answer.
     """
     for use in uses:
         if invocation := use.weights.invocation:
@@ -22,4 +22,4 @@ def _last(prompt: Sequence[int], invocation: Sequence[int], param: str) -> int:
         if tuple(prompt[start : start + len(invocation)]) == tuple(invocation):
             return start
     message = f"the prompt lacks the tokens {list(invocation)} that invoke the adapter; without them it does not apply"
-    raise ApiError("invalid_request", message, param)
+    raise RequestError("invalid_request", message, param)

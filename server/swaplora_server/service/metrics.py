@@ -45,7 +45,7 @@ class State:
     resident_bytes: int  # of adapters, in memory
 
 
-class Figures:
+class Metrics:
     """Owns the registry that a scrape reads. A step of the engine pays nothing; a request pays once, at its end."""
 
     def __init__(self, read_state: Callable[[], State | None], base: str) -> None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Generic, TypeVar
 
-from swaplora_server.http.errors import ApiError
+from swaplora_server.service.errors import RequestError
 
 PATIENCE = 16  # a job lets later ones before it that are together this many times as large, and no more
 T = TypeVar("T")
@@ -69,10 +69,10 @@ class Offload:
     async def do(self, size: int, job: Callable[[], T]) -> T:
         """What `job` returns or raises; `size` is how much work it is, beside others.
 
-        Raises ApiError when more would wait than is good. Whoever is cancelled takes a job that waits with it.
+        Raises RequestError when more would wait than is good. Whoever is cancelled takes a job that waits with it.
         """
         if self.num_running >= self._num_threads and self.num_waiting >= self._max_waiting:
-            raise ApiError("overloaded", "too many requests wait for work as long as this; try again in a moment")
+            raise RequestError("overloaded", "too many requests wait for work as long as this; try again in a moment")
         result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         begin = partial(self._begin, job, result)
         self._waiting.push(size, begin)

@@ -5,7 +5,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerFast
 
-from swaplora_server.http.errors import ApiError
+from swaplora_server.service.errors import RequestError
 from swaplora_server.service.offload import Offload
 
 LONG_CHARACTERS = 4096
@@ -36,7 +36,7 @@ class PromptTokenizer:
     ) -> list[list[int]]:
         """The token ids of each prompt, in the order given; those of ids are left alone.
 
-        Raises ApiError for a text that cannot fit, whose field `param` names by the prompt's number.
+        Raises RequestError for a text that cannot fit, whose field `param` names by the prompt's number.
         """
         texts = {number: prompt for number, prompt in enumerate(prompts) if isinstance(prompt, str)}
         for number, text in texts.items():
@@ -79,6 +79,6 @@ class PromptTokenizer:
     def _num_tokens(self, text: str) -> int:
         return len(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def _too_long(self, param: str, reason: str) -> ApiError:
+    def _too_long(self, param: str, reason: str) -> RequestError:
         message = f"This model's maximum context length is {self._max_model_len} tokens. However, {reason}. Shorten it."
-        return ApiError("context_length_exceeded", message, param)
+        return RequestError("context_length_exceeded", message, param)

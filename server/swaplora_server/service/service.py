@@ -22,16 +22,16 @@ from swaplora_server.config import Settings
 from swaplora_server.engine.engine import Engine
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.scheduler import Scheduler
-from swaplora_server.http.errors import ApiError
 from swaplora_server.http.transport.body_memory import BodyMemory
 from swaplora_server.service.chat_template import ChatTemplate
-from swaplora_server.service.derivations import Workshop
-from swaplora_server.service.ingest import Arrivals
-from swaplora_server.service.metrics import Figures, State
+from swaplora_server.service.derivations import Derivations
+from swaplora_server.service.errors import RequestError
+from swaplora_server.service.ingest import Ingest
+from swaplora_server.service.metrics import Metrics, State
 from swaplora_server.service.offload import Offload
 from swaplora_server.service.prompts import LONG_CHARACTERS, PromptTokenizer
 from swaplora_server.service.shared import result_of
-from swaplora_server.service.wakeups import Outbox
+from swaplora_server.service.wakeups import Wakeups
 
 _HEARTBEAT_LIMIT_SECONDS = 60.0
 _JOIN_SECONDS = 3.0
@@ -48,8 +48,8 @@ class Service:
     base: BaseModel
     engine: Engine
     registry: Registry
-    arrivals: Arrivals
-    workshop: Workshop
+    ingest: Ingest
+    derivations: Derivations
     tokenizer: PromptTokenizer
     max_model_len: int
 
@@ -57,9 +57,9 @@ class Service:
         self.settings = settings
         self.started_at = int(time.time())
         self.is_draining = False
-        self.figures = Figures(self._state, settings.base_id)
+        self.metrics = Metrics(self._state, settings.base_id)
         self.body_memory = BodyMemory(settings.body_memory_bytes)
-        # the loop's own threads are for what is short: lists, figures, changes of names
+        # the loop's own threads are for what is short: lists, metrics, changes of names
         self.offload = Offload(settings.tokenizer_threads, settings.max_waiting, "tokenize")
         self.inspections = Offload(NUM_INSPECTORS, MAX_INSPECTIONS, "inspect")
         self.upload_threads = ThreadPoolExecutor(NUM_UPLOAD_THREADS, "upload")
@@ -81,9 +81,9 @@ class Service:
         return self.engine.is_alive and self.engine.snapshot().seconds_since_beat < _HEARTBEAT_LIMIT_SECONDS
 
     @cached_property
-    def outbox(self) -> Outbox:
+    def wakeups(self) -> Wakeups:
         """What the engine tells the event loop through; first asked for on that loop, the one that serves."""
-        return Outbox()
+        return Wakeups()
 
     def start(self, report: Callable[[str], None]) -> None:
         """Load the base, open the registry, and start the engine. `report` hears what is being done.
@@ -98,12 +98,12 @@ class Service:
             self.registry = self._open_registry()
             opened.callback(self.registry.close)
             self._take_in_named_adapters()
-            self.arrivals = Arrivals(self.registry, settings.adapter_dir, settings.resolver, _report_arrival)
-            opened.callback(self.arrivals.join)
-            opened.callback(self.arrivals.stop)
-            self.arrivals.start(settings.adapter_rescan_seconds)
-            self.workshop = Workshop(settings, self.base.layers.linears)
-            opened.callback(self.workshop.stop)
+            self.ingest = Ingest(self.registry, settings.adapter_dir, settings.resolver, _report_ingest)
+            opened.callback(self.ingest.join)
+            opened.callback(self.ingest.stop)
+            self.ingest.start(settings.adapter_rescan_seconds)
+            self.derivations = Derivations(settings, self.base.layers.linears)
+            opened.callback(self.derivations.stop)
             for name in self.registry.pins_not_kept():
                 _log.warning("not all pinned adapters fit in memory: this one may leave it", adapter=name)
             self.engine = self._make_engine()
@@ -120,36 +120,36 @@ class Service:
         with self._lock:
             if self._is_ready.is_set():
                 self._sources.stop()
-                self.arrivals.stop()
+                self.ingest.stop()
                 self._opened.close()
 
     def check_serving(self) -> None:
-        """Raise ApiError unless a new request can be taken."""
+        """Raise RequestError unless a new request can be taken."""
         if self.is_draining:
-            raise ApiError("draining", "the server is shutting down and takes no new requests")
+            raise RequestError("draining", "the server is shutting down and takes no new requests")
         if not self._is_ready.is_set():
-            raise ApiError("not_ready", "the server is still starting; GET /health/ready says when it has")
+            raise RequestError("not_ready", "the server is still starting; GET /health/ready says when it has")
         if not self.engine.is_alive:
-            raise ApiError("engine_failed", self.engine.failure or "the engine has stopped")
+            raise RequestError("engine_failed", self.engine.failure or "the engine has stopped")
 
     def check_number(self, n: int, num_prompts: int) -> None:
-        """Raise ApiError for more sequences than can ever be here at once."""
+        """Raise RequestError for more sequences than can ever be here at once."""
         if n * num_prompts > self._max_sequences:
             message = (
                 f"n times the prompts is {n * num_prompts}; this server takes at most {self._max_sequences} at once, "
                 "--max-num-seqs and --max-waiting together"
             )
-            raise ApiError("invalid_request", message, "n" if n > 1 else "prompt")
+            raise RequestError("invalid_request", message, "n" if n > 1 else "prompt")
 
     @property
     def _max_sequences(self) -> int:
         return self.settings.max_waiting + self.settings.max_num_seqs
 
     def enter(self, num_sequences: int) -> None:
-        """Count `num_sequences` in, until `leave`. Raises ApiError when more would wait than the operator allows."""
+        """Count `num_sequences` in, until `leave`. Raises RequestError if more would wait than the operator allows."""
         with self._count_lock:
             if self._num_sequences + num_sequences > self._max_sequences:
-                raise ApiError("overloaded", "too many requests are waiting; try again in a moment")
+                raise RequestError("overloaded", "too many requests are waiting; try again in a moment")
             self._num_sequences += num_sequences
 
     def leave(self, num_sequences: int) -> None:
@@ -259,7 +259,7 @@ class Service:
         return Engine(scheduler, base.runner(pool.num_blocks, settings.block_size))
 
 
-def _report_arrival(name: str, error: Exception) -> None:
+def _report_ingest(name: str, error: Exception) -> None:
     _log.warning("an adapter of --adapter-dir cannot be taken in", adapter=name, reason=_reason(error))
 
 

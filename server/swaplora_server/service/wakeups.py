@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 
-class Outbox:
+class Wakeups:
     """Calls for the event loop that made it. Any thread may post; each call is made once, in the order of posting."""
 
     def __init__(self) -> None:

@@ -12,11 +12,11 @@ from swaplora_adapters.derive.making import DEFAULT_ENERGY
 from swaplora_adapters.registry.card import Put
 from swaplora_adapters.store.conditions import Conditions
 from swaplora_server.http.cards import card_body
-from swaplora_server.http.errors import ApiError
 from swaplora_server.http.query import refuse_unknown_parameters
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.transport.body import ClosedModel, body_schema, is_json, json_body, read_json
 from swaplora_server.http.upload import receive_files
+from swaplora_server.service.errors import RequestError
 from swaplora_server.service.ingest import MakeWhileWanted
 from swaplora_server.service.service import Service
 
@@ -70,13 +70,13 @@ async def put_adapter(
     service: Service = request.app.state.service
     service.check_serving()
     if if_none_match not in (None, "*"):
-        raise ApiError("invalid_request", 'If-None-Match can only be "*": create, never replace', "If-None-Match")
+        raise RequestError("invalid_request", 'If-None-Match can only be "*": create, never replace', "If-None-Match")
     service.registry.names.check_adapter_name(name)
     wanted = None if if_match is None else if_match.strip('"')
     if convert is None and convert_energy is not None:
-        raise ApiError("invalid_request", "convert_energy needs convert=svd", "convert_energy")
+        raise RequestError("invalid_request", "convert_energy needs convert=svd", "convert_energy")
     conditions = Conditions(if_match=wanted, if_none_match=if_none_match is not None)
-    make = None if convert is None else partial(service.workshop.maker.convert, convert_energy or DEFAULT_ENERGY)
+    make = None if convert is None else partial(service.derivations.maker.convert, convert_energy or DEFAULT_ENERGY)
     take_in = _fetch if is_json(request.headers.get("content-type", "")) else _receive
     put = await take_in(request, service, name, conditions, make)
     return JSONResponse(card_body(service, put.card), 201 if put.is_first else 200)
@@ -92,7 +92,7 @@ async def _receive(
         put = partial(registry.put, name, staging, source="upload", conditions=conditions)
         if make is None:
             return await asyncio.get_running_loop().run_in_executor(service.upload_threads, put)
-        making = service.workshop.make(lambda interest: put(make=partial(make, interest)))
+        making = service.derivations.make(lambda interest: put(make=partial(make, interest)))
         return await until_disconnect(request.receive, making)
 
 
@@ -101,7 +101,7 @@ async def _fetch(
 ) -> Put:
     """Get them from the source that the body names."""
     body = await read_json(request, SourceBody)
-    fetch = service.arrivals.fetch(name, body.source, conditions=conditions, make=make)
+    fetch = service.ingest.fetch(name, body.source, conditions=conditions, make=make)
     return await until_disconnect(request.receive, fetch)
 
 

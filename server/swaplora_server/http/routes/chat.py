@@ -8,13 +8,13 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from swaplora_server.base.vocabulary import Vocabulary, named, shown
-from swaplora_server.http.answers import Choice, Shape, answer
-from swaplora_server.http.errors import ApiError
+from swaplora_server.http.answers import AnswerFormat, Choice, answer
 from swaplora_server.http.refusals import CHAT, refuse_unsupported
 from swaplora_server.http.sse import to_json
 from swaplora_server.http.transport.body import body_schema, json_body
 from swaplora_server.http.wire import ChatBody
 from swaplora_server.service.detokenize import TextToken
+from swaplora_server.service.errors import RequestError
 from swaplora_server.service.generation import Piece, admit
 from swaplora_server.service.service import Service
 
@@ -45,19 +45,19 @@ async def answer_chat(request: Request, body: ChatBody) -> Response:
     )
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     admission = await admit(request, service, body, encode, max_tokens=max_tokens, num_logprobs=body.num_logprobs)
-    return await answer(request, body, admission, _shape(service.base.vocabulary, has_logprobs=body.logprobs))
+    return await answer(request, body, admission, _format(service.base.vocabulary, has_logprobs=body.logprobs))
 
 
 def _check(body: ChatBody) -> None:
     if body.top_logprobs and not body.logprobs:
-        raise ApiError("invalid_request", "top_logprobs needs logprobs to be true", "top_logprobs")
+        raise RequestError("invalid_request", "top_logprobs needs logprobs to be true", "top_logprobs")
     for number, message in enumerate(body.messages):
         if message.content is None:
             path = f"messages[{number}].content"
-            raise ApiError("invalid_request", f"{path} must be a string, or a list of parts of type text", path)
+            raise RequestError("invalid_request", f"{path} must be a string, or a list of parts of type text", path)
 
 
-def _shape(vocabulary: Vocabulary, *, has_logprobs: bool) -> Shape:
+def _format(vocabulary: Vocabulary, *, has_logprobs: bool) -> AnswerFormat:
     """Chat's objects; logprobs name tokens, so the vocabulary is needed."""
 
     def logprobs(tokens: Sequence[TextToken]) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def _shape(vocabulary: Vocabulary, *, has_logprobs: bool) -> Shape:
     def opening(index: int) -> str:
         return _chunk(index, '{"role":"assistant","content":""}')
 
-    return Shape("chatcmpl", "chat.completion", "chat.completion.chunk", choice, chunks, opening)
+    return AnswerFormat("chatcmpl", "chat.completion", "chat.completion.chunk", choice, chunks, opening)
 
 
 def _chunk(index: int, delta: str, *, logprobs: str = "null", finish_reason: str = "null") -> str:

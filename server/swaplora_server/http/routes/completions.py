@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from swaplora_server.http.answers import Choice, Shape, answer
+from swaplora_server.http.answers import AnswerFormat, Choice, answer
 from swaplora_server.http.refusals import COMPLETION, refuse_unsupported
 from swaplora_server.http.sse import to_json
 from swaplora_server.http.transport.body import body_schema, json_body
@@ -33,7 +33,7 @@ async def answer_completion(request: Request, body: CompletionBody) -> Response:
         service.tokenizer.encode_all, body.prompts, body.prompt_param, add_special_tokens=body.add_special_tokens
     )
     admission = await admit(request, service, body, encode, max_tokens=body.max_tokens or 16)
-    return await answer(request, body, admission, _SHAPE)
+    return await answer(request, body, admission, _FORMAT)
 
 
 def _choice(choice: Choice) -> dict[str, Any]:
@@ -45,4 +45,4 @@ def _chunks(piece: Piece) -> list[str]:
     return [f'{{"index":{piece.choice},"text":{to_json(piece.text)},"logprobs":null,"finish_reason":{reason}']
 
 
-_SHAPE = Shape("cmpl", "text_completion", "text_completion", _choice, _chunks, opening=None)
+_FORMAT = AnswerFormat("cmpl", "text_completion", "text_completion", _choice, _chunks, opening=None)

@@ -14,10 +14,10 @@ from swaplora_adapters.derive.making import Source
 from swaplora_adapters.interest import Interest
 from swaplora_adapters.registry.card import Put
 from swaplora_server.http.cards import card_body
-from swaplora_server.http.errors import ApiError
 from swaplora_server.http.query import refuse_unknown_parameters
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.transport.body import ClosedModel, body_schema, json_body
+from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
@@ -65,31 +65,31 @@ async def compose_adapter(
     service.registry.names.check_adapter_name(body.name)
     chosen = _chosen(service, body.ingredients)
     compose = partial(_compose, service, body.name, chosen, recipe, body.materialise)
-    put = await until_disconnect(request.receive, service.workshop.make(compose))
+    put = await until_disconnect(request.receive, service.derivations.make(compose))
     return JSONResponse(card_body(service, put.card), 201 if put.is_first else 200)
 
 
 def _recipe(body: MergedBody) -> Recipe:
-    """Raises ApiError for a parameter that the method needs and lacks, or has and does not know."""
+    """Raises RequestError for a parameter that the method needs and lacks, or has and does not know."""
     given = {name for name in ("density", "rank", "seed") if getattr(body, name) is not None}
     for name in sorted(given - REQUIRED[body.method] - OPTIONAL[body.method]):
-        raise ApiError("invalid_request", f"{name} means nothing to method {body.method}; leave it out", name)
+        raise RequestError("invalid_request", f"{name} means nothing to method {body.method}; leave it out", name)
     for name in sorted(REQUIRED[body.method] - given):
-        raise ApiError("invalid_request", f"method {body.method} needs {name}", name)
+        raise RequestError("invalid_request", f"method {body.method} needs {name}", name)
     return Recipe(body.method, body.density, body.rank, body.seed)
 
 
 def _chosen(service: Service, ingredients: Sequence[Ingredient]) -> dict[str, float]:
     """The versions that the names stand for now, as `name@2`, and their scales.
 
-    Raises AdapterNotFoundError, VersionNotFoundError, and ApiError for a version that is listed twice.
+    Raises AdapterNotFoundError, VersionNotFoundError, and RequestError for a version that is listed twice.
     """
     chosen: dict[str, float] = {}
     for ingredient in ingredients:
         record = service.registry.names.index.resolve_name(ingredient.name)
         reference = f"{record.name}@{record.version}"
         if reference in chosen:
-            raise ApiError("invalid_request", f"{reference} is listed twice: add up its scales", "from")
+            raise RequestError("invalid_request", f"{reference} is listed twice: add up its scales", "from")
         chosen[reference] = ingredient.scale
     return chosen
 
@@ -97,7 +97,7 @@ def _chosen(service: Service, ingredients: Sequence[Ingredient]) -> dict[str, fl
 def _compose(
     service: Service, name: str, chosen: Mapping[str, float], recipe: Recipe, materialise: bool, interest: Interest
 ) -> Put:
-    """In the workshop's thread."""
+    """In the derivations' thread."""
     registry = service.registry
     with registry.stage() as linked, registry.stage() as staging:
         folders = {reference: linked.path / reference for reference in chosen}
@@ -105,5 +105,5 @@ def _compose(
             Source(registry.names.link_files(reference, folder), folder, chosen[reference])
             for reference, folder in folders.items()
         ]
-        make = partial(service.workshop.maker.compose, sources, recipe, interest, materialise=materialise)
+        make = partial(service.derivations.maker.compose, sources, recipe, interest, materialise=materialise)
         return registry.put(name, staging, source="composed", make=make)

@@ -22,10 +22,11 @@ from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.uri import uri_of
 from swaplora_adapters.store.conditions import Conditions
 from swaplora_adapters.store.records import Target
-from swaplora_server.http.errors import ApiError, on_api_error
+from swaplora_server.http.errors import on_request_error
 from swaplora_server.http.refusals import refuse_unsupported
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.transport.body import ClosedModel, WireModel, body_schema, read_json
+from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
 
 _TYPES = {404: "NotFoundError"}
@@ -41,8 +42,8 @@ class BothWaysRoute(APIRoute):
         async def told(request: Request) -> Response:
             try:
                 return await answer(request)
-            except (ApiError, AdapterError) as error:
-                return _both_ways(await on_api_error(request, error))
+            except (RequestError, AdapterError) as error:
+                return _both_ways(await on_request_error(request, error))
 
         return told
 
@@ -137,13 +138,13 @@ async def _load(
 
 
 def _stored_name(service: Service, name: str) -> str:
-    """What the adapter of a repository's name is called here. Raises ApiError where the name is something else's."""
+    """What an adapter of a repository's name is called here. Raises RequestError if the name is something else's."""
     names, stored = service.registry.names, stored_name(name)
     validate_alias(name)
     if name == service.settings.base_id:
-        raise ApiError("invalid_adapter_name", f"{name} is what the base is called; choose another name")
+        raise RequestError("invalid_adapter_name", f"{name} is what the base is called; choose another name")
     if names.index.is_alias(name) and names.index.alias(name).targets != (Target(stored, 1),):
-        raise ApiError("invalid_adapter_name", f"{name} is an alias for something else; delete it first")
+        raise RequestError("invalid_adapter_name", f"{name} is an alias for something else; delete it first")
     return stored
 
 
@@ -152,7 +153,7 @@ async def _fetch(service: Service, name: str, stored: str, path: str, *, replace
     if_match = names.index.get(stored).current.digest if replace and stored != name and stored in names.index else None
     try:
         conditions = Conditions(if_match=if_match, if_none_match=not replace)
-        return await service.arrivals.fetch(stored, uri_of(path), conditions=conditions)
+        return await service.ingest.fetch(stored, uri_of(path), conditions=conditions)
     except PreconditionFailedError as error:
         if stored != name and not names.index.is_alias(name):
             message = (
@@ -164,7 +165,7 @@ async def _fetch(service: Service, name: str, stored: str, path: str, *, replace
         else:
             remedy = "If you want to load the adapter in place, set 'load_inplace' to True."
             message = f"The lora adapter '{name}' has already been loaded. {remedy}"
-        raise ApiError("invalid_request", message) from error
+        raise RequestError("invalid_request", message) from error
 
 
 def _take_back(service: Service, put: Put) -> None:
@@ -177,7 +178,7 @@ async def _unload(service: Service, name: str) -> Response:
     try:
         await asyncio.to_thread(_delete, service.registry, name)
     except (AdapterNotFoundError, AliasNotFoundError) as error:
-        raise ApiError("adapter_not_found", f"The lora adapter '{name[:128]}' cannot be found.") from error
+        raise RequestError("adapter_not_found", f"The lora adapter '{name[:128]}' cannot be found.") from error
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 

@@ -14,7 +14,7 @@ from swaplora_adapters.store.records import VersionRecord
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.http.query import refuse_unknown_parameters
 from swaplora_server.http.sse import until_disconnect
-from swaplora_server.service.derivations import Count, Counts, Workshop
+from swaplora_server.service.derivations import Count, Counts, Derivations
 from swaplora_server.service.service import Service
 from swaplora_server.service.shared import result_of
 
@@ -41,11 +41,11 @@ async def inspect_adapter(
 
 async def _inspection(service: Service, name: str, against: str | None, *, intruders: bool) -> dict[str, Any]:
     async with _loaded(service, name, *([] if against is None else [against])) as [(record, weights), *others]:
-        found = await service.inspections.do(1, partial(_inspect, weights, service.workshop))
+        found = await service.inspections.do(1, partial(_inspect, weights, service.derivations))
         for other in others:
             found |= await _compare(service, weights, *other, found["modules"])
     if intruders:
-        counts = await service.workshop.count_intruders(record.digest, partial(_in_a_folder, service, record))
+        counts = await service.derivations.count_intruders(record.digest, partial(_in_a_folder, service, record))
         found["modules"] = [module | {"intruders": counts[module["module"]]} for module in found["modules"]]
     named = {"object": "adapter.inspection", "name": record.name, "version": record.version, "digest": record.digest}
     return named | found | {"warnings": [*record.warnings, *found["warnings"]]}
@@ -69,9 +69,9 @@ async def _loaded(service: Service, *names: str) -> AsyncIterator[list[tuple[Ver
         tenancy.release()
 
 
-def _inspect(weights: AdapterWeights, workshop: Workshop) -> dict[str, Any]:
+def _inspect(weights: AdapterWeights, derivations: Derivations) -> dict[str, Any]:
     modules = inspect_weights(weights)
-    norms = {m.module: workshop.base_files.norm(m.module, workshop.shapes[m.module]) for m in modules}
+    norms = {m.module: derivations.base_files.norm(m.module, derivations.shapes[m.module]) for m in modules}
     shown = [asdict(m) | {"relative_norm": _ratio(m.norm, norms[m.module])} for m in modules]
     return {"modules": shown, "warnings": warnings_about(modules)}
 
@@ -97,7 +97,7 @@ async def _compare(
 
 
 def _in_a_folder(service: Service, record: VersionRecord, count: Count) -> Counts:
-    """What `count` makes of a version's files, which no delete reaches meanwhile. In the workshop's thread."""
+    """What `count` makes of a version's files, which no delete reaches meanwhile. In the derivations' thread."""
     with service.registry.stage() as linked:
         folder = linked.path / "adapter"
         service.registry.names.link_files(f"{record.name}@{record.version}", folder)

@@ -6,11 +6,11 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Discriminator, RootModel, Tag
 from starlette.responses import Response
 
-from swaplora_server.http.errors import ApiError
 from swaplora_server.http.routes.chat import answer_chat
 from swaplora_server.http.routes.completions import answer_completion
 from swaplora_server.http.transport.body import BRANCH, Body, body_schema, json_body
 from swaplora_server.http.wire import MAX_MODEL_CHARACTERS, ChatBody, CompletionBody, GenerationBody
+from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
 
 router = APIRouter()
@@ -50,12 +50,12 @@ async def invoke(request: Request, body: Annotated[InvocationBody, Depends(json_
 
 
 def _named(service: Service, body: GenerationBody, adapter: str | None) -> GenerationBody:
-    """The body with the header's adapter as its model, where it names the base. Raises ApiError for two names."""
+    """The body with the header's adapter as its model, where it names the base. Raises RequestError for two names."""
     if not adapter or adapter == body.model:
         return body
     if not service.is_base(body.model):
         message = f"{ADAPTER_HEADER} and model name different adapters; with the header, model is the base's id"
-        raise ApiError("invalid_request", message, "model")
+        raise RequestError("invalid_request", message, "model")
     if len(adapter) > MAX_MODEL_CHARACTERS:
-        raise ApiError("model_not_found", f"{ADAPTER_HEADER} is longer than any name", "model")
+        raise RequestError("model_not_found", f"{ADAPTER_HEADER} is longer than any name", "model")
     return body.model_copy(update={"model": adapter})

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from swaplora_server.http.query import refuse_unknown_parameters
-from swaplora_server.service.metrics import Figures
+from swaplora_server.service.metrics import Metrics
 from swaplora_server.service.service import Service
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
@@ -19,16 +19,16 @@ async def metrics(request: Request) -> Response:
     """Prometheus's text format, or OpenMetrics' where that is accepted. Answers while the server starts, too."""
     service: Service = request.app.state.service
     encode, media_type = choose_encoder(request.headers.get("accept", ""))
-    body = await asyncio.to_thread(encode, service.figures.registry)
+    body = await asyncio.to_thread(encode, service.metrics.registry)
     return Response(body, headers={"content-type": media_type})
 
 
 class CountedRequests:
     """Plain ASGI: counts each request at its end, by the route that took it and the class of its status."""
 
-    def __init__(self, app: ASGIApp, figures: Figures) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
-        self._figures = figures
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,4 +46,4 @@ class CountedRequests:
             await self._app(scope, receive, send_seen)
         finally:
             route = scope.get("route")  # absent for a path that nothing answers to
-            self._figures.count_request("none" if route is None else route.path, status)
+            self._metrics.count_request("none" if route is None else route.path, status)

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 
 from swaplora_adapters.errors import AdapterNotFoundError, AliasNotFoundError, VersionNotFoundError
 from swaplora_adapters.store.records import Alias, VersionRecord
-from swaplora_server.http.errors import ApiError
+from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
 
 router = APIRouter()
@@ -37,7 +37,7 @@ async def get_model(request: Request, model: str) -> dict[str, Any]:
             return _alias(service, index.alias(alias)) | {"id": model}
         return _adapter(service, index.resolve_name(model)) | {"id": model}
     except (AdapterNotFoundError, AliasNotFoundError) as error:
-        raise ApiError("model_not_found", f"there is no model {model[:128]!r}", "model") from error
+        raise RequestError("model_not_found", f"there is no model {model[:128]!r}", "model") from error
 
 
 def _base(service: Service) -> dict[str, Any]:

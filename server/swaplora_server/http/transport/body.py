@@ -8,11 +8,11 @@ from typing import Any, ClassVar, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from swaplora_server.http.errors import ApiError
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.transport.body_memory import account_of
 from swaplora_server.http.transport.encoding import body_chunks
-from swaplora_server.http.transport.json_weight import check_weight
+from swaplora_server.http.transport.json_limits import check_limits
+from swaplora_server.service.errors import RequestError
 from swaplora_server.service.offload import Offload
 
 BRANCH = "|"  # what the tag of a union's branch begins with: no part of a path for clients
@@ -41,7 +41,7 @@ class ClosedModel(WireModel):
 
 
 def json_body(model: type[Model]) -> Callable[[Request], Coroutine[Any, Any, Model]]:
-    """A dependency that reads the request's body as `model`, or raises ApiError naming the field at fault."""
+    """A dependency that reads the request's body as `model`, or raises RequestError naming the field at fault."""
 
     async def read(request: Request) -> Model:
         return await read_json(request, model)
@@ -50,7 +50,7 @@ def json_body(model: type[Model]) -> Callable[[Request], Coroutine[Any, Any, Mod
 
 
 async def read_json(request: Request, model: type[Model]) -> Model:
-    """The request's body as `model`. Raises ApiError naming the field at fault, or what to send instead of a form."""
+    """The request's body as `model`. Raises RequestError with the field at fault, or what to send instead of a form."""
     _check_type(request)
     service = request.app.state.service
     offload: Offload = service.offload
@@ -65,11 +65,11 @@ async def read_json(request: Request, model: type[Model]) -> Model:
 def _parse(model: type[Model], raw: bytearray) -> Model:
     if raw.startswith(BOM_UTF8):
         del raw[: len(BOM_UTF8)]
-    check_weight(raw)
+    check_limits(raw)
     try:
         return model.model_validate_json(raw)
     except ValidationError as error:
-        raise _as_api_error(error) from error
+        raise _as_request_error(error) from error
 
 
 def is_json(content_type: str) -> bool:
@@ -79,12 +79,12 @@ def is_json(content_type: str) -> bool:
 
 
 def _check_type(request: Request) -> None:
-    """Raise ApiError unless the body says that it is JSON, or nothing: a page's form would say what it is."""
+    """Raise RequestError unless the body says that it is JSON, or nothing: a page's form would say what it is."""
     content_type = request.headers.get("content-type", "")
     if content_type and not is_json(content_type):
         kind = content_type[:_MAX_TYPE_CHARS]
         message = f"the body must be JSON, not {kind!r}: send the header Content-Type: application/json"
-        raise ApiError("unsupported_media_type", message, "Content-Type")
+        raise RequestError("unsupported_media_type", message, "Content-Type")
 
 
 def body_schema(model: type[BaseModel]) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
 async def read_limited(request: Request, limit: int) -> bytearray:
     """The whole body, decoded, counted in the memory of all bodies.
 
-    Raises ApiError body_too_large as soon as it is known to pass `limit` bytes, and overloaded for want of memory.
+    Raises RequestError body_too_large as soon as it is known to pass `limit` bytes, and overloaded for want of memory.
     """
     account = account_of(request.scope)
     body = bytearray()
@@ -123,16 +123,16 @@ async def read_limited(request: Request, limit: int) -> bytearray:
     return body
 
 
-def _too_large(limit: int) -> ApiError:
-    return ApiError("body_too_large", f"the body is larger than {limit} bytes")
+def _too_large(limit: int) -> RequestError:
+    return RequestError("body_too_large", f"the body is larger than {limit} bytes")
 
 
-def _as_api_error(error: ValidationError) -> ApiError:
+def _as_request_error(error: ValidationError) -> RequestError:
     """The first few complaints in one line; `param` is the path of the first."""
     details = error.errors(include_url=False, include_context=False, include_input=False)
     named = [(field_path(detail["loc"]), detail["msg"].removeprefix("Value error, ")[:200]) for detail in details[:5]]
     message = "; ".join(f"{path}: {text}" if path else text for path, text in named)
-    return ApiError("invalid_request", message, named[0][0] or None)
+    return RequestError("invalid_request", message, named[0][0] or None)
 
 
 def field_path(location: Sequence[str | int]) -> str:

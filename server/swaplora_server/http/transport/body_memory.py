@@ -2,7 +2,7 @@
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from swaplora_server.http.errors import ApiError
+from swaplora_server.service.errors import RequestError
 
 _ACCOUNT = "swaplora.body_account"
 
@@ -18,9 +18,9 @@ class BodyMemory:
         return BodyAccount(self)
 
     def take(self, num_bytes: int) -> None:
-        """Raises ApiError when that would be too much. Nobody waits: two halves of bodies could wait for each other."""
+        """Raises RequestError when that is too much. Nobody waits: two halves of bodies could wait for each other."""
         if self.used_bytes + num_bytes > self._limit:
-            raise ApiError("overloaded", "the bodies of running requests fill their memory; try again in a moment")
+            raise RequestError("overloaded", "the bodies of running requests fill their memory; try again in a moment")
         self.used_bytes += num_bytes
 
     def give_back(self, num_bytes: int) -> None:
@@ -35,7 +35,7 @@ class BodyAccount:
         self._num_bytes = 0
 
     def add(self, num_bytes: int) -> None:
-        """Raises ApiError when there is no memory for them."""
+        """Raises RequestError when there is no memory for them."""
         self._memory.take(num_bytes)
         self._num_bytes += num_bytes
 

@@ -10,7 +10,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from swaplora_server.config import Settings
-from swaplora_server.http.errors import ApiError, error_response
+from swaplora_server.http.errors import error_response
+from swaplora_server.service.errors import RequestError
 
 EXPOSED_HEADERS = ("x-request-id", "x-swaplora-adapter", "x-swaplora-digest", "retry-after")
 _LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?"
@@ -49,21 +50,21 @@ class _Guard:
         if scope["type"] == "http":
             try:
                 self._check(scope["method"], Headers(scope=scope))
-            except ApiError as error:
+            except RequestError as error:
                 await error_response(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
     def _check(self, method: str, headers: Headers) -> None:
-        """Raise ApiError for a host that is not ours, and for what a page sends that may not."""
+        """Raise RequestError for a host that is not ours, and for what a page sends that may not."""
         host, origin = headers.get("host", ""), headers.get("origin")
         if not is_own_host(host, self._hosts):
             name = host[:_SHOWN_CHARS]
-            raise ApiError("host_not_allowed", f"{name!r} is not a name of this server: --allowed-host adds one")
+            raise RequestError("host_not_allowed", f"{name!r} is not a name of this server: --allowed-host adds one")
         is_foreign = _is_cross_site(headers) if origin is None else not self._may_ask(origin, host)
         if is_foreign and method != "OPTIONS":  # a preflight is refused in CORS's own words
             page = f"pages of {origin[:_SHOWN_CHARS]!r}" if origin else "pages of other sites"
-            raise ApiError("origin_not_allowed", f"{page} may not ask this server: --cors-allow-origin lets them")
+            raise RequestError("origin_not_allowed", f"{page} may not ask this server: --cors-allow-origin lets them")
 
     def _may_ask(self, origin: str, host: str) -> bool:
         """A page of this server itself, or of an origin that was allowed."""

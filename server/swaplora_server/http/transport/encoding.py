@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 from fastapi import Request
 
-from swaplora_server.http.errors import ApiError
+from swaplora_server.service.errors import RequestError
 
 _PIECE_BYTES = 64 << 10
 _GZIP = 16 + zlib.MAX_WBITS
@@ -16,7 +16,7 @@ _HEADER = "Content-Encoding"
 async def body_chunks(request: Request, limit: int) -> AsyncIterator[bytes]:
     """The body's bytes, decoded if they are gzip's; how many come out is for the caller to bound.
 
-    Raises ApiError for another encoding, for what is not gzip or not whole, and for more than `limit` bytes of it.
+    Raises RequestError for another encoding, for what is not gzip or not whole, and for more than `limit` bytes of it.
     """
     encoding = ",".join(request.headers.getlist(_HEADER)).strip().lower()
     if encoding in ("", "identity"):
@@ -25,7 +25,7 @@ async def body_chunks(request: Request, limit: int) -> AsyncIterator[bytes]:
         chunks = _gunzip(request, limit)
     else:
         message = f"the {_HEADER} {encoding[:64]!r} is not read here; send the body as gzip or as it is"
-        raise ApiError("unsupported_media_type", message, _HEADER)
+        raise RequestError("unsupported_media_type", message, _HEADER)
     async for chunk in chunks:
         yield chunk
 
@@ -36,7 +36,7 @@ async def _gunzip(request: Request, limit: int) -> AsyncIterator[bytes]:
         async for chunk in request.stream():
             num_sent += len(chunk)
             if num_sent > limit:
-                raise ApiError("body_too_large", f"the body is larger than {limit} bytes")
+                raise RequestError("body_too_large", f"the body is larger than {limit} bytes")
             while chunk and not decoder.unused_data:
                 yield decoder.decompress(chunk, _PIECE_BYTES)
                 chunk = decoder.unconsumed_tail
@@ -47,5 +47,5 @@ async def _gunzip(request: Request, limit: int) -> AsyncIterator[bytes]:
         raise _not_gzip("the body is cut short" if not decoder.eof else "something follows the body's gzip")
 
 
-def _not_gzip(reason: str) -> ApiError:
-    return ApiError("invalid_request", f"{reason}, which its {_HEADER} says it is", _HEADER)
+def _not_gzip(reason: str) -> RequestError:
+    return RequestError("invalid_request", f"{reason}, which its {_HEADER} says it is", _HEADER)

@@ -15,8 +15,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from swaplora_server.config import Settings
-from swaplora_server.http.errors import ApiError, error_response
+from swaplora_server.http.errors import error_response
 from swaplora_server.http.transport.connections import Connections, Pace
+from swaplora_server.service.errors import RequestError
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 256
@@ -24,7 +25,7 @@ MAX_PIPELINED = 64  # requests behind the one that is being answered
 _UNSENT_BYTES = 128 << 10  # that the system may hold of what a client does not read
 _UPGRADE_HEADERS = (b"connection", b"upgrade", b"http2-settings")
 _END_OF_AUTHORITY = re.compile(rb"[/?#]")
-_NOT_HTTP = ApiError("invalid_request", "the request is not well-formed HTTP/1.1")
+_NOT_HTTP = RequestError("invalid_request", "the request is not well-formed HTTP/1.1")
 
 
 class HttpConfig(uvicorn.Config):
@@ -75,7 +76,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         transport.set_write_buffer_limits(high=self._max_unread_bytes)
         _bound_unsent(transport)
         if not self._connections.enter(self):
-            self._refuse(ApiError("too_many_connections", "the server has no room for another connection"))
+            self._refuse(RequestError("too_many_connections", "the server has no room for another connection"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -89,7 +90,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._parse(data)
         except httptools.HttpParserError as error:
             told = error.__context__
-            self._refuse(told if isinstance(told, ApiError) else _NOT_HTTP)
+            self._refuse(told if isinstance(told, RequestError) else _NOT_HTTP)
             return
         if self._num_unseen_bytes > MAX_HEAD_BYTES:
             self._refuse(_too_large(f"{MAX_HEAD_BYTES} bytes"))
@@ -117,7 +118,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             lines.append(b"connection: close")
         return b"\r\n".join([*lines, b"", b""])
 
-    # What the parser finds. An ApiError that is raised here comes out of the parser as the context of its own error.
+    # What the parser finds. A RequestError that is raised here comes out of the parser as the context of its own error.
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -133,7 +134,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._num_unseen_bytes = 0
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
-                raise ApiError("invalid_request", "this server is no proxy")
+                raise RequestError("invalid_request", "this server is no proxy")
             return
         self._is_head_due = False
         if self.transport.is_closing():  # the client was told that there would be no further answer
@@ -145,7 +146,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._connections.work(self)
         super().on_headers_complete()
         if len(self.pipeline) > MAX_PIPELINED:
-            raise ApiError("invalid_request", f"more than {MAX_PIPELINED} requests wait for the answers before them")
+            raise RequestError(
+                "invalid_request", f"more than {MAX_PIPELINED} requests wait for the answers before them"
+            )
         self.flow.resume_reading()  # or nobody would notice that the client goes
 
     def on_body(self, body: bytes) -> None:
@@ -154,7 +157,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_body(body)
         if self.flow.read_paused and self.cycle is not self._running:
             # nobody reads it until the answer before it is written, and behind it nobody would see the client go
-            raise ApiError("invalid_request", "a large body waits behind another answer: use a connection of its own")
+            raise RequestError(
+                "invalid_request", "a large body waits behind another answer: use a connection of its own"
+            )
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
@@ -166,7 +171,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _check_head(self) -> None:
-        """Raise ApiError for a head that is too large, or that others on the way might understand otherwise."""
+        """Raise RequestError for a head that is too large, or that others on the way might understand otherwise."""
         num_bytes = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if num_bytes > MAX_HEAD_BYTES:
             raise _too_large(f"{MAX_HEAD_BYTES} bytes")
@@ -174,10 +179,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             raise _too_large(f"{MAX_HEADERS} headers")
         version, coding = self.parser.get_http_version(), self._header(b"transfer-encoding")
         if coding and (coding.lower() != b"chunked" or version == "1.0"):
-            raise ApiError("invalid_request", "Transfer-Encoding can only be chunked, and only in HTTP/1.1")
+            raise RequestError("invalid_request", "Transfer-Encoding can only be chunked, and only in HTTP/1.1")
         num_hosts = sum(name == b"host" for name, _ in self.headers)
         if num_hosts > 1 or (num_hosts == 0 and version != "1.0"):
-            raise ApiError("invalid_request", "a request has one Host header")
+            raise RequestError("invalid_request", "a request has one Host header")
         _, is_absolute, rest = self.url.partition(b"://")
         if is_absolute and not self.url.startswith(b"/"):
             authority = _END_OF_AUTHORITY.split(rest, maxsplit=1)[0]
@@ -248,7 +253,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def time_out(self) -> None:
         if self._is_head_due:
-            self._refuse(ApiError("request_timeout", "the request's headers did not come in time"))
+            self._refuse(RequestError("request_timeout", "the request's headers did not come in time"))
         else:
             self.transport.close()
 
@@ -262,7 +267,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._settle()
         self._num_read_bytes = num_read
         if self._is_body_wanted and not self._sending.keeps_up(self._num_body_bytes, seconds):
-            self._refuse(ApiError("request_timeout", "the request's body did not come in time"))
+            self._refuse(RequestError("request_timeout", "the request's body did not come in time"))
         self._num_body_bytes = 0
 
     @property
@@ -271,7 +276,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         is_held = self.flow.read_paused or self.cycle is None or self.cycle.waiting_for_100_continue
         return self._is_body_due and not is_held and not self._is_answered
 
-    def _refuse(self, error: ApiError) -> None:
+    def _refuse(self, error: RequestError) -> None:
         """Answer with `error`, unless another answer is on its way, and close."""
         self._connections.work(self)
         if self._running is not None and self._running.response_started and not self._running.response_complete:
@@ -287,11 +292,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._running.message_event.set()
 
 
-def _too_large(limit: str) -> ApiError:
-    return ApiError("headers_too_large", f"the request's line and headers are more than {limit}")
+def _too_large(limit: str) -> RequestError:
+    return RequestError("headers_too_large", f"the request's line and headers are more than {limit}")
 
 
-def _whole_answer(error: ApiError) -> bytes:
+def _whole_answer(error: RequestError) -> bytes:
     answer = error_response(error, {"connection": "close", "x-request-id": uuid.uuid4().hex})
     first = f"HTTP/1.1 {answer.status_code} {HTTPStatus(answer.status_code).phrase}\r\n".encode()
     return b"".join([first, *(b"%b: %b\r\n" % header for header in answer.raw_headers), b"\r\n", answer.body])

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swaplora_server.http.errors import ApiError
-from swaplora_server.http.transport import json_weight
+from swaplora_server.http.transport import json_limits
+from swaplora_server.service.errors import RequestError
 
 HARD = st.text(st.sampled_from('a,:[]{}"\\\u6f22'))
 LIMIT = 6
@@ -33,8 +33,8 @@ def num_nodes(value: Any) -> int:
 
 def is_refused(raw: bytes | bytearray) -> bool:
     try:
-        json_weight.check_weight(raw)
-    except ApiError as error:
+        json_limits.check_limits(raw)
+    except RequestError as error:
         return error.code == "invalid_request"
     return False
 
@@ -43,8 +43,8 @@ def is_refused(raw: bytes | bytearray) -> bool:
 def test_items_and_nodes_are_counted_outside_of_strings(value: Any, ascii_only: bool) -> None:
     raw = json.dumps(value, ensure_ascii=ascii_only).encode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_weight, "MAX_ITEMS", LIMIT)
-        patch.setattr(json_weight, "MAX_NODES", LIMIT)
+        patch.setattr(json_limits, "MAX_ITEMS", LIMIT)
+        patch.setattr(json_limits, "MAX_NODES", LIMIT)
         assert is_refused(raw) == (num_commas(value) > LIMIT or num_nodes(value) > LIMIT)
         assert is_refused(bytearray(raw)) == is_refused(raw)
 
@@ -52,11 +52,11 @@ def test_items_and_nodes_are_counted_outside_of_strings(value: Any, ascii_only: 
 @pytest.mark.parametrize(
     "raw",
     [
-        b'["' + b"," * (json_weight.MAX_ITEMS + 1) + b'"]',
-        b'["' + b"[" * (json_weight.MAX_NODES + 1) + b'"]',
-        b"[" + b"1," * (json_weight.MAX_ITEMS - 1) + b"1]",
-        b'["' + b"a" * 2 * json_weight.MAX_BARE_BYTES + b'"]',
-        b'["' + b"\\n" * json_weight.MAX_ESCAPES + b'"]',
+        b'["' + b"," * (json_limits.MAX_ITEMS + 1) + b'"]',
+        b'["' + b"[" * (json_limits.MAX_NODES + 1) + b'"]',
+        b"[" + b"1," * (json_limits.MAX_ITEMS - 1) + b"1]",
+        b'["' + b"a" * 2 * json_limits.MAX_BARE_BYTES + b'"]',
+        b'["' + b"\\n" * json_limits.MAX_ESCAPES + b'"]',
     ],
     ids=["text of commas", "text of brackets", "token ids", "text", "escapes"],
 )
@@ -67,14 +67,14 @@ def test_what_is_large_and_light_passes(raw: bytes) -> None:
 @pytest.mark.parametrize(
     "raw",
     [
-        b"[" + b"1," * (json_weight.MAX_ITEMS + 1) + b"1]",
-        b"[" + b"[]," * json_weight.MAX_NODES + b"1]",
-        b"[" + b"{}," * json_weight.MAX_NODES + b"1]",
-        b"{" + b'"":1,' * (json_weight.MAX_NODES + 1) + b'"":1}',
-        b"[" + b'"",' * (json_weight.MAX_ITEMS + json_weight.MAX_NODES + 2) + b"1]",
-        b'["' + b"\\n" * (json_weight.MAX_ESCAPES + 1) + b'"]',
-        b"[" + (b"1" * 4000 + b",") * (json_weight.MAX_BARE_BYTES // 4000) + b"1]",
-        b"[1" + b" " * json_weight.MAX_BARE_BYTES + b"]",
+        b"[" + b"1," * (json_limits.MAX_ITEMS + 1) + b"1]",
+        b"[" + b"[]," * json_limits.MAX_NODES + b"1]",
+        b"[" + b"{}," * json_limits.MAX_NODES + b"1]",
+        b"{" + b'"":1,' * (json_limits.MAX_NODES + 1) + b'"":1}',
+        b"[" + b'"",' * (json_limits.MAX_ITEMS + json_limits.MAX_NODES + 2) + b"1]",
+        b'["' + b"\\n" * (json_limits.MAX_ESCAPES + 1) + b'"]',
+        b"[" + (b"1" * 4000 + b",") * (json_limits.MAX_BARE_BYTES // 4000) + b"1]",
+        b"[1" + b" " * json_limits.MAX_BARE_BYTES + b"]",
     ],
     ids=["items", "lists", "objects", "names", "strings", "escapes", "digits", "space"],
 )
