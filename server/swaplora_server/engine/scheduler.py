@@ -1,8 +1,9 @@
-"""Who runs in the next step, and what becomes of a step's tokens. Pure decisions: imports no torch.
+"""Continuous batching: who runs in the next step, and what becomes of its tokens. Pure decisions: imports no torch.
 
-Decoding sequences come first, one row each; what is left of the token budget goes to prompts, in chunks, in order of
-arrival. What the cache holds of a prompt is not computed again. When blocks run out, the youngest running sequence
-gives its blocks back and is computed again later, but for what the cache then still holds.
+Scheduling is iteration-level (Orca): sequences join and leave between any two steps. Decoding sequences come first, one
+row each; what is left of the token budget goes to prefill, in chunks (chunked prefill), in order of arrival. What the
+prefix cache holds of a prompt is not computed again. When KV blocks run out, the youngest running sequence is preempted:
+it gives its blocks back and is recomputed later, but for what the cache then still holds.
 
 A waiting sequence lets later ones go before it while its adapters do not fit beside those that run, and while another
 sequence is computing the very block it needs next, which it then shares. It does so for a bounded number of steps.
@@ -11,7 +12,7 @@ What fails while one sequence is looked at ends its request, and that alone.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -21,7 +22,6 @@ import structlog
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.prefix_cache import PrefixCache
 from swaplora_server.engine.request import FinishReason, Logprobs, Request, Sequence, TokenEvent
-from swaplora_server.engine.step_ranks import StepRanks
 
 _log = structlog.get_logger(__name__)
 MAX_STEPS_PASSED_OVER = 64  # some seconds; then nothing begins before the one that waits
@@ -63,6 +63,39 @@ class Sampled(NamedTuple):
     token_id: int | None
     logprobs: Logprobs | None = None
     error: Exception | None = None
+
+
+class StepRanks:
+    """The adapters of the sequences that run, by digest, and the sum of their ranks against `limit`.
+
+    What adapters add to a step grows with the sum of their ranks, each counted once however many rows it has: a step
+    reads every one of its adapters whole. Rows of the base, and of adapters in the step already, add nothing.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._num_users: dict[str, int] = {}
+        self.total = 0
+
+    def fits(self, ranks: Mapping[str, int]) -> bool:
+        """Whether these adapters, rank by digest, may join. One that is too large by itself may run alone."""
+        added = sum(rank for digest, rank in ranks.items() if digest not in self._num_users)
+        return not added or not self.total or self.total + added <= self._limit
+
+    def add(self, ranks: Mapping[str, int]) -> None:
+        """Count in one sequence with these adapters, until `remove`."""
+        for digest, rank in ranks.items():
+            if digest not in self._num_users:
+                self.total += rank
+            self._num_users[digest] = self._num_users.get(digest, 0) + 1
+
+    def remove(self, ranks: Mapping[str, int]) -> None:
+        """Count out what `add` counted in. Raises KeyError for an adapter that it did not."""
+        for digest, rank in ranks.items():
+            self._num_users[digest] -= 1
+            if not self._num_users[digest]:
+                del self._num_users[digest]
+                self.total -= rank
 
 
 class Scheduler:
