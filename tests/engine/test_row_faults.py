@@ -16,10 +16,10 @@ from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine import request as requests
 from swaplora_server.engine import runner, sampling, scheduler
 from swaplora_server.engine.engine import Engine
-from swaplora_server.engine.isolation import run_isolated
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.lora.activation import Activation
 from swaplora_server.engine.request import AdapterUse, FinishReason, Request, SamplingParams, Sequence, TokenEvent
+from swaplora_server.engine.row_faults import run_bisecting
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows, Scheduler
 from swaplora_server.kernels.pick import pick_backend
@@ -363,7 +363,7 @@ def test_a_step_is_run_without_those_that_make_it_fail(culprits: set[int]) -> No
             raise PlantedError
         return [Sampled(int(sequence.request.request_id)) for sequence in part.sampling]
 
-    output = run_isolated(run, batch)
+    output = run_bisecting(run, batch)
     assert {int(request.request_id) for request in output.failed} == culprits
     assert [sampled.token_id for sampled in output.sampled] == [
         int(sequence.request.request_id) for sequence in output.batch.sampling

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import structlog
 
-from swaplora_server.engine.isolation import run_isolated
 from swaplora_server.engine.request import FinishReason, Request, SamplingParams, Sequence, TokenEvent
+from swaplora_server.engine.row_faults import run_bisecting
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduler import Batch, ScheduledRows, Scheduler
 from swaplora_server.engine.snapshot import Snapshot
@@ -114,7 +114,7 @@ class Engine:
 
     def _step(self) -> None:
         batch = self._scheduler.schedule()
-        output = run_isolated(self._runner.run, batch)
+        output = run_bisecting(self._runner.run, batch)
         self._scheduler.commit(output.batch, output.sampled)
         for request, error in output.failed.items():
             self._scheduler.fail(request, error)

@@ -2,8 +2,8 @@
 
 Scheduling is iteration-level (Orca): sequences join and leave between any two steps. Decoding sequences come first, one
 row each; what is left of the token budget goes to prefill, in chunks (chunked prefill), in order of arrival. What the
-prefix cache holds of a prompt is not computed again. When KV blocks run out, the youngest running sequence is preempted:
-it gives its blocks back and is recomputed later, but for what the cache then still holds.
+prefix cache holds of a prompt is not computed again. When KV blocks run out, the youngest running sequence is
+preempted: it gives its blocks back and is recomputed later, but for what the cache then still holds.
 
 A waiting sequence lets later ones go before it while its adapters do not fit beside those that run, and while another
 sequence is computing the very block it needs next, which it then shares. It does so for a bounded number of steps.

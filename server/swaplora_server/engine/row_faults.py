@@ -2,7 +2,7 @@
 
 A forward that raises says nothing of whose rows were at fault. So the step is run again in halves, each with half of
 its requests, until the fault stands alone: of n requests one costs about 2 log2(n) further forwards, once. That is
-sound since a forward only writes what it computes, and since a row's numbers do not depend on its company.
+sound since a forward only writes what it computes, and since a row's numbers do not depend on the rest of the batch.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class StepOutput:
     failed: dict[Request, Exception]
 
 
-def run_isolated(run: Callable[[Batch], list[Sampled]], batch: Batch) -> StepOutput:
+def run_bisecting(run: Callable[[Batch], list[Sampled]], batch: Batch) -> StepOutput:
     """`run` over `batch`, or over as much of it as can be run. `run` draws for nobody when it raises."""
     if not batch.rows:
         return StepOutput(batch, [], {})
@@ -33,7 +33,7 @@ def run_isolated(run: Callable[[Batch], list[Sampled]], batch: Batch) -> StepOut
             return StepOutput(Batch(()), [], {requests[0]: error})
     first = set(requests[: len(requests) // 2])
     halves = [
-        run_isolated(run, Batch(tuple(rows for rows in batch.rows if (rows.sequence.request in first) == is_first)))
+        run_bisecting(run, Batch(tuple(rows for rows in batch.rows if (rows.sequence.request in first) == is_first)))
         for is_first in (True, False)
     ]
     return StepOutput(
