@@ -19,7 +19,7 @@ from serving import BASE, Running, Streamed, serving, settings
 from shapes import MAX_TOKENS, TOLERANCE, error_against, prompt_of, stream_all
 from swaplora_server.base import proof, quantisation
 from swaplora_server.base.base_model import BaseModel, load_base
-from swaplora_server.base.dense_weight import weight_of
+from swaplora_server.base.layers import weight_of
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.base.quantisation import Quantization, loading_arguments, multiply_dequantised
 from swaplora_server.engine.lora.modules import LoraLinear

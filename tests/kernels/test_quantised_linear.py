@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from repository import KERNEL_CACHE
 from swaplora_adapters.weights.memory import HugePages
-from swaplora_server.base.dense_weight import weight_of
+from swaplora_server.base.layers import weight_of
 from swaplora_server.base.quantisation import multiply_dequantised
 from swaplora_server.kernels.cpu import linear as cpu_linear
 from swaplora_server.kernels.cpu import quantised_linear

@@ -1,11 +1,13 @@
 """The resident base: loaded by transformers, given our attention and wrapped linears, and proven before it serves."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import structlog
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from swaplora_adapters.fit.base import BaseLayers
@@ -16,12 +18,15 @@ from swaplora_server.base.lean_embedding import lean
 from swaplora_server.base.proof import Expected, UnsupportedModelError, expected_logits, prove
 from swaplora_server.base.quantisation import Quantization, loading_arguments, multiply_dequantised
 from swaplora_server.base.vocabulary import Vocabulary
+from swaplora_server.config import EMBEDDED, Settings
+from swaplora_server.embedded import ensure_embedded_base
 from swaplora_server.engine import attention
 from swaplora_server.engine.lora.activation import Activation
 from swaplora_server.engine.lora.attach import attach
 from swaplora_server.engine.lora.modules import LoraEmbedding
 from swaplora_server.engine.runner import Runner
 from swaplora_server.kernels.backend import Backend, RunningStep
+from swaplora_server.kernels.pick import pick_backend
 
 _log = structlog.get_logger(__name__)
 
@@ -66,6 +71,29 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # noqa: SLF001 - torch's only way to ask
         raise UnsupportedModelError("this processor has no instructions for bfloat16: start with --dtype fp32 or auto")
     return torch.bfloat16
+
+
+def load_chosen_base(settings: Settings, report: Callable[[str], None]) -> BaseModel:
+    """Load the base on its device, in its number format, with this machine's backend. `report` hears each step.
+
+    Raises UnsupportedModelError, EmbeddedBaseError, OSError and ValueError, each with a message for the operator.
+    """
+    transformers.logging.disable_progress_bar()
+    source = source_of(settings, report)
+    report(f"loading {settings.base_id}")
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.dtype, device)
+    backend = pick_backend(device, dtype, settings.cache_dir / "native", report)
+    return load_base(source, device=device, dtype=dtype, backend=backend, quantization=settings.quantization)
+
+
+def source_of(settings: Settings, report: Callable[[str], None]) -> str | Path:
+    """What transformers loads from. A path that leads nowhere would be taken for a hub id, and refused as a bad one."""
+    if settings.base == EMBEDDED:
+        return ensure_embedded_base(settings.cache_dir, report)
+    if settings.base.startswith(("/", ".")) and not Path(settings.base).is_dir():
+        raise NotADirectoryError(f"{settings.base} is no folder: name a folder with a model, a hub id, or {EMBEDDED}")
+    return settings.base
 
 
 def load_base(

@@ -29,7 +29,7 @@ def merge(
     from swaplora_adapters.derive.export import Addend
     from swaplora_adapters.derive.export import merge as write_merged
     from swaplora_adapters.errors import InvalidAdapterError
-    from swaplora_server.base.chosen_base import source_of
+    from swaplora_server.base.base_model import source_of
     from swaplora_server.embedded import EmbeddedBaseError
     from swaplora_server.serve import configure_logging
 

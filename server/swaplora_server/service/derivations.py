@@ -15,7 +15,7 @@ from swaplora_adapters.derive.process import DerivationProcess
 from swaplora_adapters.fit.base import LinearShape
 from swaplora_adapters.interest import Interest
 from swaplora_adapters.sources.workers import Workers
-from swaplora_server.base.chosen_base import source_of
+from swaplora_server.base.base_model import source_of
 from swaplora_server.config import Settings
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.shared import ended, result_of

@@ -15,8 +15,7 @@ from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_adapters.store.store import Store
-from swaplora_server.base.base_model import BaseModel
-from swaplora_server.base.chosen_base import load_chosen_base
+from swaplora_server.base.base_model import BaseModel, load_chosen_base
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.config import Settings
 from swaplora_server.engine.engine import Engine
