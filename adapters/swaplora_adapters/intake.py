@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
+from swaplora_adapters.config.parse import read_spec
 from swaplora_adapters.config.patterns import MAX_WORK
-from swaplora_adapters.config.spec import MAX_CONFIG_BYTES, AdapterSpec
+from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 from swaplora_adapters.files.complaints import capped, quoted
 from swaplora_adapters.files.digest import digest_of
-from swaplora_adapters.files.disk import full_disk_is_told, read_bounded
+from swaplora_adapters.files.disk import full_disk_is_told
 from swaplora_adapters.files.tensorfile import DEFAULT_LIMITS, Header, Limits, iter_tensors, read_header
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.store.records import Details
@@ -68,7 +69,7 @@ def inspect_files(
 def _read_both(config_path: Path, weights_path: Path, limits: Limits) -> tuple[AdapterSpec, Header]:
     errors: list[InvalidAdapterError] = []
     try:
-        spec = AdapterSpec.parse(read_bounded(config_path, MAX_CONFIG_BYTES))
+        spec = read_spec(config_path)
     except InvalidAdapterError as error:
         errors.append(error)
     try:

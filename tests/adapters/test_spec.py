@@ -15,8 +15,9 @@ from peft.utils.other import get_pattern_key
 
 from adapter_files import CONFIG, SHAPES, config_bytes
 from swaplora_adapters.config.matching import Matcher, check_pattern
+from swaplora_adapters.config.parse import ADALORA_IGNORED_FIELDS, IGNORED_FIELDS, INERT_FIELDS, parse_spec
 from swaplora_adapters.config.patterns import MAX_WORK
-from swaplora_adapters.config.spec import ADALORA_IGNORED_FIELDS, IGNORED_FIELDS, INERT_FIELDS, AdapterSpec
+from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 
 HONOURED = {field.name for field in dataclasses.fields(AdapterSpec)} - {"inert"} | {"init_lora_weights"}
@@ -61,12 +62,12 @@ MODULES = [
 
 
 def parse(**fields: Any) -> AdapterSpec:
-    return AdapterSpec.parse(config_bytes(**fields))
+    return parse_spec(config_bytes(**fields))
 
 
 def reasons(raw: bytes, error: type[InvalidAdapterError] = InvalidAdapterError) -> str:
     with pytest.raises(InvalidAdapterError) as caught:
-        AdapterSpec.parse(raw)
+        parse_spec(raw)
     assert caught.type is error
     return "\n".join(caught.value.reasons)
 
@@ -78,12 +79,12 @@ def peft_config(**fields: Any) -> peft.LoraConfig:
 def test_what_peft_writes_by_default_is_read() -> None:
     raw = peft_config(task_type="CAUSAL_LM").to_dict() | {"target_modules": ["q_proj"]}
     assert raw.keys() | {"runtime_config"} == PEFT_FIELDS
-    spec = AdapterSpec.parse(json.dumps(raw).encode())
+    spec = parse_spec(json.dumps(raw).encode())
     assert (spec.r, spec.lora_alpha, spec.target_modules) == (4, 9.0, frozenset({"q_proj"}))
 
 
 def test_absent_fields_have_pefts_defaults() -> None:
-    spec = AdapterSpec.parse(b'{"peft_type": "LORA", "target_modules": ["q_proj"]}')
+    spec = parse_spec(b'{"peft_type": "LORA", "target_modules": ["q_proj"]}')
     default = peft.LoraConfig()
     assert (spec.r, spec.lora_alpha, spec.use_rslora) == (default.r, default.lora_alpha, default.use_rslora)
 

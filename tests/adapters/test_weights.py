@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 import tiny
 from adapter_files import CONFIG, LAYERS, SHAPES, config_bytes, factors, write_adapter
 from swaplora_adapters import intake
+from swaplora_adapters.config.parse import parse_spec
 from swaplora_adapters.config.patterns import MAX_WORK
-from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.errors import InvalidAdapterError
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.files.tensorfile import read_header
@@ -33,11 +33,11 @@ Tensors = dict[str, Tensor]
 
 
 def build(tensors: Tensors, dtype: torch.dtype = torch.float32, **fields: Any) -> AdapterWeights:
-    return build_weights("sha256:0", AdapterSpec.parse(config_bytes(**fields)), tensors, LAYERS, dtype, CPU)
+    return build_weights("sha256:0", parse_spec(config_bytes(**fields)), tensors, LAYERS, dtype, CPU)
 
 
 def survey(tensors: Tensors, dtype: torch.dtype) -> Survey:
-    layout = fitted(AdapterSpec.parse(config_bytes()), LAYERS, {name: tuple(t.shape) for name, t in tensors.items()})
+    layout = fitted(parse_spec(config_bytes()), LAYERS, {name: tuple(t.shape) for name, t in tensors.items()})
     return survey_values(layout, tensors.items(), dtype)
 
 
@@ -258,9 +258,9 @@ def test_an_adapter_with_zero_b_has_no_effect() -> None:
 def test_the_header_alone_is_enough_to_know_whether_a_file_fits(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path)
     header = read_header(folder / WEIGHTS_FILE)
-    check_fit(AdapterSpec.parse(config_bytes()), header, LAYERS)
+    check_fit(parse_spec(config_bytes()), header, LAYERS)
     with pytest.raises(InvalidAdapterError, match="rank 5 and the base need"):
-        check_fit(AdapterSpec.parse(config_bytes(r=5)), header, LAYERS)
+        check_fit(parse_spec(config_bytes(r=5)), header, LAYERS)
 
 
 def test_what_patterns_may_cost_is_judged_alike_every_time_and_only_as_a_file_comes_in(
@@ -269,7 +269,7 @@ def test_what_patterns_may_cost_is_judged_alike_every_time_and_only_as_a_file_co
     ranks = {f"^{path}": 4 for path in SHAPES}
     folder = write_adapter(tmp_path, rank_pattern=ranks)
     paths = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    spec, header = AdapterSpec.parse(config_bytes(rank_pattern=ranks)), read_header(folder / WEIGHTS_FILE)
+    spec, header = parse_spec(config_bytes(rank_pattern=ranks)), read_header(folder / WEIGHTS_FILE)
 
     def is_let_in(max_work: int) -> bool:
         try:

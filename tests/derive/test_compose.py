@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from adapter_files import LAYERS, SHAPES, write_adapter
 from serving import BASE, Running, serving, settings
-from swaplora_adapters.config.spec import MAX_RANK
+from swaplora_adapters.config.parse import MAX_RANK
 from swaplora_adapters.derive.compose import Ingredient, Recipe, compose
 from swaplora_adapters.derive.files import write_adapter as write_composed
 from swaplora_adapters.derive.lowrank import LowRank

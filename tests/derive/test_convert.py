@@ -17,7 +17,7 @@ import tiny
 from adapter_files import SHAPES
 from oracle import Oracle
 from serving import Running
-from swaplora_adapters.config.spec import CONVERTIBLE_KINDS
+from swaplora_adapters.config.parse import CONVERTIBLE_KINDS
 from swaplora_adapters.derive.convert import Converted, convert
 from swaplora_adapters.derive.kinds import KINDS
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError

@@ -7,7 +7,7 @@ import pytest
 
 import tiny
 from adapter_files import config_bytes, write_adapter
-from swaplora_adapters.config.spec import AdapterSpec
+from swaplora_adapters.config.parse import parse_spec
 from swaplora_adapters.derive.deltas import require_deltas
 from swaplora_adapters.derive.export import Addend, merge
 from swaplora_adapters.derive.process import DerivationProcess
@@ -32,4 +32,4 @@ def test_a_merge_refuses_biases_and_saved_modules(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"use_qalora": True}, {"peft_type": "ADALORA"}], ids=["lora", "qalora", "ada"])
 def test_deltas_are_let_through(fields: dict[str, Any]) -> None:
-    require_deltas(AdapterSpec.parse(config_bytes(**fields)))
+    require_deltas(parse_spec(config_bytes(**fields)))

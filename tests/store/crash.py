@@ -23,7 +23,7 @@ from typing import IO, Any, Literal
 import torch
 
 from adapter_files import LAYERS, config_bytes, write_adapter
-from swaplora_adapters.config.spec import AdapterSpec
+from swaplora_adapters.config.parse import parse_spec
 from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.files.digest import digest_of, hex_of
 from swaplora_adapters.files.names import WEIGHTS_FILE
@@ -132,7 +132,7 @@ def digest_for(number: float) -> str:
     with TemporaryDirectory() as folder:
         path = Path(folder) / WEIGHTS_FILE
         path.write_bytes(weights_bytes(number))
-        return digest_of(AdapterSpec.parse(config_bytes()).canonical, path)
+        return digest_of(parse_spec(config_bytes()).canonical, path)
 
 
 def allowed_after(before: Allowed, number: int, outcomes: Sequence[str]) -> Allowed:

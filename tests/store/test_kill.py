@@ -18,7 +18,7 @@ from crash import Allowed, Hurt, Nursery, Thread
 from server_process import SMALL, process
 from serving import Running
 from sizes import size
-from swaplora_adapters.config.spec import AdapterSpec
+from swaplora_adapters.config.parse import parse_spec
 from swaplora_adapters.files.digest import digest_of
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 
@@ -142,7 +142,7 @@ def digest_in(folder: Path | None) -> str | None:
     return (
         None
         if folder is None
-        else digest_of(AdapterSpec.parse((folder / CONFIG_FILE).read_bytes()).canonical, folder / WEIGHTS_FILE)
+        else digest_of(parse_spec((folder / CONFIG_FILE).read_bytes()).canonical, folder / WEIGHTS_FILE)
     )
 
 

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 
 from crash import everything
-from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.errors import AdapterFailedError, InvalidAdapterError, StorageFailedError, StorageFullError
 from swaplora_adapters.files.digest import hex_of
 from swaplora_adapters.files.disk import full_disk_is_told
-from swaplora_adapters.store import descriptions
+from swaplora_adapters.store import blobs, descriptions
 from swaplora_adapters.store.catalogue import Catalogue
 from swaplora_adapters.store.records import Alias, Target
 from swaplora_adapters.store.store import Store, StoreError
@@ -462,7 +461,7 @@ def test_a_stored_config_that_is_refused_today_stays_where_it_is(
         raise InvalidAdapterError(["target_modules: not any more"])
 
     with monkeypatch.context() as patch:
-        patch.setattr(AdapterSpec, "parse", refusing)
+        patch.setattr(blobs, "parse_spec", refusing)
         with pytest.raises(AdapterFailedError, match="refused by this release: target_modules: not any more"):
             store.verify(record.digest)
     assert list((data_dir / "quarantine").iterdir()) == []

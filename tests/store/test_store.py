@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from adapter_files import config_bytes
 from crash import everything, without_catalogue
 from sizes import size
-from swaplora_adapters.config.spec import AdapterSpec
+from swaplora_adapters.config.parse import parse_spec
 from swaplora_adapters.errors import (
     AdapterError,
     AdapterFailedError,
@@ -63,7 +63,7 @@ def publish(
     """Publish weights of any bytes at all: the store does not look into them."""
     with store.stage() as staging:
         fill(staging, config, weights)
-        digest = digest_of(AdapterSpec.parse(config_bytes()).canonical, staging.weights_path)
+        digest = digest_of(parse_spec(config_bytes()).canonical, staging.weights_path)
         details = Details(digest, 4, ("q_proj", "v_proj"), "base", 32, ("a warning",))
         return store.publish(name, staging, details, source=source, conditions=Conditions(**conditions))
 
@@ -473,7 +473,7 @@ PUBLISHER = """
 import os, signal, sys
 from pathlib import Path
 from swaplora_adapters.files.digest import digest_of
-from swaplora_adapters.config.spec import AdapterSpec
+from swaplora_adapters.config.parse import parse_spec
 from swaplora_adapters.store.store import Details, Store
 
 data_dir, config, first, die_at = Path(sys.argv[1]), sys.argv[2].encode(), int(sys.argv[3]), int(sys.argv[4])
@@ -498,7 +498,7 @@ for number in range(first, first + (1 if die_at else 1000)):
         for part, content in (("config", config), ("weights", b"%d" % number)):
             with staging.writer(part, 1 << 20) as writer:
                 writer.write(content)
-        digest = digest_of(AdapterSpec.parse(config).canonical, staging.weights_path)
+        digest = digest_of(parse_spec(config).canonical, staging.weights_path)
         record = store.publish(f"n{number % 3}", staging, Details(digest, 1, (), None, 1, ())).record
         print(record.name, record.version, record.digest, flush=True)
 """

@@ -1,12 +1,8 @@
 """What a well-formed adapter_config.json may ask for that is not served, or that PEFT itself does not put together."""
 
-from typing import TYPE_CHECKING
-
 from swaplora_adapters.config.fields import ConfigFields
+from swaplora_adapters.config.spec import ADALORA, AdapterSpec
 from swaplora_adapters.files.complaints import quoted
-
-if TYPE_CHECKING:
-    from swaplora_adapters.config.spec import AdapterSpec
 
 # PEFT refuses them for AdaLoRA, or does not look at them.
 _NOT_ADALORAS = (
@@ -32,18 +28,18 @@ _EXCLUSIVE = (
 )
 
 
-def refuse_unserved(fields: ConfigFields, spec: "AdapterSpec") -> None:
+def refuse_unserved(fields: ConfigFields, spec: AdapterSpec) -> None:
     """Note every complaint about fields that were read."""
     _check_targets(fields, spec)
     _refuse_values(fields, spec)
-    if spec.peft_type == "ADALORA":
+    if spec.peft_type == ADALORA:
         given = [field for field in _NOT_ADALORAS if getattr(spec, field)]
         fields.unsupported += [f"{field} is not supported with peft_type ADALORA" for field in given]
     else:
         _refuse_combinations(fields, spec)
 
 
-def _check_targets(fields: ConfigFields, spec: "AdapterSpec") -> None:
+def _check_targets(fields: ConfigFields, spec: AdapterSpec) -> None:
     if not (spec.target_modules or spec.target_parameters):
         fields.malformed.append("target_modules names nothing")
     if isinstance(spec.target_modules, str) and (spec.layers_to_transform or spec.layers_pattern):
@@ -52,7 +48,7 @@ def _check_targets(fields: ConfigFields, spec: "AdapterSpec") -> None:
         fields.malformed.append("layers_pattern needs layers_to_transform")
 
 
-def _refuse_values(fields: ConfigFields, spec: "AdapterSpec") -> None:
+def _refuse_values(fields: ConfigFields, spec: AdapterSpec) -> None:
     """Note the values of known fields that are not served."""
     if spec.task_type not in (None, "CAUSAL_LM"):
         fields.unsupported.append(f"task_type {quoted(spec.task_type)} is not supported, only CAUSAL_LM is")
@@ -66,7 +62,7 @@ def _refuse_values(fields: ConfigFields, spec: "AdapterSpec") -> None:
         fields.unsupported.append("qalora_group_size 1 is not supported: its factors look like plain LoRA's")
 
 
-def _init_remedy(spec: "AdapterSpec", init: str) -> str:
+def _init_remedy(spec: AdapterSpec, init: str) -> str:
     """PEFT converts some, though not together with fields of which it cannot tell what was scaled how."""
     changed_base = "serve that changed base, saved with it, and set init_lora_weights to true"
     is_scaled_apart = spec.use_rslora and (spec.rank_pattern or spec.alpha_pattern)
@@ -78,7 +74,7 @@ def _init_remedy(spec: "AdapterSpec", init: str) -> str:
     )
 
 
-def _refuse_combinations(fields: ConfigFields, spec: "AdapterSpec") -> None:
+def _refuse_combinations(fields: ConfigFields, spec: AdapterSpec) -> None:
     """Note what does not go together."""
     for field, others in _EXCLUSIVE:
         given = [other for other in others if getattr(spec, field) and getattr(spec, other)]

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from swaplora_adapters.config.spec import MAX_RANK
+from swaplora_adapters.config.parse import MAX_RANK
 from swaplora_adapters.derive.delta_merge import dare_linear, dare_ties, ties
 from swaplora_adapters.derive.lowrank import LowRank, at_most, cut_factors, cut_matrix
 from swaplora_adapters.errors import InvalidAdapterError

@@ -10,9 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from swaplora_adapters.config.spec import MAX_CONFIG_BYTES, AdapterSpec
+from swaplora_adapters.config.parse import read_spec
 from swaplora_adapters.derive.deltas import require_deltas
-from swaplora_adapters.files.disk import read_bounded
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.fit.base import BaseLayers, shape_of
 from swaplora_adapters.intake import inspect_files
@@ -49,7 +48,7 @@ def merge(base: str | Path, addends: Sequence[Addend], out: Path) -> None:
 
 def _checked(folder: Path, layers: BaseLayers) -> AdapterWeights:
     config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    require_deltas(AdapterSpec.parse(read_bounded(config, MAX_CONFIG_BYTES)))
+    require_deltas(read_spec(config))
     digest = inspect_files(config, weights, layers).digest
     return load_weights(digest, config, weights, layers, torch.float32, torch.device("cpu"))
 

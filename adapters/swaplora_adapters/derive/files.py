@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from swaplora_adapters.config.spec import MAX_CONFIG_BYTES, MAX_RANK
+from swaplora_adapters.config.parse import MAX_CONFIG_BYTES, MAX_RANK
 from swaplora_adapters.derive.lowrank import LowRank
 from swaplora_adapters.errors import AdapterTooLargeError
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from swaplora_adapters.config.fields import ConfigFields
 from swaplora_adapters.config.matching import Matcher
+from swaplora_adapters.config.parse import MAX_ALPHA, MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, parse_spec
 from swaplora_adapters.config.patterns import MAX_WORK
-from swaplora_adapters.config.spec import MAX_ALPHA, MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, AdapterSpec
+from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.derive.kinds import KINDS, Kind, Module, Shapes
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 from swaplora_adapters.files.complaints import capped, quoted
@@ -72,7 +73,7 @@ def read_foreign(config_path: Path, weights_path: Path, shapes: Mapping[str, Lin
         document = loads(raw, what=CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES, max_depth=MAX_CONFIG_DEPTH)
         name, kind = _kind_of(document)
         numbers = _Numbers(document, kind)
-        spec = AdapterSpec.parse(json.dumps(_as_lora(document, kind)).encode())
+        spec = parse_spec(json.dumps(_as_lora(document, kind)).encode())
         header = read_header(weights_path)
     _require_factors_alone(spec)
     matcher = Matcher(shapes, MAX_WORK)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from swaplora_adapters.config.spec import MAX_CONFIG_BYTES
+from swaplora_adapters.config.parse import MAX_CONFIG_BYTES
 from swaplora_adapters.derive.compose import Recipe
 from swaplora_adapters.derive.foreign import read_foreign
 from swaplora_adapters.derive.process import DerivationProcess

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from swaplora_adapters.config.spec import MAX_CONFIG_BYTES, AdapterSpec
+from swaplora_adapters.config.parse import read_spec
+from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.derive.compose import Ingredient, Recipe, compose
 from swaplora_adapters.derive.convert import convert
 from swaplora_adapters.derive.deltas import require_deltas
@@ -22,7 +23,6 @@ from swaplora_adapters.derive.files import write_adapter
 from swaplora_adapters.derive.lowrank import LowRank, relative_error
 from swaplora_adapters.derive.process import answer_of, bound_this_process
 from swaplora_adapters.errors import AdapterError
-from swaplora_adapters.files.disk import read_bounded
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.fit.base import BaseLayers, LinearShape
 from swaplora_adapters.weights.load import load_weights
@@ -104,7 +104,7 @@ def _shapes(shapes: Mapping[str, list[int]]) -> dict[str, LinearShape]:
 
 
 def _spec(folder: Path) -> AdapterSpec:
-    return AdapterSpec.parse(read_bounded(folder / CONFIG_FILE, MAX_CONFIG_BYTES))
+    return read_spec(folder / CONFIG_FILE)
 
 
 def _weights(folder: Path, shapes: Mapping[str, LinearShape]) -> AdapterWeights:

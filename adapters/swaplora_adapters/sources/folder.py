@@ -4,7 +4,7 @@ import os
 from io import FileIO
 from pathlib import Path
 
-from swaplora_adapters.config.spec import MAX_CONFIG_BYTES
+from swaplora_adapters.config.parse import MAX_CONFIG_BYTES
 from swaplora_adapters.errors import (
     InvalidAdapterError,
     SourceFailedError,

@@ -15,7 +15,7 @@ import httpx2
 from huggingface_hub import constants, get_session, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled, OIDCError
 
-from swaplora_adapters.config.spec import MAX_CONFIG_BYTES
+from swaplora_adapters.config.parse import MAX_CONFIG_BYTES
 from swaplora_adapters.errors import AdapterError, SourceFailedError, SourceNotAllowedError, SourceNotFoundError
 from swaplora_adapters.files.complaints import quoted
 from swaplora_adapters.sources import transfer

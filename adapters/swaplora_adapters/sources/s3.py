@@ -9,7 +9,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, ReadTimeoutError
 from urllib3.exceptions import HTTPError, TimeoutError
 
-from swaplora_adapters.config.spec import MAX_CONFIG_BYTES
+from swaplora_adapters.config.parse import MAX_CONFIG_BYTES
 from swaplora_adapters.errors import AdapterError, SourceFailedError, SourceNotFoundError
 from swaplora_adapters.files.complaints import quoted
 from swaplora_adapters.files.names import CONFIG_FILE

@@ -7,7 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from swaplora_adapters.config.spec import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, AdapterSpec
+from swaplora_adapters.config.parse import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, parse_spec
+from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.errors import AdapterFailedError, InvalidAdapterError, UnsupportedAdapterError
 from swaplora_adapters.files.digest import digest_of, hex_of
 from swaplora_adapters.files.disk import full_disk_is_told, read_bounded, regular_size, remove, sync_folder
@@ -143,6 +144,6 @@ class Blobs:
 
 def _accepted(config: bytes) -> AdapterSpec:
     try:
-        return AdapterSpec.parse(config)
+        return parse_spec(config)
     except (InvalidAdapterError, UnsupportedAdapterError) as error:
         raise AdapterFailedError(f"its stored config is refused by this release: {error}") from error

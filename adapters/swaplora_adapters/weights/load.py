@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from swaplora_adapters.config.spec import MAX_CONFIG_BYTES, AdapterSpec
+from swaplora_adapters.config.parse import read_spec
+from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.errors import InvalidAdapterError
 from swaplora_adapters.files.complaints import capped
-from swaplora_adapters.files.disk import read_bounded
 from swaplora_adapters.files.tensorfile import Header, iter_tensors, read_header
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.fit.fit import Layout, fitted
@@ -69,7 +69,7 @@ def load_weights(
     device: torch.device,
 ) -> AdapterWeights:
     """`build_weights` from the two files, checked as if for the first time; holds one module's tensors raw."""
-    spec = AdapterSpec.parse(read_bounded(config_path, MAX_CONFIG_BYTES))
+    spec = read_spec(config_path)
     header = read_header(weights_path)
     layout = check_fit(spec, header, layers)
     num_bytes = sum(_num_bytes(math.prod(info.shape), info.dtype, dtype) for info in header.tensors.values())

@@ -9,7 +9,7 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from swaplora_adapters.config.spec import MAX_CONFIG_BYTES
+from swaplora_adapters.config.parse import MAX_CONFIG_BYTES
 from swaplora_adapters.store.staging import Part, Staging, Writer
 from swaplora_server.http.transport.encoding import body_chunks
 from swaplora_server.service.errors import RequestError

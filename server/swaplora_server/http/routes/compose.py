@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field, model_validator
 from starlette.responses import JSONResponse
 
-from swaplora_adapters.config.spec import MAX_RANK
+from swaplora_adapters.config.parse import MAX_RANK
 from swaplora_adapters.derive.compose import OPTIONAL, REQUIRED, Method, Recipe
 from swaplora_adapters.derive.making import Source
 from swaplora_adapters.interest import Interest
