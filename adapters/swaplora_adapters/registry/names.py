@@ -11,7 +11,7 @@ from swaplora_adapters.errors import (
     InvalidAdapterNameError,
 )
 from swaplora_adapters.files.disk import full_disk_is_told
-from swaplora_adapters.files.names import validate_alias, validate_name
+from swaplora_adapters.files.names import validate_name
 from swaplora_adapters.registry.index import Index, NamedVersions
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions, NameState
 from swaplora_adapters.store.records import Alias, Details, Published, Target, VersionRecord
@@ -41,8 +41,15 @@ class Names:
         self._origins = store.origins()
 
     def check_adapter_name(self, name: str) -> None:
-        """Raise InvalidAdapterNameError for what an adapter cannot be called, or what something else is called."""
+        """Raise InvalidAdapterNameError for what an adapter cannot be called, or what something else is called.
+
+        For whoever lets a name in: what is published under it may take long to come.
+        """
         validate_name(name)
+        self.check_is_free(name)
+
+    def check_is_free(self, name: str) -> None:
+        """Raise InvalidAdapterNameError for what the base or an alias is called."""
         if name == self._base_model:
             raise InvalidAdapterNameError(f"{name} is what the base is called; choose another name")
         if self.index.is_alias(name):
@@ -64,7 +71,7 @@ class Names:
     ) -> Published:
         """See `Store.publish`."""
         with self.changes:
-            self.check_adapter_name(name)
+            self.check_is_free(name)
             published = self._store.publish(name, staging, details, source=source, conditions=conditions)
             self._origins.setdefault(name, None)
             for affected in {name, *self.index.names_of(details.digest)}:  # damaged files are whole again for all
@@ -128,7 +135,6 @@ class Names:
         Raises InvalidAdapterNameError, and AdapterNotFoundError or VersionNotFoundError for a target.
         """
         with self.changes:
-            validate_alias(alias)
             if alias == self._base_model or alias in self.index:
                 raise InvalidAdapterNameError(f"{alias} is what the base or an adapter is called; choose another alias")
             for target in targets:

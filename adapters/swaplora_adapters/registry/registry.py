@@ -4,13 +4,12 @@ Replace and delete act on names at once, and on versions when the last lease on 
 memory: `Names.changes` serialises what touches the disk, and the lock that leases take is never held across it.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -24,9 +23,6 @@ from swaplora_adapters.registry.index import NamedVersions
 from swaplora_adapters.registry.leases import Lease, Removal, Tenancy
 from swaplora_adapters.registry.names import Names
 from swaplora_adapters.registry.residency import Residency
-from swaplora_adapters.sources.folder import fetch_from_folder, origin_of
-from swaplora_adapters.sources.source import Sources
-from swaplora_adapters.sources.uri import FolderUri
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
 from swaplora_adapters.store.records import Alias, Target, VersionRecord
 from swaplora_adapters.store.staging import Staging
@@ -36,7 +32,13 @@ from swaplora_adapters.weights.served import AdapterWeights
 
 # Writes a staging folder's two files, or rewrites them, and says how: a version's provenance.
 Make = Callable[[Staging], str]
-_ANY_SIZE = 1 << 62  # the operator's own folder, which only memory limits
+
+
+class Fetcher(Protocol):
+    """Where adapters are fetched from; `sources` implements it."""
+
+    def fetch(self, uri: str, staging: Staging, *, is_operators: bool = False, interest: Interest | None = None) -> str:
+        """Write the two files that `uri` leads to into `staging`; returns what to show as the source."""
 
 
 class Registry:
@@ -46,7 +48,7 @@ class Registry:
         self,
         store: Store,
         *,
-        sources: Sources,
+        sources: Fetcher,
         layers: BaseLayers,
         dtype: torch.dtype,
         device: torch.device,
@@ -120,7 +122,6 @@ class Registry:
         reason, AdapterTooLargeError, PreconditionFailedError, StorageFullError, and MemoryFullError for a pinned name
         whose new version does not fit beside the others. The old version then serves on, and its card says why.
         """
-        self._names.check_adapter_name(name)
         with self._told_on_the_card(name):
             return self._put(name, staging, source, conditions, make)
 
@@ -139,26 +140,11 @@ class Registry:
         Raises SourceNotAllowedError, SourceNotFoundError and SourceFailedError as well, and AbandonedError when
         `interest` is lost before all of it has come.
         """
-        self._names.check_adapter_name(name)
         if conditions.if_none_match and name in self._names.index:
             raise PreconditionFailedError(f"adapter {name} exists already")
         with self._store.stage() as staging, self._told_on_the_card(name):
             pinned_uri = self._sources.fetch(uri, staging, is_operators=is_operators, interest=interest)
             return self._put(name, staging, pinned_uri, conditions, make)
-
-    def put_folder(self, name: str, folder: Path) -> None:
-        """Take in an adapter from any folder of the operator's, wherever its links lead, as if it had been uploaded.
-
-        Not again while its files are unchanged, so that a restart undoes no upload, roll-back or delete.
-        """
-        self._names.check_adapter_name(name)
-        origin = origin_of(folder)
-        if origin == self._names.origin(name):
-            return
-        with self._store.stage() as staging:
-            fetch_from_folder(FolderUri(os.path.abspath(folder)), Path("/"), staging, _ANY_SIZE)
-            self.put(name, staging, source=f"folder:{folder.name}")
-        self._names.set_origin(name, origin)
 
     def change(self, name: str, *, current: int | None = None, is_pinned: bool | None = None) -> Card:
         """Roll `name` back or forward to one of its versions, keep it in memory or no longer, or both at once.

@@ -1,4 +1,4 @@
-"""A folder of the operator's whose sub-folders are adapters: what is new or changed in it is taken in."""
+"""Folders of the operator's that are taken in: one under a name, or all the sub-folders of one that is watched."""
 
 import os
 import threading
@@ -15,8 +15,26 @@ from swaplora_adapters.errors import (
 )
 from swaplora_adapters.files.names import CONFIG_FILE, validate_name
 from swaplora_adapters.registry.registry import Registry
-from swaplora_adapters.sources.folder import ReplacedMeanwhileError, origin_of
+from swaplora_adapters.sources.folder import ReplacedMeanwhileError, fetch_from_folder, origin_of
+from swaplora_adapters.sources.uri import FolderUri
 from swaplora_adapters.store.conditions import Conditions, NameState
+
+_ANY_SIZE = 1 << 62  # which only memory limits
+
+
+def put_folder(registry: Registry, name: str, folder: Path) -> None:
+    """Take in an adapter from any folder of the operator's, wherever its links lead, as if it had been uploaded.
+
+    Not again while its files are unchanged, so that a restart undoes no upload, roll-back or delete.
+    """
+    registry.names.check_adapter_name(name)
+    origin = origin_of(folder)
+    if origin == registry.names.origin(name):
+        return
+    with registry.stage() as staging:
+        fetch_from_folder(FolderUri(os.path.abspath(folder)), Path("/"), staging, _ANY_SIZE)
+        registry.put(name, staging, source=f"folder:{folder.name}")
+    registry.names.set_origin(name, origin)
 
 
 class AdapterFolder:
@@ -51,6 +69,7 @@ class AdapterFolder:
         Raises AdapterError; SourceNotFoundError if there is no such sub-folder, PreconditionFailedError if the name is
         no more as it was `since`.
         """
+        self._registry.names.check_adapter_name(name)
         origin = origin_of(self._folder / name)
         self._registry.put_source(name, f"file:{name}", conditions=Conditions(if_unchanged_since=since))
         self._registry.names.set_origin(name, origin)

@@ -111,7 +111,7 @@ class Ingest:
         names = self._registry.names
         if not names.was_used(name):
             try:
-                names.check_adapter_name(name)
+                names.check_is_free(name)
                 look = self._resolver.find(name, peer.get())
                 try:
                     await result_of(look.future)

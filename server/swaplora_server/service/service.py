@@ -13,6 +13,7 @@ import structlog
 from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.source import Sources
+from swaplora_adapters.sources.watcher import put_folder
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_adapters.store.store import Store
 from swaplora_server.base.base_model import BaseModel, load_chosen_base
@@ -233,7 +234,7 @@ class Service:
 
     def _take_in_named_adapters(self) -> None:
         for name, folder in self.settings.adapter_folders.items():
-            self.registry.put_folder(name, folder)
+            put_folder(self.registry, name, folder)
             if name not in self.registry.names.index:
                 _log.warning("an adapter was deleted, and stays so until its files change", adapter=name)
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 from fastapi import APIRouter, Depends, Request
 from pydantic import Field, model_validator
 
+from swaplora_adapters.files.names import validate_alias
 from swaplora_adapters.store.records import Target
 from swaplora_server.http.cards import alias_body
 from swaplora_server.http.query import refuse_unknown_parameters
@@ -70,6 +71,7 @@ async def put_alias(
     """Make an alias or point it elsewhere, durably: requests that are admitted from now on follow it."""
     service: Service = request.app.state.service
     service.check_serving()
+    validate_alias(alias)
     return alias_body(await asyncio.to_thread(service.registry.put_alias, alias, body.as_targets()))
 
 

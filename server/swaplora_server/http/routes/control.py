@@ -123,6 +123,7 @@ async def _load(
     stored, is_known = name, False
     if "/" in name:
         stored, is_known = _stored_name(service, name), service.registry.names.index.is_alias(name)
+    service.registry.names.check_adapter_name(stored)
     fetch = _fetch(service, name, stored, path, replace=replace and (is_known or stored == name))
     put = await until_disconnect(request.receive, fetch)
     try:
