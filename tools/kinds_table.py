@@ -1,4 +1,4 @@
-"""The README's table of adapter kinds, measured: `python tools/kinds_table.py` writes it there.
+"""The table of adapter kinds in docs/adapters.md, measured: `python tools/kinds_table.py` writes it there.
 
 Every kind of `peft_kinds` answers one prompt through the engine: alone, in one step with all others of its base and the
 base, in a weighted sum, and merged into weights of its own. A cell says yes where every log-probability is within 1e-4
@@ -33,8 +33,9 @@ from swaplora_server.kernels.pick import pick_backend
 from swaplora_server.service.invocation import invoked_at
 
 CPU = torch.device("cpu")
-README = Path(__file__).parent.parent / "README.md"
-CACHE = README.parent / ".cache" / "native"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "adapters.md"
+CACHE = ROOT / ".cache" / "native"
 BEGIN, END = "<!-- kinds -->", "<!-- /kinds -->"
 COLUMNS = ("alone", "in a mixed batch", "summed", "merged")
 Cells = dict[str, tuple[str, ...]]  # by kind
@@ -217,18 +218,18 @@ def table(cells: Cells) -> str:
     return "\n".join(lines)
 
 
-def in_readme(readme: str) -> str:
-    """The table that a README has."""
-    return readme.partition(BEGIN)[2].partition(END)[0].strip()
+def in_page(text: str) -> str:
+    """The table that the page's text has."""
+    return text.partition(BEGIN)[2].partition(END)[0].strip()
 
 
 def main() -> None:
-    """Measure, and write the table into the README."""
+    """Measure, and write the table into the page."""
     warnings.simplefilter("ignore")
     backend = pick_backend(CPU, torch.float32, CACHE, lambda _message: None)
-    text = README.read_text()
+    text = PAGE.read_text()
     before, _, rest = text.partition(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{table(measure_all(backend)[0])}\n{END}{rest.partition(END)[2]}")
+    PAGE.write_text(f"{before}{BEGIN}\n{table(measure_all(backend)[0])}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README's list of what is refused, made from the server's own tables: `python tools/refused_list.py` writes it."""
+"""What docs/api.md lists as refused, made from the server's own tables: `python tools/refused_list.py` writes it."""
 
 import json
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from pathlib import Path
 from swaplora_server.http.refusals import ANYWHERE, CHAT, COMPLETION, MESSAGE, Refusal
 from swaplora_server.http.unserved import UNSERVED
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 BEGIN, END = "<!-- refused -->", "<!-- /refused -->"
 
 
@@ -24,9 +24,9 @@ def listed() -> str:
     return f"| in | refused, unless it is null or what stands behind it |\n| --- | --- |\n{table}"
 
 
-def in_readme() -> str:
+def in_page() -> str:
     """What stands there now."""
-    return README.read_text(encoding="utf-8").partition(f"{BEGIN}\n")[2].partition(END)[0]
+    return PAGE.read_text(encoding="utf-8").partition(f"{BEGIN}\n")[2].partition(END)[0]
 
 
 def _without(refused: Mapping[str, Refusal], others: Mapping[str, Refusal]) -> dict[str, Refusal]:
@@ -44,5 +44,5 @@ def _neutral(refusal: Refusal) -> str:
 
 
 if __name__ == "__main__":
-    text = README.read_text(encoding="utf-8")
-    README.write_text(text.replace(in_readme(), listed()), encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(text.replace(in_page(), listed()), encoding="utf-8")

@@ -297,8 +297,8 @@ def test_every_field_of_openais_is_known() -> None:
         assert set(message.__annotations__) <= {*Message.model_fields, *MESSAGE}
 
 
-def test_the_readme_lists_what_the_tables_refuse() -> None:
-    assert refused_list.in_readme() == refused_list.listed(), "run python tools/refused_list.py"
+def test_the_page_lists_what_the_tables_refuse() -> None:
+    assert refused_list.in_page() == refused_list.listed(), "run python tools/refused_list.py"
 
 
 def test_every_refusal_says_what_to_do() -> None:

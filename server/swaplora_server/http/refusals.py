@@ -1,6 +1,6 @@
 """What clients of OpenAI's and vLLM's API may send and is not honoured: each field, what it may be, what to do instead.
 
-This table is the one place; the README's list is made of it. Imports no torch.
+This table is the one place; the list in docs/api.md is made of it. Imports no torch.
 """
 
 import json

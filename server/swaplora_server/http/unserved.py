@@ -1,4 +1,4 @@
-"""Routes of OpenAI's and vLLM's APIs that are not served yet, which the README lists, and what one is told."""
+"""Routes of OpenAI's and vLLM's APIs that are not served yet, which docs/api.md lists, and what one is told."""
 
 UNSERVED = (
     *("/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/moderations", "/v1/audio", "/v1/images", "/v1/videos"),

@@ -1,0 +1,156 @@
+"""What the documentation names is there, and what users meet is in the documentation."""
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+
+import click
+import pytest
+from fastapi.routing import APIRoute
+from typer.main import get_command
+
+from repository import ROOT
+from serving import Running
+from swaplora_server.cli import app
+from swaplora_server.config import Settings
+from swaplora_server.http import errors, routes
+from swaplora_server.http.wire import ChatBody, CompletionBody
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PACKAGES = (ROOT / "server/swaplora_server", ROOT / "adapters/swaplora_adapters")
+FENCE = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+FILE = re.compile(r"(?:\.?[\w-]+/)+(?:[\w.-]+\.\w+)?|[\w-]+\.(?:py|cpp|h|md|toml|yaml)")
+NAME = re.compile(r"[A-Z]+[a-z]\w*(?:\.\w+)*|[a-z]+(?:_[a-z]+)+")  # a class, or snake case
+TARGET = re.compile(r"\bmake ([a-z-]+)")
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+SETTING = re.compile(r"^\| `(\w+)` \| (?:`(.+?)`)? *\|", re.MULTILINE)
+FOREIGN_FLAGS = {"--build-arg", "--detach", "--file", "--strict", "--wait"}  # of git, docker and mypy
+METRIC = "swaplora_"
+FOREIGN_NAMES = {"BitsAndBytesConfig", "Upgrade", "track_order"}  # of others, a header, an answer
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def test_the_pages_are_there() -> None:
+    pages = "README.md CONTRIBUTING.md adapters.md api.md architecture.md benchmarks.md glossary.md operations.md"
+    assert {page.name for page in PAGES} == set(pages.split())
+
+
+@each_page
+def test_every_link_leads_to_a_file_and_its_heading(page: Path) -> None:
+    assert [link for link in LINK.findall(page.read_text()) if not _leads_somewhere(page, link)] == []
+
+
+@each_page
+def test_every_path_exists(page: Path) -> None:
+    assert [path for path in _code(page) if FILE.fullmatch(path) and not _is_there(page, path)] == []
+
+
+@each_page
+def test_every_name_exists(page: Path) -> None:
+    named = {name for name in _code(page) if NAME.fullmatch(name) and not name.startswith(METRIC)} - FOREIGN_NAMES
+    assert {name for name in named if not _words().issuperset(name.split("."))} == set()
+
+
+@each_page
+def test_every_make_target_exists(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {target for text in _code(page) for target in TARGET.findall(text)} - targets == set()
+
+
+@each_page
+def test_every_flag_exists(page: Path) -> None:
+    assert {flag for text in _code(page) for flag in FLAG.findall(text)} - _flags() - FOREIGN_FLAGS == set()
+
+
+def test_every_error_code_is_in_the_api() -> None:
+    assert _missing_in("api.md", errors._STATUS) == []  # noqa: SLF001 - the one table
+
+
+def test_every_route_is_in_the_api() -> None:
+    assert _missing_in("api.md", set(_routes())) == []
+
+
+def test_every_field_that_is_honoured_is_in_the_api() -> None:
+    assert _missing_in("api.md", {*CompletionBody.model_fields, *ChatBody.model_fields}) == []
+
+
+def test_the_metrics_are_those_of_the_operations(server: Running) -> None:
+    told = set(re.findall(r"^# TYPE (swaplora_\w+) ", server.client.get("/metrics").text, re.MULTILINE))
+    assert len(told) > 10
+    documented = {name for name in _code(ROOT / "docs/operations.md") if name.startswith(METRIC)}
+    assert documented == {name for name in told if not name.endswith("_created")}
+
+
+def test_every_setting_is_in_the_operations_with_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    documented = dict(SETTING.findall((ROOT / "docs/operations.md").read_text()))
+    assert documented.keys() == Settings.model_fields.keys()
+    assert Settings(**{name: default for name, default in documented.items() if default}) == Settings()
+
+
+def _missing_in(page: str, names: Iterable[str]) -> list[str]:
+    """Those that no code of the page has as a word."""
+    text = " ".join(_code(ROOT / "docs" / page))
+    return [name for name in sorted(names) if not re.search(rf"(?<![\w/]){re.escape(name)}(?![\w/])", text)]
+
+
+@cache
+def _code(page: Path) -> tuple[str, ...]:
+    """What stands in backticks, and each line of the blocks between fences."""
+    text = page.read_text()
+    blocks = [line for block in FENCE.findall(text) for line in block.splitlines()]
+    return (*blocks, *CODE.findall(FENCE.sub("", text)))
+
+
+def _leads_somewhere(page: Path, link: str) -> bool:
+    if "://" in link:
+        return True
+    path, _, heading = link.partition("#")
+    target = (page.parent / path).resolve() if path else page
+    return target.exists() and target.is_relative_to(ROOT) and (not heading or heading in _headings(target))
+
+
+def _headings(page: Path) -> set[str]:
+    """As GitHub names them."""
+    titles = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+def _is_there(page: Path, path: str) -> bool:
+    """Beside the page, in the repository, or in one of the packages."""
+    return any((folder / path).exists() for folder in (page.parent, ROOT, *PACKAGES))
+
+
+@cache
+def _words() -> frozenset[str]:
+    """Of all source files of the packages."""
+    files = (file for package in PACKAGES for kind in ("py", "cpp", "h") for file in package.rglob(f"*.{kind}"))
+    return frozenset(word for file in files for word in re.findall(r"\w+", file.read_text()))
+
+
+@cache
+def _flags() -> frozenset[str]:
+    """Of all commands of `swaplora` and of the programs in tools."""
+    programs = "".join(file.read_text() for file in (ROOT / "tools").glob("*.py"))
+    return frozenset(_options(get_command(app))) | frozenset(re.findall(r'add_argument\("(--[\w-]+)"', programs))
+
+
+def _options(command: click.Command) -> Iterator[str]:
+    for param in command.params:
+        yield from (*param.opts, *param.secondary_opts)
+    for inner in getattr(command, "commands", {}).values():
+        yield from _options(inner)
+
+
+def _routes() -> Iterator[str]:
+    """As `GET /v1/models`."""
+    for module in iter_modules(routes.__path__, f"{routes.__name__}."):
+        for route in import_module(module.name).router.routes:
+            assert isinstance(route, APIRoute)
+            yield from (f"{method} {route.path.replace(':path', '')}" for method in route.methods)
