@@ -142,10 +142,12 @@ def _flags() -> frozenset[str]:
 
 
 def _options(command: click.Command) -> Iterator[str]:
-    for param in command.params:
-        yield from (*param.opts, *param.secondary_opts)
+    """A command that takes settings has their options once it is called."""
     for inner in getattr(command, "commands", {}).values():
         yield from _options(inner)
+    if not isinstance(command, click.Group):
+        for param in command.make_context(command.name, [], resilient_parsing=True).command.params:
+            yield from (*param.opts, *param.secondary_opts)
 
 
 def _routes() -> Iterator[str]:
