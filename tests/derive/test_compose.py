@@ -16,8 +16,8 @@ from adapter_files import LAYERS, SHAPES, write_adapter
 from serving import BASE, Running, serving, settings
 from swaplora_adapters.config.parse import MAX_RANK
 from swaplora_adapters.derive.compose import Ingredient, Recipe, compose
-from swaplora_adapters.derive.files import write_adapter as write_composed
 from swaplora_adapters.derive.lowrank import LowRank
+from swaplora_adapters.derive.write import write_adapter as write_composed
 from swaplora_adapters.errors import AdapterTooLargeError, InvalidAdapterError
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.weights.load import load_weights

@@ -69,7 +69,7 @@ def make(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
                 for parameter in model.parameters():
                     if parameter.requires_grad:
                         parameter.normal_(std=0.5)
-            folder = tmp_path_factory.mktemp("foreign")
+            folder = tmp_path_factory.mktemp("convertible")
             model.save_pretrained(folder)
             made[name] = folder, model
         return made[name]

@@ -9,7 +9,7 @@ import tiny
 from adapter_files import config_bytes, write_adapter
 from swaplora_adapters.config.parse import parse_spec
 from swaplora_adapters.derive.deltas import require_deltas
-from swaplora_adapters.derive.export import Addend, merge
+from swaplora_adapters.derive.export import export_model
 from swaplora_adapters.derive.process import DerivationProcess
 from swaplora_adapters.errors import UnsupportedAdapterError
 from test_derivation_process import compose
@@ -25,7 +25,7 @@ def test_a_merge_refuses_biases_and_saved_modules(tmp_path: Path) -> None:
     base = tiny.save_tiny_base(tmp_path / "base")
     folder = write_adapter(tmp_path / "biases", bias="all", modules_to_save=["norm"])
     with pytest.raises(UnsupportedAdapterError) as caught:
-        merge(base, [Addend(folder, 1.0)], tmp_path / "out")
+        export_model(base, [folder], [1.0], tmp_path / "out")
     assert [reason.split()[4] for reason in caught.value.reasons] == ["bias", "modules_to_save"]
     assert not (tmp_path / "out").exists()
 

@@ -13,7 +13,7 @@ from adapter_files import LAYERS, SHAPES, factors, write_adapter
 from serving import Running, serving, settings
 from stand_in import CARD, StandIn, standing_in, swaplora
 from swaplora_adapters.derive.base_files import BaseFiles
-from swaplora_adapters.derive.inspection import compare_weights
+from swaplora_adapters.derive.inspect_weights import compare_weights
 from swaplora_adapters.derive.intruders import NUM_LOOKED_AT, count_intruders, intruders
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.fit.base import LinearShape

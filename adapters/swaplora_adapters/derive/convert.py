@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from swaplora_adapters.derive.foreign import Foreign, read_foreign
+from swaplora_adapters.derive.convertible import Convertible, read_convertible
 from swaplora_adapters.derive.lowrank import LowRank, with_energy
 from swaplora_adapters.errors import InvalidAdapterError
 from swaplora_adapters.files.complaints import capped, quoted
@@ -19,7 +19,7 @@ from swaplora_adapters.fit.base import LinearShape
 class Converted:
     """What `convert` made, by module."""
 
-    foreign: Foreign
+    source: Convertible
     modules: Mapping[str, LowRank]
 
 
@@ -31,15 +31,15 @@ def convert(
     `energy` in (0, 1] is the share of the sum of squared singular values that each module keeps: what is lost is at
     most √(1 - energy) of its norm. Raises InvalidAdapterError and UnsupportedAdapterError like an upload.
     """
-    foreign = read_foreign(config_path, weights_path, shapes)
-    tensors = read_tensors(weights_path, foreign.header)
+    source = read_convertible(config_path, weights_path, shapes)
+    tensors = read_tensors(weights_path, source.header)
     _check_finite(tensors)
-    projections, limit = foreign.projections(), with_energy(energy)
+    projections, limit = source.projections(), with_energy(energy)
     modules = {}
-    for path, module in foreign.modules.items():
-        own = {part: tensors[name] for part, name in foreign.names[path].items()}
-        modules[path] = foreign.kind.cut({**own, **projections}, module, limit)
-    return Converted(foreign, modules)
+    for path, module in source.modules.items():
+        own = {part: tensors[name] for part, name in source.names[path].items()}
+        modules[path] = source.kind.cut({**own, **projections}, module, limit)
+    return Converted(source, modules)
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from swaplora_adapters.config.parse import read_spec
+from swaplora_adapters.derive.compose import Ingredient
 from swaplora_adapters.derive.deltas import require_deltas
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.fit.base import BaseLayers, shape_of
@@ -19,15 +19,10 @@ from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.served import AdapterWeights
 
 
-class Addend(NamedTuple):
-    """An adapter's folder, and how much of it; any sign."""
+def export_model(base: str | Path, folders: Sequence[Path], scales: Sequence[float], out: Path) -> None:
+    """Write the model, its config and its tokenizer into `out`, which appears whole or not at all.
 
-    folder: Path
-    scale: float
-
-
-def merge(base: str | Path, addends: Sequence[Addend], out: Path) -> None:
-    """Write the merged model, its config and its tokenizer into `out`, which appears whole or not at all.
+    `scales` say how much of the adapter in each folder; any sign.
 
     Raises InvalidAdapterError for an adapter that does not fit the base or cannot be merged, ValueError and OSError for
     a base that cannot be loaded, and FileExistsError if `out` is there and not empty.
@@ -37,10 +32,10 @@ def merge(base: str | Path, addends: Sequence[Addend], out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     layers = BaseLayers({path: shape_of(module) for path, module in linears.items()})
-    adapters = [(_checked(addend.folder, layers), addend.scale) for addend in addends]
-    _untie(model, adapters, linears)
+    ingredients = [Ingredient(_checked(f, layers), s) for f, s in zip(folders, scales, strict=True)]
+    _untie(model, ingredients, linears)
     for path, linear in linears.items():
-        parts = [(weights.modules[path], scale) for weights, scale in adapters if path in weights.modules]
+        parts = [(i.weights.modules[path], i.scale) for i in ingredients if path in i.weights.modules]
         if parts:
             _add(linear, sum((scale * (part.lora_B @ part.lora_A) for part, scale in parts), torch.zeros(())))
     _save(model, base, out)
@@ -53,12 +48,10 @@ def _checked(folder: Path, layers: BaseLayers) -> AdapterWeights:
     return load_weights(digest, config, weights, layers, torch.float32, torch.device("cpu"))
 
 
-def _untie(
-    model: PreTrainedModel, adapters: Sequence[tuple[AdapterWeights, float]], linears: Mapping[str, nn.Module]
-) -> None:
+def _untie(model: PreTrainedModel, ingredients: Sequence[Ingredient], linears: Mapping[str, nn.Module]) -> None:
     """Give a tied output head a weight of its own if an adapter changes it: the embedding is not to change with it."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    changed = {path for weights, _ in adapters for path in weights.modules}
+    changed = {path for ingredient in ingredients for path in ingredient.weights.modules}
     if head is not None and head.weight is embedding.weight and any(linears[path] is head for path in changed):
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config.get_text_config().tie_word_embeddings = False

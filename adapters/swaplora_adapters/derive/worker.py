@@ -19,9 +19,9 @@ from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.derive.compose import Ingredient, Recipe, compose
 from swaplora_adapters.derive.convert import convert
 from swaplora_adapters.derive.deltas import require_deltas
-from swaplora_adapters.derive.files import write_adapter
 from swaplora_adapters.derive.lowrank import LowRank, relative_error
 from swaplora_adapters.derive.process import answer_of, bound_this_process
+from swaplora_adapters.derive.write import write_adapter
 from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.fit.base import BaseLayers, LinearShape
@@ -72,7 +72,7 @@ def _convert(
     """Convert the adapter in `folder`, and write the result's two files in the place of its own."""
     config, weights = Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE
     converted = convert(config, weights, _shapes(shapes), energy)
-    spec = converted.foreign.spec
+    spec = converted.source.spec
     for path in (config, weights):
         path.unlink()
     write_adapter(
@@ -82,7 +82,7 @@ def _convert(
         fan_in_fan_out=spec.fan_in_fan_out,
         max_bytes=max_bytes,
     )
-    return {"from_kind": converted.foreign.kind_name} | _errors(converted.modules)
+    return {"from_kind": converted.source.kind_name} | _errors(converted.modules)
 
 
 def _count_intruders(folder: str, base: str, shapes: dict[str, list[int]]) -> dict[str, int | None]:

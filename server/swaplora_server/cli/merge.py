@@ -26,8 +26,7 @@ def merge(
     for folder in folders:
         adapter_files(folder)
     settings = read_settings({} if base is None else {"base": base})
-    from swaplora_adapters.derive.export import Addend
-    from swaplora_adapters.derive.export import merge as write_merged
+    from swaplora_adapters.derive.export import export_model
     from swaplora_adapters.errors import InvalidAdapterError
     from swaplora_server.base.base_model import source_of
     from swaplora_server.embedded import EmbeddedBaseError
@@ -36,7 +35,7 @@ def merge(
     configure_logging(settings)
     try:
         source = source_of(settings, lambda step: say(step, err=True))
-        write_merged(source, [Addend(*pair) for pair in zip(folders, scales, strict=True)], out)
+        export_model(source, folders, scales, out)
     except InvalidAdapterError as error:
         fail(*error.reasons)
     except (EmbeddedBaseError, OSError, ValueError) as error:

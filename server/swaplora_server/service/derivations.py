@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from typing import NamedTuple, TypeVar
 
 from swaplora_adapters.derive.base_files import BaseFiles
-from swaplora_adapters.derive.making import Maker
+from swaplora_adapters.derive.deriver import Deriver
 from swaplora_adapters.derive.process import DerivationProcess
 from swaplora_adapters.fit.base import LinearShape
 from swaplora_adapters.interest import Interest
@@ -39,7 +39,7 @@ class Derivations:
         """`shapes` are the base's linears that adapters may target."""
         self._making, self._counting = DerivationProcess(), DerivationProcess()
         self.shapes = shapes
-        self.maker = Maker(self._making, shapes, settings.base_id, settings.max_adapter_bytes)
+        self.deriver = Deriver(self._making, shapes, settings.base_id, settings.max_adapter_bytes)
         self._settings = settings
         self._makers, self._counters = Workers(1, "derive-make"), Workers(1, "derive-count")
         self._shared: dict[str, _Shared] = {}

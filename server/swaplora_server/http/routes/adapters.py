@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request
 from pydantic import Field, model_validator
 from starlette.responses import JSONResponse
 
-from swaplora_adapters.derive.making import DEFAULT_ENERGY
+from swaplora_adapters.derive.deriver import DEFAULT_ENERGY
 from swaplora_adapters.registry.card import Put
 from swaplora_adapters.store.conditions import Conditions
 from swaplora_server.http.cards import card_body
@@ -76,7 +76,7 @@ async def put_adapter(
     if convert is None and convert_energy is not None:
         raise RequestError("invalid_request", "convert_energy needs convert=svd", "convert_energy")
     conditions = Conditions(if_match=wanted, if_none_match=if_none_match is not None)
-    make = None if convert is None else partial(service.derivations.maker.convert, convert_energy or DEFAULT_ENERGY)
+    make = None if convert is None else partial(service.derivations.deriver.convert, convert_energy or DEFAULT_ENERGY)
     take_in = _fetch if is_json(request.headers.get("content-type", "")) else _receive
     put = await take_in(request, service, name, conditions, make)
     return JSONResponse(card_body(service, put.card), 201 if put.is_first else 200)

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 
 from swaplora_adapters.config.parse import MAX_RANK
 from swaplora_adapters.derive.compose import OPTIONAL, REQUIRED, Method, Recipe
-from swaplora_adapters.derive.making import Source
+from swaplora_adapters.derive.deriver import StoredIngredient
 from swaplora_adapters.interest import Interest
 from swaplora_adapters.registry.card import Put
 from swaplora_server.http.cards import card_body
@@ -101,9 +101,9 @@ def _compose(
     registry = service.registry
     with registry.stage() as linked, registry.stage() as staging:
         folders = {reference: linked.path / reference for reference in chosen}
-        sources = [
-            Source(registry.names.link_files(reference, folder), folder, chosen[reference])
+        ingredients = [
+            StoredIngredient(registry.names.link_files(reference, folder), folder, chosen[reference])
             for reference, folder in folders.items()
         ]
-        make = partial(service.derivations.maker.compose, sources, recipe, interest, materialise=materialise)
+        make = partial(service.derivations.deriver.compose, ingredients, recipe, interest, materialise=materialise)
         return registry.put(name, staging, source="composed", make=make)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
 
-from swaplora_adapters.derive.inspection import compare_weights, inspect_weights, warnings_about
+from swaplora_adapters.derive.inspect_weights import compare_weights, inspect_weights, warnings_about
 from swaplora_adapters.registry.leases import Lease
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_adapters.weights.served import AdapterWeights

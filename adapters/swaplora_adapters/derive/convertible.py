@@ -39,7 +39,7 @@ _COMMON = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Foreign:
+class Convertible:
     """An adapter that fits the base: its kind, and per module what `kinds` needs to know and its tensors' names."""
 
     kind_name: str
@@ -66,7 +66,7 @@ class Foreign:
         }
 
 
-def read_foreign(config_path: Path, weights_path: Path, shapes: Mapping[str, LinearShape]) -> Foreign:
+def read_convertible(config_path: Path, weights_path: Path, shapes: Mapping[str, LinearShape]) -> Convertible:
     """Raises InvalidAdapterError with every complaint of the first stage that has any, or UnsupportedAdapterError."""
     with full_disk_is_told():
         raw = read_bounded(config_path, MAX_CONFIG_BYTES)
@@ -139,7 +139,7 @@ def _says_something(value: object) -> bool:
 
 def _fitted(
     name: str, kind: Kind, spec: AdapterSpec, header: Header, modules: Mapping[str, Module], numbers: _Numbers
-) -> Foreign:
+) -> Convertible:
     """Raise unless every tensor has its place, and every targeted module all its tensors in the right shapes."""
     names, shared, strangers = _sorted_names(header, kind)
     complaints = [f"{quoted(stranger)} is no name of a tensor of this kind" for stranger in strangers]
@@ -154,7 +154,7 @@ def _fitted(
     if complaints:
         raise InvalidAdapterError(capped(complaints))
     every = {path: {**names[path], **shared} for path in modules}
-    return Foreign(name, kind, spec, header, modules, every, numbers.projection_seed)
+    return Convertible(name, kind, spec, header, modules, every, numbers.projection_seed)
 
 
 def _sorted_names(header: Header, kind: Kind) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:

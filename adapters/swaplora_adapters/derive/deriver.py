@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from swaplora_adapters.config.parse import MAX_CONFIG_BYTES
 from swaplora_adapters.derive.compose import Recipe
-from swaplora_adapters.derive.foreign import read_foreign
+from swaplora_adapters.derive.convertible import read_convertible
 from swaplora_adapters.derive.process import DerivationProcess
 from swaplora_adapters.files.disk import open_regular, read_bounded
 from swaplora_adapters.fit.base import LinearShape
@@ -21,7 +21,7 @@ DEFAULT_ENERGY = 0.99  # of a conversion: at most a tenth of the delta's norm is
 _CHUNK_BYTES = 1 << 20
 
 
-class Source(NamedTuple):
+class StoredIngredient(NamedTuple):
     """A version to be combined with others, a folder with its two files, and how much of it."""
 
     record: VersionRecord
@@ -30,7 +30,7 @@ class Source(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Maker:
+class Deriver:
     """Makes adapters for one base. Each method writes the two files and returns the version's provenance, JSON.
 
     AbandonedError when interest is lost, so that nothing is published.
@@ -42,23 +42,29 @@ class Maker:
     max_bytes: int  # of a weights file
 
     def compose(
-        self, sources: Sequence[Source], recipe: Recipe, interest: Interest, staging: Staging, *, materialise: bool
+        self,
+        ingredients: Sequence[StoredIngredient],
+        recipe: Recipe,
+        interest: Interest,
+        staging: Staging,
+        *,
+        materialise: bool,
     ) -> str:
-        """Combine `sources`. One adapter as it is stays what it is, byte for byte. Raises like `compose.compose`.
+        """Combine `ingredients`. One adapter as it is stays what it is, byte for byte. Raises like `compose.compose`.
 
         `materialise`: have it served merged into weights of its own.
         """
         made: Mapping[str, Any] = {}
-        if recipe.method == "sum" and [source.scale for source in sources] == [1.0]:
-            _copy(sources[0].folder, staging)
+        if recipe.method == "sum" and [ingredient.scale for ingredient in ingredients] == [1.0]:
+            _copy(ingredients[0].folder, staging)
         else:
-            folders = [str(source.folder) for source in sources]
-            scales = [source.scale for source in sources]
+            folders = [str(ingredient.folder) for ingredient in ingredients]
+            scales = [ingredient.scale for ingredient in ingredients]
             arguments = {"folders": folders, "scales": scales, "recipe": recipe.told(), "out": str(staging.path)}
             made = self._run("compose", arguments, interest)
         listed = [
-            {"name": s.record.name, "version": s.record.version, "digest": s.record.digest, "scale": s.scale}
-            for s in sources
+            {"name": i.record.name, "version": i.record.version, "digest": i.record.digest, "scale": i.scale}
+            for i in ingredients
         ]
         if materialise:
             _mark_materialised(staging)
@@ -68,7 +74,7 @@ class Maker:
 
     def convert(self, energy: float, interest: Interest, staging: Staging) -> str:
         """Make the staged adapter of another kind into LoRA. What is wrong at a glance starts no process."""
-        read_foreign(staging.config_path, staging.weights_path, self.shapes)
+        read_convertible(staging.config_path, staging.weights_path, self.shapes)
         made = self._run("convert", {"folder": str(staging.path), "energy": energy}, interest)
         return json.dumps({"kind": "converted", "energy": energy, **made})
 
