@@ -6,8 +6,8 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from typing import Any
 
-import click
 import pytest
 from fastapi.routing import APIRoute
 from typer.main import get_command
@@ -141,11 +141,12 @@ def _flags() -> frozenset[str]:
     return frozenset(_options(get_command(app))) | frozenset(re.findall(r'add_argument\("(--[\w-]+)"', programs))
 
 
-def _options(command: click.Command) -> Iterator[str]:
+def _options(command: Any) -> Iterator[str]:
     """A command that takes settings has their options once it is called."""
-    for inner in getattr(command, "commands", {}).values():
+    inner_commands = getattr(command, "commands", {})
+    for inner in inner_commands.values():
         yield from _options(inner)
-    if not isinstance(command, click.Group):
+    if not inner_commands:
         for param in command.make_context(command.name, [], resilient_parsing=True).command.params:
             yield from (*param.opts, *param.secondary_opts)
 
@@ -155,4 +156,4 @@ def _routes() -> Iterator[str]:
     for module in iter_modules(routes.__path__, f"{routes.__name__}."):
         for route in import_module(module.name).router.routes:
             assert isinstance(route, APIRoute)
-            yield from (f"{method} {route.path.replace(':path', '')}" for method in route.methods)
+            yield from (f"{method} {route.path.replace(':path', '')}" for method in route.methods or ())
