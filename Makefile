@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check isolation soak bench bench-life demo-adapters clean
+.PHONY: help serve test check isolation soak bench bench-life tables demo-adapters clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -26,10 +26,11 @@ serve: $(VENV)/.runtime ## serve the embedded base and the demo adapters on 127.
 test: $(VENV)/.dev ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-check: $(VENV)/.dev ## lint, format check, types, Dockerfile
+check: $(VENV)/.dev ## lint, format check, types, who imports whom, Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy server adapters tests tools
+	$(BIN)/mypy server adapters tests tools demo
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/hadolint Dockerfile
 
 isolation: $(VENV)/.dev ## the proof that no request is answered with another's weights
@@ -44,11 +45,15 @@ bench: $(VENV)/.dev ## measure throughput on this machine, base against adapters
 bench-life: $(VENV)/.dev ## measure what loads, uploads and a working set beyond the memory cost
 	$(TOOL) tools/bench_life.py $(ARGS)
 
+tables: $(VENV)/.dev ## write the measured tables of the docs (some minutes)
+	$(TOOL) tools/kinds_table.py
+	$(TOOL) tools/refused_list.py
+
 demo-adapters: $(VENV)/.dev ## train the demo adapters again (about half an hour on two cores)
 	$(BIN)/python demo/train.py $(ARGS)
 
 clean: ## remove the environment and all caches
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and stays pinned beside everything else: the build chosen here (a CPU one where pip is set up with

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo.task import Example, Task
+from task import Example, Task
 
 RESULTS_HEADING = "\n## Results\n"
 NOT_MEASURED = "Not measured since the last training: run `python demo/evaluate.py --write-cards`.\n"

@@ -10,11 +10,12 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-from demo.cards import Results, Sample, write_results
-from demo.task import Example, Task
-from demo.tasks import TASKS
 from rich.console import Console
 from rich.table import Table
+
+from cards import Results, Sample, write_results
+from task import Example, Task
+from tasks import TASKS
 
 FOLDER = Path(__file__).parent
 NUM_SAMPLES = 2

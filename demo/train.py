@@ -13,14 +13,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from demo.cards import Training, write_card
-from demo.task import Example, Task
-from demo.tasks import TASKS
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cards import Training, write_card
 from swaplora_server.embedded import ensure_embedded_base
+from task import Example, Task
+from tasks import TASKS
 
 BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FOLDER = Path(__file__).parent

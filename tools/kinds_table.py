@@ -1,4 +1,4 @@
-"""The table of adapter kinds in docs/adapters.md, measured: `python tools/kinds_table.py` writes it there.
+"""The table of adapter kinds in docs/adapters.md, measured: `make tables` writes it there.
 
 Every kind of `peft_kinds` answers one prompt through the engine: alone, in one step with all others of its base and the
 base, in a weighted sum, and merged into weights of its own. A cell says yes where every log-probability is within 1e-4

@@ -1,4 +1,4 @@
-"""What docs/api.md lists as refused, made from the server's own tables: `python tools/refused_list.py` writes it."""
+"""What docs/api.md lists as refused, made from the server's own tables: `make tables` writes it."""
 
 import json
 from collections.abc import Mapping

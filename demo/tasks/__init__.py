@@ -1,5 +1,5 @@
 """The demo tasks by name."""
 
-from demo.tasks import intent, json_extract, sql
+from tasks import intent, json_extract, sql
 
 TASKS = {task.name: task for task in (sql.TASK, json_extract.TASK, intent.TASK)}

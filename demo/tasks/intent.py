@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from demo.task import ATTENTION, Example, Task, is_same_text
+from task import ATTENTION, Example, Task, is_same_text
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from demo.task import ALL_LINEAR, Example, Task
+from task import ALL_LINEAR, Example, Task
 
 NUM_HELD_OUT = 100
 MIN_FIELDS = 2

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from demo.task import ALL_LINEAR, Example, Task
+from task import ALL_LINEAR, Example, Task
 
 NUM_HELD_OUT = 100
 NUM_ROWS = 200
