@@ -18,10 +18,11 @@ PROMPT = list(range(30, 50))
 
 @pytest.fixture(scope="module")
 def server(base: Path, adapters: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """With an adapter folder in which every bad name that a folder may have is a good adapter's."""
+    """With an adapter folder that has every bad name, as good adapters but for one."""
     folder = tmp_path_factory.mktemp("folder")
     for name in BAD_NAMES:
         shutil.copytree(adapters[0], folder / name)
+    (folder / BAD_NAMES[0] / CONFIG_FILE).write_text("this would be told if it were read")
     options = {"adapter_dir": folder, "adapter_rescan_seconds": 0}
     with serving(settings(base, tmp_path_factory.mktemp("data"), **options)) as running:
         assert running.put("good", adapters[0]).status_code == 201
@@ -82,12 +83,11 @@ def test_a_folder_of_a_bad_name_is_not_taken_in(server: Running, adapters: list[
     assert str(caught.value) == refusal(name)
 
 
-def test_the_folder_that_is_watched_has_every_bad_name_told(server: Running, tmp_path: Path) -> None:
+def test_the_folder_that_is_watched_has_every_bad_name_told(server: Running) -> None:
     told: dict[str, str] = {}
-    for name in BAD_NAMES:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / CONFIG_FILE).write_text("this would be told if it were read")
-    AdapterFolder(server.service.registry, tmp_path, lambda name, error: told.update({name: str(error)})).scan()
+    folder = server.service.settings.adapter_dir
+    assert folder is not None
+    AdapterFolder(server.service.registry, folder, lambda name, error: told.update({name: str(error)})).scan()
     assert told == {name: refusal(name) for name in BAD_NAMES}
 
 
