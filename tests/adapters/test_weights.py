@@ -21,7 +21,7 @@ from swaplora_adapters.config.patterns import MAX_WORK
 from swaplora_adapters.errors import InvalidAdapterError
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.files.tensorfile import read_header
-from swaplora_adapters.fit.base import BaseLayers, LinearShape
+from swaplora_adapters.fit.base import LayerShapes, LinearShape
 from swaplora_adapters.fit.fit import fitted
 from swaplora_adapters.weights.load import Survey, build_weights, check_fit, load_weights, survey_values
 from swaplora_adapters.weights.served import AdapterWeights
@@ -97,7 +97,7 @@ def test_conv1d_has_the_same_factors_the_other_way_round(tmp_path: Path) -> None
     folder = tiny.save_adapter(tmp_path / "a", base, seed=1, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     shapes = {name: LinearShape(m.nx, m.nf) for name, m in model.named_modules() if isinstance(m, Conv1D)}
-    weights = load_weights("d", folder / CONFIG_FILE, folder / WEIGHTS_FILE, BaseLayers(shapes), torch.float32, CPU)
+    weights = load_weights("d", folder / CONFIG_FILE, folder / WEIGHTS_FILE, LayerShapes(shapes), torch.float32, CPU)
     layer = PeftModel.from_pretrained(model, folder).base_model.model.transformer.h[0].attn.c_attn
     module = weights.modules["transformer.h.0.attn.c_attn"]
     torch.testing.assert_close((module.lora_B @ module.lora_A).T, layer.get_delta_weight("default"))

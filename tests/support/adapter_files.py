@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.fit.base import BaseLayers, LinearShape
+from swaplora_adapters.fit.base import LayerShapes, LinearShape
 
 _LAYER = {
     "self_attn.q_proj": LinearShape(32, 32),
@@ -24,7 +24,7 @@ _LAYER = {
 SHAPES = {f"model.layers.{layer}.{name}": shape for layer in (0, 1) for name, shape in _LAYER.items()} | {
     "lm_head": LinearShape(32, 259)
 }
-LAYERS = BaseLayers(SHAPES)  # of which nothing but the linears' shapes is known
+LAYERS = LayerShapes(SHAPES)  # of which nothing but the linears' shapes is known
 CONFIG: Mapping[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 9, "target_modules": ["q_proj", "v_proj"]}
 
 

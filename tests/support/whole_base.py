@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from swaplora_adapters.fit.base import BaseLayers, EmbeddingShape, shape_of
+from swaplora_adapters.fit.base import BaseLayers, EmbeddingShape, LayerShapes, Rebuild, shape_of
 from swaplora_adapters.fit.earlier_names import earlier_names_of
 
 
@@ -25,16 +26,29 @@ def layers_of(model: PreTrainedModel) -> BaseLayers:
         if path not in linears and path != embedding_path
     }
     is_tied = head.weight is embedding.weight
-    return BaseLayers(
+    return _WholeBase(
+        model=model,
         linears={path: shape_of(module) for path, module in linears.items()},
         embeddings={embedding_path: EmbeddingShape(*embedding.weight.shape)},
         others={path: shapes for path, shapes in others.items() if shapes},
         tied={head_path: embedding_path} if is_tied else {},
         transposed=frozenset(path for path, module in modules.items() if _is_transposed(module)),
         earlier=earlier_names_of(model.config.model_type),
-        read=lambda name: _read(model, name),
-        rebuild=lambda path, parameters: _rebuild(model.get_submodule(path), parameters),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _WholeBase(LayerShapes):
+    model: PreTrainedModel
+
+    def read(self, name: str) -> Tensor:
+        return _read(self.model, name)
+
+    def rebuild(self, path: str, parameters: Mapping[str, Tensor]) -> nn.Module:
+        return _rebuild(self.model.get_submodule(path), parameters)
+
+    def rebuilder(self) -> Rebuild:
+        return self.rebuild
 
 
 def _is_transposed(module: nn.Module) -> bool:

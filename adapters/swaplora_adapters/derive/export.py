@@ -13,7 +13,7 @@ from swaplora_adapters.config.parse import read_spec
 from swaplora_adapters.derive.compose import Ingredient
 from swaplora_adapters.derive.deltas import require_deltas
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.fit.base import BaseLayers, shape_of
+from swaplora_adapters.fit.base import BaseLayers, LayerShapes, shape_of
 from swaplora_adapters.intake import inspect_files
 from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.served import AdapterWeights
@@ -31,7 +31,7 @@ def export_model(base: str | Path, folders: Sequence[Path], scales: Sequence[flo
         raise FileExistsError(f"{out} is there already, and not an empty folder")
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    layers = BaseLayers({path: shape_of(module) for path, module in linears.items()})
+    layers = LayerShapes({path: shape_of(module) for path, module in linears.items()})
     ingredients = [Ingredient(_checked(f, layers), s) for f, s in zip(folders, scales, strict=True)]
     _untie(model, ingredients, linears)
     for path, linear in linears.items():

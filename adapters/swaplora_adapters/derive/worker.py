@@ -24,7 +24,7 @@ from swaplora_adapters.derive.process import answer_of, bound_this_process
 from swaplora_adapters.derive.write import write_adapter
 from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.fit.base import BaseLayers, LinearShape
+from swaplora_adapters.fit.base import LayerShapes, LinearShape
 from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.served import AdapterWeights
 
@@ -110,7 +110,7 @@ def _spec(folder: Path) -> AdapterSpec:
 def _weights(folder: Path, shapes: Mapping[str, LinearShape]) -> AdapterWeights:
     """In float32, whatever the server serves in. Raises UnsupportedAdapterError for what is not all deltas."""
     require_deltas(_spec(folder))
-    files, layers = (folder / CONFIG_FILE, folder / WEIGHTS_FILE), BaseLayers(shapes)
+    files, layers = (folder / CONFIG_FILE, folder / WEIGHTS_FILE), LayerShapes(shapes)
     return load_weights("", *files, layers, torch.float32, torch.device("cpu"))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -40,33 +40,74 @@ class EarlierNames:
         return tuple(then for then, now in self.parameters.items() if now == parameter)
 
 
-def _no_weights(*_: object) -> NoReturn:
-    raise TypeError("only the shapes of this base are known")
+# (path, parameters by name) → a module that computes as the base's at `path` does, with these parameters instead; those
+# that are not given are the base's own, and a linear's weight is [out_features, in_features]
+Rebuild = Callable[[str, Mapping[str, Tensor]], nn.Module]
+
+
+class BaseLayers(Protocol):
+    """What an adapter's file is checked against and built from, by the modules' paths."""
+
+    @property
+    def linears(self) -> Mapping[str, LinearShape]:
+        """What factors may be for, the output head among them."""
+
+    @property
+    def embeddings(self) -> Mapping[str, EmbeddingShape]:
+        """The input embeddings."""
+
+    @property
+    def others(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+        """Modules that work row by row, such as norms and experts: their parameters' shapes, in the model's order."""
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """Each output head that shares its weight with an embedding → that embedding."""
+
+    @property
+    def transposed(self) -> frozenset[str]:
+        """The linears and others whose weights in the model are [in_features, out_features], such as Conv1D.
+
+        Of experts: [num_experts, in_features, out_features].
+        """
+
+    @property
+    def earlier(self) -> EarlierNames | None:
+        """None where nothing has another name than it had."""
+
+    def read(self, name: str) -> Tensor:
+        """A parameter by its full name, as a float32 copy on the CPU; a linear's weight is [out_features, in_features].
+
+        Raises KeyError where the base has none.
+        """
+
+    def rebuild(self, path: str, parameters: Mapping[str, Tensor]) -> nn.Module:
+        """See `Rebuild`."""
+
+    def rebuilder(self) -> Rebuild:
+        """A `rebuild` for many modules of one adapter, which live and die together."""
 
 
 @dataclass(frozen=True, slots=True)
-class BaseLayers:
-    """What an adapter's file is checked against and built from, by the modules' paths.
-
-    `others` are modules that work row by row, such as norms and experts: the shapes of their parameters by name, in the
-    model's order. `transposed` are the linears and others whose weights in the model are [in_features, out_features],
-    such as Conv1D, or [num_experts, in_features, out_features].
-    """
+class LayerShapes:
+    """A base of which the shapes alone are known: enough for every file that needs no weight of the base."""
 
     linears: Mapping[str, LinearShape]
     embeddings: Mapping[str, EmbeddingShape] = field(default_factory=dict)
     others: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
-    tied: Mapping[str, str] = field(default_factory=dict)  # an output head → the embedding whose weight it shares
+    tied: Mapping[str, str] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
-    earlier: EarlierNames | None = None  # None where nothing has another name than it had
-    # a parameter by its full name, as a float32 copy on the CPU: a linear's weight is [out_features, in_features].
-    # KeyError where the base has none
-    read: Callable[[str], Tensor] = _no_weights
-    # (path, parameters by name) → a module that computes as the base's at `path` does, with these parameters instead;
-    # those that are not given are the base's own, and a linear's weight is [out_features, in_features]
-    rebuild: Callable[[str, Mapping[str, Tensor]], nn.Module] = _no_weights
-    # a `rebuild` for many modules of one adapter, which live and die together
-    rebuilder: Callable[[], Callable[[str, Mapping[str, Tensor]], nn.Module]] = _no_weights
+    earlier: EarlierNames | None = None
+
+    def read(self, name: str) -> Tensor:
+        """Raises TypeError, as all that needs weights does."""
+        raise TypeError("only the shapes of this base are known")
+
+    def rebuild(self, path: str, parameters: Mapping[str, Tensor]) -> nn.Module:
+        raise TypeError("only the shapes of this base are known")
+
+    def rebuilder(self) -> Rebuild:
+        raise TypeError("only the shapes of this base are known")
 
 
 def shape_of(linear: nn.Module) -> LinearShape:

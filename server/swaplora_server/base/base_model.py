@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.weights.memory import HugePages
 from swaplora_server.base.elementwise import keep_in_whole_vectors
-from swaplora_server.base.layers import adaptable
+from swaplora_server.base.layers import AdaptableLayers
 from swaplora_server.base.lean_embedding import lean
 from swaplora_server.base.proof import Expected, UnsupportedModelError, expected_logits, prove
 from swaplora_server.base.quantisation import Quantization, loading_arguments, multiply_dequantised
@@ -134,7 +134,9 @@ def load_base(
         backend=backend,
         tokenizer=tokenizer,
         vocabulary=Vocabulary(tokenizer.backend_tokenizer),
-        layers=adaptable(wrapped, proof.addressable, tied, backend.linear, dtype, device, model.config.model_type),
+        layers=AdaptableLayers(
+            wrapped, proof.addressable, tied, backend.linear, dtype, device, model.config.model_type
+        ),
         device=device,
         dtype=dtype,
         vocab_size=vocab_size,

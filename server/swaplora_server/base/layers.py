@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from swaplora_adapters.fit.base import BaseLayers, EmbeddingShape, shape_of
+from swaplora_adapters.fit.base import EmbeddingShape, Rebuild, shape_of
 from swaplora_adapters.fit.earlier_names import earlier_names_of
 from swaplora_adapters.weights.memory import HugePages
 from swaplora_server.base.lean_embedding import NarrowEmbedding, TiedEmbedding, lean
@@ -20,51 +20,34 @@ from swaplora_server.kernels.quantised_codes import codes_of, is_quantised
 from swaplora_server.kernels.torch.onednn_linear import OnednnLinear
 
 
-def adaptable(
-    wrapped: Mapping[str, Wrapped],
-    addressable: Collection[str],
-    tied: Mapping[str, str],
-    prepare_linear: Callable[[nn.Module, HugePages], nn.Module],
-    dtype: torch.dtype,
-    device: torch.device,
-    model_type: str,
-) -> BaseLayers:
-    """The layers that adapters may change: `addressable` are the paths of those that see one row per token."""
-    chosen = {path: module for path, module in wrapped.items() if path in addressable}
-    source = LayerSource(chosen, prepare_linear, dtype, device)
-    return BaseLayers(
-        linears={path: shape_of(module.base) for path, module in chosen.items() if isinstance(module, LoraLinear)},
-        embeddings={
-            path: EmbeddingShape(module.num_embeddings, module.embedding_dim)
-            for path, module in chosen.items()
-            if isinstance(module, LoraEmbedding)
-        },
-        others={path: _shapes(module.base) for path, module in chosen.items() if isinstance(module, Replaceable)},
-        tied=tied,
-        transposed=frozenset(path for path, module in chosen.items() if getattr(module, "is_transposed", False)),
-        earlier=earlier_names_of(model_type),
-        read=source.read,
-        rebuild=source.rebuild,
-        rebuilder=source.rebuilder,
-    )
-
-
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-
-
-class LayerSource:
-    """Reads the weights of a base's wrapped modules, and makes modules like them. Thread-safe: nothing is written."""
+class AdaptableLayers:
+    """The `BaseLayers` of a base's wrapped modules. Thread-safe: nothing is written."""
 
     def __init__(
         self,
         wrapped: Mapping[str, Wrapped],
+        addressable: Collection[str],
+        tied: Mapping[str, str],
         prepare_linear: Callable[[nn.Module, HugePages], nn.Module],
         dtype: torch.dtype,
         device: torch.device,
+        model_type: str,
     ) -> None:
-        """`dtype` is that of the model's rows."""
-        self._wrapped = wrapped
+        """`addressable` are the paths of those that see one row per token; `dtype` is that of the model's rows."""
+        chosen = {path: module for path, module in wrapped.items() if path in addressable}
+        self.linears = {
+            path: shape_of(module.base) for path, module in chosen.items() if isinstance(module, LoraLinear)
+        }
+        self.embeddings = {
+            path: EmbeddingShape(module.num_embeddings, module.embedding_dim)
+            for path, module in chosen.items()
+            if isinstance(module, LoraEmbedding)
+        }
+        self.others = {path: _shapes(module.base) for path, module in chosen.items() if isinstance(module, Replaceable)}
+        self.tied = tied
+        self.transposed = frozenset(path for path, module in chosen.items() if getattr(module, "is_transposed", False))
+        self.earlier = earlier_names_of(model_type)
+        self._wrapped = chosen
         self._prepare_linear = prepare_linear
         self._dtype = dtype
         self._device = device
@@ -83,7 +66,7 @@ class LayerSource:
         """A module that computes as the base's at `path` does, with these parameters and the rest its own."""
         return self._rebuild(path, parameters, HugePages(mapping_bytes=0))
 
-    def rebuilder(self) -> Callable[[str, Mapping[str, Tensor]], nn.Module]:
+    def rebuilder(self) -> Rebuild:
         """A `rebuild` for many modules of one adapter, whose linears share large pages."""
         return partial(self._rebuild, pages=HugePages())
 
@@ -107,6 +90,10 @@ class LayerSource:
             if name not in given:
                 with suppress(KeyError):
                     yield name, self.read(f"{path}.{name}")
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
 
 
 def weight_of(module: nn.Module) -> Tensor:
