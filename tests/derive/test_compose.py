@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -15,10 +17,11 @@ import tiny
 from adapter_files import LAYERS, SHAPES, write_adapter
 from serving import BASE, Running, serving, settings
 from swaplora_adapters.config.parse import MAX_RANK
+from swaplora_adapters.derive import write
 from swaplora_adapters.derive.compose import Ingredient, Recipe, compose
 from swaplora_adapters.derive.lowrank import LowRank
 from swaplora_adapters.derive.write import write_adapter as write_composed
-from swaplora_adapters.errors import AdapterTooLargeError, InvalidAdapterError
+from swaplora_adapters.errors import AdapterTooLargeError, InvalidAdapterError, StorageFailedError
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
@@ -142,6 +145,34 @@ def test_ranks_that_no_adapter_may_have_are_refused(tmp_path: Path) -> None:
     made = {"model.layers.0.self_attn.q_proj": LowRank(torch.zeros(1, 32), torch.zeros(32, 1), 0.0, 0.0)}
     with pytest.raises(AdapterTooLargeError, match="is larger than 100 bytes"):
         write_composed(tmp_path, made, base_model=None, fan_in_fan_out=False, max_bytes=100)
+
+
+def test_a_file_may_be_as_large_as_it_may_be_and_no_byte_larger(tmp_path: Path) -> None:
+    made = {"model.layers.0.self_attn.q_proj": LowRank(torch.zeros(1, 32), torch.zeros(32, 1), 0.0, 0.0)}
+    folders = [tmp_path / name for name in ("first", "again", "larger")]
+    for folder in folders:
+        folder.mkdir()
+    write = partial(write_composed, modules=made, base_model=None, fan_in_fan_out=False)
+    write(folders[0], max_bytes=1 << 20)
+    written = (folders[0] / WEIGHTS_FILE).read_bytes()
+    write(folders[1], max_bytes=len(written))
+    assert (folders[1] / WEIGHTS_FILE).read_bytes() == written
+    assert (folders[1] / WEIGHTS_FILE).stat().st_mode & 0o077 == 0
+    with pytest.raises(AdapterTooLargeError, match=f"is larger than {len(written) - 1} bytes"):
+        write(folders[2], max_bytes=len(written) - 1)
+
+
+def test_a_file_that_cannot_be_written_though_there_is_room_is_the_disks_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise SafetensorError(f"I/O error at path {tmp_path}")
+
+    monkeypatch.setattr(write, "save_file", fail)
+    made = {"model.layers.0.self_attn.q_proj": LowRank(torch.zeros(1, 32), torch.zeros(32, 1), 0.0, 0.0)}
+    with pytest.raises(StorageFailedError) as caught:
+        write_composed(tmp_path, made, base_model=None, fan_in_fan_out=False, max_bytes=1 << 20)
+    assert str(tmp_path) not in str(caught.value)
 
 
 @pytest.fixture(scope="module")

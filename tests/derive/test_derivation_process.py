@@ -23,6 +23,7 @@ from swaplora_adapters.derive.process import DerivationProcess
 from swaplora_adapters.errors import AdapterTooLargeError, DerivationFailedError, InvalidAdapterError
 from swaplora_adapters.interest import AbandonedError, Interest
 from swaplora_adapters.sources.workers import Workers
+from test_faults import check_refused, leave_free, small_disk, why_no_mount
 
 GUARD_SECONDS = 600
 BOUNDED = "import torch; from swaplora_adapters.derive.process import bound_this_process; bound_this_process({}, {}); "
@@ -145,3 +146,18 @@ def test_the_process_ends_with_a_server_that_is_killed(
         with pytest.raises(httpx.TransportError):
             made.result(GUARD_SECONDS)
         hanging.wait_for_end()
+
+
+def test_a_full_disk_is_told_as_it_is_for_an_upload(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    if reason := why_no_mount():
+        pytest.skip(reason)
+    with small_disk(base, tmp_path / "data") as (running, disk):
+        assert running.put("one", adapters[0]).status_code == 201
+        body = {"name": "new", "from": [{"name": "one", "scale": 2}]}
+        leave_free(disk, 16 << 10)  # for a config, and not for the weights
+        answer = running.client.post("/v1/merged", json=body, timeout=GUARD_SECONDS)
+        check_refused(answer, "storage_full", disk)
+        assert "no room is left" in answer.json()["error"]["message"]
+        assert running.client.get("/v1/adapters/new").status_code == 404
+        (disk / "filler").unlink()
+        assert running.client.post("/v1/merged", json=body, timeout=GUARD_SECONDS).status_code == 201

@@ -84,4 +84,9 @@ def cut_kronecker(first: Tensor, second: Tensor, limit: Limit) -> LowRank:
 
 def _kept(lora_A: Tensor, lora_B: Tensor, values: Tensor, rank: int) -> LowRank:
     energy = values.double().square()
-    return LowRank(lora_A.float(), lora_B.float(), float(energy[rank:].sum()), float(energy.sum()))
+    return LowRank(_own(lora_A), _own(lora_B), float(energy[rank:].sum()), float(energy.sum()))
+
+
+def _own(factor: Tensor) -> Tensor:
+    """In float32 and row by row, and no part of a larger tensor, which would stay in memory with it."""
+    return factor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

@@ -1,16 +1,19 @@
 """Writing an adapter that was computed here: the two files that PEFT reads, the same bytes for the same factors."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from swaplora_adapters.config.parse import MAX_CONFIG_BYTES, MAX_RANK
 from swaplora_adapters.derive.lowrank import LowRank
-from swaplora_adapters.errors import AdapterTooLargeError
+from swaplora_adapters.errors import AdapterTooLargeError, StorageFailedError
+from swaplora_adapters.files.disk import full_disk_is_told
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.store.staging import Writer
 
@@ -20,8 +23,8 @@ def write_adapter(
 ) -> None:
     """Write a LoRA adapter of these factors, whose scaling is 1, in float32.
 
-    Raises AdapterTooLargeError for more than `max_bytes` of weights or for a rank that no adapter may have, and
-    StorageFullError.
+    Raises AdapterTooLargeError for more than `max_bytes` of weights or for a rank that no adapter may have,
+    StorageFullError and StorageFailedError.
     """
     for path, module in modules.items():
         if module.rank > MAX_RANK:
@@ -34,22 +37,30 @@ def write_adapter(
         for path, module in modules.items()
         for letter, factor in (("A", module.lora_A), ("B", module.lora_B))
     }
-    with Writer(folder / WEIGHTS_FILE, max_bytes) as writer:
-        write_tensors(writer, tensors)
+    _write_tensors(folder / WEIGHTS_FILE, tensors, max_bytes)
 
 
-def write_tensors(writer: Writer, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file of float32 tensors, in order of name."""
-    header, position = {}, 0
-    for name, tensor in sorted(tensors.items()):
-        end = position + 4 * tensor.numel()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [position, end]}
-        position = end
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)  # so that the tensors are aligned
-    writer.write(len(raw).to_bytes(8, "little") + raw)
-    for _, tensor in sorted(tensors.items()):
-        writer.write(tensor.to(torch.float32).contiguous().numpy().data)
+def _write_tensors(path: Path, tensors: dict[str, Tensor], max_bytes: int) -> None:
+    """A safetensors file, durable. What is too large is not begun, unless it is for the header alone."""
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    if num_bytes <= max_bytes:
+        with full_disk_is_told():
+            num_bytes = _save(path, tensors, num_bytes)
+    if num_bytes > max_bytes:
+        raise AdapterTooLargeError(f"{path.name} is larger than {max_bytes} bytes")
+
+
+def _save(path: Path, tensors: dict[str, Tensor], room: int) -> int:
+    """The file's size. Raises OSError and StorageFailedError."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # it has no errno: to ask for the room again has
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, room)
+        raise StorageFailedError(f"the disk that holds the adapters failed: {path.name} cannot be written") from error
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
 
 
 def _config(ranks: Mapping[str, int], base_model: str | None, fan_in_fan_out: bool) -> dict[str, object]:
