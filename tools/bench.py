@@ -26,10 +26,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
+from bench_rounds import FULL, QUICK, RATIOS, Round, Workload, machine_range, medians, ratios, tables
 from server_process import process
 from swaplora_server.bench.machine import measure_machine
-from swaplora_server.bench.protocol import FULL, QUICK, RATIOS, Workload
-from swaplora_server.bench.rounds import Round, machine_range, medians, ratios, tables
 from swaplora_server.bench.table import machine_line
 from swaplora_server.config import Settings
 from swaplora_server.embedded import ensure_embedded_base

@@ -24,14 +24,14 @@ from typer.testing import CliRunner, Result
 
 import swaplora_server
 import swaplora_server.bench.machine
+from bench_rounds import Ratio, machine_range, medians, ratios, tables
 from serving import BASE, Running
 from swaplora_server.bench.answer import Answer
-from swaplora_server.bench.events import EventReader
 from swaplora_server.bench.load import Load
 from swaplora_server.bench.options import Distribution, Lengths, Options, OptionsError
 from swaplora_server.bench.report import percentile, report
-from swaplora_server.bench.rounds import Ratio, machine_range, medians, ratios, tables
-from swaplora_server.bench.workload import Request, arrival_times, choose_adapters, make_requests
+from swaplora_server.bench.sse_reader import EventReader
+from swaplora_server.bench.workload import PromptRequest, arrival_times, choose_adapters, make_requests
 from swaplora_server.cli.bench import NICENESS, bench
 
 RUN = "import typer; from swaplora_server.cli.bench import bench; typer.run(bench)"
@@ -151,7 +151,7 @@ def test_an_event_stream_is_read_the_same_in_any_pieces(cuts: list[int]) -> None
 def answer(*stamps: float, began: float = 0.0, adapter: int | None = 0, **fields: Any) -> Answer:
     """An answer of as many tokens as stamps, unless `fields` say otherwise."""
     counts = {"num_output_tokens": len(stamps), "num_prompt_tokens": 10, "ended": stamps[-1] if stamps else 0.0}
-    return Answer(Request(adapter, 4, b""), began, stamps=list(stamps), **(counts | fields))
+    return Answer(PromptRequest(adapter, 4, b""), began, stamps=list(stamps), **(counts | fields))
 
 
 def usage(num_tokens: int) -> bytes:

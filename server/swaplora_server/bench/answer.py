@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from swaplora_server.bench.workload import Request
+from swaplora_server.bench.workload import PromptRequest
 
 MAX_WORDS = 300  # characters of a server's words that are worth showing
 
@@ -19,7 +19,7 @@ class Answer:
     that brought text or token ids. Tokens are counted by the server's `usage`: a chunk may hold several.
     """
 
-    request: Request
+    request: PromptRequest
     began: float
     ended: float = 0.0
     stamps: list[float] = field(default_factory=list)
@@ -31,18 +31,18 @@ class Answer:
 
     @property
     def ttft(self) -> float:
-        """Time to the first token."""
+        """Time to the first token (TTFT)."""
         return self.stamps[0] - self.began
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token after the first; None where there is no other."""
+        """Time per output token after the first (TPOT); None where there is no other."""
         later = self.num_output_tokens - 1
         return (self.stamps[-1] - self.stamps[0]) / later if later > 0 else None
 
     @property
     def gaps(self) -> list[float]:
-        """Times between two chunks with tokens."""
+        """Times between two chunks with tokens: inter-token latencies (ITL) where a chunk has one."""
         return [after - before for before, after in pairwise(self.stamps)]
 
     @property

@@ -1,4 +1,4 @@
-"""Sends requests at the pace that was asked for, and gathers their answers."""
+"""Sends requests in a closed or an open loop, as was asked for, and gathers their answers."""
 
 import asyncio
 import time
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from random import Random
 
 from swaplora_server.bench.answer import Answer
-from swaplora_server.bench.exchange import Endpoint, ask
+from swaplora_server.bench.connection import Endpoint, ask
 from swaplora_server.bench.options import Options
-from swaplora_server.bench.workload import Request, arrival_times, make_requests
+from swaplora_server.bench.workload import PromptRequest, arrival_times, make_requests
 
 
 class WarmupError(RuntimeError):
@@ -39,8 +39,8 @@ async def drive(options: Options, endpoint: Endpoint) -> Load:
     return Load(answers, time.perf_counter() - began, time.process_time() - cpu_began)
 
 
-async def closed_loop(endpoint: Endpoint, requests: Sequence[Request], concurrency: int) -> list[Answer]:
-    """Keep `concurrency` requests in flight until all have been answered, in the order in which they were sent."""
+async def closed_loop(endpoint: Endpoint, requests: Sequence[PromptRequest], concurrency: int) -> list[Answer]:
+    """A closed loop: keep `concurrency` requests in flight until all are answered, in the order of sending."""
     waiting, answers = iter(requests), []
 
     async def work() -> None:
@@ -54,8 +54,8 @@ async def closed_loop(endpoint: Endpoint, requests: Sequence[Request], concurren
     return answers
 
 
-async def open_loop(endpoint: Endpoint, requests: Sequence[Request], due: Sequence[float]) -> list[Answer]:
-    """Send each request when it is due, in seconds from now, whatever has become of those before it."""
+async def open_loop(endpoint: Endpoint, requests: Sequence[PromptRequest], due: Sequence[float]) -> list[Answer]:
+    """An open loop: send each request when it is due, in seconds from now, whatever has become of those before it."""
     began = time.perf_counter()
     answers = [Answer(request, began + offset) for request, offset in zip(requests, due, strict=True)]
     async with asyncio.TaskGroup() as sent:

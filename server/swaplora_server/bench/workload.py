@@ -11,7 +11,7 @@ from swaplora_server.bench.options import FIRST_TOKEN_ID, Distribution, Lengths,
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class PromptRequest:
     """One request, ready to send: `adapter` is an index into the run's adapters, None the base."""
 
     adapter: int | None
@@ -19,7 +19,7 @@ class Request:
     body: bytes
 
 
-def make_requests(options: Options, count: int, purpose: str) -> list[Request]:
+def make_requests(options: Options, count: int, purpose: str) -> list[PromptRequest]:
     """`count` requests. What is drawn for one `purpose` is not drawn for another, but for the shared prefix."""
     models = Random(f"{options.seed} {purpose} models")
     tokens = Random(f"{options.seed} {purpose} tokens")
@@ -29,7 +29,7 @@ def make_requests(options: Options, count: int, purpose: str) -> list[Request]:
     for adapter, prompt in zip(chosen, prompts, strict=True):
         num_output_tokens = _draw(options.output_tokens, tokens)
         body = _body(options, adapter, prompt, num_output_tokens)
-        requests.append(Request(adapter, num_output_tokens, json.dumps(body, separators=(",", ":")).encode()))
+        requests.append(PromptRequest(adapter, num_output_tokens, json.dumps(body, separators=(",", ":")).encode()))
     return requests
 
 
@@ -64,10 +64,10 @@ def make_prompts(options: Options, count: int, rng: Random) -> Iterator[list[int
 
 
 def arrival_times(count: int, rate: float, burstiness: float, rng: Random) -> list[float]:
-    """Seconds from the start at which requests are due, the first at 0; 1 / `rate` apart in the mean.
+    """Arrivals of an open loop: seconds from the start, the first at 0, 1 / `rate` apart in the mean.
 
-    The time between two is gamma distributed with shape `burstiness`: its squared coefficient of variation is
-    1 / `burstiness`.
+    The time between two is gamma distributed with shape `burstiness`, a Poisson process where that is 1: its squared
+    coefficient of variation is 1 / `burstiness`.
     """
     gaps = (rng.gammavariate(burstiness, 1 / (rate * burstiness)) for _ in range(count - 1))
     return [*accumulate(gaps, initial=0.0)]

@@ -8,21 +8,10 @@ from collections.abc import Callable, Mapping
 
 import typer
 
-from swaplora_server.cli import (
-    adapters,
-    aliases,
-    bench,
-    chat,
-    composition,
-    inspection,
-    merge,
-    serve,
-    upkeep,
-    validation,
-)
+from swaplora_server.cli import adapters, aliases, bench, chat, compose, export, inspect, serve, update, validate
 from swaplora_server.cli.settings import PLAIN_HELP, SettingsCommand
 
-TAKE_SETTINGS = (serve.serve, merge.merge, validation.validate)
+TAKE_SETTINGS = (serve.serve, export.merge, validate.validate)
 
 
 def main() -> None:
@@ -43,7 +32,7 @@ def _group(description: str, commands: Mapping[str, Callable[..., None]]) -> typ
 
 app = _group(
     "One frozen base model, any number of LoRA adapters, one batch, over HTTP.",
-    {"serve": serve.serve, "chat": chat.chat, "bench": bench.bench, "merge": merge.merge},
+    {"serve": serve.serve, "chat": chat.chat, "bench": bench.bench, "merge": export.merge},
 )
 app.add_typer(
     _group(
@@ -53,13 +42,13 @@ app.add_typer(
             "get": adapters.get_adapter,
             "put": adapters.put_adapter,
             "delete": adapters.delete_adapter,
-            "rollback": upkeep.roll_back,
-            "pin": upkeep.pin,
-            "unpin": upkeep.unpin,
-            "warm": upkeep.warm,
-            "inspect": inspection.inspect,
-            "compose": composition.compose,
-            "validate": validation.validate,
+            "rollback": update.roll_back,
+            "pin": update.pin,
+            "unpin": update.unpin,
+            "warm": update.warm,
+            "inspect": inspect.inspect,
+            "compose": compose.compose,
+            "validate": validate.validate,
         },
     ),
     name="adapters",

@@ -9,7 +9,7 @@ import typer
 from swaplora_server.cli.common import LOCAL, AsJson, Key, Url, fail, say, show_json, show_table
 
 if TYPE_CHECKING:
-    from swaplora_server.bench.exchange import Endpoint
+    from swaplora_server.bench.connection import Endpoint
     from swaplora_server.bench.options import Options
     from swaplora_server.bench.report import Report
 
@@ -66,7 +66,7 @@ def bench(
 
 def _checked(given: dict[str, Any], api_key: str | None) -> "tuple[Options, Endpoint]":
     """The run that the flags ask for, and where; ends the command if it cannot be."""
-    from swaplora_server.bench.exchange import Endpoint
+    from swaplora_server.bench.connection import Endpoint
     from swaplora_server.bench.options import Lengths, Options, OptionsError
 
     adapters = tuple(name.strip() for name in given["adapters"].split(",")) if given["adapters"] else ()

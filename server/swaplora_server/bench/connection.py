@@ -16,8 +16,8 @@ from urllib.parse import SplitResult, urlsplit
 import httptools
 
 from swaplora_server.bench.answer import Answer, error_words
-from swaplora_server.bench.events import EventReader
 from swaplora_server.bench.options import OptionsError
+from swaplora_server.bench.sse_reader import EventReader
 
 ANSWER_SECONDS = 3600.0  # after which a request that is not answered has failed
 MAX_ERROR_BYTES = 64 << 10
@@ -58,7 +58,7 @@ async def ask(endpoint: Endpoint, answer: Answer) -> Answer:
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
             transport, exchange = await loop.create_connection(
-                lambda: _Exchange(answer, message), endpoint.host, endpoint.port, ssl=endpoint.tls
+                lambda: _Connection(answer, message), endpoint.host, endpoint.port, ssl=endpoint.tls
             )
             try:
                 await exchange.ended
@@ -72,7 +72,7 @@ async def ask(endpoint: Endpoint, answer: Answer) -> Answer:
     return answer
 
 
-class _Exchange(asyncio.Protocol):
+class _Connection(asyncio.Protocol):
     """A connection on which one request is sent and one response read."""
 
     def __init__(self, answer: Answer, message: bytes) -> None:
