@@ -8,7 +8,7 @@ is swapped through the room that is left.
    answer of the others, must be what the digest in its own header says alone.
 3. Replaces: sixteen streams of one name that is replaced again and again. Each must be whole what its digest says.
 
-`--fault NAME` plants a fault first, which must make the proof fail: see planted.py.
+`--fault NAME` plants a fault first, which must make the proof fail: see planted_faults.py.
 """
 
 import argparse
@@ -33,9 +33,9 @@ from structlog.testing import capture_logs
 
 import tiny
 from isolation_report import Report
-from planted import FAULTS
+from planted_faults import FAULTS
 from serving import BASE, Running, Streamed, read_event, serving, settings
-from sizes import size
+from soak import size
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_server.config import Settings
 

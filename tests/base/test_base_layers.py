@@ -7,12 +7,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import peft_kinds
 from kinds_table import CACHE, CPU
+from model_layers import layers_of
 from peft_kinds import BASES
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_server.base.base_model import load_base
 from swaplora_server.kernels.backend import Backend
 from swaplora_server.kernels.pick import pick_backend, torch_backend
-from whole_base import layers_of
 
 # sees positions, not tokens: a server leaves it out
 NOT_SERVED = {"transformer.wpe"}

@@ -16,7 +16,7 @@ from company import NUM_DECODED, Company, random_adapter
 from oracle import Oracle
 from repository import KERNEL_CACHE
 from serving import BASE, Running, Streamed, serving, settings
-from shapes import MAX_TOKENS, TOLERANCE, error_against, prompt_of, stream_all
+from sixteen_adapters import MAX_TOKENS, TOLERANCE, error_against, prompt_of, stream_all
 from swaplora_server.base import proof, quantisation
 from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.base.layers import weight_of

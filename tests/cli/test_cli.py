@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 import swaplora_server
-from stand_in import swaplora
+from fake_server import swaplora
 from swaplora_server.banner import Progress, human_bytes, show_banner
 from swaplora_server.config import Settings
 

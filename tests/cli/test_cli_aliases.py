@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from stand_in import StandIn, standing_in, swaplora
+from fake_server import FakeServer, run_fake_server, swaplora
 
 PROD = {"object": "alias", "alias": "prod", "targets": [{"target": "sql@2", "weight": 1}]}
 SPLIT = {
@@ -16,13 +16,13 @@ SPLIT = {
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    with standing_in() as stand_in:
-        monkeypatch.setenv("SWAPLORA_URL", stand_in.url)
-        yield stand_in
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
+    with run_fake_server() as fake:
+        monkeypatch.setenv("SWAPLORA_URL", fake.url)
+        yield fake
 
 
-def test_list_shows_targets_as_set_takes_them(server: StandIn) -> None:
+def test_list_shows_targets_as_set_takes_them(server: FakeServer) -> None:
     server.answer("GET", "/v1/aliases", {"object": "list", "data": [PROD, SPLIT]})
     rows = [line.split() for line in swaplora("aliases", "list").output.splitlines()]
     assert rows == [["alias", "targets"], ["prod", "sql@2"], ["ab", "sql@2=90", "sql@3=10"]]
@@ -47,7 +47,7 @@ def test_list_shows_targets_as_set_takes_them(server: StandIn) -> None:
     ],
     ids=["one", "one weighted", "three"],
 )
-def test_set_sends_what_was_asked(server: StandIn, targets: list[str], body: object) -> None:
+def test_set_sends_what_was_asked(server: FakeServer, targets: list[str], body: object) -> None:
     server.answer("PUT", "/v1/aliases/ab", SPLIT)
     done = swaplora("aliases", "set", "ab", *targets)
     assert (done.exit_code, done.stdout) == (0, "ab stands for sql@2=90 sql@3=10\n")
@@ -68,20 +68,20 @@ def test_set_sends_what_was_asked(server: StandIn, targets: list[str], body: obj
         (["=5"], "=5"),
     ],
 )
-def test_a_target_without_a_weight_among_several_is_named(server: StandIn, targets: list[str], wrong: str) -> None:
+def test_a_target_without_a_weight_among_several_is_named(server: FakeServer, targets: list[str], wrong: str) -> None:
     done = swaplora("aliases", "set", "ab", *targets)
     assert (done.exit_code, done.stdout, server.calls) == (2, "", [])
     assert done.stderr.startswith(f"swaplora: {wrong} has no weight: give each of several targets a whole number")
     assert done.stderr.count("\n") == 1
 
 
-def test_delete(server: StandIn) -> None:
+def test_delete(server: FakeServer) -> None:
     server.answer("DELETE", "/v1/aliases/..%2Fab", {"object": "alias.deleted", "alias": "../ab"})
     done = swaplora("aliases", "delete", "../ab")
     assert (done.exit_code, done.output) == (0, "../ab is deleted\n")
 
 
-def test_a_refusal_is_one_line(server: StandIn) -> None:
+def test_a_refusal_is_one_line(server: FakeServer) -> None:
     server.refuse("DELETE", "/v1/aliases/ab", 404, "there is no alias ab", "alias_not_found")
     done = swaplora("aliases", "delete", "ab")
     assert (done.exit_code, done.stderr) == (1, "swaplora: there is no alias ab (alias_not_found)\n")

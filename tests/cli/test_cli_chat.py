@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 
 import swaplora_server
-from stand_in import StandIn, standing_in, swaplora
+from fake_server import FakeServer, run_fake_server, swaplora
 
 MODELS = {"data": [{"id": "base", "parent": None}, {"id": "sql", "parent": "base"}]}
 RUN = "from swaplora_server.cli import main; main()"
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    with standing_in() as stand_in:
-        monkeypatch.setenv("SWAPLORA_URL", stand_in.url)
-        yield stand_in
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
+    with run_fake_server() as fake:
+        monkeypatch.setenv("SWAPLORA_URL", fake.url)
+        yield fake
 
 
 def stream(*texts: str, end: str = "data: [DONE]\n\n") -> str:
@@ -31,12 +31,12 @@ def stream(*texts: str, end: str = "data: [DONE]\n\n") -> str:
     return ": ping\n\n" + "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + end
 
 
-def asked(server: StandIn) -> list[list[dict[str, str]]]:
+def asked(server: FakeServer) -> list[list[dict[str, str]]]:
     """The conversation in each chat request."""
     return [json.loads(call.body)["messages"] for call in server.calls if call.method == "POST"]
 
 
-def test_chat_says_one_message_to_the_base(server: StandIn) -> None:
+def test_chat_says_one_message_to_the_base(server: FakeServer) -> None:
     server.answer("GET", "/v1/models", MODELS)
     server.answer("POST", "/v1/chat/completions", stream("Par", "is."))
     done = swaplora("chat", "--message", "Capital of France?")
@@ -48,7 +48,7 @@ def test_chat_says_one_message_to_the_base(server: StandIn) -> None:
     }
 
 
-def test_chat_takes_piped_text_as_one_message(server: StandIn) -> None:
+def test_chat_takes_piped_text_as_one_message(server: FakeServer) -> None:
     server.answer("POST", "/v1/chat/completions", stream("ok"))
     assert swaplora("chat", "sql@2", stdin="two\nlines\n").output == "ok\n"
     assert json.loads(server.calls[0].body)["model"] == "sql@2"
@@ -65,13 +65,13 @@ def test_chat_takes_piped_text_as_one_message(server: StandIn) -> None:
         ("", "the answer broke off: the server ended the stream early"),
     ],
 )
-def test_an_answer_that_fails_midway_is_not_taken_for_whole(server: StandIn, end: str, complaint: str) -> None:
+def test_an_answer_that_fails_midway_is_not_taken_for_whole(server: FakeServer, end: str, complaint: str) -> None:
     server.answer("POST", "/v1/chat/completions", stream("Par", end=end))
     done = swaplora("chat", "sql", "-m", "hi")
     assert (done.exit_code, done.stdout, done.stderr) == (1, "Par", f"swaplora: {complaint}\n")
 
 
-def test_chat_refused_before_the_stream(server: StandIn) -> None:
+def test_chat_refused_before_the_stream(server: FakeServer) -> None:
     server.refuse("POST", "/v1/chat/completions", 404, "no model x", "model_not_found")
     assert swaplora("chat", "x", "-m", "hi").stderr == "swaplora: no model x (model_not_found)\n"
 
@@ -94,7 +94,7 @@ def converse(typed: str) -> str:
     return shown
 
 
-def test_a_conversation_remembers_until_it_is_reset(server: StandIn) -> None:
+def test_a_conversation_remembers_until_it_is_reset(server: FakeServer) -> None:
     server.answer("GET", "/v1/models", MODELS)
     server.answer("POST", "/v1/chat/completions", stream("yes"))
     shown = converse("one\n/model sql\n\ntwo\n/reset\nthree\n/models\n/what\n/quit\n")
@@ -106,7 +106,7 @@ def test_a_conversation_remembers_until_it_is_reset(server: StandIn) -> None:
     assert "The commands are /model NAME" in shown
 
 
-def test_a_refused_turn_leaves_the_conversation_as_it_was(server: StandIn) -> None:
+def test_a_refused_turn_leaves_the_conversation_as_it_was(server: FakeServer) -> None:
     server.answer("GET", "/v1/models", MODELS)
     server.refuse("POST", "/v1/chat/completions", 429, "try later", "overloaded")
     shown = converse("one\ntwo\n\x04")

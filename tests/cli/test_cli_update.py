@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from stand_in import CARD, StandIn, standing_in, swaplora
+from fake_server import CARD, FakeServer, run_fake_server, swaplora
 
 INSPECTION = {
     "object": "adapter.inspection",
@@ -35,10 +35,10 @@ INSPECTION = {
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    with standing_in() as stand_in:
-        monkeypatch.setenv("SWAPLORA_URL", stand_in.url)
-        yield stand_in
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
+    with run_fake_server() as fake:
+        monkeypatch.setenv("SWAPLORA_URL", fake.url)
+        yield fake
 
 
 def versions(current: int, *others: int) -> dict[str, object]:
@@ -49,7 +49,7 @@ def versions(current: int, *others: int) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("command", "pinned", "said"), [("pin", True, "sql is pinned"), ("unpin", False, "sql is no longer pinned")]
 )
-def test_pin_and_unpin(server: StandIn, command: str, pinned: bool, said: str) -> None:
+def test_pin_and_unpin(server: FakeServer, command: str, pinned: bool, said: str) -> None:
     server.answer("PATCH", "/v1/adapters/sql", CARD | {"pinned": pinned})
     done = swaplora("adapters", command, "sql")
     assert (done.exit_code, done.stdout) == (0, f"{said}\n")
@@ -57,21 +57,21 @@ def test_pin_and_unpin(server: StandIn, command: str, pinned: bool, said: str) -
     assert json.loads(swaplora("adapters", command, "sql", "--json").stdout) == CARD | {"pinned": pinned}
 
 
-def test_warm_of_a_version(server: StandIn) -> None:
+def test_warm_of_a_version(server: FakeServer) -> None:
     server.answer("POST", "/v1/adapters/sql%402/warm", CARD)
     done = swaplora("adapters", "warm", "sql@2")
     assert (done.exit_code, done.stdout) == (0, "sql@2 is in memory\n")
     assert json.loads(swaplora("adapters", "warm", "sql@2", "--json").stdout) == CARD
 
 
-def test_warm_that_finds_no_room_says_so(server: StandIn) -> None:
+def test_warm_that_finds_no_room_says_so(server: FakeServer) -> None:
     server.refuse("POST", "/v1/adapters/sql/warm", 507, "every resident adapter is in use", "memory_full")
     done = swaplora("adapters", "warm", "sql")
     assert (done.exit_code, done.stderr) == (1, "swaplora: every resident adapter is in use (memory_full)\n")
 
 
 @pytest.mark.parametrize(("current", "others", "before"), [(2, [1], 1), (12, [3, 9, 10, 13], 10)])
-def test_rollback_goes_to_the_version_before(server: StandIn, current: int, others: list[int], before: int) -> None:
+def test_rollback_goes_to_the_version_before(server: FakeServer, current: int, others: list[int], before: int) -> None:
     server.answer("GET", "/v1/adapters/sql", versions(current, *others))
     server.answer("PATCH", "/v1/adapters/sql", versions(before, current))
     done = swaplora("adapters", "rollback", "sql")
@@ -79,14 +79,14 @@ def test_rollback_goes_to_the_version_before(server: StandIn, current: int, othe
     assert server.bodies == [{"current": before}]
 
 
-def test_rollback_to_a_version_asks_for_no_other(server: StandIn) -> None:
+def test_rollback_to_a_version_asks_for_no_other(server: FakeServer) -> None:
     server.answer("PATCH", "/v1/adapters/sql", versions(3, 4))
     done = swaplora("adapters", "rollback", "sql", "--to", "3", "--json")
     assert (done.exit_code, json.loads(done.stdout)) == (0, versions(3, 4))
     assert [(call.method, json.loads(call.body)) for call in server.calls] == [("PATCH", {"current": 3})]
 
 
-def test_rollback_of_the_first_version_is_one_line(server: StandIn) -> None:
+def test_rollback_of_the_first_version_is_one_line(server: FakeServer) -> None:
     server.answer("GET", "/v1/adapters/sql", versions(3, 4))
     done = swaplora("adapters", "rollback", "sql")
     assert (done.exit_code, done.stdout) == (1, "")
@@ -95,7 +95,7 @@ def test_rollback_of_the_first_version_is_one_line(server: StandIn) -> None:
     assert [call.method for call in server.calls] == ["GET"]
 
 
-def test_inspect_shows_every_module_and_warning(server: StandIn) -> None:
+def test_inspect_shows_every_module_and_warning(server: FakeServer) -> None:
     server.answer("GET", "/v1/adapters/sql%402/inspect", INSPECTION)
     lines = swaplora("adapters", "inspect", "sql@2").output.splitlines()
     assert lines[0] == "sql@2 (abababababab)"
@@ -106,6 +106,6 @@ def test_inspect_shows_every_module_and_warning(server: StandIn) -> None:
     ]
 
 
-def test_inspect_gives_scripts_all_of_it(server: StandIn) -> None:
+def test_inspect_gives_scripts_all_of_it(server: FakeServer) -> None:
     server.answer("GET", "/v1/adapters/sql/inspect", INSPECTION)
     assert json.loads(swaplora("adapters", "inspect", "sql", "--json").output) == INSPECTION

@@ -11,8 +11,8 @@ from typer.testing import Result
 
 import tiny
 from adapter_files import factors, write_adapter
+from fake_server import swaplora
 from serving import BASE, Running, settings
-from stand_in import swaplora
 
 
 @pytest.fixture

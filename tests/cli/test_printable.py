@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stand_in import CARD, StandIn, standing_in, swaplora
+from fake_server import CARD, FakeServer, run_fake_server, swaplora
 from swaplora_server.printable import printable
 
 EVIL = "a\x1b]0;owned\x07\x1b[2J\x9b31m\x7f\r\u202eb"
@@ -16,10 +16,10 @@ SHOWN = "a�]0;owned��[2J�31m���b"
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    with standing_in() as stand_in:
-        monkeypatch.setenv("SWAPLORA_URL", stand_in.url)
-        yield stand_in
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
+    with run_fake_server() as fake:
+        monkeypatch.setenv("SWAPLORA_URL", fake.url)
+        yield fake
 
 
 @given(st.text() | st.text(alphabet="\x00\x1b\x9b\r\n\t\ud800a😀\u200d"))
@@ -38,7 +38,7 @@ def chunk(text: str) -> str:
     return f"data: {json.dumps({'choices': [{'delta': {'content': text}}]})}\n\n"
 
 
-def test_what_a_model_says_is_not_obeyed(server: StandIn) -> None:
+def test_what_a_model_says_is_not_obeyed(server: FakeServer) -> None:
     # an escape sequence may come in pieces
     pieces = "".join(map(chunk, ["x\x1b", "[31mred\n\ty"]))
     server.answer("POST", "/v1/chat/completions", pieces + "data: [DONE]\n\n")
@@ -46,7 +46,7 @@ def test_what_a_model_says_is_not_obeyed(server: StandIn) -> None:
 
 
 @pytest.mark.parametrize("field", ["message", "code"])
-def test_an_error_is_not_obeyed(server: StandIn, field: str) -> None:
+def test_an_error_is_not_obeyed(server: FakeServer, field: str) -> None:
     error = {"message": "no", "code": "engine_failed"} | {field: EVIL}
     server.answer("POST", "/v1/chat/completions", {"error": error}, 400)
     refused = swaplora("chat", "sql", "-m", "hi")
@@ -85,7 +85,7 @@ ANSWER = {
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 @pytest.mark.parametrize("is_refused", [True, False])
 def test_no_command_passes_on_what_a_terminal_would_obey(
-    server: StandIn, command: tuple[str, ...], is_refused: bool
+    server: FakeServer, command: tuple[str, ...], is_refused: bool
 ) -> None:
     content = {"error": {"message": EVIL, "code": EVIL}} if is_refused else {**ANSWER, "data": [ANSWER]}
     server.answer(*COMMANDS[command], content, 400 if is_refused else 200)
@@ -95,6 +95,6 @@ def test_no_command_passes_on_what_a_terminal_would_obey(
     assert done.output == printable(done.output)
 
 
-def test_a_name_is_shown_with_marks_in_place_of_controls(server: StandIn) -> None:
+def test_a_name_is_shown_with_marks_in_place_of_controls(server: FakeServer) -> None:
     server.answer("GET", "/v1/aliases", {"data": [{"alias": EVIL, "targets": [{"target": "sql@1"}]}]})
     assert SHOWN in swaplora("aliases", "list").output

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from adapter_files import SHAPES, write_adapter
-from hanging import Hanging, hang_derivations
+from held_derivations import HeldDerivations, hold_derivations
 from server_process import SMALL
 from server_process import process as serve
 from serving import Running
@@ -109,11 +109,11 @@ def test_a_process_that_cannot_be_started_is_an_error_of_its_own(
 
 
 @pytest.fixture
-def hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hanging:
-    return hang_derivations(tmp_path / "hanging", monkeypatch)
+def hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HeldDerivations:
+    return hold_derivations(tmp_path / "hanging", monkeypatch)
 
 
-def test_a_job_that_nobody_waits_for_is_ended(hanging: Hanging, tmp_path: Path) -> None:
+def test_a_job_that_nobody_waits_for_is_ended(hanging: HeldDerivations, tmp_path: Path) -> None:
     folder, derivations, interest = write_adapter(tmp_path / "a"), DerivationProcess(), Interest()
     jobs = Workers(2, "test-derive")
     running = jobs.submit(lambda: derivations.run("compose", compose(folder, tmp_path / "never"), interest))
@@ -134,7 +134,7 @@ def test_a_job_that_nobody_waits_for_is_ended(hanging: Hanging, tmp_path: Path) 
 
 
 def test_the_process_ends_with_a_server_that_is_killed(
-    base: Path, adapters: list[Path], tmp_path: Path, hanging: Hanging
+    base: Path, adapters: list[Path], tmp_path: Path, hanging: HeldDerivations
 ) -> None:
     with serve(base, tmp_path / "data", *SMALL) as (server, client), ThreadPoolExecutor(1) as pool:
         running = Running(str(client.base_url), None, client)  # type: ignore[arg-type]  # another process's

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from adapter_files import factors, write_adapter
-from stand_in import swaplora
+from fake_server import swaplora
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 TOKENS = torch.tensor([[72, 101, 108, 108, 111]])

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from adapter_files import LAYERS, SHAPES, factors, write_adapter
+from fake_server import CARD, FakeServer, run_fake_server, swaplora
 from serving import Running, serving, settings
-from stand_in import CARD, StandIn, standing_in, swaplora
 from swaplora_adapters.derive.base_files import BaseFiles
 from swaplora_adapters.derive.inspect_weights import compare_weights
 from swaplora_adapters.derive.intruders import NUM_LOOKED_AT, count_intruders, intruders
@@ -157,13 +157,13 @@ def test_the_bases_files_are_read_as_they_lie(base: Path, tmp_path: Path) -> Non
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    with standing_in() as stand_in:
-        monkeypatch.setenv("SWAPLORA_URL", stand_in.url)
-        yield stand_in
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
+    with run_fake_server() as fake:
+        monkeypatch.setenv("SWAPLORA_URL", fake.url)
+        yield fake
 
 
-def test_the_command_asks_for_both_and_shows_them(server: StandIn) -> None:
+def test_the_command_asks_for_both_and_shows_them(server: FakeServer) -> None:
     module = {
         "module": "lm_head",
         "rank": 1,
@@ -183,7 +183,7 @@ def test_the_command_asks_for_both_and_shows_them(server: StandIn) -> None:
     assert lines[3].split() == ["lm_head", "1", "1", "0.25", "1", "1", "-", "3", "1"]
 
 
-def test_the_command_that_composes_sends_what_it_is_told(server: StandIn) -> None:
+def test_the_command_that_composes_sends_what_it_is_told(server: FakeServer) -> None:
     server.answer("POST", "/v1/merged", CARD, 201)
     done = swaplora(
         "adapters", "compose", "both", "sql=0.5", "poet@2=-1", "plain", "--method", "ties", "--density", "0.3"
@@ -203,7 +203,7 @@ def test_the_command_that_composes_sends_what_it_is_told(server: StandIn) -> Non
         assert (done.exit_code, complaint in done.stderr) == (2, True)
 
 
-def test_an_upload_can_be_converted_from_the_command_line(server: StandIn, tmp_path: Path) -> None:
+def test_an_upload_can_be_converted_from_the_command_line(server: FakeServer, tmp_path: Path) -> None:
     server.answer("PUT", "/v1/adapters/sql?convert=svd", CARD, 201)
     folder = write_adapter(tmp_path, factors())
     for source in (str(folder), "hf://org/repo"):

@@ -13,7 +13,7 @@ from zlib import crc32
 import pytest
 from hypothesis import strategies as st
 
-from stepping import EOS, Client, LabelledKV, adapter, make, submit
+from scheduler_harness import EOS, Client, LabelledKV, adapter, make, submit
 from swaplora_server.engine import scheduler as scheduler_module
 from swaplora_server.engine.request import AdapterUse, Request, Sequence
 from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows

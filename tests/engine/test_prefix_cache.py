@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from random_traffic import Traffic, events, limits
-from stepping import adapter, make, run_all, run_step, submit
+from scheduler_harness import adapter, make, run_all, run_step, submit
 from swaplora_server.engine.block_keys import block_key, root_key
 from swaplora_server.engine.request import Sequence
 from swaplora_server.engine.scheduler import Sampled, Scheduler

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from random_traffic import MAX_STEPS, Traffic, events, limits
-from stepping import EOS, adapter, make, run_all, run_step, submit
+from scheduler_harness import EOS, adapter, make, run_all, run_step, submit
 from swaplora_server.engine.request import FinishReason
 from swaplora_server.engine.scheduler import MAX_STEPS_PASSED_OVER, Sampled
 

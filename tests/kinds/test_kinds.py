@@ -16,7 +16,7 @@ import peft_kinds
 from kinds_batch import Company, content, gathered, is_right, num_submitted, prompt_of, slug
 from kinds_oracle import KindOracle
 from kinds_table import INVOCATION, Made, make_all
-from planted import neighbours_weights
+from planted_faults import neighbours_weights
 from serving import BASE, Running, Streamed, serving, settings, stream_chat
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.registry import registry

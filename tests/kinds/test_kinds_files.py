@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import peft_kinds
+from model_layers import layers_of
 from peft_kinds import BASES, KINDS
 from swaplora_adapters.errors import InvalidAdapterError
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
@@ -22,7 +23,6 @@ from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.intake import inspect_files
 from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, ModuleWeights
-from whole_base import layers_of
 
 CPU = torch.device("cpu")
 # of PEFT's: a base stored with its embeddings, tied heads, biases that merging could not keep, Conv1D

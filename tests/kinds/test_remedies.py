@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 
 import peft_kinds
 import tiny
+from model_layers import layers_of
+from other_writers import SPELLINGS, peft_logits, rewritten
 from swaplora_adapters.errors import InvalidAdapterError
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.intake import inspect_files
 from test_kinds_files import load, plain, serve
-from test_written_otherwise import IDS
-from whole_base import layers_of
-from written_otherwise import SPELLINGS, peft_logits, rewritten
+from test_other_writers import IDS
 
 # of PEFT's: inits that are converted, fields that it ignores
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from oracle import Oracle
 from serving import BASE, Running, serving, settings
-from shapes import MAX_TOKENS, SHAPES, TOLERANCE, error_against, prompt_of, stream_all
+from sixteen_adapters import MAX_TOKENS, SHAPES, TOLERANCE, error_against, prompt_of, stream_all
 
 
 @pytest.fixture(scope="module")

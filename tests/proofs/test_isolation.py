@@ -4,8 +4,8 @@ import pytest
 from rich.console import Console
 
 from isolation import Workload, prove
-from planted import FAULTS
-from sizes import size
+from planted_faults import FAULTS
+from soak import size
 
 WHOLE = Workload(num_swaps=size(200, 10_000), num_replaces=size(50, 1000), length=size(512, 1000))
 SMALL = Workload(num_swaps=30, num_replaces=10, length=100)

@@ -18,7 +18,7 @@ from rich.console import Console
 from adapter_files import config_bytes, write_adapter
 from isolation_report import Report
 from serving import Running
-from sizes import size
+from soak import size
 from swaplora_adapters.files.names import WEIGHTS_FILE
 
 NUM_CYCLES = size(300, 10_000)

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import serving
 from history import Operation, State, final_states
 from serving import Running, settings
-from sizes import size
+from soak import size
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_server.http.app import create_app
 from swaplora_server.service.service import Service

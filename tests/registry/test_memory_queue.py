@@ -1,11 +1,11 @@
 """Who comes next where memory is short: in order, all or nothing, not too long, and at nobody's cost who is served."""
 
-from memory_traffic import Line
+from queue_simulation import QueueSimulation
 from swaplora_adapters.registry.claim import Claim
 from swaplora_adapters.registry.memory_queue import PATIENCE_SECONDS
 
 
-def ask(line: Line, *digests: str, size: int = 1) -> Claim:
+def ask(line: QueueSimulation, *digests: str, size: int = 1) -> Claim:
     """What a request for all these does, each of them `size` bytes; what is let in is loaded at once."""
     claim = line.ask(dict.fromkeys(digests, size))
     for copy in line.loading:
@@ -13,14 +13,14 @@ def ask(line: Line, *digests: str, size: int = 1) -> Claim:
     return claim
 
 
-def end(line: Line, claim: Claim) -> None:
+def end(line: QueueSimulation, claim: Claim) -> None:
     line.leave(claim)
     for copy in line.loading:
         line.load(copy)
 
 
 def test_who_waits_holds_nothing() -> None:
-    line = Line(2)
+    line = QueueSimulation(2)
     a = ask(line, "a")
     pair = ask(line, "a", "b", "c")
     assert pair in line.refused
@@ -32,7 +32,7 @@ def test_who_waits_holds_nothing() -> None:
 
 
 def test_pairs_that_overlap_do_not_wait_for_each_other() -> None:
-    line = Line(2)
+    line = QueueSimulation(2)
     first = ask(line, "a", "b")
     waiting = [ask(line, *pair) for pair in ("bc", "ca", "ab", "cd")]
     assert line.inside == [first, waiting[2]], "who wants the same shares it"
@@ -44,13 +44,13 @@ def test_pairs_that_overlap_do_not_wait_for_each_other() -> None:
 
 
 def test_what_is_named_twice_counts_once() -> None:
-    line = Line(2)
+    line = QueueSimulation(2)
     assert ask(line, "a", "b") in line.inside
     assert ask(line, "a", "b") in line.inside
 
 
 def test_what_can_never_fit_is_refused_at_once_and_costs_nobody_anything() -> None:
-    line = Line(2)
+    line = QueueSimulation(2)
     warm = ask(line, "a")
     assert ask(line, "a", "b", "c") in line.refused
     assert ask(line, "a") in line.inside
@@ -64,7 +64,7 @@ def test_what_can_never_fit_is_refused_at_once_and_costs_nobody_anything() -> No
 
 
 def test_hot_adapters_are_served_while_a_cold_one_waits_for_a_long_stream() -> None:
-    line = Line(2)
+    line = QueueSimulation(2)
     streams = [ask(line, digest) for digest in "ab"]
     cold = ask(line, "c")
     for number in range(200):
@@ -78,7 +78,7 @@ def test_hot_adapters_are_served_while_a_cold_one_waits_for_a_long_stream() -> N
 
 
 def test_a_cold_one_comes_in_between_short_requests_that_never_pause() -> None:
-    line = Line(1)
+    line = QueueSimulation(1)
     hot, cold = [ask(line, "a")], ask(line, "b")
     while cold not in line.inside:
         line.pass_time(0.125)
@@ -91,7 +91,7 @@ def test_a_cold_one_comes_in_between_short_requests_that_never_pause() -> None:
 
 
 def test_only_what_is_needed_is_closed_and_the_rest_is_served() -> None:
-    line = Line(3)
+    line = QueueSimulation(3)
     old = [ask(line, digest) for digest in "abc"]
     cold = ask(line, "d")
     line.pass_time(PATIENCE_SECONDS / 2)
@@ -109,7 +109,7 @@ def test_only_what_is_needed_is_closed_and_the_rest_is_served() -> None:
 
 
 def test_what_was_closed_in_vain_is_open_again_for_all_who_waited() -> None:
-    line = Line(1)
+    line = QueueSimulation(1)
     old, cold = ask(line, "a"), ask(line, "b")
     line.pass_time(4)
     long = ask(line, "a")
@@ -129,7 +129,7 @@ def test_what_was_closed_in_vain_is_open_again_for_all_who_waited() -> None:
 
 
 def test_who_hangs_up_gives_its_place_away_at_once() -> None:
-    line = Line(2)
+    line = QueueSimulation(2)
     held, first, second = ask(line, "a", "b"), ask(line, "c", "d"), ask(line, "c")
     end(line, first)
     end(line, held)
@@ -137,7 +137,7 @@ def test_who_hangs_up_gives_its_place_away_at_once() -> None:
 
 
 def test_what_was_closed_for_one_that_hangs_up_is_open_again() -> None:
-    line = Line(1)
+    line = QueueSimulation(1)
     old, cold = ask(line, "a"), ask(line, "b")
     line.pass_time(1)
     ask(line, "a")
@@ -149,7 +149,7 @@ def test_what_was_closed_for_one_that_hangs_up_is_open_again() -> None:
 
 
 def test_a_load_that_fails_frees_what_its_request_had_beside_it() -> None:
-    line = Line(2)
+    line = QueueSimulation(2)
     claim, other = line.ask({"a": 1, "b": 1}), line.ask({"c": 2})
     line.load(line.copies["a"])
     assert line.fail(line.copies["b"]) == [claim]
@@ -158,7 +158,7 @@ def test_a_load_that_fails_frees_what_its_request_had_beside_it() -> None:
 
 
 def test_nobody_waits_longer_than_told() -> None:
-    line = Line(1, wait_seconds=3)
+    line = QueueSimulation(1, wait_seconds=3)
     ask(line, "a")
     first = ask(line, "b")
     line.pass_time(2)
@@ -167,14 +167,14 @@ def test_nobody_waits_longer_than_told() -> None:
     assert (first in line.refused, second in line.waiting) == (True, True)
     line.pass_time(2)
     assert second in line.refused
-    at_once = Line(1, wait_seconds=0)
+    at_once = QueueSimulation(1, wait_seconds=0)
     ask(at_once, "a")
     assert ask(at_once, "b") in at_once.refused
     assert ask(at_once, "a") in at_once.inside
 
 
 def test_a_pin_is_not_closed_for_anybody() -> None:
-    line = Line(2)
+    line = QueueSimulation(2)
     pinned = [ask(line, "a")]
     line.pin({"a": 1})
     others, cold = [ask(line, "b")], ask(line, "c")
@@ -189,7 +189,7 @@ def test_a_pin_is_not_closed_for_anybody() -> None:
 
 
 def test_what_is_pinned_or_uploaded_meanwhile_does_not_prolong_what_is_closed() -> None:
-    line = Line(2)
+    line = QueueSimulation(2)
     old, cold = ask(line, "a", "b"), ask(line, "c", "d")
     line.pass_time(2)
     ask(line, "a", "b")

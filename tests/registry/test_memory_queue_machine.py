@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run
 
-from memory_traffic import Line
-from sizes import size
+from queue_simulation import QueueSimulation
+from soak import size
 from swaplora_adapters.registry import memory_queue as room
 from swaplora_adapters.registry.claim import Claim, Copy
 from swaplora_adapters.registry.memory_queue import Front, Room
@@ -42,7 +42,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.line = Line(BUDGET)
+        self.line = QueueSimulation(BUDGET)
 
     @rule(several=st.lists(WANTED, min_size=1, max_size=3), are_loaded=st.booleans())
     def ask(self, several: list[set[str]], are_loaded: bool) -> None:
@@ -108,7 +108,7 @@ class Traffic:
     """Visits, played by their times. Loads take no time."""
 
     def __init__(self, visits: Iterable[Visit], wait_seconds: float) -> None:
-        self.line = Line(BUDGET, wait_seconds)
+        self.line = QueueSimulation(BUDGET, wait_seconds)
         self.num_hung_up = 0
         self._moments: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()

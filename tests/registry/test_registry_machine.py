@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 from hypothesis.stateful import run_state_machine_as_test as run
 
 import adapter_files
-from sizes import size
+from soak import size
 from swaplora_adapters.errors import (
     AdapterBusyError,
     AdapterNotFoundError,

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from resident import SIZE, Loader, Make, claim, use, wait_state
+from fake_loader import SIZE, Loader, Make, claim, use, wait_state
 from swaplora_adapters.errors import (
     AdapterFailedError,
     AdapterTooLargeError,

@@ -10,7 +10,7 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from hub import Answer, StandIn, stand_in
+from fake_hub import Answer, FakeHub, run_fake_hub
 from serving import Running, serving, settings
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.sources import transfer
@@ -20,11 +20,11 @@ COMMIT, NEXT = "1" * 40, "2" * 40
 
 
 @pytest.fixture
-def hub(adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+def hub(adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A hub with org/sql, whose failed requests are tried again at once."""
     monkeypatch.setattr(transfer, "BACKOFF_SECONDS", (0.0, 0.0))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    with stand_in() as started:
+    with run_fake_hub() as started:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", started.url)
         monkeypatch.setenv("HF_ENDPOINT", started.url)
         started.put_repo("org/sql", "main", COMMIT, adapters[1])
@@ -32,7 +32,7 @@ def hub(adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def fetching(base: Path, hub: StandIn, tmp_path: Path) -> Iterator[Running]:
+def fetching(base: Path, hub: FakeHub, tmp_path: Path) -> Iterator[Running]:
     """A server that may fetch from org, and looks for unknown names there."""
     fields = {"allow_source": ("hf://org",), "resolver": "hf://org/{name}"}
     with serving(settings(base, tmp_path / "data", **fields)) as running:
@@ -40,7 +40,7 @@ def fetching(base: Path, hub: StandIn, tmp_path: Path) -> Iterator[Running]:
 
 
 def test_a_put_names_a_repository_and_the_card_tells_the_commit(
-    fetching: Running, hub: StandIn, adapters: list[Path]
+    fetching: Running, hub: FakeHub, adapters: list[Path]
 ) -> None:
     answer = fetching.client.put("/v1/adapters/mine", json={"source": "hf://org/sql"})
     assert (answer.status_code, answer.json()["source"]) == (201, f"hf://org/sql@{COMMIT}")
@@ -52,7 +52,7 @@ def test_a_put_names_a_repository_and_the_card_tells_the_commit(
     assert fetching.token_ids("mine", PROMPT) != first == fetching.token_ids("mine@1", PROMPT)
 
 
-def test_an_unknown_name_is_looked_for_once_however_many_ask(fetching: Running, hub: StandIn) -> None:
+def test_an_unknown_name_is_looked_for_once_however_many_ask(fetching: Running, hub: FakeHub) -> None:
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: fetching.generate("sql", PROMPT), range(8)))
     assert {answer.status_code for answer in answers} == {200}
@@ -63,7 +63,7 @@ def test_an_unknown_name_is_looked_for_once_however_many_ask(fetching: Running, 
     assert sum("nobody" in seen.path for seen in hub.seen) == 1
 
 
-def test_a_deleted_adapter_is_not_looked_for_again(fetching: Running, hub: StandIn) -> None:
+def test_a_deleted_adapter_is_not_looked_for_again(fetching: Running, hub: FakeHub) -> None:
     fetching.token_ids("sql", PROMPT)
     fetching.client.delete("/v1/adapters/sql")
     asked = len(hub.seen)
@@ -72,7 +72,7 @@ def test_a_deleted_adapter_is_not_looked_for_again(fetching: Running, hub: Stand
 
 
 def test_a_hub_that_fails_is_told_with_the_step_and_nobody_else_notices(
-    fetching: Running, hub: StandIn, adapters: list[Path]
+    fetching: Running, hub: FakeHub, adapters: list[Path]
 ) -> None:
     fetching.put("good", adapters[3])
     expected = fetching.token_ids("good", PROMPT)
@@ -89,7 +89,7 @@ def test_a_hub_that_fails_is_told_with_the_step_and_nobody_else_notices(
     assert fetching.token_ids("good", PROMPT) == expected
 
 
-def test_what_a_hub_sends_is_checked_like_an_upload(fetching: Running, hub: StandIn) -> None:
+def test_what_a_hub_sends_is_checked_like_an_upload(fetching: Running, hub: FakeHub) -> None:
     hub.put(f"/org/sql/resolve/{COMMIT}/{CONFIG_FILE}", Answer(body=b'{"peft_type": "LORA", "r": 0}'))
     answer = fetching.client.put("/v1/adapters/mine", json={"source": "hf://org/sql"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_adapter")
@@ -99,7 +99,7 @@ def test_what_a_hub_sends_is_checked_like_an_upload(fetching: Running, hub: Stan
 
 
 def test_a_look_that_ends_after_an_upload_or_a_delete_changes_nothing(
-    fetching: Running, hub: StandIn, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+    fetching: Running, hub: FakeHub, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_send, was_asked, answer = threading.Event(), threading.Event(), hub.answer
 

@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 
 from adapter_files import write_adapter
-from hub import Answer, StandIn, stand_in
+from fake_hub import Answer, FakeHub, run_fake_hub
 from swaplora_adapters.errors import (
     AdapterTooLargeError,
     SourceFailedError,
@@ -35,12 +35,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A hub with one repository, asked by a client that has a token and tries again at once."""
     monkeypatch.setattr(transfer, "BACKOFF_SECONDS", (0.0, 0.0))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with stand_in() as hub:
+    with run_fake_hub() as hub:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
         hub.put_repo("org/repo", "main", COMMIT, folder)
         yield hub
@@ -69,20 +69,20 @@ def test_a_repository_is_read_and_its_commit_told(sources: Sources, staging: Sta
     assert_staged(staging, folder)
 
 
-def test_a_folder_at_a_revision_is_read(hub: StandIn, sources: Sources, staging: Staging, folder: Path) -> None:
+def test_a_folder_at_a_revision_is_read(hub: FakeHub, sources: Sources, staging: Staging, folder: Path) -> None:
     hub.put_repo("org/repo", "v1.0", NEXT_COMMIT, folder, under="a%20b/c/")
     assert sources.fetch(f"{URI}@v1.0/a b/c", staging) == f"{URI}@{NEXT_COMMIT}/a b/c"
     assert_staged(staging, folder)
 
 
-def test_only_the_two_files_are_asked_for(hub: StandIn, sources: Sources, staging: Staging) -> None:
+def test_only_the_two_files_are_asked_for(hub: FakeHub, sources: Sources, staging: Staging) -> None:
     sources.fetch(URI, staging)
     asked = [seen.path.partition("?")[0] for seen in hub.seen]
     assert asked == [RESOLVED, f"/org/repo/resolve/{COMMIT}/{CONFIG_FILE}", WEIGHTS]
 
 
 def test_what_is_pushed_meanwhile_is_not_mixed_in(
-    hub: StandIn, sources: Sources, staging: Staging, folder: Path, tmp_path: Path
+    hub: FakeHub, sources: Sources, staging: Staging, folder: Path, tmp_path: Path
 ) -> None:
     other = write_adapter(tmp_path / "other", seed=1, r=8)
 
@@ -99,9 +99,9 @@ def test_what_is_pushed_meanwhile_is_not_mixed_in(
 
 
 def test_a_redirect_to_another_host_is_followed_without_the_token(
-    hub: StandIn, sources: Sources, staging: Staging, folder: Path
+    hub: FakeHub, sources: Sources, staging: Staging, folder: Path
 ) -> None:
-    with stand_in() as elsewhere:
+    with run_fake_hub() as elsewhere:
         elsewhere.put("/blob", Answer(body=(folder / WEIGHTS_FILE).read_bytes()))
         hub.put(WEIGHTS, Answer(302, headers={"Location": f"{elsewhere.url}/blob?signature=s3cr3t"}))
         sources.fetch(URI, staging)
@@ -111,8 +111,8 @@ def test_a_redirect_to_another_host_is_followed_without_the_token(
         assert TOKEN not in str(there.headers)
 
 
-def test_a_signed_address_is_not_told(hub: StandIn, sources: Sources, staging: Staging) -> None:
-    with stand_in() as elsewhere:
+def test_a_signed_address_is_not_told(hub: FakeHub, sources: Sources, staging: Staging) -> None:
+    with run_fake_hub() as elsewhere:
         elsewhere.put("/blob", Answer(403))
         hub.put(WEIGHTS, Answer(302, headers={"Location": f"{elsewhere.url}/blob?signature=s3cr3t"}))
         with pytest.raises(SourceFailedError, match=READING + r"access is denied \(HTTP 403\)") as failure:
@@ -121,7 +121,7 @@ def test_a_signed_address_is_not_told(hub: StandIn, sources: Sources, staging: S
     assert TOKEN not in str(failure.value)
 
 
-def test_a_missing_repository_is_not_found(hub: StandIn, sources: Sources, staging: Staging) -> None:
+def test_a_missing_repository_is_not_found(hub: FakeHub, sources: Sources, staging: Staging) -> None:
     hub.put(RESOLVED, Answer(404, headers={"X-Error-Code": "RepoNotFound"}))
     with pytest.raises(SourceNotFoundError, match=RESOLVING + "there is no such repository or revision"):
         sources.fetch(URI, staging)
@@ -129,7 +129,7 @@ def test_a_missing_repository_is_not_found(hub: StandIn, sources: Sources, stagi
 
 
 def test_401_is_a_miss_for_a_stranger_and_a_failure_with_a_token(
-    hub: StandIn, sources: Sources, staging: Staging, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: FakeHub, sources: Sources, staging: Staging, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.put(RESOLVED, Answer(401))
     with pytest.raises(SourceFailedError, match=RESOLVING + r"access is denied \(HTTP 401\); check HF_TOKEN"):
@@ -141,13 +141,13 @@ def test_401_is_a_miss_for_a_stranger_and_a_failure_with_a_token(
         sources.fetch(URI, staging)
 
 
-def test_a_gated_repository_says_so(hub: StandIn, sources: Sources, staging: Staging) -> None:
+def test_a_gated_repository_says_so(hub: FakeHub, sources: Sources, staging: Staging) -> None:
     hub.put(RESOLVED, Answer(403, headers={"X-Error-Code": "GatedRepo"}))
     with pytest.raises(SourceFailedError, match="gated; accept its terms"):
         sources.fetch(URI, staging)
 
 
-def test_a_repository_without_safetensors_is_not_found(hub: StandIn, sources: Sources, staging: Staging) -> None:
+def test_a_repository_without_safetensors_is_not_found(hub: FakeHub, sources: Sources, staging: Staging) -> None:
     hub.put(f"/org/repo/resolve/{COMMIT}/adapter_model.bin", Answer(body=b"pickle"))
     hub.put(WEIGHTS, Answer(404, headers={"X-Error-Code": "EntryNotFound"}))
     with pytest.raises(SourceNotFoundError, match=READING + ".*never from adapter_model.bin"):
@@ -156,7 +156,7 @@ def test_a_repository_without_safetensors_is_not_found(hub: StandIn, sources: So
 
 
 def test_a_renamed_repository_is_not_followed_to_where_nobody_allowed_it(
-    hub: StandIn, sources: Sources, staging: Staging, folder: Path
+    hub: FakeHub, sources: Sources, staging: Staging, folder: Path
 ) -> None:
     hub.put_repo("evil/repo", "main", COMMIT, folder)
     hub.put(RESOLVED, Answer(307, headers={"Location": "/api/models/evil/repo/revision/main"}))
@@ -167,7 +167,7 @@ def test_a_renamed_repository_is_not_followed_to_where_nobody_allowed_it(
 @pytest.mark.parametrize("status", [429, 500, 503])
 @pytest.mark.parametrize("path", [RESOLVED, WEIGHTS], ids=["revision", "weights"])
 def test_a_passing_error_is_tried_again_three_times_in_all(
-    hub: StandIn, sources: Sources, staging: Staging, folder: Path, path: str, status: int
+    hub: FakeHub, sources: Sources, staging: Staging, folder: Path, path: str, status: int
 ) -> None:
     sound = hub.answer(path, {})
     hub.put(path, Answer(status), Answer(status), sound)
@@ -179,14 +179,14 @@ def test_a_passing_error_is_tried_again_three_times_in_all(
 
 
 @pytest.mark.parametrize("status", [400, 403, 404, 410, 416])
-def test_any_other_refusal_is_not_tried_again(hub: StandIn, sources: Sources, staging: Staging, status: int) -> None:
+def test_any_other_refusal_is_not_tried_again(hub: FakeHub, sources: Sources, staging: Staging, status: int) -> None:
     hub.put(WEIGHTS, Answer(status))
     with pytest.raises((SourceFailedError, SourceNotFoundError)):
         sources.fetch(URI, staging)
     assert hub.count(WEIGHTS_FILE) == 1
 
 
-def test_a_body_that_breaks_off_is_read_anew(hub: StandIn, sources: Sources, staging: Staging, folder: Path) -> None:
+def test_a_body_that_breaks_off_is_read_anew(hub: FakeHub, sources: Sources, staging: Staging, folder: Path) -> None:
     body = (folder / WEIGHTS_FILE).read_bytes()
     hub.put(WEIGHTS, Answer(body=body, fault="cut"), Answer(body=body))
     sources.fetch(URI, staging)
@@ -197,7 +197,7 @@ def test_a_body_that_breaks_off_is_read_anew(hub: StandIn, sources: Sources, sta
 
 
 def test_a_hub_that_hangs_times_out(
-    hub: StandIn, sources: Sources, staging: Staging, monkeypatch: pytest.MonkeyPatch
+    hub: FakeHub, sources: Sources, staging: Staging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfer, "READ_SECONDS", 1.0)
     hub.put(WEIGHTS, Answer(fault="hangs"))
@@ -207,7 +207,7 @@ def test_a_hub_that_hangs_times_out(
 
 
 @pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])
-def test_a_file_without_end_is_cut_at_the_limit(hub: StandIn, sources: Sources, staging: Staging, file: str) -> None:
+def test_a_file_without_end_is_cut_at_the_limit(hub: FakeHub, sources: Sources, staging: Staging, file: str) -> None:
     hub.put(f"/org/repo/resolve/{COMMIT}/{file}", Answer(fault="endless"))
     with pytest.raises(AdapterTooLargeError, match=f"reading {file}"):
         sources.fetch(URI, staging)
@@ -215,14 +215,14 @@ def test_a_file_without_end_is_cut_at_the_limit(hub: StandIn, sources: Sources, 
     assert hub.count(file) == 1
 
 
-def test_an_answer_without_end_is_cut(hub: StandIn, sources: Sources, staging: Staging) -> None:
+def test_an_answer_without_end_is_cut(hub: FakeHub, sources: Sources, staging: Staging) -> None:
     hub.put(RESOLVED, Answer(fault="endless"))
     with pytest.raises(SourceFailedError, match=RESOLVING + "the answer is longer than"):
         sources.fetch(URI, staging)
 
 
 def test_a_length_that_is_declared_is_not_believed_beyond_what_comes(
-    hub: StandIn, sources: Sources, staging: Staging, folder: Path
+    hub: FakeHub, sources: Sources, staging: Staging, folder: Path
 ) -> None:
     body = (folder / WEIGHTS_FILE).read_bytes()
     hub.put(WEIGHTS, Answer(body=body, fault="short"))
@@ -230,7 +230,7 @@ def test_a_length_that_is_declared_is_not_believed_beyond_what_comes(
     assert staging.weights_path.read_bytes() == body[: len(body) // 2]
 
 
-def test_a_compressed_answer_is_refused(hub: StandIn, sources: Sources, staging: Staging) -> None:
+def test_a_compressed_answer_is_refused(hub: FakeHub, sources: Sources, staging: Staging) -> None:
     hub.put(WEIGHTS, Answer(body=b"\x1f\x8b", headers={"Content-Encoding": "gzip"}))
     with pytest.raises(SourceFailedError, match="compressed"):
         sources.fetch(URI, staging)
@@ -249,7 +249,7 @@ def test_a_compressed_answer_is_refused(hub: StandIn, sources: Sources, staging:
     ],
 )
 def test_an_answer_that_names_no_commit_is_a_failure(
-    hub: StandIn, sources: Sources, staging: Staging, body: bytes
+    hub: FakeHub, sources: Sources, staging: Staging, body: bytes
 ) -> None:
     hub.put(RESOLVED, Answer(body=body))
     with pytest.raises(SourceFailedError, match=RESOLVING + "the answer names no commit; check HF_ENDPOINT"):
@@ -257,9 +257,9 @@ def test_an_answer_that_names_no_commit_is_a_failure(
 
 
 def test_a_hub_that_is_down_is_a_failure(
-    hub: StandIn, sources: Sources, staging: Staging, monkeypatch: pytest.MonkeyPatch
+    hub: FakeHub, sources: Sources, staging: Staging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with stand_in() as gone:
+    with run_fake_hub() as gone:
         url = gone.url
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
     with pytest.raises(SourceFailedError, match=RESOLVING + "the connection failed or broke off after 3 tries$"):
@@ -268,7 +268,7 @@ def test_a_hub_that_is_down_is_a_failure(
 
 
 def test_offline_mode_is_told(
-    hub: StandIn, sources: Sources, staging: Staging, monkeypatch: pytest.MonkeyPatch
+    hub: FakeHub, sources: Sources, staging: Staging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SourceFailedError, match=RESOLVING + "HF_HUB_OFFLINE is set"):
@@ -276,7 +276,7 @@ def test_offline_mode_is_told(
     assert not hub.seen
 
 
-def test_what_the_operator_wrote_needs_no_prefix(hub: StandIn, staging: Staging, folder: Path) -> None:
+def test_what_the_operator_wrote_needs_no_prefix(hub: FakeHub, staging: Staging, folder: Path) -> None:
     sources = Sources(allowed=(), folder=None, max_weights_bytes=1 << 20)
     with pytest.raises(SourceNotAllowedError):
         sources.fetch(URI, staging)
@@ -287,7 +287,7 @@ def test_what_the_operator_wrote_needs_no_prefix(hub: StandIn, staging: Staging,
 
 @pytest.mark.parametrize("is_stopped", [False, True])
 def test_a_hub_that_drips_is_let_go_of_in_the_end(
-    hub: StandIn, sources: Sources, staging: Staging, monkeypatch: pytest.MonkeyPatch, is_stopped: bool
+    hub: FakeHub, sources: Sources, staging: Staging, monkeypatch: pytest.MonkeyPatch, is_stopped: bool
 ) -> None:
     hub.put(WEIGHTS, Answer(fault="drips"))
     if is_stopped:

@@ -10,7 +10,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from adapter_files import write_adapter
-from hub import Answer, StandIn, stand_in
+from fake_hub import Answer, FakeHub, run_fake_hub
 from swaplora_adapters.errors import (
     AdapterTooLargeError,
     SourceFailedError,
@@ -74,9 +74,9 @@ def store(moto_url: str, environment: pytest.MonkeyPatch, folder: Path) -> Itera
 
 
 @pytest.fixture
-def broken_store(environment: pytest.MonkeyPatch, folder: Path) -> Iterator[StandIn]:
+def broken_store(environment: pytest.MonkeyPatch, folder: Path) -> Iterator[FakeHub]:
     """Something that answers by path as a store would, and can be told to misbehave."""
-    with stand_in() as server:
+    with run_fake_hub() as server:
         environment.setenv("AWS_ENDPOINT_URL_S3", server.url)
         server.put(CONFIG, Answer(body=(folder / CONFIG_FILE).read_bytes(), headers={"ETag": '"c"'}))
         server.put(WEIGHTS, Answer(body=(folder / WEIGHTS_FILE).read_bytes(), headers={"ETag": '"w"'}))
@@ -187,7 +187,7 @@ def error_body(code: str) -> bytes:
     ],
 )
 def test_a_refusal_says_what_to_set(
-    broken_store: StandIn, sources: Sources, staging: Staging, status: int, code: str, hint: str
+    broken_store: FakeHub, sources: Sources, staging: Staging, status: int, code: str, hint: str
 ) -> None:
     broken_store.put(WEIGHTS, Answer(status, body=error_body(code)))
     with pytest.raises(SourceFailedError, match=READING + f".*{hint}") as failure:
@@ -197,7 +197,7 @@ def test_a_refusal_says_what_to_set(
 
 
 def test_a_body_that_breaks_off_is_read_anew(
-    broken_store: StandIn, sources: Sources, staging: Staging, folder: Path
+    broken_store: FakeHub, sources: Sources, staging: Staging, folder: Path
 ) -> None:
     body = (folder / WEIGHTS_FILE).read_bytes()
     broken_store.put(WEIGHTS, Answer(body=body, fault="cut"), Answer(body=body, headers={"ETag": '"w2"'}))
@@ -209,7 +209,7 @@ def test_a_body_that_breaks_off_is_read_anew(
 
 
 def test_a_store_that_hangs_times_out(
-    broken_store: StandIn, sources: Sources, staging: Staging, environment: pytest.MonkeyPatch
+    broken_store: FakeHub, sources: Sources, staging: Staging, environment: pytest.MonkeyPatch
 ) -> None:
     environment.setattr(transfer, "READ_SECONDS", 1.0)
     broken_store.put(WEIGHTS, Answer(fault="hangs"))
@@ -218,14 +218,14 @@ def test_a_store_that_hangs_times_out(
     assert broken_store.count(WEIGHTS_FILE) == 3
 
 
-def test_a_file_without_end_is_cut_at_the_limit(broken_store: StandIn, sources: Sources, staging: Staging) -> None:
+def test_a_file_without_end_is_cut_at_the_limit(broken_store: FakeHub, sources: Sources, staging: Staging) -> None:
     broken_store.put(WEIGHTS, Answer(fault="endless"))
     with pytest.raises(AdapterTooLargeError, match=READING):
         sources.fetch(URI, staging)
     assert staging.weights_path.stat().st_size <= 1 << 20
 
 
-def test_an_etag_cannot_forge_a_line(broken_store: StandIn, sources: Sources, staging: Staging, folder: Path) -> None:
+def test_an_etag_cannot_forge_a_line(broken_store: FakeHub, sources: Sources, staging: Staging, folder: Path) -> None:
     body = (folder / WEIGHTS_FILE).read_bytes()
     broken_store.put(WEIGHTS, Answer(body=body, headers={"ETag": '"\x1b[2J' + "a" * 500 + '"'}))
     source = sources.fetch(URI, staging)
@@ -235,7 +235,7 @@ def test_an_etag_cannot_forge_a_line(broken_store: StandIn, sources: Sources, st
 
 
 def test_missing_credentials_are_told(
-    broken_store: StandIn, sources: Sources, staging: Staging, environment: pytest.MonkeyPatch
+    broken_store: FakeHub, sources: Sources, staging: Staging, environment: pytest.MonkeyPatch
 ) -> None:
     environment.delenv("AWS_ACCESS_KEY_ID")
     environment.delenv("AWS_SECRET_ACCESS_KEY")
@@ -254,7 +254,7 @@ def test_settings_that_make_no_client_are_told(
 
 
 def test_a_store_that_is_down_is_a_failure(environment: pytest.MonkeyPatch, sources: Sources, staging: Staging) -> None:
-    with stand_in() as gone:
+    with run_fake_hub() as gone:
         environment.setenv("AWS_ENDPOINT_URL_S3", gone.url)
     with pytest.raises(SourceFailedError, match=r"EndpointConnectionError.*AWS_ENDPOINT_URL_S3") as failure:
         sources.fetch(URI, staging)
@@ -270,7 +270,7 @@ def test_without_boto3_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, sourc
 
 @pytest.mark.parametrize("is_stopped", [False, True])
 def test_a_store_that_drips_is_let_go_of_in_the_end(
-    broken_store: StandIn, sources: Sources, staging: Staging, monkeypatch: pytest.MonkeyPatch, is_stopped: bool
+    broken_store: FakeHub, sources: Sources, staging: Staging, monkeypatch: pytest.MonkeyPatch, is_stopped: bool
 ) -> None:
     broken_store.put(WEIGHTS, Answer(fault="drips"))
     if is_stopped:

@@ -21,7 +21,7 @@ from crash import Allowed, Hurt, Nursery, Thread
 from repository import ROOT
 from server_process import SMALL, free_port, process, wait_ready
 from serving import Running, serving, settings
-from sizes import size
+from soak import size
 from swaplora_adapters.files.digest import hex_of
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 

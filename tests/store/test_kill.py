@@ -17,7 +17,7 @@ import crash
 from crash import Allowed, Hurt, Nursery, Thread
 from server_process import SMALL, process
 from serving import Running
-from sizes import size
+from soak import size
 from swaplora_adapters.config.parse import parse_spec
 from swaplora_adapters.files.digest import digest_of
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE

@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from adapter_files import config_bytes
 from crash import everything, without_catalogue
-from sizes import size
+from soak import size
 from swaplora_adapters.config.parse import parse_spec
 from swaplora_adapters.errors import (
     AdapterError,

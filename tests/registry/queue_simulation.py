@@ -9,7 +9,7 @@ from swaplora_adapters.registry.memory_queue import Room
 from swaplora_adapters.weights.served import AdapterWeights
 
 
-class Line:
+class QueueSimulation:
     """Asks, loads and ends as it is told, and sees to the line whenever something or the time has changed it.
 
     Keeps its own books of who holds what, and checks the room against them after every change.

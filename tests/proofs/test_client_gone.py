@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from hanging import GUARD_SECONDS, Hanging, hang_derivations
+from held_derivations import GUARD_SECONDS, HeldDerivations, hold_derivations
 from serving import Running, serving, settings
 from swaplora_adapters.interest import Interest
 from swaplora_adapters.sources import resolver
@@ -26,8 +26,8 @@ SCALED = [{"name": "a0", "scale": 2}]
 
 
 @pytest.fixture
-def hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hanging:
-    return hang_derivations(tmp_path / "hanging", monkeypatch)
+def hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HeldDerivations:
+    return hold_derivations(tmp_path / "hanging", monkeypatch)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def is_at_rest(server: Running) -> bool:
     return not any((server.service.settings.data_dir / "staging").iterdir())
 
 
-def test_a_merge_ends_with_its_client_and_nothing_is_published(stocked: Running, hanging: Hanging) -> None:
+def test_a_merge_ends_with_its_client_and_nothing_is_published(stocked: Running, hanging: HeldDerivations) -> None:
     with asking(stocked, "POST", "/v1/merged", {"name": "new", "from": SCALED}):
         hanging.wait_for_begun(1)
         with asking(stocked, "POST", "/v1/merged", {"name": "later", "from": SCALED}):
@@ -85,7 +85,7 @@ def test_a_merge_ends_with_its_client_and_nothing_is_published(stocked: Running,
 
 
 def test_inspections_are_bounded_and_hold_up_no_merge(
-    stocked: Running, hanging: Hanging, monkeypatch: pytest.MonkeyPatch
+    stocked: Running, hanging: HeldDerivations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hanging.let_go("compose")
     monkeypatch.setattr(derivations_module, "MAX_JOBS", 2)
@@ -103,7 +103,7 @@ def test_inspections_are_bounded_and_hold_up_no_merge(
         assert {answer.result(GUARD_SECONDS).status_code for answer in answers} == {200}
 
 
-def test_abandoned_inspections_are_dropped(stocked: Running, hanging: Hanging) -> None:
+def test_abandoned_inspections_are_dropped(stocked: Running, hanging: HeldDerivations) -> None:
     derivations = stocked.service.derivations
     with asking(stocked, "GET", "/v1/adapters/a0/inspect?intruders=true"):
         hanging.wait_for_begun(1)
@@ -116,7 +116,7 @@ def test_abandoned_inspections_are_dropped(stocked: Running, hanging: Hanging) -
 
 
 def test_equal_inspections_share_one_run_that_lasts_as_long_as_one_waits(
-    stocked: Running, hanging: Hanging, monkeypatch: pytest.MonkeyPatch
+    stocked: Running, hanging: HeldDerivations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = "/v1/adapters/a0/inspect?intruders=true"
     calls: list[str] = []

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import structlog
 
-from hub import Answer, stand_in
+from fake_hub import Answer, run_fake_hub
 from server_process import SMALL, process
 from serving import Running, serving, settings
 from slow_sources import GUARD_SECONDS, Gate, gate
@@ -245,7 +245,7 @@ def test_a_signal_ends_the_process_though_a_source_is_silent(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, is_look: bool
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    with stand_in() as hub:
+    with run_fake_hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         hub.put("/api/models/org/repo/revision/main", Answer(fault=fault))  # type: ignore[arg-type]
         flags = (*SMALL, "--allow-source", "hf://org", "--resolver", "hf://org/{name}", "--drain-seconds", "1")

@@ -36,7 +36,7 @@ class Seen:
     headers: Mapping[str, str]
 
 
-class StandIn:
+class FakeHub:
     """Answers by path. Of several answers to one path each is given once, and the last for ever."""
 
     def __init__(self, port: int) -> None:
@@ -82,16 +82,16 @@ class StandIn:
 
 
 @contextmanager
-def stand_in() -> Iterator[StandIn]:
+def run_fake_hub() -> Iterator[FakeHub]:
     """Start, yield, stop; what hangs is let go."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
-        server.stand_in = StandIn(server.server_port)  # type: ignore[attr-defined]
+        server.run_fake_hub = FakeHub(server.server_port)  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:
-            yield server.stand_in  # type: ignore[attr-defined]
+            yield server.run_fake_hub  # type: ignore[attr-defined]
         finally:
-            server.stand_in.is_over.set()  # type: ignore[attr-defined]
+            server.run_fake_hub.is_over.set()  # type: ignore[attr-defined]
             server.shutdown()
             thread.join()
 
@@ -109,11 +109,11 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing."""
 
     def _send(self, with_body: bool) -> None:
-        stand_in: StandIn = self.server.stand_in  # type: ignore[attr-defined]
-        answer = stand_in.answer(self.path, dict(self.headers))
+        run_fake_hub: FakeHub = self.server.run_fake_hub  # type: ignore[attr-defined]
+        answer = run_fake_hub.answer(self.path, dict(self.headers))
         self.close_connection = answer.fault is not None
         if answer.fault == "hangs":
-            stand_in.is_over.wait(60)
+            run_fake_hub.is_over.wait(60)
             return
         self.send_response(answer.status)
         for name, value in answer.headers.items():
@@ -132,9 +132,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         try:
-            while not self.server.stand_in.is_over.wait(0.05 if len(block) == 1 else 0):  # type: ignore[attr-defined]
+            while not self.server.run_fake_hub.is_over.wait(0.05 if len(block) == 1 else 0):  # type: ignore[attr-defined]
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(block), block))
                 if len(block) == 1:
-                    self.server.stand_in.is_dripping.set()  # type: ignore[attr-defined]
+                    self.server.run_fake_hub.is_dripping.set()  # type: ignore[attr-defined]
         except (BrokenPipeError, ConnectionResetError):
             return

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from repository import ROOT
 from serving import BASE, Running, Streamed, serving, settings
-from shapes import SHAPES, stream_all
+from sixteen_adapters import SHAPES, stream_all
 from swaplora_server.embedded import ensure_embedded_base
 
 TOLERANCE = 1e-4

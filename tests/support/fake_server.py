@@ -37,7 +37,7 @@ class Call:
 
 
 @dataclass
-class StandIn:
+class FakeServer:
     """Answers every request from a table of (method, path) and remembers what was asked."""
 
     url: str = ""
@@ -57,15 +57,15 @@ class StandIn:
 
 
 @contextmanager
-def standing_in() -> Iterator[StandIn]:
+def run_fake_server() -> Iterator[FakeServer]:
     """A stand-in on a free port; it answers 404 until it is told what to say."""
-    stand_in = StandIn()
+    fake = FakeServer()
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
-            stand_in.calls.append(Call(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body))
-            status, content = stand_in.answers.get((self.command, self.path), (404, "no such page"))
+            fake.calls.append(Call(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body))
+            status, content = fake.answers.get((self.command, self.path), (404, "no such page"))
             self.send_response(status)
             self.end_headers()
             self.wfile.write(content.encode())
@@ -76,11 +76,11 @@ def standing_in() -> Iterator[StandIn]:
             """Nothing on stderr, which belongs to the command under test."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        stand_in.url = f"http://127.0.0.1:{http.server_port}"
+        fake.url = f"http://127.0.0.1:{http.server_port}"
         thread = Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
-            yield stand_in
+            yield fake
         finally:
             http.shutdown()
             thread.join()

@@ -33,7 +33,7 @@ if "swaplora_adapters.derive.worker" in sys.orig_argv:
 
 
 @dataclass(frozen=True)
-class Hanging:
+class HeldDerivations:
     """What has begun, and a way to let it end."""
 
     folder: Path
@@ -66,13 +66,13 @@ class Hanging:
         (self.folder / (f"go_{job}" if job else "go")).touch()
 
 
-def hang_derivations(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Hanging:
+def hold_derivations(folder: Path, monkeypatch: pytest.MonkeyPatch) -> HeldDerivations:
     """For processes that this one starts, until the test is over."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(_SITECUSTOMIZE)
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
-    return Hanging(folder)
+    return HeldDerivations(folder)
 
 
 def _is_alive(pid: int) -> bool:

@@ -18,15 +18,8 @@ import tiny
 from kinds_batch import Company, gathered
 from kinds_oracle import KindOracle
 from kinds_table import Made
-from peft_kinds import KINDS
-from serving import BASE, serving, settings
-from swaplora_adapters.errors import InvalidAdapterError
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.fit.earlier_names import earlier_names_of
-from swaplora_adapters.intake import inspect_files
-from test_kinds_files import load, plain, serve
-from whole_base import layers_of
-from written_otherwise import (
+from model_layers import layers_of
+from other_writers import (
     EXPERTS,
     SPELLINGS,
     expert_tensors,
@@ -36,6 +29,13 @@ from written_otherwise import (
     save_experts,
     vector_weights,
 )
+from peft_kinds import KINDS
+from serving import BASE, serving, settings
+from swaplora_adapters.errors import InvalidAdapterError
+from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.fit.earlier_names import earlier_names_of
+from swaplora_adapters.intake import inspect_files
+from test_kinds_files import load, plain, serve
 
 # of PEFT's: keys that it does not find, fields that it ignores
 pytestmark = pytest.mark.filterwarnings("ignore")
