@@ -26,10 +26,11 @@ CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FILE = re.compile(r"(?:\.?[\w-]+/)+(?:[\w.-]+\.\w+)?|[\w-]+\.(?:py|cpp|h|md|toml|yaml)")
 NAME = re.compile(r"[A-Z]+[a-z]\w*(?:\.\w+)*|[a-z]+(?:_[a-z]+)+")  # a class, or snake case
+THREAD = re.compile(r"(?:Thread|Executor|Workers|Offload)\(.*?['\"]([a-z][a-z-]+)['\"]")
 TARGET = re.compile(r"\bmake ([a-z-]+)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 SETTING = re.compile(r"^\| `(\w+)` \| (?:`(.+?)`)? *\|", re.MULTILINE)
-FOREIGN_FLAGS = {"--build-arg", "--detach", "--file", "--strict", "--wait"}  # of git, docker and mypy
+FOREIGN_FLAGS = {"--build-arg", "--detach", "--file", "--help", "--strict", "--wait"}  # of docker, mypy and all
 METRIC = "swaplora_"
 FOREIGN_NAMES = {"BitsAndBytesConfig", "Upgrade", "track_order"}  # of others, a header, an answer
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -65,6 +66,24 @@ def test_every_make_target_exists(page: Path) -> None:
 @each_page
 def test_every_flag_exists(page: Path) -> None:
     assert {flag for text in _code(page) for flag in FLAG.findall(text)} - _flags() - FOREIGN_FLAGS == set()
+
+
+def test_every_command_is_in_the_operations() -> None:
+    documented = {code for code in _code(ROOT / "docs/operations.md") if re.fullmatch("swaplora [a-z ]+", code)}
+    assert documented == {command for command, _ in _commands(get_command(app), "swaplora")}
+
+
+def test_every_room_is_in_the_architecture() -> None:
+    rooms = {f"{init.parent.name}/" for package in PACKAGES for init in package.glob("*/__init__.py")}
+    assert rooms - set(_code(ROOT / "docs/architecture.md")) == set()
+
+
+def test_every_thread_is_in_the_architecture() -> None:
+    named = {
+        name for package in PACKAGES for file in package.rglob("*.py") for name in THREAD.findall(file.read_text())
+    }
+    assert named >= {"engine", "adapter-room", "adapter-load", "adapter-free", "tokenize", "upload", "adapter-fetch"}
+    assert named - set(_code(ROOT / "docs/architecture.md")) == set()
 
 
 def test_every_error_code_is_in_the_api() -> None:
@@ -138,17 +157,18 @@ def _words() -> frozenset[str]:
 def _flags() -> frozenset[str]:
     """Of all commands of `swaplora` and of the programs in tools."""
     programs = "".join(file.read_text() for file in (ROOT / "tools").glob("*.py"))
-    return frozenset(_options(get_command(app))) | frozenset(re.findall(r'add_argument\("(--[\w-]+)"', programs))
+    params = [param for _, command in _commands(get_command(app), "swaplora") for param in command.params]
+    options = {option for param in params for option in (*param.opts, *param.secondary_opts)}
+    return options | frozenset(re.findall(r'add_argument\("(--[\w-]+)"', programs))
 
 
-def _options(command: Any) -> Iterator[str]:
-    """A command that takes settings has their options once it is called."""
+def _commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """By what one types. A command that takes settings has their options once it is called."""
     inner_commands = getattr(command, "commands", {})
-    for inner in inner_commands.values():
-        yield from _options(inner)
+    for inner_name, inner in inner_commands.items():
+        yield from _commands(inner, f"{name} {inner_name}")
     if not inner_commands:
-        for param in command.make_context(command.name, [], resilient_parsing=True).command.params:
-            yield from (*param.opts, *param.secondary_opts)
+        yield name, command.make_context(name, [], resilient_parsing=True).command
 
 
 def _routes() -> Iterator[str]:
