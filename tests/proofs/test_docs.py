@@ -159,7 +159,7 @@ def _flags() -> frozenset[str]:
     programs = "".join(file.read_text() for file in (ROOT / "tools").glob("*.py"))
     params = [param for _, command in _commands(get_command(app), "swaplora") for param in command.params]
     options = {option for param in params for option in (*param.opts, *param.secondary_opts)}
-    return options | frozenset(re.findall(r'add_argument\("(--[\w-]+)"', programs))
+    return frozenset(options).union(re.findall(r'add_argument\("(--[\w-]+)"', programs))
 
 
 def _commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
