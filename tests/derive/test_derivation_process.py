@@ -18,10 +18,10 @@ from held_derivations import HeldDerivations, hold_derivations
 from server_process import SMALL
 from server_process import process as serve
 from serving import Running
+from swaplora_adapters.cancellation import Cancellation, WorkCancelledError
 from swaplora_adapters.derive import process
 from swaplora_adapters.derive.process import DerivationProcess
 from swaplora_adapters.errors import AdapterTooLargeError, DerivationFailedError, InvalidAdapterError
-from swaplora_adapters.interest import AbandonedError, Interest
 from swaplora_adapters.sources.workers import Workers
 from test_faults import check_refused, leave_free, small_disk, why_no_mount
 
@@ -114,18 +114,18 @@ def hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HeldDerivations:
 
 
 def test_a_job_that_nobody_waits_for_is_ended(hanging: HeldDerivations, tmp_path: Path) -> None:
-    folder, derivations, interest = write_adapter(tmp_path / "a"), DerivationProcess(), Interest()
+    folder, derivations, cancellation = write_adapter(tmp_path / "a"), DerivationProcess(), Cancellation()
     jobs = Workers(2, "test-derive")
-    running = jobs.submit(lambda: derivations.run("compose", compose(folder, tmp_path / "never"), interest))
+    running = jobs.submit(lambda: derivations.run("compose", compose(folder, tmp_path / "never"), cancellation))
     hanging.wait_for_begun(1)
-    waiting_interest = Interest()
-    waiting = jobs.submit(lambda: derivations.run("compose", compose(folder, tmp_path / "never"), waiting_interest))
-    waiting_interest.leave()
-    with pytest.raises(AbandonedError):
+    waiting_cancellation = Cancellation()
+    waiting = jobs.submit(lambda: derivations.run("compose", compose(folder, tmp_path / "never"), waiting_cancellation))
+    waiting_cancellation.leave()
+    with pytest.raises(WorkCancelledError):
         waiting.result(GUARD_SECONDS)
     assert derivations.is_running
-    interest.leave()
-    with pytest.raises(AbandonedError):
+    cancellation.leave()
+    with pytest.raises(WorkCancelledError):
         running.result(GUARD_SECONDS)
     hanging.let_go()
     assert derivations.run("compose", compose(folder, tmp_path / "done"))["error"]["overall"] == 0

@@ -15,7 +15,7 @@ import pytest
 
 from held_derivations import GUARD_SECONDS, HeldDerivations, hold_derivations
 from serving import Running, serving, settings
-from swaplora_adapters.interest import Interest
+from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.sources import resolver
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.store.staging import Staging
@@ -121,7 +121,7 @@ def test_equal_inspections_share_one_run_that_lasts_as_long_as_one_waits(
     path = "/v1/adapters/a0/inspect?intruders=true"
     calls: list[str] = []
     for name in ("join", "leave"):
-        monkeypatch.setattr(Interest, name, noted(calls, name, getattr(Interest, name)))
+        monkeypatch.setattr(Cancellation, name, noted(calls, name, getattr(Cancellation, name)))
     with ThreadPoolExecutor(2) as pool:
         with asking(stocked, "GET", path):
             hanging.wait_for_begun(1)
@@ -140,15 +140,15 @@ def test_a_fetch_ends_with_its_client(
     base: Path, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, gate, fetch = threading.Semaphore(0), threading.Event(), Sources.fetch
-    interests: list[Interest] = []
+    cancellations: list[Cancellation] = []
     ended: list[str] = []
 
-    def held(sources: Sources, uri: str, staging: Staging, *, interest: Interest, **options: Any) -> str:
-        interests.append(interest)
+    def held(sources: Sources, uri: str, staging: Staging, *, cancellation: Cancellation, **options: Any) -> str:
+        cancellations.append(cancellation)
         begun.release()
         assert gate.wait(GUARD_SECONDS)
         try:
-            return fetch(sources, uri, staging, interest=interest, **options)
+            return fetch(sources, uri, staging, cancellation=cancellation, **options)
         finally:
             ended.append(uri)
 
@@ -157,7 +157,7 @@ def test_a_fetch_ends_with_its_client(
         monkeypatch.setattr(Sources, "fetch", held)
         with asking(server, "PUT", "/v1/adapters/left", {"source": f"file:{adapters[1].name}"}):
             assert begun.acquire(timeout=GUARD_SECONDS)
-        wait_until(lambda: interests[0].is_lost, "the client has not gone")
+        wait_until(lambda: cancellations[0].is_cancelled, "the client has not gone")
         gate.set()
         wait_until(lambda: len(ended) == 1, "the fetch has not ended")
         answer = server.client.put("/v1/adapters/kept", json={"source": f"file:{adapters[1].name}"})

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from swaplora_adapters.cancellation import Cancellation, WorkCancelledError
 from swaplora_adapters.errors import (
     InvalidAdapterError,
     OverloadedError,
@@ -16,7 +17,6 @@ from swaplora_adapters.errors import (
     SourceNotAllowedError,
     SourceNotFoundError,
 )
-from swaplora_adapters.interest import AbandonedError, Interest
 from swaplora_adapters.sources import resolver as module
 from swaplora_adapters.sources.resolver import Look, Resolver
 
@@ -35,7 +35,7 @@ class Bringer:
         self.num_running = self.most_running = 0
         self._lock = threading.Lock()
 
-    def __call__(self, name: str, uri: str, _interest: Interest) -> None:
+    def __call__(self, name: str, uri: str, _cancellation: Cancellation) -> None:
         with self._lock:
             self.asked.append((name, uri))
             self.num_running += 1
@@ -252,7 +252,7 @@ def test_a_flood_of_names_that_are_far_away_keeps_nobody_from_the_folder(monkeyp
     far = threading.Event()
     asked = []
 
-    def bring(_name: str, uri: str, _interest: Interest) -> None:
+    def bring(_name: str, uri: str, _cancellation: Cancellation) -> None:
         asked.append(uri)
         if uri.startswith("hf:"):
             assert far.wait(GUARD_SECONDS)
@@ -298,12 +298,12 @@ def test_names_whose_askers_have_gone_are_not_looked_for() -> None:
         while bringer.num_running < 2:
             threading.Event().wait(0.01)
         for look in flood:
-            look.interest.leave()
+            look.cancellation.leave()
         real = resolver.find("real", "flooder")
         bringer.gate.set()
         assert outcome(real)
         assert not outcome(again)  # which one still waits for
-        with pytest.raises(AbandonedError):
+        with pytest.raises(WorkCancelledError):
             outcome(flood[30])
         assert not outcome(resolver.find("made-up30"))  # that it was given up is not remembered
     assert {name for name, _ in bringer.asked} == {"made-up0", "made-up1", "made-up9", "made-up30", "real"}
@@ -312,21 +312,21 @@ def test_names_whose_askers_have_gone_are_not_looked_for() -> None:
 def test_a_look_that_is_given_up_while_it_runs_knows_and_the_next_one_is_its_own() -> None:
     begun, gate, heard = threading.Event(), threading.Event(), list[bool]()
 
-    def bring(_name: str, _uri: str, interest: Interest) -> None:
+    def bring(_name: str, _uri: str, cancellation: Cancellation) -> None:
         begun.set()
         assert gate.wait(GUARD_SECONDS)
-        heard.append(interest.is_lost)
-        interest.check()
+        heard.append(cancellation.is_cancelled)
+        cancellation.check()
 
     resolver = Resolver(bring, has_folder=True)
     given_up = resolver.find("one")
     assert begun.wait(GUARD_SECONDS)
-    given_up.interest.leave()
+    given_up.cancellation.leave()
     next_one = resolver.find("one")
     assert next_one is not given_up
     gate.set()
     assert outcome(next_one)
-    with pytest.raises(AbandonedError):
+    with pytest.raises(WorkCancelledError):
         outcome(given_up)
     assert sorted(heard) == [False, True]
     resolver.stop()
@@ -359,11 +359,11 @@ def test_whoever_waits_is_answered_and_nobody_else_is_looked_for(events: list[tu
     turns, served = threading.Semaphore(0), threading.Semaphore(0)
     asked: list[str] = []
 
-    def bring(name: str, _uri: str, interest: Interest) -> None:
+    def bring(name: str, _uri: str, cancellation: Cancellation) -> None:
         assert turns.acquire(timeout=GUARD_SECONDS)
         asked.append(name)
         served.release()
-        interest.check()
+        cancellation.check()
         raise SourceNotFoundError(name)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -375,7 +375,7 @@ def test_whoever_waits_is_answered_and_nobody_else_is_looked_for(events: list[tu
             if verb == "ask":
                 waiting.append((f"n{number}", resolver.find(f"n{number}", client)))
             elif verb == "leave" and waiting:
-                waiting.pop(number % len(waiting))[1].interest.leave()
+                waiting.pop(number % len(waiting))[1].cancellation.leave()
             elif verb == "serve" and any(not look.future.done() for _, look in waiting):
                 turns.release()
                 assert served.acquire(timeout=GUARD_SECONDS)

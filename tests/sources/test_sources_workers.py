@@ -8,8 +8,8 @@ from functools import partial
 
 import pytest
 
+from swaplora_adapters.cancellation import Cancellation, WorkCancelledError
 from swaplora_adapters.errors import SourceFailedError
-from swaplora_adapters.interest import AbandonedError, Interest
 from swaplora_adapters.sources.workers import Workers
 
 GUARD_SECONDS = 60
@@ -59,7 +59,7 @@ def test_only_so_many_run_at_once_and_the_rest_wait_in_order(workers: Workers, g
     assert sorted(begun) == list(range(6))
 
 
-def begin(workers: Workers, gate: threading.Event, interest: Interest | None = None) -> Future[bool]:
+def begin(workers: Workers, gate: threading.Event, cancellation: Cancellation | None = None) -> Future[bool]:
     """A job that has begun, and lasts until the gate is open."""
     begun = threading.Event()
 
@@ -67,7 +67,7 @@ def begin(workers: Workers, gate: threading.Event, interest: Interest | None = N
         begun.set()
         return gate.wait(GUARD_SECONDS)
 
-    future = workers.submit(job, interest=interest)
+    future = workers.submit(job, cancellation=cancellation)
     assert begun.wait(GUARD_SECONDS)
     return future
 
@@ -81,26 +81,26 @@ def begin_two(workers: Workers, gate: threading.Event) -> None:
 def test_a_job_that_nobody_waits_for_is_not_begun(workers: Workers, gate: threading.Event) -> None:
     begin_two(workers, gate)
     begun: list[str] = []
-    interests = {name: Interest() for name in ("left", "shared", "kept")}
-    jobs = {name: workers.submit(partial(begun.append, name), interest=i) for name, i in interests.items()}
-    assert interests["shared"].join()
+    cancellations = {name: Cancellation() for name in ("left", "shared", "kept")}
+    jobs = {name: workers.submit(partial(begun.append, name), cancellation=i) for name, i in cancellations.items()}
+    assert cancellations["shared"].join()
     for name in ("left", "shared"):
-        interests[name].leave()
-    with pytest.raises(AbandonedError):
+        cancellations[name].leave()
+    with pytest.raises(WorkCancelledError):
         jobs["left"].result(GUARD_SECONDS)
-    assert not interests["left"].join()  # what is given up is begun anew
+    assert not cancellations["left"].join()  # what is given up is begun anew
     assert workers.num_jobs == 4
     gate.set()
     assert [jobs[name].result(GUARD_SECONDS) for name in ("shared", "kept")] == [None, None]
     assert begun == ["shared", "kept"]
-    with pytest.raises(AbandonedError):
-        workers.submit(partial(begun.append, "late"), interest=interests["left"]).result(GUARD_SECONDS)
+    with pytest.raises(WorkCancelledError):
+        workers.submit(partial(begun.append, "late"), cancellation=cancellations["left"]).result(GUARD_SECONDS)
 
 
 def test_who_leaves_a_job_that_runs_leaves_it_running(workers: Workers, gate: threading.Event) -> None:
-    interest = Interest()
-    job = begin(workers, gate, interest)
-    interest.leave()
+    cancellation = Cancellation()
+    job = begin(workers, gate, cancellation)
+    cancellation.leave()
     gate.set()
     assert job.result(GUARD_SECONDS)
 

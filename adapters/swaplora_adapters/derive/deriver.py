@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.config.parse import MAX_CONFIG_BYTES
 from swaplora_adapters.derive.compose import Recipe
 from swaplora_adapters.derive.convertible import read_convertible
 from swaplora_adapters.derive.process import DerivationProcess
 from swaplora_adapters.files.disk import open_regular, read_bounded
 from swaplora_adapters.fit.base import LinearShape
-from swaplora_adapters.interest import Interest
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_adapters.store.staging import FILE_NAMES, Staging
 
@@ -33,7 +33,7 @@ class StoredIngredient(NamedTuple):
 class Deriver:
     """Makes adapters for one base. Each method writes the two files and returns the version's provenance, JSON.
 
-    AbandonedError when interest is lost, so that nothing is published.
+    WorkCancelledError when the work is cancelled, so that nothing is published.
     """
 
     process: DerivationProcess
@@ -45,7 +45,7 @@ class Deriver:
         self,
         ingredients: Sequence[StoredIngredient],
         recipe: Recipe,
-        interest: Interest,
+        cancellation: Cancellation,
         staging: Staging,
         *,
         materialise: bool,
@@ -61,7 +61,7 @@ class Deriver:
             folders = [str(ingredient.folder) for ingredient in ingredients]
             scales = [ingredient.scale for ingredient in ingredients]
             arguments = {"folders": folders, "scales": scales, "recipe": recipe.told(), "out": str(staging.path)}
-            made = self._run("compose", arguments, interest)
+            made = self._run("compose", arguments, cancellation)
         listed = [
             {"name": i.record.name, "version": i.record.version, "digest": i.record.digest, "scale": i.scale}
             for i in ingredients
@@ -69,18 +69,18 @@ class Deriver:
         if materialise:
             _mark_materialised(staging)
             made = {**made, "materialise": True}
-        interest.check()
+        cancellation.check()
         return json.dumps({"kind": "composed", "from": listed, **recipe.told(), **made})
 
-    def convert(self, energy: float, interest: Interest, staging: Staging) -> str:
+    def convert(self, energy: float, cancellation: Cancellation, staging: Staging) -> str:
         """Make the staged adapter of another kind into LoRA. What is wrong at a glance starts no process."""
         read_convertible(staging.config_path, staging.weights_path, self.shapes)
-        made = self._run("convert", {"folder": str(staging.path), "energy": energy}, interest)
+        made = self._run("convert", {"folder": str(staging.path), "energy": energy}, cancellation)
         return json.dumps({"kind": "converted", "energy": energy, **made})
 
-    def _run(self, job: str, arguments: Mapping[str, Any], interest: Interest) -> Any:
+    def _run(self, job: str, arguments: Mapping[str, Any], cancellation: Cancellation) -> Any:
         about = {"shapes": self.shapes, "base_model": self.base_model, "max_bytes": self.max_bytes}
-        return self.process.run(job, {**arguments, **about}, interest)
+        return self.process.run(job, {**arguments, **about}, cancellation)
 
 
 def _mark_materialised(staging: Staging) -> None:

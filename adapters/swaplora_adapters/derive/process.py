@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
+from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.errors import (
     AdapterError,
     AdapterTooLargeError,
@@ -20,7 +21,6 @@ from swaplora_adapters.errors import (
     StorageFullError,
     UnsupportedAdapterError,
 )
-from swaplora_adapters.interest import Interest
 
 MEMORY_BYTES = 4 << 30  # beyond what Python and torch take by themselves
 CPU_SECONDS = 1800
@@ -38,18 +38,21 @@ class DerivationProcess:
         self._running: subprocess.Popen[bytes] | None = None
         self._is_stopped = False
 
-    def run(self, job: str, arguments: Mapping[str, Any], interest: Interest | None = None) -> Any:
+    def run(self, job: str, arguments: Mapping[str, Any], cancellation: Cancellation | None = None) -> Any:
         """What the job answers, as JSON has it.
 
         Raises the job's AdapterError, DerivationFailedError when it passes its bounds or `stop` ends it, and
-        AbandonedError when `interest` is lost, which ends it too.
+        WorkCancelledError when `cancellation` comes, which ends it too.
         """
-        request, interest = json.dumps({"job": job, "arguments": arguments}).encode() + b"\n", interest or Interest()
-        with self._turn(interest), self._started() as (process, answers):
-            interest.when_lost(process.kill)
+        request, cancellation = (
+            json.dumps({"job": job, "arguments": arguments}).encode() + b"\n",
+            cancellation or Cancellation(),
+        )
+        with self._turn(cancellation), self._started() as (process, answers):
+            cancellation.when_cancelled(process.kill)
             answer = _exchange(process, request, answers)
             status = process.wait()
-        interest.check()
+        cancellation.check()
         return read_answer(status, answer)
 
     @property
@@ -65,12 +68,12 @@ class DerivationProcess:
                 self._running.kill()
 
     @contextmanager
-    def _turn(self, interest: Interest) -> Iterator[None]:
+    def _turn(self, cancellation: Cancellation) -> Iterator[None]:
         """Wait until no other job runs, or nobody waits for this one any more."""
-        interest.when_lost(self._look_again)
+        cancellation.when_cancelled(self._look_again)
         with self._changed:
-            self._changed.wait_for(lambda: interest.is_lost or self._is_stopped or not self._is_taken)
-            interest.check()
+            self._changed.wait_for(lambda: cancellation.is_cancelled or self._is_stopped or not self._is_taken)
+            cancellation.check()
             if self._is_stopped:
                 raise DerivationFailedError("the server is stopping")
             self._is_taken = True

@@ -13,10 +13,10 @@ from typing import Protocol
 
 import torch
 
+from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.errors import AdapterError, PreconditionFailedError, StorageFailedError, StorageFullError
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.intake import inspect_files
-from swaplora_adapters.interest import Interest
 from swaplora_adapters.registry.card import Card, Failure, Put
 from swaplora_adapters.registry.holds import Holds
 from swaplora_adapters.registry.index import NamedVersions
@@ -37,7 +37,9 @@ Make = Callable[[Staging], str]
 class Fetcher(Protocol):
     """Where adapters are fetched from; `sources` implements it."""
 
-    def fetch(self, uri: str, staging: Staging, *, is_operators: bool = False, interest: Interest | None = None) -> str:
+    def fetch(
+        self, uri: str, staging: Staging, *, is_operators: bool = False, cancellation: Cancellation | None = None
+    ) -> str:
         """Write the two files that `uri` leads to into `staging`; returns what to show as the source."""
 
 
@@ -133,17 +135,17 @@ class Registry:
         conditions: Conditions = UNCONDITIONAL,
         is_operators: bool = False,
         make: Make | None = None,
-        interest: Interest | None = None,
+        cancellation: Cancellation | None = None,
     ) -> Put:
         """Fetch an adapter from a source that the operator enabled, or wrote (`is_operators`), and `put` it.
 
-        Raises SourceNotAllowedError, SourceNotFoundError and SourceFailedError as well, and AbandonedError when
-        `interest` is lost before all of it has come.
+        Raises SourceNotAllowedError, SourceNotFoundError and SourceFailedError as well, and WorkCancelledError when
+        `cancellation` comes before all of it has come.
         """
         if conditions.if_none_match and name in self._names.index:
             raise PreconditionFailedError(f"adapter {name} exists already")
         with self._store.stage() as staging, self._told_on_the_card(name):
-            pinned_uri = self._sources.fetch(uri, staging, is_operators=is_operators, interest=interest)
+            pinned_uri = self._sources.fetch(uri, staging, is_operators=is_operators, cancellation=cancellation)
             return self._put(name, staging, pinned_uri, conditions, make)
 
     def change(self, name: str, *, current: int | None = None, is_pinned: bool | None = None) -> Card:

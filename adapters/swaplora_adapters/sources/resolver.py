@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple
 
+from swaplora_adapters.cancellation import Cancellation, WorkCancelledError
 from swaplora_adapters.errors import (
     InvalidAdapterNameError,
     OverloadedError,
@@ -19,7 +20,6 @@ from swaplora_adapters.errors import (
     SourceNotFoundError,
 )
 from swaplora_adapters.files.names import validate_name
-from swaplora_adapters.interest import AbandonedError, Interest
 from swaplora_adapters.sources.uri import FOLDER, PLACE, check_template, parse_uri
 from swaplora_adapters.sources.workers import Workers
 
@@ -28,15 +28,15 @@ MISS_SECONDS, FAILURE_SECONDS = 30.0, 5.0
 MAX_REMEMBERED = 10_000
 MAX_LOOKS, MAX_LOOKS_OF_ONE = 1_000, 100  # of all clients and of one
 
-# Fetches and publishes what a URI leads to under a name, as long as there is interest.
-Bring = Callable[[str, str, Interest], None]
+# Fetches and publishes what a URI leads to under a name, for as long as it is not cancelled.
+Bring = Callable[[str, str, Cancellation], None]
 
 
 class Look(NamedTuple):
     """Whether a name was found and brought here, and who waits for that: whoever does not any more leaves."""
 
     future: Future[bool]
-    interest: Interest
+    cancellation: Cancellation
 
 
 class Resolver:
@@ -75,15 +75,15 @@ class Resolver:
         """
         uris = self.candidates(name)
         if not uris:
-            return Look(_done(False), Interest())
+            return Look(_done(False), Cancellation())
         with self._lock:
             known = self._recall(name)
             if known is not None:
-                return Look(known, Interest())
+                return Look(known, Cancellation())
             look = self._looks.get(name)
-            if look is not None and look.interest.join():
+            if look is not None and look.cancellation.join():
                 return look
-            look = Look(Future(), Interest())
+            look = Look(Future(), Cancellation())
             look.future.set_running_or_notify_cancel()
             self._looks[name] = look
         self._ask(name, uris, look, client)
@@ -113,14 +113,14 @@ class Resolver:
         if workers.num_jobs >= MAX_LOOKS or workers.num_waiting_of(client) >= MAX_LOOKS_OF_ONE:
             job = _too_many()
         else:
-            is_brought = partial(self._is_brought, name, uris[0], look.interest)
-            job = workers.submit(is_brought, interest=look.interest, owner=client)
+            is_brought = partial(self._is_brought, name, uris[0], look.cancellation)
+            job = workers.submit(is_brought, cancellation=look.cancellation, owner=client)
         job.add_done_callback(partial(self._answered, name, uris[1:], look, client))
 
-    def _is_brought(self, name: str, uri: str, interest: Interest) -> bool:
+    def _is_brought(self, name: str, uri: str, cancellation: Cancellation) -> bool:
         """A worker's job."""
         try:
-            self._bring(name, uri, interest)
+            self._bring(name, uri, cancellation)
         except SourceNotFoundError:
             return False
         return True
@@ -128,7 +128,7 @@ class Resolver:
     def _answered(self, name: str, rest: Sequence[str], look: Look, client: Hashable, job: Future[bool]) -> None:
         error = job.exception()
         if error is not None:
-            is_lasting = not isinstance(error, AbandonedError | OverloadedError)
+            is_lasting = not isinstance(error, WorkCancelledError | OverloadedError)
             self._remember(name, look, FAILURE_SECONDS if is_lasting else 0.0)
             look.future.set_exception(error)
         elif rest and not job.result():

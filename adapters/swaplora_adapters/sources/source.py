@@ -4,8 +4,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.errors import SourceNotAllowedError
-from swaplora_adapters.interest import Interest
 from swaplora_adapters.sources.folder import fetch_from_folder
 from swaplora_adapters.sources.transfer import Deadline
 from swaplora_adapters.sources.uri import FolderUri, HubUri, ObjectUri, Uri, parse_prefix, parse_uri
@@ -29,16 +29,18 @@ class Sources:
         """Let no fetch succeed from now on: those that run end with SourceFailedError at the next bytes that come."""
         self._is_stopping.set()
 
-    def fetch(self, uri: str, staging: Staging, *, is_operators: bool = False, interest: Interest | None = None) -> str:
+    def fetch(
+        self, uri: str, staging: Staging, *, is_operators: bool = False, cancellation: Cancellation | None = None
+    ) -> str:
         """Write the source's two files into `staging`; returns what to show as the source, pinned to what was read.
 
         A hub or store URI that `is_operators`, written by the operator or made of the resolver's template, needs no
         prefix that allows it. Raises SourceNotAllowedError, SourceNotFoundError, SourceFailedError,
-        InvalidAdapterError, AdapterTooLargeError and StorageFullError, and AbandonedError at the next bytes that come
-        after `interest` is lost. The caller removes `staging`.
+        InvalidAdapterError, AdapterTooLargeError and StorageFullError, and WorkCancelledError at the next bytes
+        that come after `cancellation`. The caller removes `staging`.
         """
         source = parse_uri(uri)
-        deadline = Deadline(self._is_stopping, interest or Interest())
+        deadline = Deadline(self._is_stopping, cancellation or Cancellation())
         pinned_uri = self._read(source, staging, deadline, is_operators=is_operators)
         deadline.check(source)
         return pinned_uri

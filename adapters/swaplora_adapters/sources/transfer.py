@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.errors import AdapterTooLargeError, SourceFailedError, SourceNotFoundError
 from swaplora_adapters.files.names import WEIGHTS_FILE
-from swaplora_adapters.interest import Interest
 from swaplora_adapters.store.staging import FILE_NAMES, Part, Staging
 
 CHUNK_BYTES = 1 << 20
@@ -26,14 +26,14 @@ class PassingError(Exception):
 class Deadline:
     """When a fetch has to have ended: `FETCH_SECONDS` after it began, when the server stops, or nobody waits for it."""
 
-    def __init__(self, is_stopping: threading.Event, interest: Interest) -> None:
+    def __init__(self, is_stopping: threading.Event, cancellation: Cancellation) -> None:
         self._is_stopping = is_stopping
-        self._interest = interest
+        self._cancellation = cancellation
         self._end = time.monotonic() + FETCH_SECONDS
 
     def check(self, step: object) -> None:
-        """Raise SourceFailedError if that is now, AbandonedError if nobody is left to hear of it."""
-        self._interest.check()
+        """Raise SourceFailedError if that is now, WorkCancelledError if nobody is left to hear of it."""
+        self._cancellation.check()
         if self._is_stopping.is_set():
             raise SourceFailedError(f"{step}: {STOPPING}")
         if time.monotonic() > self._end:

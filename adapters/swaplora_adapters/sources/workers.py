@@ -8,8 +8,8 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+from swaplora_adapters.cancellation import Cancellation, WorkCancelledError
 from swaplora_adapters.errors import SourceFailedError
-from swaplora_adapters.interest import AbandonedError, Interest
 from swaplora_adapters.sources.transfer import STOPPING
 
 T = TypeVar("T")
@@ -44,11 +44,13 @@ class Workers:
         with self._changed:
             return len(self._waiting.get(owner, ()))
 
-    def submit(self, job: Callable[[], T], *, interest: Interest | None = None, owner: Hashable = None) -> Future[T]:
-        """What `job` returns or raises, SourceFailedError if `stop` comes first, AbandonedError if `interest` is lost.
+    def submit(
+        self, job: Callable[[], T], *, cancellation: Cancellation | None = None, owner: Hashable = None
+    ) -> Future[T]:
+        """What `job` returns or raises; SourceFailedError if `stop` comes first, WorkCancelledError if a cancellation.
 
-        A job whose interest is lost is not begun; one that runs has to look itself. Any number may wait for the future:
-        none of them can cancel it.
+        A job that is cancelled is not begun; one that runs has to look itself. Any number may wait for the future: none
+        of them can cancel it.
         """
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()
@@ -65,8 +67,8 @@ class Workers:
             self._open.add(future)
             self._waiting.setdefault(owner, deque()).append(_Job(job, future))
             self._changed.notify()
-        if interest is not None:
-            interest.when_lost(partial(self._drop, owner, future))
+        if cancellation is not None:
+            cancellation.when_cancelled(partial(self._drop, owner, future))
         return future
 
     def stop(self) -> None:
@@ -131,7 +133,7 @@ class Workers:
             if not jobs:
                 del self._waiting[owner]
             self._open.discard(future)
-        future.set_exception(AbandonedError())
+        future.set_exception(WorkCancelledError())
 
     def _is_awaited(self, future: Future[Any]) -> bool:
         """Whether `stop` has not answered it yet; only one of the two does."""

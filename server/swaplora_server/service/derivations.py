@@ -9,11 +9,11 @@ from concurrent.futures import Future
 from functools import cached_property, partial
 from typing import NamedTuple, TypeVar
 
+from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.derive.base_files import BaseFiles
 from swaplora_adapters.derive.deriver import Deriver
 from swaplora_adapters.derive.process import DerivationProcess
 from swaplora_adapters.fit.base import LinearShape
-from swaplora_adapters.interest import Interest
 from swaplora_adapters.sources.workers import Workers
 from swaplora_server.base.base_model import source_of
 from swaplora_server.config import Settings
@@ -29,7 +29,7 @@ Count = Callable[[str], Counts]
 
 class _Shared(NamedTuple):
     future: Future[Counts]
-    interest: Interest
+    cancellation: Cancellation
 
 
 class Derivations:
@@ -59,17 +59,17 @@ class Derivations:
         """Counts of intruders that wait or run."""
         return self._counters.num_jobs
 
-    async def make(self, job: Callable[[Interest], T]) -> T:
+    async def make(self, job: Callable[[Cancellation], T]) -> T:
         """What `job` returns, once its turn has come. Whoever is cancelled waits until no more of it runs.
 
         Raises RequestError when more would wait than is good.
         """
-        interest = Interest()
-        future = _submit(self._makers, partial(job, interest), interest)
+        cancellation = Cancellation()
+        future = _submit(self._makers, partial(job, cancellation), cancellation)
         try:
             return await result_of(future)
         finally:
-            interest.leave()
+            cancellation.leave()
             await ended(future)
 
     async def count_intruders(self, digest: str, in_a_folder: Callable[[Count], Counts]) -> Counts:
@@ -78,15 +78,15 @@ class Derivations:
         All who ask about one digest share one run. Raises RequestError when more would wait than is good.
         """
         shared = self._shared.get(digest)
-        if shared is None or shared.future.done() or not shared.interest.join():
-            interest = Interest()
-            count = partial(in_a_folder, partial(self._count, interest))
-            shared = self._shared[digest] = _Shared(_submit(self._counters, count, interest), interest)
+        if shared is None or shared.future.done() or not shared.cancellation.join():
+            cancellation = Cancellation()
+            count = partial(in_a_folder, partial(self._count, cancellation))
+            shared = self._shared[digest] = _Shared(_submit(self._counters, count, cancellation), cancellation)
         try:
             return await result_of(shared.future)
         finally:
-            shared.interest.leave()
-            if shared.interest.is_lost and self._shared.get(digest) is shared:
+            shared.cancellation.leave()
+            if shared.cancellation.is_cancelled and self._shared.get(digest) is shared:
                 del self._shared[digest]
 
     def stop(self) -> None:
@@ -100,13 +100,13 @@ class Derivations:
         for workers in all_workers:
             workers.join(until)
 
-    def _count(self, interest: Interest, folder: str) -> Counts:
+    def _count(self, cancellation: Cancellation, folder: str) -> Counts:
         arguments = {"folder": folder, "base": self.base_source, "shapes": self.shapes}
-        counts: Counts = self._counting.run("count_intruders", arguments, interest)
+        counts: Counts = self._counting.run("count_intruders", arguments, cancellation)
         return counts
 
 
-def _submit(workers: Workers, job: Callable[[], T], interest: Interest) -> Future[T]:
+def _submit(workers: Workers, job: Callable[[], T], cancellation: Cancellation) -> Future[T]:
     if workers.num_jobs >= MAX_JOBS:
         raise RequestError("overloaded", f"{MAX_JOBS} others of this kind are waited for; try again in a moment")
-    return workers.submit(job, interest=interest)
+    return workers.submit(job, cancellation=cancellation)

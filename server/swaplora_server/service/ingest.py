@@ -6,13 +6,13 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.errors import (
     AdapterFailedError,
     InvalidAdapterError,
     InvalidAdapterNameError,
     PreconditionFailedError,
 )
-from swaplora_adapters.interest import Interest
 from swaplora_adapters.registry.card import Put
 from swaplora_adapters.registry.index import parse_reference
 from swaplora_adapters.registry.registry import Registry
@@ -28,8 +28,8 @@ from swaplora_server.service.shared import result_of
 NUM_FETCHERS = 4
 MAX_FETCHES = 16  # waiting and running
 _JOIN_SECONDS = 3.0
-# As the registry's Make, for as long as there is interest.
-MakeWhileWanted = Callable[[Interest, Staging], str]
+# As the registry's Make, for for as long as it is not cancelled.
+MakeWhileWanted = Callable[[Cancellation, Staging], str]
 _NEVER_USED = NameState(was_used=False, version=None)
 
 
@@ -84,20 +84,20 @@ class Ingest:
         """
         if self._fetchers.num_jobs >= MAX_FETCHES:
             raise RequestError("overloaded", f"{MAX_FETCHES} adapters are being fetched; try again in a moment")
-        interest = Interest()
+        cancellation = Cancellation()
         put = partial(
             self._registry.put_source,
             name,
             uri,
             conditions=conditions,
-            make=None if make is None else partial(make, interest),
-            interest=interest,
+            make=None if make is None else partial(make, cancellation),
+            cancellation=cancellation,
         )
-        fetch = self._fetchers.submit(put, interest=interest)
+        fetch = self._fetchers.submit(put, cancellation=cancellation)
         try:
             return await result_of(fetch)
         finally:
-            interest.leave()
+            cancellation.leave()
 
     async def resolve(self, reference: str) -> bool:
         """Whether the adapter that `reference` names, and that was not here, is now.
@@ -116,18 +116,20 @@ class Ingest:
                 try:
                     await result_of(look.future)
                 finally:
-                    look.interest.leave()
+                    look.cancellation.leave()
             except InvalidAdapterNameError:
                 return False
             except InvalidAdapterError as error:
                 raise AdapterFailedError(f"{name} was found, and cannot be used: {error}") from error
         return name in names.index
 
-    def _take_in(self, name: str, uri: str, interest: Interest) -> None:
+    def _take_in(self, name: str, uri: str, cancellation: Cancellation) -> None:
         """For a look: whoever used the name since it began has it, and what was found is let go."""
         with suppress(PreconditionFailedError):
             if self._folder is not None and uri.startswith("file:"):
                 self._folder.take_in(name, _NEVER_USED)
             else:
                 conditions = Conditions(if_unchanged_since=_NEVER_USED)
-                self._registry.put_source(name, uri, conditions=conditions, is_operators=True, interest=interest)
+                self._registry.put_source(
+                    name, uri, conditions=conditions, is_operators=True, cancellation=cancellation
+                )

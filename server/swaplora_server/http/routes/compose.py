@@ -8,10 +8,10 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field, model_validator
 from starlette.responses import JSONResponse
 
+from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.config.parse import MAX_RANK
 from swaplora_adapters.derive.compose import OPTIONAL, REQUIRED, Method, Recipe
 from swaplora_adapters.derive.deriver import StoredIngredient
-from swaplora_adapters.interest import Interest
 from swaplora_adapters.registry.card import Put
 from swaplora_server.http.cards import card_body
 from swaplora_server.http.query import refuse_unknown_parameters
@@ -95,7 +95,12 @@ def _chosen(service: Service, ingredients: Sequence[Ingredient]) -> dict[str, fl
 
 
 def _compose(
-    service: Service, name: str, chosen: Mapping[str, float], recipe: Recipe, materialise: bool, interest: Interest
+    service: Service,
+    name: str,
+    chosen: Mapping[str, float],
+    recipe: Recipe,
+    materialise: bool,
+    cancellation: Cancellation,
 ) -> Put:
     """In the derivations' thread."""
     registry = service.registry
@@ -105,5 +110,5 @@ def _compose(
             StoredIngredient(registry.names.link_files(reference, folder), folder, chosen[reference])
             for reference, folder in folders.items()
         ]
-        make = partial(service.derivations.deriver.compose, ingredients, recipe, interest, materialise=materialise)
+        make = partial(service.derivations.deriver.compose, ingredients, recipe, cancellation, materialise=materialise)
         return registry.put(name, staging, source="composed", make=make)

@@ -4,12 +4,12 @@ import threading
 from collections.abc import Callable
 
 
-class AbandonedError(Exception):
+class WorkCancelledError(Exception):
     """The work was given up: nobody waits for it any more, and so nobody hears of this."""
 
 
-class Interest:
-    """How many wait. Once the last has gone it is lost for good, and who does the work is told. Thread-safe."""
+class Cancellation:
+    """How many wait. Once the last has gone it is cancelled for good, and who does the work is told. Thread-safe."""
 
     def __init__(self) -> None:
         """One waits."""
@@ -18,18 +18,18 @@ class Interest:
         self._to_tell: list[Callable[[], object]] = []
 
     @property
-    def is_lost(self) -> bool:
+    def is_cancelled(self) -> bool:
         return not self._num_waiting
 
     def check(self) -> None:
-        """Raise AbandonedError if it is lost."""
-        if self.is_lost:
-            raise AbandonedError
+        """Raise WorkCancelledError if it is cancelled."""
+        if self.is_cancelled:
+            raise WorkCancelledError
 
     def join(self) -> bool:
-        """Let one more wait; false if it is lost already."""
+        """Let one more wait; false if it is cancelled already."""
         with self._lock:
-            if self.is_lost:
+            if self.is_cancelled:
                 return False
             self._num_waiting += 1
             return True
@@ -38,14 +38,14 @@ class Interest:
         """Let one less wait."""
         with self._lock:
             self._num_waiting -= 1
-            told = self._to_tell if self.is_lost else []
+            told = self._to_tell if self.is_cancelled else []
         for tell in told:
             tell()
 
-    def when_lost(self, tell: Callable[[], object]) -> None:
-        """Have `tell` called once it is lost, on the thread of who left last; now, if that was before."""
+    def when_cancelled(self, tell: Callable[[], object]) -> None:
+        """Have `tell` called once it is cancelled, on the thread of who left last; now, if that was before."""
         with self._lock:
             self._to_tell.append(tell)
-            is_late = self.is_lost
+            is_late = self.is_cancelled
         if is_late:
             tell()
