@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from starlette.types import Message
 
 import tiny
-from swaplora_adapters.registry.leases import Tenancy
+from swaplora_adapters.registry.leases import RequestLeases
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.request import FinishReason, Logprobs, TokenEvent
 from swaplora_server.http import answers, sse
@@ -262,7 +262,7 @@ def generation(body: GenerationBody) -> tuple[Generation, list[Record]]:
         leave=lambda _count: None,
     )
     made = Generation(cast(Service, service), body, [[1, 2, 3]], body.sampling(100, frozenset(), None), began=0.0)
-    made.submit((), AdapterMix(cast(Tenancy, SimpleNamespace(release=lambda: None)), (), ()), [0])
+    made.submit((), AdapterMix(cast(RequestLeases, SimpleNamespace(release=lambda: None)), (), ()), [0])
     return made, records
 
 

@@ -135,9 +135,9 @@ def test_the_engine_refuses_weights_of_another_digest_than_was_admitted(server: 
     server.put("checked", versions[0])
     registry = server.service.registry
     lease = registry.lease("checked")
-    tenancy = registry.tenancy([lease])
-    weights = tenancy.weights.result()[lease.record.digest]
-    tenancy.release()
+    request_leases = registry.lease_weights([lease])
+    weights = request_leases.weights.result()[lease.record.digest]
+    request_leases.release()
     assert checked_weights(AdapterUse(weights, 1.0, weights.digest)) is weights
     with pytest.raises(AdapterMismatchError):
         checked_weights(AdapterUse(weights, 1.0, "sha256:" + "0" * 64))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import tiny
 from serving import BASE, Running, serving, settings
 from swaplora_adapters.files.names import WEIGHTS_FILE
-from swaplora_adapters.registry.leases import Tenancy
+from swaplora_adapters.registry.leases import RequestLeases
 
 GUARD_SECONDS = 60
 NAMES = [f"t{number}" for number in range(5)]
@@ -48,14 +48,14 @@ def open_server(base: Path, folders: dict[str, Path], tmp_path: Path) -> Iterato
 
 
 @contextmanager
-def running_on(server: Running, *names: str) -> Iterator[Tenancy]:
+def running_on(server: Running, *names: str) -> Iterator[RequestLeases]:
     """A request that lasts as long as the body does."""
-    tenancy = server.service.registry.tenancy([server.service.registry.lease(name) for name in names])
+    request_leases = server.service.registry.lease_weights([server.service.registry.lease(name) for name in names])
     try:
-        tenancy.weights.result(GUARD_SECONDS)
-        yield tenancy
+        request_leases.weights.result(GUARD_SECONDS)
+        yield request_leases
     finally:
-        tenancy.release()
+        request_leases.release()
 
 
 def sum_of(*names: str, **fields: Any) -> dict[str, Any]:

@@ -48,13 +48,13 @@ def test_a_thousand_adapters_are_there_after_a_start_and_the_damaged_ones_are_na
         assert [name for name, _version, _reason in store.quarantined] == FOUND_BY_SIZE
         assert [card.record.name for card in registry.cards()] == [f"a{number:04}" for number in range(NUM_ADAPTERS)]
         for record in [card.record for card in registry.cards()]:
-            tenancy = registry.tenancy([registry.lease(record.name)])
+            request_leases = registry.lease_weights([registry.lease(record.name)])
             if record.name in DAMAGE:
                 with pytest.raises(AdapterFailedError, match="its stored"):
-                    tenancy.weights.result(60)
+                    request_leases.weights.result(60)
             else:
-                assert tenancy.weights.result(60)[record.digest].digest == record.digest
-            tenancy.release()
+                assert request_leases.weights.result(60)[record.digest].digest == record.digest
+            request_leases.release()
         failed = {card.record.name: card.reason for card in registry.cards() if card.state == "failed"}
         assert failed.keys() == DAMAGE.keys()
         registry.check_integrity()

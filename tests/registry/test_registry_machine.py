@@ -29,7 +29,7 @@ from swaplora_adapters.errors import (
     PreconditionFailedError,
     VersionNotFoundError,
 )
-from swaplora_adapters.registry.leases import Removal, Tenancy
+from swaplora_adapters.registry.leases import Removal, RequestLeases
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.store.conditions import Conditions
@@ -57,7 +57,7 @@ class Named:
 class Machine(RuleBasedStateMachine):
     """Every rule does to the registry and to the model the same, and expects the same of both."""
 
-    leases: Bundle[tuple[Tenancy, int]] = Bundle("leases")
+    leases: Bundle[tuple[RequestLeases, int]] = Bundle("leases")
     folders: list[Path]
 
     def __init__(self) -> None:
@@ -180,7 +180,9 @@ class Machine(RuleBasedStateMachine):
         del self.aliases[alias]
 
     @rule(target=leases, data=st.data(), how=st.sampled_from(["name", "version", "digest", "alias"]))
-    def lease(self, data: st.DataObject, how: str) -> tuple[Tenancy, int] | MultipleResults[tuple[Tenancy, int]]:
+    def lease(
+        self, data: st.DataObject, how: str
+    ) -> tuple[RequestLeases, int] | MultipleResults[tuple[RequestLeases, int]]:
         name, version = self.draw_version(data)
         reference = {"name": name, "version": f"{name}@{version}", "alias": data.draw(ALIASES)}.get(how, "")
         expected = self.content(reference)
@@ -193,17 +195,17 @@ class Machine(RuleBasedStateMachine):
             assert expected is None
             return multiple()
         assert expected is not None
-        tenancy = self.registry.tenancy([lease])
+        request_leases = self.registry.lease_weights([lease])
         assert lease.record.digest == self.digests[expected]
-        assert tenancy.weights.result(30)[lease.record.digest].digest == self.digests[expected]
+        assert request_leases.weights.result(30)[lease.record.digest].digest == self.digests[expected]
         self.held[expected] += 1
-        return tenancy, expected
+        return request_leases, expected
 
     @rule(held=consumes(leases))
-    def release(self, held: tuple[Tenancy, int]) -> None:
-        tenancy, content = held
-        assert tenancy.weights.result()[self.digests[content]].digest == self.digests[content]
-        tenancy.release()
+    def release(self, held: tuple[RequestLeases, int]) -> None:
+        request_leases, content = held
+        assert request_leases.weights.result()[self.digests[content]].digest == self.digests[content]
+        request_leases.release()
         self.held[content] -= 1
 
     @precondition(lambda self: not self.held.total())

@@ -18,9 +18,8 @@ from swaplora_adapters.errors import AdapterError, PreconditionFailedError, Stor
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.intake import inspect_files
 from swaplora_adapters.registry.card import Card, Failure, Put
-from swaplora_adapters.registry.holds import Holds
 from swaplora_adapters.registry.index import NamedVersions
-from swaplora_adapters.registry.leases import Lease, Removal, Tenancy
+from swaplora_adapters.registry.leases import Lease, LeaseCounts, Removal, RequestLeases
 from swaplora_adapters.registry.names import Names
 from swaplora_adapters.registry.residency import Residency
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
@@ -72,7 +71,7 @@ class Registry:
         self._base_model = base_model
         self._names = Names(store, base_model=base_model, keep_versions=keep_versions)
         self._residency = Residency(self._load, memory_budget, wait_seconds)
-        self._holds = Holds()
+        self._lease_counts = LeaseCounts()
         self._last_failure: dict[str, Failure] = {}
         self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-free")
         self._residency.pin(self._pinned())
@@ -88,22 +87,22 @@ class Registry:
         return self._names
 
     def lease(self, reference: str, client: str | None = None) -> Lease:
-        """Bind `reference` to a version now. This takes no memory: see `tenancy`.
+        """Bind `reference` to a version now. This takes no memory: see `lease_weights`.
 
         `client` is whose request it is, for an alias that splits. Raises AdapterNotFoundError, VersionNotFoundError.
         """
-        with self._holds.lock:
+        with self._lease_counts.lock:
             record = self._names.index.resolve(reference, client)
-            self._holds.take(record)
+            self._lease_counts.take(record)
             return Lease(record, self._give_back)
 
-    def tenancy(self, leases: Sequence[Lease]) -> Tenancy:
+    def lease_weights(self, leases: Sequence[Lease]) -> RequestLeases:
         """Have the weights of all these in memory together, loaded if they are not there.
 
         The leases are then given back with it.
         """
         sizes = {lease.record.digest: self._num_bytes(lease.record) for lease in leases}
-        return Tenancy(leases, self._residency.retain(sizes), self._residency.release)
+        return RequestLeases(leases, self._residency.retain(sizes), self._residency.release)
 
     def stage(self) -> Staging:
         """A folder to write an upload into."""
@@ -199,7 +198,7 @@ class Registry:
         """Raise RuntimeError if counts are off, or if with no lease out something still waits to be freed."""
         self._residency.check_integrity()
         self._cleaner.submit(self._finish_removals).result()
-        self._holds.check_integrity()
+        self._lease_counts.check_integrity()
 
     def close(self) -> None:
         self._cleaner.shutdown()
@@ -261,15 +260,15 @@ class Registry:
             state,
             reason,
             named.is_pinned,
-            self._holds.num_in_flight(record.name),
-            self._holds.last_used(record.name),
+            self._lease_counts.num_in_flight(record.name),
+            self._lease_counts.last_used(record.name),
             self._last_failure.get(record.name),
         )
 
     def _give_back(self, lease: Lease) -> None:
         """Called by a lease, once, on the thread its request ended on; what touches the disk is the cleaner's."""
-        with self._holds.lock:
-            if self._holds.give_back(lease.record):
+        with self._lease_counts.lock:
+            if self._lease_counts.give_back(lease.record):
                 self._cleaner.submit(self._finish_removals)
 
     def _load(self, digest: str) -> AdapterWeights:
@@ -279,9 +278,9 @@ class Registry:
 
     def _remove(self, name: str, version: int | None) -> Removal:
         """Needs `Names.changes`."""
-        removal = self._holds.add(self._names.remove(name, version))
+        removal = self._lease_counts.add(self._names.remove(name, version))
         if name not in self._names.index:
-            self._holds.forget(name)
+            self._lease_counts.forget(name)
             self._last_failure.pop(name, None)
         self._cleaner.submit(self._finish_removals)
         return removal
@@ -290,9 +289,9 @@ class Registry:
         """The cleaner's job: free what was removed and is held by nobody any more, and tell who waits for it."""
         with self._names.changes:
             elsewhere = self._names.index.digests()
-            removable = self._holds.removable(elsewhere)
+            removable = self._lease_counts.removable(elsewhere)
             for digest in removable:
                 self._residency.drop(digest)
                 with suppress(StorageFailedError):  # what a failing disk keeps is swept at the next start
                     self._store.discard_unreferenced(digest)
-            self._holds.settle(removable | elsewhere)
+            self._lease_counts.settle(removable | elsewhere)

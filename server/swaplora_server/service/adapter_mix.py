@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swaplora_adapters.errors import AdapterFailedError, AdapterNotFoundError, AdapterTooLargeError, MemoryFullError
-from swaplora_adapters.registry.leases import Lease, Tenancy
+from swaplora_adapters.registry.leases import Lease, RequestLeases
 from swaplora_server.engine.request import AdapterUse
 from swaplora_server.http.wire import AdapterTerm, GenerationBody
 from swaplora_server.service.errors import RequestError
@@ -16,13 +16,13 @@ from swaplora_server.service.shared import result_of
 class AdapterMix:
     """The adapters whose deltas are added to the base, each times its scale. None of them: the base."""
 
-    tenancy: Tenancy
+    request_leases: RequestLeases
     scales: tuple[float, ...]
     params: tuple[str, ...]  # the request's fields that name them
 
     @property
     def leases(self) -> tuple[Lease, ...]:
-        return self.tenancy.leases
+        return self.request_leases.leases
 
     async def uses(self) -> tuple[AdapterUse, ...]:
         """Wait for the weights. Raises RequestError for those that cannot be had, and for what does not add up.
@@ -30,7 +30,7 @@ class AdapterMix:
         Raises StorageFailedError as well.
         """
         try:
-            weights = await result_of(self.tenancy.weights)
+            weights = await result_of(self.request_leases.weights)
         except (AdapterFailedError, AdapterTooLargeError, MemoryFullError) as error:
             raise RequestError(error.code, str(error), self._param_at_fault()) from error
         digests = [lease.record.digest for lease in self.leases]
@@ -43,8 +43,8 @@ class AdapterMix:
 
     def _param_at_fault(self) -> str:
         """The field of the one that cannot be had, or of all of them."""
-        if self.tenancy.at_fault is not None:
-            return self.params[self.leases.index(self.tenancy.at_fault)]
+        if self.request_leases.at_fault is not None:
+            return self.params[self.leases.index(self.request_leases.at_fault)]
         return self.params[0] if len(self.params) == 1 else "adapters"
 
     def _check_sum(self, uses: Sequence[AdapterUse]) -> None:
@@ -58,7 +58,7 @@ class AdapterMix:
 
     def release(self) -> None:
         """Give back every lease, and the memory."""
-        self.tenancy.release()
+        self.request_leases.release()
 
     @property
     def headers(self) -> dict[str, str]:
@@ -83,7 +83,7 @@ async def lease_mix(service: Service, body: GenerationBody, client: str | None) 
             lease.release()
         raise
     scales, params = tuple(term.scale for term, _ in wanted), tuple(param for _, param in wanted)
-    return AdapterMix(service.registry.tenancy(leases), scales, params)
+    return AdapterMix(service.registry.lease_weights(leases), scales, params)
 
 
 def _wanted(service: Service, body: GenerationBody) -> Sequence[tuple[AdapterTerm, str]]:

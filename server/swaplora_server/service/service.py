@@ -185,12 +185,12 @@ class Service:
         An alias is unknown here: one that splits names no version.
         """
         self.registry.names.index.resolve_name(reference)
-        tenancy = self.registry.tenancy([self.registry.lease(reference)])
+        request_leases = self.registry.lease_weights([self.registry.lease(reference)])
         try:
-            await result_of(tenancy.weights)
+            await result_of(request_leases.weights)
         finally:
-            tenancy.release()
-        return tenancy.leases[0].record
+            request_leases.release()
+        return request_leases.leases[0].record
 
     def memory_plan(self) -> list[tuple[str, int]]:
         """What the server's memory is for, in bytes."""

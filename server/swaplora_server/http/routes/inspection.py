@@ -60,13 +60,13 @@ async def _loaded(service: Service, *names: str) -> AsyncIterator[list[tuple[Ver
             service.registry.names.index.resolve_name(name)  # no alias: one that splits would show a side at random
             leases.append(service.registry.lease(name))
             undo.callback(leases[-1].release)
-        tenancy = service.registry.tenancy(leases)
+        request_leases = service.registry.lease_weights(leases)
         undo.pop_all()
     try:
-        weights = await result_of(tenancy.weights)
+        weights = await result_of(request_leases.weights)
         yield [(lease.record, weights[lease.record.digest]) for lease in leases]
     finally:
-        tenancy.release()
+        request_leases.release()
 
 
 def _inspect(weights: AdapterWeights, derivations: Derivations) -> dict[str, Any]:
