@@ -5,8 +5,7 @@ from collections import Counter
 import pytest
 
 from swaplora_adapters.errors import AdapterNotFoundError, AliasNotFoundError, VersionNotFoundError
-from swaplora_adapters.registry.index import Index
-from swaplora_adapters.registry.split import choose
+from swaplora_adapters.registry.index import Index, choose
 from swaplora_adapters.store.records import Alias, Target, VersionRecord
 
 

@@ -1,17 +1,20 @@
 """What each name stands for, in memory: looked at for every request, so never behind a disk."""
 
+import hashlib
+import math
+import random
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from swaplora_adapters.errors import AdapterNotFoundError, AliasNotFoundError, VersionNotFoundError
-from swaplora_adapters.registry.split import choose
-from swaplora_adapters.store.records import Alias, VersionRecord
+from swaplora_adapters.store.records import Alias, Target, VersionRecord
 
 _REFERENCE = re.compile(
     r"(?:base:)?(?P<name>[^@:]+)(?:@(?:(?P<version>[1-9][0-9]{0,8})|sha256:(?P<digest>[0-9a-f]{12,64})))?"
 )
+_HASH_BITS = 52  # as many as leave a float between 0 and 1 neither of the two
 
 
 class Reference(NamedTuple):
@@ -136,3 +139,21 @@ def parse_reference(reference: str) -> Reference:
 
 def _unknown(reference: str) -> AdapterNotFoundError:
     return AdapterNotFoundError(f"there is no adapter called {reference[:128]!r}; GET /v1/adapters lists them")
+
+
+def choose(alias: Alias, client: str | None) -> Target:
+    """One of the targets. `client` names who asks; None draws anew each time.
+
+    Weighted rendezvous hashing (Mosharaf et al., "Weighted rendezvous hashing", 2014): a client changes its target only
+    as far as the weights do, so that raising a canary from 10 to 20 moves a tenth of the clients and nobody back.
+    """
+    if client is None:
+        return random.choices(alias.targets, [target.weight for target in alias.targets])[0]
+    return max(alias.targets, key=lambda target: _score(alias.alias, client, target))
+
+
+def _score(alias: str, client: str, target: Target) -> float:
+    """-weight / ln(u) for a u in (0, 1) that only alias, client and target's reference decide."""
+    text = "\0".join((alias, client, target.reference)).encode("utf-8", "surrogatepass")
+    drawn = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> (64 - _HASH_BITS)
+    return -target.weight / math.log((drawn + 0.5) / 2**_HASH_BITS)
