@@ -22,7 +22,7 @@ from oracle import Oracle
 from peft_kinds import BASES, KINDS
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.weights.load import load_weights
-from swaplora_adapters.weights.materialise import merged
+from swaplora_adapters.weights.materialise import materialise
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine.kv_cache import BlockPool
@@ -165,7 +165,7 @@ def measure(bench: Bench, adapters: Collection[Made]) -> Cells:
     for (kind, (made, weights)), together in zip(loaded.items(), mixed, strict=True):
         expected = made.oracle.logprobs(PROMPT)[-1]
         assert (expected - alone).abs().max() > MOVED, kind
-        own = replace(merged(weights, bench.base.layers), digest=f"sha256:merged {kind}")
+        own = replace(materialise(weights, bench.base.layers), digest=f"sha256:merged {kind}")
         cells[kind] = (
             _cell(bench.answers({weights: 1.0}), [expected]),
             _cell([together], [expected]),

@@ -14,7 +14,7 @@ import tiny
 from company import CACHE, SHAPE, embedding_adapter, random_adapter, replacing_adapter, scaled_adapter
 from serving import BASE, Running, serving, settings
 from swaplora_adapters.files.names import WEIGHTS_FILE
-from swaplora_adapters.weights.materialise import merged
+from swaplora_adapters.weights.materialise import materialise
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine.kv_cache import BlockPool
@@ -60,7 +60,7 @@ def answers(base: BaseModel, adapters: list[AdapterWeights | None]) -> list[Tens
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merged_adapter_answers_as_it_does_unmerged(base: BaseModel, kind: str) -> None:
     adapter = KINDS[kind](base)
-    own_weights = replace(merged(adapter, base.layers), digest="sha256:merged")
+    own_weights = replace(materialise(adapter, base.layers), digest="sha256:merged")
     alone, unmerged, own, after = answers(base, [None, adapter, own_weights, None])
     assert (unmerged - alone).abs().max() > 0.5, "the adapter moves the output"
     assert (own - unmerged).abs().max() <= 1e-4 * unmerged.abs().max()
@@ -70,7 +70,7 @@ def test_a_merged_adapter_answers_as_it_does_unmerged(base: BaseModel, kind: str
 
 def test_a_merged_weight_is_rounded_only_where_the_base_is(base: BaseModel) -> None:
     path = next(iter(base.layers.linears))
-    own = merged(random_adapter(base, 5, 1), base.layers)
+    own = materialise(random_adapter(base, 5, 1), base.layers)
     exact = base.layers.read(f"{path}.weight")
     assert not torch.equal(exact.bfloat16().float(), exact)
     module = own.replaced[path]

@@ -22,7 +22,7 @@ from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.fit.fit import Layout, fitted
 from swaplora_adapters.weights.embeddings import build_embedding
 from swaplora_adapters.weights.linears import build_linear
-from swaplora_adapters.weights.materialise import merged
+from swaplora_adapters.weights.materialise import materialise
 from swaplora_adapters.weights.memory import HugePages
 from swaplora_adapters.weights.parts import Parts, gather
 from swaplora_adapters.weights.replacements import build_replacement
@@ -91,12 +91,12 @@ def survey_values(layout: Layout, tensors: Iterable[tuple[str, Tensor]], dtype: 
     for parts, content in _built(layout, tensors, dtype):
         has_effect = has_effect or parts.has_effect
         paths.append(parts.path)
-        num_parameters += _num_merged(parts, layout.layers) if layout.spec.materialise else _num_elements(content)
+        num_parameters += _num_materialised(parts, layout.layers) if layout.spec.materialise else _num_elements(content)
         rank = max(rank, 0 if isinstance(content, nn.Module) else content.rank)
     return Survey(rank, tuple(paths), num_parameters, has_effect)
 
 
-def _num_merged(parts: Parts, layers: BaseLayers) -> int:
+def _num_materialised(parts: Parts, layers: BaseLayers) -> int:
     """Elements of a module of its own; the bias is counted where there may be one."""
     if shape := layers.linears.get(parts.path):
         return shape.out_features * (shape.in_features + 1)
@@ -142,7 +142,7 @@ def _assemble(
         MappingProxyType(replaced),
         layout.spec.alora_invocation_tokens,
     )
-    return merged(weights, layout.layers) if layout.spec.materialise else weights
+    return materialise(weights, layout.layers) if layout.spec.materialise else weights
 
 
 def _built(

@@ -10,7 +10,7 @@ from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, ModuleWeights
 
 
-def merged(weights: AdapterWeights, base: BaseLayers) -> AdapterWeights:
+def materialise(weights: AdapterWeights, base: BaseLayers) -> AdapterWeights:
     """The same adapter with whole modules in place of what it adds, computed in float32.
 
     The base's own weights are read, never written. A weight that the base stores in bfloat16 stays bfloat16, rounded
