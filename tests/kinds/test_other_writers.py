@@ -33,7 +33,7 @@ from peft_kinds import KINDS
 from serving import BASE, serving, settings
 from swaplora_adapters.errors import InvalidAdapterError
 from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.fit.earlier_names import earlier_names_of
+from swaplora_adapters.fit.legacy_names import legacy_names_of
 from swaplora_adapters.intake import inspect_files
 from test_kinds_files import load, plain, serve
 
@@ -227,13 +227,13 @@ def test_the_earlier_names_are_those_of_peft_and_transformers() -> None:
     for model_type in CAUSAL_LMS:
         family = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type)  # noqa: SLF001
         is_converted = family in families and get_checkpoint_conversion_mapping(model_type) is not None
-        earlier = earlier_names_of(model_type)
-        if earlier is None:
+        legacy_names = legacy_names_of(model_type)
+        if legacy_names is None:
             assert not is_converted or model_type in ("beam", "sarvam_mla"), model_type
         else:
             assert is_converted
-            assert earlier.parameters == conversion._MOE_TARGET_MODULE_MAPPING[family]  # noqa: SLF001
-            assert earlier.renamings == ((families[family],) if families[family] else ())
+            assert legacy_names.parameters == conversion._MOE_TARGET_MODULE_MAPPING[family]  # noqa: SLF001
+            assert legacy_names.renamings == ((families[family],) if families[family] else ())
 
 
 HALVES = (torch.bfloat16, torch.float16)

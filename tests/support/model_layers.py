@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from swaplora_adapters.fit.base import BaseLayers, EmbeddingShape, LayerShapes, Rebuild, shape_of
-from swaplora_adapters.fit.earlier_names import earlier_names_of
+from swaplora_adapters.fit.legacy_names import legacy_names_of
 
 
 def layers_of(model: PreTrainedModel) -> BaseLayers:
@@ -33,7 +33,7 @@ def layers_of(model: PreTrainedModel) -> BaseLayers:
         others={path: shapes for path, shapes in others.items() if shapes},
         tied={head_path: embedding_path} if is_tied else {},
         transposed=frozenset(path for path, module in modules.items() if _is_transposed(module)),
-        earlier=earlier_names_of(model.config.model_type),
+        legacy_names=legacy_names_of(model.config.model_type),
     )
 
 

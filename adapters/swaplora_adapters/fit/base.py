@@ -23,7 +23,7 @@ class EmbeddingShape(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class EarlierNames:
+class LegacyNames:
     """What transformers 4 called the modules of a base that it has renamed or put together since."""
 
     renamings: Sequence[tuple[str, str]]  # a part of a path then, and now
@@ -72,7 +72,7 @@ class BaseLayers(Protocol):
         """
 
     @property
-    def earlier(self) -> EarlierNames | None:
+    def legacy_names(self) -> LegacyNames | None:
         """None where nothing has another name than it had."""
 
     def read(self, name: str) -> Tensor:
@@ -97,7 +97,7 @@ class LayerShapes:
     others: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
-    earlier: EarlierNames | None = None
+    legacy_names: LegacyNames | None = None
 
     def read(self, name: str) -> Tensor:
         """Raises TypeError, as all that needs weights does."""

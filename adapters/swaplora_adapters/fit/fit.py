@@ -10,9 +10,9 @@ from swaplora_adapters.config.spec import ADALORA, AdapterSpec
 from swaplora_adapters.errors import InvalidAdapterError
 from swaplora_adapters.files.complaints import capped, quoted
 from swaplora_adapters.fit.base import BaseLayers
-from swaplora_adapters.fit.earlier_names import as_of_today, probes
+from swaplora_adapters.fit.legacy_names import probes, with_current_names
 from swaplora_adapters.fit.slots import Slot, find_slots, parameter_shapes, pieces_of, pooled
-from swaplora_adapters.fit.spellings import misspelling, spelled_as_today
+from swaplora_adapters.fit.spellings import misspelling, with_current_spelling
 from swaplora_adapters.fit.targets import Targets, find_targets, paths_of
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -53,10 +53,10 @@ def fitted(spec: AdapterSpec, layers: BaseLayers, found: Shapes, max_work: int |
 
     Raises InvalidAdapterError with every complaint.
     """
-    spelled = spelled_as_today(found, layers.earlier)
+    spelled = with_current_spelling(found, layers.legacy_names)
     found = {name: found[written] for name, written in spelled.items()}
     matcher = Matcher([*paths_of(layers), *probes(layers)], max_work)
-    spec = as_of_today(spec, layers, found, matcher)
+    spec = with_current_names(spec, layers, found, matcher)
     targets = find_targets(spec, layers, matcher)
     slots: dict[str, list[Slot]] = defaultdict(list)
     for slot in find_slots(spec, layers, targets, matcher):
@@ -102,9 +102,9 @@ def _stranger_complaint(layers: BaseLayers, name: str, written: str) -> str:
 
 
 def _no_linear(layers: BaseLayers, path: str) -> str:
-    if layers.earlier is None or not _EXPERT.fullmatch(path):
+    if layers.legacy_names is None or not _EXPERT.fullmatch(path):
         return "is no linear layer of the base model"
-    names = ", ".join(layers.earlier.parameters)
+    names = ", ".join(layers.legacy_names.parameters)
     return f"is now one with others in the base: PEFT reads it only with a config that targets {names}"
 
 

@@ -160,7 +160,7 @@ def pieces_of(slot: Slot, layers: BaseLayers) -> Sequence[Slot]:
     PEFT puts them together where it wraps first what it then finds there: the down projection's lie outermost.
     """
     letter, _, parameter = slot.part.partition(".")
-    linears = layers.earlier.linears_in(parameter) if layers.earlier else ()
+    linears = layers.legacy_names.linears_in(parameter) if layers.legacy_names else ()
     wrapper = "base_layer." if len(linears) > 1 else ""
     if slot.path in layers.transposed or not linears or slot.label != f"{wrapper}{letter}.weight":
         return []

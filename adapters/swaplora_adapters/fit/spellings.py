@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from swaplora_adapters.errors import InvalidAdapterError
 from swaplora_adapters.files.complaints import capped, quoted
-from swaplora_adapters.fit.base import EarlierNames
+from swaplora_adapters.fit.base import LegacyNames
 
 PREFIX = "base_model.model."
 _OWN_STATE = re.compile(r"(.+\.lora_(?:A|B|E|embedding_A|embedding_B))\.default(\.weight|\.bias)?")
@@ -21,12 +21,12 @@ _OTHER_ADAPTER = re.compile(
 _WRAPPERS = re.compile(r"(?:^|\.)(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|module)\.")
 
 
-def spelled_as_today(names: Iterable[str], earlier: EarlierNames | None) -> Mapping[str, str]:
+def with_current_spelling(names: Iterable[str], legacy_names: LegacyNames | None) -> Mapping[str, str]:
     """The names in a file by the names that PEFT saves today; InvalidAdapterError where two are one."""
     spelled: dict[str, str] = {}
     complaints = []
     for name in names:
-        known = spelled.setdefault(_as_today(name, earlier), name)
+        known = spelled.setdefault(_current_spelling(name, legacy_names), name)
         if known is not name:
             complaints.append(f"{quoted(name)} and {quoted(known)} are two names of one tensor")
     if complaints:
@@ -34,9 +34,9 @@ def spelled_as_today(names: Iterable[str], earlier: EarlierNames | None) -> Mapp
     return spelled
 
 
-def _as_today(name: str, earlier: EarlierNames | None) -> str:
-    if earlier is not None and ".lora_" in name:
-        name = PREFIX + earlier.renamed(name.removeprefix(PREFIX))
+def _current_spelling(name: str, legacy_names: LegacyNames | None) -> str:
+    if legacy_names is not None and ".lora_" in name:
+        name = PREFIX + legacy_names.renamed(name.removeprefix(PREFIX))
     if match := _OWN_STATE.fullmatch(name):
         return match[1] + (match[2] or "")
     match = _VECTOR.fullmatch(name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from swaplora_adapters.fit.base import EmbeddingShape, Rebuild, shape_of
-from swaplora_adapters.fit.earlier_names import earlier_names_of
+from swaplora_adapters.fit.legacy_names import legacy_names_of
 from swaplora_adapters.weights.memory import HugePages
 from swaplora_server.base.lean_embedding import NarrowEmbedding, TiedEmbedding, lean
 from swaplora_server.engine.lora.modules import LoraEmbedding, LoraLinear, Replaceable, Wrapped
@@ -46,7 +46,7 @@ class AdaptableLayers:
         self.others = {path: _shapes(module.base) for path, module in chosen.items() if isinstance(module, Replaceable)}
         self.tied = tied
         self.transposed = frozenset(path for path, module in chosen.items() if getattr(module, "is_transposed", False))
-        self.earlier = earlier_names_of(model_type)
+        self.legacy_names = legacy_names_of(model_type)
         self._wrapped = chosen
         self._prepare_linear = prepare_linear
         self._dtype = dtype
