@@ -1,28 +1,27 @@
-"""A room with a clock of its own: whole traffics of requests in no time, and what may be expected of any of them."""
+"""A memory queue with a clock of its own: whole traffics of requests in no time, and what each may expect."""
 
 from collections.abc import Iterable, Mapping, Set
 from types import SimpleNamespace
 
-from swaplora_adapters.registry import memory_queue as room
-from swaplora_adapters.registry.claim import Claim, Copy
-from swaplora_adapters.registry.memory_queue import Room
+from swaplora_adapters.registry import memory_queue
+from swaplora_adapters.registry.memory_queue import Claim, MemoryQueue, Resident
 from swaplora_adapters.weights.served import AdapterWeights
 
 
 class QueueSimulation:
     """Asks, loads and ends as it is told, and sees to the line whenever something or the time has changed it.
 
-    Keeps its own books of who holds what, and checks the room against them after every change.
+    Keeps its own books of who holds what, and checks the queue against them after every change.
     """
 
     def __init__(self, budget: int, wait_seconds: float = 30.0) -> None:
         self.now = 0.0
-        self.room = Room(budget, wait_seconds)
+        self.queue = MemoryQueue(budget, wait_seconds)
         self.waiting: list[Claim] = []  # in order of arrival
         self.inside: list[Claim] = []
         self.refused: list[Claim] = []
         self.kept_in_memory: set[str] = set()
-        self.on_their_way: set[Copy] = set()
+        self.being_loaded: set[Resident] = set()
         self.first_since: tuple[Claim | None, float] = (None, 0.0)
         self.longest_first = 0.0  # seconds that any claim was first in line
         self.closed_since: dict[str, float] = {}
@@ -31,78 +30,78 @@ class QueueSimulation:
     def ask(self, sizes: Mapping[str, int]) -> Claim:
         claim = Claim(sizes, self.now)
         self.waiting.append(claim)
-        self.room.add(claim)
+        self.queue.add(claim)
         self.settle()
         return claim
 
     def leave(self, claim: Claim) -> None:
         """It has ended, or its client has gone."""
-        assert self.room.leave(claim)
+        assert self.queue.leave(claim)
         self.waiting = [other for other in self.waiting if other is not claim]
         self.inside = [other for other in self.inside if other is not claim]
         self.settle()
 
-    def load(self, copy: Copy) -> None:
-        self.on_their_way.discard(copy)
-        self.room.loaded(copy, _weights(copy.nbytes))
+    def load(self, resident: Resident) -> None:
+        self.being_loaded.discard(resident)
+        self.queue.loaded(resident, _weights(resident.nbytes))
         self.settle()
 
-    def fail(self, copy: Copy) -> list[Claim]:
+    def fail(self, resident: Resident) -> list[Claim]:
         """It cannot be loaded; who is told so."""
-        self.on_their_way.discard(copy)
-        told = self.room.forget(copy)
-        assert {claim for claim in self.inside if copy.digest in claim.sizes} == set(told)
-        self.inside = [claim for claim in self.inside if copy.digest not in claim.sizes]
+        self.being_loaded.discard(resident)
+        told = self.queue.forget(resident)
+        assert {claim for claim in self.inside if resident.digest in claim.sizes} == set(told)
+        self.inside = [claim for claim in self.inside if resident.digest not in claim.sizes]
         self.settle()
         return told
 
     def pin(self, pinned: Mapping[str, int]) -> None:
         self.kept_in_memory.clear()
-        self.room.pin(pinned)
+        self.queue.pin(pinned)
         self.settle()
 
     def drop(self, digest: str) -> None:
         """What is deleted is no longer pinned by then."""
-        self.pin({pinned: nbytes for pinned, nbytes in self.room.pinned.items() if pinned != digest})
-        self.room.drop(digest)
+        self.pin({pinned: nbytes for pinned, nbytes in self.queue.pinned.items() if pinned != digest})
+        self.queue.drop(digest)
         self.settle()
 
     def pass_time(self, seconds: float) -> None:
-        """Stop at every moment that the room wants to be asked again."""
+        """Stop at every moment that the queue wants to be asked again."""
         until = self.now + seconds
-        while (wait := self.room.seconds_to_wait(self.now)) is not None and self.now + wait <= until:
+        while (wait := self.queue.seconds_to_wait(self.now)) is not None and self.now + wait <= until:
             self.now += wait
             self.settle()
         self.now = until
         self.settle()
 
     @property
-    def copies(self) -> dict[str, Copy]:
+    def residents(self) -> dict[str, Resident]:
         """All in memory."""
-        return {copy.digest: copy for copy in self.room._copies.values()}  # noqa: SLF001
+        return {resident.digest: resident for resident in self.queue._residents.values()}  # noqa: SLF001
 
     @property
-    def loading(self) -> list[Copy]:
-        return [copy for copy in self.copies.values() if copy.weights is None]
+    def loading(self) -> list[Resident]:
+        return [resident for resident in self.residents.values() if resident.weights is None]
 
     @property
     def closed(self) -> set[str]:
-        front = self.room._front  # noqa: SLF001
-        return set() if front is None else {copy.digest for copy in front.closed}
+        head = self.queue._head  # noqa: SLF001
+        return set() if head is None else {resident.digest for resident in head.closed}
 
     def settle(self) -> None:
         while True:
             closed, promised = self.closed, self.is_promised()
-            if (claim := self.room.next_in(self.now)) is not None:
+            if (claim := self.queue.next_admitted(self.now)) is not None:
                 is_first = claim is self.waiting[0]
                 self.waiting.remove(claim)
                 self.inside.append(claim)
-                assert [copy.digest for copy in claim.copies] == list(claim.sizes), "has a part"
+                assert [resident.digest for resident in claim.residents] == list(claim.sizes), "has a part"
                 if promised and not is_first and self.closed == closed:
                     assert self.is_promised(), "let in at the cost of the first in line"
-            elif (claim := self.room.next_hopeless(self.now)) is not None:
+            elif (claim := self.queue.next_refused(self.now)) is not None:
                 assert self.is_hopeless(claim), "refused without need"
-                self.room.leave(claim)
+                self.queue.leave(claim)
                 self.waiting.remove(claim)
                 self.refused.append(claim)
             else:
@@ -110,58 +109,62 @@ class QueueSimulation:
         self.check()
 
     def is_hopeless(self, claim: Claim) -> bool:
-        kept = sum(nbytes for digest, nbytes in self.room.kept.items() if digest not in claim.sizes)
-        never_fits = kept + sum(claim.sizes.values()) > self.room.budget
-        return never_fits or self.now >= claim.asked_at + self.room.wait_seconds
+        kept = sum(nbytes for digest, nbytes in self.queue.kept.items() if digest not in claim.sizes)
+        never_fits = kept + sum(claim.sizes.values()) > self.queue.budget
+        return never_fits or self.now >= claim.asked_at + self.queue.wait_seconds
 
     def check(self) -> None:
         """All that must hold at any time for any traffic."""
-        self.room.check_integrity()
+        self.queue.check_integrity()
         self._check_memory()
         self._check_nobody_waits_in_vain()
         self._check_the_first()
         self._check_what_is_closed()
 
     def _check_memory(self) -> None:
-        copies = self.copies
-        assert sum(copy.nbytes for copy in copies.values()) <= self.room.budget
+        residents = self.residents
+        assert sum(resident.nbytes for resident in residents.values()) <= self.queue.budget
         for claim in self.inside:
-            assert claim.sizes.keys() <= copies.keys(), "taken from who uses it"
-        assert self.on_their_way <= set(copies.values()), "taken while it is loaded"
-        self.on_their_way = set(self.loading)
-        assert self.kept_in_memory <= copies.keys(), "evicted in spite of its pin"
-        self.kept_in_memory = {digest for digest in self.room.kept if digest in copies and copies[digest].weights}
+            assert claim.sizes.keys() <= residents.keys(), "taken from who uses it"
+        assert self.being_loaded <= set(residents.values()), "taken while it is loaded"
+        self.being_loaded = set(self.loading)
+        assert self.kept_in_memory <= residents.keys(), "evicted in spite of its pin"
+        self.kept_in_memory = {
+            digest for digest in self.queue.kept if digest in residents and residents[digest].weights
+        }
 
     def _check_nobody_waits_in_vain(self) -> None:
         for claim in self.waiting:
             assert not self.is_hopeless(claim), "waits without hope"
             assert self.closed or not self.fits(claim), "has room, and waits"
             assert claim.sizes.keys() & self.closed or self.the_first_would_lack(claim), "could pass, and waits"
-            is_shared = all(digest in self.copies and self.copies[digest].users for digest in claim.sizes)
+            is_shared = all(digest in self.residents and self.residents[digest].users for digest in claim.sizes)
             assert claim.sizes.keys() & self.closed or not is_shared, "wants what others use, and waits"
         if self.waiting:
             assert not self.fits(self.waiting[0]), "is first and has room, and waits"
 
     def fits(self, claim: Claim) -> bool:
-        return self.bytes_staying(set(), [claim]) <= self.room.budget
+        return self.bytes_staying(set(), [claim]) <= self.queue.budget
 
     def is_promised(self) -> bool:
-        """Whether copies are closed, and the first in line has room when those have come to their end."""
-        return bool(self.closed) and self.bytes_staying(self.closed, self.waiting[:1]) <= self.room.budget
+        """Whether residents are closed, and the first in line has room when those have come to their end."""
+        return bool(self.closed) and self.bytes_staying(self.closed, self.waiting[:1]) <= self.queue.budget
 
     def the_first_would_lack(self, claim: Claim) -> bool:
         """Whether there is no room for this now, or for the first in line once what is closed has ended."""
-        return not self.fits(claim) or self.bytes_staying(self.closed, [claim, self.waiting[0]]) > self.room.budget
+        return not self.fits(claim) or self.bytes_staying(self.closed, [claim, self.waiting[0]]) > self.queue.budget
 
     def bytes_staying(self, besides: Set[str], claims: Iterable[Claim]) -> int:
         """Of what is used, loading or kept, but for `besides`, and of what `claims` want."""
         used = {digest for claim in self.inside for digest in claim.sizes}
-        copies = self.copies
-        staying = [c for c in copies.values() if c.weights is None or c.digest in used or c.digest in self.room.kept]
-        sizes = {copy.digest: copy.nbytes for copy in staying if copy.digest not in besides}
+        residents = self.residents
+        staying = [
+            c for c in residents.values() if c.weights is None or c.digest in used or c.digest in self.queue.kept
+        ]
+        sizes = {resident.digest: resident.nbytes for resident in staying if resident.digest not in besides}
         for claim in claims:
             for digest, nbytes in claim.sizes.items():
-                sizes.setdefault(digest, copies[digest].nbytes if digest in copies else nbytes)
+                sizes.setdefault(digest, residents[digest].nbytes if digest in residents else nbytes)
         return sum(sizes.values())
 
     def _check_the_first(self) -> None:
@@ -181,20 +184,20 @@ class QueueSimulation:
             self.closed_before = set()
             return
         self.closed_since = {
-            digest: self.closed_since.get(digest, self.now) for digest in closed if self.copies[digest].weights
+            digest: self.closed_since.get(digest, self.now) for digest in closed if self.residents[digest].weights
         }
         if closed and not closed <= self.closed_before:
             for digest in closed:
-                assert self.bytes_staying(closed - {digest}, [first]) > self.room.budget, "closed without need"
+                assert self.bytes_staying(closed - {digest}, [first]) > self.queue.budget, "closed without need"
         self.closed_before = closed
         if self.closed_since:
-            assert self.now - min(self.closed_since.values()) <= self.room.wait_seconds / 2
-            assert min(self.closed_since.values()) - since >= room.PATIENCE_SECONDS
+            assert self.now - min(self.closed_since.values()) <= self.queue.wait_seconds / 2
+            assert min(self.closed_since.values()) - since >= memory_queue.PATIENCE_SECONDS
             assert self.now - min(self.closed_since.values()) <= min(self.closed_since.values()) - since
-        assert not closed & (first.sizes.keys() | self.room.kept.keys())
+        assert not closed & (first.sizes.keys() | self.queue.kept.keys())
         for digest in closed:
             users = [claim for claim in self.inside if digest in claim.sizes]
-            assert all(claim.let_in_at > first.asked_at for claim in users), "closed in vain"
+            assert all(claim.admitted_at > first.asked_at for claim in users), "closed in vain"
 
 
 def _weights(nbytes: int) -> AdapterWeights:

@@ -1,22 +1,21 @@
 """Who comes next where memory is short: in order, all or nothing, not too long, and at nobody's cost who is served."""
 
 from queue_simulation import QueueSimulation
-from swaplora_adapters.registry.claim import Claim
-from swaplora_adapters.registry.memory_queue import PATIENCE_SECONDS
+from swaplora_adapters.registry.memory_queue import PATIENCE_SECONDS, Claim
 
 
 def ask(line: QueueSimulation, *digests: str, size: int = 1) -> Claim:
-    """What a request for all these does, each of them `size` bytes; what is let in is loaded at once."""
+    """What a request for all these does, each of them `size` bytes; what is admitted is loaded at once."""
     claim = line.ask(dict.fromkeys(digests, size))
-    for copy in line.loading:
-        line.load(copy)
+    for resident in line.loading:
+        line.load(resident)
     return claim
 
 
 def end(line: QueueSimulation, claim: Claim) -> None:
     line.leave(claim)
-    for copy in line.loading:
-        line.load(copy)
+    for resident in line.loading:
+        line.load(resident)
 
 
 def test_who_waits_holds_nothing() -> None:
@@ -151,10 +150,10 @@ def test_what_was_closed_for_one_that_hangs_up_is_open_again() -> None:
 def test_a_load_that_fails_frees_what_its_request_had_beside_it() -> None:
     line = QueueSimulation(2)
     claim, other = line.ask({"a": 1, "b": 1}), line.ask({"c": 2})
-    line.load(line.copies["a"])
-    assert line.fail(line.copies["b"]) == [claim]
+    line.load(line.residents["a"])
+    assert line.fail(line.residents["b"]) == [claim]
     assert other in line.inside
-    assert not line.room.leave(claim), "it is out, and may be let go of once more"
+    assert not line.queue.leave(claim), "it is out, and may be let go of once more"
 
 
 def test_nobody_waits_longer_than_told() -> None:

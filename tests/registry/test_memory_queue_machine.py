@@ -15,9 +15,8 @@ from hypothesis.stateful import run_state_machine_as_test as run
 
 from queue_simulation import QueueSimulation
 from soak import size
-from swaplora_adapters.registry import memory_queue as room
-from swaplora_adapters.registry.claim import Claim, Copy
-from swaplora_adapters.registry.memory_queue import Front, Room
+from swaplora_adapters.registry import memory_queue
+from swaplora_adapters.registry.memory_queue import Claim, MemoryQueue, QueueHead, Resident
 
 Fault = Callable[[pytest.MonkeyPatch], None]
 BUDGET = 6
@@ -48,12 +47,12 @@ class Machine(RuleBasedStateMachine):
     def ask(self, several: list[set[str]], are_loaded: bool) -> None:
         for wanted in several:
             self.ask_for(wanted)
-        for copy in self.line.loading if are_loaded else ():
-            self.line.load(copy)
+        for resident in self.line.loading if are_loaded else ():
+            self.line.load(resident)
 
     def ask_for(self, wanted: set[str]) -> None:
         claim = self.line.ask(sizes_of(wanted))
-        kept = self.line.room.kept
+        kept = self.line.queue.kept
         if sum({**kept, **claim.sizes}.values()) > BUDGET and claim not in self.line.inside:
             assert claim in self.line.refused, "waits for what it never gets"
 
@@ -112,7 +111,7 @@ class Traffic:
         self.num_hung_up = 0
         self._moments: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
-        self._staying: dict[Claim, float] = {}  # how long it will, once it is let in
+        self._staying: dict[Claim, float] = {}  # how long it will, once it is admitted
         for visit in visits:
             self._at(visit.at, partial(self._come, visit))
         while self._moments or self.line.waiting:
@@ -122,8 +121,8 @@ class Traffic:
         heapq.heappush(self._moments, (moment, next(self._numbers), event))
 
     def _go_on(self) -> None:
-        """To the next event, or to the moment before it that the room wants to be asked at."""
-        wait = self.line.room.seconds_to_wait(self.line.now)
+        """To the next event, or to the moment before it that the queue wants to be asked at."""
+        wait = self.line.queue.seconds_to_wait(self.line.now)
         next_stop = math.inf if wait is None else self.line.now + wait
         if self._moments and self._moments[0][0] <= next_stop:
             moment, _, event = heapq.heappop(self._moments)
@@ -131,10 +130,10 @@ class Traffic:
             event()
         else:
             self.line.pass_time(next_stop - self.line.now)
-        for copy in self.line.loading:
-            self.line.load(copy)
+        for resident in self.line.loading:
+            self.line.load(resident)
         for claim in self._staying.keys() & set(self.line.inside):
-            self._at(claim.let_in_at + self._staying.pop(claim), partial(self.line.leave, claim))
+            self._at(claim.admitted_at + self._staying.pop(claim), partial(self.line.leave, claim))
 
     def _come(self, visit: Visit) -> None:
         claim = self.line.ask(sizes_of(visit.wanted))
@@ -168,102 +167,106 @@ def traffics(draw: st.DrawFn) -> list[Visit]:
 
 
 def check_nobody_starves(visits: Sequence[Visit]) -> None:
-    """With time without end to wait, everyone is let in, and the first in line soon."""
+    """With time without end to wait, everyone is admitted, and the first in line soon."""
     traffic = Traffic(visits, wait_seconds=1e6)
-    longest = max(room.PATIENCE_SECONDS, *(visit.seconds for visit in visits))
+    longest = max(memory_queue.PATIENCE_SECONDS, *(visit.seconds for visit in visits))
     assert not traffic.line.refused
     assert traffic.line.longest_first <= 4 * longest
 
 
 @FEW
 @given(traffics())
-def test_the_first_in_line_is_let_in_within_four_times_the_longest_request(visits: list[Visit]) -> None:
+def test_the_first_in_line_is_admitted_within_four_times_the_longest_request(visits: list[Visit]) -> None:
     check_nobody_starves(visits)
 
 
 @FEW
 @given(traffics(), st.sampled_from([0.0, 1.0, 4.0]))
-def test_everyone_is_let_in_or_refused_in_time(visits: list[Visit], wait_seconds: float) -> None:
+def test_everyone_is_admitted_or_refused_in_time(visits: list[Visit], wait_seconds: float) -> None:
     line = Traffic(visits, wait_seconds).line
     assert not line.waiting
     assert line.longest_first <= wait_seconds
 
 
 def never_closes(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Room, "_close_for", lambda *_: None)
+    patch.setattr(MemoryQueue, "_close_for", lambda *_: None)
 
 
 def closes_in_vain(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Copy, "has_user_from", lambda *_: False)
+    patch.setattr(Resident, "has_user_admitted_by", lambda *_: False)
 
 
 def closes_for_ever(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Front, "close", lambda self, copies, _now: self.closed.update(copies))
+    patch.setattr(QueueHead, "close", lambda self, residents, _now: self.closed.update(residents))
 
 
 def closes_too_much(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(room, "_as_few_as_will_do", lambda copies, _nbytes: list(copies))
+    patch.setattr(memory_queue, "_as_few_as_will_do", lambda residents, _nbytes: list(residents))
 
 
 def gives_up_too_soon(patch: pytest.MonkeyPatch) -> None:
-    def close(self: Front, copies: Iterable[Copy], now: float) -> None:
-        self.closed_until = now + room.PATIENCE_SECONDS
-        self.closed.update(copies)
+    def close(self: QueueHead, residents: Iterable[Resident], now: float) -> None:
+        self.closed_until = now + memory_queue.PATIENCE_SECONDS
+        self.closed.update(residents)
 
-    patch.setattr(Front, "close", close)
+    patch.setattr(QueueHead, "close", close)
 
 
 def closes_for_one_and_lets_in_another(patch: pytest.MonkeyPatch) -> None:
     """What is freed for the first in line goes to whoever comes."""
-    excess = Room._excess  # noqa: SLF001
-    patch.setattr(Room, "_excess", lambda self, staying, *claims: excess(self, staying, *claims[:1]))
+    excess = MemoryQueue._excess  # noqa: SLF001
+    patch.setattr(MemoryQueue, "_excess", lambda self, staying, *claims: excess(self, staying, *claims[:1]))
 
 
 def lets_in_whoever_asked_last(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Room, "add", lambda self, claim: self._line.insert(0, claim))
+    patch.setattr(MemoryQueue, "add", lambda self, claim: self._line.insert(0, claim))
 
 
 def lets_nobody_pass(patch: pytest.MonkeyPatch) -> None:
-    next_in = Room.next_in
+    next_admitted = MemoryQueue.next_admitted
 
-    def strictly(self: Room, now: float) -> Claim | None:
+    def strictly(self: MemoryQueue, now: float) -> Claim | None:
         line, self._line = self._line, self._line[:1]
-        claim = next_in(self, now)
+        claim = next_admitted(self, now)
         self._line = line
         if claim is not None:
             self._line.remove(claim)
         return claim
 
-    patch.setattr(Room, "next_in", strictly)
+    patch.setattr(MemoryQueue, "next_admitted", strictly)
 
 
 def evicts_what_is_pinned(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Room, "_is_evictable", lambda _self, copy: copy.is_idle)
+    patch.setattr(MemoryQueue, "_is_evictable", lambda _self, resident: resident.is_idle)
 
 
 def evicts_what_is_used(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Room, "_is_evictable", lambda self, copy: copy.weights is not None and copy.digest not in self.kept)
+    patch.setattr(
+        MemoryQueue,
+        "_is_evictable",
+        lambda self, resident: resident.weights is not None and resident.digest not in self.kept,
+    )
 
 
 def forgets_what_loads(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Copy, "is_idle", property(lambda self: not self.users))
+    patch.setattr(Resident, "is_idle", property(lambda self: not self.users))
 
 
 def gives_room_for_one_of_several(patch: pytest.MonkeyPatch) -> None:
     """A sum comes in when the largest of its terms has room."""
-    excess = Room._excess  # noqa: SLF001
+    excess = MemoryQueue._excess  # noqa: SLF001
 
-    def of_the_largest(self: Room, staying: dict[str, int], *claims: Claim) -> int:
+    def of_the_largest(self: MemoryQueue, staying: dict[str, int], *claims: Claim) -> int:
         def largest(claim: Claim) -> Claim:
             return Claim(dict([max(claim.sizes.items(), key=lambda item: item[1])]), claim.asked_at)
 
         return excess(self, staying, *map(largest, claims))
 
-    patch.setattr(Room, "_excess", of_the_largest)
+    patch.setattr(MemoryQueue, "_excess", of_the_largest)
 
 
 def hopes_for_ever(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Room, "_is_hopeless", lambda self, claim, now: now >= self._gives_up_at(claim))
+    patch.setattr(MemoryQueue, "_is_refused", lambda self, claim, now: now >= self._gives_up_at(claim))
 
 
 def any_events() -> None:

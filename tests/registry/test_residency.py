@@ -18,7 +18,7 @@ from swaplora_adapters.errors import (
     MemoryFullError,
     StorageFailedError,
 )
-from swaplora_adapters.registry import memory_queue as room
+from swaplora_adapters.registry import memory_queue
 from swaplora_adapters.registry import residency as residency_module
 from swaplora_adapters.registry.residency import NICENESS, Residency
 from swaplora_adapters.weights.served import AdapterWeights
@@ -379,7 +379,7 @@ def test_waiting_takes_no_thread_however_many_wait(make: Make) -> None:
 
 
 def test_a_hot_adapter_does_not_keep_the_others_out(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(memory_queue, "PATIENCE_SECONDS", 0.05)
     residency = make(SIZE)
     users = [claim(residency, "hot")]
     users[0].weights.result(30)

@@ -1,72 +1,111 @@
-"""Who has room in memory and who comes next: decisions alone, without threads, files or locks.
+"""Who has room in memory and who is admitted next: decisions alone, without threads, files or locks.
 
-A claim is all that one request wants at once. It is let in when all of it is in memory or has room there, and until
+A claim is all that one request wants at once. It is admitted when all of it is in memory or has room there, and until
 then it holds nothing, so that no two can wait for each other. Claims stand in line in the order in which they asked:
 
-1. Whoever can have what it lacks is let in, the first in line first. Room is what is free, and what is in memory, not
+1. Whoever can have what it lacks is admitted, the first in line first. Room is what is free, and what is in memory, not
    pinned, and used by nobody; the least recently used goes first. What is in memory is shared with all who want it.
 2. The first in line that lacks room is passed by those who do not, as long as that costs it nothing: requests that were
-   let in before it asked are in its way, and it has to wait for their end in any case.
-3. Once only such as passed it are in its way, and it has been first for PATIENCE_SECONDS, as few copies as will do are
-   closed: those with the fewest users, the least recently used of them first. Who runs on a closed copy ends on it; new
-   requests for it wait, and the room that the first in line needs is given to nobody else. All others go on as before.
-4. Copies stay closed no longer than the claim had been first when they were closed. If that was in vain they are open
-   again, all who waited for them are let in, and it begins anew: those who are let in by now are let end first.
+   admitted before it asked are in its way, and it has to wait for their end in any case.
+3. Once only such as passed it are in its way, and it has been first for PATIENCE_SECONDS, as few residents as will do
+   are closed: those with the fewest users, the least recently used of them first. Who runs on a closed one ends on it;
+   new requests for it wait, and the room that the first in line needs is given to nobody else. All others go on as
+   before.
+4. Residents stay closed no longer than the claim had been first when they were closed. If that was in vain they are
+   open again, all who waited for them are admitted, and it begins anew: those who are admitted by now are let end
+   first.
 
 From this follows, where no request holds its memory longer than L seconds:
 
-- The first in line is let in within 4 · max(L, PATIENCE_SECONDS): whenever closing was in vain, it lasted less than L,
-  and the next time it lasts at least twice as long. So nobody is passed over for ever.
-- Nobody waits longer than `wait_seconds`: then, or at once if it could never be let in, a claim is without hope.
-- Whoever wants only what others use, and what is not closed, is let in at once, whatever is in line. Nothing is closed
-  for longer than half of `wait_seconds` at a time, and nothing while that would be in vain: while requests are in the
-  way that were let in before the first in line asked.
+- The first in line is admitted within 4 · max(L, PATIENCE_SECONDS): whenever closing was in vain, it lasted less than
+  L, and the next time it lasts at least twice as long. So nobody is passed over for ever.
+- Nobody waits longer than `wait_seconds`: then, or at once if it could never be admitted, a claim is refused.
+- Whoever wants only what others use, and what is not closed, is admitted at once, whatever is in line. Nothing is
+  closed for longer than half of `wait_seconds` at a time, and nothing while that would be in vain: while requests are
+  in the way that were admitted before the first in line asked.
 """
 
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from swaplora_adapters.registry.claim import Claim, Copy
 from swaplora_adapters.weights.served import AdapterWeights
 
 PATIENCE_SECONDS = 0.5
 
 
+@dataclass(slots=True, eq=False)
+class Claim:
+    """All versions that one request wants in memory together, digest → bytes: it has all of them or none."""
+
+    sizes: Mapping[str, int]
+    asked_at: float
+    weights: Future[Mapping[str, AdapterWeights]] = field(default_factory=Future)  # by digest
+    at_fault: str | None = None  # the digest that could not be loaded
+    residents: tuple["Resident", ...] = ()  # what it uses, once it was admitted
+    admitted_at: float = 0.0
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether all that it was admitted for is there."""
+        return all(resident.weights is not None for resident in self.residents)
+
+
+@dataclass(slots=True, eq=False)
+class Resident:
+    """A version in memory, or being loaded: its bytes count from the moment it is given room."""
+
+    digest: str
+    nbytes: int
+    weights: AdapterWeights | None = None  # None while they are loaded
+    users: dict[Claim, None] = field(default_factory=dict)  # in the order in which they were admitted
+    is_loading: bool = False  # somebody loads it
+    is_dropped: bool = False  # gone as soon as nobody uses it
+
+    @property
+    def is_idle(self) -> bool:
+        return self.weights is not None and not self.users
+
+    def has_user_admitted_by(self, moment: float) -> bool:
+        """Whether one of its users was admitted then or before."""
+        return any(claim.admitted_at <= moment for claim in self.users)
+
+
 @dataclass(slots=True)
-class Front:
+class QueueHead:
     """The first in line, and what is done for it."""
 
     claim: Claim
     began_at: float
-    let_end: float  # who was let in until then is let end before anything is closed
-    closed: set[Copy] = field(default_factory=set)
+    spared_until: float  # who was admitted until then is let end before anything is closed
+    closed: set[Resident] = field(default_factory=set)
     closed_until: float = math.inf
 
     @property
     def patience_ends_at(self) -> float:
         return self.began_at + PATIENCE_SECONDS
 
-    def close(self, copies: Iterable[Copy], now: float) -> None:
+    def close(self, residents: Iterable[Resident], now: float) -> None:
         """Nobody else may have these, for as long as the claim has been first by the time of the first of them."""
         if not self.closed:
             self.closed_until = now + (now - self.began_at)
-        self.closed.update(copies)
+        self.closed.update(residents)
 
-    def open(self, copies: Iterable[Copy]) -> None:
+    def open(self, residents: Iterable[Resident]) -> None:
         """These are open again, or gone."""
-        self.closed.difference_update(copies)
+        self.closed.difference_update(residents)
         if not self.closed:
             self.closed_until = math.inf
 
     def begin_anew(self, now: float) -> None:
         """What was closed was closed in vain."""
         self.open(tuple(self.closed))
-        self.let_end = now
+        self.spared_until = now
 
 
-class Room:
+class MemoryQueue:
     """Owns the budget and the line of who waits for a part of it. Not thread-safe; times are `time.monotonic()`'s."""
 
     def __init__(self, budget: int, wait_seconds: float) -> None:
@@ -75,36 +114,36 @@ class Room:
         self.wait_seconds = wait_seconds
         self.pinned: dict[str, int] = {}
         self.kept: dict[str, int] = {}  # the pinned ones that are never evicted
-        self._copies: OrderedDict[str, Copy] = OrderedDict()  # least recently used first
+        self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
         self._line: list[Claim] = []  # in order of arrival
-        self._front: Front | None = None
+        self._head: QueueHead | None = None
 
     @property
     def used_bytes(self) -> int:
-        return sum(copy.nbytes for copy in self._copies.values())
+        return sum(resident.nbytes for resident in self._residents.values())
 
     @property
     def claims(self) -> list[Claim]:
         """All that wait, for room or for a load."""
-        users = dict.fromkeys(claim for copy in self._copies.values() for claim in copy.users)
+        users = dict.fromkeys(claim for resident in self._residents.values() for claim in resident.users)
         return [*self._line, *(claim for claim in users if not claim.is_loaded)]
 
-    def find(self, digest: str) -> Copy | None:
-        return self._copies.get(digest)
+    def find(self, digest: str) -> Resident | None:
+        return self._residents.get(digest)
 
     def waiting_for(self, digest: str) -> list[Claim]:
         """Those in line that want it, perhaps among others."""
         return [claim for claim in self._line if digest in claim.sizes]
 
-    def is_draining(self, copy: Copy) -> bool:
+    def is_draining(self, resident: Resident) -> bool:
         """Whether new requests for it wait until those that use it are done."""
-        return copy.is_dropped or (self._front is not None and copy in self._front.closed)
+        return resident.is_dropped or (self._head is not None and resident in self._head.closed)
 
     def add(self, claim: Claim) -> None:
         """Let it stand in line."""
         self._line.append(claim)
-        for digest in claim.sizes.keys() & self._copies.keys():
-            self._copies.move_to_end(digest)
+        for digest in claim.sizes.keys() & self._residents.keys():
+            self._residents.move_to_end(digest)
 
     def pin(self, pinned: Mapping[str, int]) -> None:
         """Keep exactly these, digest → bytes, or as many as leave room for any single one of the others."""
@@ -113,77 +152,77 @@ class Room:
         self.kept = fitting
         if sum(fitting.values()) > self.budget:
             self.kept = _first_that_fit(fitting, self.budget - max(fitting.values()))
-        for digest in pinned.keys() & self._copies.keys():
-            self._copies[digest].is_dropped = False  # there is one who wants it again
-        if self._front is not None:  # what is kept from now on would never make room
-            self._front.open([copy for copy in self._front.closed if copy.digest in self.kept])
+        for digest in pinned.keys() & self._residents.keys():
+            self._residents[digest].is_dropped = False  # there is one who wants it again
+        if self._head is not None:  # what is kept from now on would never make room
+            self._head.open([resident for resident in self._head.closed if resident.digest in self.kept])
 
-    def next_in(self, now: float) -> Claim | None:
-        """Let in whoever comes next, with copies that are in memory and others that have room to be loaded.
+    def next_admitted(self, now: float) -> Claim | None:
+        """Admit whoever comes next, with residents that are in memory and others that have room to be loaded.
 
-        None if nobody can be let in now.
+        None if nobody can be admitted now.
         """
-        front = self._review(now)
-        if front is None:
+        head = self._review(now)
+        if head is None:
             return None
-        now_staying, still_staying = self._staying(), self._staying(front.closed)
-        limit = max(0, self._excess(still_staying, front.claim))  # more than 0 if what it wants was lost meanwhile
+        now_staying, still_staying = self._staying(), self._staying(head.closed)
+        limit = max(0, self._excess(still_staying, head.claim))  # more than 0 if what it wants was lost meanwhile
 
         def can_come_in(claim: Claim) -> bool:
             if self._excess(now_staying, claim) > 0:
                 return False
-            if claim is front.claim or not front.closed:
+            if claim is head.claim or not head.closed:
                 return True
-            wants_closed = any(copy.digest in claim.sizes for copy in front.closed)
-            return not wants_closed and self._excess(still_staying, claim, front.claim) <= limit
+            wants_closed = any(resident.digest in claim.sizes for resident in head.closed)
+            return not wants_closed and self._excess(still_staying, claim, head.claim) <= limit
 
         claim = next(filter(can_come_in, self._line), None)
         if claim is not None:
-            self._let_in(claim, now)
+            self._admit(claim, now)
         return claim
 
-    def next_hopeless(self, now: float) -> Claim | None:
+    def next_refused(self, now: float) -> Claim | None:
         """One who has waited too long, or to whom what is kept leaves no room."""
-        return next((claim for claim in self._line if self._is_hopeless(claim, now)), None)
+        return next((claim for claim in self._line if self._is_refused(claim, now)), None)
 
     def seconds_to_wait(self, now: float) -> float | None:
-        """After `next_in`: until time alone changes something. None for never."""
-        if self._front is None:
+        """After `next_admitted`: until time alone changes something. None for never."""
+        if self._head is None:
             return None
-        moments = (self._front.patience_ends_at, self._front.closed_until, self._gives_up_at(self._line[0]))
+        moments = (self._head.patience_ends_at, self._head.closed_until, self._gives_up_at(self._line[0]))
         return min((moment - now for moment in moments if moment > now), default=0.0)
 
     def leave(self, claim: Claim) -> bool:
-        """Out of the line, or off its copies; whether it was there."""
-        was_there = bool(claim.copies) or claim in self._line
+        """Out of the line, or off its residents; whether it was there."""
+        was_there = bool(claim.residents) or claim in self._line
         if claim in self._line:
             self._line.remove(claim)
-        for copy in claim.copies:
-            del copy.users[claim]
-            self._free_if_dropped(copy)
-        claim.copies = ()
+        for resident in claim.residents:
+            del resident.users[claim]
+            self._free_if_dropped(resident)
+        claim.residents = ()
         return was_there
 
-    def loaded(self, copy: Copy, weights: AdapterWeights) -> None:
+    def loaded(self, resident: Resident, weights: AdapterWeights) -> None:
         """It is there, and may be smaller than was foreseen."""
-        copy.weights = weights
-        copy.nbytes = min(copy.nbytes, weights.nbytes)
-        self._free_if_dropped(copy)
+        resident.weights = weights
+        resident.nbytes = min(resident.nbytes, weights.nbytes)
+        self._free_if_dropped(resident)
 
-    def forget(self, copy: Copy) -> list[Claim]:
+    def forget(self, resident: Resident) -> list[Claim]:
         """It is not loaded after all: it and all who wanted it leave; who that was."""
-        users = list(copy.users)
+        users = list(resident.users)
         for claim in users:
             self.leave(claim)
-        self._remove(copy)
+        self._remove(resident)
         return users
 
     def drop(self, digest: str) -> None:
         """Out of memory at once, or when its last user is done."""
-        copy = self.find(digest)
-        if copy is not None:
-            copy.is_dropped = True
-            self._free_if_dropped(copy)
+        resident = self.find(digest)
+        if resident is not None:
+            resident.is_dropped = True
+            self._free_if_dropped(resident)
 
     def kept_besides(self, claim: Claim) -> int:
         """Bytes of what is never evicted for it."""
@@ -193,99 +232,101 @@ class Room:
         """Raise RuntimeError if the budget is exceeded, a count is off, or what was dropped stays for nobody."""
         if self.used_bytes > self.budget:
             raise RuntimeError("resident adapters exceed their budget")
-        if any(copy.is_dropped and copy.is_idle for copy in self._copies.values()):
+        if any(resident.is_dropped and resident.is_idle for resident in self._residents.values()):
             raise RuntimeError("a dropped adapter is still in memory, and nobody uses it")
-        if any(claim.copies for claim in self._line):
+        if any(claim.residents for claim in self._line):
             raise RuntimeError("a request waits for memory and has some")
-        for copy in self._copies.values():
-            if any(copy not in claim.copies or len(claim.copies) != len(claim.sizes) for claim in copy.users):
+        for resident in self._residents.values():
+            if any(
+                resident not in claim.residents or len(claim.residents) != len(claim.sizes) for claim in resident.users
+            ):
                 raise RuntimeError("a request has part of the memory that it wants")
 
-    def _review(self, now: float) -> Front | None:
+    def _review(self, now: float) -> QueueHead | None:
         """Who is first in line now, and what has to be done for it."""
         if not self._line:
-            self._front = None
+            self._head = None
             return None
-        if self._front is None or self._front.claim is not self._line[0]:
-            self._front = Front(self._line[0], now, self._line[0].asked_at)
-        if now >= self._front.closed_until:
-            self._front.begin_anew(now)
-        elif now >= self._front.patience_ends_at:
-            self._close_for(self._front, now)
-        return self._front
+        if self._head is None or self._head.claim is not self._line[0]:
+            self._head = QueueHead(self._line[0], now, self._line[0].asked_at)
+        if now >= self._head.closed_until:
+            self._head.begin_anew(now)
+        elif now >= self._head.patience_ends_at:
+            self._close_for(self._head, now)
+        return self._head
 
-    def _close_for(self, front: Front, now: float) -> None:
-        """Close as few copies as will do, if there are enough that only such use as passed the first in line."""
-        staying = self._staying(front.closed)
-        excess = self._excess(staying, front.claim)
-        in_the_way = (self._copies[digest] for digest in self._copies if digest in staying)
-        closable = [copy for copy in in_the_way if self._is_closable(copy, front)]
-        if 0 < excess <= sum(copy.nbytes for copy in closable):
-            closable.sort(key=lambda copy: len(copy.users))
-            front.close(_as_few_as_will_do(closable, excess), now)
+    def _close_for(self, head: QueueHead, now: float) -> None:
+        """Close as few residents as will do, if there are enough that only such use as passed the first in line."""
+        staying = self._staying(head.closed)
+        excess = self._excess(staying, head.claim)
+        in_the_way = (self._residents[digest] for digest in self._residents if digest in staying)
+        closable = [resident for resident in in_the_way if self._is_closable(resident, head)]
+        if 0 < excess <= sum(resident.nbytes for resident in closable):
+            closable.sort(key=lambda resident: len(resident.users))
+            head.close(_as_few_as_will_do(closable, excess), now)
 
-    def _is_closable(self, copy: Copy, front: Front) -> bool:
-        is_spared = copy.digest in self.kept or copy.digest in front.claim.sizes
-        return not is_spared and not copy.has_user_from(front.let_end)
+    def _is_closable(self, resident: Resident, head: QueueHead) -> bool:
+        is_spared = resident.digest in self.kept or resident.digest in head.claim.sizes
+        return not is_spared and not resident.has_user_admitted_by(head.spared_until)
 
-    def _let_in(self, claim: Claim, now: float) -> None:
+    def _admit(self, claim: Claim, now: float) -> None:
         """Give it what is in memory and room for the rest; evict the least recently used until the budget is kept."""
         self._line.remove(claim)
-        claim.let_in_at = now
-        lacking = {digest: nbytes for digest, nbytes in claim.sizes.items() if digest not in self._copies}
+        claim.admitted_at = now
+        lacking = {digest: nbytes for digest, nbytes in claim.sizes.items() if digest not in self._residents}
         excess = self.used_bytes + sum(lacking.values()) - self.budget
-        for copy in [copy for copy in self._copies.values() if self._is_evictable(copy)]:
-            if excess > 0 and copy.digest not in claim.sizes:
-                self._remove(copy)
-                excess -= copy.nbytes
-        self._copies.update((digest, Copy(digest, nbytes)) for digest, nbytes in lacking.items())
-        claim.copies = tuple(self._copies[digest] for digest in claim.sizes)
-        for copy in claim.copies:
-            copy.users[claim] = None
-            copy.is_dropped = False  # who had it dropped did not know of this one
+        for resident in [resident for resident in self._residents.values() if self._is_evictable(resident)]:
+            if excess > 0 and resident.digest not in claim.sizes:
+                self._remove(resident)
+                excess -= resident.nbytes
+        self._residents.update((digest, Resident(digest, nbytes)) for digest, nbytes in lacking.items())
+        claim.residents = tuple(self._residents[digest] for digest in claim.sizes)
+        for resident in claim.residents:
+            resident.users[claim] = None
+            resident.is_dropped = False  # who had it dropped did not know of this one
 
-    def _staying(self, closed: Iterable[Copy] = ()) -> dict[str, int]:
+    def _staying(self, closed: Iterable[Resident] = ()) -> dict[str, int]:
         """Digest → bytes of what cannot be evicted now, or at least not when what is `closed` has come to its end."""
-        ending = {copy.digest for copy in closed}
-        copies = (copy for copy in self._copies.values() if not self._is_evictable(copy))
-        return {copy.digest: copy.nbytes for copy in copies if copy.digest not in ending}
+        ending = {resident.digest for resident in closed}
+        residents = (resident for resident in self._residents.values() if not self._is_evictable(resident))
+        return {resident.digest: resident.nbytes for resident in residents if resident.digest not in ending}
 
-    def _is_evictable(self, copy: Copy) -> bool:
-        return copy.is_idle and copy.digest not in self.kept
+    def _is_evictable(self, resident: Resident) -> bool:
+        return resident.is_idle and resident.digest not in self.kept
 
     def _excess(self, staying: Mapping[str, int], *claims: Claim) -> int:
         """Bytes beyond the budget, if what is `staying` and all that `claims` want were in memory together."""
         wanted = {digest: nbytes for claim in claims for digest, nbytes in claim.sizes.items() if digest not in staying}
-        copies = {digest: self._copies[digest].nbytes for digest in wanted.keys() & self._copies.keys()}
-        return sum(staying.values()) + sum((wanted | copies).values()) - self.budget
+        residents = {digest: self._residents[digest].nbytes for digest in wanted.keys() & self._residents.keys()}
+        return sum(staying.values()) + sum((wanted | residents).values()) - self.budget
 
-    def _free_if_dropped(self, copy: Copy) -> None:
-        if copy.is_dropped and copy.is_idle:
-            self._remove(copy)
+    def _free_if_dropped(self, resident: Resident) -> None:
+        if resident.is_dropped and resident.is_idle:
+            self._remove(resident)
 
-    def _remove(self, copy: Copy) -> None:
-        del self._copies[copy.digest]
-        if self._front is not None:
-            self._front.open([copy])
+    def _remove(self, resident: Resident) -> None:
+        del self._residents[resident.digest]
+        if self._head is not None:
+            self._head.open([resident])
 
     def _gives_up_at(self, claim: Claim) -> float:
         return claim.asked_at + self.wait_seconds
 
-    def _is_hopeless(self, claim: Claim, now: float) -> bool:
+    def _is_refused(self, claim: Claim, now: float) -> bool:
         return now >= self._gives_up_at(claim) or self.kept_besides(claim) + sum(claim.sizes.values()) > self.budget
 
 
-def _as_few_as_will_do(copies: Iterable[Copy], nbytes: int) -> list[Copy]:
+def _as_few_as_will_do(residents: Iterable[Resident], nbytes: int) -> list[Resident]:
     """The first ones that have these bytes together, less those of them that are not needed for it."""
-    chosen: list[Copy] = []
-    for copy in copies:
+    chosen: list[Resident] = []
+    for resident in residents:
         if nbytes > 0:
-            chosen.append(copy)
-            nbytes -= copy.nbytes
-    for copy in list(chosen):
-        if nbytes + copy.nbytes <= 0:
-            chosen.remove(copy)
-            nbytes += copy.nbytes
+            chosen.append(resident)
+            nbytes -= resident.nbytes
+    for resident in list(chosen):
+        if nbytes + resident.nbytes <= 0:
+            chosen.remove(resident)
+            nbytes += resident.nbytes
     return chosen
 
 

@@ -19,8 +19,7 @@ from swaplora_adapters.errors import (
     InvalidAdapterError,
     MemoryFullError,
 )
-from swaplora_adapters.registry.claim import Claim, Copy
-from swaplora_adapters.registry.memory_queue import Room
+from swaplora_adapters.registry.memory_queue import Claim, MemoryQueue, Resident
 from swaplora_adapters.weights.served import AdapterWeights
 
 NICENESS = 10  # of the thread that loads: beside a busy engine it gets a tenth of a core
@@ -47,22 +46,22 @@ class Residency:
         """
         self._load = load
         self._report = report
-        self._room = Room(budget, wait_seconds)
+        self._queue = MemoryQueue(budget, wait_seconds)
         self._reasons: dict[str, str] = {}
         self._is_closed = False
         self._changed = threading.Condition()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-load", initializer=_yield_to_steps)
-        self._dispatcher = threading.Thread(target=self._dispatch, name="adapter-room", daemon=True)
+        self._dispatcher = threading.Thread(target=self._dispatch, name="adapter-admission", daemon=True)
         self._dispatcher.start()
 
     @property
     def resident_bytes(self) -> int:
         with self._changed:
-            return self._room.used_bytes
+            return self._queue.used_bytes
 
     def check_size(self, nbytes: int) -> None:
         """Raise AdapterTooLargeError for what could never be loaded."""
-        budget = self._room.budget
+        budget = self._queue.budget
         if nbytes > budget:
             raise AdapterTooLargeError(
                 f"the adapter needs {nbytes} bytes of memory, and the server gives all of its adapters {budget}"
@@ -70,7 +69,7 @@ class Residency:
 
     def check_pins(self, pinned: Mapping[str, int]) -> None:
         """Raise MemoryFullError unless all of these, digest → bytes, fit at once."""
-        total, budget = sum(pinned.values()), self._room.budget
+        total, budget = sum(pinned.values()), self._queue.budget
         if total > budget:
             raise MemoryFullError(
                 f"all pinned adapters would need {total} bytes of the {budget} that adapters have: unpin one"
@@ -82,22 +81,22 @@ class Residency:
         Where all of them do not fit, the first ones are kept, and room is left for each of the others by turns.
         """
         with self._changed:
-            self._room.pin(pinned)
+            self._queue.pin(pinned)
             self._prefetch_missing()
             self._changed.notify_all()
 
     def pins_not_kept(self) -> list[str]:
         """Digests that are pinned and may be evicted all the same, because all pins together exceed the budget."""
         with self._changed:
-            return [digest for digest in self._room.pinned if digest not in self._room.kept]
+            return [digest for digest in self._queue.pinned if digest not in self._queue.kept]
 
     def state(self, digest: str) -> tuple[str, str | None]:
         """stored, loading, resident, draining or failed, and why it failed."""
         with self._changed:
-            copy = self._room.find(digest)
-            if copy is not None and copy.weights is not None:
-                return ("draining" if self._room.is_draining(copy) else "resident"), None
-            if copy is not None or self._room.waiting_for(digest):
+            resident = self._queue.find(digest)
+            if resident is not None and resident.weights is not None:
+                return ("draining" if self._queue.is_draining(resident) else "resident"), None
+            if resident is not None or self._queue.waiting_for(digest):
                 return "loading", None
             reason = self._reasons.get(digest)
             return ("failed", reason) if reason else ("stored", None)
@@ -122,15 +121,15 @@ class Residency:
             elif not sizes:
                 claim.weights.set_result({})
             else:
-                self._room.add(claim)
-                self._let_in()
+                self._queue.add(claim)
+                self._admit()
                 self._changed.notify_all()
         return claim
 
     def release(self, claim: Claim) -> None:
         """Let go of what `retain` gave, or is still to give. Harmless for a claim that failed."""
         with self._changed:
-            if self._room.leave(claim):
+            if self._queue.leave(claim):
                 self._prefetch_missing()
                 self._changed.notify_all()
 
@@ -138,8 +137,8 @@ class Residency:
         """Forget a version that nobody will ask for again, its failure included."""
         with self._changed:
             self._reasons.pop(digest, None)
-            self._room.drop(digest)
-            for claim in self._room.waiting_for(digest):  # it was to be prefetched
+            self._queue.drop(digest)
+            for claim in self._queue.waiting_for(digest):  # it was to be prefetched
                 self._fail(claim, AdapterFailedError("the adapter was deleted"))
             self._changed.notify_all()
 
@@ -151,13 +150,13 @@ class Residency:
         self._dispatcher.join()
         self._loader.shutdown(wait=True, cancel_futures=True)
         with self._changed:
-            for claim in self._room.claims:
+            for claim in self._queue.claims:
                 self._fail(claim, MemoryFullError("the server is stopping"))
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if a count went below zero, the budget is exceeded, or what retired stays for nobody."""
         with self._changed:
-            self._room.check_integrity()
+            self._queue.check_integrity()
 
     def _refusal(self, claim: Claim) -> AdapterError | None:
         """Why nobody needs to try to load it."""
@@ -175,8 +174,8 @@ class Residency:
 
     def _prefetch_missing(self) -> None:
         """Have loaded what is pinned and could not be until now, unless it is itself at fault."""
-        for digest, nbytes in self._room.kept.items():
-            is_there = self._room.find(digest) is not None or self._room.waiting_for(digest)
+        for digest, nbytes in self._queue.kept.items():
+            is_there = self._queue.find(digest) is not None or self._queue.waiting_for(digest)
             if not (is_there or digest in self._reasons or self._is_closed):
                 self._prefetch(digest, nbytes)
 
@@ -188,80 +187,80 @@ class Residency:
         """A thread's life: see to the line whenever something or the time has changed it."""
         with self._changed:
             while not self._is_closed:
-                self._let_in()
-                self._changed.wait(self._room.seconds_to_wait(time.monotonic()))
+                self._admit()
+                self._changed.wait(self._queue.seconds_to_wait(time.monotonic()))
 
-    def _let_in(self) -> None:
-        """Let in all who can be, and refuse those for whom waiting has no point any more. Needs the lock."""
+    def _admit(self) -> None:
+        """Admit all who can be, and refuse those for whom waiting has no point any more. Needs the lock."""
         while not self._is_closed:
             now = time.monotonic()
-            if (claim := self._room.next_in(now)) is not None:
-                for copy in claim.copies:
-                    self._have_loaded(copy)
+            if (claim := self._queue.next_admitted(now)) is not None:
+                for resident in claim.residents:
+                    self._have_loaded(resident)
                 self._publish_if_loaded(claim)
-            elif (claim := self._room.next_hopeless(now)) is not None:
+            elif (claim := self._queue.next_refused(now)) is not None:
                 self._fail(claim, self._no_room(claim))
             else:
                 return
 
-    def _have_loaded(self, copy: Copy) -> None:
-        if not copy.is_on_its_way:
-            copy.is_on_its_way = True
-            self._loader.submit(self._fill, copy)
+    def _have_loaded(self, resident: Resident) -> None:
+        if not resident.is_loading:
+            resident.is_loading = True
+            self._loader.submit(self._fill, resident)
 
-    def _fill(self, copy: Copy) -> None:
+    def _fill(self, resident: Resident) -> None:
         """The other thread's job: load, and publish to all who wait by one assignment each; or tell them why not."""
-        if self._is_given_up(copy):
+        if self._is_given_up(resident):
             return
         try:
-            weights = self._load(copy.digest)
+            weights = self._load(resident.digest)
         except (InvalidAdapterError, AdapterFailedError) as error:
-            self._forget(copy, AdapterFailedError(str(error)), is_lasting=True)
+            self._forget(resident, AdapterFailedError(str(error)), is_lasting=True)
         except AdapterError as error:
-            self._forget(copy, error)
+            self._forget(resident, error)
         except Exception as error:  # noqa: BLE001 - the thread's boundary: a waiter must never hang
-            self._forget(copy, _defect(error))
+            self._forget(resident, _defect(error))
             self._report(error)
         else:
             with self._changed:
-                users = list(copy.users)
-                self._room.loaded(copy, weights)
+                users = list(resident.users)
+                self._queue.loaded(resident, weights)
                 for claim in users:
                     self._publish_if_loaded(claim)
                 self._changed.notify_all()
 
-    def _is_given_up(self, copy: Copy) -> bool:
+    def _is_given_up(self, resident: Resident) -> bool:
         """Whether all who wanted it left before its turn; then it is forgotten."""
         with self._changed:
-            if not copy.users:
-                self._room.forget(copy)
+            if not resident.users:
+                self._queue.forget(resident)
                 self._changed.notify_all()
-            return not copy.users
+            return not resident.users
 
     def _publish_if_loaded(self, claim: Claim) -> None:
-        weights = {copy.digest: copy.weights for copy in claim.copies if copy.weights is not None}
-        if len(weights) == len(claim.copies):
+        weights = {resident.digest: resident.weights for resident in claim.residents if resident.weights is not None}
+        if len(weights) == len(claim.residents):
             claim.weights.set_result(weights)
 
-    def _forget(self, copy: Copy, error: AdapterError, *, is_lasting: bool = False) -> None:
+    def _forget(self, resident: Resident, error: AdapterError, *, is_lasting: bool = False) -> None:
         """Only what is wrong with the files is lasting; the rest may have passed by the next request."""
         with self._changed:
-            claims = self._room.forget(copy)
-            if is_lasting and not copy.is_dropped:
-                self._reasons[copy.digest] = str(error)
-                claims += self._room.waiting_for(copy.digest)
+            claims = self._queue.forget(resident)
+            if is_lasting and not resident.is_dropped:
+                self._reasons[resident.digest] = str(error)
+                claims += self._queue.waiting_for(resident.digest)
             for claim in claims:
-                claim.at_fault = copy.digest
+                claim.at_fault = resident.digest
                 self._fail(claim, error)
             self._changed.notify_all()
 
     def _fail(self, claim: Claim, error: AdapterError) -> None:
-        self._room.leave(claim)
+        self._queue.leave(claim)
         claim.weights.set_exception(error)
 
     def _no_room(self, claim: Claim) -> AdapterError:
         """Why it waits no longer."""
-        wanted, kept, budget = sum(claim.sizes.values()), self._room.kept_besides(claim), self._room.budget
+        wanted, kept, budget = sum(claim.sizes.values()), self._queue.kept_besides(claim), self._queue.budget
         if wanted > budget:
             return AdapterTooLargeError(
                 f"the request's {len(claim.sizes)} adapters need {wanted} bytes of memory at once, and the server "
@@ -274,7 +273,7 @@ class Residency:
             )
         return MemoryFullError(
             f"adapters in use or pinned left no room for {wanted} bytes of the {budget} that adapters have within "
-            f"{self._room.wait_seconds:g} seconds: try again later, or raise --adapter-memory-bytes"
+            f"{self._queue.wait_seconds:g} seconds: try again later, or raise --adapter-memory-bytes"
         )
 
 
