@@ -12,7 +12,7 @@ from typing import Any
 
 from adapter_files import LAYERS
 from swaplora_adapters.errors import AdapterError
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.intake import inspect_files
 
 HARMLESS = frozenset({"object.__getattr__", "sys._getframe"})

@@ -36,7 +36,7 @@ from isolation_report import Report
 from planted_faults import FAULTS
 from serving import BASE, Running, Streamed, read_event, serving, settings
 from soak import size
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_server.config import Settings
 
 TOLERANCE = 1e-4  # of a log-probability, in float32

@@ -20,7 +20,7 @@ import tiny
 from kinds_oracle import KindOracle, SumOracle
 from oracle import Oracle
 from peft_kinds import BASES, KINDS
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.materialise import materialise
 from swaplora_adapters.weights.served import AdapterWeights

@@ -24,7 +24,7 @@ from pydantic_settings import (
 )
 
 from swaplora_adapters.errors import InvalidAdapterNameError
-from swaplora_adapters.files.names import validate_name
+from swaplora_adapters.files.naming import validate_name
 from swaplora_adapters.sources.uri import check_template, parse_prefix
 
 EMBEDDED = "embedded"

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from adapter_files import CONFIG, LAYERS, factors, safetensors_bytes
 from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.errors import AdapterError
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.files.strict_json import loads
 from swaplora_adapters.files.tensorfile import read_header, read_tensors
 from swaplora_adapters.intake import inspect_files

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import tiny
 from adapter_files import LAYERS, factors, write_adapter
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.files.tensorfile import Limits
 from swaplora_adapters.intake import Inspection, inspect_files
 

@@ -19,7 +19,7 @@ from swaplora_adapters import intake
 from swaplora_adapters.config.parse import parse_spec
 from swaplora_adapters.config.patterns import MAX_WORK
 from swaplora_adapters.errors import InvalidAdapterError
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.files.tensorfile import read_header
 from swaplora_adapters.fit.base import LayerShapes, LinearShape
 from swaplora_adapters.fit.fit import fitted

@@ -22,7 +22,7 @@ from swaplora_adapters.derive.compose import Ingredient, Recipe, compose
 from swaplora_adapters.derive.lowrank import LowRank
 from swaplora_adapters.derive.write import write_adapter as write_composed
 from swaplora_adapters.errors import AdapterTooLargeError, InvalidAdapterError, StorageFailedError
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 

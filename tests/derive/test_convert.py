@@ -21,7 +21,7 @@ from swaplora_adapters.config.parse import CONVERTIBLE_KINDS
 from swaplora_adapters.derive.convert import Converted, convert
 from swaplora_adapters.derive.kinds import KINDS
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 
 GUARD_SECONDS = 600  # what is computed runs at low priority
 PROMPT = [72, 101, 108, 108, 111]

@@ -15,7 +15,7 @@ from serving import Running, serving, settings
 from swaplora_adapters.derive.base_files import BaseFiles
 from swaplora_adapters.derive.inspect_weights import compare_weights
 from swaplora_adapters.derive.intruders import NUM_LOOKED_AT, count_intruders, intruders
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.fit.base import LinearShape
 from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights

@@ -13,7 +13,7 @@ from torch import Tensor
 import tiny
 from company import CACHE, SHAPE, embedding_adapter, random_adapter, replacing_adapter, scaled_adapter
 from serving import BASE, Running, serving, settings
-from swaplora_adapters.files.names import WEIGHTS_FILE
+from swaplora_adapters.files.naming import WEIGHTS_FILE
 from swaplora_adapters.weights.materialise import materialise
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.base.base_model import BaseModel, load_base

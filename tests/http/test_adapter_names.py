@@ -9,8 +9,8 @@ import pytest
 
 from serving import BASE, Running, serving, settings
 from swaplora_adapters.errors import InvalidAdapterNameError
-from swaplora_adapters.files.names import CONFIG_FILE, validate_name
-from swaplora_adapters.sources.watcher import AdapterFolder, put_folder
+from swaplora_adapters.files.naming import CONFIG_FILE, validate_name
+from swaplora_adapters.sources.watcher import FolderWatcher, put_folder
 
 BAD_NAMES = [".hidden", "-dash", "a b", "ü", "a" * 129, "a@1", "a:b"]
 PROMPT = list(range(30, 50))
@@ -87,7 +87,7 @@ def test_the_folder_that_is_watched_has_every_bad_name_told(server: Running) -> 
     told: dict[str, str] = {}
     folder = server.service.settings.adapter_dir
     assert folder is not None
-    AdapterFolder(server.service.registry, folder, lambda name, error: told.update({name: str(error)})).scan()
+    FolderWatcher(server.service.registry, folder, lambda name, error: told.update({name: str(error)})).scan()
     assert told == {name: refusal(name) for name in BAD_NAMES}
 
 

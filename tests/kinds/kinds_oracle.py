@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peft_kinds
 from oracle import Oracle
-from swaplora_adapters.files.names import WEIGHTS_FILE
+from swaplora_adapters.files.naming import WEIGHTS_FILE
 
 
 class KindOracle(Oracle):

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tiny
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 
 _SHAPE = {field: value for field, value in tiny.LLAMA.items() if field not in ("model_type", "tie_word_embeddings")}
 

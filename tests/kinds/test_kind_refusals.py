@@ -15,7 +15,7 @@ import tiny
 from kinds_batch import slug
 from kinds_table import INVOCATION
 from serving import BASE, Running, serving, settings
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 
 # of PEFT's: a base stored with its embeddings, tied heads
 pytestmark = pytest.mark.filterwarnings("ignore")

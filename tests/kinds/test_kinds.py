@@ -18,7 +18,7 @@ from kinds_oracle import KindOracle
 from kinds_table import INVOCATION, Made, make_all
 from planted_faults import neighbours_weights
 from serving import BASE, Running, Streamed, serving, settings, stream_chat
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.registry import registry
 from swaplora_adapters.weights import linears
 from swaplora_adapters.weights.load import load_weights

@@ -18,7 +18,7 @@ import peft_kinds
 from model_layers import layers_of
 from peft_kinds import BASES, KINDS
 from swaplora_adapters.errors import InvalidAdapterError
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.intake import inspect_files
 from swaplora_adapters.weights.load import load_weights

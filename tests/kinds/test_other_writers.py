@@ -32,7 +32,7 @@ from other_writers import (
 from peft_kinds import KINDS
 from serving import BASE, serving, settings
 from swaplora_adapters.errors import InvalidAdapterError
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.fit.legacy_names import legacy_names_of
 from swaplora_adapters.intake import inspect_files
 from test_kinds_files import load, plain, serve

@@ -18,7 +18,7 @@ import tiny
 from model_layers import layers_of
 from other_writers import SPELLINGS, peft_logits, rewritten
 from swaplora_adapters.errors import InvalidAdapterError
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.intake import inspect_files
 from test_kinds_files import load, plain, serve
 from test_other_writers import IDS

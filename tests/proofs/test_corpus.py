@@ -23,7 +23,7 @@ from damage import Files, filled
 from hostile import Hostile
 from repository import ROOT
 from serving import BASE, Running, serving, settings, stream_chat
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 
 HANG_SECONDS = 60
 PROMPT = list(range(30, 50))

@@ -19,7 +19,7 @@ from adapter_files import config_bytes, write_adapter
 from isolation_report import Report
 from serving import Running
 from soak import size
-from swaplora_adapters.files.names import WEIGHTS_FILE
+from swaplora_adapters.files.naming import WEIGHTS_FILE
 
 NUM_CYCLES = size(300, 10_000)
 NUM_WARM_UP = 50

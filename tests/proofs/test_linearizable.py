@@ -18,7 +18,7 @@ import serving
 from history import Operation, State, final_states
 from serving import Running, settings
 from soak import size
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_server.http.app import create_app
 from swaplora_server.service.service import Service
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import tiny
 from serving import BASE, Running, serving, settings
-from swaplora_adapters.files.names import WEIGHTS_FILE
+from swaplora_adapters.files.naming import WEIGHTS_FILE
 from swaplora_adapters.registry.leases import RequestLeases
 
 GUARD_SECONDS = 60

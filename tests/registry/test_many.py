@@ -9,7 +9,7 @@ import pytest
 
 import crash
 from swaplora_adapters.errors import AdapterFailedError
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 
 NUM_ADAPTERS = 1000
 DAMAGE: dict[str, Callable[[Path], object]] = {

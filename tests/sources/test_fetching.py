@@ -12,7 +12,7 @@ from moto.server import ThreadedMotoServer
 
 from fake_hub import Answer, FakeHub, run_fake_hub
 from serving import Running, serving, settings
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.sources import transfer
 
 PROMPT = list(range(30, 50))

@@ -20,7 +20,7 @@ from serving import Running, serving, settings
 from slow_sources import GUARD_SECONDS, Gate, gate
 from swaplora_adapters.errors import StorageFailedError
 from swaplora_adapters.sources.source import Sources
-from swaplora_adapters.sources.watcher import AdapterFolder
+from swaplora_adapters.sources.watcher import FolderWatcher
 from swaplora_adapters.store.staging import Staging
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.service.service import Service
@@ -86,7 +86,7 @@ def test_what_a_scan_finds_gives_way_to_what_came_meanwhile(
     looking: Running, folder: Path, adapters: list[Path], gate: Gate, is_deleted: bool
 ) -> None:
     reports = Reports()
-    scanned = AdapterFolder(looking.service.registry, folder, reports)
+    scanned = FolderWatcher(looking.service.registry, folder, reports)
     looking.put("one", adapters[2])
     with ThreadPoolExecutor(1) as pool, gate.holding():
         scan = pool.submit(scanned.scan)
@@ -104,7 +104,7 @@ def test_a_pair_that_is_being_replaced_is_left_to_the_next_scan(
     looking: Running, folder: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reports, fetch = Reports(), Staging.writer
-    scanned = AdapterFolder(looking.service.registry, folder, reports)
+    scanned = FolderWatcher(looking.service.registry, folder, reports)
 
     def meddle(staging: Staging, part: str, max_bytes: int) -> object:
         if part == "config":
@@ -125,7 +125,7 @@ def test_what_may_pass_is_tried_at_every_scan_and_told_once(
     looking: Running, folder: Path, adapters: list[Path]
 ) -> None:
     reports = Reports()
-    scanned = AdapterFolder(looking.service.registry, folder, reports)
+    scanned = FolderWatcher(looking.service.registry, folder, reports)
     looking.put("other", adapters[2])
     assert looking.client.put("/v1/aliases/one", json={"target": "other"}).status_code == 200
     for _ in range(3):
@@ -146,7 +146,7 @@ def test_a_failing_disk_is_asked_again_and_what_is_wrong_with_the_files_is_not(
         raise StorageFailedError("the disk that holds the adapters failed")
 
     reports = Reports()
-    scanned = AdapterFolder(looking.service.registry, folder, reports)
+    scanned = FolderWatcher(looking.service.registry, folder, reports)
     shutil.copytree(adapters[1], folder / "no name")
     shutil.copytree(adapters[1], folder / "broken")
     (folder / "broken" / "adapter_model.safetensors").write_bytes(b"x")
@@ -167,7 +167,7 @@ def test_a_scan_that_is_told_to_stop_begins_no_further_folder(
     looking: Running, folder: Path, adapters: list[Path], gate: Gate
 ) -> None:
     shutil.copytree(adapters[2], folder / "two")
-    scanned = AdapterFolder(looking.service.registry, folder, Reports())
+    scanned = FolderWatcher(looking.service.registry, folder, Reports())
     with ThreadPoolExecutor(1) as pool, gate.holding():
         scan = pool.submit(scanned.scan)
         gate.wait_for_one()

@@ -16,7 +16,7 @@ from swaplora_adapters.errors import (
     SourceNotAllowedError,
     SourceNotFoundError,
 )
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.sources.folder import ReplacedMeanwhileError
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.sources.uri import HubUri, ObjectUri, parse_uri, uri_of

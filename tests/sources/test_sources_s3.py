@@ -17,7 +17,7 @@ from swaplora_adapters.errors import (
     SourceNotAllowedError,
     SourceNotFoundError,
 )
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.sources import transfer
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.store.staging import Part, Staging, Writer

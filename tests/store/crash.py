@@ -26,7 +26,7 @@ from adapter_files import LAYERS, config_bytes, write_adapter
 from swaplora_adapters.config.parse import parse_spec
 from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.files.digest import digest_of, hex_of
-from swaplora_adapters.files.names import WEIGHTS_FILE
+from swaplora_adapters.files.naming import WEIGHTS_FILE
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.store.store import Store

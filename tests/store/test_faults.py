@@ -23,7 +23,7 @@ from server_process import SMALL, free_port, process, wait_ready
 from serving import Running, serving, settings
 from soak import size
 from swaplora_adapters.files.digest import hex_of
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 
 CODES = ("storage_full", "storage_failed")
 SQLITE_FAULTS = [("pwrite64", "ENOSPC", CODES[0]), ("pwrite64", "EIO", CODES[1]), ("fdatasync", "EIO", CODES[1])]

@@ -20,7 +20,7 @@ from serving import Running
 from soak import size
 from swaplora_adapters.config.parse import parse_spec
 from swaplora_adapters.files.digest import digest_of
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 
 PROMPT = list(range(50, 70))
 NUM_KILLS = size(ci=5, soak=25)

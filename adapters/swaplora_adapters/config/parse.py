@@ -12,7 +12,7 @@ from swaplora_adapters.config.spec import ADALORA, LORA, AdapterSpec
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 from swaplora_adapters.files.complaints import quoted
 from swaplora_adapters.files.disk import read_bounded
-from swaplora_adapters.files.names import CONFIG_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE
 from swaplora_adapters.files.strict_json import loads
 
 MAX_CONFIG_BYTES = 1 << 20

@@ -20,7 +20,7 @@ from swaplora_adapters.derive.kinds import KINDS, Kind, Module, Shapes
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 from swaplora_adapters.files.complaints import capped, quoted
 from swaplora_adapters.files.disk import full_disk_is_told, read_bounded
-from swaplora_adapters.files.names import CONFIG_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE
 from swaplora_adapters.files.strict_json import loads
 from swaplora_adapters.files.tensorfile import Header, read_header
 from swaplora_adapters.fit.base import LinearShape

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from swaplora_adapters.config.parse import read_spec
 from swaplora_adapters.derive.compose import Ingredient
 from swaplora_adapters.derive.deltas import require_deltas
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.fit.base import BaseLayers, LayerShapes, shape_of
 from swaplora_adapters.intake import inspect_files
 from swaplora_adapters.weights.load import load_weights

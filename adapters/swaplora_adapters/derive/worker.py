@@ -23,7 +23,7 @@ from swaplora_adapters.derive.lowrank import LowRank, relative_error
 from swaplora_adapters.derive.process import answer_of, bound_this_process
 from swaplora_adapters.derive.write import write_adapter
 from swaplora_adapters.errors import AdapterError
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.fit.base import LayerShapes, LinearShape
 from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.served import AdapterWeights

@@ -14,7 +14,7 @@ from swaplora_adapters.config.parse import MAX_CONFIG_BYTES, MAX_RANK
 from swaplora_adapters.derive.lowrank import LowRank
 from swaplora_adapters.errors import AdapterTooLargeError, StorageFailedError
 from swaplora_adapters.files.disk import full_disk_is_told
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.store.staging import Writer
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from swaplora_adapters.errors import InvalidAdapterError
 from swaplora_adapters.files.complaints import capped, quoted
 from swaplora_adapters.files.disk import open_regular
-from swaplora_adapters.files.names import WEIGHTS_FILE
+from swaplora_adapters.files.naming import WEIGHTS_FILE
 from swaplora_adapters.files.strict_json import loads
 
 LENGTH_BYTES = 8

@@ -11,7 +11,7 @@ from swaplora_adapters.errors import (
     InvalidAdapterNameError,
 )
 from swaplora_adapters.files.disk import full_disk_is_told
-from swaplora_adapters.files.names import validate_name
+from swaplora_adapters.files.naming import validate_name
 from swaplora_adapters.registry.index import Index, NamedVersions
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions, NameState
 from swaplora_adapters.store.records import Alias, Details, Published, Target, VersionRecord

@@ -19,7 +19,7 @@ from swaplora_adapters.errors import (
     SourceNotAllowedError,
     SourceNotFoundError,
 )
-from swaplora_adapters.files.names import validate_name
+from swaplora_adapters.files.naming import validate_name
 from swaplora_adapters.sources.uri import FOLDER, PLACE, check_template, parse_uri
 from swaplora_adapters.sources.workers import Workers
 

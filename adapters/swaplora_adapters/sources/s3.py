@@ -12,7 +12,7 @@ from urllib3.exceptions import HTTPError, TimeoutError
 from swaplora_adapters.config.parse import MAX_CONFIG_BYTES
 from swaplora_adapters.errors import AdapterError, SourceFailedError, SourceNotFoundError
 from swaplora_adapters.files.complaints import quoted
-from swaplora_adapters.files.names import CONFIG_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE
 from swaplora_adapters.sources import transfer
 from swaplora_adapters.sources.transfer import (
     CHUNK_BYTES,

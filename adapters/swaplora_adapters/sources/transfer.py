@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.errors import AdapterTooLargeError, SourceFailedError, SourceNotFoundError
-from swaplora_adapters.files.names import WEIGHTS_FILE
+from swaplora_adapters.files.naming import WEIGHTS_FILE
 from swaplora_adapters.store.staging import FILE_NAMES, Part, Staging
 
 CHUNK_BYTES = 1 << 20

@@ -13,7 +13,7 @@ from swaplora_adapters.errors import (
     InvalidAdapterNameError,
     PreconditionFailedError,
 )
-from swaplora_adapters.files.names import CONFIG_FILE, validate_name
+from swaplora_adapters.files.naming import CONFIG_FILE, validate_name
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.folder import ReplacedMeanwhileError, fetch_from_folder, origin_of
 from swaplora_adapters.sources.uri import FolderUri
@@ -37,7 +37,7 @@ def put_folder(registry: Registry, name: str, folder: Path) -> None:
     registry.names.set_origin(name, origin)
 
 
-class AdapterFolder:
+class FolderWatcher:
     """Looks when told to, and by itself between `start` and `stop`. What leaves the folder is served on until deleted.
 
     What was taken in is remembered with the files' times and sizes, durably: an unchanged sub-folder is not taken in

@@ -12,9 +12,9 @@ from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.errors import AdapterFailedError, InvalidAdapterError, UnsupportedAdapterError
 from swaplora_adapters.files.digest import digest_of, hex_of
 from swaplora_adapters.files.disk import full_disk_is_told, read_bounded, regular_size, remove, sync_folder
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.files.strict_json import loads
-from swaplora_adapters.store.folders import Folders
+from swaplora_adapters.store.data_dir import DataDir
 from swaplora_adapters.store.staging import Staging
 
 RESERVE_BYTES = 256 << 10
@@ -30,7 +30,7 @@ class BlobPaths(NamedTuple):
 class Blobs:
     """What lies in the folder `blobs` of a data directory, and a reserve of room for a full disk."""
 
-    def __init__(self, folders: Folders) -> None:
+    def __init__(self, folders: DataDir) -> None:
         self._folders = folders
         self._blobs, self._staging, self._reserve = folders.blobs, folders.staging, folders.reserve
 

@@ -11,8 +11,8 @@ from swaplora_adapters.errors import StorageFailedError, StorageFullError
 from swaplora_adapters.files.disk import StoreError, sync_folder
 from swaplora_adapters.store.blobs import Blobs
 from swaplora_adapters.store.catalogue import Catalogue, DamagedCatalogueError
+from swaplora_adapters.store.data_dir import DataDir
 from swaplora_adapters.store.descriptions import Description, Descriptions
-from swaplora_adapters.store.folders import Folders
 
 _BESIDE = ("-wal", "-shm", "-journal", "")  # the catalogue itself last: until it is gone, the next start does all again
 
@@ -20,7 +20,7 @@ _BESIDE = ("-wal", "-shm", "-journal", "")  # the catalogue itself last: until i
 class Recovery:
     """One start's. `notes` say what was not as it should be, a line each; with none of it `is_sound`."""
 
-    def __init__(self, folders: Folders, blobs: Blobs, names: Descriptions, aliases: Descriptions) -> None:
+    def __init__(self, folders: DataDir, blobs: Blobs, names: Descriptions, aliases: Descriptions) -> None:
         """Raises StoreError for files that a newer release has described."""
         self._folders = folders
         self._blobs = blobs

@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from swaplora_adapters.errors import AdapterTooLargeError, InvalidAdapterError
 from swaplora_adapters.files.disk import full_disk_is_told, remove
-from swaplora_adapters.files.names import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 
 Part = Literal["config", "weights"]
 FILE_NAMES: dict[Part, str] = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE}

@@ -29,11 +29,11 @@ from swaplora_adapters.errors import (
     VersionNotFoundError,
 )
 from swaplora_adapters.files.disk import StoreError
-from swaplora_adapters.files.names import validate_alias, validate_name
+from swaplora_adapters.files.naming import validate_alias, validate_name
 from swaplora_adapters.store.blobs import BlobPaths, Blobs
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
+from swaplora_adapters.store.data_dir import DataDir, unusable
 from swaplora_adapters.store.descriptions import Description, Descriptions, NotUndoneError
-from swaplora_adapters.store.folders import Folders, unusable
 from swaplora_adapters.store.records import Alias, Details, Published, Quarantined, VersionRecord
 from swaplora_adapters.store.recovery import Recovery
 from swaplora_adapters.store.staging import Staging
@@ -53,7 +53,7 @@ class Store:
     def __init__(self, data_dir: Path) -> None:
         """Lock, open, migrate and recover `data_dir`, which is made if need be; StoreError if it cannot be used."""
         self._mutex = threading.RLock()
-        folders = Folders(data_dir)
+        folders = DataDir(data_dir)
         self._blobs = Blobs(folders)
         self._names, self._aliases = (Descriptions(f, folders.staging) for f in (folders.names, folders.aliases))
         self._lock_descriptor = _lock(folders.lock)

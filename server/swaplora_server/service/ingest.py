@@ -17,7 +17,7 @@ from swaplora_adapters.registry.card import Put
 from swaplora_adapters.registry.index import parse_reference
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.resolver import Resolver
-from swaplora_adapters.sources.watcher import AdapterFolder
+from swaplora_adapters.sources.watcher import FolderWatcher
 from swaplora_adapters.sources.workers import Workers
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions, NameState
 from swaplora_adapters.store.staging import Staging
@@ -44,7 +44,7 @@ class Ingest:
     ) -> None:
         """`template` is a source with `{name}` in it; `report` hears of what was found and could not be taken in."""
         self._registry = registry
-        self._folder = None if folder is None else AdapterFolder(registry, folder, report)
+        self._folder = None if folder is None else FolderWatcher(registry, folder, report)
         self._resolver = Resolver(self._take_in, has_folder=folder is not None, template=template)
         self._fetchers = Workers(NUM_FETCHERS, "adapter-fetch")
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 from fastapi import APIRouter, Depends, Request
 from pydantic import Field, model_validator
 
-from swaplora_adapters.files.names import validate_alias
+from swaplora_adapters.files.naming import validate_alias
 from swaplora_adapters.store.records import Target
 from swaplora_server.http.cards import alias_body
 from swaplora_server.http.query import refuse_unknown_parameters

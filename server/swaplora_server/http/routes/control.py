@@ -16,7 +16,7 @@ from pydantic import Field
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from swaplora_adapters.errors import AdapterError, AdapterNotFoundError, AliasNotFoundError, PreconditionFailedError
-from swaplora_adapters.files.names import stored_name, validate_alias
+from swaplora_adapters.files.naming import stored_name, validate_alias
 from swaplora_adapters.registry.card import Put
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.uri import uri_of

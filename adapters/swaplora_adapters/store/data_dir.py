@@ -10,7 +10,7 @@ _MAX_ASIDE_CHARS = 200  # a number may follow, and a file's name has 255 bytes
 _FILES = ("catalogue.sqlite3", "lock", "reserve")
 
 
-class Folders:
+class DataDir:
     """Where everything lies. A link is refused, since what it leads to would be emptied or written over.
 
     The folders of descriptions are not there before `describe`: without them nothing has been described.
