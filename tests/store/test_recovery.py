@@ -16,7 +16,7 @@ from crash import everything
 from swaplora_adapters.errors import AdapterFailedError, InvalidAdapterError, StorageFailedError, StorageFullError
 from swaplora_adapters.files.digest import hex_of
 from swaplora_adapters.files.disk import full_disk_is_told
-from swaplora_adapters.store import blobs, descriptions
+from swaplora_adapters.store import blobs, manifests
 from swaplora_adapters.store.catalogue import Catalogue
 from swaplora_adapters.store.records import Alias, Target
 from swaplora_adapters.store.store import Store, StoreError
@@ -271,7 +271,7 @@ def test_of_what_nothing_knows_the_name_the_files_are_kept(data_dir: Path) -> No
 def test_a_description_of_a_newer_release_is_left_alone(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(data_dir)
     with monkeypatch.context() as patch:
-        patch.setattr(descriptions, "FORMAT", descriptions.FORMAT + 1)
+        patch.setattr(manifests, "FORMAT", manifests.FORMAT + 1)
         store = Store(data_dir)
         store.change("sql", is_pinned=False)
         store.close()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from swaplora_adapters.files.disk import StoreError, full_disk_is_told
-from swaplora_adapters.store.descriptions import Description, Facts
+from swaplora_adapters.store.manifests import Facts, Manifest
 from swaplora_adapters.store.records import Alias, Details, Target, VersionRecord
 
 # Each script brings `user_version` one further. Never change one that was released: append.
@@ -188,37 +188,35 @@ class Catalogue:
         """The same of each alias."""
         return dict(self._query("SELECT alias, revision FROM aliases"))
 
-    def describe_name(self, name: str) -> Description:
+    def manifest_of_name(self, name: str) -> Manifest:
         """All that is kept of a name, but for what was found out about its files."""
         columns = (*_OF_VERSION, "weights_bytes")
         joined = f"SELECT {', '.join(columns)} FROM versions JOIN blobs USING (digest) WHERE name = ? ORDER BY version"
         versions = [_unpacked(columns, row) for row in self._query(joined, name)]
         [(revision, *row)] = self._query(f"SELECT revision, {', '.join(_OF_NAME)} FROM names WHERE name = ?", name)
-        return Description(revision, _unpacked(_OF_NAME, row) | {"versions": versions})
+        return Manifest(revision, _unpacked(_OF_NAME, row) | {"versions": versions})
 
-    def describe_alias(self, alias: str) -> Description:
+    def manifest_of_alias(self, alias: str) -> Manifest:
         """Where it leads."""
         [(revision, targets)] = self._query("SELECT revision, targets FROM aliases WHERE alias = ?", alias)
-        return Description(revision, {"targets": json.loads(targets)})
+        return Manifest(revision, {"targets": json.loads(targets)})
 
-    def adopt_name(self, name: str, description: Description, config_bytes: Mapping[str, int]) -> None:
-        """Take what a description says for what is kept of the name; `config_bytes` are the files', by digest."""
-        facts = description.facts
+    def adopt_name(self, name: str, manifest: Manifest, config_bytes: Mapping[str, int]) -> None:
+        """Take what a manifest says for what is kept of the name; `config_bytes` are the files', by digest."""
+        facts = manifest.facts
         self._execute("DELETE FROM versions WHERE name = ?", name)
-        self._insert(
-            "names", {"name": name, "revision": description.revision, **facts}, ("name", "revision", *_OF_NAME)
-        )
+        self._insert("names", {"name": name, "revision": manifest.revision, **facts}, ("name", "revision", *_OF_NAME))
         for version in facts["versions"]:
             digest = version["digest"]
             if not self.is_blob(digest):
                 self.put_blob(digest, config_bytes[digest], version["weights_bytes"])
             self._insert("versions", {"name": name, **version}, ("name", *_OF_VERSION))
 
-    def adopt_alias(self, alias: str, description: Description) -> None:
-        """Take what a description says, which may be that the alias is no more."""
+    def adopt_alias(self, alias: str, manifest: Manifest) -> None:
+        """Take what a manifest says, which may be that the alias is no more."""
         self.remove_alias(alias)
-        if description.facts["targets"] is not None:
-            self._insert("aliases", {"alias": alias, "revision": description.revision, **description.facts}, _OF_ALIAS)
+        if manifest.facts["targets"] is not None:
+            self._insert("aliases", {"alias": alias, "revision": manifest.revision, **manifest.facts}, _OF_ALIAS)
 
     def forget_unreferenced(self) -> None:
         """Delete the rows of blobs that no version has."""
@@ -284,7 +282,7 @@ class Catalogue:
 
     def put_alias(self, alias: Alias, revision: int) -> None:
         """Make an alias, or let it stand for something else."""
-        self.adopt_alias(alias.alias, Description(revision, {"targets": alias.targets}))
+        self.adopt_alias(alias.alias, Manifest(revision, {"targets": alias.targets}))
 
     def remove_alias(self, alias: str) -> bool:
         """Delete an alias; whether there was one."""

@@ -13,7 +13,7 @@ _FILES = ("catalogue.sqlite3", "lock", "reserve")
 class DataDir:
     """Where everything lies. A link is refused, since what it leads to would be emptied or written over.
 
-    The folders of descriptions are not there before `describe`: without them nothing has been described.
+    The folders of manifests are not there before `make_manifest_folders`: without them nothing has been described.
     """
 
     def __init__(self, data_dir: Path) -> None:
@@ -31,12 +31,12 @@ class DataDir:
             raise unusable(data_dir, error) from error
 
     @property
-    def is_described(self) -> bool:
+    def has_manifests(self) -> bool:
         """Whether a release that describes what it stores has used the directory."""
         return self.names.exists()
 
-    def describe(self) -> None:
-        """Make the folders of descriptions if need be."""
+    def make_manifest_folders(self) -> None:
+        """Make the folders of manifests if need be."""
         try:
             for folder in (self.names, self.aliases):
                 _make(folder)

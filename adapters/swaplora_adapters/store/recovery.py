@@ -1,7 +1,7 @@
-"""What a start makes of what it finds: catalogue and descriptions brought to agree, nothing unknown thrown away.
+"""What a start makes of what it finds: catalogue and manifests brought to agree, nothing unknown thrown away.
 
 Of the two the newer is right, name by name. A catalogue that is lost or damaged is set aside, and made anew from the
-descriptions.
+manifests.
 """
 
 import os
@@ -12,7 +12,7 @@ from swaplora_adapters.files.disk import StoreError, sync_folder
 from swaplora_adapters.store.blobs import Blobs
 from swaplora_adapters.store.catalogue import Catalogue, DamagedCatalogueError
 from swaplora_adapters.store.data_dir import DataDir
-from swaplora_adapters.store.descriptions import Description, Descriptions
+from swaplora_adapters.store.manifests import Manifest, Manifests
 
 _BESIDE = ("-wal", "-shm", "-journal", "")  # the catalogue itself last: until it is gone, the next start does all again
 
@@ -20,7 +20,7 @@ _BESIDE = ("-wal", "-shm", "-journal", "")  # the catalogue itself last: until i
 class Recovery:
     """One start's. `notes` say what was not as it should be, a line each; with none of it `is_sound`."""
 
-    def __init__(self, folders: DataDir, blobs: Blobs, names: Descriptions, aliases: Descriptions) -> None:
+    def __init__(self, folders: DataDir, blobs: Blobs, names: Manifests, aliases: Manifests) -> None:
         """Raises StoreError for files that a newer release has described."""
         self._folders = folders
         self._blobs = blobs
@@ -35,7 +35,7 @@ class Recovery:
         """The catalogue, or where that is lost or damaged a new one; StoreError if nothing says what it held."""
         path = self._folders.catalogue
         is_lost = not path.exists() or not path.stat().st_size
-        has_files = self._folders.is_described or not self._blobs.is_empty()
+        has_files = self._folders.has_manifests or not self._blobs.is_empty()
         try:
             if is_lost and has_files:
                 raise DamagedCatalogueError(f"{path.name} is empty" if path.exists() else f"{path.name} is missing")
@@ -47,24 +47,24 @@ class Recovery:
         return catalogue
 
     def agree(self, catalogue: Catalogue) -> int:
-        """Bring the catalogue and the descriptions to say the same; the last revision of any name or alias."""
-        self._folders.describe()
+        """Bring the catalogue and the manifests to say the same; the last revision of any name or alias."""
+        self._folders.make_manifest_folders()
         self._set_damaged_aside()
         names = _Difference(catalogue.revisions(), self._described_names)
         aliases = _Difference(catalogue.alias_revisions(), self._described_aliases)
         if names.news or aliases.news:
             with catalogue.transaction():
-                for name, description in names.news.items():
-                    digests = (version["digest"] for version in description.facts["versions"])
+                for name, manifest in names.news.items():
+                    digests = (version["digest"] for version in manifest.facts["versions"])
                     sizes = {digest: self._blobs.config_bytes(digest) for digest in digests}
-                    catalogue.adopt_name(name, description, sizes)
-                for alias, description in aliases.news.items():
-                    catalogue.adopt_alias(alias, description)
+                    catalogue.adopt_name(name, manifest, sizes)
+                for alias, manifest in aliases.news.items():
+                    catalogue.adopt_alias(alias, manifest)
                 catalogue.forget_unreferenced()
             told = f"{len(names.news)} names and {len(aliases.news)} aliases"
             self.notes.append(f"the catalogue was brought up to date from the files beside it: {told}")
-        self._write(self._names, {name: catalogue.describe_name(name) for name in names.untold})
-        self._write(self._aliases, {alias: catalogue.describe_alias(alias) for alias in aliases.untold})
+        self._write(self._names, {name: catalogue.manifest_of_name(name) for name in names.untold})
+        self._write(self._aliases, {alias: catalogue.manifest_of_alias(alias) for alias in aliases.untold})
         return max(names.last_revision, aliases.last_revision)
 
     def sweep(self, catalogue: Catalogue) -> None:
@@ -76,7 +76,7 @@ class Recovery:
 
     def _set_catalogue_aside(self, error: DamagedCatalogueError) -> None:
         """All its files: what it was not the latest to know may be in its log."""
-        if not (self._folders.is_described or self._blobs.is_empty()):
+        if not (self._folders.has_manifests or self._blobs.is_empty()):
             raise _nothing_to_go_by(str(error)) from error
         catalogue = self._folders.catalogue
         files = [path for end in _BESIDE if os.path.lexists(path := catalogue.with_name(catalogue.name + end))]
@@ -94,20 +94,20 @@ class Recovery:
             aside = self._folders.set_aside(path, f"{path.parent.name}-{path.name}")
             self.notes.append(f"the description of {path.name!a} is damaged, and in the quarantine as {aside.name!a}")
 
-    def _write(self, descriptions: Descriptions, missing: Mapping[str, Description]) -> None:
+    def _write(self, manifests: Manifests, missing: Mapping[str, Manifest]) -> None:
         """A disk without room for them leaves them to the next start."""
         try:
-            descriptions.put_all(missing)
+            manifests.put_all(missing)
         except (StorageFullError, StorageFailedError) as error:
             self.notes.append(f"{len(missing)} names or aliases are described in the catalogue alone: {error}")
 
 
 class _Difference:
-    """What descriptions tell that the catalogue has not heard of, and of what it knows more than they tell."""
+    """What manifests tell that the catalogue has not heard of, and of what it knows more than they tell."""
 
-    def __init__(self, revisions: Mapping[str, int], described: Mapping[str, Description]) -> None:
+    def __init__(self, revisions: Mapping[str, int], described: Mapping[str, Manifest]) -> None:
         """`revisions` are the catalogue's. An alias that was deleted is known to it by its absence."""
-        told = {name: description.revision for name, description in described.items()}
+        told = {name: manifest.revision for name, manifest in described.items()}
         gone = {n for n, d in described.items() if n not in revisions and d.facts.get("targets", ()) is None}
         self.news = {n: d for n, d in described.items() if n not in gone and d.revision > revisions.get(n, -1)}
         self.untold = [name for name, revision in revisions.items() if revision > told.get(name, -1)]

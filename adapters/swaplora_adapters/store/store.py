@@ -8,8 +8,8 @@
     quarantine/         what was found unusable, or unknown
 
 A publish is durable when it returns: files synced, folder renamed into place, folder synced, the same for the name's
-description, catalogue committed. What a crash leaves behind is whole, or swept at the next start. The catalogue can be
-lost: it is made anew from the descriptions.
+manifest, catalogue committed. What a crash leaves behind is whole, or swept at the next start. The catalogue can be
+lost: it is made anew from the manifests.
 """
 
 import fcntl
@@ -33,7 +33,7 @@ from swaplora_adapters.files.naming import validate_alias, validate_name
 from swaplora_adapters.store.blobs import BlobPaths, Blobs
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
 from swaplora_adapters.store.data_dir import DataDir, unusable
-from swaplora_adapters.store.descriptions import Description, Descriptions, NotUndoneError
+from swaplora_adapters.store.manifests import Manifest, Manifests, NotUndoneError
 from swaplora_adapters.store.records import Alias, Details, Published, Quarantined, VersionRecord
 from swaplora_adapters.store.recovery import Recovery
 from swaplora_adapters.store.staging import Staging
@@ -55,7 +55,7 @@ class Store:
         self._mutex = threading.RLock()
         folders = DataDir(data_dir)
         self._blobs = Blobs(folders)
-        self._names, self._aliases = (Descriptions(f, folders.staging) for f in (folders.names, folders.aliases))
+        self._names, self._aliases = (Manifests(f, folders.staging) for f in (folders.names, folders.aliases))
         self._lock_descriptor = _lock(folders.lock)
         try:
             recovery = Recovery(folders, self._blobs, self._names, self._aliases)
@@ -106,7 +106,7 @@ class Store:
                     is_new = previous is None or previous.digest != details.digest
                     if is_new:
                         self._catalogue.add_version(name, details, source)
-                        self._describe(name)
+                        self._write_manifest(name)
                     is_committing = True
             except BaseException as error:
                 # a commit that fails for anything but room may stand at the next start, and would want its files
@@ -161,7 +161,7 @@ class Store:
                     self._catalogue.set_current(name, current)
                 if is_pinned is not None:
                     self._catalogue.set_pinned(name, is_pinned)
-                self._describe(name)
+                self._write_manifest(name)
 
     def is_pinned(self, name: str) -> bool:
         """Whether the current version of `name` is to stay in memory."""
@@ -177,7 +177,7 @@ class Store:
         """Note what `name` was taken in from; StorageFullError."""
         with self._mutex, self._change():
             self._catalogue.set_origin(name, origin)
-            self._describe(name)
+            self._write_manifest(name)
 
     def aliases(self) -> list[Alias]:
         """In order of alias."""
@@ -189,7 +189,7 @@ class Store:
         validate_alias(alias.alias)
         with self._mutex, self._change():
             self._catalogue.put_alias(alias, self._next_revision())
-            self._aliases.put(alias.alias, self._catalogue.describe_alias(alias.alias))
+            self._aliases.put(alias.alias, self._catalogue.manifest_of_alias(alias.alias))
 
     def remove_alias(self, alias: str) -> None:
         """Raises AliasNotFoundError. Works on a full disk too."""
@@ -256,7 +256,7 @@ class Store:
 
     @contextmanager
     def _change(self) -> Iterator[None]:
-        """Changes of the catalogue and of descriptions, all or none; durable when it ends. Needs `_mutex`."""
+        """Changes of the catalogue and of manifests, all or none; durable when it ends. Needs `_mutex`."""
         with self._names.undone_on_error(), self._aliases.undone_on_error(), self._catalogue.transaction():
             yield
 
@@ -264,32 +264,30 @@ class Store:
         self._revision += 1
         return self._revision
 
-    def _describe(self, name: str, removed: Sequence[str] = ()) -> None:
+    def _write_manifest(self, name: str, removed: Sequence[str] = ()) -> None:
         """Write down what the catalogue has of a name that has changed, before that is committed.
 
         `removed` are digests that it has lost. What was removed on purpose is not set aside at the next start.
         """
         left = [d for d in dict.fromkeys([*self._catalogue.removed(name), *removed]) if self._blobs.has(d)]
         self._catalogue.set_revision(name, self._next_revision(), left)
-        self._names.put(name, self._catalogue.describe_name(name))
+        self._names.put(name, self._catalogue.manifest_of_name(name))
 
     def _remove_versions(self, name: str, doomed: Sequence[VersionRecord], is_hard: bool) -> None:
         self._catalogue.remove_versions(doomed)
-        with self._if_undescribed(
-            is_hard and self._catalogue.current(name) is None, lambda: self._names.take_away(name)
-        ):
-            self._describe(name, [record.digest for record in doomed])
+        with self._if_unwritten(is_hard and self._catalogue.current(name) is None, lambda: self._names.take_away(name)):
+            self._write_manifest(name, [record.digest for record in doomed])
 
     def _remove_alias(self, alias: str, is_hard: bool) -> bool:
         is_removed = self._catalogue.remove_alias(alias)
         if is_removed:
-            with self._if_undescribed(is_hard, lambda: self._aliases.take_away(alias)):
-                self._aliases.put(alias, Description(self._next_revision(), {"targets": None}))
+            with self._if_unwritten(is_hard, lambda: self._aliases.take_away(alias)):
+                self._aliases.put(alias, Manifest(self._next_revision(), {"targets": None}))
         return is_removed
 
     @contextmanager
-    def _if_undescribed(self, is_enough: bool, take_away: Callable[[], None]) -> Iterator[None]:
-        """Where what is no more cannot be described as such, no description at all says so too, if that `is_enough`."""
+    def _if_unwritten(self, is_enough: bool, take_away: Callable[[], None]) -> Iterator[None]:
+        """Where what is no more cannot be described as such, no manifest at all says so too, if that `is_enough`."""
         try:
             yield
         except (StorageFullError, StorageFailedError):

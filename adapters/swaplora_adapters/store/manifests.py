@@ -2,7 +2,7 @@
 
     names/<name>        one line of JSON, and a line with its sha256; a slash of an alias is written as %
 
-A description is durable before the catalogue commits what it says, so it is never the older of the two. One of what was
+A manifest is durable before the catalogue commits what it says, so it is never the older of the two. One of what was
 deleted stays, and says so: nothing comes back because its catalogue was lost.
 """
 
@@ -30,15 +30,15 @@ class NotUndoneError(StorageFailedError):
     """A change failed on a disk that did not let it be taken back: the next start may find it made."""
 
 
-class Description(NamedTuple):
+class Manifest(NamedTuple):
     """All that is to be known of a name or of an alias, as of a revision; revisions count changes of any of them."""
 
     revision: int
     facts: Facts
 
 
-class Descriptions:
-    """The descriptions in one folder, which are written in `staging`. For one thread at a time."""
+class Manifests:
+    """The manifests in one folder, which are written in `staging`. For one thread at a time."""
 
     def __init__(self, folder: Path, staging: Path) -> None:
         self._folder = folder
@@ -46,28 +46,28 @@ class Descriptions:
         self._replaced: list[tuple[Path, Path | None]] = []  # and where what was there before lies, if anything was
         self._leftovers: list[Path] = []
 
-    def read(self) -> tuple[dict[str, Description], list[Path]]:
+    def read(self) -> tuple[dict[str, Manifest], list[Path]]:
         """All that are sound, by name, and the files that are not; StoreError for those of a newer release."""
-        found: dict[str, Description] = {}
+        found: dict[str, Manifest] = {}
         damaged: list[Path] = []
         if not self._folder.exists():
             return found, damaged
         with full_disk_is_told(), os.scandir(self._folder) as entries:
             for entry in entries:
                 name = entry.name.replace(_SLASH, "/")
-                description = _decoded(name, _read(entry.path) if entry.is_file(follow_symlinks=False) else b"")
-                if description is None:
+                manifest = _decoded(name, _read(entry.path) if entry.is_file(follow_symlinks=False) else b"")
+                if manifest is None:
                     damaged.append(Path(entry.path))
                 else:
-                    found[name] = description
+                    found[name] = manifest
         return found, damaged
 
-    def put(self, name: str, description: Description) -> None:
+    def put(self, name: str, manifest: Manifest) -> None:
         """Write or replace one, in an `undone_on_error`; durable when this returns.
 
         Raises StorageFullError and StorageFailedError.
         """
-        staged, target, content = self._beside(), self._path(name), _encoded(name, description)
+        staged, target, content = self._beside(), self._path(name), _encoded(name, manifest)
         with full_disk_is_told():
             with Writer(staged, len(content)) as writer:
                 writer.write(content)
@@ -76,12 +76,12 @@ class Descriptions:
             self._replaced.append((target, before))
             sync_folder(self._folder)
 
-    def put_all(self, descriptions: Mapping[str, Description]) -> None:
+    def put_all(self, manifests: Mapping[str, Manifest]) -> None:
         """Write or replace many, with one wait for the disk. StorageFullError, StorageFailedError."""
         with full_disk_is_told(), self.undone_on_error():
-            staged = {name: self._beside() for name in descriptions}
+            staged = {name: self._beside() for name in manifests}
             for name, path in staged.items():
-                path.write_bytes(_encoded(name, descriptions[name]))
+                path.write_bytes(_encoded(name, manifests[name]))
             if staged:
                 os.sync()
             for name, path in staged.items():
@@ -153,12 +153,12 @@ def _read(path: str) -> bytes:
         return file.read()
 
 
-def _encoded(name: str, description: Description) -> bytes:
-    content = json.dumps({"format": FORMAT, "name": name, **description._asdict()}).encode()
+def _encoded(name: str, manifest: Manifest) -> bytes:
+    content = json.dumps({"format": FORMAT, "name": name, **manifest._asdict()}).encode()
     return b"%b\n%b\n" % (content, hashlib.sha256(content).hexdigest().encode())
 
 
-def _decoded(name: str, raw: bytes) -> Description | None:
+def _decoded(name: str, raw: bytes) -> Manifest | None:
     """None for what is damaged, or is another's."""
     content, _, checksum = raw.partition(b"\n")
     if checksum != hashlib.sha256(content).hexdigest().encode() + b"\n":
@@ -166,4 +166,4 @@ def _decoded(name: str, raw: bytes) -> Description | None:
     read = json.loads(content)
     if read["format"] > FORMAT:
         raise StoreError(f"the description of {name} was written by a newer release: start that one")
-    return Description(read["revision"], read["facts"]) if read["name"] == name else None
+    return Manifest(read["revision"], read["facts"]) if read["name"] == name else None
