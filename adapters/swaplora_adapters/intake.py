@@ -12,7 +12,7 @@ from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 from swaplora_adapters.files.complaints import capped, quoted
 from swaplora_adapters.files.digest import digest_of
-from swaplora_adapters.files.disk import full_disk_is_told
+from swaplora_adapters.files.disk import raising_storage_errors
 from swaplora_adapters.files.tensorfile import DEFAULT_LIMITS, Header, Limits, iter_tensors, read_header
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.store.records import Details
@@ -49,7 +49,7 @@ def inspect_files(
     InvalidAdapterError with every complaint of the first stage that has any (the two files by themselves, their fit to
     the base, their values), or UnsupportedAdapterError if all of those are about what is not served.
     """
-    with full_disk_is_told():
+    with raising_storage_errors():
         spec, header = _read_both(config_path, weights_path, limits)
         layout = check_fit(spec, header, layers, MAX_WORK)
         survey = survey_values(layout, iter_tensors(weights_path, header), dtype)

@@ -319,8 +319,8 @@ def test_a_composition_outlives_what_it_was_made_of(
 ) -> None:
     stocked.put("mortal", tiny.save_adapter(tmp_path / "mortal", base, seed=9, rank=2))
     alone = stocked.token_ids("mortal", PROMPT)
-    made = compose_over_http("heir", {"mortal": 1.0})
+    made = compose_over_http("successor", {"mortal": 1.0})
     assert made.status_code == 201
     assert stocked.client.delete("/v1/adapters/mortal").status_code == 200
-    assert stocked.token_ids("heir", PROMPT) == alone
+    assert stocked.token_ids("successor", PROMPT) == alone
     assert made.json()["provenance"]["from"][0]["name"] == "mortal"

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from serving import BASE, Running, serving, settings
-from swaplora_adapters.registry.card import Put
+from swaplora_adapters.registry.card import PutResult
 from swaplora_server.http.transport.body import MAX_SMALL_BODY_BYTES, SMALL_BYTES
 from swaplora_server.service import prompts as tokenizing
 from swaplora_server.service.service import MAX_INSPECTIONS, NUM_INSPECTORS, NUM_UPLOAD_THREADS
@@ -169,7 +169,7 @@ def test_while_uploads_are_checked_everything_else_is_answered(
 ) -> None:
     put, num_begun, may_go_on = small.service.registry.put, Counter[str](), threading.Event()
 
-    def held_put(name: str, *arguments: Any, **fields: Any) -> Put:
+    def held_put(name: str, *arguments: Any, **fields: Any) -> PutResult:
         num_begun[name] += 1
         assert may_go_on.wait(GUARD_SECONDS)
         return put(name, *arguments, **fields)

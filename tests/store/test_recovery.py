@@ -15,7 +15,7 @@ import pytest
 from crash import everything
 from swaplora_adapters.errors import AdapterFailedError, InvalidAdapterError, StorageFailedError, StorageFullError
 from swaplora_adapters.files.digest import hex_of
-from swaplora_adapters.files.disk import full_disk_is_told
+from swaplora_adapters.files.disk import raising_storage_errors
 from swaplora_adapters.store import blobs, manifests
 from swaplora_adapters.store.catalogue import Catalogue
 from swaplora_adapters.store.records import Alias, Target
@@ -392,7 +392,7 @@ def test_a_page_that_is_damaged_while_serving_is_one_line(data_dir: Path) -> Non
     filled(data_dir)
     DAMAGE["damaged pages"](data_dir)
     connection = sqlite3.connect(data_dir / CATALOGUE)
-    with pytest.raises(StorageFailedError, match="the next start rebuilds it"), full_disk_is_told():
+    with pytest.raises(StorageFailedError, match="the next start rebuilds it"), raising_storage_errors():
         connection.execute("SELECT * FROM names, versions, blobs").fetchall()
     connection.close()
 

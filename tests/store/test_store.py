@@ -35,7 +35,7 @@ from swaplora_adapters.errors import (
     VersionNotFoundError,
 )
 from swaplora_adapters.files.digest import digest_of
-from swaplora_adapters.files.disk import full_disk_is_told
+from swaplora_adapters.files.disk import raising_storage_errors
 from swaplora_adapters.store.catalogue import MIGRATIONS, Catalogue
 from swaplora_adapters.store.conditions import Conditions, NameState
 from swaplora_adapters.store.records import Alias, Target
@@ -446,9 +446,9 @@ def test_a_fault_at_any_call_leaves_the_store_as_it_was(
 def test_a_full_catalogue_is_told_as_a_full_disk() -> None:
     connection = sqlite3.connect(":memory:")
     connection.execute("PRAGMA max_page_count = 2")
-    with pytest.raises(StorageFullError), full_disk_is_told():
+    with pytest.raises(StorageFullError), raising_storage_errors():
         connection.executescript("CREATE TABLE a (x); CREATE TABLE b (x); CREATE TABLE c (x)")
-    with pytest.raises(sqlite3.OperationalError), full_disk_is_told():
+    with pytest.raises(sqlite3.OperationalError), raising_storage_errors():
         connection.execute("SELECT nonsense")
     connection.close()
 

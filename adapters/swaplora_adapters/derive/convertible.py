@@ -19,7 +19,7 @@ from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.derive.kinds import KINDS, Kind, Module, Shapes
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 from swaplora_adapters.files.complaints import capped, quoted
-from swaplora_adapters.files.disk import full_disk_is_told, read_bounded
+from swaplora_adapters.files.disk import raising_storage_errors, read_bounded
 from swaplora_adapters.files.naming import CONFIG_FILE
 from swaplora_adapters.files.strict_json import loads
 from swaplora_adapters.files.tensorfile import Header, read_header
@@ -68,7 +68,7 @@ class Convertible:
 
 def read_convertible(config_path: Path, weights_path: Path, shapes: Mapping[str, LinearShape]) -> Convertible:
     """Raises InvalidAdapterError with every complaint of the first stage that has any, or UnsupportedAdapterError."""
-    with full_disk_is_told():
+    with raising_storage_errors():
         raw = read_bounded(config_path, MAX_CONFIG_BYTES)
         document = loads(raw, what=CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES, max_depth=MAX_CONFIG_DEPTH)
         name, kind = _kind_of(document)

@@ -13,7 +13,7 @@ from torch import Tensor
 from swaplora_adapters.config.parse import MAX_CONFIG_BYTES, MAX_RANK
 from swaplora_adapters.derive.lowrank import LowRank
 from swaplora_adapters.errors import AdapterTooLargeError, StorageFailedError
-from swaplora_adapters.files.disk import full_disk_is_told
+from swaplora_adapters.files.disk import raising_storage_errors
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.store.staging import Writer
 
@@ -44,7 +44,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], max_bytes: int) -> No
     """A safetensors file, durable. What is too large is not begun, unless it is for the header alone."""
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     if num_bytes <= max_bytes:
-        with full_disk_is_told():
+        with raising_storage_errors():
             num_bytes = _save(path, tensors, num_bytes)
     if num_bytes > max_bytes:
         raise AdapterTooLargeError(f"{path.name} is larger than {max_bytes} bytes")

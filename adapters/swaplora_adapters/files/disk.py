@@ -28,7 +28,7 @@ def open_regular(path: Path) -> FileIO:
 
     A pipe is never waited for. The message names the file, not the folder it lies in. Also raises StorageFailedError.
     """
-    with full_disk_is_told():
+    with raising_storage_errors():
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
@@ -74,7 +74,7 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def full_disk_is_told() -> Iterator[None]:
+def raising_storage_errors() -> Iterator[None]:
     """Turn a full disk met in the body, by a file or by SQLite, into StorageFullError; the rest passes.
 
     A disk that fails, or has changed the catalogue, becomes StorageFailedError. SQLite says only that for no room at a

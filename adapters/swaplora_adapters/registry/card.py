@@ -28,7 +28,7 @@ class Card:
     last_failure: Failure | None
 
 
-class Put(NamedTuple):
+class PutResult(NamedTuple):
     """An upload's outcome."""
 
     card: Card

@@ -10,7 +10,7 @@ from swaplora_adapters.errors import (
     AdapterNotFoundError,
     InvalidAdapterNameError,
 )
-from swaplora_adapters.files.disk import full_disk_is_told
+from swaplora_adapters.files.disk import raising_storage_errors
 from swaplora_adapters.files.naming import validate_name
 from swaplora_adapters.registry.index import Index, NamedVersions
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions, NameState
@@ -91,7 +91,7 @@ class Names:
             self._refresh(name)
             return self.index.get(name)
 
-    def heir(self, name: str, version: int | None) -> VersionRecord | None:
+    def successor(self, name: str, version: int | None) -> VersionRecord | None:
         """What `name` would stand for without this version of it, or without any; AdapterNotFoundError."""
         named = self.index.get(name)
         if version != named.current.version:
@@ -122,7 +122,7 @@ class Names:
         """
         record = self.index.resolve_name(reference)
         self._store.verify(record.digest)
-        with self.changes, full_disk_is_told():
+        with self.changes, raising_storage_errors():
             self.index.resolve_name(f"{record.name}@{record.version}")  # which may be deleted by now
             folder.mkdir()
             for path in self._store.blob_paths(record.digest):

@@ -17,7 +17,7 @@ from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.errors import AdapterError, PreconditionFailedError, StorageFailedError, StorageFullError
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.intake import inspect_files
-from swaplora_adapters.registry.card import Card, Failure, Put
+from swaplora_adapters.registry.card import Card, Failure, PutResult
 from swaplora_adapters.registry.index import NamedVersions
 from swaplora_adapters.registry.leases import Lease, LeaseCounts, Removal, RequestLeases
 from swaplora_adapters.registry.names import Names
@@ -116,7 +116,7 @@ class Registry:
         source: str,
         conditions: Conditions = UNCONDITIONAL,
         make: Make | None = None,
-    ) -> Put:
+    ) -> PutResult:
         """Check staged files whole and make them the current version of `name`, durably.
 
         `make` makes them first, or makes them into others. Raises what that does, InvalidAdapterError with every
@@ -135,7 +135,7 @@ class Registry:
         is_operators: bool = False,
         make: Make | None = None,
         cancellation: Cancellation | None = None,
-    ) -> Put:
+    ) -> PutResult:
         """Fetch an adapter from a source that the operator enabled, or wrote (`is_operators`), and `put` it.
 
         Raises SourceNotAllowedError, SourceNotFoundError and SourceFailedError as well, and WorkCancelledError when
@@ -167,9 +167,9 @@ class Registry:
         next version would not fit.
         """
         with self._names.changes:
-            heir = self._names.heir(name, version)
-            if heir is not None and self._names.index.get(name).is_pinned:
-                self._check_pins(name, heir.digest, self._num_bytes(heir))
+            successor = self._names.successor(name, version)
+            if successor is not None and self._names.index.get(name).is_pinned:
+                self._check_pins(name, successor.digest, self._num_bytes(successor))
             removal = self._remove(name, version)
             self._residency.pin(self._pinned())
             return removal
@@ -215,7 +215,7 @@ class Registry:
                 self._last_failure[name] = Failure(time.time(), str(error))
             raise
 
-    def _put(self, name: str, staging: Staging, source: str, conditions: Conditions, make: Make | None) -> Put:
+    def _put(self, name: str, staging: Staging, source: str, conditions: Conditions, make: Make | None) -> PutResult:
         provenance = None if make is None else make(staging)
         found = inspect_files(
             staging.config_path, staging.weights_path, self._layers, self._dtype, base_model=self._base_model
@@ -233,7 +233,7 @@ class Registry:
                 for record in self._names.outdated(name):
                     self._remove(name, record.version)
             self._residency.pin(self._pinned())
-            return Put(self.card(name), is_first=published.previous is None)
+            return PutResult(self.card(name), is_first=published.previous is None)
 
     def _num_bytes(self, record: VersionRecord) -> int:
         """In memory."""

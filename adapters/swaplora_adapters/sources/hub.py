@@ -19,7 +19,7 @@ from swaplora_adapters.config.parse import MAX_CONFIG_BYTES
 from swaplora_adapters.errors import AdapterError, SourceFailedError, SourceNotAllowedError, SourceNotFoundError
 from swaplora_adapters.files.complaints import quoted
 from swaplora_adapters.sources import transfer
-from swaplora_adapters.sources.transfer import Deadline, PassingError, missing, reading, receive, try_again
+from swaplora_adapters.sources.transfer import Deadline, TransientError, missing, reading, receive, with_retries
 from swaplora_adapters.sources.uri import HubUri
 from swaplora_adapters.store.staging import FILE_NAMES, Part, Staging
 
@@ -33,10 +33,10 @@ def fetch_from_hub(uri: HubUri, staging: Staging, max_weights_bytes: int, deadli
 
     Raises SourceNotFoundError, SourceFailedError, SourceNotAllowedError, AdapterTooLargeError, StorageFullError.
     """
-    pinned = uri.at(try_again(lambda: _commit(uri, deadline), deadline))
+    pinned = uri.at(with_retries(lambda: _commit(uri, deadline), deadline))
     limits: dict[Part, int] = {"config": MAX_CONFIG_BYTES, "weights": max_weights_bytes}
     for part, max_bytes in limits.items():
-        try_again(partial(_read, uri, pinned, staging, part, max_bytes, deadline), deadline)
+        with_retries(partial(_read, uri, pinned, staging, part, max_bytes, deadline), deadline)
     return str(pinned)
 
 
@@ -112,18 +112,18 @@ def _told(step: str) -> Iterator[None]:
     except OIDCError:
         raise SourceFailedError(f"{step}: no token was given; check HF_OIDC_RESOURCE") from None
     except httpx2.TimeoutException:
-        raise PassingError(f"{step}: timed out") from None
+        raise TransientError(f"{step}: timed out") from None
     except _BREAKS:
-        raise PassingError(f"{step}: the connection failed or broke off") from None
+        raise TransientError(f"{step}: the connection failed or broke off") from None
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         raise SourceFailedError(f"{step}: {type(error).__name__}; check HF_ENDPOINT") from None
 
 
-def _refusal(response: httpx2.Response, step: str, not_found: SourceNotFoundError) -> AdapterError | PassingError:
+def _refusal(response: httpx2.Response, step: str, not_found: SourceNotFoundError) -> AdapterError | TransientError:
     """What an answer without the file means. To a stranger the hub answers 401 for what may not even exist."""
     status = response.status_code
     if status == 429 or status >= 500:
-        return PassingError(f"{step}: HTTP {status}")
+        return TransientError(f"{step}: HTTP {status}")
     if response.headers.get("X-Error-Code") == "GatedRepo":
         return SourceFailedError(f"{step}: the repository is gated; accept its terms and set HF_TOKEN")
     if status == 404 or (status == 401 and "Authorization" not in response.request.headers):

@@ -18,11 +18,11 @@ from swaplora_adapters.sources.transfer import (
     CHUNK_BYTES,
     NUM_TRIES,
     Deadline,
-    PassingError,
+    TransientError,
     missing,
     reading,
     receive,
-    try_again,
+    with_retries,
 )
 from swaplora_adapters.sources.uri import ObjectUri
 from swaplora_adapters.store.staging import FILE_NAMES, Part, Staging
@@ -39,7 +39,7 @@ def fetch_from_object_store(uri: ObjectUri, staging: Staging, max_weights_bytes:
     Raises SourceNotFoundError, SourceFailedError, AdapterTooLargeError, StorageFullError.
     """
     with closing(_client(uri)) as client:
-        state = try_again(lambda: _read_both(client, uri, staging, max_weights_bytes, deadline), deadline)
+        state = with_retries(lambda: _read_both(client, uri, staging, max_weights_bytes, deadline), deadline)
     return f"{uri} ({state})"
 
 
@@ -67,7 +67,7 @@ def _read_both(client: Any, uri: ObjectUri, staging: Staging, max_weights_bytes:
     with _told(step, "config"):
         after = client.head_object(Bucket=uri.bucket, Key=uri.key(CONFIG_FILE))
     if after.get("ETag") != before.get("ETag"):
-        raise PassingError(f"{step}: still being replaced")
+        raise TransientError(f"{step}: still being replaced")
     return _state_of(weights)
 
 
@@ -91,11 +91,11 @@ def _chunks(body: Any, declared: int | None, step: str) -> Iterator[bytes]:
             num_bytes += len(chunk)
             yield chunk
     except TimeoutError:
-        raise PassingError(f"{step}: timed out") from None
+        raise TransientError(f"{step}: timed out") from None
     except HTTPError:
-        raise PassingError(f"{step}: the connection broke off") from None
+        raise TransientError(f"{step}: the connection broke off") from None
     if declared not in (None, num_bytes):
-        raise PassingError(f"{step}: the connection broke off")
+        raise TransientError(f"{step}: the connection broke off")
 
 
 def _state_of(answer: dict[str, Any]) -> str:

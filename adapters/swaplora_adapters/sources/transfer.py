@@ -19,7 +19,7 @@ STOPPING = "the server is stopping"
 Result = TypeVar("Result")
 
 
-class PassingError(Exception):
+class TransientError(Exception):
     """What another try may mend; says at which step it came up, and why."""
 
 
@@ -50,17 +50,17 @@ class Deadline:
         self._is_stopping.wait(seconds)
 
 
-def try_again(attempt: Callable[[], Result], deadline: Deadline) -> Result:
+def with_retries(attempt: Callable[[], Result], deadline: Deadline) -> Result:
     """What `attempt` returns, in `NUM_TRIES` tries at most. Raises SourceFailedError after the last."""
     for seconds in BACKOFF_SECONDS:
         try:
             return attempt()
-        except PassingError as error:
+        except TransientError as error:
             deadline.pause(seconds)
             deadline.check(error)
     try:
         return attempt()
-    except PassingError as error:
+    except TransientError as error:
         raise SourceFailedError(f"{error} after {NUM_TRIES} tries") from None
 
 

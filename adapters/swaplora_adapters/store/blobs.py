@@ -11,7 +11,7 @@ from swaplora_adapters.config.parse import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, p
 from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.errors import AdapterFailedError, InvalidAdapterError, UnsupportedAdapterError
 from swaplora_adapters.files.digest import digest_of, hex_of
-from swaplora_adapters.files.disk import full_disk_is_told, read_bounded, regular_size, remove, sync_folder
+from swaplora_adapters.files.disk import raising_storage_errors, read_bounded, regular_size, remove, sync_folder
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.files.strict_json import loads
 from swaplora_adapters.store.data_dir import DataDir
@@ -119,7 +119,7 @@ class Blobs:
         """
         paths = self.paths(digest)
         try:
-            with full_disk_is_told():
+            with raising_storage_errors():
                 config = read_bounded(paths.config, MAX_CONFIG_BYTES)
                 loads(config, what=CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES, max_depth=MAX_CONFIG_DEPTH)
                 if digest_of(_accepted(config).canonical, paths.weights) == digest:
@@ -135,7 +135,7 @@ class Blobs:
 
     def free_reserve(self) -> None:
         """Give the room back to the disk."""
-        with full_disk_is_told():
+        with raising_storage_errors():
             self._reserve.unlink(missing_ok=True)
 
     def _folder(self, digest: str) -> Path:

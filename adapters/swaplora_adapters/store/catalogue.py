@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from swaplora_adapters.files.disk import StoreError, full_disk_is_told
+from swaplora_adapters.files.disk import StoreError, raising_storage_errors
 from swaplora_adapters.store.manifests import Facts, Manifest
 from swaplora_adapters.store.records import Alias, Details, Target, VersionRecord
 
@@ -115,7 +115,7 @@ class Catalogue:
 
         A commit that ends in StorageFailedError may come to be after all, if the next start finds it written.
         """
-        with full_disk_is_told():
+        with raising_storage_errors():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -332,7 +332,7 @@ class Catalogue:
 
     def _query(self, sql: str, *values: Any) -> list[Any]:
         """Every row; StorageFailedError where the disk, or what lies on it, does not read."""
-        with full_disk_is_told():
+        with raising_storage_errors():
             return self._connection.execute(sql, values).fetchall()
 
     def _configure(self) -> None:

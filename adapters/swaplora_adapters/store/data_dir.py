@@ -4,7 +4,7 @@ import os
 from itertools import count
 from pathlib import Path
 
-from swaplora_adapters.files.disk import StoreError, full_disk_is_told
+from swaplora_adapters.files.disk import StoreError, raising_storage_errors
 
 _MAX_ASIDE_CHARS = 200  # a number may follow, and a file's name has 255 bytes
 _FILES = ("catalogue.sqlite3", "lock", "reserve")
@@ -45,7 +45,7 @@ class DataDir:
 
     def set_aside(self, path: Path, name: str) -> Path:
         """Move a file or a folder into the quarantine, over nothing that lies there; returns where it is now."""
-        with full_disk_is_told():
+        with raising_storage_errors():
             return path.rename(self.place_aside(name))
 
     def place_aside(self, name: str) -> Path:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from swaplora_adapters.errors import StorageFailedError
-from swaplora_adapters.files.disk import StoreError, full_disk_is_told, sync_folder
+from swaplora_adapters.files.disk import StoreError, raising_storage_errors, sync_folder
 from swaplora_adapters.store.staging import Writer
 
 FORMAT = 1
@@ -52,7 +52,7 @@ class Manifests:
         damaged: list[Path] = []
         if not self._folder.exists():
             return found, damaged
-        with full_disk_is_told(), os.scandir(self._folder) as entries:
+        with raising_storage_errors(), os.scandir(self._folder) as entries:
             for entry in entries:
                 name = entry.name.replace(_SLASH, "/")
                 manifest = _decoded(name, _read(entry.path) if entry.is_file(follow_symlinks=False) else b"")
@@ -68,7 +68,7 @@ class Manifests:
         Raises StorageFullError and StorageFailedError.
         """
         staged, target, content = self._beside(), self._path(name), _encoded(name, manifest)
-        with full_disk_is_told():
+        with raising_storage_errors():
             with Writer(staged, len(content)) as writer:
                 writer.write(content)
             before = self._kept(target)
@@ -78,7 +78,7 @@ class Manifests:
 
     def put_all(self, manifests: Mapping[str, Manifest]) -> None:
         """Write or replace many, with one wait for the disk. StorageFullError, StorageFailedError."""
-        with full_disk_is_told(), self.undone_on_error():
+        with raising_storage_errors(), self.undone_on_error():
             staged = {name: self._beside() for name in manifests}
             for name, path in staged.items():
                 path.write_bytes(_encoded(name, manifests[name]))
@@ -91,7 +91,7 @@ class Manifests:
     def take_away(self, name: str) -> None:
         """Remove one, in an `undone_on_error`, where none can be written; as durably as a failing disk lets it be."""
         target, before = self._path(name), self._beside()
-        with full_disk_is_told(), suppress(FileNotFoundError):
+        with raising_storage_errors(), suppress(FileNotFoundError):
             target.rename(before)
             self._replaced.append((target, before))
             with suppress(OSError):

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from swaplora_adapters.errors import AdapterTooLargeError, InvalidAdapterError
-from swaplora_adapters.files.disk import full_disk_is_told, remove
+from swaplora_adapters.files.disk import raising_storage_errors, remove
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 
 Part = Literal["config", "weights"]
@@ -20,7 +20,7 @@ class Staging:
 
     def __init__(self, parent: Path) -> None:
         self.path = parent / secrets.token_hex(16)
-        with full_disk_is_told():
+        with raising_storage_errors():
             self.path.mkdir(mode=0o700)
 
     @property
@@ -56,7 +56,7 @@ class Writer:
         self._max_bytes = max_bytes
         self.num_bytes = 0
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with full_disk_is_told():
+        with raising_storage_errors():
             try:
                 self._descriptor = os.open(path, flags, mode=0o600)
             except FileExistsError:
@@ -68,7 +68,7 @@ class Writer:
         self.num_bytes += len(rest)
         if self.num_bytes > self._max_bytes:
             raise AdapterTooLargeError(f"{self._name} is larger than {self._max_bytes} bytes")
-        with full_disk_is_told():
+        with raising_storage_errors():
             while rest:
                 rest = rest[os.write(self._descriptor, rest) :]
 
@@ -78,7 +78,7 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with full_disk_is_told():
+        with raising_storage_errors():
             try:
                 if kind is None:
                     os.fsync(self._descriptor)

@@ -13,7 +13,7 @@ from swaplora_adapters.errors import (
     InvalidAdapterNameError,
     PreconditionFailedError,
 )
-from swaplora_adapters.registry.card import Put
+from swaplora_adapters.registry.card import PutResult
 from swaplora_adapters.registry.index import parse_reference
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.resolver import Resolver
@@ -77,7 +77,7 @@ class Ingest:
         *,
         conditions: Conditions = UNCONDITIONAL,
         make: MakeWhileWanted | None = None,
-    ) -> Put:
+    ) -> PutResult:
         """See `Registry.put_source`; whoever is cancelled takes the fetch with it.
 
         Raises RequestError when more would wait than is good.

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from starlette.responses import JSONResponse
 
 from swaplora_adapters.derive.deriver import DEFAULT_ENERGY
-from swaplora_adapters.registry.card import Put
+from swaplora_adapters.registry.card import PutResult
 from swaplora_adapters.store.conditions import Conditions
 from swaplora_server.http.cards import card_body
 from swaplora_server.http.query import refuse_unknown_parameters
@@ -84,7 +84,7 @@ async def put_adapter(
 
 async def _receive(
     request: Request, service: Service, name: str, conditions: Conditions, make: MakeWhileWanted | None
-) -> Put:
+) -> PutResult:
     """Take the two files out of the body."""
     registry = service.registry
     with registry.stage() as staging:
@@ -98,7 +98,7 @@ async def _receive(
 
 async def _fetch(
     request: Request, service: Service, name: str, conditions: Conditions, make: MakeWhileWanted | None
-) -> Put:
+) -> PutResult:
     """Get them from the source that the body names."""
     body = await read_json(request, SourceBody)
     fetch = service.ingest.fetch(name, body.source, conditions=conditions, make=make)

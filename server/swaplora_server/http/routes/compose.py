@@ -12,7 +12,7 @@ from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.config.parse import MAX_RANK
 from swaplora_adapters.derive.compose import OPTIONAL, REQUIRED, Method, Recipe
 from swaplora_adapters.derive.deriver import StoredIngredient
-from swaplora_adapters.registry.card import Put
+from swaplora_adapters.registry.card import PutResult
 from swaplora_server.http.cards import card_body
 from swaplora_server.http.query import refuse_unknown_parameters
 from swaplora_server.http.sse import until_disconnect
@@ -101,7 +101,7 @@ def _compose(
     recipe: Recipe,
     materialise: bool,
     cancellation: Cancellation,
-) -> Put:
+) -> PutResult:
     """In the derivations' thread."""
     registry = service.registry
     with registry.stage() as linked, registry.stage() as staging:

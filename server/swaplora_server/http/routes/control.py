@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from swaplora_adapters.errors import AdapterError, AdapterNotFoundError, AliasNotFoundError, PreconditionFailedError
 from swaplora_adapters.files.naming import stored_name, validate_alias
-from swaplora_adapters.registry.card import Put
+from swaplora_adapters.registry.card import PutResult
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.uri import uri_of
 from swaplora_adapters.store.conditions import Conditions
@@ -149,7 +149,7 @@ def _stored_name(service: Service, name: str) -> str:
     return stored
 
 
-async def _fetch(service: Service, name: str, stored: str, path: str, *, replace: bool) -> Put:
+async def _fetch(service: Service, name: str, stored: str, path: str, *, replace: bool) -> PutResult:
     names = service.registry.names
     if_match = names.index.get(stored).current.digest if replace and stored != name and stored in names.index else None
     try:
@@ -169,7 +169,7 @@ async def _fetch(service: Service, name: str, stored: str, path: str, *, replace
         raise RequestError("invalid_request", message) from error
 
 
-def _take_back(service: Service, put: Put) -> None:
+def _take_back(service: Service, put: PutResult) -> None:
     """Delete what was just published, and nothing that others put in its place."""
     with suppress(AdapterError):
         service.registry.delete(put.card.record.name, put.card.record.version)
