@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.weights.memory import HugePages
+from swaplora_server.base.compact_embedding import compact_embedding
 from swaplora_server.base.elementwise import keep_in_whole_vectors
 from swaplora_server.base.layers import AdaptableLayers
-from swaplora_server.base.lean_embedding import lean
 from swaplora_server.base.proof import Expected, UnsupportedModelError, expected_logits, prove
 from swaplora_server.base.quantisation import Quantization, loading_arguments, multiply_dequantised
 from swaplora_server.base.vocabulary import Vocabulary
@@ -122,7 +122,8 @@ def load_base(
     )
     for path, module in wrapped.items():
         if isinstance(module, LoraEmbedding):
-            module.base = lean(module.base, next((wrapped[head].base for head in tied if tied[head] == path), None))
+            tied_head = next((wrapped[head].base for head in tied if tied[head] == path), None)
+            module.base = compact_embedding(module.base, tied_head)
     if device.type == "cpu":
         keep_in_whole_vectors(model, model.get_output_embeddings())
     weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))

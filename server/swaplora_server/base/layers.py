@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from swaplora_adapters.fit.base import EmbeddingShape, Rebuild, shape_of
 from swaplora_adapters.fit.legacy_names import legacy_names_of
 from swaplora_adapters.weights.memory import HugePages
-from swaplora_server.base.lean_embedding import NarrowEmbedding, TiedEmbedding, lean
+from swaplora_server.base.compact_embedding import Bf16Embedding, TiedEmbedding, compact_embedding
 from swaplora_server.engine.lora.modules import LoraEmbedding, LoraLinear, Replaceable, Wrapped
 from swaplora_server.kernels.cpu.linear import CpuLinear
 from swaplora_server.kernels.cpu.quantised_linear import QuantisedLinear
@@ -79,8 +79,8 @@ class AdaptableLayers:
         }
         if isinstance(wrapped, LoraLinear):
             return self._prepare_linear(_linear(own), pages)
-        if isinstance(wrapped.base, NarrowEmbedding | TiedEmbedding):
-            return lean(_embedding(own["weight"]), None)
+        if isinstance(wrapped.base, Bf16Embedding | TiedEmbedding):
+            return compact_embedding(_embedding(own["weight"]), None)
         like = copy.copy(wrapped.base)
         like._parameters = dict(own)  # noqa: SLF001 - a shallow copy would share the dictionary
         return like
@@ -98,7 +98,7 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def weight_of(module: nn.Module) -> Tensor:
     """The weight that a linear, embedding or norm computes with; a linear's is [out_features, in_features]."""
-    if isinstance(module, CpuLinear | OnednnLinear | QuantisedLinear | NarrowEmbedding | TiedEmbedding):
+    if isinstance(module, CpuLinear | OnednnLinear | QuantisedLinear | Bf16Embedding | TiedEmbedding):
         return module.dense()
     if is_quantised(module):
         return codes_of(module).dense()

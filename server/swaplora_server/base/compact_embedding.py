@@ -25,7 +25,7 @@ class TiedEmbedding(nn.Module):
         return self._head[0].dense()
 
 
-class NarrowEmbedding(nn.Module):
+class Bf16Embedding(nn.Module):
     """Looks rows up in bfloat16 and widens what it found."""
 
     weight: Tensor
@@ -45,11 +45,11 @@ class NarrowEmbedding(nn.Module):
         return self.weight.float()
 
 
-def lean(module: nn.Module, tied_head: nn.Module | None) -> nn.Module:
+def compact_embedding(module: nn.Module, tied_head: nn.Module | None) -> nn.Module:
     """A stand-in for a plain float32 embedding, or `module` itself when something would be lost."""
     if type(module) is not nn.Embedding or module.weight.dtype != torch.float32:
         return module
     if isinstance(tied_head, CpuLinear):
         return TiedEmbedding(tied_head)
     is_exact = torch.equal(module.weight.bfloat16().float(), module.weight)
-    return NarrowEmbedding(module.weight) if is_exact else module
+    return Bf16Embedding(module.weight) if is_exact else module
