@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.weights.memory import HugePages
+from swaplora_server.base.batch_invariant import make_batch_invariant
 from swaplora_server.base.compact_embedding import compact_embedding
-from swaplora_server.base.elementwise import keep_in_whole_vectors
 from swaplora_server.base.layers import AdaptableLayers
 from swaplora_server.base.proof import Expected, UnsupportedModelError, expected_logits, prove
 from swaplora_server.base.quantisation import Quantization, loading_arguments, multiply_dequantised
@@ -125,7 +125,7 @@ def load_base(
             tied_head = next((wrapped[head].base for head in tied if tied[head] == path), None)
             module.base = compact_embedding(module.base, tied_head)
     if device.type == "cpu":
-        keep_in_whole_vectors(model, model.get_output_embeddings())
+        make_batch_invariant(model, model.get_output_embeddings())
     weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     proof = prove(model, activation, wrapped, expected, backend.paged_kv)
     _wrap(model, activation, expected, backend)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 from torch.overrides import TorchFunctionMode
 
-from swaplora_server.base.elementwise import InWholeVectors, keep_in_whole_vectors
+from swaplora_server.base.batch_invariant import BatchInvariantMode, make_batch_invariant
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "cos": Tensor.cos,
@@ -24,7 +24,7 @@ NUMBERS = torch.randn(3 * 16384 + 117, generator=torch.Generator().manual_seed(0
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_number_has_the_same_bits_in_a_tensor_of_any_length(name: str) -> None:
     function = FUNCTIONS[name]
-    with InWholeVectors():
+    with BatchInvariantMode():
         whole = function(NUMBERS)
         for start, length in [(0, 1), (5, 63), (64, 64), (100, 16384), (7, 16385), (1, 40001)]:
             assert torch.equal(function(NUMBERS[start : start + length]), whole[start : start + length])
@@ -33,7 +33,7 @@ def test_a_number_has_the_same_bits_in_a_tensor_of_any_length(name: str) -> None
 
 
 def test_what_has_no_numbers_is_left_empty() -> None:
-    with InWholeVectors():
+    with BatchInvariantMode():
         assert torch.tanh(torch.empty(0, 3)).shape == (0, 3)
 
 
@@ -67,7 +67,7 @@ class _Heard(TorchFunctionMode):
 
 def test_activations_and_caps_of_a_model_are_kept_in_whole_vectors_and_no_mode_stays_behind() -> None:
     model = _Capped()
-    keep_in_whole_vectors(model, model.head)
+    make_batch_invariant(model, model.head)
     with pytest.raises(_BrokenError):
         model(torch.full((3, 5), float("nan")))
     model.head(torch.ones(1, 5))

@@ -1,4 +1,4 @@
-"""Functions of single numbers whose result does not depend, to the last bit, on where in a tensor a number lies.
+"""Elementwise functions made batch-invariant: the bits of a result do not depend on where in a tensor it lies.
 
 Torch computes most of a tensor in vectors, and what is left over at the end of a thread's part number by number, with
 other code for exp, tanh, sin and what is made of them. Which numbers are left over depends on how many rows there are.
@@ -23,7 +23,7 @@ _FUNCTIONS: frozenset[Callable[..., Tensor]] = frozenset(
 )
 
 
-def keep_in_whole_vectors(model: nn.Module, head: nn.Module | None) -> None:
+def make_batch_invariant(model: nn.Module, head: nn.Module | None) -> None:
     """Have the modules of `model` that hold no weights, and what it does to the output of its head, compute so.
 
     Models keep their activations and rotary angles in such modules. A mode over all of a forward would do as well, but
@@ -44,7 +44,7 @@ def _may_compute_numbers(module: nn.Module) -> bool:
 
 
 def _within(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-    with InWholeVectors():
+    with BatchInvariantMode():
         return forward(*inputs, **options)
 
 
@@ -62,7 +62,7 @@ class _AfterHead:
 
     def _enter(self, *_: object) -> None:
         if self._stack is not None:
-            self._stack.enter_context(InWholeVectors())
+            self._stack.enter_context(BatchInvariantMode())
 
     def _end(self, *_: object) -> None:
         if self._stack is not None:
@@ -70,7 +70,7 @@ class _AfterHead:
         self._stack = None
 
 
-class InWholeVectors(TorchFunctionMode):
+class BatchInvariantMode(TorchFunctionMode):
     """While it is entered, the functions that models make activations, angles and caps of are computed in vectors."""
 
     def __torch_function__(
