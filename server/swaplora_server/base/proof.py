@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from swaplora_server.base.widened import widened
+from swaplora_server.base.upcast import upcast
 from swaplora_server.engine.attention import UnsupportedAttentionError
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.lora.activation import Activation
@@ -63,7 +63,7 @@ def expected_logits(model: PreTrainedModel) -> Expected:
     if model.dtype == torch.float32:
         return Expected(stock, _TOLERANCE)
     try:
-        with widened(model):
+        with upcast(model):
             exact = _padded_logits(model)
     except RuntimeError as error:
         raise UnsupportedModelError(
