@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedModel
 
 import tiny
-from company import NUM_DECODED, Company, random_adapter
+from mixed_batch import NUM_DECODED, MixedBatch, random_adapter
 from oracle import Oracle
 from repository import KERNEL_CACHE
 from serving import BASE, Running, Streamed, serving, settings
@@ -121,13 +121,13 @@ async def test_adapters_and_quantisation_both_move_the_output(
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("count", [1, 7, 33])
-def test_logits_do_not_depend_on_the_company(kind: Quantization, count: int, base: Path) -> None:
+def test_logits_do_not_depend_on_the_batch(kind: Quantization, count: int, base: Path) -> None:
     loaded = load(base, kind)
     adapters = [random_adapter(loaded, rank, seed) for seed, rank in enumerate([1, 7, 16, 33])]
-    company = Company(loaded, adapters, count, seed=count)
-    together = company.together()
+    batch = MixedBatch(loaded, adapters, count, seed=count)
+    together = batch.together()
     for number in range(count):
-        alone = company.alone(number)
+        alone = batch.alone(number)
         assert len(alone) == NUM_DECODED + 1
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(alone, together[number], strict=True))
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny
-from company import CACHE, SHAPE, embedding_adapter, random_adapter, replacing_adapter, scaled_adapter
+from mixed_batch import CACHE, SHAPE, embedding_adapter, random_adapter, replacing_adapter, scaled_adapter
 from serving import BASE, Running, serving, settings
 from swaplora_adapters.files.naming import WEIGHTS_FILE
 from swaplora_adapters.weights.materialise import materialise

@@ -1,14 +1,14 @@
-"""A row's logits are the same, bit for bit, alone and in any company, however its prompt was cut."""
+"""A row's logits are the same, bit for bit, alone and in any batch, however its prompt was cut."""
 
 import pytest
 import torch
 
 import tiny
-from company import (
+from mixed_batch import (
     CACHE,
     NUM_DECODED,
     SHAPE,
-    Company,
+    MixedBatch,
     embedding_adapter,
     random_adapter,
     replacing_adapter,
@@ -57,11 +57,13 @@ def adapters(base: BaseModel) -> list[AdapterWeights]:
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 16, 31, 32, 33])
-def test_logits_do_not_depend_on_the_company(base: BaseModel, adapters: list[AdapterWeights], count: int) -> None:
-    company = Company(base, adapters, count, seed=count)
-    together = company.together()
+def test_logits_do_not_depend_on_the_rest_of_the_batch(
+    base: BaseModel, adapters: list[AdapterWeights], count: int
+) -> None:
+    batch = MixedBatch(base, adapters, count, seed=count)
+    together = batch.together()
     for number in range(count):
-        alone = company.alone(number)
+        alone = batch.alone(number)
         assert len(alone) == len(together[number]) == NUM_DECODED + 1
         for position, (mine, theirs) in enumerate(zip(alone, together[number], strict=True)):
             assert torch.equal(mine, theirs), f"sequence {number}, output {position}"

@@ -113,7 +113,7 @@ def test_an_adapter_that_does_not_fit_beside_the_others_lets_later_ones_go_first
     assert all(client.has_ended for client in clients)
 
 
-def test_a_request_that_is_too_large_for_any_company_runs_beside_none_but_the_base() -> None:
+def test_a_request_whose_ranks_are_too_large_to_share_a_step_runs_beside_none_but_the_base() -> None:
     scheduler = make(max_step_ranks=16)
     pair = (adapter("a", rank=12), adapter("b", rank=12))
     clients = [submit(scheduler, adapters=uses) for uses in ((), pair, (adapter("c", rank=1),))]

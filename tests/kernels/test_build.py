@@ -62,7 +62,7 @@ def test_the_kernels_are_right_in_the_other_width_too() -> None:
 @pytest.mark.parametrize(
     ("dtype", "has_compiler"), [(torch.float32, True), (torch.bfloat16, True), (torch.float32, False)]
 )
-def test_the_start_says_where_a_rows_last_bits_depend_on_its_company(
+def test_the_start_says_where_a_rows_last_bits_depend_on_the_rest_of_its_batch(
     dtype: torch.dtype, has_compiler: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not has_compiler:

@@ -1,4 +1,4 @@
-"""Random adapters in memory, and sequences that share steps: each row alone, and in company."""
+"""Random adapters in memory, and sequences that share steps: each row alone, and in a batch."""
 
 import random
 from collections.abc import Callable
@@ -28,7 +28,7 @@ SHAPE = {
 }
 
 
-class Company:
+class MixedBatch:
     """Sequences of one base, some with adapters, and what each row's logits are."""
 
     def __init__(self, base: BaseModel, adapters: list[AdapterWeights], count: int, seed: int) -> None:
