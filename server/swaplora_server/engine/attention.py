@@ -69,14 +69,14 @@ def paged_attention(
     else that a model asks for.
     """
     _refuse_unknown(attention_mask, others)
-    asked = LayerAttention(
+    layer = LayerAttention(
         layer_idx=module.layer_idx,  # type: ignore[arg-type]
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
         sinks=s_aux,
         window=sliding_window,
     )
-    out = current().attend(asked, *(rows[0].transpose(0, 1) for rows in (query, key, value)))
+    out = current().attend(layer, *(rows[0].transpose(0, 1) for rows in (query, key, value)))
     return out.unsqueeze(0), None
 
 

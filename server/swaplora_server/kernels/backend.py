@@ -30,7 +30,7 @@ class LoraOp(NamedTuple):
 class PagedStep(Protocol):
     """One step over a paged KV cache."""
 
-    def attend(self, asked: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Store the rows' keys and values [num_rows, num_kv_heads, head_dim], then attend causally.
 
         query: [num_rows, num_heads, head_dim] → [num_rows, num_heads, head_dim of value].

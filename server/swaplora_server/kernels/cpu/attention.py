@@ -84,24 +84,24 @@ class CpuKV:
         """The kernel reads keys and values of one size."""
         return query.dtype in self._kernels and value.shape[-1] == query.shape[-1]
 
-    def layer(self, asked: LayerAttention, num_heads: int, like: Tensor) -> LayerCache:
+    def layer_cache(self, layer: LayerAttention, num_heads: int, like: Tensor) -> LayerCache:
         """One layer's cache, for keys like `like` [..., num_kv_heads, head_dim], and what it asks of its attention."""
         num_kv_heads, head_dim = like.shape[-2:]
-        if asked.layer_idx not in self._layers:
+        if layer.layer_idx not in self._layers:
             shape = (self._num_blocks + 1, num_kv_heads, head_dim * self._block_size)
-            self._layers[asked.layer_idx] = (self._with_slack(shape, like.dtype), self._with_slack(shape, like.dtype))
-        keys, values = self._layers[asked.layer_idx]
+            self._layers[layer.layer_idx] = (self._with_slack(shape, like.dtype), self._with_slack(shape, like.dtype))
+        keys, values = self._layers[layer.layer_idx]
         return LayerCache(
             keys.data_ptr(),
             values.data_ptr(),
-            None if asked.sinks is None else asked.sinks.data_ptr(),
+            None if layer.sinks is None else layer.sinks.data_ptr(),
             num_heads,
             num_kv_heads,
             head_dim,
             self._block_size,
-            asked.window or 0,
-            asked.scaling,
-            asked.softcap or 0.0,
+            layer.window or 0,
+            layer.scaling,
+            layer.softcap or 0.0,
         )
 
     def _with_slack(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -146,20 +146,20 @@ class CpuStep:
 
     @property
     def table(self) -> RunTable:
-        """Made when it is first asked for."""
+        """Made when it is first read."""
         if self._table is None:
             self._table = RunTable(self.runs)
         return self._table
 
-    def attend(self, asked: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `PagedStep`."""
         if not self.kv.has_code_for(query, value):
             if self._torch is None:
                 self._torch = self.kv.torch_step(self.runs)
-            return self._torch.attend(asked, query, key, value)
-        if asked.sinks is not None:
-            asked = replace(asked, sinks=asked.sinks.float().contiguous())
+            return self._torch.attend(layer, query, key, value)
+        if layer.sinks is not None:
+            layer = replace(layer, sinks=layer.sinks.float().contiguous())
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         out = torch.empty_like(query)
-        self.kv.run(self.kv.layer(asked, query.shape[1], key), self.table, query, key, value, out)
+        self.kv.run(self.kv.layer_cache(layer, query.shape[1], key), self.table, query, key, value, out)
         return out

@@ -137,22 +137,22 @@ class PrefillRun:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class _Attention:
     """One layer's attention, over groups of decoding rows and chunks of prompts."""
 
-    asked: LayerAttention
+    layer: LayerAttention
 
     def decode(self, query: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup) -> Tensor:
         """One row a sequence. The query heads that share a KV head lie along the query-length axis."""
         num_kv_heads = keys.shape[1]
         # heads [num_heads] become [num_kv_heads, heads_per_kv_head]
         grouped = query[group.rows].reshape(len(group.rows), num_kv_heads, -1, query.shape[-1])
-        sinks = None if self.asked.sinks is None else self.asked.sinks.view(1, num_kv_heads, -1, 1)
+        sinks = None if self.layer.sinks is None else self.layer.sinks.view(1, num_kv_heads, -1, 1)
         out = self._attend(
             grouped,
             keys[group.slots].transpose(1, 2),
             values[group.slots].transpose(1, 2),
-            group.mask(self.asked.window),
+            group.mask(self.layer.window),
             sinks,
         )
         return out.flatten(1, 2)
@@ -160,25 +160,25 @@ class _Layer:
     def prefill(self, query: Tensor, keys: Tensor, values: Tensor, run: PrefillRun) -> Tensor:
         """One chunk of one prompt against everything before it and itself. → [num_queries, num_heads, head_dim]."""
         num_heads, heads_per_kv_head = query.shape[1], query.shape[1] // keys.shape[1]
-        sinks = None if self.asked.sinks is None else self.asked.sinks.view(1, num_heads, 1, 1)
+        sinks = None if self.layer.sinks is None else self.layer.sinks.view(1, num_heads, 1, 1)
         out = self._attend(
             query[run.start : run.stop].transpose(0, 1).unsqueeze(0),
             keys[run.slots].repeat_interleave(heads_per_kv_head, dim=1).transpose(0, 1).unsqueeze(0),
             values[run.slots].repeat_interleave(heads_per_kv_head, dim=1).transpose(0, 1).unsqueeze(0),
-            run.mask(self.asked.window),
+            run.mask(self.layer.window),
             sinks,
         )
         return out[0].transpose(0, 1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
         """Softmax attention; `mask` None means causal from the first key on. Shapes as torch's SDPA."""
-        if self.asked.softcap is None and sinks is None:
+        if self.layer.softcap is None and sinks is None:
             return scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.asked.scaling
+                query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.layer.scaling
             )
-        scores = (query @ key.transpose(-1, -2)).float() * self.asked.scaling
-        if self.asked.softcap is not None:
-            scores = torch.tanh(scores / self.asked.softcap) * self.asked.softcap
+        scores = (query @ key.transpose(-1, -2)).float() * self.layer.scaling
+        if self.layer.softcap is not None:
+            scores = torch.tanh(scores / self.layer.softcap) * self.layer.softcap
         if mask is None:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~mask, float("-inf"))
@@ -197,13 +197,13 @@ class TorchStep:
     decodes: Sequence[DecodeGroup]
     prefills: Sequence[PrefillRun]
 
-    def attend(self, asked: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `PagedStep`."""
-        keys, values = self.kv.write(asked.layer_idx, self.slot_mapping, key, value)
-        layer = _Layer(asked)
+        keys, values = self.kv.write(layer.layer_idx, self.slot_mapping, key, value)
+        attention = _Attention(layer)
         out = query.new_empty(*query.shape[:2], value.shape[-1])
         for group in self.decodes:
-            out[group.rows] = layer.decode(query, keys, values, group)
+            out[group.rows] = attention.decode(query, keys, values, group)
         for run in self.prefills:
-            out[run.start : run.stop] = layer.prefill(query, keys, values, run)
+            out[run.start : run.stop] = attention.prefill(query, keys, values, run)
         return out
