@@ -185,9 +185,9 @@ def in_the_lora_kernel(patch: pytest.MonkeyPatch, after: int) -> None:
     class _Steps:
         count = 0
 
-    def failing(self: Any, tokens: Any, head: Any, kept: Any) -> Any:
+    def failing(self: Any, tokens: Any, head: Any, logits_to_keep: Any) -> Any:
         _Steps.count += any(segment.weights.digest == culprits for segment in tokens)
-        planned = plan(self, tokens, head, kept)
+        planned = plan(self, tokens, head, logits_to_keep)
         if any(segment.weights.digest == culprits for segment in tokens) and _Steps.count > after:
             return _Exploding(planned)
         return planned
@@ -196,7 +196,7 @@ def in_the_lora_kernel(patch: pytest.MonkeyPatch, after: int) -> None:
         """A step's adapters that raise when a layer asks for them."""
 
         def __init__(self, planned: Any) -> None:
-            self.kept = planned.kept
+            self.logits_to_keep = planned.logits_to_keep
 
         def __getattr__(self, name: str) -> Any:
             raise PlantedError(name)

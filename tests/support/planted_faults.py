@@ -68,9 +68,9 @@ def neighbours_weights(patch: pytest.MonkeyPatch) -> None:
     plan = Activation.plan
 
     def shifted(
-        self: Activation, tokens: Sequence[Segment], head: Sequence[Segment], kept: Sequence[int]
+        self: Activation, tokens: Sequence[Segment], head: Sequence[Segment], logits_to_keep: Sequence[int]
     ) -> StepAdapters:
-        return plan(self, _rotated(tokens), _rotated(head), kept)
+        return plan(self, _rotated(tokens), _rotated(head), logits_to_keep)
 
     patch.setattr(Activation, "plan", shifted)
 

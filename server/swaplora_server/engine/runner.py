@@ -84,7 +84,7 @@ class Runner:
             output = self._model(
                 input_ids=self._tensor([token_ids]),
                 position_ids=self._tensor([positions]),
-                logits_to_keep=self._tensor(adapters.kept),
+                logits_to_keep=self._tensor(adapters.logits_to_keep),
                 use_cache=False,
             )
         logits: Tensor = output.logits[0]
@@ -101,8 +101,8 @@ class Runner:
         if key != self._adapters[0]:
             tokens = _segments(layouts, lambda layout: (layout.start + layout.num_base_rows, layout.stop))
             head = _segments(layouts, lambda layout: (layout.head_start, layout.head_stop))
-            kept = [layout.stop - 1 for layout in layouts if layout.rows.is_sampling] or [0]
-            self._adapters = (key, self._activation.plan(tuple(tokens), tuple(head), kept))
+            logits_to_keep = [layout.stop - 1 for layout in layouts if layout.rows.is_sampling] or [0]
+            self._adapters = (key, self._activation.plan(tuple(tokens), tuple(head), logits_to_keep))
         return self._adapters[1]
 
     def forget_adapters(self) -> None:

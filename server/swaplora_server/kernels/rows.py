@@ -69,4 +69,4 @@ class StepAdapters(NamedTuple):
 
     tokens: StepRows
     head: StepRows
-    kept: Sequence[int]  # which rows of `tokens` those of `head` are, in ascending order
+    logits_to_keep: Sequence[int]  # the rows of `tokens` that `head` has, in ascending order; as in transformers

@@ -32,9 +32,9 @@ class Activation:
         self._paths.append(path)
         return len(self._paths) - 1
 
-    def plan(self, tokens: Sequence[Segment], head: Sequence[Segment], kept: Sequence[int]) -> StepAdapters:
+    def plan(self, tokens: Sequence[Segment], head: Sequence[Segment], logits_to_keep: Sequence[int]) -> StepAdapters:
         """A step's segments, to `use` for as many passes as nothing about them changes."""
-        return StepAdapters(self._plan(tokens), self._plan(head), kept)
+        return StepAdapters(self._plan(tokens), self._plan(head), logits_to_keep)
 
     def _plan(self, segments: Sequence[Segment]) -> StepRows:
         adding = [segment for segment in segments if segment.weights.modules]

@@ -64,7 +64,7 @@ class _Step(ctypes.Structure):
     _fields_ = (
         ("tokens", _Rows),
         ("head", _Rows),
-        ("kept", ctypes.c_void_p),
+        ("logits_to_keep", ctypes.c_void_p),
         ("hidden_size", ctypes.c_int64),
         ("hidden", ctypes.c_void_p),
         ("cos", ctypes.c_void_p),
@@ -160,7 +160,7 @@ class CpuDecoder(nn.Module):
         hidden = hidden_states.clone()
         cos, sin = (angles.contiguous() for angles in position_embeddings)
         runs = step.table.runs
-        kept = (ctypes.c_int64 * len(adapters.kept))(*adapters.kept)
+        logits_to_keep = (ctypes.c_int64 * len(adapters.logits_to_keep))(*adapters.logits_to_keep)
         owners = [self._owners(rows.replacing) for rows in (adapters.tokens, adapters.head)]
         self._decode(
             self._kernels,
@@ -168,8 +168,8 @@ class CpuDecoder(nn.Module):
             len(self._entries),
             _Step(
                 _rows(hidden.shape[1], adapters.tokens, owners[0]),
-                _rows(len(kept), adapters.head, owners[1]),
-                ctypes.addressof(kept),
+                _rows(len(logits_to_keep), adapters.head, owners[1]),
+                ctypes.addressof(logits_to_keep),
                 hidden.shape[2],
                 hidden.data_ptr(),
                 cos.data_ptr(),

@@ -52,9 +52,9 @@ struct Rows {
 
 struct Step {
     Rows tokens, head;
-    const int64_t* kept;      // which rows of `tokens` those of `head` are, ascending
+    const int64_t* logits_to_keep;  // [head.count]: the rows of `tokens` that `head` has, ascending
     int64_t hidden_size;
-    float* hidden;            // [tokens, hidden_size], read and written; of the last layer those that are kept
+    float* hidden;            // [tokens, hidden_size], read and written; of the last layer those that reach the head
     const float *cos, *sin;   // [tokens, head_dim]
     const Run* runs;
     int64_t num_runs;
@@ -163,11 +163,11 @@ struct Pass {
         kernels.attention(&l.cache, s.runs, s.num_runs, query, key, value, attended, int(s.threads));
         if (!is_last) return finish(l, s.tokens);
         for (int64_t i = 0; i < s.head.count; i++) {
-            move_row(attended, l.linears[Q]->out, s.kept[i], i);
-            move_row(s.hidden, s.hidden_size, s.kept[i], i);
+            move_row(attended, l.linears[Q]->out, s.logits_to_keep[i], i);
+            move_row(s.hidden, s.hidden_size, s.logits_to_keep[i], i);
         }
         finish(l, s.head);
-        for (int64_t i = s.head.count; i-- > 0;) move_row(s.hidden, s.hidden_size, i, s.kept[i]);
+        for (int64_t i = s.head.count; i-- > 0;) move_row(s.hidden, s.hidden_size, i, s.logits_to_keep[i]);
     }
 
   private:
