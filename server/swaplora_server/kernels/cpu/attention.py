@@ -1,4 +1,7 @@
-"""Attention for CPUs with a C++ compiler: decoding rows and chunks alike, straight from their blocks."""
+"""PagedAttention for CPUs with a C++ compiler: decode rows and prefill chunks alike, straight from their blocks.
+
+The equation and the layout of the cache are in csrc/paged_attention.cpp.
+"""
 
 import ctypes
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
-"""All decoder layers of a model of Llama's kind in one native call, so that a step spends its time in kernels alone.
+"""The fused decoder: all layers of a model of Llama's kind in one native call, a step spent in kernels alone.
 
-The model's own code stays around it: embedding, rotary angles, final norm and output head. The layers keep their
-packed linears and their numbers, so adapters apply as they do anywhere else.
+The model's own code stays around it: embedding, rope angles, final norm and output head. The layers keep their packed
+linears and their numbers, so adapters apply as they do anywhere else. The kernel is csrc/decoder.cpp.
 """
 
 import ctypes
@@ -46,7 +46,7 @@ class _Layer(ctypes.Structure):
     )
 
 
-class _Owner(ctypes.Structure):
+class _ReplacedRows(ctypes.Structure):
     _fields_ = (("start", ctypes.c_int64), ("stop", ctypes.c_int64), ("modules", ctypes.POINTER(ctypes.c_void_p)))
 
 
@@ -55,8 +55,8 @@ class _Rows(ctypes.Structure):
         ("count", ctypes.c_int64),
         ("segments", ctypes.c_void_p),
         ("num_segments", ctypes.c_int64),
-        ("owners", ctypes.c_void_p),
-        ("num_owners", ctypes.c_int64),
+        ("replaced", ctypes.c_void_p),
+        ("num_replaced", ctypes.c_int64),
     )
 
 
@@ -161,14 +161,14 @@ class CpuDecoder(nn.Module):
         cos, sin = (angles.contiguous() for angles in position_embeddings)
         runs = step.table.runs
         logits_to_keep = (ctypes.c_int64 * len(adapters.logits_to_keep))(*adapters.logits_to_keep)
-        owners = [self._owners(rows.replacing) for rows in (adapters.tokens, adapters.head)]
+        replaced = [self._replaced(rows.replacing) for rows in (adapters.tokens, adapters.head)]
         self._decode(
             self._kernels,
             self._entries,
             len(self._entries),
             _Step(
-                _rows(hidden.shape[1], adapters.tokens, owners[0]),
-                _rows(len(logits_to_keep), adapters.head, owners[1]),
+                _rows(hidden.shape[1], adapters.tokens, replaced[0]),
+                _rows(len(logits_to_keep), adapters.head, replaced[1]),
                 ctypes.addressof(logits_to_keep),
                 hidden.shape[2],
                 hidden.data_ptr(),
@@ -181,11 +181,11 @@ class CpuDecoder(nn.Module):
         )
         return hidden
 
-    def _owners(self, segments: Sequence[Segment]) -> "ctypes.Array[_Owner]":
-        owners = (_Owner * len(segments))()
-        for owner, segment in zip(owners, segments, strict=True):
-            owner.start, owner.stop, owner.modules = segment.start, segment.stop, self._table_of(segment.weights)
-        return owners
+    def _replaced(self, segments: Sequence[Segment]) -> "ctypes.Array[_ReplacedRows]":
+        replaced = (_ReplacedRows * len(segments))()
+        for own, segment in zip(replaced, segments, strict=True):
+            own.start, own.stop, own.modules = segment.start, segment.stop, self._table_of(segment.weights)
+        return replaced
 
     def _table_of(self, weights: AdapterWeights) -> "ctypes.Array[ctypes.c_void_p]":
         """Where an adapter's own modules are, by number."""
@@ -208,15 +208,15 @@ class CpuDecoder(nn.Module):
         self._cached_for = step.kv
 
 
-def _rows(count: int, rows: StepRows, owners: "ctypes.Array[_Owner]") -> _Rows:
-    """Points into `rows` and `owners`, which have to outlive it."""
+def _rows(count: int, rows: StepRows, replaced: "ctypes.Array[_ReplacedRows]") -> _Rows:
+    """Points into `rows` and `replaced`, which have to outlive it."""
     segments = rows.deltas
     return _Rows(
         count,
         None if segments is None else ctypes.addressof(segments.entries),
         0 if segments is None else len(segments.entries),
-        ctypes.addressof(owners),
-        len(owners),
+        ctypes.addressof(replaced),
+        len(replaced),
     )
 
 

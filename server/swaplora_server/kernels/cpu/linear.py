@@ -1,4 +1,7 @@
-"""Float32 linears for CPUs with a C++ compiler: W laid out once, every row's result the same alone and among others."""
+"""Float32 linears for CPUs with a C++ compiler: W packed once, every row's result the same alone and among others.
+
+The kernel and its layout are in csrc/packed_linear.cpp.
+"""
 
 import ctypes
 from collections.abc import Callable

@@ -1,9 +1,14 @@
-// All decoder layers of a model of Llama's kind, over one packed step of float32 rows, in one call.
+// All decoder layers of a model of Llama's kind (Llama, Mistral, Qwen2, Qwen3) fused, over one packed step in one call.
 //
-// Per layer: norm; q, k, v; rotary; attention; o, added to the residual; norm; gate and up; SiLU; down, added to the residual. The
-// linears, what adapters add to them, and attention are the kernels that serve every other model too, called through
-// pointers. What is left is worked off row by row, so a row's result does not depend on its neighbours. The last layer's
-// second half is computed for the rows alone that reach the output head: of a prompt, one.
+// Equation, per layer:  h += o(attention(rope(qk_norm(q(n))), rope(qk_norm(k(n))), v(n)))  with n = RMSNorm(h),
+//                       h += down(SiLU(gate(n)) * up(n))                                     with n = RMSNorm(h).
+// Shapes: h [tokens, hidden_size], float32, read and written; q [tokens, num_heads * head_dim], k and v
+// [tokens, num_kv_heads * head_dim] (GQA); cos, sin [tokens, head_dim]. The last layer's second half is computed for the
+// rows in `logits_to_keep` alone, which reach the output head: of a prompt, one.
+// Layout: linears, LoRA deltas and the KV cache are those of packed_linear.h, lora_delta.h and paged_attention.h, whose
+// kernels serve every other model too and are called through pointers.
+// Threads: each kernel divides its own work; norms, rope, SiLU and residuals are divided by rows, worked off one by one,
+// so a row's result does not depend on its neighbours. One call at a time a thread: its buffers are the thread's.
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
@@ -15,8 +20,8 @@
 #include "vec.h"
 
 struct Kernels {
-    void (*linear)(const float* x, int64_t rows, int64_t in, const LinearJob* jobs, int64_t count, const Span* soon,
-                   int64_t num_soon, int threads);
+    void (*linear)(const float* x, int64_t rows, int64_t in, const LinearJob* jobs, int64_t count, const Span* prefetch,
+                   int64_t num_prefetch, int threads);
     void (*lora)(const Segment* segments, int64_t count, const LoraModule* modules, int64_t num_modules, int64_t in,
                  const float* x, int threads);
     void (*attention)(const LayerCache* cache, const Run* runs, int64_t num_runs, const float* query, const float* key,
@@ -35,9 +40,9 @@ struct Layer {
     LayerCache cache;
 };
 
-// Rows [start, stop) have modules of their adapter's own in place of the base's: by number a LinearWeight or the weight
-// of a norm, null where the base's is at work.
-struct Owner {
+// Rows [start, stop) have modules of their adapter's own (modules_to_save) in place of the base's: by number a
+// LinearWeight or the weight of a norm, null where the base's is at work.
+struct ReplacedRows {
     int64_t start, stop;
     const void* const* modules;
 };
@@ -46,8 +51,8 @@ struct Rows {
     int64_t count;
     const Segment* segments;  // null: the base alone
     int64_t num_segments;
-    const Owner* owners;      // in the order of their rows, which do not overlap
-    int64_t num_owners;
+    const ReplacedRows* replaced;  // in the order of their rows, which do not overlap
+    int64_t num_replaced;
 };
 
 struct Step {
@@ -64,9 +69,9 @@ struct Step {
 namespace {
 
 constexpr int64_t THREADED = 1 << 13;  // numbers below which a second thread costs more than it saves
-// Rows for which adapters are asked of memory during the base's products: with fewer, these wait for memory themselves,
+// Rows for which adapters are prefetched during the base's products: with fewer, these wait for memory themselves,
 // and with more, an adapter's many rows hide it.
-constexpr int64_t FEWEST_ASKED = 4, MOST_ASKED = 64;
+constexpr int64_t FEWEST_PREFETCHED = 4, MOST_PREFETCHED = 64;
 
 template <typename Work>
 void each_row(const Step& s, int64_t start, int64_t stop, int64_t width, Work work) {
@@ -74,8 +79,8 @@ void each_row(const Step& s, int64_t start, int64_t stop, int64_t width, Work wo
     for (int64_t row = start; row < stop; row++) work(row);
 }
 
-// to = from / rms(from) * weight; `to` may be `from`
-void norm_row(const float* from, const float* weight, int64_t width, double eps, float* to) {
+// RMSNorm: to = from / rms(from) * weight; `to` may be `from`
+void rms_norm_row(const float* from, const float* weight, int64_t width, double eps, float* to) {
     floats squares = {};
     const int64_t whole = width - width % LANES;
     for (int64_t i = 0; i < whole; i += LANES) squares = mul_add(load(from + i), load(from + i), squares);
@@ -85,8 +90,8 @@ void norm_row(const float* from, const float* weight, int64_t width, double eps,
     for (int64_t i = 0; i < width; i++) to[i] = from[i] * scale * weight[i];
 }
 
-// rotary positions as Llama's code has them: dimension i turns with dimension i + half
-void rotate_row(float* head, const float* cos, const float* sin, int64_t head_dim) {
+// rope: rotary positions as Llama's code has them, dimension i rotated with dimension i + half
+void rope_row(float* head, const float* cos, const float* sin, int64_t head_dim) {
     const int64_t half = head_dim / 2;
     for (int64_t i = 0; i < half; i++) {
         const float low = head[i], high = head[i + half];
@@ -102,7 +107,7 @@ floats silu(floats x) {
 }
 
 // gate = silu(gate) * up; the last few are worked off among lanes that nobody reads
-void gate_row(float* gate, const float* up, int64_t width) {
+void silu_and_mul_row(float* gate, const float* up, int64_t width) {
     for (int64_t i = 0; i < width; i += LANES) {
         float g[LANES] = {}, u[LANES] = {};
         const int64_t count = std::min<int64_t>(LANES, width - i);
@@ -121,7 +126,7 @@ void gate_row(float* gate, const float* up, int64_t width) {
 struct Buffers {
     std::vector<CacheLine> memory;
     CacheLine* at = nullptr;
-    std::vector<Span> soon;
+    std::vector<Span> prefetch;
 
     // for `floats` in `count` buffers
     void reset(int64_t floats, int64_t count) {
@@ -138,11 +143,11 @@ struct Buffers {
 struct Pass {
     const Kernels& kernels;
     const Step& s;
-    std::vector<Span>& soon;
+    std::vector<Span>& prefetch;
     float *normed, *query, *key, *value, *attended, *gate, *up, *delta;
 
     Pass(const Kernels& kernels, const Step& s, const Layer& like, Buffers& buffers)
-        : kernels(kernels), s(s), soon(buffers.soon) {
+        : kernels(kernels), s(s), prefetch(buffers.prefetch) {
         const auto width = [&](int linear) { return like.linears[linear]->out; };
         const int64_t rows = s.tokens.count;
         buffers.reset(rows * (2 * s.hidden_size + 2 * width(Q) + width(K) + width(V) + width(GATE) + width(UP)), 8);
@@ -159,7 +164,7 @@ struct Pass {
     void layer(const Layer& l, bool is_last) const {
         norm(l, s.tokens, INPUT_NORM);
         linears<Q, K, V>(l, s.tokens, normed, s.hidden_size, {query, key, value});
-        turn(l);
+        rope(l);
         kernels.attention(&l.cache, s.runs, s.num_runs, query, key, value, attended, int(s.threads));
         if (!is_last) return finish(l, s.tokens);
         for (int64_t i = 0; i < s.head.count; i++) {
@@ -178,7 +183,7 @@ struct Pass {
         norm(l, rows, POST_NORM);
         linears<GATE, UP>(l, rows, normed, s.hidden_size, {gate, up});
         const int64_t inner = l.linears[GATE]->out;
-        each_row(s, 0, rows.count, inner, [&](int64_t row) { gate_row(gate + row * inner, up + row * inner, inner); });
+        each_row(s, 0, rows.count, inner, [&](int64_t row) { silu_and_mul_row(gate + row * inner, up + row * inner, inner); });
         linears<DOWN>(l, rows, gate, inner, {delta});
         add_delta(rows);
     }
@@ -194,22 +199,22 @@ struct Pass {
         const int which[] = {L...};
         LoraModule modules[count];
         for (int i = 0; i < count; i++) modules[i] = {l.numbers[which[i]], l.linears[which[i]]->out, ys.begin()[i]};
-        soon.clear();
-        if (FEWEST_ASKED <= rows.count && rows.count <= MOST_ASKED) add_factors(rows, modules, count, in);
-        each_run(rows, [&](int64_t start, int64_t stop, const Owner* owner) {
+        prefetch.clear();
+        if (FEWEST_PREFETCHED <= rows.count && rows.count <= MOST_PREFETCHED) prefetch_factors(rows, modules, count, in);
+        each_run(rows, [&](int64_t start, int64_t stop, const ReplacedRows* own) {
             LinearJob jobs[count];
             for (int i = 0; i < count; i++) {
-                const LinearWeight* weight = owned(owner, modules[i].number, l.linears[which[i]]);
+                const LinearWeight* weight = module_of(own, modules[i].number, l.linears[which[i]]);
                 jobs[i] = {weight, ys.begin()[i] + start * weight->out};
             }
-            kernels.linear(x + start * in, stop - start, in, jobs, count, soon.data(), soon.size(), int(s.threads));
+            kernels.linear(x + start * in, stop - start, in, jobs, count, prefetch.data(), prefetch.size(), int(s.threads));
         });
         if (rows.segments) kernels.lora(rows.segments, rows.num_segments, modules, count, in, x, int(s.threads));
     }
 
-    // the factors that adapters have for these modules, to `soon`
-    void add_factors(const Rows& rows, const LoraModule* modules, int count, int64_t in) const {
-        const auto add = [&](const void* factor, int64_t size, bool is_bf16) { soon.push_back({factor, size * (is_bf16 ? 2 : 4)}); };
+    // the factors that adapters have for these modules, to `prefetch`
+    void prefetch_factors(const Rows& rows, const LoraModule* modules, int count, int64_t in) const {
+        const auto add = [&](const void* factor, int64_t size, bool is_bf16) { prefetch.push_back({factor, size * (is_bf16 ? 2 : 4)}); };
         for (const Segment* segment = rows.segments; segment < rows.segments + rows.num_segments; segment++)
             for (const LoraModule* module = modules; module < modules + count; module++) {
                 const Factors& f = segment->factors[module->number];
@@ -221,30 +226,30 @@ struct Pass {
 
     void norm(const Layer& l, const Rows& rows, int which) const {
         const int64_t width = s.hidden_size;
-        each_run(rows, [&](int64_t start, int64_t stop, const Owner* owner) {
-            const float* weight = owned(owner, l.norm_numbers[which], l.norms[which]);
+        each_run(rows, [&](int64_t start, int64_t stop, const ReplacedRows* own) {
+            const float* weight = module_of(own, l.norm_numbers[which], l.norms[which]);
             each_row(s, start, stop, width, [&](int64_t row) {
-                norm_row(s.hidden + row * width, weight, width, l.eps, normed + row * width);
+                rms_norm_row(s.hidden + row * width, weight, width, l.eps, normed + row * width);
             });
         });
     }
 
-    // work(start, stop, owner or null) for every run of rows that go through the same modules
+    // work(start, stop, own or null) for every run of rows that go through the same modules
     template <typename Work>
     void each_run(const Rows& rows, Work work) const {
         int64_t reached = 0;
-        for (const Owner* owner = rows.owners; owner < rows.owners + rows.num_owners; owner++) {
-            if (reached < owner->start) work(reached, owner->start, nullptr);
-            work(owner->start, owner->stop, owner);
-            reached = owner->stop;
+        for (const ReplacedRows* own = rows.replaced; own < rows.replaced + rows.num_replaced; own++) {
+            if (reached < own->start) work(reached, own->start, nullptr);
+            work(own->start, own->stop, own);
+            reached = own->stop;
         }
         if (reached < rows.count) work(reached, rows.count, nullptr);
     }
 
     template <typename Module>
-    static const Module* owned(const Owner* owner, int64_t number, const Module* base) {
-        const void* own = owner && base ? owner->modules[number] : nullptr;
-        return own ? static_cast<const Module*>(own) : base;
+    static const Module* module_of(const ReplacedRows* own, int64_t number, const Module* base) {
+        const void* module = own && base ? own->modules[number] : nullptr;
+        return module ? static_cast<const Module*>(module) : base;
     }
 
     void add_delta(const Rows& rows) const {
@@ -254,18 +259,18 @@ struct Pass {
         });
     }
 
-    // queries and keys are normed where the model does, and turned to their positions
-    void turn(const Layer& l) const {
+    // queries and keys are normed where the model does, and rotated to their positions
+    void rope(const Layer& l) const {
         const int64_t dim = l.cache.head_dim;
         const auto heads = [&](float* rows, int64_t num_heads, const float* weight, int64_t row) {
             for (float* head = rows + row * num_heads * dim; head < rows + (row + 1) * num_heads * dim; head += dim) {
-                if (weight) norm_row(head, weight, dim, l.eps, head);
-                rotate_row(head, s.cos + row * dim, s.sin + row * dim, dim);
+                if (weight) rms_norm_row(head, weight, dim, l.eps, head);
+                rope_row(head, s.cos + row * dim, s.sin + row * dim, dim);
             }
         };
-        each_run(s.tokens, [&](int64_t start, int64_t stop, const Owner* owner) {
-            const float* q_norm = owned(owner, l.norm_numbers[Q_NORM], l.norms[Q_NORM]);
-            const float* k_norm = owned(owner, l.norm_numbers[K_NORM], l.norms[K_NORM]);
+        each_run(s.tokens, [&](int64_t start, int64_t stop, const ReplacedRows* own) {
+            const float* q_norm = module_of(own, l.norm_numbers[Q_NORM], l.norms[Q_NORM]);
+            const float* k_norm = module_of(own, l.norm_numbers[K_NORM], l.norms[K_NORM]);
             each_row(s, start, stop, l.linears[Q]->out, [&](int64_t row) {
                 heads(query, l.cache.num_heads, q_norm, row);
                 heads(key, l.cache.num_kv_heads, k_norm, row);

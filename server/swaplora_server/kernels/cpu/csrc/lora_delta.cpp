@@ -1,8 +1,12 @@
-// y[rows] = (y[rows] + scale * (x[rows] A^T) B^T) * column_scale + scale * shift for every segment of a packed step, each
-// adapter's factors read once.
+// LoRA deltas of many adapters in one batch, SGMV (Punica), and BGMV where every segment is one row. For each segment:
+//   y[rows] = (y[rows] + scale * (x[rows] A^T) B^T) * column_scale + scale * shift
 //
-// The order of every sum is fixed by the shapes of the factors alone, so a row's result does not depend on which other
-// rows are in the step, nor on how many threads run. Sums are float32 whatever the tensors hold.
+// Shapes: x [rows, in], y [rows, out], float32 or bfloat16; A [rank, in], B [out, rank], in float32 or bfloat16, each
+// adapter's in its own rank; column_scale (DoRA) and shift (biases) [out], float32. Several modules that share x a call.
+// Layout: both factors lie along the rank, so B is stored as B^T [rank, out]. "Shrink" is x A^T, "expand" the rest.
+// Threads: first the shrinks, then the expands, in pieces of STRIP rows by some ranks or columns, taken dynamically; each
+// adapter's factors are read once. The order of every sum is fixed by the shapes of the factors alone, so a row's result
+// does not depend on the other rows of the step, nor on how many threads run. Sums are float32 whatever tensors hold.
 #include <algorithm>
 #include <omp.h>
 #include <type_traits>
@@ -18,9 +22,9 @@ constexpr int64_t PIECE = 4 * WIDE * LANES;  // columns of a module that one thr
 constexpr int64_t STRIP = 8 * ROWS;    // rows of a segment that one thread takes
 constexpr int64_t THREADED = 1 << 15;  // multiply-adds below which a second thread costs more than it saves
 
-// Asks memory for what the next tile reads, once a line of it
+// Prefetches what the next tile reads, once a cache line of it
 template <typename W>
-void ask(const W* from, int64_t at) {
+void prefetch(const W* from, int64_t at) {
     if (at % int64_t(64 / sizeof(W)) == 0) __builtin_prefetch(from);
 }
 
@@ -35,7 +39,7 @@ void shrink_block(const T* x, const W* a, int64_t in, int ranks, float* shrunk, 
         floats xs[R];
         for (int row = 0; row < R; row++) xs[row] = load(x + row * in + k);
         for (int j = 0; j < RANKS; j++) {
-            if (R == 1) ask(factors[j] + RANKS * in + k, k);
+            if (R == 1) prefetch(factors[j] + RANKS * in + k, k);
             const floats av = load(factors[j] + k);
             for (int row = 0; row < R; row++) sums[row][j] = mul_add(xs[row], av, sums[row][j]);
         }

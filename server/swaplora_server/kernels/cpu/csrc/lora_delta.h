@@ -1,4 +1,4 @@
-// What lora_delta.cpp offers to native code; filled in from Python, field by field.
+// The arguments of lora_delta.cpp, filled in from Python field by field (kernels/cpu/lora.py), and by decoder.cpp.
 #pragma once
 #include <cstdint>
 

@@ -1,8 +1,10 @@
-// y = x W^T + b in float32, with W laid out once in panels of COLUMNS output features: as float32, or as bfloat16 where
-// that loses nothing, which halves what a step reads.
+// A float32 linear (GEMM, and GEMV while decoding):  y = x W^T + b.
 //
-// Every output is one sum over k in ascending order, whatever the number of rows, so a row's result is the same, bit for
-// bit, alone and among any others.
+// Shapes: x [rows, in], W [out, in], b [out], y [rows, out]; several linears that share x (q, k, v; gate, up) in one call.
+// Layout: W is packed once into panels [panel][in][COLUMNS] of COLUMNS output features, as float32, or as bfloat16 where
+// that loses nothing, which halves what a step reads: then columns c and LANES + c of a row share a 32-bit word.
+// Threads: pieces of STRIP rows by one panel, taken dynamically. Every output is one sum over k in ascending order,
+// whatever the number of rows, so a row's result is the same, bit for bit, alone and among any others.
 #include <algorithm>
 #include <omp.h>
 #include "packed_linear.h"
@@ -12,7 +14,7 @@ namespace {
 
 constexpr int VECTORS = 2, COLUMNS = VECTORS * LANES, ROWS = 6;  // of a tile: its sums fill most of the registers
 constexpr int64_t DEPTH = 288;         // of a panel at most at a time, so that it stays in the first cache for all rows
-constexpr int64_t AHEAD = 128;         // rows of a panel that are asked of memory before they are needed
+constexpr int64_t AHEAD = 128;         // rows of a panel by which it is prefetched before it is needed
 constexpr int64_t STRIP = 22 * ROWS;   // rows whose sums are held at a time
 constexpr int64_t UNPACKED = 4 * ROWS; // rows from which on widening a panel once is cheaper than once a tile
 constexpr int64_t THREADED = 1 << 16;  // multiply-adds below which a second thread costs more than it saves
@@ -37,13 +39,13 @@ constexpr int64_t LINE = 64;  // bytes
 
 int64_t lines_of(const Span& span) { return (span.bytes + LINE - 1) / LINE; }
 
-// A piece's share of the spans, asked for line by line.
-struct Asking {
+// A piece's share of the spans, prefetched line by line.
+struct Prefetch {
     const Span* span;
     int64_t line, left;  // of the span, and of all
 
     // lines [from, to) of all
-    Asking(const Span* spans, int64_t from, int64_t to) : span(spans), line(from), left(to - from) {}
+    Prefetch(const Span* spans, int64_t from, int64_t to) : span(spans), line(from), left(to - from) {}
 
     // The start of up to `*count` lines that follow one another, which is set to their number
     const char* take(int64_t* count) {
@@ -57,16 +59,16 @@ struct Asking {
 
 // sums[row] += x[row][0..depth) . panel[0..depth), R rows of COLUMNS outputs held in registers throughout
 template <int R, typename P>
-void tile(const float* x, int64_t in, const P* panel, int64_t depth, float* sums, Asking& asking) {
-    int64_t soon_lines = depth / 2;
-    const char* soon = asking.take(&soon_lines);
+void tile(const float* x, int64_t in, const P* panel, int64_t depth, float* sums, Prefetch& prefetch) {
+    int64_t next_lines = depth / 2;
+    const char* next = prefetch.take(&next_lines);
     floats acc[R][VECTORS];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < VECTORS; v++) acc[r][v] = load(sums + r * COLUMNS + v * LANES);
     for (int64_t k = 0; k < depth; k++) {
         floats w[VECTORS];
         get_row(panel, k, w);
-        if (k % 2 && k / 2 < soon_lines) __builtin_prefetch(soon + k / 2 * LINE, 0, 2);
+        if (k % 2 && k / 2 < next_lines) __builtin_prefetch(next + k / 2 * LINE, 0, 2);
         else __builtin_prefetch(panel + (k + AHEAD) * row_words(panel));
         for (int r = 0; r < R; r++) {
             const floats scalar = splat(x[r * in + k]);
@@ -78,14 +80,14 @@ void tile(const float* x, int64_t in, const P* panel, int64_t depth, float* sums
 }
 
 template <typename P>
-void tiles(int64_t rows, const float* x, int64_t in, const P* panel, int64_t depth, float* sums, Asking& asking) {
+void tiles(int64_t rows, const float* x, int64_t in, const P* panel, int64_t depth, float* sums, Prefetch& prefetch) {
     for (int64_t r = 0; r < rows; r += ROWS, x += ROWS * in, sums += ROWS * COLUMNS) switch (rows - r) {
-            case 1: tile<1>(x, in, panel, depth, sums, asking); break;
-            case 2: tile<2>(x, in, panel, depth, sums, asking); break;
-            case 3: tile<3>(x, in, panel, depth, sums, asking); break;
-            case 4: tile<4>(x, in, panel, depth, sums, asking); break;
-            case 5: tile<5>(x, in, panel, depth, sums, asking); break;
-            default: tile<ROWS>(x, in, panel, depth, sums, asking);
+            case 1: tile<1>(x, in, panel, depth, sums, prefetch); break;
+            case 2: tile<2>(x, in, panel, depth, sums, prefetch); break;
+            case 3: tile<3>(x, in, panel, depth, sums, prefetch); break;
+            case 4: tile<4>(x, in, panel, depth, sums, prefetch); break;
+            case 5: tile<5>(x, in, panel, depth, sums, prefetch); break;
+            default: tile<ROWS>(x, in, panel, depth, sums, prefetch);
         }
 }
 
@@ -104,7 +106,7 @@ int64_t even_cut(int64_t whole, int64_t most) {
 }
 
 // y[0..rows) of one panel
-void panel_strip(const LinearWeight& w, int64_t p, const float* x, int64_t rows, int64_t in, float* y, Asking asking) {
+void panel_strip(const LinearWeight& w, int64_t p, const float* x, int64_t rows, int64_t in, float* y, Prefetch prefetch) {
     alignas(64) float sums[STRIP * COLUMNS], wide[DEPTH * COLUMNS];
     const int64_t first = p * COLUMNS, width = std::min<int64_t>(COLUMNS, w.out - first);
     for (int64_t r = 0; r < rows; r++)
@@ -116,11 +118,11 @@ void panel_strip(const LinearWeight& w, int64_t p, const float* x, int64_t rows,
         const uint32_t* narrow = static_cast<const uint32_t*>(w.panels) + at;
         const float* panel = static_cast<const float*>(w.panels) + at;
         if (is_narrow) {
-            tiles(rows, x + k, in, narrow, depth, sums, asking);
+            tiles(rows, x + k, in, narrow, depth, sums, prefetch);
             continue;
         }
         if (w.is_bf16) widen_panel(narrow, depth, wide);
-        tiles(rows, x + k, in, w.is_bf16 ? wide : panel, depth, sums, asking);
+        tiles(rows, x + k, in, w.is_bf16 ? wide : panel, depth, sums, prefetch);
     }
     for (int64_t r = 0; r < rows; r++) {
         const float* from = sums + r * COLUMNS;
@@ -159,10 +161,10 @@ extern "C" void pack(const float* weight, int64_t in, int64_t out, int is_bf16, 
 }
 
 // x: [rows, in]; each job's y: [rows, out]. All jobs of a call share x and the threads.
-extern "C" void linear_f32(const float* x, int64_t rows, int64_t in, const LinearJob* jobs, int64_t count, const Span* soon,
-                           int64_t num_soon, int threads) {
+extern "C" void linear_f32(const float* x, int64_t rows, int64_t in, const LinearJob* jobs, int64_t count, const Span* prefetch,
+                           int64_t num_prefetch, int threads) {
     int64_t panels = 0, work = 0, lines = 0;
-    for (const Span* span = soon; span < soon + num_soon; span++) lines += lines_of(*span);
+    for (const Span* span = prefetch; span < prefetch + num_prefetch; span++) lines += lines_of(*span);
     for (int64_t j = 0; j < count; j++) {
         panels += panels_of(jobs[j].weight->out);
         work += rows * in * jobs[j].weight->out;
@@ -176,6 +178,6 @@ extern "C" void linear_f32(const float* x, int64_t rows, int64_t in, const Linea
         const LinearJob* job = jobs;
         for (; p >= panels_of(job->weight->out); job++) p -= panels_of(job->weight->out);
         panel_strip(*job->weight, p, x + first * in, std::min(STRIP, rows - first), in, job->y + first * job->weight->out,
-                    {soon, lines * piece / pieces, lines * (piece + 1) / pieces});
+                    {prefetch, lines * piece / pieces, lines * (piece + 1) / pieces});
     }
 }

@@ -1,4 +1,4 @@
-// What packed_linear.cpp offers to native code; filled in from Python, field by field.
+// The arguments of packed_linear.cpp, filled in from Python field by field (kernels/cpu/linear.py), and by other kernels.
 #pragma once
 #include <cstdint>
 
@@ -9,7 +9,7 @@ struct LinearWeight {
     int64_t is_bf16;
 };
 
-// Memory that is read soon after a call. It is asked for during the call, when products keep the processor busy and
+// Memory that is read soon after a call. It is prefetched during the call, when products keep the processor busy and
 // memory is idle.
 struct Span {
     const void* start;

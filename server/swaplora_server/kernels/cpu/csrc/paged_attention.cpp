@@ -1,9 +1,14 @@
-// Causal attention over paged keys and values, the same code for decoding rows and chunks of prompts.
+// PagedAttention (vLLM): causal attention over a paged KV cache, the same code for decode rows and prefill chunks.
+//   out = softmax(softcap(scaling * q K^T), sink) V   over the keys of the row's own sequence, in its sliding window
 //
-// The rows of a KV head's queries are worked off in tiles against one block of keys after the other. Every score is one
-// sum over the head's dimensions, every softmax one sum over the positions, every output one sum over the positions, in
-// ascending order; so a row's result depends on its own sequence and position alone: neither on its neighbours nor on
-// how its prompt was cut.
+// Shapes: q, out [rows, num_heads, head_dim]; k, v [rows, num_kv_heads, head_dim] (GQA: query heads h * group and on share
+// KV head h); float32 or bfloat16, sums in float32. The step's keys and values are written to the cache first.
+// Layout: keys [block, kv_head, head_dim, block_size], values [block, kv_head, block_size, head_dim], found through each
+// sequence's block table; position p is in block p / block_size.
+// Threads: pieces of one KV head by the queries of a tile, taken dynamically; a tile is worked off against one block of
+// keys after the other. Every score is one sum over the head's dimensions, every softmax and every output one sum over
+// the positions, in ascending order; so a row's result depends on its own sequence and position alone: neither on its
+// neighbours nor on how its prompt was cut.
 #include <algorithm>
 #include <cmath>
 #include <omp.h>
@@ -32,7 +37,7 @@ void in_tiles(int64_t rows, Work work) {
         }
 }
 
-// What is read after a block's keys, asked of memory meanwhile. Both are as large as the keys.
+// What is read after a block's keys, prefetched meanwhile. Both are as large as the keys.
 template <typename T>
 struct Next {
     const T *keys, *values;

@@ -1,4 +1,4 @@
-// What paged_attention.cpp offers to native code; filled in from Python, field by field.
+// The arguments of paged_attention.cpp, filled in from Python field by field (kernels/cpu/attention.py).
 #pragma once
 #include <cstdint>
 

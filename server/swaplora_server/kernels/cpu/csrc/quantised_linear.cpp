@@ -1,7 +1,9 @@
-// y = x W^T + b in float32, with W kept as codes of 8 or 4 bits and a scale for every block of them.
+// A linear with quantised weights (bitsandbytes' int8, nf4 and fp4):  y = x W^T + b,  W[o, k] = value(code) * scale.
 //
-// A few panels of output features at a time are widened to float32 and multiplied by the very code that multiplies
-// plain float32 weights: the result is, bit for bit, what that gives for the widened weight.
+// Shapes: x [rows, in], W [out, in], y [rows, out], float32; one scale for every `block` values of a row of W.
+// Layout: codes in panels [panel][in][columns] as packed_linear.cpp has them, a byte each, or two 4-bit codes a byte.
+// Threads: groups of panels, taken dynamically. A group is dequantised to float32 and multiplied by the very code that
+// multiplies plain float32 weights: the result is, bit for bit, what that gives for the dequantised weight.
 #include <algorithm>
 #include <omp.h>
 #include <vector>

@@ -1,5 +1,6 @@
-// LANES floats at a time, from float32 or bfloat16 memory. Plain vector extensions: the compiler picks the instructions,
-// except for mul_add: whether a product is rounded before it is added must not depend on what the compiler makes of a loop.
+// Vectors for the kernels: LANES floats at a time, from float32 or bfloat16 memory. Plain vector extensions: the compiler
+// picks the instructions, except for mul_add: whether a product is rounded before it is added must not depend on what the
+// compiler makes of a loop.
 //
 // The build says how many LANES there are, 8 or 16. Any processor runs either: what is too wide for it is done in parts.
 #pragma once
