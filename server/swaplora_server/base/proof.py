@@ -1,4 +1,4 @@
-"""The proof that an architecture can be served, run once at start on the base itself.
+"""The start-up proof: an architecture is served as stock transformers computes it, shown at start on the base itself.
 
 Before anything is replaced, the stock model computes a few logits. Afterwards the same tokens go through the real
 runner: several sequences packed together, in chunks and one by one, over paged KV. Where the two disagree, the base is

@@ -1,4 +1,4 @@
-"""What a full block of the KV cache is known by: its tokens, all tokens before them, and whose they are.
+"""The prefix cache's keys: a full block is known by its tokens, all tokens before them, and whose they are.
 
 A block's keys and values depend on every token up to its last and on the weights. So its key is the hash of its
 parent's key and its own tokens, and the chain begins with a root that stands for the weights and for the client's salt.

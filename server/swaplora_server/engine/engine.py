@@ -1,4 +1,4 @@
-"""The engine thread: takes commands, and while there is work runs the step, which is schedule, run, commit."""
+"""The engine thread: continuous batching. It takes commands, and while there is work runs: schedule, run, commit."""
 
 import queue
 import threading

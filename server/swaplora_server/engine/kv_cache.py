@@ -1,9 +1,9 @@
-"""The pool of KV blocks: which are held and by how many, which are free, and which can be found again by their tokens.
+"""The block pool of the paged KV cache: which blocks are held, which are free, which can be found by their tokens.
 
-Imports no torch; the tensors live with attention. A full block that was computed is published under a key that stands
-for its tokens and for all that came before them (see block_keys.py). It stays findable after its last holder has let go
-of it, until its memory is needed: free blocks that nobody can look for go first, then the least recently used. Only
-full blocks are ever shared, and a full block is never written to again.
+Imports no torch; the tensors live with attention, which reads them through block tables. A full block that was computed
+is published under a key that stands for its tokens and for all that came before them (see block_keys.py). It stays
+findable after its last holder has let go of it, until its memory is needed: free blocks that nobody can look for go
+first, then the least recently used. Only full blocks are ever shared, and a full block is never written to again.
 """
 
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""What sequences compute for each other: who may begin with which blocks, and what of a sequence others may find.
+"""Prefix caching: which computed blocks a sequence may begin with, and what of its own blocks others may find.
 
 Imports no torch. A sequence shares full blocks only, and never the one with its last token: that row is to sample.
 """

@@ -1,4 +1,4 @@
-"""Running one step: the batch becomes tensors, goes through the model once, and comes back as sampled tokens."""
+"""Running one step: decode rows and prefill chunks, packed into one forward, come back as sampled tokens."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass

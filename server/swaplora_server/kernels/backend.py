@@ -1,6 +1,6 @@
 """What a family of kernels offers: base linears, the LoRA operation, paged attention, and layers fused into one call.
 
-There are two families: `torch` is the definition and runs on any device, `cpu` is C++. `pick` chooses at start.
+There are two: `torch` is the definition and runs on any device, `cpu` is C++. `pick_backend` chooses at start.
 """
 
 from collections.abc import Callable, Sequence

@@ -39,9 +39,9 @@ class LayerAttention:
 
     layer_idx: int
     scaling: float
-    softcap: float | None = None
-    sinks: Tensor | None = None  # [num_heads]
-    window: int | None = None  # keys a row may look back on, itself included
+    softcap: float | None = None  # score → softcap · tanh(score / softcap)
+    sinks: Tensor | None = None  # [num_heads]: attention sinks, a logit each that only takes its share
+    window: int | None = None  # sliding window: keys a row may look back on, itself included
 
 
 @dataclass(frozen=True, slots=True)

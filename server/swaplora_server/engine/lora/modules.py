@@ -33,7 +33,11 @@ class Wrapped(nn.Module):
 
 
 class LoraLinear(Wrapped):
-    """y = (base(x) + Σ scale · (x Aᵀ) Bᵀ) · column_scale + shift over the step's segments; base rows are left alone."""
+    """y = (base(x) + Σ scale · (x Aᵀ) Bᵀ) · column_scale + scale · shift over the step's segments.
+
+    A: [rank, in_features], B: [out_features, rank]; column_scale is DoRA's, shift an adapter's biases. Base rows are
+    left alone.
+    """
 
     def __init__(
         self, path: str, base: nn.Module, activation: Activation, *, is_head: bool, is_transposed: bool

@@ -1,0 +1,1 @@
+"""The torch backend: the definition of every operation, on any device."""

@@ -1,6 +1,6 @@
-"""Attention over paged keys and values in torch's own operations, on any device.
+"""PagedAttention in torch's own operations, on any device: GQA, sliding window, softcap, attention sinks.
 
-Decoding rows attend in batches of like length, prompt chunks one by one. Which rows belong to whom is settled once a
+Decode rows attend in batches of like length, prefill chunks one by one. Which rows belong to whom is settled once a
 step, in `PagedStep`.
 """
 
