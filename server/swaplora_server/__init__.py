@@ -1,0 +1,1 @@
+"""The server. Its rooms from the top: cli, http, service, base, engine, kernels. Each imports from those below."""
