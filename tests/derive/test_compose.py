@@ -18,8 +18,9 @@ from adapter_files import LAYERS, SHAPES, write_adapter
 from serving import BASE, Running, serving, settings
 from swaplora_adapters.config.parse import MAX_RANK
 from swaplora_adapters.derive import write
-from swaplora_adapters.derive.compose import Ingredient, Recipe, compose
+from swaplora_adapters.derive.compose import Ingredient, compose
 from swaplora_adapters.derive.lowrank import LowRank
+from swaplora_adapters.derive.recipe import Recipe
 from swaplora_adapters.derive.write import write_adapter as write_composed
 from swaplora_adapters.errors import AdapterTooLargeError, InvalidAdapterError, StorageFailedError
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE

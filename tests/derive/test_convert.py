@@ -18,7 +18,7 @@ from adapter_files import SHAPES
 from oracle import Oracle
 from serving import Running
 from swaplora_adapters.config.parse import CONVERTIBLE_KINDS
-from swaplora_adapters.derive.convert import Converted, convert
+from swaplora_adapters.derive.convert import CUTS, Converted, convert
 from swaplora_adapters.derive.kinds import KINDS
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
@@ -130,7 +130,7 @@ def test_the_ranks_are_those_that_peft_would_choose(make: Make, name: str) -> No
 
 
 def test_the_kinds_that_a_refusal_says_can_be_converted_are_those_that_can() -> None:
-    assert KINDS.keys() == CONVERTIBLE_KINDS
+    assert KINDS.keys() == CUTS.keys() == CONVERTIBLE_KINDS
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,12 @@ def test_what_a_library_prints_is_no_part_of_the_answer(tmp_path: Path, monkeypa
     assert done["error"]["overall"] == 0
 
 
+def test_the_server_and_a_sum_do_without_peft() -> None:
+    imports = "swaplora_server.http.app, swaplora_adapters.derive.deriver, swaplora_adapters.derive.worker"
+    code = f"import sys, {imports}; sys.exit('peft' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_a_process_that_cannot_be_started_is_an_error_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,9 +158,10 @@ def test_a_full_disk_is_told_as_it_is_for_an_upload(base: Path, adapters: list[P
     if reason := why_no_mount():
         pytest.skip(reason)
     with small_disk(base, tmp_path / "data") as (running, disk):
-        assert running.put("one", adapters[0]).status_code == 201
+        assert running.put("one", adapters[5]).status_code == 201
         body = {"name": "new", "from": [{"name": "one", "scale": 2}]}
-        leave_free(disk, 16 << 10)  # for a config, and not for the weights
+        assert (adapters[5] / "adapter_model.safetensors").stat().st_size > 48 << 10
+        leave_free(disk, 32 << 10)  # for a config, and not for the weights
         answer = running.client.post("/v1/merged", json=body, timeout=GUARD_SECONDS)
         check_refused(answer, "storage_full", disk)
         assert "no room is left" in answer.json()["error"]["message"]

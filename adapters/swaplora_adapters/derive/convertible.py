@@ -1,15 +1,11 @@
 """Reading an adapter of another kind than LoRA, trusting nothing: config, header and fit come before values."""
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from swaplora_adapters.config.fields import ConfigFields
 from swaplora_adapters.config.matching import Matcher
@@ -49,21 +45,6 @@ class Convertible:
     modules: Mapping[str, Module]
     names: Mapping[str, Mapping[str, str]]  # module → part → name in the file
     projection_seed: int | None  # of VeRA's projections, where they are not in the file
-
-    def projections(self) -> dict[str, Tensor]:
-        """VeRA's A and B made again from their seed, as large as the largest module (`VeraModel._init_vera_A_vera_B`).
-
-        Kaiming's uniform initialisation: bounds are ±√(6 / fan_in), and fan_in is the number of columns.
-        """
-        if self.projection_seed is None:
-            return {}
-        generator = torch.Generator().manual_seed(self.projection_seed)
-        sizes = _projection_shapes(self.modules)
-        bounds = {name: math.sqrt(6 / shape[1]) for name, shape in sizes.items()}
-        return {
-            name: torch.empty(shape).uniform_(-bounds[name], bounds[name], generator=generator)
-            for name, shape in sizes.items()
-        }
 
 
 def read_convertible(config_path: Path, weights_path: Path, shapes: Mapping[str, LinearShape]) -> Convertible:
@@ -178,7 +159,7 @@ def _shared_complaints(kind: Kind, found: Shapes, modules: Mapping[str, Module],
         if found:
             yield "save_projection is false, but the file holds the projections: set it to true to have them used"
         return
-    expected = _projection_shapes(modules) if kind.shared and modules else {}
+    expected = projection_shapes(modules) if kind.shared and modules else {}
     for part, shape in expected.items():
         if part not in found:
             yield f"{_PREFIX}{part} is missing, though the config says that it is saved"
@@ -186,7 +167,8 @@ def _shared_complaints(kind: Kind, found: Shapes, modules: Mapping[str, Module],
             yield f"{_PREFIX}{part} is of shape {list(found[part])}, the rank and the base need {list(shape)}"
 
 
-def _projection_shapes(modules: Mapping[str, Module]) -> dict[str, tuple[int, int]]:
+def projection_shapes(modules: Mapping[str, Module]) -> dict[str, tuple[int, int]]:
+    """Of VeRA's projections, in the order in which PEFT draws them."""
     rank = max(module.rank for module in modules.values())
     return {
         "vera_A": (rank, max(module.shape.in_features for module in modules.values())),

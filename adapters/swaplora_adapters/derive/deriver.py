@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.config.parse import MAX_CONFIG_BYTES
-from swaplora_adapters.derive.compose import Recipe
 from swaplora_adapters.derive.convertible import read_convertible
 from swaplora_adapters.derive.process import DerivationProcess
+from swaplora_adapters.derive.recipe import Recipe
 from swaplora_adapters.files.disk import open_regular, read_bounded
 from swaplora_adapters.fit.base import LinearShape
 from swaplora_adapters.store.records import VersionRecord

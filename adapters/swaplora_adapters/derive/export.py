@@ -1,4 +1,7 @@
-"""A stand-alone model of a base and some adapters: W' = W + Σ s B A in float32, kept in the base's own format."""
+"""A stand-alone model of a base and some adapters: W' = W + Σ s B A in float32, kept in the base's own format.
+
+PEFT's `merge_and_unload` rounds after each of several adapters, and changes the embedding with a tied head.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from swaplora_adapters.config.parse import read_spec
 from swaplora_adapters.derive.compose import Ingredient
-from swaplora_adapters.derive.deltas import require_deltas
+from swaplora_adapters.derive.recipe import require_deltas
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.fit.base import BaseLayers, LayerShapes, shape_of
 from swaplora_adapters.intake import inspect_files

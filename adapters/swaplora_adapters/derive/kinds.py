@@ -1,20 +1,12 @@
-"""The kinds of adapters other than LoRA whose delta is known from their tensors alone, each as PEFT computes it.
-
-Every kind says which tensors a module has, checks their shapes, and cuts the delta in its cheapest form.
-"""
+"""The kinds of adapters other than LoRA whose delta is known from their tensors alone, and which tensors those are."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from swaplora_adapters.derive.lowrank import Limit, LowRank, cut_factors, cut_kronecker, cut_matrix
 from swaplora_adapters.fit.base import LinearShape
 
 Shapes = Mapping[str, tuple[int, ...]]  # of a module's tensors, by part
-Tensors = Mapping[str, Tensor]
 
 
 class Module(NamedTuple):
@@ -28,7 +20,7 @@ class Module(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One peft_type. `shared` are tensors of the whole adapter, which `cut` finds among a module's own."""
+    """One peft_type. `shared` are tensors of the whole adapter, which `convert` finds among a module's own."""
 
     parts: frozenset[str]
     shared: frozenset[str]
@@ -36,7 +28,6 @@ class Kind:
     defaults: Mapping[str, object]  # of config fields that PEFT reads differently from LoRA's, or LoRA does not have
     has_patterns: bool  # rank_pattern and alpha_pattern
     complaints: Callable[[Shapes, Module], Iterator[str]]
-    cut: Callable[[Tensors, Module, Limit], LowRank]
 
 
 def _expect(found: Shapes, expected: Shapes) -> Iterator[str]:
@@ -51,16 +42,6 @@ def _loha_complaints(found: Shapes, module: Module) -> Iterator[str]:
     shape, rank = module.shape, module.rank
     a, b = (shape.out_features, rank), (rank, shape.in_features)
     return _expect(found, {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": a, "hada_w2_b": b})
-
-
-def _cut_loha(tensors: Tensors, module: Module, limit: Limit) -> LowRank:
-    """(w1_a w1_b) ⊙ (w2_a w2_b): its factors are all products of a row of the one with the same row of the other."""
-    w1_a, w1_b, w2_a, w2_b = (tensors[f"hada_{x}"].double() for x in ("w1_a", "w1_b", "w2_a", "w2_b"))
-    if module.rank**2 >= min(module.shape):
-        return cut_matrix((w1_a @ w1_b) * (w2_a @ w2_b) * module.scaling, limit)
-    lora_A = torch.einsum("rn,sn->rsn", w1_b, w2_b).flatten(0, 1)
-    lora_B = torch.einsum("mr,ms->mrs", w1_a, w2_a).flatten(1, 2)
-    return cut_factors(lora_A, lora_B * module.scaling, limit)
 
 
 def _lokr_complaints(found: Shapes, module: Module) -> Iterator[str]:
@@ -78,40 +59,14 @@ def _lokr_complaints(found: Shapes, module: Module) -> Iterator[str]:
         yield f"has Kronecker factors of shapes {list(sizes[0])} and {list(sizes[1])}, the base needs {list(needed)}"
 
 
-def _cut_lokr(tensors: Tensors, module: Module, limit: Limit) -> LowRank:
-    """w1 ⊗ w2, where either may be a product of two factors itself."""
-    first, second = (
-        tensors[name].double() if name in tensors else tensors[f"{name}_a"].double() @ tensors[f"{name}_b"].double()
-        for name in ("lokr_w1", "lokr_w2")
-    )
-    return cut_kronecker(first * module.scaling, second, limit)
-
-
 def _vera_complaints(found: Shapes, module: Module) -> Iterator[str]:
     return _expect(found, {"vera_lambda_b": (module.shape.out_features,), "vera_lambda_d": (module.rank,)})
-
-
-def _cut_vera(tensors: Tensors, module: Module, limit: Limit) -> LowRank:
-    """diag(b) B diag(d) A, with the corner of the shared B and A that the module is large (arXiv:2310.11454)."""
-    shape = module.shape
-    lora_A = tensors["vera_lambda_d"].double()[:, None] * tensors["vera_A"][:, : shape.in_features]
-    lora_B = tensors["vera_lambda_b"].double()[:, None] * tensors["vera_B"][: shape.out_features]
-    return cut_factors(lora_A, lora_B, limit)
 
 
 def _fourier_complaints(found: Shapes, module: Module) -> Iterator[str]:
     spectrum, num_entries = found.get("fourierft_spectrum", ()), module.shape.in_features * module.shape.out_features
     if len(spectrum) != 1 or spectrum[0] > num_entries:
         yield f"needs fourierft_spectrum of one dimension and at most {num_entries} frequencies"
-
-
-def _cut_fourier(tensors: Tensors, module: Module, limit: Limit) -> LowRank:
-    """The real part of the inverse 2D transform of a few coefficients, at places drawn by seed (arXiv:2405.03003)."""
-    values, shape = tensors["fourierft_spectrum"].float(), module.shape
-    num_entries = shape.out_features * shape.in_features
-    places = torch.randperm(num_entries, generator=torch.Generator().manual_seed(module.seed))[: len(values)]
-    spectrum = torch.zeros(num_entries).scatter(0, places, values).view(shape.out_features, shape.in_features)
-    return cut_matrix(torch.fft.ifft2(spectrum).real * module.scaling, limit)
 
 
 _LYCORIS_TRAINING = frozenset({"rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"})
@@ -123,7 +78,6 @@ KINDS: Mapping[str, Kind] = {
         defaults={"r": 8, "alpha": 8},
         has_patterns=True,
         complaints=_loha_complaints,
-        cut=_cut_loha,
     ),
     "LOKR": Kind(
         parts=frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}),
@@ -132,7 +86,6 @@ KINDS: Mapping[str, Kind] = {
         defaults={"r": 8, "alpha": 8},
         has_patterns=True,
         complaints=_lokr_complaints,
-        cut=_cut_lokr,
     ),
     "VERA": Kind(
         parts=frozenset({"vera_lambda_b", "vera_lambda_d"}),
@@ -141,7 +94,6 @@ KINDS: Mapping[str, Kind] = {
         defaults={"r": 256, "projection_prng_key": 0, "save_projection": True},
         has_patterns=False,
         complaints=_vera_complaints,
-        cut=_cut_vera,
     ),
     "FOURIERFT": Kind(
         parts=frozenset({"fourierft_spectrum"}),
@@ -150,6 +102,5 @@ KINDS: Mapping[str, Kind] = {
         defaults={"scaling": 150.0, "random_loc_seed": 777},
         has_patterns=False,
         complaints=_fourier_complaints,
-        cut=_cut_fourier,
     ),
 }

@@ -45,16 +45,6 @@ def at_most(rank: int) -> Limit:
     return lambda values: min(rank, len(values))
 
 
-def with_energy(share: float) -> Limit:
-    """As few as hold `share` of the sum of squares, as PEFT's `convert_to_lora` counts with a rank below 1."""
-
-    def limit(values: Tensor) -> int:
-        energy = values.double().square().cumsum(0)
-        return min(int(torch.searchsorted(energy, share * energy[-1])) + 1, len(values))
-
-    return limit
-
-
 def cut_factors(lora_A: Tensor, lora_B: Tensor, limit: Limit) -> LowRank:
     """lora_B [out, r] @ lora_A [r, in]: the QR of each factor leaves a core no larger than [r, r] to decompose."""
     right, right_core = torch.linalg.qr(lora_A.double().T)

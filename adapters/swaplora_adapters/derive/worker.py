@@ -5,6 +5,7 @@ An error that is nobody's fault ends it with a traceback on stderr, which goes t
 """
 
 import json
+import logging
 import os
 import sys
 import threading
@@ -16,11 +17,10 @@ import torch
 
 from swaplora_adapters.config.parse import read_spec
 from swaplora_adapters.config.spec import AdapterSpec
-from swaplora_adapters.derive.compose import Ingredient, Recipe, compose
-from swaplora_adapters.derive.convert import convert
-from swaplora_adapters.derive.deltas import require_deltas
+from swaplora_adapters.derive.compose import Ingredient, compose
 from swaplora_adapters.derive.lowrank import LowRank, relative_error
 from swaplora_adapters.derive.process import answer_of, bound_this_process
+from swaplora_adapters.derive.recipe import Recipe, require_deltas
 from swaplora_adapters.derive.write import write_adapter
 from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
@@ -31,6 +31,7 @@ from swaplora_adapters.weights.served import AdapterWeights
 
 def main() -> None:
     """One job."""
+    logging.basicConfig(level=logging.ERROR)  # what a library remarks on is nothing for the server's log
     torch.set_num_threads(1)  # and so the same result each time
     bound_this_process()
     request = json.loads(sys.stdin.buffer.readline())
@@ -70,6 +71,8 @@ def _convert(
     folder: str, energy: float, shapes: dict[str, list[int]], base_model: str, max_bytes: int
 ) -> dict[str, Any]:
     """Convert the adapter in `folder`, and write the result's two files in the place of its own."""
+    from swaplora_adapters.derive.convert import convert  # brings PEFT and transformers, which sums do without
+
     config, weights = Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE
     converted = convert(config, weights, _shapes(shapes), energy)
     spec = converted.source.spec
@@ -87,7 +90,7 @@ def _convert(
 
 def _count_intruders(folder: str, base: str, shapes: dict[str, list[int]]) -> dict[str, int | None]:
     """By module, of the adapter in `folder`."""
-    from swaplora_adapters.derive.intruders import count_intruders  # brings transformers, which the others do without
+    from swaplora_adapters.derive.intruders import count_intruders  # brings transformers
 
     return count_intruders(_weights(Path(folder), _shapes(shapes)), base)
 

@@ -17,6 +17,8 @@ from swaplora_adapters.files.disk import raising_storage_errors
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.store.staging import Writer
 
+_MAX_ENTRY_BYTES = 1024  # more than any of these tensors takes in the header
+
 
 def write_adapter(
     folder: Path, modules: Mapping[str, LowRank], *, base_model: str | None, fan_in_fan_out: bool, max_bytes: int
@@ -45,18 +47,18 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], max_bytes: int) -> No
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     if num_bytes <= max_bytes:
         with raising_storage_errors():
-            num_bytes = _save(path, tensors, num_bytes)
+            num_bytes = _save(path, tensors)
     if num_bytes > max_bytes:
         raise AdapterTooLargeError(f"{path.name} is larger than {max_bytes} bytes")
 
 
-def _save(path: Path, tensors: dict[str, Tensor], room: int) -> int:
+def _save(path: Path, tensors: dict[str, Tensor]) -> int:
     """The file's size. Raises OSError and StorageFailedError."""
     try:
         save_file(tensors, path)
     except SafetensorError as error:  # it has no errno: to ask for the room again has
         with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, room)
+            os.posix_fallocate(file.fileno(), 0, sum(t.nbytes + _MAX_ENTRY_BYTES for t in tensors.values()))
         raise StorageFailedError(f"the disk that holds the adapters failed: {path.name} cannot be written") from error
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -10,8 +10,8 @@ from starlette.responses import JSONResponse
 
 from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.config.parse import MAX_RANK
-from swaplora_adapters.derive.compose import OPTIONAL, REQUIRED, Method, Recipe
 from swaplora_adapters.derive.deriver import StoredIngredient
+from swaplora_adapters.derive.recipe import OPTIONAL, REQUIRED, Method, Recipe
 from swaplora_adapters.registry.card import PutResult
 from swaplora_server.http.cards import card_body
 from swaplora_server.http.query import refuse_unknown_parameters
