@@ -5,66 +5,26 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import masking_utils
 from transformers.models.gptj import modeling_gptj
 from transformers.models.llama import modeling_llama
 
 import tiny
+from architectures import ARCHITECTURES
 from repository import KERNEL_CACHE
 from swaplora_server.base import proof
 from swaplora_server.base.base_model import BaseModel, load_base, pick_dtype
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.engine import attention
+from swaplora_server.engine.request import Request, SamplingParams, Sequence
+from swaplora_server.engine.scheduler import Batch, ScheduledRows
 from swaplora_server.kernels.backend import Backend
 from swaplora_server.kernels.cpu import decoder as cpu_decoder
 from swaplora_server.kernels.cpu.decoder import CpuDecoder
 from swaplora_server.kernels.pick import pick_backend, torch_backend
 from swaplora_server.kernels.rows import LayerAttention
 from swaplora_server.kernels.torch.attention import PrefillRun
-
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": SMALL,
-    "qwen2": SMALL,
-    "qwen3": SMALL | {"head_dim": 16},
-    "mistral": SMALL | {"sliding_window": 5},
-    "mixtral": SMALL | {"sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "gemma2": SMALL | {"head_dim": 16, "sliding_window": 5, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
-    "gemma3_text": SMALL
-    | {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
-    "phi3": SMALL | {"sliding_window": 5},
-    "olmo": SMALL,
-    "olmo2": SMALL,
-    "granite": SMALL | {"attention_multiplier": 0.2, "residual_multiplier": 0.5},
-    "smollm3": SMALL | {"no_rope_layers": [1, 0]},
-    "cohere": SMALL,
-    "starcoder2": SMALL | {"sliding_window": 5},
-    "gpt_neox": SMALL,
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 48},
-    "opt": {
-        "hidden_size": 32,
-        "ffn_dim": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-        "word_embed_proj_dim": 32,
-    },
-    "gpt_oss": SMALL
-    | {
-        "head_dim": 16,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "sliding_window": 5,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-}
-
 
 CPU = torch.device("cpu")
 CPU_BACKEND = pick_backend(CPU, torch.float32, KERNEL_CACHE, lambda _message: None)
@@ -88,6 +48,21 @@ def test_logits_are_stock_transformers_own(model_type: str, tmp_path: Path) -> N
         base = load(folder, backend)
         assert base.layers.linears
         assert base.kv_bytes_per_token > 0
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text"])
+def test_no_forward_looks_whether_its_sequences_are_packed(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the look costs a wait for all that was launched before."""
+    folder = tiny.save_tiny_base(tmp_path, {"model_type": model_type, **ARCHITECTURES[model_type]})
+    base = load(folder, torch_backend(CPU))
+    looks: list[Tensor] = []
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", looks.append)
+    sequence = Sequence(Request("r", (1, 2, 3), SamplingParams(max_tokens=1), emit=lambda _event: None), 0)
+    sequence.block_table = [1]
+    base.runner(1, 4).logits(Batch((ScheduledRows(sequence, 0, 3),)))
+    assert not looks
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -205,3 +180,18 @@ def test_a_cpu_computes_in_float32_unless_bfloat16_is_asked_for_and_there(monkey
         pick_dtype("bf16", CPU)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     assert pick_dtype("bf16", CPU) == torch.bfloat16
+
+
+def test_a_gpu_attends_without_plans_for_each_length() -> None:
+    def makes_plans() -> bool:
+        return bool(torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
+
+    before = makes_plans()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        torch_backend(CPU)
+        assert makes_plans()
+        torch_backend(torch.device("cuda"))
+        assert not makes_plans()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

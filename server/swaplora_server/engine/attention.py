@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from swaplora_server.kernels.backend import PagedStep
 from swaplora_server.kernels.rows import LayerAttention
@@ -91,6 +91,8 @@ def _refuse_unknown(attention_mask: Tensor | None, others: dict[str, Any]) -> No
 
 
 def register() -> None:
-    """Make `IMPLEMENTATION` known to transformers. The mask function returns None: masks are made here, per step."""
+    """Make `IMPLEMENTATION` known to transformers, without a mask function: masks are made here, per step.
+
+    For a name that has one, transformers looks in every forward whether sequences are packed, and a GPU has to answer.
+    """
     AttentionInterface.register(IMPLEMENTATION, paged_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, lambda *_args, **_kwargs: None)
