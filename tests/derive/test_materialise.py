@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import tiny
 from mixed_batch import CACHE, SHAPE, embedding_adapter, random_adapter, replacing_adapter, scaled_adapter
 from serving import BASE, Running, serving, settings
 from swaplora_adapters.files.naming import WEIGHTS_FILE
+from swaplora_adapters.fit.base import EmbeddingShape, LayerShapes, LinearShape, Rebuild
 from swaplora_adapters.weights.materialise import materialise
-from swaplora_adapters.weights.served import AdapterWeights
+from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, ModuleWeights
 from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
@@ -152,3 +153,29 @@ def test_an_adapter_is_counted_in_memory_by_what_its_bfloat16_file_holds(running
     running.token_ids("half", PROMPT)
     parameters = running.client.get("/v1/adapters/half").json()["parameters"]
     assert running.service.registry.resident_bytes - before == 2 * parameters
+
+
+@pytest.mark.parametrize("with_vectors", [True, False])
+def test_what_lies_on_another_device_than_the_bases_weights_are_read_to_is_merged_there(with_vectors: bool) -> None:
+    """torch's meta device stands for a GPU: no operation takes tensors of it and of the CPU."""
+    elsewhere = torch.device("meta")
+
+    def there(*shape: int) -> Tensor:
+        return torch.empty(shape, device=elsewhere)
+
+    vectors = (there(4), there(4)) if with_vectors else ()
+    tokens = torch.empty(2, dtype=torch.int64, device=elsewhere)
+
+    class Base(LayerShapes):
+        def read(self, name: str) -> Tensor:
+            return {"linear.weight": torch.ones(4, 6), "linear.bias": torch.ones(4)}.get(name, torch.ones(9, 6))
+
+        def rebuilder(self) -> Rebuild:
+            return lambda _path, parameters: nn.ParameterList(parameters.values())
+
+    base = Base({"linear": LinearShape(6, 4)}, {"table": EmbeddingShape(9, 6)})
+    linear = ModuleWeights(there(2, 6), there(4, 2), *vectors)
+    embedding = EmbeddingWeights(there(9, 2), there(6, 2), tokens, there(2, 6))
+    whole = materialise(AdapterWeights("sha256:0", {"linear": linear}, {"table": embedding}), base)
+    kept = [parameter for module in whole.replaced.values() for parameter in module.parameters()]
+    assert [parameter.device for parameter in kept] == 3 * [elsewhere]

@@ -33,9 +33,10 @@ def _folded(weights: AdapterWeights, base: BaseLayers) -> Iterator[tuple[str, nn
 
 
 def _linear(path: str, module: ModuleWeights, base: BaseLayers) -> dict[str, Tensor]:
-    """W' = (W + B A) · column_scale by rows, b' = b · column_scale + shift."""
-    stored, bias = base.read(f"{path}.weight"), _bias(path, base)
-    weight = torch.addmm(stored, module.lora_B.float(), module.lora_A.float())
+    """W' = (W + B A) · column_scale by rows, b' = b · column_scale + shift, where the factors lie."""
+    device = module.lora_B.device
+    stored, bias = base.read(f"{path}.weight"), _bias(path, base, device)
+    weight = torch.addmm(stored.to(device), module.lora_B.float(), module.lora_A.float())
     if module.column_scale is not None:
         weight *= module.column_scale[:, None]
         bias = None if bias is None else bias * module.column_scale
@@ -45,15 +46,15 @@ def _linear(path: str, module: ModuleWeights, base: BaseLayers) -> dict[str, Ten
     return parameters if bias is None else {**parameters, "bias": bias}
 
 
-def _bias(path: str, base: BaseLayers) -> Tensor | None:
+def _bias(path: str, base: BaseLayers, device: torch.device) -> Tensor | None:
     try:
-        return base.read(f"{path}.bias")
+        return base.read(f"{path}.bias").to(device)
     except KeyError:
         return None
 
 
 def _table(stored: Tensor, embedding: EmbeddingWeights) -> Tensor:
-    table = stored.clone()
+    table = stored.to(embedding.lora_A.device, copy=True)
     if embedding.token_ids is not None and embedding.token_rows is not None:
         table[embedding.token_ids] = embedding.token_rows.float()
     return table.addmm_(embedding.lora_A.float(), embedding.lora_B.float().t())
