@@ -105,8 +105,24 @@ def load_base(
     quantization: Quantization | None = None,
 ) -> BaseModel:
     """Load, wrap and prove a base from a folder or hub id. Raises UnsupportedModelError naming the reason."""
-    model = _load_model(source, device, dtype, quantization)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    try:
+        model = _load_model(source, device, dtype, quantization)
+        return prepare(model, AutoTokenizer.from_pretrained(source), device=device, dtype=dtype, backend=backend)
+    except torch.OutOfMemoryError as error:
+        raise UnsupportedModelError(
+            "the base does not fit into the GPU's memory: serve a smaller one, or this one with --quantization nf4"
+        ) from error
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: Backend,
+) -> BaseModel:
+    """Wrap and prove a model that lies on `device`, in place. Raises UnsupportedModelError naming the reason."""
     expected = expected_logits(model)
     vocab_size = vocab_size_of(model.get_input_embeddings(), expected.logits[0].shape[-1])
     attention.register()

@@ -119,15 +119,15 @@ class Engine:
         for request, error in output.failed.items():
             self._scheduler.fail(request, error)
         if output.failed and not output.batch.rows:
-            self._check_model()
+            self.check_model()  # not one request of the step could be run
 
-    def _check_model(self) -> None:
-        """Raise unless the model still computes a token of nobody's: not one request of a step could be run."""
-        request = Request("probe", (0,), SamplingParams(max_tokens=1), emit=lambda _event: None)
+    def check_model(self, num_tokens: int = 1) -> None:
+        """Raise unless the model computes a prompt of nobody's. For the engine's thread, or before it starts."""
+        request = Request("probe", (0,) * num_tokens, SamplingParams(max_tokens=1), emit=lambda _event: None)
         sequence, pool = Sequence(request, 0), self._scheduler.pool
-        pool.grow(sequence.block_table, 1)
+        pool.grow(sequence.block_table, num_tokens)
         try:
-            self._runner.run(Batch((ScheduledRows(sequence, 0, 1),)))
+            self._runner.run(Batch((ScheduledRows(sequence, 0, num_tokens),)))
         finally:
             pool.release(sequence.block_table)
 

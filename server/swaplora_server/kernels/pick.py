@@ -26,7 +26,12 @@ _log = structlog.get_logger(__name__)
 
 
 def torch_backend(device: torch.device) -> Backend:
-    """Torch's own operations, on any device."""
+    """Torch's own operations, on any device.
+
+    On a GPU without cuDNN's attention, which makes a plan for each length of a context: some 40 ms in every step.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return Backend(torch_lora.OP, partial(TorchKV, device=device), lambda linear, _pages: linear)
 
 

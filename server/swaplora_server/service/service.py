@@ -17,6 +17,7 @@ from swaplora_adapters.sources.watcher import put_folder
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_adapters.store.store import Store
 from swaplora_server.base.base_model import BaseModel, load_chosen_base
+from swaplora_server.base.device_memory import take_kv_cache
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.config import Settings
 from swaplora_server.engine.engine import Engine
@@ -256,7 +257,10 @@ class Service:
             max_step_ranks=settings.max_step_ranks,
             prefix_cache=settings.prefix_cache,
         )
-        return Engine(scheduler, base.runner(pool.num_blocks, settings.block_size))
+        engine = Engine(scheduler, base.runner(pool.num_blocks, settings.block_size))
+        run_step = partial(engine.check_model, min(settings.max_batch_tokens, wanted))
+        take_kv_cache(run_step, base.device, settings.kv_cache_bytes, settings.adapter_memory_bytes)
+        return engine
 
 
 def _report_ingest(name: str, error: Exception) -> None:
