@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check isolation soak bench bench-life tables demo-adapters clean
+.PHONY: help serve test check isolation soak bench bench-life tables gpu-check demo-adapters clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -48,6 +48,10 @@ bench-life: $(VENV)/.dev ## measure what loads, uploads and a working set beyond
 tables: $(VENV)/.dev ## write the measured tables of the docs (some minutes)
 	$(TOOL) tools/kinds_table.py
 	$(TOOL) tools/refused_list.py
+
+# the path is set, so that it runs from the tree alone where the packages are there and this one is not installed
+gpu-check: $(VENV)/.dev ## check what a GPU serves, and measure it against its floors (ARGS=--dry: a small form on the CPU)
+	PYTHONPATH=tools:server:adapters:tests/support:tests/kinds $(BIN)/python tools/gpu_check.py $(ARGS)
 
 demo-adapters: $(VENV)/.dev ## train the demo adapters again (about half an hour on two cores)
 	$(BIN)/python demo/train.py $(ARGS)

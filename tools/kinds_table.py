@@ -128,24 +128,25 @@ def make_all(base: str, base_folder: Path, folder: Path) -> Iterator[Made]:
 class Bench:
     """One base in the engine, and the log-probabilities of what comes after `PROMPT`."""
 
-    def __init__(self, folder: Path, backend: Backend) -> None:
+    def __init__(self, folder: Path, backend: Backend, device: torch.device = CPU) -> None:
         self.folder = folder
-        self.base: BaseModel = load_base(folder, device=CPU, dtype=torch.float32, backend=backend)
+        self.base: BaseModel = load_base(folder, device=device, dtype=torch.float32, backend=backend)
         self.logprobs = Oracle(folder).logprobs(PROMPT)[-1]
 
     def load(self, made: Made) -> AdapterWeights:
         """As the engine would have it."""
         config, weights = made.folder / CONFIG_FILE, made.folder / WEIGHTS_FILE
-        return load_weights(f"sha256:{made.kind}", config, weights, self.base.layers, torch.float32, CPU)
+        base = self.base
+        return load_weights(f"sha256:{made.kind}", config, weights, base.layers, base.dtype, base.device)
 
     def answers(self, *requests: Mapping[AdapterWeights, float]) -> list[Tensor]:
-        """[vocab_size] for each of `requests`, which are sums of adapters; all in one step."""
+        """[vocab_size], on the CPU, for each of `requests`, which are sums of adapters; all in one step."""
         pool, rows = BlockPool(1024, 16), []
         for request in requests:
             sequence = Sequence(_request(request), 0)
             pool.grow(sequence.block_table, sequence.num_tokens)
             rows.append(ScheduledRows(sequence, 0, sequence.num_tokens))
-        return list(self.base.runner(1024, 16).logits(Batch(tuple(rows))).log_softmax(-1))
+        return list(self.base.runner(1024, 16).logits(Batch(tuple(rows))).float().log_softmax(-1).cpu())
 
 
 def _request(adapters: Mapping[AdapterWeights, float]) -> Request:

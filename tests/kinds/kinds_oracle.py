@@ -38,6 +38,7 @@ class SumOracle(Oracle):
     def __init__(self, base: Path, terms: Mapping[KindOracle, float]) -> None:
         super().__init__(base)
         self._terms = terms
+        self.to(next(iter(terms)).device)
         for path, module in self._model.named_modules():
             if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
                 module.register_forward_hook(lambda _, inputs, y, path=path: self._summed(path, inputs[0], y))

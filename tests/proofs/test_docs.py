@@ -32,7 +32,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 SETTING = re.compile(r"^\| `(\w+)` \| (?:`(.+?)`)? *\|", re.MULTILINE)
 FOREIGN_FLAGS = {"--build-arg", "--detach", "--file", "--help", "--strict", "--wait"}  # of docker, mypy and all
 METRIC = "swaplora_"
-FOREIGN_NAMES = {"BitsAndBytesConfig", "Upgrade", "track_order"}  # of others, a header, an answer
+FOREIGN_NAMES = {"BitsAndBytesConfig", "Upgrade", "adapter_names", "track_order"}  # of others, a header, an answer
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 

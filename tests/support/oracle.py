@@ -9,18 +9,28 @@ from transformers import AutoModelForCausalLM
 
 
 class Oracle:
-    """Stock transformers in float32, with one adapter or none."""
+    """Stock transformers, in float32 unless told otherwise, with one adapter or none."""
 
-    def __init__(self, base: Path, adapter: Path | None = None) -> None:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    def __init__(self, base: Path, adapter: Path | None = None, dtype: torch.dtype = torch.float32) -> None:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager")
         self._model = model if adapter is None else PeftModel.from_pretrained(model, str(adapter))
         self._model.eval()
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        device: torch.device = self._model.device
+        return device
+
+    def to(self, device: torch.device) -> None:
+        """Compute there from now on."""
+        self._model.to(device)
+
     @torch.no_grad()
     def logprobs(self, token_ids: list[int]) -> Tensor:
-        """[len(token_ids), vocab_size]: the log-distribution of the token behind each position."""
-        logits: Tensor = self._model(torch.tensor([token_ids])).logits[0]
-        return logits.log_softmax(-1)
+        """[len(token_ids), vocab_size], on the CPU: the log-distribution of the token behind each position."""
+        logits: Tensor = self._model(torch.tensor([token_ids], device=self.device)).logits[0]
+        return logits.float().log_softmax(-1).cpu()
 
     def worst_error(self, prompt: list[int], generated: list[int], logprobs: list[float]) -> float:
         """The largest |Δ logprob| of generated tokens, teacher-forced."""

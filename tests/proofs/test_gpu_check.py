@@ -1,0 +1,62 @@
+"""`make gpu-check --dry`: the script that checks a GPU runs whole on a CPU, and says so when something is wrong."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from gpu_checks.report import Report
+from repository import ROOT
+
+SECTIONS = {
+    "card",
+    "lora",
+    "attention",
+    "proof",
+    "kinds",
+    "bf16",
+    "http kinds",
+    "isolation",
+    "full card",
+    "peers",
+    "served",
+}
+OF_A_BASE = {"memory", "decode", "graphs", "prompts", "loads", "copies", "waits", "profile", "bits", "sampling"}
+
+
+def test_the_dry_form_runs_every_section_and_finds_nothing_wrong(tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    paths = [str(ROOT / name) for name in ("tools", "server", "adapters", "tests/support", "tests/kinds")]
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "gpu_check.py"), "--dry", "--out", str(out)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    found = json.loads(out.read_text())
+    assert found["problems"] == []
+    assert found["figures"].keys() >= SECTIONS | {f"tiny {name}" for name in OF_A_BASE}
+    assert all("traceback" not in figures for figures in found["figures"].values())
+    shares = [row["share"] for row in found["rows"] if "decode" in row["what"]]
+    assert shares
+    assert all(share > 0 for share in shares)
+
+
+def test_a_section_that_raises_is_a_problem_and_ends_no_other(tmp_path: Path) -> None:
+    report = Report(tmp_path / "out.json", Console(file=io.StringIO()))
+
+    def broken(_report: Report) -> dict[str, object]:
+        raise ValueError("a figure is missing")
+
+    report.section("first", broken)
+    report.section("second", lambda _report: {"figure": 1})
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["problems"] == ["first: ValueError: a figure is missing"]
+    assert written["figures"]["second"]["figure"] == 1
+    assert "broken" in written["figures"]["first"]["traceback"]
