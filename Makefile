@@ -21,8 +21,8 @@ help: ## show this list
 serve: $(VENV)/.runtime ## serve the embedded base and the demo adapters on 127.0.0.1:8000
 	$(BIN)/swaplora serve --adapter-dir demo $(ARGS)
 
-# Two processes, a file's tests in one of them, for the servers that they share. The longest files stand in the middle of
-# the alphabet, so that in this order both processes end at about the same time.
+# Two processes, a file's tests in one of them, for the servers that they share. Whichever is free takes the next file, in
+# the order of the rooms: the long files of kinds, proofs and store come well before the end, so that neither waits long.
 test: $(VENV)/.dev ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 

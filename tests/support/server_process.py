@@ -34,7 +34,7 @@ def process(base: Path, data_dir: Path, *flags: str) -> Iterator[tuple[subproces
     with free_port() as port:
         server = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL)
         try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
                 wait_ready(server, client)
                 yield server, client
         finally:

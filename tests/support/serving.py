@@ -90,7 +90,7 @@ def serving(config: Settings) -> Iterator[Running]:
     while not server.started:
         time.sleep(0.01)
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    with httpx.Client(base_url=url, timeout=60) as client:
+    with httpx.Client(base_url=url, timeout=600) as client:
         running = Running(url, service, client, http.connections)
         try:
             yield running

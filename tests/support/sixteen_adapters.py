@@ -35,7 +35,7 @@ SHAPES: list[dict[str, Any]] = [
 
 
 async def stream_all(server: Running, names: list[str]) -> list[Streamed]:
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
         return await asyncio.gather(
             *(stream_chat(client, name, f"question {name}", MAX_TOKENS, ignore_eos=True) for name in names)
         )
