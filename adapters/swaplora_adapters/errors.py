@@ -86,9 +86,13 @@ class OverloadedError(AdapterError):
 
 
 class PreconditionFailedError(AdapterError):
-    """If-Match or If-None-Match does not hold for the name as it is now."""
+    """A condition of the sender's does not hold for the name as it is now."""
 
     code = "precondition_failed"
+
+
+class VersionMismatchError(PreconditionFailedError):
+    """The name's current version is not the one that the sender knows."""
 
 
 class AdapterFailedError(AdapterError):

@@ -4,8 +4,11 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import swaplora_adapters
 import swaplora_server
+from serving import Running
 from swaplora_adapters.errors import AdapterError
 from swaplora_server.http.errors import _HTTP_CODES, _STATUS
 
@@ -38,3 +41,28 @@ def test_every_kind_of_adapter_error_has_a_code() -> None:
     kinds = list(subclasses(AdapterError))
     assert len(kinds) > 10
     assert AdapterError.code not in {kind.code for kind in kinds}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "message"),
+    [
+        ("GET", "/v1/adapters/nobody", {}, "there is no adapter called 'nobody'; GET /v1/adapters lists them"),
+        ("DELETE", "/v1/adapters/nobody", {}, "there is no adapter called 'nobody'; GET /v1/adapters lists them"),
+        ("GET", "/v1/aliases/nobody", {}, "there is no alias called 'nobody'; GET /v1/aliases lists them"),
+        ("DELETE", "/v1/aliases/nobody", {}, "there is no alias called 'nobody'; GET /v1/aliases lists them"),
+        (
+            "PUT",
+            "/v1/adapters/nobody",
+            {"If-Match": "sha256:0"},
+            "the adapter's current version is not the one that If-Match names",
+        ),
+    ],
+)
+def test_an_answer_says_what_to_ask_next(
+    server: Running, adapters: list[Path], method: str, path: str, headers: dict[str, str], message: str
+) -> None:
+    if method == "PUT":
+        answer = server.put("nobody", adapters[0], **headers)
+    else:
+        answer = server.client.request(method, path, headers=headers)
+    assert answer.json()["error"]["message"] == message

@@ -92,7 +92,7 @@ class Index:
         """Raises AliasNotFoundError."""
         found = self._aliases.get(alias)
         if found is None:
-            raise AliasNotFoundError(f"there is no alias called {alias[:128]!r}; GET /v1/aliases lists them")
+            raise AliasNotFoundError(f"there is no alias called {alias[:128]!r}")
         return found
 
     def resolve(self, reference: str, client: str | None = None) -> VersionRecord:
@@ -138,7 +138,7 @@ def parse_reference(reference: str) -> Reference:
 
 
 def _unknown(reference: str) -> AdapterNotFoundError:
-    return AdapterNotFoundError(f"there is no adapter called {reference[:128]!r}; GET /v1/adapters lists them")
+    return AdapterNotFoundError(f"there is no adapter called {reference[:128]!r}")
 
 
 def choose(alias: Alias, client: str | None) -> Target:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from swaplora_adapters.errors import PreconditionFailedError
+from swaplora_adapters.errors import PreconditionFailedError, VersionMismatchError
 from swaplora_adapters.store.records import VersionRecord
 
 
@@ -30,7 +30,7 @@ class Conditions:
         if self.if_none_match and current is not None:
             raise PreconditionFailedError(f"adapter {name} exists already")
         if self.if_match is not None and (current is None or self.if_match not in ("*", current.digest)):
-            raise PreconditionFailedError("the adapter's current version is not the one that If-Match names")
+            raise VersionMismatchError("the adapter's current version is not the one that was to be replaced")
 
 
 UNCONDITIONAL = Conditions()

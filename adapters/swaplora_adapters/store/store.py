@@ -195,7 +195,7 @@ class Store:
         """Raises AliasNotFoundError. Works on a full disk too."""
         with self._mutex:
             if not self._even_if_full(lambda is_hard: self._remove_alias(alias, is_hard)):
-                raise AliasNotFoundError(f"there is no alias called {alias[:128]!r}; GET /v1/aliases lists them")
+                raise AliasNotFoundError(f"there is no alias called {alias[:128]!r}")
 
     def delete(self, name: str, version: int | None = None) -> list[VersionRecord]:
         """Remove a name, or one version of it, and return what was removed; the files stay until they are discarded.

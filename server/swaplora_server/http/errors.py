@@ -8,7 +8,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from swaplora_adapters.errors import AdapterError, StorageFailedError, StorageFullError
+from swaplora_adapters.errors import (
+    AdapterError,
+    AdapterNotFoundError,
+    AliasNotFoundError,
+    StorageFailedError,
+    StorageFullError,
+    VersionMismatchError,
+)
 from swaplora_server.http.unserved import what_is_there
 from swaplora_server.service.errors import RequestError
 
@@ -74,8 +81,21 @@ def error_response(error: RequestError | AdapterError, headers: Mapping[str, str
     """The answer to a request that failed with `error`."""
     param = error.param if isinstance(error, RequestError) else None
     retry = {"Retry-After": _RETRY_AFTER[error.code]} if error.code in _RETRY_AFTER else {}
-    body = error_body(error.code, str(error), param)
+    body = error_body(error.code, _message(error), param)
     return JSONResponse(body, _STATUS[error.code], headers={**retry, **(headers or {})})
+
+
+def _message(error: RequestError | AdapterError) -> str:
+    """What it says, in words of the routes and headers that the library of adapters does not know."""
+    match error:
+        case AdapterNotFoundError():
+            return f"{error}; GET /v1/adapters lists them"
+        case AliasNotFoundError():
+            return f"{error}; GET /v1/aliases lists them"
+        case VersionMismatchError():
+            return "the adapter's current version is not the one that If-Match names"
+        case _:
+            return str(error)
 
 
 async def on_request_error(_request: Request, error: Exception) -> JSONResponse:
