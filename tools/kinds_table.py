@@ -30,7 +30,7 @@ from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, 
 from swaplora_server.engine.scheduler import Batch, ScheduledRows
 from swaplora_server.kernels.backend import Backend
 from swaplora_server.kernels.pick import pick_backend
-from swaplora_server.service.invocation import invoked_at
+from swaplora_server.service.adapter_mix import invoked_at
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent

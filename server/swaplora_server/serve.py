@@ -22,6 +22,7 @@ from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.config import Settings
 from swaplora_server.embedded import EmbeddedBaseError
 from swaplora_server.http.app import create_app
+from swaplora_server.http.transport.body_memory import BodyMemory
 from swaplora_server.http.transport.connections import num_allowed
 from swaplora_server.http.transport.protocol import HttpConfig
 from swaplora_server.log_lines import LineFormatter, indented_traceback, show_values
@@ -83,9 +84,8 @@ class _Server(uvicorn.Server):
 
     def __init__(self, service: Service) -> None:
         drain_seconds = service.settings.drain_seconds
-        super().__init__(
-            HttpConfig(create_app(service), service.settings, grace_seconds=int(drain_seconds) + _LAST_BYTES_SECONDS)
-        )
+        app = create_app(service, BodyMemory(service.settings.body_memory_bytes))
+        super().__init__(HttpConfig(app, service.settings, grace_seconds=int(drain_seconds) + _LAST_BYTES_SECONDS))
         self._service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

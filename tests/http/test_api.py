@@ -335,11 +335,11 @@ def test_a_full_queue_is_told_at_once(base: Path, tmp_path: Path) -> None:
     with serving(settings(base, tmp_path, max_waiting=0, max_num_seqs=2)) as small:
         answer = complete(small, n=3)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
-        small.service.enter(2)  # as a request does that goes on for longer than this test takes
+        admission = small.service.admissions.admit(2)  # as of a request that goes on for longer than this test takes
         answer = complete(small)
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
         assert answer.headers["retry-after"] == "1"
-        small.service.leave(2)
+        admission.release()
         assert complete(small, n=2).status_code == 200
 
 

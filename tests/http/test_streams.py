@@ -9,25 +9,26 @@ from typing import Any, cast
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.requests import Request as HttpRequest
 from starlette.types import Message
 
 import tiny
-from swaplora_adapters.registry.leases import RequestLeases
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.request import FinishReason, Logprobs, TokenEvent
 from swaplora_server.http import answers, sse
 from swaplora_server.http.routes import chat, completions
 from swaplora_server.http.sse import DONE, EventStreamResponse
 from swaplora_server.http.wire import ChatBody, CompletionBody, GenerationBody
-from swaplora_server.service.adapter_mix import AdapterMix
+from swaplora_server.service.admission import Admissions
 from swaplora_server.service.detokenize import TextToken
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.generation import Generation, GenerationError, Piece
+from swaplora_server.service.generation import Generation, Piece
 from swaplora_server.service.metrics import Outcome, Record
 from swaplora_server.service.service import Service
 from swaplora_server.service.wakeups import Wakeups
 
 TOKENIZER = tiny.byte_tokenizer()
+SCOPE = {"type": "http", "headers": []}
 VOCABULARY = Vocabulary(TOKENIZER.backend_tokenizer)
 HEAD = {"id": "some-id", "created": 1700000000, "model": 'a "model" of Ω', "object": "chunk"}
 LOGPROBS = st.builds(
@@ -51,7 +52,7 @@ class Told:
     num_cached_tokens = 0
     num_choices = 2
 
-    def __init__(self, batches: list[list[Piece | GenerationError]]) -> None:
+    def __init__(self, batches: list[list[Piece | RequestError]]) -> None:
         self._batches = batches
         self.num_generated = [0]
         self.outcome: Outcome | None = None
@@ -64,7 +65,7 @@ class Told:
         if not self._batches:
             self.outcome = Outcome.COMPLETED
         for piece in batch:
-            if isinstance(piece, GenerationError):
+            if isinstance(piece, RequestError):
                 self.outcome = Outcome.FAILED
                 raise piece
             self.num_generated[0] += 1
@@ -72,11 +73,10 @@ class Told:
 
 
 def stream(
-    form: answers.AnswerFormat, body: GenerationBody, *batches: list[Piece | GenerationError]
+    form: answers.AnswerFormat, body: GenerationBody, *batches: list[Piece | RequestError]
 ) -> AsyncGenerator[bytes]:
-    head = json.dumps(HEAD, ensure_ascii=False, separators=(",", ":")).removesuffix("}")
     told = cast(Generation, Told(list(batches)))
-    return answers._Stream(body, told, form, f'data: {head},"choices":[').events()  # noqa: SLF001
+    return answers._Stream(body, told, form, HEAD).events()  # noqa: SLF001
 
 
 def written(events: AsyncGenerator[bytes]) -> list[bytes]:
@@ -142,7 +142,7 @@ def with_ids(choices: list[dict[str, Any]], token_id: int | None) -> list[dict[s
     [(CompletionBody, completions._FORMAT, completion_choices), (ChatBody, chat_format(), chat_choices)],  # noqa: SLF001
 )
 @given(pieces=st.lists(PIECES, min_size=1, max_size=3), has_ids=st.booleans(), is_counting=st.booleans())
-def test_chunks_written_as_text_are_what_encoding_the_whole_object_gives(
+def test_a_chunk_is_the_one_object_encoded_whole(
     kind: type[GenerationBody],
     form: answers.AnswerFormat,
     choices: Callable[[Piece], list[dict[str, Any]]],
@@ -173,7 +173,7 @@ def test_what_comes_together_goes_out_in_one_write_with_an_event_each() -> None:
     assert [write.count(b"data: ") for write in writes] == [2, 1, 1]
 
 
-FAILING: list[Piece | GenerationError] = [Piece(0, "a", 65, (), None), GenerationError("engine_failed", "it broke")]
+FAILING: list[Piece | RequestError] = [Piece(0, "a", 65, (), None), RequestError("engine_failed", "it broke")]
 
 
 class Client:
@@ -251,6 +251,10 @@ def test_a_choice_is_opened_in_the_write_of_the_first_token() -> None:
     assert deltas == [[{"role": "assistant", "content": ""}] * 2 + [{"content": "a"}], [{"content": "b"}]]
 
 
+async def encode() -> list[list[int]]:
+    return [[1, 2, 3]]
+
+
 def generation(body: GenerationBody) -> tuple[Generation, list[Record]]:
     """A generation of one prompt on nothing, and what it reports when it ends."""
     records: list[Record] = []
@@ -259,10 +263,10 @@ def generation(body: GenerationBody) -> tuple[Generation, list[Record]]:
         base=SimpleNamespace(vocabulary=VOCABULARY),
         metrics=SimpleNamespace(observe=records.append),
         engine=SimpleNamespace(submit=lambda _request: None, abort=lambda _request, _index=None: None),
-        leave=lambda _count: None,
     )
-    made = Generation(cast(Service, service), body, [[1, 2, 3]], body.sampling(100, frozenset(), None), began=0.0)
-    made.submit((), AdapterMix(cast(RequestLeases, SimpleNamespace(release=lambda: None)), (), ()), [0])
+    task = answers.task_of(HttpRequest(SCOPE), body, encode, num_prompts=1, max_tokens=100)
+    made = Generation(cast(Service, service), task, [[1, 2, 3]], task.sampling, (), began=0.0)
+    made.submit((), [0], Admissions(1).admit(1))
     return made, records
 
 
@@ -318,7 +322,7 @@ async def test_a_generation_reports_once_how_it_ended() -> None:
     assert records[0].seconds_per_token is None
     failed, records = generation(body_of(CompletionBody))
     failed._post(0, TokenEvent(0, finish_reason=FinishReason.ERROR, error="it broke"))  # noqa: SLF001
-    with pytest.raises(GenerationError, match="it broke"):
+    with pytest.raises(RequestError, match="it broke"):
         list(failed.arrived())
     assert [(one.outcome, one.seconds_to_first) for one in records] == [(Outcome.FAILED, None)]
     assert list(failed.arrived()) == []

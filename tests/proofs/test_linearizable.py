@@ -20,6 +20,7 @@ from serving import Running, settings
 from soak import size
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_server.http.app import create_app
+from swaplora_server.http.transport.body_memory import BodyMemory
 from swaplora_server.service.service import Service
 
 NAMES = ("one", "two", "three")
@@ -173,8 +174,8 @@ def watched(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     """A server that can be seen to be at rest."""
     apps: list[InFlight] = []
 
-    def counted(service: Service) -> InFlight:
-        apps.append(InFlight(create_app(service)))
+    def counted(service: Service, bodies: BodyMemory) -> InFlight:
+        apps.append(InFlight(create_app(service, bodies)))
         return apps[-1]
 
     monkeypatch.setattr(serving, "create_app", counted)

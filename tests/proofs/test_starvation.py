@@ -252,7 +252,7 @@ def test_a_prompt_that_cannot_fit_is_refused_untokenized(
 
 
 def test_bodies_are_bounded_together_from_their_first_byte_to_their_answer(small: Running) -> None:
-    memory = small.service.body_memory
+    memory = small.bodies
     body = json_of(prompt="x", zzz="z" * (BODY_MEMORY // 2 - 1000))
     halves = [Post(small, "/v1/completions", body, num_sent=len(body) - 1) for _ in range(2)]
     wait_for(lambda: memory.used_bytes == 2 * (len(body) - 1))
@@ -269,7 +269,7 @@ def test_bodies_are_bounded_together_from_their_first_byte_to_their_answer(small
 
 
 def test_a_body_is_counted_for_as_long_as_its_answer_is_written(small: Running) -> None:
-    memory = small.service.body_memory
+    memory = small.bodies
     body = json_of(prompt="x", max_tokens=400, ignore_eos=True, stream=True)
     with small.client.stream("POST", "/v1/completions", content=body) as answer:
         assert answer.status_code == 200
@@ -280,7 +280,7 @@ def test_a_body_is_counted_for_as_long_as_its_answer_is_written(small: Running) 
 def test_an_upload_is_not_held_in_memory(small: Running, adapters: list[Path]) -> None:
     assert (adapters[7] / "adapter_model.safetensors").stat().st_size > small.service.settings.max_body_bytes
     assert small.put("large", adapters[7]).status_code == 201
-    assert small.service.body_memory.used_bytes == 0
+    assert small.bodies.used_bytes == 0
     small.client.delete("/v1/adapters/large")
 
 
@@ -335,5 +335,5 @@ async def test_many_clients_that_hang_up_leave_nothing_behind(small: Running) ->
 
     async with httpx.AsyncClient(base_url=small.url) as client:
         await asyncio.gather(*(ask_and_leave(client, number / 1000) for number in range(20)))
-    await asyncio.to_thread(wait_for, lambda: small.service.body_memory.used_bytes == 0)
+    await asyncio.to_thread(wait_for, lambda: small.bodies.used_bytes == 0)
     await asyncio.to_thread(small.wait_idle)

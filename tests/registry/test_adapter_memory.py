@@ -114,7 +114,7 @@ async def test_no_memory_is_held_while_a_term_is_looked_for(open_server: Open, m
     server = open_server(1)
     is_looking, is_found = threading.Event(), threading.Event()
 
-    async def resolve(_reference: str) -> bool:
+    async def resolve(_reference: str, _peer: str) -> bool:
         is_looking.set()
         await asyncio.to_thread(is_found.wait, GUARD_SECONDS)
         return False

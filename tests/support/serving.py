@@ -15,6 +15,7 @@ import uvicorn
 from repository import ROOT
 from swaplora_server.config import Settings
 from swaplora_server.http.app import create_app
+from swaplora_server.http.transport.body_memory import BodyMemory
 from swaplora_server.http.transport.connections import Connections
 from swaplora_server.http.transport.protocol import HttpConfig
 from swaplora_server.service.service import Service
@@ -30,6 +31,7 @@ class Running:
     service: Service
     client: httpx.Client
     connections: Connections = field(default=None)  # type: ignore[assignment]  # of a server in this process
+    bodies: BodyMemory = field(default=None)  # type: ignore[assignment]  # likewise
 
     def put(self, name: str, folder: Path, **headers: str) -> httpx.Response:
         """Upload an adapter's two files, as curl would."""
@@ -82,7 +84,8 @@ def serving(config: Settings) -> Iterator[Running]:
     """Start, yield, stop. Every test leaves the server at rest, which is checked here."""
     service = Service(config)
     service.start(lambda _message: None)
-    http = HttpConfig(create_app(service), config)
+    bodies = BodyMemory(config.body_memory_bytes)
+    http = HttpConfig(create_app(service, bodies), config)
     http.port = 0
     server = uvicorn.Server(http)
     thread = threading.Thread(target=server.run)
@@ -91,7 +94,7 @@ def serving(config: Settings) -> Iterator[Running]:
         time.sleep(0.01)
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     with httpx.Client(base_url=url, timeout=600) as client:
-        running = Running(url, service, client, http.connections)
+        running = Running(url, service, client, http.connections, bodies)
         try:
             yield running
             running.wait_idle()

@@ -2,20 +2,24 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from swaplora_adapters.store.records import VersionRecord
 from swaplora_server.engine.request import FinishReason
-from swaplora_server.http.sse import DONE, EventStreamResponse, to_json, until_disconnect
+from swaplora_server.http.sse import DONE, EventStreamResponse, event, until_disconnect
 from swaplora_server.http.wire import GenerationBody
+from swaplora_server.service.adapter_mix import Asker, MixTerm
 from swaplora_server.service.detokenize import TextToken
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.generation import Admission, Generation, GenerationError, Piece
+from swaplora_server.service.generation import Encode, Generation, GenerationTask, Piece
 from swaplora_server.service.metrics import Outcome
+
+_SESSION_HEADER = "x-session-id"
 
 
 @dataclass(slots=True)
@@ -44,31 +48,60 @@ class AnswerFormat:
     object: str
     chunk_object: str
     choice: Callable[[Choice], dict[str, Any]]
-    # JSON without its closing brace: a piece as the choices of zero or more chunks, and the one before the first piece
-    chunks: Callable[[Piece], list[str]]
-    opening: Callable[[int], str] | None
+    chunks: Callable[[Piece], list[dict[str, Any]]]  # a piece as the choices of zero or more chunks
+    opening: Callable[[int], dict[str, Any]] | None  # the choice of the chunk before the first piece
 
 
-async def answer(request: Request, body: GenerationBody, admission: Admission, form: AnswerFormat) -> Response:
+def task_of(
+    request: Request,
+    body: GenerationBody,
+    encode: Encode,
+    *,
+    num_prompts: int,
+    max_tokens: int | None,
+    num_logprobs: int | None = None,
+) -> GenerationTask:
+    """What the service is to generate for `body`. max_tokens None means as many as fit."""
+    client = request.headers.get(_SESSION_HEADER) or body.user or None  # an empty one names nobody
+    peer, _ = request.scope.get("client") or ("", 0)
+    return GenerationTask(
+        model=body.model,
+        encode=encode,
+        sampling=body.sampling(max_tokens or 1, num_logprobs),
+        num_prompts=num_prompts,
+        adapters=tuple(MixTerm(term.name, term.scale) for term in body.adapters or ()),
+        max_tokens=max_tokens,
+        ignore_eos=body.ignore_eos,
+        n=body.n,
+        stops=body.stops,
+        include_stop=body.include_stop_str_in_output,
+        skip_special_tokens=body.skip_special_tokens,
+        is_streamed=body.stream,
+        cache_salt=body.cache_salt,
+        asker=Asker(client, peer),
+        prompt_param=body.prompt_param,
+        length_param=body.length_param,
+    )
+
+
+async def answer(request: Request, body: GenerationBody, generation: Generation, form: AnswerFormat) -> Response:
     """The whole answer or a stream of it. The generation is aborted when the client goes before it has ended."""
     envelope = {"id": f"{form.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+    headers = _headers(generation.records)
     if body.stream:
-        head = to_json({**envelope, "object": form.chunk_object}).removesuffix("}")
-        stream = _Stream(body, admission.generation, form, f'data: {head},"choices":[')
-        return EventStreamResponse(stream.events(), admission.headers, at_end=admission.generation.abort)
+        stream = _Stream(body, generation, form, {**envelope, "object": form.chunk_object})
+        return EventStreamResponse(stream.events(), headers, at_end=generation.abort)
     try:
-        choices = await until_disconnect(request.receive, _collect(admission.generation))
-    except GenerationError as error:
-        raise RequestError(error.code, str(error)) from error
+        choices = await until_disconnect(request.receive, _collect(generation))
     finally:
-        admission.generation.abort()
+        generation.abort()
     content = {
         **envelope,
         "object": form.object,
-        "choices": [_whole_choice(body, admission.generation, form, choice) for choice in choices],
-        "usage": usage(admission.generation),
+        "choices": [_whole_choice(body, generation, form, choice) for choice in choices],
+        "usage": usage(generation),
     }
-    return JSONResponse(content, headers=admission.headers)
+    return JSONResponse(content, headers=headers)
 
 
 def usage(generation: Generation) -> dict[str, Any]:
@@ -91,21 +124,31 @@ async def _collect(generation: Generation) -> list[Choice]:
     return choices
 
 
+def _headers(records: Sequence[VersionRecord]) -> dict[str, str]:
+    """Which versions answer; of a sum all, in order."""
+    if not records:
+        return {}
+    return {
+        "x-swaplora-adapter": ", ".join(f"{record.name}@{record.version}" for record in records),
+        "x-swaplora-digest": ", ".join(record.digest for record in records),
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class _Stream:
-    """One streamed answer. A chunk is written as text around what changes: it is made once a token."""
+    """One streamed answer."""
 
     body: GenerationBody
     generation: Generation
     form: AnswerFormat
-    head: str  # what each chunk begins with, up to its choices
+    envelope: Mapping[str, Any]  # what each chunk begins with, up to its choices
 
     async def events(self) -> AsyncGenerator[bytes]:
         """Server-sent events, all at once that have come together; what opens a choice goes with the first of them.
 
         Raises RequestError behind what came before it.
         """
-        opening = self._opening()
+        opening = "".join(map(event, self._opening()))
         while self.generation.outcome is None:
             await self.generation.arrival()
             arrived, failure = self._arrived()
@@ -113,37 +156,37 @@ class _Stream:
                 yield f"{opening}{arrived}".encode()
                 opening = ""
             if failure is not None:
-                raise RequestError(failure.code, str(failure)) from failure
-        yield f"{opening}{self._end()}{DONE}".encode()
+                raise failure
+        yield f"{opening}{''.join(map(event, self._end()))}{DONE}".encode()
 
-    def _opening(self) -> str:
-        if self.form.opening is None:
-            return ""
-        return "".join(map(self._chunk, map(self.form.opening, range(self.generation.num_choices))))
+    def _opening(self) -> Iterator[dict[str, Any]]:
+        if self.form.opening is not None:
+            for index in range(self.generation.num_choices):
+                yield self._chunk(self.form.opening(index))
 
-    def _arrived(self) -> tuple[str, GenerationError | None]:
-        chunks: list[str] = []
+    def _arrived(self) -> tuple[str, RequestError | None]:
+        events: list[str] = []
         try:
             for piece in self.generation.arrived():
                 token_ids = [] if piece.token_id is None else [piece.token_id]
                 for choice in self.form.chunks(piece):
-                    chunks.append(self._chunk(choice, token_ids))
+                    events.append(event(self._chunk(_with_ids(self.body, choice, token_ids))))
                     token_ids = []
-        except GenerationError as error:
-            return "".join(chunks), error
-        return "".join(chunks), None
+        except RequestError as error:
+            return "".join(events), error
+        return "".join(events), None
 
-    def _chunk(self, choice: str, token_ids: list[int] | None = None) -> str:
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        chunk = {**self.envelope, "choices": [choice]}
         options = self.body.stream_options
-        is_counting = options is not None and options.continuous_usage_stats
-        counts = f',"usage":{to_json(usage(self.generation))}' if is_counting else ""
-        ids = f',"token_ids":{token_ids}' if self.body.return_token_ids and token_ids is not None else ""
-        return f"{self.head}{choice}{ids}}}]{counts}}}\n\n"
+        if options is not None and options.continuous_usage_stats:
+            chunk["usage"] = usage(self.generation)
+        return chunk
 
-    def _end(self) -> str:
+    def _end(self) -> Iterator[dict[str, Any]]:
         options = self.body.stream_options
-        is_wanted = options is not None and options.include_usage and self.generation.outcome is Outcome.COMPLETED
-        return f'{self.head}],"usage":{to_json(usage(self.generation))}}}\n\n' if is_wanted else ""
+        if options is not None and options.include_usage and self.generation.outcome is Outcome.COMPLETED:
+            yield {**self.envelope, "choices": [], "usage": usage(self.generation)}
 
 
 def _whole_choice(body: GenerationBody, generation: Generation, form: AnswerFormat, choice: Choice) -> dict[str, Any]:

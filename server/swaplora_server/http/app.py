@@ -24,7 +24,7 @@ from swaplora_server.http.routes import (
 )
 from swaplora_server.http.routes import compose as merged
 from swaplora_server.http.sse import ClientGoneError
-from swaplora_server.http.transport.body_memory import AccountedBodies
+from swaplora_server.http.transport.body_memory import AccountedBodies, BodyMemory
 from swaplora_server.http.transport.browsers import guard_browsers
 from swaplora_server.http.transport.request_id import RequestIdMiddleware
 from swaplora_server.http.transport.request_line import RequestLine
@@ -42,7 +42,7 @@ _HANDLERS: dict[int | type[Exception], Any] = {
 }
 
 
-def create_app(service: Service) -> RequestIdMiddleware:
+def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
     """The whole HTTP surface over `service`, which may still be starting. Only the health routes need no key."""
     root_path = service.settings.root_path
     app = FastAPI(
@@ -60,6 +60,6 @@ def create_app(service: Service) -> RequestIdMiddleware:
         private.include_router(module.router)
     private.get("/openapi.json", include_in_schema=False)(app.openapi)
     app.include_router(private)
-    accounted = AccountedBodies(app, service.body_memory)
+    accounted = AccountedBodies(app, bodies)
     counted = metrics.CountedRequests(guard_browsers(accounted, service.settings), service.metrics)
     return RequestIdMiddleware(RequestLine(counted, root_path))  # outermost, so that it sees every failure

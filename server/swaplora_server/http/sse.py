@@ -16,7 +16,8 @@ from swaplora_server.service.errors import RequestError
 PING_SECONDS = 15.0
 DONE = "data: [DONE]\n\n"
 _PING = b": ping\n\n"
-to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+# nothing here contains itself, and a chunk is written once a token
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False).encode
 Result = TypeVar("Result")
 
 
@@ -25,7 +26,8 @@ class ClientGoneError(Exception):
 
 
 def event(data: Mapping[str, Any]) -> str:
-    return f"data: {to_json(data)}\n\n"
+    """The one place where an object becomes part of a stream."""
+    return f"data: {_to_json(data)}\n\n"
 
 
 class EventStreamResponse(Response):

@@ -146,9 +146,8 @@ class GenerationBody(WireModel):
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    def sampling(self, max_tokens: int, eos_token_ids: frozenset[int], num_logprobs: int | None) -> SamplingParams:
-        """What the engine is told; the end-of-sequence ids stop a request unless it ignores them."""
-        own = frozenset(self.stop_token_ids or ())
+    def sampling(self, max_tokens: int, num_logprobs: int | None) -> SamplingParams:
+        """How tokens are chosen; the base's end-of-sequence ids are not in it."""
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
@@ -156,7 +155,7 @@ class GenerationBody(WireModel):
             top_k=max(0, self.top_k),
             min_p=self.min_p,
             seed=None if self.seed in (None, NO_SEED) else self.seed % (MAX_SEED - MAX_N + 1),
-            stop_token_ids=own if self.ignore_eos else own | eos_token_ids,
+            stop_token_ids=frozenset(self.stop_token_ids or ()),
             min_tokens=self.min_tokens,
             num_logprobs=num_logprobs,
         )

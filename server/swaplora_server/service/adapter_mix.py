@@ -2,14 +2,33 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from swaplora_adapters.errors import AdapterFailedError, AdapterNotFoundError, AdapterTooLargeError, MemoryFullError
 from swaplora_adapters.registry.leases import Lease, RequestLeases
+from swaplora_adapters.store.records import VersionRecord
 from swaplora_server.engine.request import AdapterUse
-from swaplora_server.http.wire import AdapterTerm, GenerationBody
+from swaplora_server.service.admission import Admission
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
-from swaplora_server.service.shared import result_of
+from swaplora_server.service.wakeups import result_of
+
+
+class MixTerm(NamedTuple):
+    """An adapter, by any name that leads to it, and how much of it."""
+
+    name: str
+    scale: float = 1.0
+
+
+class Asker(NamedTuple):
+    """Whoever wants an answer. `client` keeps to one side of an alias that splits; peers take turns in a search."""
+
+    client: str | None = None
+    peer: str = ""
+
+
+NOBODY = Asker()
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +43,11 @@ class AdapterMix:
     def leases(self) -> tuple[Lease, ...]:
         return self.request_leases.leases
 
+    @property
+    def records(self) -> tuple[VersionRecord, ...]:
+        """Which versions answer; of a sum all, in order."""
+        return tuple(lease.record for lease in self.leases)
+
     async def uses(self) -> tuple[AdapterUse, ...]:
         """Wait for the weights. Raises RequestError for those that cannot be had, and for what does not add up.
 
@@ -33,7 +57,7 @@ class AdapterMix:
             weights = await result_of(self.request_leases.weights)
         except (AdapterFailedError, AdapterTooLargeError, MemoryFullError) as error:
             raise RequestError(error.code, str(error), self._param_at_fault()) from error
-        digests = [lease.record.digest for lease in self.leases]
+        digests = [record.digest for record in self.records]
         uses = tuple(
             AdapterUse(weights[digest], scale, digest) for digest, scale in zip(digests, self.scales, strict=True)
         )
@@ -48,70 +72,75 @@ class AdapterMix:
         return self.params[0] if len(self.params) == 1 else "adapters"
 
     def _check_sum(self, uses: Sequence[AdapterUse]) -> None:
-        for param, use, lease in zip(self.params, uses, self.leases, strict=True):
+        for param, use, record in zip(self.params, uses, self.records, strict=True):
             if not use.weights.is_sum:
                 message = (
-                    f"{lease.record.name!r} does more than add to the base (DoRA, modules of its own, an invocation), "
+                    f"{record.name!r} does more than add to the base (DoRA, modules of its own, an invocation), "
                     "so it has no place in a sum: name it alone, at scale 1"
                 )
                 raise RequestError("invalid_request", message, param)
 
-    def release(self) -> None:
-        """Give back every lease, and the memory."""
-        self.request_leases.release()
 
-    @property
-    def headers(self) -> dict[str, str]:
-        """Which versions answer; of a sum all, in order."""
-        if not self.leases:
-            return {}
-        return {
-            "x-swaplora-adapter": ", ".join(f"{lease.record.name}@{lease.record.version}" for lease in self.leases),
-            "x-swaplora-digest": ", ".join(lease.record.digest for lease in self.leases),
-        }
+async def lease_mix(
+    service: Service, model: str, terms: Sequence[MixTerm], asker: Asker, admission: Admission
+) -> AdapterMix:
+    """Lease all that a request names, and claim memory for it: `admission` holds them.
 
-
-async def lease_mix(service: Service, body: GenerationBody, client: str | None) -> AdapterMix:
-    """Lease all that `body` names, or nothing, and claim memory for it. Raises RequestError, VersionNotFoundError."""
-    wanted = _wanted(service, body)
-    leases: list[Lease] = []
-    try:
-        for term, param in wanted:
-            leases.append(await lease_model(service, term.name, client, param))
-    except BaseException:
-        for lease in leases:
-            lease.release()
-        raise
-    scales, params = tuple(term.scale for term, _ in wanted), tuple(param for _, param in wanted)
-    return AdapterMix(service.registry.lease_weights(leases), scales, params)
+    Raises RequestError, and AdapterError for an adapter that cannot be had.
+    """
+    named = _named(service, model, terms)
+    for term, param in named:
+        admission.hold(await _lease(service, term.name, asker, param))
+    scales, params = tuple(term.scale for term, _ in named), tuple(param for _, param in named)
+    return AdapterMix(admission.claim_memory(service.registry), scales, params)
 
 
-def _wanted(service: Service, body: GenerationBody) -> Sequence[tuple[AdapterTerm, str]]:
+def invoked_at(prompt: Sequence[int], uses: Sequence[AdapterUse], param: str = "prompt") -> int:
+    """The first token that an activated adapter (aLoRA, arXiv 2504.12397) applies to: where its invocation stands last.
+
+    0 for other kinds. Raises RequestError, with `param` for the prompt, for one without the invocation, which the base
+    alone would answer.
+    """
+    for use in uses:
+        if invocation := use.weights.invocation:
+            return _last(prompt, invocation, param)
+    return 0
+
+
+def _named(service: Service, model: str, terms: Sequence[MixTerm]) -> Sequence[tuple[MixTerm, str]]:
     """Each term, and the field of the request that names it."""
-    is_base = service.is_base(body.model)
-    if body.adapters and not is_base:
+    is_base = service.is_base(model)
+    if terms and not is_base:
         message = f"adapters are added to the base: with them, model is {service.settings.base_id}"
         raise RequestError("invalid_request", message, "model")
     if not is_base:
-        return [(AdapterTerm(name=body.model), "model")]
-    for number, term in enumerate(body.adapters or ()):
+        return [(MixTerm(model), "model")]
+    for number, term in enumerate(terms):
         if service.is_base(term.name):
             raise RequestError("invalid_request", "the base is in every sum already", f"adapters[{number}].name")
-    return [(term, f"adapters[{number}].name") for number, term in enumerate(body.adapters or ())]
+    return [(term, f"adapters[{number}].name") for number, term in enumerate(terms)]
 
 
-async def lease_model(service: Service, model: str, client: str | None, param: str = "model") -> Lease:
+async def _lease(service: Service, model: str, asker: Asker, param: str) -> Lease:
     """A lease on who `model` stands for, looked for where the operator says if it is not here yet.
 
-    `client` keeps to one side of an alias that splits. Raises RequestError model_not_found, and VersionNotFoundError.
+    Raises RequestError model_not_found, and VersionNotFoundError.
     """
     try:
         try:
-            return service.registry.lease(model, client)
+            return service.registry.lease(model, asker.client)
         except AdapterNotFoundError:
-            if not await service.ingest.resolve(model):
+            if not await service.ingest.resolve(model, asker.peer):
                 raise
-            return service.registry.lease(model, client)
+            return service.registry.lease(model, asker.client)
     except AdapterNotFoundError as error:
         message = f"there is no model {model[:128]!r}; GET /v1/models lists what there is"
         raise RequestError("model_not_found", message, param) from error
+
+
+def _last(prompt: Sequence[int], invocation: Sequence[int], param: str) -> int:
+    for start in range(len(prompt) - len(invocation), -1, -1):
+        if tuple(prompt[start : start + len(invocation)]) == tuple(invocation):
+            return start
+    message = f"the prompt lacks the tokens {list(invocation)} that invoke the adapter; without them it does not apply"
+    raise RequestError("invalid_request", message, param)

@@ -18,7 +18,7 @@ from swaplora_adapters.sources.workers import Workers
 from swaplora_server.base.base_model import source_of
 from swaplora_server.config import Settings
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.shared import ended, result_of
+from swaplora_server.service.wakeups import ended, result_of
 
 MAX_JOBS = 8  # of a kind, waiting and running
 _JOIN_SECONDS = 3.0

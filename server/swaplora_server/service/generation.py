@@ -1,31 +1,52 @@
-"""One HTTP generation: leased, submitted, read back as pieces of text, and aborted when nobody listens any more."""
+"""One generation: leased, submitted, read back as pieces of text, and aborted when nobody listens any more."""
 
 import asyncio
-import itertools
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 import structlog
-from starlette.requests import Request as HttpRequest
 
+from swaplora_adapters.store.records import VersionRecord
 from swaplora_server.engine.request import AdapterUse, FinishReason, Request, SamplingParams, TokenEvent
-from swaplora_server.http.sse import until_disconnect
-from swaplora_server.http.wire import GenerationBody
-from swaplora_server.service.adapter_mix import AdapterMix, lease_mix
+from swaplora_server.service.adapter_mix import NOBODY, Asker, MixTerm, invoked_at, lease_mix
+from swaplora_server.service.admission import Admission
 from swaplora_server.service.detokenize import Detokenizer, Settled, TextRules, TextToken
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.invocation import invoked_at
 from swaplora_server.service.metrics import Outcome, Record
 from swaplora_server.service.service import Service
 
-_SESSION_HEADER = "x-session-id"
 _log = structlog.get_logger(__name__)
 Encode = Callable[[], Awaitable[Sequence[Sequence[int]]]]  # what makes token ids of a request's prompts
 _PATIENCE = 32  # events that may lie unread where nobody needs them one by one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationTask:
+    """What one request wants: n continuations of each of its prompts, by the base or by adapters.
+
+    A refusal names the request's fields as the last two say.
+    """
+
+    model: str
+    encode: Encode
+    sampling: SamplingParams  # how, but for the number of tokens and for the ids that end every text
+    num_prompts: int = 1
+    adapters: tuple[MixTerm, ...] = ()  # added to the base, which is then the model
+    max_tokens: int | None = None  # None: as many as fit
+    ignore_eos: bool = False
+    n: int = 1
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    is_streamed: bool = False  # whether each piece is wanted as soon as it is there
+    cache_salt: str | None = None
+    asker: Asker = NOBODY
+    prompt_param: Callable[[int], str] = lambda _number: "prompt"  # of the prompt of this number
+    length_param: str = "max_tokens"
 
 
 class Piece(NamedTuple):
@@ -41,16 +62,8 @@ class Piece(NamedTuple):
     finish_reason: FinishReason | None
 
 
-class GenerationError(Exception):
-    """The engine ended a sequence with an error; code and message are for the client."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 class Generation:
-    """The choices of one HTTP request: n continuations of each prompt, in one stream of pieces.
+    """The choices of one request: n continuations of each prompt, in one stream of pieces.
 
     Owns the requests until each of its choices has ended. Lives on the event loop; the engine posts events to it.
     """
@@ -58,27 +71,29 @@ class Generation:
     def __init__(
         self,
         service: Service,
-        body: GenerationBody,
+        task: GenerationTask,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
+        records: Sequence[VersionRecord],
         began: float,
     ) -> None:
         """`began` is the moment, on the monotonic clock, at which the client's wait began."""
         self._service = service
-        self._body = body
+        self._task = task
         self._prompts = prompts
         self._params = params
+        self.records = records  # the versions that answer; of a sum all, in order; none for the base
         self._began = began
-        self._request_id = structlog.contextvars.get_contextvars().get("request_id", "")  # the answer's X-Request-Id
+        self._request_id = structlog.contextvars.get_contextvars().get("request_id", "")  # as its log lines have it
         self._first_at = self._last_at = 0.0
         self._wakeups = service.wakeups
         self._events: deque[tuple[int, TokenEvent]] = deque()
         self._has_come = asyncio.Event()
-        self._is_read_at_once = body.stream or bool(body.stops)
+        self._is_read_at_once = task.is_streamed or bool(task.stops)
         self._requests: list[Request] = []
         rules = self._text_rules()
         ends = [rules.end_of(prompt) for prompt in prompts]  # once for all choices: a prompt may be long
-        self._detokenizers = [Detokenizer(rules, end) for end in ends for _ in range(body.n)]
+        self._detokenizers = [Detokenizer(rules, end) for end in ends for _ in range(task.n)]
         self._open = set(range(len(self._detokenizers)))
         self.outcome: Outcome | None = None  # None while a choice is open
         self.num_generated = [0] * len(self._detokenizers)
@@ -98,29 +113,24 @@ class Generation:
         return self._num_cached_tokens + sum(request.num_cached_tokens or 0 for request in self._requests)
 
     def prompt_ids(self, choice: int) -> Sequence[int]:
-        return self._prompts[choice // self._body.n]
+        return self._prompts[choice // self._task.n]
 
-    def submit(self, uses: tuple[AdapterUse, ...], terms: AdapterMix, starts: Sequence[int]) -> None:
-        """Hand every prompt to the engine, and with them the leases, which go back when the last of them has ended.
+    def submit(self, uses: tuple[AdapterUse, ...], starts: Sequence[int], admission: Admission) -> None:
+        """Hand every prompt to the engine, which has `admission` given back when the last of them has ended.
 
         `starts` says for each prompt which token its adapter applies to first.
         """
-
-        def give_back() -> None:
-            self._service.leave(self.num_choices)
-            terms.release()
-
-        release = _after_last(len(self._prompts), give_back)
+        release = admission.release_after(len(self._prompts))
         for number, (prompt, start) in enumerate(zip(self._prompts, starts, strict=True)):
             request = Request(
                 request_id=f"{self._request_id}-{number}",
                 prompt_ids=tuple(prompt),
                 params=self._params,
-                emit=partial(self._post, number * self._body.n),
+                emit=partial(self._post, number * self._task.n),
                 adapters=uses,
-                num_sequences=self._body.n,
+                num_sequences=self._task.n,
                 release=release,
-                cache_salt=self._body.cache_salt,
+                cache_salt=self._task.cache_salt,
                 invoked_at=start,
             )
             self._requests.append(request)
@@ -132,7 +142,7 @@ class Generation:
         self._has_come.clear()
 
     def arrived(self) -> Iterator[Piece]:
-        """What has come and was not read yet. Raises GenerationError, after which nothing comes any more."""
+        """What has come and was not read yet. Raises RequestError, after which nothing comes any more."""
         while self._events:
             choice, event = self._events.popleft()
             if choice in self._open:
@@ -177,18 +187,18 @@ class Generation:
     def _piece(self, choice: int, event: TokenEvent) -> Piece:
         if event.finish_reason is FinishReason.ERROR:
             self._abort(Outcome.FAILED)
-            raise GenerationError(event.error_code, event.error)
+            raise RequestError(event.error_code, event.error)
         try:
             settled = self._settled(choice, event)
         except Exception as error:
             _log.exception("text cannot be made", error=repr(error))
             self._abort(Outcome.FAILED)
             message = "no text can be made of the tokens of this answer; see the server's log"
-            raise GenerationError("engine_failed", message) from error
+            raise RequestError("engine_failed", message) from error
         reason = event.finish_reason
         if self._detokenizers[choice].is_stopped and reason is not FinishReason.STOP:
             reason = FinishReason.STOP
-            self._service.engine.abort(self._requests[choice // self._body.n], choice % self._body.n)
+            self._service.engine.abort(self._requests[choice // self._task.n], choice % self._task.n)
         if reason is not None:
             self._open.discard(choice)
             if not self._open:
@@ -201,7 +211,7 @@ class Generation:
         if event.token_id is not None:
             self.num_generated[choice] += 1
             # a token that ends the text is counted, not shown
-            if event.finish_reason is not FinishReason.STOP or self._body.include_stop_str_in_output:
+            if event.finish_reason is not FinishReason.STOP or self._task.include_stop:
                 settled = detokenizer.push(event.token_id, event.logprobs)
         if event.finish_reason is None or detokenizer.is_stopped:
             return settled
@@ -211,72 +221,45 @@ class Generation:
     def _text_rules(self) -> TextRules:
         return TextRules(
             self._service.base.vocabulary,
-            self._body.stops,
+            self._task.stops,
             self._params.may_end_at,
-            include_stop=self._body.include_stop_str_in_output,
-            skip_special_tokens=self._body.skip_special_tokens,
+            include_stop=self._task.include_stop,
+            skip_special_tokens=self._task.skip_special_tokens,
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """A generation that has begun, and the headers that say who answers it."""
-
-    generation: Generation
-    headers: dict[str, str]
-
-
-async def admit(
-    http_request: HttpRequest,
-    service: Service,
-    body: GenerationBody,
-    encode: Encode,
-    *,
-    max_tokens: int | None,
-    num_logprobs: int | None = None,
-) -> Admission:
+async def generate(service: Service, task: GenerationTask) -> Generation:
     """Make and check the prompts, bind the names of who answers to versions, wait for their weights, and submit.
 
-    max_tokens None means as many as fit. Raises RequestError, AdapterError for an adapter that cannot be had, and
-    ClientGoneError for a client that does not wait for it.
+    Raises RequestError, and AdapterError for an adapter that cannot be had. Whoever is cancelled leaves nothing behind.
     """
-    client = http_request.headers.get(_SESSION_HEADER) or body.user or None  # an empty one names nobody
-    admission = _admit(service, body, encode, client, max_tokens=max_tokens, num_logprobs=num_logprobs)
-    return await until_disconnect(http_request.receive, admission)
-
-
-async def _admit(
-    service: Service,
-    body: GenerationBody,
-    encode: Encode,
-    client: str | None,
-    *,
-    max_tokens: int | None,
-    num_logprobs: int | None,
-) -> Admission:
     began = time.monotonic()
-    prompts = await encode()
     service.check_serving()
-    _check_ids(service, body.stop_token_ids or (), "stop_token_ids")
-    limit = min(_room(service, body, number, prompt, max_tokens) for number, prompt in enumerate(prompts))
-    service.enter(len(prompts) * body.n)
-    terms = None
+    service.admissions.check_number(task.n, task.num_prompts)
+    prompts = await task.encode()
+    service.check_serving()
+    _check_ids(service, task.sampling.stop_token_ids, "stop_token_ids")
+    limit = min(_room(service, task, number, prompt) for number, prompt in enumerate(prompts))
+    admission = service.admissions.admit(len(prompts) * task.n)
     try:
-        terms = await lease_mix(service, body, client)
-        uses = await terms.uses()
-        starts = [invoked_at(prompt, uses, body.prompt_param(number)) for number, prompt in enumerate(prompts)]
-        params = body.sampling(limit, service.base.eos_token_ids, num_logprobs)
-        generation = Generation(service, body, prompts, params, began)
+        mix = await lease_mix(service, task.model, task.adapters, task.asker, admission)
+        uses = await mix.uses()
+        starts = [invoked_at(prompt, uses, task.prompt_param(number)) for number, prompt in enumerate(prompts)]
+        generation = Generation(service, task, prompts, _params(service, task, limit), mix.records, began)
     except BaseException:
-        service.leave(len(prompts) * body.n)
-        if terms is not None:
-            terms.release()
+        admission.release()
         raise
-    generation.submit(uses, terms, starts)
-    return Admission(generation, terms.headers)
+    generation.submit(uses, starts, admission)
+    return generation
 
 
-def _check_ids(service: Service, token_ids: Sequence[int], param: str) -> None:
+def _params(service: Service, task: GenerationTask, max_tokens: int) -> SamplingParams:
+    """What the engine is told; the end-of-sequence ids stop a request unless it ignores them."""
+    ends = frozenset() if task.ignore_eos else service.base.eos_token_ids
+    return replace(task.sampling, max_tokens=max_tokens, stop_token_ids=task.sampling.stop_token_ids | ends)
+
+
+def _check_ids(service: Service, token_ids: Collection[int], param: str) -> None:
     """Raise RequestError for an id that the base has no token for: it would index what is not there."""
     largest, limit = max(token_ids, default=0), service.base.vocab_size
     if largest >= limit:
@@ -284,26 +267,20 @@ def _check_ids(service: Service, token_ids: Sequence[int], param: str) -> None:
         raise RequestError("invalid_request", message, param)
 
 
-def _room(service: Service, body: GenerationBody, number: int, prompt: Sequence[int], max_tokens: int | None) -> int:
+def _room(service: Service, task: GenerationTask, number: int, prompt: Sequence[int]) -> int:
     """How many tokens may follow `prompt`. Raises RequestError when it, or it and what is asked for, do not fit."""
-    param = body.prompt_param(number)
+    param = task.prompt_param(number)
     if not prompt:
         raise RequestError("invalid_request", f"{param} is empty", param)
     _check_ids(service, prompt, param)
-    room, wanted = service.max_model_len - len(prompt), max_tokens or 1
+    room, wanted = service.max_model_len - len(prompt), task.max_tokens or 1
     if wanted > room:
-        is_too_long = room < 1 or max_tokens is None
+        is_too_long = room < 1 or task.max_tokens is None
         raise RequestError(
             "context_length_exceeded",
             f"This model's maximum context length is {service.max_model_len} tokens. However, you requested "
             f"{len(prompt) + wanted} tokens ({len(prompt)} in the prompt, {wanted} to generate). "
             f"{f'Shorten {param}' if is_too_long else f'Ask for at most {room}, or shorten {param}'}.",
-            param if is_too_long else body.length_param,
+            param if is_too_long else task.length_param,
         )
-    return max_tokens or room
-
-
-def _after_last(count: int, release: Callable[[], None]) -> Callable[[], None]:
-    """A function that calls `release` when it is itself called for the `count`th time."""
-    calls = itertools.count(1)
-    return lambda: release() if next(calls) == count else None
+    return task.max_tokens or room

@@ -21,9 +21,8 @@ from swaplora_adapters.sources.watcher import FolderWatcher
 from swaplora_adapters.sources.workers import Workers
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions, NameState
 from swaplora_adapters.store.staging import Staging
-from swaplora_server.http.transport.peer import peer
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.shared import result_of
+from swaplora_server.service.wakeups import result_of
 
 NUM_FETCHERS = 4
 MAX_FETCHES = 16  # waiting and running
@@ -99,10 +98,10 @@ class Ingest:
         finally:
             cancellation.leave()
 
-    async def resolve(self, reference: str) -> bool:
+    async def resolve(self, reference: str, peer: str) -> bool:
         """Whether the adapter that `reference` names, and that was not here, is now.
 
-        Looking takes turns between clients, and ends with the last who waits.
+        Looking takes turns between peers, whose addresses tell them apart, and ends with the last who waits.
 
         Raises AdapterFailedError for one that was found and does not fit, SourceFailedError for a source that cannot be
         asked, OverloadedError, and AdapterNotFoundError for what no adapter can be called.
@@ -112,7 +111,7 @@ class Ingest:
         if not names.was_used(name):
             try:
                 names.check_is_free(name)
-                look = self._resolver.find(name, peer.get())
+                look = self._resolver.find(name, peer)
                 try:
                     await result_of(look.future)
                 finally:

@@ -23,7 +23,7 @@ from swaplora_server.config import Settings
 from swaplora_server.engine.engine import Engine
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.scheduler import Scheduler
-from swaplora_server.http.transport.body_memory import BodyMemory
+from swaplora_server.service.admission import Admissions
 from swaplora_server.service.chat_template import ChatTemplate
 from swaplora_server.service.derivations import Derivations
 from swaplora_server.service.errors import RequestError
@@ -31,8 +31,7 @@ from swaplora_server.service.ingest import Ingest
 from swaplora_server.service.metrics import Metrics, State
 from swaplora_server.service.offload import Offload
 from swaplora_server.service.prompts import LONG_CHARACTERS, PromptTokenizer
-from swaplora_server.service.shared import result_of
-from swaplora_server.service.wakeups import Wakeups
+from swaplora_server.service.wakeups import Wakeups, result_of
 
 _HEARTBEAT_LIMIT_SECONDS = 60.0
 _JOIN_SECONDS = 3.0
@@ -59,16 +58,14 @@ class Service:
         self.started_at = int(time.time())
         self.is_draining = False
         self.metrics = Metrics(self._state, settings.base_id)
-        self.body_memory = BodyMemory(settings.body_memory_bytes)
+        self.admissions = Admissions(settings.max_waiting + settings.max_num_seqs)
         # the loop's own threads are for what is short: lists, metrics, changes of names
         self.offload = Offload(settings.tokenizer_threads, settings.max_waiting, "tokenize")
         self.inspections = Offload(NUM_INSPECTORS, MAX_INSPECTIONS, "inspect")
         self.upload_threads = ThreadPoolExecutor(NUM_UPLOAD_THREADS, "upload")
         self._is_ready = threading.Event()
         self._lock = threading.Lock()
-        self._count_lock = threading.Lock()
         self._opened = ExitStack()  # what is to be ended and closed, from the last to the first
-        self._num_sequences = 0  # admitted and not ended
 
     @property
     def is_ready(self) -> bool:
@@ -132,31 +129,6 @@ class Service:
             raise RequestError("not_ready", "the server is still starting; GET /health/ready says when it has")
         if not self.engine.is_alive:
             raise RequestError("engine_failed", self.engine.failure or "the engine has stopped")
-
-    def check_number(self, n: int, num_prompts: int) -> None:
-        """Raise RequestError for more sequences than can ever be here at once."""
-        if n * num_prompts > self._max_sequences:
-            message = (
-                f"n times the prompts is {n * num_prompts}; this server takes at most {self._max_sequences} at once, "
-                "--max-num-seqs and --max-waiting together"
-            )
-            raise RequestError("invalid_request", message, "n" if n > 1 else "prompt")
-
-    @property
-    def _max_sequences(self) -> int:
-        return self.settings.max_waiting + self.settings.max_num_seqs
-
-    def enter(self, num_sequences: int) -> None:
-        """Count `num_sequences` in, until `leave`. Raises RequestError if more would wait than the operator allows."""
-        with self._count_lock:
-            if self._num_sequences + num_sequences > self._max_sequences:
-                raise RequestError("overloaded", "too many requests are waiting; try again in a moment")
-            self._num_sequences += num_sequences
-
-    def leave(self, num_sequences: int) -> None:
-        """Count out what `enter` counted in."""
-        with self._count_lock:
-            self._num_sequences -= num_sequences
 
     def is_base(self, model: str) -> bool:
         return model == self.settings.base_id

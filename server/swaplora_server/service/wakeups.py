@@ -1,9 +1,16 @@
-"""What other threads have the event loop do: one wake-up of it for all that one step says, not one a token."""
+"""Between other threads and the event loop: what they have it do, and its waiting for what they make.
+
+There is one wake-up of the loop for all that one step of the engine says, not one a token.
+"""
 
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class Wakeups:
@@ -26,3 +33,16 @@ class Wakeups:
         self._is_called = False  # before the look: what is posted during it calls again
         while self._posted:
             self._posted.popleft()()
+
+
+async def result_of(future: Future[T]) -> T:
+    """Its result or error. Whoever gives up waiting neither cancels it for the others nor has its error logged."""
+    waited = asyncio.wrap_future(future)
+    waited.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return await asyncio.shield(waited)
+
+
+async def ended(future: Future[T]) -> None:
+    """Return when it is done, whatever came of it."""
+    with suppress(Exception):
+        await result_of(future)

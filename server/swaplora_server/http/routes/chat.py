@@ -8,14 +8,15 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from swaplora_server.base.vocabulary import Vocabulary, named, shown
-from swaplora_server.http.answers import AnswerFormat, Choice, answer
+from swaplora_server.engine.request import FinishReason
+from swaplora_server.http.answers import AnswerFormat, Choice, answer, task_of
 from swaplora_server.http.refusals import CHAT, refuse_unsupported
-from swaplora_server.http.sse import to_json
+from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.transport.body import body_schema, json_body
 from swaplora_server.http.wire import ChatBody
 from swaplora_server.service.detokenize import TextToken
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.generation import Piece, admit
+from swaplora_server.service.generation import Piece, generate
 from swaplora_server.service.service import Service
 
 router = APIRouter()
@@ -33,7 +34,6 @@ async def answer_chat(request: Request, body: ChatBody) -> Response:
     _check(body)
     service: Service = request.app.state.service
     service.check_serving()
-    service.check_number(body.n, 1)
     encode = partial(
         service.render_chat,
         [message.as_template_input() for message in body.messages],
@@ -44,8 +44,9 @@ async def answer_chat(request: Request, body: ChatBody) -> Response:
         add_special_tokens=body.add_special_tokens,
     )
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    admission = await admit(request, service, body, encode, max_tokens=max_tokens, num_logprobs=body.num_logprobs)
-    return await answer(request, body, admission, _format(service.base.vocabulary, has_logprobs=body.logprobs))
+    task = task_of(request, body, encode, num_prompts=1, max_tokens=max_tokens, num_logprobs=body.num_logprobs)
+    generation = await until_disconnect(request.receive, generate(service, task))
+    return await answer(request, body, generation, _format(service.base.vocabulary, has_logprobs=body.logprobs))
 
 
 def _check(body: ChatBody) -> None:
@@ -71,24 +72,29 @@ def _format(vocabulary: Vocabulary, *, has_logprobs: bool) -> AnswerFormat:
             "finish_reason": choice.finish_reason,
         }
 
-    def chunks(piece: Piece) -> list[str]:
+    def chunks(piece: Piece) -> list[dict[str, Any]]:
         deltas = []
         if piece.text or piece.tokens or piece.token_id is not None:
-            shown = to_json(logprobs(piece.tokens)) if piece.tokens else "null"
-            deltas.append(_chunk(piece.choice, f'{{"content":{to_json(piece.text)}}}', logprobs=shown))
+            shown = logprobs(piece.tokens) if piece.tokens else None
+            deltas.append(_delta(piece.choice, {"content": piece.text}, logprobs=shown))
         if piece.finish_reason is not None:
-            deltas.append(_chunk(piece.choice, "{}", finish_reason=to_json(piece.finish_reason)))
+            deltas.append(_delta(piece.choice, {}, finish_reason=piece.finish_reason))
         return deltas
 
-    def opening(index: int) -> str:
-        return _chunk(index, '{"role":"assistant","content":""}')
+    def opening(index: int) -> dict[str, Any]:
+        return _delta(index, {"role": "assistant", "content": ""})
 
     return AnswerFormat("chatcmpl", "chat.completion", "chat.completion.chunk", choice, chunks, opening)
 
 
-def _chunk(index: int, delta: str, *, logprobs: str = "null", finish_reason: str = "null") -> str:
-    """All but the index are JSON already. The closing brace is left to the stream, which may add to it."""
-    return f'{{"index":{index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish_reason}'
+def _delta(
+    index: int,
+    delta: dict[str, str],
+    *,
+    logprobs: dict[str, Any] | None = None,
+    finish_reason: FinishReason | None = None,
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def _token_logprobs(vocabulary: Vocabulary, token: TextToken) -> dict[str, Any]:

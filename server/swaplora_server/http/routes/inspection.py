@@ -16,7 +16,7 @@ from swaplora_server.http.query import refuse_unknown_parameters
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.service.derivations import Count, Counts, Derivations
 from swaplora_server.service.service import Service
-from swaplora_server.service.shared import result_of
+from swaplora_server.service.wakeups import result_of
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 

@@ -7,8 +7,6 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from swaplora_server.http.transport.peer import peer
-
 _HEADER = "x-request-id"
 _log = structlog.get_logger(__name__)
 _PLAIN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -32,7 +30,6 @@ class RequestIdMiddleware:
                 MutableHeaders(scope=message)[_HEADER] = request_id
             await send(message)
 
-        peer.set((scope.get("client") or ("",))[0])
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 await self._app(scope, receive, send_named)
