@@ -1,6 +1,7 @@
 """A program that serves nobody over HTTP: it makes a service, generates with it, and prints what came as JSON.
 
-`python without_http.py DATA_DIR BASE ADAPTER CACHE_DIR`; every import of what serves HTTP fails in it.
+`python without_http.py DATA_DIR BASE ADAPTER CACHE_DIR PROMPTS`, the last as JSON: one that fits, and one that does not.
+Every import of what serves HTTP fails in it, so no test may import it.
 """
 
 import asyncio
@@ -12,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 FORBIDDEN = ("fastapi", "starlette", "uvicorn", "swaplora_server.http")
-PROMPT = list(range(40, 60))
-TOO_LONG = [7] * 600
 
 
 class _NoHttp:
@@ -34,7 +33,7 @@ from swaplora_server.service.generation import GenerationTask, generate  # noqa:
 from swaplora_server.service.service import Service  # noqa: E402
 
 
-async def ask(service: Service, model: str, prompt: list[int] = PROMPT, **fields: Any) -> dict[str, Any]:
+async def ask(service: Service, model: str, prompt: list[int], **fields: Any) -> dict[str, Any]:
     """What a greedy generation gave, or why it could not be had."""
 
     async def encode() -> list[list[int]]:
@@ -56,24 +55,25 @@ async def ask(service: Service, model: str, prompt: list[int] = PROMPT, **fields
     return {"token_ids": token_ids, "versions": versions, "during": running, "outcome": generation.outcome}
 
 
-async def use(service: Service) -> dict[str, Any]:
+async def use(service: Service, prompt: list[int], too_long: list[int]) -> dict[str, Any]:
     text = partial(service.tokenizer.encode_all, ["hello"], lambda _number: "prompt", add_special_tokens=False)
     return {
-        "base": await ask(service, "base"),
-        "adapter": await ask(service, "own"),
-        "sum": await ask(service, "base", adapters=(MixTerm("own", 0.5),)),
-        "unknown": await ask(service, "nobody"),
-        "too long": await ask(service, "base", TOO_LONG),
-        "too many": await ask(service, "base", n=10**6),
+        "base": await ask(service, "base", prompt),
+        "adapter": await ask(service, "own", prompt),
+        "sum": await ask(service, "base", prompt, adapters=(MixTerm("own", 0.5),)),
+        "unknown": await ask(service, "nobody", prompt),
+        "too long": await ask(service, "base", too_long),
+        "too many": await ask(service, "base", prompt, n=10**6),
         "text": await text(),
     }
 
 
-def main(data_dir: str, base: str, adapter: str, cache_dir: str) -> None:
+def main(data_dir: str, base: str, adapter: str, cache_dir: str, prompts: str) -> None:
     service = Service(
         Settings(
             base=base,
             served_model_name="base",
+            adapter=[f"own={adapter}"],
             data_dir=Path(data_dir),
             cache_dir=Path(cache_dir),
             dtype="fp32",
@@ -85,8 +85,7 @@ def main(data_dir: str, base: str, adapter: str, cache_dir: str) -> None:
     )
     service.start(lambda _step: None)
     try:
-        service.registry.put_folder("own", Path(adapter))
-        said = asyncio.run(use(service))
+        said = asyncio.run(use(service, *json.loads(prompts)))
         said["after"] = asdict(service.engine.snapshot()) | {"is_at_rest": service.engine.snapshot().is_at_rest}
         service.registry.check_integrity()
     finally:
