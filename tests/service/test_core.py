@@ -21,7 +21,13 @@ TIE = 1e-4
 @pytest.fixture(scope="module")
 def said(base: Path, adapters: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the program without HTTP printed."""
-    arguments = [tmp_path_factory.mktemp("data"), base, adapters[4], ROOT / ".cache", json.dumps([PROMPT, TOO_LONG])]
+    arguments: list[str | Path] = [
+        tmp_path_factory.mktemp("data"),
+        base,
+        adapters[4],
+        ROOT / ".cache",
+        json.dumps([PROMPT, TOO_LONG]),
+    ]
     program = Path(__file__).with_name("without_http.py")
     path = os.pathsep.join(map(str, (ROOT / "server", ROOT / "adapters")))
     done = subprocess.run(

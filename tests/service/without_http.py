@@ -1,6 +1,6 @@
 """A program that serves nobody over HTTP: it makes a service, generates with it, and prints what came as JSON.
 
-`python without_http.py DATA_DIR BASE ADAPTER CACHE_DIR PROMPTS`, the last as JSON: one that fits, and one that does not.
+`python without_http.py DATA_DIR BASE ADAPTER CACHE_DIR PROMPTS`; the last, as JSON: one that fits, and one too long.
 Every import of what serves HTTP fails in it, so no test may import it.
 """
 
