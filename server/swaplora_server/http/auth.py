@@ -3,8 +3,9 @@
 import hashlib
 import hmac
 from collections.abc import Sequence
+from typing import Annotated
 
-from fastapi import Request
+from fastapi import Depends, Request
 from pydantic import SecretStr
 
 from swaplora_server.service.errors import RequestError
@@ -24,10 +25,14 @@ class KeyRing:
         return bool(sum(hmac.compare_digest(given, digest) for digest in self._digests)) and key is not None
 
 
-async def authenticate(request: Request) -> None:
+async def _keys(request: Request) -> KeyRing:
+    keys: KeyRing = request.app.state.keys
+    return keys
+
+
+async def authenticate(request: Request, keys: Annotated[KeyRing, Depends(_keys)]) -> None:
     """A dependency. Raises RequestError unless the request carries `Authorization: Bearer KEY` with one of the keys."""
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    keys: KeyRing = request.app.state.keys
     if not keys.admits(key.strip() if scheme.lower() == "bearer" else None):
         raise RequestError("invalid_api_key", "send a valid API key as Authorization: Bearer KEY")
 

@@ -12,7 +12,7 @@ from swaplora_adapters.derive.deriver import DEFAULT_ENERGY
 from swaplora_adapters.registry.card import PutResult
 from swaplora_adapters.store.conditions import Conditions
 from swaplora_server.http.cards import card_body
-from swaplora_server.http.query import refuse_unknown_parameters
+from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.transport.body import ClosedModel, body_schema, is_json, json_body, read_json
 from swaplora_server.http.upload import receive_files
@@ -55,6 +55,7 @@ def _put_schema() -> dict[str, Any]:
 @router.put("/v1/adapters/{name}", openapi_extra=_put_schema())
 async def put_adapter(
     request: Request,
+    service: Serving,
     name: str,
     if_match: Annotated[str | None, Header()] = None,
     if_none_match: Annotated[str | None, Header()] = None,
@@ -67,7 +68,6 @@ async def put_adapter(
     `convert_energy` of the squared singular values of its delta, by default 0.99. A client that goes takes a fetch or a
     conversion with it, and nothing is published; files that have been received whole are published all the same.
     """
-    service: Service = request.app.state.service
     service.check_serving()
     if if_none_match not in (None, "*"):
         raise RequestError("invalid_request", 'If-None-Match can only be "*": create, never replace', "If-None-Match")
@@ -100,20 +100,19 @@ async def _fetch(
     request: Request, service: Service, name: str, conditions: Conditions, make: MakeWhileWanted | None
 ) -> PutResult:
     """Get them from the source that the body names."""
-    body = await read_json(request, SourceBody)
+    body = await read_json(request, service, SourceBody)
     fetch = service.ingest.fetch(name, body.source, conditions=conditions, make=make)
     return await until_disconnect(request.receive, fetch)
 
 
 @router.get("/v1/adapters")
 async def list_adapters(
-    request: Request,
+    service: Serving,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str | None, Query(max_length=128)] = None,
     state: State | None = None,
 ) -> dict[str, Any]:
     """Cards in order of name, `limit` of them from the one behind `after` on."""
-    service: Service = request.app.state.service
     service.check_serving()
     cards = await asyncio.to_thread(service.registry.cards)
     chosen = [card for card in cards if (not after or card.record.name > after) and state in (None, card.state)]
@@ -125,28 +124,25 @@ async def list_adapters(
 
 
 @router.get("/v1/adapters/{name}")
-async def get_adapter(request: Request, name: str) -> dict[str, Any]:
+async def get_adapter(service: Serving, name: str) -> dict[str, Any]:
     """One card."""
-    service: Service = request.app.state.service
     service.check_serving()
     return card_body(service, service.registry.card(name))
 
 
 @router.patch("/v1/adapters/{name}", openapi_extra=body_schema(ChangeBody))
 async def change_adapter(
-    request: Request, name: str, body: Annotated[ChangeBody, Depends(json_body(ChangeBody))]
+    service: Serving, name: str, body: Annotated[ChangeBody, Depends(json_body(ChangeBody))]
 ) -> dict[str, Any]:
     """Roll back or forward (`current`), keep in memory or no longer (`pinned`). When this answers, it is durable."""
-    service: Service = request.app.state.service
     service.check_serving()
     card = await asyncio.to_thread(service.registry.change, name, current=body.current, is_pinned=body.pinned)
     return card_body(service, card)
 
 
 @router.post("/v1/adapters/{name}/warm")
-async def warm_adapter(request: Request, name: str) -> dict[str, Any]:
+async def warm_adapter(request: Request, service: Serving, name: str) -> dict[str, Any]:
     """Load it, or one version as `name@2`, into memory now; answers when it is there, or why it cannot be."""
-    service: Service = request.app.state.service
     service.check_serving()
     warmed = await until_disconnect(request.receive, service.warm(name))
     return card_body(service, service.registry.card(warmed.name))
@@ -154,13 +150,12 @@ async def warm_adapter(request: Request, name: str) -> dict[str, Any]:
 
 @router.delete("/v1/adapters/{name}")
 async def delete_adapter(
-    request: Request,
+    service: Serving,
     name: str,
     version: Annotated[int | None, Query(ge=1, le=2**31 - 1)] = None,
     timeout: Annotated[float, Query(ge=0, le=600, allow_inf_nan=False)] = 30.0,
 ) -> JSONResponse:
     """Gone for new requests at once. 200 when its memory is free, 202 if requests still run on it after `timeout` s."""
-    service: Service = request.app.state.service
     service.check_serving()
     removal = await asyncio.to_thread(service.registry.delete, name, version)
     freed = asyncio.wrap_future(removal.freed)

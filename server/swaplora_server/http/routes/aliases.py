@@ -3,15 +3,14 @@
 import asyncio
 from typing import Annotated, Any, Self
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends
 from pydantic import Field, model_validator
 
 from swaplora_adapters.files.naming import validate_alias
 from swaplora_adapters.store.records import Target
 from swaplora_server.http.cards import alias_body
-from swaplora_server.http.query import refuse_unknown_parameters
+from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
 from swaplora_server.http.transport.body import ClosedModel, body_schema, json_body
-from swaplora_server.service.service import Service
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 MAX_TARGETS = 16
@@ -48,37 +47,33 @@ class AliasBody(ClosedModel):
 
 
 @router.get("/v1/aliases")
-async def list_aliases(request: Request) -> dict[str, Any]:
+async def list_aliases(service: Serving) -> dict[str, Any]:
     """Every alias, in order."""
-    service: Service = request.app.state.service
     service.check_serving()
     aliases = service.registry.names.index.aliases()
     return {"object": "list", "data": [alias_body(alias) for alias in aliases]}
 
 
 @router.get("/v1/aliases/{alias:path}")
-async def get_alias(request: Request, alias: str) -> dict[str, Any]:
+async def get_alias(service: Serving, alias: str) -> dict[str, Any]:
     """One alias."""
-    service: Service = request.app.state.service
     service.check_serving()
     return alias_body(service.registry.names.index.alias(alias))
 
 
 @router.put("/v1/aliases/{alias:path}", openapi_extra=body_schema(AliasBody))
 async def put_alias(
-    request: Request, alias: str, body: Annotated[AliasBody, Depends(json_body(AliasBody))]
+    service: Serving, alias: str, body: Annotated[AliasBody, Depends(json_body(AliasBody))]
 ) -> dict[str, Any]:
     """Make an alias or point it elsewhere, durably: requests that are admitted from now on follow it."""
-    service: Service = request.app.state.service
     service.check_serving()
     validate_alias(alias)
     return alias_body(await asyncio.to_thread(service.registry.put_alias, alias, body.as_targets()))
 
 
 @router.delete("/v1/aliases/{alias:path}")
-async def delete_alias(request: Request, alias: str) -> dict[str, Any]:
+async def delete_alias(service: Serving, alias: str) -> dict[str, Any]:
     """Unknown for new requests at once; what it led to stays."""
-    service: Service = request.app.state.service
     service.check_serving()
     await asyncio.to_thread(service.registry.delete_alias, alias)
     return {"object": "alias.deleted", "alias": alias}

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from swaplora_server.base.vocabulary import Vocabulary, named, shown
 from swaplora_server.engine.request import FinishReason
 from swaplora_server.http.answers import AnswerFormat, Choice, answer, task_of
+from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.refusals import CHAT, refuse_unsupported
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.transport.body import body_schema, json_body
@@ -23,16 +24,15 @@ router = APIRouter()
 
 
 @router.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody))
-async def chat(request: Request, body: Annotated[ChatBody, Depends(json_body(ChatBody))]) -> Response:
+async def chat(request: Request, service: Serving, body: Annotated[ChatBody, Depends(json_body(ChatBody))]) -> Response:
     """Answer the conversation."""
-    return await answer_chat(request, body)
+    return await answer_chat(request, service, body)
 
 
-async def answer_chat(request: Request, body: ChatBody) -> Response:
+async def answer_chat(request: Request, service: Service, body: ChatBody) -> Response:
     """See POST /v1/chat/completions."""
     refuse_unsupported(body, CHAT, body.messages)
     _check(body)
-    service: Service = request.app.state.service
     service.check_serving()
     encode = partial(
         service.render_chat,

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from swaplora_server.http.answers import AnswerFormat, Choice, answer, task_of
+from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.refusals import COMPLETION, refuse_unsupported
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.transport.body import body_schema, json_body
@@ -18,15 +19,16 @@ router = APIRouter()
 
 
 @router.post("/v1/completions", openapi_extra=body_schema(CompletionBody))
-async def complete(request: Request, body: Annotated[CompletionBody, Depends(json_body(CompletionBody))]) -> Response:
+async def complete(
+    request: Request, service: Serving, body: Annotated[CompletionBody, Depends(json_body(CompletionBody))]
+) -> Response:
     """Continue each prompt."""
-    return await answer_completion(request, body)
+    return await answer_completion(request, service, body)
 
 
-async def answer_completion(request: Request, body: CompletionBody) -> Response:
+async def answer_completion(request: Request, service: Service, body: CompletionBody) -> Response:
     """See POST /v1/completions."""
     refuse_unsupported(body, COMPLETION)
-    service: Service = request.app.state.service
     service.check_serving()
     encode = partial(
         service.tokenizer.encode_all, body.prompts, body.prompt_param, add_special_tokens=body.add_special_tokens

@@ -14,7 +14,7 @@ from swaplora_adapters.derive.deriver import StoredIngredient
 from swaplora_adapters.derive.recipe import OPTIONAL, REQUIRED, Method, Recipe
 from swaplora_adapters.registry.card import PutResult
 from swaplora_server.http.cards import card_body
-from swaplora_server.http.query import refuse_unknown_parameters
+from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.transport.body import ClosedModel, body_schema, json_body
 from swaplora_server.service.errors import RequestError
@@ -52,14 +52,13 @@ class MergedBody(ClosedModel):
 
 @router.post("/v1/merged", openapi_extra=body_schema(MergedBody))
 async def compose_adapter(
-    request: Request, body: Annotated[MergedBody, Depends(json_body(MergedBody))]
+    request: Request, service: Serving, body: Annotated[MergedBody, Depends(json_body(MergedBody))]
 ) -> JSONResponse:
     """Make an adapter of others: 201 for a name's first version, 200 after. When this answers, it is durable.
 
     The same request of the same versions gives the same bytes, and so no further version. A client that goes before
     it is made takes the work with it, and nothing is published.
     """
-    service: Service = request.app.state.service
     service.check_serving()
     recipe = _recipe(body)
     service.registry.names.check_adapter_name(body.name)

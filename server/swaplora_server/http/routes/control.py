@@ -22,6 +22,7 @@ from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.uri import uri_of
 from swaplora_adapters.store.conditions import Conditions
 from swaplora_adapters.store.records import Target
+from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.errors import on_request_error
 from swaplora_server.http.refusals import refuse_unsupported
 from swaplora_server.http.sse import until_disconnect
@@ -76,50 +77,51 @@ class RegisterBody(ClosedModel):
 
 
 @router.post("/v1/load_lora_adapter", openapi_extra=body_schema(LoadBody))
-async def load_lora_adapter(request: Request) -> Response:
+async def load_lora_adapter(request: Request, service: Serving) -> Response:
     """Take in an adapter from below the adapter folder, or from an enabled source."""
-    body = await read_json(request, LoadBody)
+    body = await read_json(request, service, LoadBody)
     refuse_unsupported(body)
-    await _load(request, body.lora_name, body.lora_path, replace=body.load_inplace)
+    await _load(request, service, body.lora_name, body.lora_path, replace=body.load_inplace)
     return _added(body.lora_name)
 
 
 @router.post("/v1/unload_lora_adapter", openapi_extra=body_schema(UnloadBody))
-async def unload_lora_adapter(request: Request) -> Response:
+async def unload_lora_adapter(request: Request, service: Serving) -> Response:
     """Delete an adapter; requests that run end on it, and are not waited for."""
-    body = await read_json(request, UnloadBody)
+    body = await read_json(request, service, UnloadBody)
     refuse_unsupported(body)
-    return await _unload(_service(request), body.lora_name)
+    return await _unload(service, body.lora_name)
 
 
 @router.post("/adapters", openapi_extra=body_schema(RegisterBody))
-async def register_adapter(request: Request) -> Response:
+async def register_adapter(request: Request, service: Serving) -> Response:
     """Take in an adapter, keep it in memory if asked to, and load it now unless told not to: all of it or nothing."""
-    body = await read_json(request, RegisterBody)
-    await _load(request, body.name, body.src, replace=False, is_pinned=body.pin, is_warm=body.preload)
+    body = await read_json(request, service, RegisterBody)
+    await _load(request, service, body.name, body.src, replace=False, is_pinned=body.pin, is_warm=body.preload)
     return _added(body.name)
 
 
 @router.delete("/adapters/{name:path}")
-async def unregister_adapter(request: Request, name: str) -> Response:
+async def unregister_adapter(service: Serving, name: str) -> Response:
     """Delete an adapter."""
-    return await _unload(_service(request), name)
-
-
-def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    service.check_serving()
-    return service
+    return await _unload(service, name)
 
 
 async def _load(
-    request: Request, name: str, path: str, *, replace: bool, is_pinned: bool = False, is_warm: bool = False
+    request: Request,
+    service: Service,
+    name: str,
+    path: str,
+    *,
+    replace: bool,
+    is_pinned: bool = False,
+    is_warm: bool = False,
 ) -> None:
     """Take it in, and what else is asked for: all of it or nothing. A name with slashes becomes an alias for it.
 
     A fetch ends with its client; what comes after it does not.
     """
-    service = _service(request)
+    service.check_serving()
     stored, is_known = name, False
     if "/" in name:
         stored, is_known = _stored_name(service, name), service.registry.names.index.is_alias(name)
@@ -176,6 +178,7 @@ def _take_back(service: Service, put: PutResult) -> None:
 
 
 async def _unload(service: Service, name: str) -> Response:
+    service.check_serving()
     try:
         await asyncio.to_thread(_delete, service.registry, name)
     except (AdapterNotFoundError, AliasNotFoundError) as error:

@@ -2,35 +2,32 @@
 
 from importlib.metadata import version
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
-from swaplora_server.service.service import Service
+from swaplora_server.http.dependencies import Serving
 
 router = APIRouter()
 _VERSION = version("swaplora")
 
 
 @router.get("/health")
-async def health(request: Request) -> JSONResponse:
+async def health(service: Serving) -> JSONResponse:
     """200 while the engine's heart beats, or while the server starts; 503 once it does not."""
-    service: Service = request.app.state.service
     return JSONResponse(
         {"status": "ok"} if service.is_healthy else {"status": "engine failed"}, _status(service.is_healthy)
     )
 
 
 @router.get("/health/ready")
-async def ready(request: Request) -> JSONResponse:
+async def ready(service: Serving) -> JSONResponse:
     """200 while new requests are taken; 503 while starting or shutting down."""
-    service: Service = request.app.state.service
     return JSONResponse({"ready": service.is_ready}, _status(service.is_ready))
 
 
 @router.get("/ping")
-async def ping(request: Request) -> Response:
+async def ping(service: Serving) -> Response:
     """SageMaker's question whether to send requests: 200 or 503, as for readiness."""
-    service: Service = request.app.state.service
     return Response(status_code=_status(service.is_ready))
 
 

@@ -12,7 +12,7 @@ from swaplora_adapters.derive.inspect_weights import compare_weights, inspect_we
 from swaplora_adapters.registry.leases import Lease
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_adapters.weights.served import AdapterWeights
-from swaplora_server.http.query import refuse_unknown_parameters
+from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.service.derivations import Count, Counts, Derivations
 from swaplora_server.service.service import Service
@@ -24,6 +24,7 @@ router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 @router.get("/v1/adapters/{name}/inspect")
 async def inspect_adapter(
     request: Request,
+    service: Serving,
     name: str,
     against: Annotated[str | None, Query(min_length=1, max_length=256)] = None,
     intruders: bool = False,
@@ -34,7 +35,6 @@ async def inspect_adapter(
     the way of another adapter's. With `intruders`, how many of its ten largest directions the base did not have: that
     takes long. Loads the adapter, or one version as `name@2`, if it is not in memory. Ends with its client.
     """
-    service: Service = request.app.state.service
     service.check_serving()
     return await until_disconnect(request.receive, _inspection(service, name, against, intruders=intruders))
 

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Discriminator, RootModel, Tag
 from starlette.responses import Response
 
+from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.routes.chat import answer_chat
 from swaplora_server.http.routes.completions import answer_completion
 from swaplora_server.http.transport.body import BRANCH, Body, body_schema, json_body
@@ -39,14 +40,15 @@ class InvocationBody(
 
 
 @router.post("/invocations", openapi_extra=body_schema(InvocationBody))
-async def invoke(request: Request, body: Annotated[InvocationBody, Depends(json_body(InvocationBody))]) -> Response:
+async def invoke(
+    request: Request, service: Serving, body: Annotated[InvocationBody, Depends(json_body(InvocationBody))]
+) -> Response:
     """Answer a conversation, or continue prompts; an adapter may be named by SageMaker's header too."""
-    service: Service = request.app.state.service
     named = _named(service, body.root, request.headers.get(ADAPTER_HEADER))
     if isinstance(named, ChatBody):
-        return await answer_chat(request, named)
+        return await answer_chat(request, service, named)
     assert isinstance(named, CompletionBody)
-    return await answer_completion(request, named)
+    return await answer_completion(request, service, named)
 
 
 def _named(service: Service, body: GenerationBody, adapter: str | None) -> GenerationBody:

@@ -7,17 +7,15 @@ from prometheus_client.exposition import choose_encoder
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from swaplora_server.http.query import refuse_unknown_parameters
+from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
 from swaplora_server.service.metrics import Metrics
-from swaplora_server.service.service import Service
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 
 
 @router.get("/metrics")
-async def metrics(request: Request) -> Response:
+async def metrics(request: Request, service: Serving) -> Response:
     """Prometheus's text format, or OpenMetrics' where that is accepted. Answers while the server starts, too."""
-    service: Service = request.app.state.service
     encode, media_type = choose_encoder(request.headers.get("accept", ""))
     body = await asyncio.to_thread(encode, service.metrics.registry)
     return Response(body, headers={"content-type": media_type})

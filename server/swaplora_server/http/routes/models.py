@@ -4,10 +4,11 @@ import asyncio
 from contextlib import suppress
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 
 from swaplora_adapters.errors import AdapterNotFoundError, AliasNotFoundError, VersionNotFoundError
 from swaplora_adapters.store.records import Alias, VersionRecord
+from swaplora_server.http.dependencies import Serving
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
 
@@ -15,9 +16,8 @@ router = APIRouter()
 
 
 @router.get("/v1/models")
-async def list_models(request: Request) -> dict[str, Any]:
+async def list_models(service: Serving) -> dict[str, Any]:
     """The base, every adapter that is not known to be damaged, and every alias."""
-    service: Service = request.app.state.service
     service.check_serving()
     cards = await asyncio.to_thread(service.registry.cards)
     adapters = [_adapter(service, card.record) for card in cards if card.state != "failed"]
@@ -25,9 +25,8 @@ async def list_models(request: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/models/{model:path}")
-async def get_model(request: Request, model: str) -> dict[str, Any]:
+async def get_model(service: Serving, model: str) -> dict[str, Any]:
     """One model, by any name that a request may call it."""
-    service: Service = request.app.state.service
     service.check_serving()
     if service.is_base(model):
         return _base(service)

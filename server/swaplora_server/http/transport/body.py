@@ -8,12 +8,13 @@ from typing import Any, ClassVar, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.transport.body_memory import account_of
 from swaplora_server.http.transport.encoding import body_chunks
 from swaplora_server.http.transport.json_limits import check_limits
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.offload import Offload
+from swaplora_server.service.service import Service
 
 BRANCH = "|"  # what the tag of a union's branch begins with: no part of a path for clients
 _MAX_TYPE_CHARS = 64
@@ -40,26 +41,24 @@ class ClosedModel(WireModel):
     model_config = ConfigDict(extra="forbid")
 
 
-def json_body(model: type[Model]) -> Callable[[Request], Coroutine[Any, Any, Model]]:
+def json_body(model: type[Model]) -> Callable[[Request, Service], Coroutine[Any, Any, Model]]:
     """A dependency that reads the request's body as `model`, or raises RequestError naming the field at fault."""
 
-    async def read(request: Request) -> Model:
-        return await read_json(request, model)
+    async def read(request: Request, service: Serving) -> Model:
+        return await read_json(request, service, model)
 
     return read
 
 
-async def read_json(request: Request, model: type[Model]) -> Model:
+async def read_json(request: Request, service: Service, model: type[Model]) -> Model:
     """The request's body as `model`. Raises RequestError with the field at fault, or what to send instead of a form."""
     _check_type(request)
-    service = request.app.state.service
-    offload: Offload = service.offload
-    limit: int = service.settings.max_body_bytes
+    limit = service.settings.max_body_bytes
     raw = await read_limited(request, limit if model.has_content else min(limit, MAX_SMALL_BODY_BYTES))
     parse = partial(_parse, model, raw)
     if len(raw) <= SMALL_BYTES:
         return parse()
-    return await until_disconnect(request.receive, offload.do(len(raw), parse))
+    return await until_disconnect(request.receive, service.offload.do(len(raw), parse))
 
 
 def _parse(model: type[Model], raw: bytearray) -> Model:

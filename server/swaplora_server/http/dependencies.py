@@ -1,8 +1,19 @@
-"""What a route of our own may be asked with behind the question mark."""
+"""What FastAPI gives to routes that ask for it, and checks before them."""
 
-from fastapi import Request
+from typing import Annotated
+
+from fastapi import Depends, Request
 
 from swaplora_server.service.errors import RequestError
+from swaplora_server.service.service import Service
+
+
+async def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+Serving = Annotated[Service, Depends(_service)]  # it may still be starting: see `Service.check_serving`
 
 
 async def refuse_unknown_parameters(request: Request) -> None:
