@@ -4,8 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from swaplora_server.http.refusals import ANYWHERE, CHAT, COMPLETION, MESSAGE, Refusal
-from swaplora_server.http.unserved import UNSERVED
+from swaplora_server.http.refusals import ANYWHERE, CHAT, COMPLETION, MESSAGE, UNSERVED, Refusal
 
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 BEGIN, END = "<!-- refused -->", "<!-- /refused -->"

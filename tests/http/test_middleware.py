@@ -12,8 +12,8 @@ import pytest
 
 from serving import BASE, Running, serving, settings
 from swaplora_server.config import ROUTES_BEGIN
+from swaplora_server.http.refusals import UNSERVED
 from swaplora_server.http.routes.invocations import ADAPTER_HEADER
-from swaplora_server.http.unserved import UNSERVED
 
 BODY = {"model": BASE, "prompt": "hi", "max_tokens": 1, "temperature": 0}
 CHAT = {"model": BASE, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1, "temperature": 0}

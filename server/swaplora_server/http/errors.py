@@ -16,7 +16,7 @@ from swaplora_adapters.errors import (
     StorageFullError,
     VersionMismatchError,
 )
-from swaplora_server.http.unserved import what_is_there
+from swaplora_server.http.refusals import what_is_there
 from swaplora_server.service.errors import RequestError
 
 _log = structlog.get_logger(__name__)
