@@ -59,8 +59,11 @@ def test_every_name_exists(page: Path) -> None:
 
 @each_page
 def test_every_make_target_exists(page: Path) -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert {target for text in _code(page) for target in TARGET.findall(text)} - targets == set()
+    assert {target for text in _code(page) for target in TARGET.findall(text)} - _make_targets() == set()
+
+
+def test_every_make_target_is_explained_to_contributors() -> None:
+    assert _missing_in("../CONTRIBUTING.md", {f"make {target}" for target in _make_targets() - {"help"}}) == []
 
 
 @each_page
@@ -144,6 +147,11 @@ def _headings(page: Path) -> set[str]:
 def _is_there(page: Path, path: str) -> bool:
     """Beside the page, in the repository, or in one of the packages."""
     return any((folder / path).exists() for folder in (page.parent, ROOT, *PACKAGES))
+
+
+@cache
+def _make_targets() -> frozenset[str]:
+    return frozenset(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 @cache
