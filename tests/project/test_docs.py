@@ -81,6 +81,11 @@ def test_every_room_is_in_the_architecture() -> None:
     assert rooms - set(_code(ROOT / "docs/architecture.md")) == set()
 
 
+def test_every_folder_of_tests_is_explained_to_contributors() -> None:
+    folders = {f"tests/{test.parent.name}" for test in (ROOT / "tests").glob("*/*.py")}
+    assert folders - set(_code(ROOT / "CONTRIBUTING.md")) == set()
+
+
 def test_every_thread_is_in_the_architecture() -> None:
     named = {
         name for package in PACKAGES for file in package.rglob("*.py") for name in THREAD.findall(file.read_text())
