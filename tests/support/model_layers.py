@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from swaplora_adapters.fit.base import BaseLayers, EmbeddingShape, LayerShapes, Rebuild, shape_of
+from swaplora_adapters.fit.base import BaseLayers, EmbeddingShape, LayerShapes, Rebuild
 from swaplora_adapters.fit.legacy_names import legacy_names_of
+from swaplora_adapters.fit.module_shape import shape_of
 
 
 def layers_of(model: PreTrainedModel) -> BaseLayers:

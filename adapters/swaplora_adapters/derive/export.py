@@ -16,7 +16,8 @@ from swaplora_adapters.config.parse import read_spec
 from swaplora_adapters.derive.compose import Ingredient
 from swaplora_adapters.derive.recipe import require_deltas
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.fit.base import BaseLayers, LayerShapes, shape_of
+from swaplora_adapters.fit.base import BaseLayers, LayerShapes
+from swaplora_adapters.fit.module_shape import shape_of
 from swaplora_adapters.intake import inspect_files
 from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.served import AdapterWeights

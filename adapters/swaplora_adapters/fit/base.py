@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 
 class LinearShape(NamedTuple):
@@ -108,13 +107,3 @@ class LayerShapes:
 
     def rebuilder(self) -> Rebuild:
         raise TypeError("only the shapes of this base are known")
-
-
-def shape_of(linear: nn.Module) -> LinearShape:
-    """What the factors of an adapter must match: in and out features of a linear, or of GPT-2's transposed Conv1D."""
-    if isinstance(linear, Conv1D):
-        return LinearShape(in_features=linear.nx, out_features=linear.nf)
-    in_features, out_features = linear.in_features, linear.out_features
-    if not (isinstance(in_features, int) and isinstance(out_features, int)):
-        raise TypeError(f"{type(linear).__name__} does not say how many features it has")
-    return LinearShape(in_features, out_features)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from swaplora_adapters.fit.base import EmbeddingShape, Rebuild, shape_of
+from swaplora_adapters.fit.base import EmbeddingShape, Rebuild
 from swaplora_adapters.fit.legacy_names import legacy_names_of
+from swaplora_adapters.fit.module_shape import shape_of
 from swaplora_adapters.weights.memory import HugePages
 from swaplora_server.base.compact_embedding import Bf16Embedding, TiedEmbedding, compact_embedding
 from swaplora_server.engine.lora.modules import LoraEmbedding, LoraLinear, Replaceable, Wrapped
