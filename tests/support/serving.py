@@ -55,9 +55,9 @@ class Running:
         return ids
 
     def wait_idle(self, seconds: float = 60.0) -> None:
-        """Return once nothing runs or waits and every block is free; fail if that takes longer."""
+        """Return once nothing runs or waits and every block and lease is back; fail if that takes longer."""
         deadline = time.monotonic() + seconds
-        while not self.service.engine.snapshot().is_at_rest:
+        while self.service.admissions.num_sequences or not self.service.engine.snapshot().is_at_rest:
             assert time.monotonic() < deadline, "the engine did not come to rest"
             time.sleep(0.01)
         self.service.registry.check_integrity()

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 from pydantic_core import PydanticCustomError, to_json
 
 from swaplora_server.engine.request import SamplingParams
-from swaplora_server.http.transport.body import BRANCH, ClosedModel, WireModel
+from swaplora_server.http.transport.models import BRANCH, ClosedModel, WireModel
 
 MAX_MODEL_CHARACTERS = 512
 MAX_N = 128

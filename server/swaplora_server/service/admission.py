@@ -35,12 +35,14 @@ class Admission:
         if self._is_released:
             raise RuntimeError("an admission was given back twice")
         self._is_released = True
-        self._leave()
-        if self._request_leases is not None:
-            self._request_leases.release()
-            return
-        for lease in self._leases:
-            lease.release()
+        try:
+            if self._request_leases is not None:
+                self._request_leases.release()
+            else:
+                for lease in self._leases:
+                    lease.release()
+        finally:
+            self._leave()  # last: whom nobody counts holds nothing
 
     def release_after(self, count: int) -> Callable[[], None]:
         """What each of `count` parts of the request calls once, at its end: the last of them gives everything back."""
@@ -53,7 +55,7 @@ class Admissions:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._num_sequences = 0  # of those that were let in and have not ended
+        self.num_sequences = 0  # of requests that were let in and have not given everything back
         self._lock = threading.Lock()
 
     def check_number(self, n: int, num_prompts: int) -> None:
@@ -68,11 +70,11 @@ class Admissions:
     def admit(self, num_sequences: int) -> Admission:
         """Raises RequestError when more would wait than the operator allows."""
         with self._lock:
-            if self._num_sequences + num_sequences > self._limit:
+            if self.num_sequences + num_sequences > self._limit:
                 raise RequestError("overloaded", "too many requests are waiting; try again in a moment")
-            self._num_sequences += num_sequences
+            self.num_sequences += num_sequences
         return Admission(lambda: self._leave(num_sequences))
 
     def _leave(self, num_sequences: int) -> None:
         with self._lock:
-            self._num_sequences -= num_sequences
+            self.num_sequences -= num_sequences

@@ -14,7 +14,8 @@ from swaplora_adapters.store.conditions import Conditions
 from swaplora_server.http.cards import card_body
 from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
 from swaplora_server.http.sse import until_disconnect
-from swaplora_server.http.transport.body import ClosedModel, body_schema, is_json, json_body, read_json
+from swaplora_server.http.transport.body import body_schema, is_json, json_body, read_json
+from swaplora_server.http.transport.models import ClosedModel
 from swaplora_server.http.upload import receive_files
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.ingest import MakeWhileWanted

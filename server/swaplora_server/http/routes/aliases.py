@@ -10,7 +10,8 @@ from swaplora_adapters.files.naming import validate_alias
 from swaplora_adapters.store.records import Target
 from swaplora_server.http.cards import alias_body
 from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
-from swaplora_server.http.transport.body import ClosedModel, body_schema, json_body
+from swaplora_server.http.transport.body import body_schema, json_body
+from swaplora_server.http.transport.models import ClosedModel
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 MAX_TARGETS = 16

@@ -16,7 +16,8 @@ from swaplora_adapters.registry.card import PutResult
 from swaplora_server.http.cards import card_body
 from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
 from swaplora_server.http.sse import until_disconnect
-from swaplora_server.http.transport.body import ClosedModel, body_schema, json_body
+from swaplora_server.http.transport.body import body_schema, json_body
+from swaplora_server.http.transport.models import ClosedModel
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
 

@@ -26,7 +26,8 @@ from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.errors import on_request_error
 from swaplora_server.http.refusals import refuse_unsupported
 from swaplora_server.http.sse import until_disconnect
-from swaplora_server.http.transport.body import ClosedModel, WireModel, body_schema, read_json
+from swaplora_server.http.transport.body import body_schema, read_json
+from swaplora_server.http.transport.models import ClosedModel, WireModel
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
 

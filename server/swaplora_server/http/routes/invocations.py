@@ -9,7 +9,8 @@ from starlette.responses import Response
 from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.routes.chat import answer_chat
 from swaplora_server.http.routes.completions import answer_completion
-from swaplora_server.http.transport.body import BRANCH, Body, body_schema, json_body
+from swaplora_server.http.transport.body import body_schema, json_body
+from swaplora_server.http.transport.models import BRANCH, Body
 from swaplora_server.http.wire import MAX_MODEL_CHARACTERS, ChatBody, CompletionBody, GenerationBody
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service

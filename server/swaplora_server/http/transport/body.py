@@ -3,42 +3,24 @@
 from codecs import BOM_UTF8
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.transport.body_memory import account_of
 from swaplora_server.http.transport.encoding import body_chunks
 from swaplora_server.http.transport.json_limits import check_limits
+from swaplora_server.http.transport.models import BRANCH, Body
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
 
-BRANCH = "|"  # what the tag of a union's branch begins with: no part of a path for clients
 _MAX_TYPE_CHARS = 64
 SMALL_BYTES = 32 << 10  # parsed on the event loop
 MAX_SMALL_BODY_BYTES = 64 << 10  # of what only manages: names, versions, sources
 Model = TypeVar("Model", bound="Body")
-
-
-class Body(BaseModel):
-    """What a request's body is read as."""
-
-    has_content: ClassVar[bool] = False  # such as a prompt, which may be as large as the operator allows
-
-
-class WireModel(Body):
-    """A JSON object. Numbers are finite and of their own type; unknown fields are kept, to be looked at."""
-
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True, hide_input_in_errors=True)
-
-
-class ClosedModel(WireModel):
-    """A request body of our own: a field that nobody defines is an error."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 def json_body(model: type[Model]) -> Callable[[Request, Service], Coroutine[Any, Any, Model]]:

@@ -1,0 +1,25 @@
+"""What bodies are read as: numbers finite, unknown fields kept to be looked at, or refused. Imports no torch."""
+
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+BRANCH = "|"  # what the tag of a union's branch begins with: no part of a path for clients
+
+
+class Body(BaseModel):
+    """What a request's body is read as."""
+
+    has_content: ClassVar[bool] = False  # such as a prompt, which may be as large as the operator allows
+
+
+class WireModel(Body):
+    """A JSON object. Numbers are finite and of their own type; unknown fields are kept, to be looked at."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True, hide_input_in_errors=True)
+
+
+class ClosedModel(WireModel):
+    """A request body of our own: a field that nobody defines is an error."""
+
+    model_config = ConfigDict(extra="forbid")
