@@ -1,4 +1,4 @@
-"""The plan of the house: no circles, what needs no torch, and how many files a folder holds.
+"""The layout of the repository: no circles of imports, what needs no torch, and how many files a folder holds.
 
 Which room may import from which stands in pyproject.toml: `lint-imports` reads it, in `make check`.
 """
@@ -10,6 +10,7 @@ from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import PurePosixPath
 
+import grimp  # comes with import-linter
 import pytest
 
 from repository import ROOT
@@ -29,7 +30,6 @@ NO_TORCH = (
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     """Wherever in a file they do, and for type checkers alone too."""
-    grimp = pytest.importorskip("grimp", reason="it comes with import-linter")
     graph = grimp.build_graph("swaplora_server", "swaplora_adapters", cache_dir=None)
     imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
     TopologicalSorter(imports).prepare()  # raises CycleError, which names them
