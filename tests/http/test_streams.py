@@ -23,7 +23,7 @@ from swaplora_server.service.admission import Admissions
 from swaplora_server.service.detokenize import TextToken
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.generation import Generation, Piece
-from swaplora_server.service.metrics import Outcome, Record
+from swaplora_server.service.metrics import GenerationRecord, Outcome
 from swaplora_server.service.service import Service
 from swaplora_server.service.wakeups import Wakeups
 
@@ -255,9 +255,9 @@ async def encode() -> list[list[int]]:
     return [[1, 2, 3]]
 
 
-def generation(body: GenerationBody) -> tuple[Generation, list[Record]]:
+def generation(body: GenerationBody) -> tuple[Generation, list[GenerationRecord]]:
     """A generation of one prompt on nothing, and what it reports when it ends."""
-    records: list[Record] = []
+    records: list[GenerationRecord] = []
     service = SimpleNamespace(
         wakeups=Wakeups(),
         base=SimpleNamespace(vocabulary=VOCABULARY),

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from repository import KERNEL_CACHE
 from swaplora_adapters.weights.memory import HugePages
 from swaplora_server.kernels.cpu import linear as cpu_linear
-from swaplora_server.kernels.torch import onednn_linear
+from swaplora_server.kernels.cpu import onednn_linear
 
 LIBRARY = cpu_linear.load_library(KERNEL_CACHE, lambda _message: None)
 PACK = partial(cpu_linear.pack, LIBRARY, pages=HugePages())

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from serving import BASE, Running, serving, settings
 from swaplora_server.engine.snapshot import Snapshot
-from swaplora_server.service.metrics import Metrics, Outcome, Record, State
+from swaplora_server.service.metrics import GenerationRecord, Metrics, Outcome, ServerState
 from swaplora_server.service.service import Service
 
 PROMPT = list(range(30, 50))
@@ -137,7 +137,7 @@ def test_a_server_that_is_still_starting_shows_what_there_is(base: Path, tmp_pat
     assert "swaplora_running_sequences" not in names
 
 
-def read(state: State) -> dict[str, float]:
+def read(state: ServerState) -> dict[str, float]:
     metrics = Metrics(lambda: state, BASE)
     found = {sample.name: sample.value for family in metrics.registry.collect() for sample in family.samples}
     return {name: count for name, count in found.items() if name.startswith("swaplora_")}
@@ -146,7 +146,7 @@ def read(state: State) -> dict[str, float]:
 def test_the_prefix_cache_is_shown() -> None:
     counts = {count.name: 0 for count in fields(Snapshot)}
     counts |= {"num_looked_up_tokens": 100, "num_hit_tokens": 60, "num_cached_blocks": 3}
-    found = read(State(Snapshot(**counts), resident_bytes=5))
+    found = read(ServerState(Snapshot(**counts), resident_bytes=5))
     assert found["swaplora_prefix_cache_queried_tokens_total"] == 100
     assert found["swaplora_prefix_cache_hit_tokens_total"] == 60
     assert found["swaplora_kv_blocks_cached"] == 3
@@ -165,7 +165,7 @@ def test_what_a_prompt_finds_in_the_cache_is_counted(server: Running) -> None:
 def test_how_long_a_generation_takes_is_told_by_those_that_were_whole() -> None:
     metrics = Metrics(lambda: None, BASE)
     for outcome in Outcome:
-        metrics.observe(Record(outcome, 3, 2, seconds=4.0, seconds_to_first=1.0, seconds_per_token=0.5))
+        metrics.observe(GenerationRecord(outcome, 3, 2, seconds=4.0, seconds_to_first=1.0, seconds_per_token=0.5))
     value = metrics.registry.get_sample_value
     assert value("swaplora_request_duration_seconds_count") == 1
     assert value("swaplora_time_per_output_token_seconds_count") == 1

@@ -4,16 +4,21 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
 from gpu_checks.report import Report
+from swaplora_server.kernels.backend import Backend
+from swaplora_server.kernels.pick import pick_backend, torch_backend
 
+CACHE = Path(tempfile.gettempdir()) / "swaplora-gpu-check"  # what is compiled for the card
 PACKAGES = ("torch", "triton", "transformers", "peft", "tokenizers", "fastapi", "uvicorn", "pydantic")
 
 
@@ -29,6 +34,12 @@ class Card:
     @property
     def is_gpu(self) -> bool:
         return self.device.type == "cuda"
+
+    def backend(self, dtype: torch.dtype) -> Backend:
+        """What a server picks on this card; torch's operations on a CPU, whose own have tests of their own."""
+        if self.is_gpu:
+            return pick_backend(self.device, dtype, CACHE, lambda _message: None)
+        return torch_backend(self.device)
 
     def wait(self) -> None:
         """Return when all that was launched is done."""

@@ -20,7 +20,6 @@ from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduler import Batch, Scheduler
-from swaplora_server.kernels.pick import torch_backend
 
 RANK = 16
 BLOCK = 16
@@ -75,7 +74,7 @@ def random_model(shape: str, card: Card, dtype: torch.dtype, attention: str = "e
 def random_base(shape: str, card: Card, dtype: torch.dtype) -> BaseModel:
     """The same, wrapped and proven as the server does."""
     model = random_model(shape, card, dtype)
-    return prepare(model, tiny.byte_tokenizer(), device=card.device, dtype=dtype, backend=torch_backend(card.device))
+    return prepare(model, tiny.byte_tokenizer(), device=card.device, dtype=dtype, backend=card.backend(dtype))
 
 
 def random_adapter(base: BaseModel, number: int, rank: int = RANK) -> AdapterWeights:

@@ -10,7 +10,6 @@ from gpu_checks.card import Card
 from gpu_checks.report import Report
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 from swaplora_server.kernels.backend import PagedKV
-from swaplora_server.kernels.pick import torch_backend
 from swaplora_server.kernels.rows import LayerAttention, Run, Segment
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -53,7 +52,7 @@ def _lora_error(
     x = torch.randn(num_rows, num_in, device=card.device).to(dtype)
     y = torch.randn(num_rows, num_out, device=card.device).to(dtype)
     out, exact = y.clone(), y.double()
-    op = torch_backend(card.device).lora
+    op = card.backend(dtype).lora
     op.add(out, x, op.prepare(segments, ["elsewhere", "here"]), 1)
     for segment in segments:
         module, rows = segment.weights.modules["here"], slice(segment.start, segment.stop)
@@ -119,7 +118,7 @@ def _attention_error(card: Card, heads: Heads, kind: str, lengths: tuple[int, ..
     layer = LayerAttention(0, heads.size**-0.5, fields.get("softcap"), sinks, fields.get("window"))
     rows = [_rows(card, heads, length, dtype) for length in lengths]
     num_blocks = sum(-(-length // BLOCK) for length in lengths) + 3
-    kv = torch_backend(card.device).paged_kv(num_blocks, BLOCK)
+    kv = card.backend(dtype).paged_kv(num_blocks, BLOCK)
     _poison(kv, num_blocks, rows[0])
     free = random.Random(5).sample(range(1, num_blocks + 1), num_blocks)
     blocks = [[free.pop() for _ in range(-(-length // BLOCK))] for length in lengths]

@@ -34,7 +34,6 @@ from swaplora_server.config import Settings
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
 from swaplora_server.engine.scheduler import Batch, ScheduledRows
-from swaplora_server.kernels.pick import torch_backend
 from swaplora_server.service.service import Service
 
 NOISE = 3.0  # how far bf16 may be from fp32, in what PEFT's own bf16 is
@@ -49,7 +48,7 @@ def prove_architectures(report: Report, card: Card, scratch: Path) -> dict[str, 
         folder = tiny.save_tiny_base(scratch / model_type, {"model_type": model_type, **fields})
         for dtype in (torch.float32, torch.bfloat16):
             try:
-                load_base(folder, device=card.device, dtype=dtype, backend=torch_backend(card.device))
+                load_base(folder, device=card.device, dtype=dtype, backend=card.backend(dtype))
             except UnsupportedModelError as error:
                 refused[f"{model_type} {dtype}"] = str(error)
                 report.problem(f"not proven on the card: {model_type} in {dtype}: {error}")
@@ -68,7 +67,7 @@ def compare_kinds(report: Report, card: Card, scratch: Path) -> dict[str, Any]:
             each.oracle.to(card.device)
         if card.is_dry:
             made = made[:3] + [each for each in made if each.kind == "partner"]
-        bench = kinds_table.Bench(base, torch_backend(card.device), card.device)
+        bench = kinds_table.Bench(base, card.backend(torch.float32), card.device)
         cells |= kinds_table.measure(bench, made)
     wrong = {kind: told for kind, told in cells.items() if kinds_table.WRONG in told}
     for kind, told in wrong.items():
@@ -82,7 +81,7 @@ def compare_bf16(report: Report, card: Card, scratch: Path) -> dict[str, Any]:
     folder = tiny.save_tiny_base(scratch / "bf16")
     ranks = (1, 4, 16, 64)
     made = [tiny.save_adapter(scratch / f"bf16-{rank}", folder, seed=rank, rank=rank) for rank in ranks]
-    base = load_base(folder, device=card.device, dtype=torch.bfloat16, backend=torch_backend(card.device))
+    base = load_base(folder, device=card.device, dtype=torch.bfloat16, backend=card.backend(torch.bfloat16))
     tokens = [(11 * position + 5) % 250 for position in range(60)]
     ours = _logprobs(base, tokens, [None, *(_load(base, adapter) for adapter in made)])
     worst, noise = 0.0, LEAST_NOISE / NOISE

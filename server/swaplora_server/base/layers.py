@@ -16,9 +16,9 @@ from swaplora_adapters.weights.memory import HugePages
 from swaplora_server.base.compact_embedding import Bf16Embedding, TiedEmbedding, compact_embedding
 from swaplora_server.engine.lora.modules import LoraEmbedding, LoraLinear, Replaceable, Wrapped
 from swaplora_server.kernels.cpu.linear import CpuLinear
+from swaplora_server.kernels.cpu.onednn_linear import OnednnLinear
 from swaplora_server.kernels.cpu.quantised_linear import QuantisedLinear
 from swaplora_server.kernels.quantised_codes import codes_of, is_quantised
-from swaplora_server.kernels.torch.onednn_linear import OnednnLinear
 
 
 class AdaptableLayers:

@@ -15,6 +15,7 @@ from swaplora_server.http.routes import (
     aliases,
     chat,
     completions,
+    compose,
     control,
     health,
     inspection,
@@ -22,7 +23,6 @@ from swaplora_server.http.routes import (
     metrics,
     models,
 )
-from swaplora_server.http.routes import compose as merged
 from swaplora_server.http.sse import ClientGoneError
 from swaplora_server.http.transport.body_memory import AccountedBodies, BodyMemory
 from swaplora_server.http.transport.browsers import guard_browsers
@@ -56,7 +56,7 @@ def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
     app.state.keys = KeyRing(service.settings.api_key)
     app.include_router(health.router)
     private = APIRouter(dependencies=[Depends(authenticate)])
-    for module in (models, completions, chat, invocations, adapters, inspection, merged, aliases, control, metrics):
+    for module in (models, completions, chat, invocations, adapters, inspection, compose, aliases, control, metrics):
         private.include_router(module.router)
     private.get("/openapi.json", include_in_schema=False)(app.openapi)
     app.include_router(private)

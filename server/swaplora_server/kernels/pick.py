@@ -14,12 +14,11 @@ from swaplora_server.kernels.cpu import attention as cpu_attention
 from swaplora_server.kernels.cpu import decoder as cpu_decoder
 from swaplora_server.kernels.cpu import linear as cpu_linear
 from swaplora_server.kernels.cpu import lora as cpu_lora
-from swaplora_server.kernels.cpu import quantised_linear
+from swaplora_server.kernels.cpu import onednn_linear, quantised_linear
 from swaplora_server.kernels.cpu.attention import CpuKV
 from swaplora_server.kernels.cpu.build import NoCompilerError
 from swaplora_server.kernels.quantised_codes import is_quantised
 from swaplora_server.kernels.torch import lora as torch_lora
-from swaplora_server.kernels.torch import onednn_linear
 from swaplora_server.kernels.torch.attention import TorchKV
 
 _log = structlog.get_logger(__name__)

@@ -16,7 +16,7 @@ from swaplora_server.service.adapter_mix import NOBODY, Asker, MixTerm, invoked_
 from swaplora_server.service.admission import Admission
 from swaplora_server.service.detokenize import Detokenizer, Settled, TextRules, TextToken
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.metrics import Outcome, Record
+from swaplora_server.service.metrics import GenerationRecord, Outcome
 from swaplora_server.service.service import Service
 
 _log = structlog.get_logger(__name__)
@@ -165,9 +165,9 @@ class Generation:
         self._requests.clear()  # which point back here: weights must not wait for the cycle collector
         self._service.metrics.observe(self._record(outcome))
 
-    def _record(self, outcome: Outcome) -> Record:
+    def _record(self, outcome: Outcome) -> GenerationRecord:
         longest = max(self.num_generated)
-        return Record(
+        return GenerationRecord(
             outcome,
             self.num_prompt_tokens,
             sum(self.num_generated),

@@ -26,7 +26,7 @@ class Outcome(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class GenerationRecord:
     """A generation that has ended. Token counts are over all choices; None is what there were too few tokens for."""
 
     outcome: Outcome
@@ -38,7 +38,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class ServerState:
     """The engine and the adapters at one moment."""
 
     engine: Snapshot
@@ -48,7 +48,7 @@ class State:
 class Metrics:
     """Owns the registry that a scrape reads. A step of the engine pays nothing; a request pays once, at its end."""
 
-    def __init__(self, read_state: Callable[[], State | None], base: str) -> None:
+    def __init__(self, read_state: Callable[[], ServerState | None], base: str) -> None:
         """`read_state` is asked at each scrape; None while there is no engine yet."""
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -71,7 +71,7 @@ class Metrics:
         """One HTTP request is over. `route` is its template; status None is one whose answer was never begun."""
         self._requests.labels(route, "none" if status is None else f"{status // 100}xx").inc()
 
-    def observe(self, record: Record) -> None:
+    def observe(self, record: GenerationRecord) -> None:
         """One generation is over. How fast and how long is told by those that were whole."""
         self._generations.labels(record.outcome).inc()
         self._prompt_tokens.inc(record.num_prompt_tokens)
@@ -90,7 +90,7 @@ class Metrics:
 class _StateCollector(Collector):
     """Asks for the state when it is scraped, so that nobody has to report changes of it."""
 
-    def __init__(self, read_state: Callable[[], State | None], base: str) -> None:
+    def __init__(self, read_state: Callable[[], ServerState | None], base: str) -> None:
         self._read_state = read_state
         self._base = base
 

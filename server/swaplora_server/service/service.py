@@ -28,7 +28,7 @@ from swaplora_server.service.chat_template import ChatTemplate
 from swaplora_server.service.derivations import Derivations
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.ingest import Ingest
-from swaplora_server.service.metrics import Metrics, State
+from swaplora_server.service.metrics import Metrics, ServerState
 from swaplora_server.service.offload import Offload
 from swaplora_server.service.prompts import LONG_CHARACTERS, PromptTokenizer
 from swaplora_server.service.wakeups import Wakeups, result_of
@@ -173,11 +173,11 @@ class Service:
             ("adapters, at most", self.settings.adapter_memory_bytes),
         ]
 
-    def _state(self) -> State | None:
+    def _state(self) -> ServerState | None:
         """The engine and the adapters as they are now; None before there is an engine."""
         if not self._is_ready.is_set():
             return None
-        return State(self.engine.snapshot(), self.registry.resident_bytes)
+        return ServerState(self.engine.snapshot(), self.registry.resident_bytes)
 
     def _open_registry(self) -> Registry:
         settings = self.settings
