@@ -1,5 +1,6 @@
 """What the documentation names is there, and what users meet is in the documentation."""
 
+import ast
 import re
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -26,6 +27,11 @@ CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FILE = re.compile(r"(?:\.?[\w-]+/)+(?:[\w.-]+\.\w+)?|[\w-]+\.(?:py|cpp|h|md|toml|yaml)")
 NAME = re.compile(r"[A-Z]+[a-z]\w*(?:\.\w+)*|[a-z]+(?:_[a-z]+)+")  # a class, or snake case
+NAMES = r"`[\w.]+`(?:(?:,|,? and)\s+`[\w.]+`)*"
+FILE_LINK = r"\[`[^`]+`\]\(([^)\s]+\.py)\)"
+# names, and the file that is said to have them: "`name` of [`file`](…)", "[`file`](…): `name`"
+IN_FILE = re.compile(rf"({NAMES})\s+(?:(?:in|of)\s+|\(){FILE_LINK}")
+FILE_HAS = re.compile(rf"{FILE_LINK}(?::\s+|\s+\()({NAMES})")
 THREAD = re.compile(r"(?:Thread|Executor|Workers|Offload)\(.*?['\"]([a-z][a-z-]+)['\"]")
 TARGET = re.compile(r"\bmake ([a-z-]+)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
@@ -55,6 +61,18 @@ def test_every_path_exists(page: Path) -> None:
 def test_every_name_exists(page: Path) -> None:
     named = {name for name in _code(page) if NAME.fullmatch(name) and not name.startswith(METRIC)} - FOREIGN_NAMES
     assert {name for name in named if not _words().issuperset(name.split("."))} == set()
+
+
+@each_page
+def test_every_name_is_in_the_file_that_stands_beside_it(page: Path) -> None:
+    elsewhere = [
+        (name, file.name) for name, file in _placed_names(page) if not _defined(file).issuperset(name.split("."))
+    ]
+    assert elsewhere == []
+
+
+def test_names_that_stand_beside_a_file_are_found() -> None:
+    assert len(list(_placed_names(ROOT / "docs/architecture.md"))) > 10
 
 
 @each_page
@@ -164,6 +182,26 @@ def _words() -> frozenset[str]:
     """Of all source files of the packages."""
     files = (file for package in PACKAGES for kind in ("py", "cpp", "h") for file in package.rglob(f"*.{kind}"))
     return frozenset(word for file in files for word in re.findall(r"\w+", file.read_text()))
+
+
+def _placed_names(page: Path) -> Iterator[tuple[str, Path]]:
+    """Each name that a page says is in a file, with that file."""
+    text = page.read_text()
+    placed = [*IN_FILE.findall(text), *((names, link) for link, names in FILE_HAS.findall(text))]
+    yield from ((name, page.parent / link) for names, link in placed for name in CODE.findall(names))
+
+
+@cache
+def _defined(file: Path) -> frozenset[str]:
+    """What a file defines or assigns, and not what it only uses."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                names.add(name)
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+                names.add(name)
+    return frozenset(names)
 
 
 @cache
