@@ -24,8 +24,8 @@ class QueueSimulation:
         self.being_loaded: set[Resident] = set()
         self.first_since: tuple[Claim | None, float] = (None, 0.0)
         self.longest_first = 0.0  # seconds that any claim was first in line
-        self.closed_since: dict[str, float] = {}
-        self.closed_before: set[str] = set()
+        self.draining_since: dict[str, float] = {}
+        self.draining_before: set[str] = set()
 
     def ask(self, sizes: Mapping[str, int]) -> Claim:
         claim = Claim(sizes, self.now)
@@ -85,19 +85,19 @@ class QueueSimulation:
         return [resident for resident in self.residents.values() if resident.weights is None]
 
     @property
-    def closed(self) -> set[str]:
+    def draining(self) -> set[str]:
         head = self.queue._head  # noqa: SLF001
-        return set() if head is None else {resident.digest for resident in head.closed}
+        return set() if head is None else {resident.digest for resident in head.draining}
 
     def settle(self) -> None:
         while True:
-            closed, promised = self.closed, self.is_promised()
+            draining, promised = self.draining, self.is_promised()
             if (claim := self.queue.next_admitted(self.now)) is not None:
                 is_first = claim is self.waiting[0]
                 self.waiting.remove(claim)
                 self.inside.append(claim)
                 assert [resident.digest for resident in claim.residents] == list(claim.sizes), "has a part"
-                if promised and not is_first and self.closed == closed:
+                if promised and not is_first and self.draining == draining:
                     assert self.is_promised(), "let in at the cost of the first in line"
             elif (claim := self.queue.next_refused(self.now)) is not None:
                 assert self.is_hopeless(claim), "refused without need"
@@ -136,10 +136,10 @@ class QueueSimulation:
     def _check_nobody_waits_in_vain(self) -> None:
         for claim in self.waiting:
             assert not self.is_hopeless(claim), "waits without hope"
-            assert self.closed or not self.fits(claim), "has room, and waits"
-            assert claim.sizes.keys() & self.closed or self.the_first_would_lack(claim), "could pass, and waits"
+            assert self.draining or not self.fits(claim), "has room, and waits"
+            assert claim.sizes.keys() & self.draining or self.the_first_would_lack(claim), "could pass, and waits"
             is_shared = all(digest in self.residents and self.residents[digest].users for digest in claim.sizes)
-            assert claim.sizes.keys() & self.closed or not is_shared, "wants what others use, and waits"
+            assert claim.sizes.keys() & self.draining or not is_shared, "wants what others use, and waits"
         if self.waiting:
             assert not self.fits(self.waiting[0]), "is first and has room, and waits"
 
@@ -147,12 +147,12 @@ class QueueSimulation:
         return self.bytes_staying(set(), [claim]) <= self.queue.budget
 
     def is_promised(self) -> bool:
-        """Whether residents are closed, and the first in line has room when those have come to their end."""
-        return bool(self.closed) and self.bytes_staying(self.closed, self.waiting[:1]) <= self.queue.budget
+        """Whether residents drain, and the first in line has room when those have come to their end."""
+        return bool(self.draining) and self.bytes_staying(self.draining, self.waiting[:1]) <= self.queue.budget
 
     def the_first_would_lack(self, claim: Claim) -> bool:
-        """Whether there is no room for this now, or for the first in line once what is closed has ended."""
-        return not self.fits(claim) or self.bytes_staying(self.closed, [claim, self.waiting[0]]) > self.queue.budget
+        """Whether there is no room for this now, or for the first in line once what drains has ended."""
+        return not self.fits(claim) or self.bytes_staying(self.draining, [claim, self.waiting[0]]) > self.queue.budget
 
     def bytes_staying(self, besides: Set[str], claims: Iterable[Claim]) -> int:
         """Of what is used, loading or kept, but for `besides`, and of what `claims` want."""
@@ -177,27 +177,27 @@ class QueueSimulation:
     def _check_what_is_closed(self) -> None:
         """Not for too long, as little as will do, and nothing while one is in the way who has to be waited for."""
         first, since = self.first_since
-        closed = self.closed
-        assert not closed or first is not None, "closed for nobody"
+        draining = self.draining
+        assert not draining or first is not None, "drained for nobody"
         if first is None:
-            self.closed_since.clear()
-            self.closed_before = set()
+            self.draining_since.clear()
+            self.draining_before = set()
             return
-        self.closed_since = {
-            digest: self.closed_since.get(digest, self.now) for digest in closed if self.residents[digest].weights
+        self.draining_since = {
+            digest: self.draining_since.get(digest, self.now) for digest in draining if self.residents[digest].weights
         }
-        if closed and not closed <= self.closed_before:
-            for digest in closed:
-                assert self.bytes_staying(closed - {digest}, [first]) > self.queue.budget, "closed without need"
-        self.closed_before = closed
-        if self.closed_since:
-            assert self.now - min(self.closed_since.values()) <= self.queue.wait_seconds / 2
-            assert min(self.closed_since.values()) - since >= memory_queue.PATIENCE_SECONDS
-            assert self.now - min(self.closed_since.values()) <= min(self.closed_since.values()) - since
-        assert not closed & (first.sizes.keys() | self.queue.kept.keys())
-        for digest in closed:
+        if draining and not draining <= self.draining_before:
+            for digest in draining:
+                assert self.bytes_staying(draining - {digest}, [first]) > self.queue.budget, "drained without need"
+        self.draining_before = draining
+        if self.draining_since:
+            assert self.now - min(self.draining_since.values()) <= self.queue.wait_seconds / 2
+            assert min(self.draining_since.values()) - since >= memory_queue.PATIENCE_SECONDS
+            assert self.now - min(self.draining_since.values()) <= min(self.draining_since.values()) - since
+        assert not draining & (first.sizes.keys() | self.queue.kept.keys())
+        for digest in draining:
             users = [claim for claim in self.inside if digest in claim.sizes]
-            assert all(claim.admitted_at > first.asked_at for claim in users), "closed in vain"
+            assert all(claim.admitted_at > first.asked_at for claim in users), "drained in vain"
 
 
 def _weights(nbytes: int) -> AdapterWeights:

@@ -97,9 +97,9 @@ def test_only_what_is_needed_is_closed_and_the_rest_is_served() -> None:
     young = [ask(line, digest) for digest in "aabc"]
     for claim in old[:2]:
         end(line, claim)
-    assert not line.closed
+    assert not line.draining
     line.pass_time(PATIENCE_SECONDS / 2)
-    assert line.closed == {"b"}, "a has two users, and c one that was there before"
+    assert line.draining == {"b"}, "a has two users, and c one that was there before"
     assert ask(line, "a") in line.inside
     assert ask(line, "a", "c") in line.inside
     assert ask(line, "b") in line.waiting
@@ -113,7 +113,7 @@ def test_what_was_closed_in_vain_is_open_again_for_all_who_waited() -> None:
     line.pass_time(4)
     long = ask(line, "a")
     end(line, old)
-    assert line.closed == {"a"}
+    assert line.draining == {"a"}
     waiting = [ask(line, "a") for _ in range(3)]
     line.pass_time(3.875)
     assert all(claim in line.waiting for claim in waiting)
@@ -121,7 +121,7 @@ def test_what_was_closed_in_vain_is_open_again_for_all_who_waited() -> None:
     assert all(claim in line.inside for claim in waiting)
     assert cold in line.waiting
     end(line, long)
-    assert not line.closed
+    assert not line.draining
     for claim in waiting:
         end(line, claim)
     assert cold in line.inside
@@ -141,7 +141,7 @@ def test_what_was_closed_for_one_that_hangs_up_is_open_again() -> None:
     line.pass_time(1)
     ask(line, "a")
     end(line, old)
-    assert line.closed == {"a"}
+    assert line.draining == {"a"}
     waits = ask(line, "a")
     end(line, cold)
     assert waits in line.inside
@@ -183,7 +183,7 @@ def test_a_pin_is_not_closed_for_anybody() -> None:
         pinned.append(ask(line, "a"))
         end(line, others.pop(0))
         end(line, pinned.pop(0))
-        assert "a" not in line.closed
+        assert "a" not in line.draining
     assert cold in line.inside
 
 
@@ -193,7 +193,7 @@ def test_what_is_pinned_or_uploaded_meanwhile_does_not_prolong_what_is_closed() 
     line.pass_time(2)
     ask(line, "a", "b")
     end(line, old)
-    assert line.closed == {"a", "b"}
+    assert line.draining == {"a", "b"}
     waits = ask(line, "b")
     for _ in range(16):
         line.pin({})  # as after every upload

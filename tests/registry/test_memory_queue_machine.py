@@ -189,7 +189,7 @@ def test_everyone_is_admitted_or_refused_in_time(visits: list[Visit], wait_secon
 
 
 def never_closes(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(MemoryQueue, "_close_for", lambda *_: None)
+    patch.setattr(MemoryQueue, "_drain_for", lambda *_: None)
 
 
 def closes_in_vain(patch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def closes_in_vain(patch: pytest.MonkeyPatch) -> None:
 
 
 def closes_for_ever(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(QueueHead, "close", lambda self, residents, _now: self.closed.update(residents))
+    patch.setattr(QueueHead, "drain", lambda self, residents, _now: self.draining.update(residents))
 
 
 def closes_too_much(patch: pytest.MonkeyPatch) -> None:
@@ -206,10 +206,10 @@ def closes_too_much(patch: pytest.MonkeyPatch) -> None:
 
 def gives_up_too_soon(patch: pytest.MonkeyPatch) -> None:
     def close(self: QueueHead, residents: Iterable[Resident], now: float) -> None:
-        self.closed_until = now + memory_queue.PATIENCE_SECONDS
-        self.closed.update(residents)
+        self.draining_until = now + memory_queue.PATIENCE_SECONDS
+        self.draining.update(residents)
 
-    patch.setattr(QueueHead, "close", close)
+    patch.setattr(QueueHead, "drain", close)
 
 
 def closes_for_one_and_lets_in_another(patch: pytest.MonkeyPatch) -> None:

@@ -8,20 +8,19 @@ then it holds nothing, so that no two can wait for each other. Claims stand in l
 2. The first in line that lacks room is passed by those who do not, as long as that costs it nothing: requests that were
    admitted before it asked are in its way, and it has to wait for their end in any case.
 3. Once only such as passed it are in its way, and it has been first for PATIENCE_SECONDS, as few residents as will do
-   are closed: those with the fewest users, the least recently used of them first. Who runs on a closed one ends on it;
-   new requests for it wait, and the room that the first in line needs is given to nobody else. All others go on as
-   before.
-4. Residents stay closed no longer than the claim had been first when they were closed. If that was in vain they are
-   open again, all who waited for them are admitted, and it begins anew: those who are admitted by now are let end
-   first.
+   are drained: those with the fewest users, the least recently used of them first. Who runs on a draining one ends on
+   it; new requests for it wait, and the room that the first in line needs is given to nobody else. All others go on
+   as before.
+4. Residents drain no longer than the claim had been first when that began. If it was in vain they are open again, all
+   who waited for them are admitted, and it begins anew: those who are admitted by now are let end first.
 
 From this follows, where no request holds its memory longer than L seconds:
 
-- The first in line is admitted within 4 · max(L, PATIENCE_SECONDS): whenever closing was in vain, it lasted less than
+- The first in line is admitted within 4 · max(L, PATIENCE_SECONDS): whenever draining was in vain, it lasted less than
   L, and the next time it lasts at least twice as long. So nobody is passed over for ever.
 - Nobody waits longer than `wait_seconds`: then, or at once if it could never be admitted, a claim is refused.
-- Whoever wants only what others use, and what is not closed, is admitted at once, whatever is in line. Nothing is
-  closed for longer than half of `wait_seconds` at a time, and nothing while that would be in vain: while requests are
+- Whoever wants only what others use, and what does not drain, is admitted at once, whatever is in line. Nothing
+  drains for longer than half of `wait_seconds` at a time, and nothing while that would be in vain: while requests are
   in the way that were admitted before the first in line asked.
 """
 
@@ -79,29 +78,29 @@ class QueueHead:
 
     claim: Claim
     began_at: float
-    spared_until: float  # who was admitted until then is let end before anything is closed
-    closed: set[Resident] = field(default_factory=set)
-    closed_until: float = math.inf
+    spared_until: float  # who was admitted until then is let end before anything is drained
+    draining: set[Resident] = field(default_factory=set)
+    draining_until: float = math.inf
 
     @property
     def patience_ends_at(self) -> float:
         return self.began_at + PATIENCE_SECONDS
 
-    def close(self, residents: Iterable[Resident], now: float) -> None:
+    def drain(self, residents: Iterable[Resident], now: float) -> None:
         """Nobody else may have these, for as long as the claim has been first by the time of the first of them."""
-        if not self.closed:
-            self.closed_until = now + (now - self.began_at)
-        self.closed.update(residents)
+        if not self.draining:
+            self.draining_until = now + (now - self.began_at)
+        self.draining.update(residents)
 
-    def open(self, residents: Iterable[Resident]) -> None:
+    def stop_draining(self, residents: Iterable[Resident]) -> None:
         """These are open again, or gone."""
-        self.closed.difference_update(residents)
-        if not self.closed:
-            self.closed_until = math.inf
+        self.draining.difference_update(residents)
+        if not self.draining:
+            self.draining_until = math.inf
 
     def begin_anew(self, now: float) -> None:
-        """What was closed was closed in vain."""
-        self.open(tuple(self.closed))
+        """What was drained was drained in vain."""
+        self.stop_draining(tuple(self.draining))
         self.spared_until = now
 
 
@@ -137,7 +136,7 @@ class MemoryQueue:
 
     def is_draining(self, resident: Resident) -> bool:
         """Whether new requests for it wait until those that use it are done."""
-        return resident.is_dropped or (self._head is not None and resident in self._head.closed)
+        return resident.is_dropped or (self._head is not None and resident in self._head.draining)
 
     def add(self, claim: Claim) -> None:
         """Let it stand in line."""
@@ -155,7 +154,7 @@ class MemoryQueue:
         for digest in pinned.keys() & self._residents.keys():
             self._residents[digest].is_dropped = False  # there is one who wants it again
         if self._head is not None:  # what is kept from now on would never make room
-            self._head.open([resident for resident in self._head.closed if resident.digest in self.kept])
+            self._head.stop_draining([resident for resident in self._head.draining if resident.digest in self.kept])
 
     def next_admitted(self, now: float) -> Claim | None:
         """Admit whoever comes next, with residents that are in memory and others that have room to be loaded.
@@ -165,16 +164,16 @@ class MemoryQueue:
         head = self._review(now)
         if head is None:
             return None
-        now_staying, still_staying = self._staying(), self._staying(head.closed)
+        now_staying, still_staying = self._staying(), self._staying(head.draining)
         limit = max(0, self._excess(still_staying, head.claim))  # more than 0 if what it wants was lost meanwhile
 
         def can_come_in(claim: Claim) -> bool:
             if self._excess(now_staying, claim) > 0:
                 return False
-            if claim is head.claim or not head.closed:
+            if claim is head.claim or not head.draining:
                 return True
-            wants_closed = any(resident.digest in claim.sizes for resident in head.closed)
-            return not wants_closed and self._excess(still_staying, claim, head.claim) <= limit
+            wants_draining = any(resident.digest in claim.sizes for resident in head.draining)
+            return not wants_draining and self._excess(still_staying, claim, head.claim) <= limit
 
         claim = next(filter(can_come_in, self._line), None)
         if claim is not None:
@@ -189,7 +188,7 @@ class MemoryQueue:
         """After `next_admitted`: until time alone changes something. None for never."""
         if self._head is None:
             return None
-        moments = (self._head.patience_ends_at, self._head.closed_until, self._gives_up_at(self._line[0]))
+        moments = (self._head.patience_ends_at, self._head.draining_until, self._gives_up_at(self._line[0]))
         return min((moment - now for moment in moments if moment > now), default=0.0)
 
     def leave(self, claim: Claim) -> bool:
@@ -249,23 +248,23 @@ class MemoryQueue:
             return None
         if self._head is None or self._head.claim is not self._line[0]:
             self._head = QueueHead(self._line[0], now, self._line[0].asked_at)
-        if now >= self._head.closed_until:
+        if now >= self._head.draining_until:
             self._head.begin_anew(now)
         elif now >= self._head.patience_ends_at:
-            self._close_for(self._head, now)
+            self._drain_for(self._head, now)
         return self._head
 
-    def _close_for(self, head: QueueHead, now: float) -> None:
-        """Close as few residents as will do, if there are enough that only such use as passed the first in line."""
-        staying = self._staying(head.closed)
+    def _drain_for(self, head: QueueHead, now: float) -> None:
+        """Drain as few residents as will do, if there are enough that only such use as passed the first in line."""
+        staying = self._staying(head.draining)
         excess = self._excess(staying, head.claim)
         in_the_way = (self._residents[digest] for digest in self._residents if digest in staying)
-        closable = [resident for resident in in_the_way if self._is_closable(resident, head)]
-        if 0 < excess <= sum(resident.nbytes for resident in closable):
-            closable.sort(key=lambda resident: len(resident.users))
-            head.close(_as_few_as_will_do(closable, excess), now)
+        drainable = [resident for resident in in_the_way if self._is_drainable(resident, head)]
+        if 0 < excess <= sum(resident.nbytes for resident in drainable):
+            drainable.sort(key=lambda resident: len(resident.users))
+            head.drain(_as_few_as_will_do(drainable, excess), now)
 
-    def _is_closable(self, resident: Resident, head: QueueHead) -> bool:
+    def _is_drainable(self, resident: Resident, head: QueueHead) -> bool:
         is_spared = resident.digest in self.kept or resident.digest in head.claim.sizes
         return not is_spared and not resident.has_user_admitted_by(head.spared_until)
 
@@ -285,9 +284,9 @@ class MemoryQueue:
             resident.users[claim] = None
             resident.is_dropped = False  # who had it dropped did not know of this one
 
-    def _staying(self, closed: Iterable[Resident] = ()) -> dict[str, int]:
-        """Digest → bytes of what cannot be evicted now, or at least not when what is `closed` has come to its end."""
-        ending = {resident.digest for resident in closed}
+    def _staying(self, draining: Iterable[Resident] = ()) -> dict[str, int]:
+        """Digest → bytes of what cannot be evicted now, or at least not when what is `draining` has come to its end."""
+        ending = {resident.digest for resident in draining}
         residents = (resident for resident in self._residents.values() if not self._is_evictable(resident))
         return {resident.digest: resident.nbytes for resident in residents if resident.digest not in ending}
 
@@ -307,7 +306,7 @@ class MemoryQueue:
     def _remove(self, resident: Resident) -> None:
         del self._residents[resident.digest]
         if self._head is not None:
-            self._head.open([resident])
+            self._head.stop_draining([resident])
 
     def _gives_up_at(self, claim: Claim) -> float:
         return claim.asked_at + self.wait_seconds
