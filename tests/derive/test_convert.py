@@ -178,6 +178,17 @@ def test_a_config_that_does_not_fit_its_file_is_refused(
         converted(changed(make(name)[0], tmp_path / "changed", **fields))
 
 
+def test_modules_that_are_not_targeted_are_named_in_the_files_order(make: Make, tmp_path: Path) -> None:
+    folder = make("lokr of factors")[0]
+    paths = dict.fromkeys(name.rpartition(".")[0] for name in load_file(folder / WEIGHTS_FILE))
+    with pytest.raises(InvalidAdapterError) as refused:
+        converted(changed(folder, tmp_path / "changed", target_modules=["q_proj"]))
+    told = [reason for reason in refused.value.reasons if "is not targeted" in reason]
+    others = [path.removeprefix("base_model.model.") for path in paths if not path.endswith("q_proj")]
+    assert [reason.split("'")[1] for reason in told] == others[: len(told)]
+    assert len(told) > 5
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new", "complaint"),
     [

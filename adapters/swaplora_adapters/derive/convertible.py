@@ -96,10 +96,10 @@ def _as_lora(document: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     """What the config says about targets, ranks and scaling, in LoRA's words; UnsupportedAdapterError for the rest."""
     shared = _COMMON | ({"rank_pattern", "alpha_pattern"} if kind.has_patterns else set())
     known = shared | kind.ignored | kind.defaults.keys()
-    strangers = [field for field, value in document.items() if field not in known and _says_something(value)]
-    if strangers:
+    unsupported = [field for field, value in document.items() if field not in known and _says_something(value)]
+    if unsupported:
         raise UnsupportedAdapterError(
-            capped([f"{quoted(field)} is not supported for this kind" for field in strangers])
+            capped([f"{quoted(field)} is not supported for this kind" for field in unsupported])
         )
     fields = {**kind.defaults, **document}
     lora = {field: value for field, value in fields.items() if field in shared} | {"peft_type": "LORA"}
@@ -122,9 +122,11 @@ def _fitted(
     name: str, kind: Kind, spec: AdapterSpec, header: Header, modules: Mapping[str, Module], numbers: _Numbers
 ) -> Convertible:
     """Raise unless every tensor has its place, and every targeted module all its tensors in the right shapes."""
-    names, shared, strangers = _sorted_names(header, kind)
-    complaints = [f"{quoted(stranger)} is no name of a tensor of this kind" for stranger in strangers]
-    complaints += [f"{quoted(path)} is not targeted, or no linear layer of the base" for path in names.keys() - modules]
+    names, shared, unexpected = _sorted_names(header, kind)
+    complaints = [f"{quoted(tensor)} is no name of a tensor of this kind" for tensor in unexpected]
+    complaints += [
+        f"{quoted(path)} is not targeted, or no linear layer of the base" for path in names if path not in modules
+    ]
     found_shared = {part: header.tensors[tensor].shape for part, tensor in shared.items()}
     complaints += _shared_complaints(kind, found_shared, modules, numbers)
     for path, module in modules.items():
@@ -141,7 +143,7 @@ def _fitted(
 def _sorted_names(header: Header, kind: Kind) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
     """Names by module and part, the shared ones by part, and those that are neither."""
     names: dict[str, dict[str, str]] = defaultdict(dict)
-    shared, strangers = {}, []
+    shared, unexpected = {}, []
     for name in header.tensors:
         path, _, part = name.removeprefix(f"{_PREFIX}model.").rpartition(".")
         if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) in kind.shared:
@@ -149,8 +151,8 @@ def _sorted_names(header: Header, kind: Kind) -> tuple[dict[str, dict[str, str]]
         elif part in kind.parts and path and name.startswith(f"{_PREFIX}model."):
             names[path][part] = name
         else:
-            strangers.append(name)
-    return dict(names), shared, strangers
+            unexpected.append(name)
+    return dict(names), shared, unexpected
 
 
 def _shared_complaints(kind: Kind, found: Shapes, modules: Mapping[str, Module], numbers: _Numbers) -> Iterator[str]:
