@@ -18,6 +18,7 @@ from swaplora_server.engine.request import FinishReason, Logprobs, TokenEvent
 from swaplora_server.http import answers, sse
 from swaplora_server.http.routes import chat, completions
 from swaplora_server.http.sse import DONE, EventStreamResponse
+from swaplora_server.http.tasks import task_of
 from swaplora_server.http.wire import ChatBody, CompletionBody, GenerationBody
 from swaplora_server.service.admission import Admissions
 from swaplora_server.service.detokenize import TextToken
@@ -264,7 +265,7 @@ def generation(body: GenerationBody) -> tuple[Generation, list[GenerationRecord]
         metrics=SimpleNamespace(observe=records.append),
         engine=SimpleNamespace(submit=lambda _request: None, abort=lambda _request, _index=None: None),
     )
-    task = answers.task_of(HttpRequest(SCOPE), body, encode, num_prompts=1, max_tokens=100)
+    task = task_of(HttpRequest(SCOPE), body, encode, num_prompts=1, max_tokens=100)
     made = Generation(cast(Service, service), task, [[1, 2, 3]], task.sampling, (), began=0.0)
     made.submit((), [0], Admissions(1).admit(1))
     return made, records

@@ -44,10 +44,8 @@ class DerivationProcess:
         Raises the job's AdapterError, DerivationFailedError when it passes its bounds or `stop` ends it, and
         WorkCancelledError when `cancellation` comes, which ends it too.
         """
-        request, cancellation = (
-            json.dumps({"job": job, "arguments": arguments}).encode() + b"\n",
-            cancellation or Cancellation(),
-        )
+        request = json.dumps({"job": job, "arguments": arguments}).encode() + b"\n"
+        cancellation = cancellation or Cancellation()
         with self._turn(cancellation), self._started() as (process, answers):
             cancellation.when_cancelled(process.kill)
             answer = _exchange(process, request, answers)

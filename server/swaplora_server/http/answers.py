@@ -13,13 +13,10 @@ from swaplora_adapters.store.records import VersionRecord
 from swaplora_server.engine.request import FinishReason
 from swaplora_server.http.sse import DONE, EventStreamResponse, event, until_disconnect
 from swaplora_server.http.wire import GenerationBody
-from swaplora_server.service.adapter_mix import Asker, MixTerm
 from swaplora_server.service.detokenize import TextToken
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.generation import Encode, Generation, GenerationTask, Piece
+from swaplora_server.service.generation import Generation, Piece
 from swaplora_server.service.metrics import Outcome
-
-_SESSION_HEADER = "x-session-id"
 
 
 @dataclass(slots=True)
@@ -50,38 +47,6 @@ class AnswerFormat:
     choice: Callable[[Choice], dict[str, Any]]
     chunks: Callable[[Piece], list[dict[str, Any]]]  # a piece as the choices of zero or more chunks
     opening: Callable[[int], dict[str, Any]] | None  # the choice of the chunk before the first piece
-
-
-def task_of(
-    request: Request,
-    body: GenerationBody,
-    encode: Encode,
-    *,
-    num_prompts: int,
-    max_tokens: int | None,
-    num_logprobs: int | None = None,
-) -> GenerationTask:
-    """What the service is to generate for `body`. max_tokens None means as many as fit."""
-    client = request.headers.get(_SESSION_HEADER) or body.user or None  # an empty one names nobody
-    peer, _ = request.scope.get("client") or ("", 0)
-    return GenerationTask(
-        model=body.model,
-        encode=encode,
-        sampling=body.sampling(max_tokens or 1, num_logprobs),
-        num_prompts=num_prompts,
-        adapters=tuple(MixTerm(term.name, term.scale) for term in body.adapters or ()),
-        max_tokens=max_tokens,
-        ignore_eos=body.ignore_eos,
-        n=body.n,
-        stops=body.stops,
-        include_stop=body.include_stop_str_in_output,
-        skip_special_tokens=body.skip_special_tokens,
-        is_streamed=body.stream,
-        cache_salt=body.cache_salt,
-        asker=Asker(client, peer),
-        prompt_param=body.prompt_param,
-        length_param=body.length_param,
-    )
 
 
 async def answer(request: Request, body: GenerationBody, generation: Generation, form: AnswerFormat) -> Response:

@@ -27,8 +27,8 @@ from swaplora_server.service.wakeups import result_of
 NUM_FETCHERS = 4
 MAX_FETCHES = 16  # waiting and running
 _JOIN_SECONDS = 3.0
-# As the registry's Make, for for as long as it is not cancelled.
-MakeWhileWanted = Callable[[Cancellation, Staging], str]
+# As the registry's Make, but it ends when it is cancelled.
+CancellableMake = Callable[[Cancellation, Staging], str]
 _NEVER_USED = NameState(was_used=False, version=None)
 
 
@@ -75,7 +75,7 @@ class Ingest:
         uri: str,
         *,
         conditions: Conditions = UNCONDITIONAL,
-        make: MakeWhileWanted | None = None,
+        make: CancellableMake | None = None,
     ) -> PutResult:
         """See `Registry.put_source`; whoever is cancelled takes the fetch with it.
 

@@ -18,7 +18,7 @@ from swaplora_server.http.transport.body import body_schema, is_json, json_body,
 from swaplora_server.http.transport.models import ClosedModel
 from swaplora_server.http.upload import receive_files
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.ingest import MakeWhileWanted
+from swaplora_server.service.ingest import CancellableMake
 from swaplora_server.service.service import Service
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
@@ -84,7 +84,7 @@ async def put_adapter(
 
 
 async def _receive(
-    request: Request, service: Service, name: str, conditions: Conditions, make: MakeWhileWanted | None
+    request: Request, service: Service, name: str, conditions: Conditions, make: CancellableMake | None
 ) -> PutResult:
     """Take the two files out of the body."""
     registry = service.registry
@@ -98,7 +98,7 @@ async def _receive(
 
 
 async def _fetch(
-    request: Request, service: Service, name: str, conditions: Conditions, make: MakeWhileWanted | None
+    request: Request, service: Service, name: str, conditions: Conditions, make: CancellableMake | None
 ) -> PutResult:
     """Get them from the source that the body names."""
     body = await read_json(request, service, SourceBody)

@@ -9,10 +9,11 @@ from starlette.responses import Response
 
 from swaplora_server.base.vocabulary import Vocabulary, named, shown
 from swaplora_server.engine.request import FinishReason
-from swaplora_server.http.answers import AnswerFormat, Choice, answer, task_of
+from swaplora_server.http.answers import AnswerFormat, Choice, answer
 from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.refusals import CHAT, refuse_unsupported
 from swaplora_server.http.sse import until_disconnect
+from swaplora_server.http.tasks import task_of
 from swaplora_server.http.transport.body import body_schema, json_body
 from swaplora_server.http.wire import ChatBody
 from swaplora_server.service.detokenize import TextToken

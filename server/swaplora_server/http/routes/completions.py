@@ -6,10 +6,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from swaplora_server.http.answers import AnswerFormat, Choice, answer, task_of
+from swaplora_server.http.answers import AnswerFormat, Choice, answer
 from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.refusals import COMPLETION, refuse_unsupported
 from swaplora_server.http.sse import until_disconnect
+from swaplora_server.http.tasks import task_of
 from swaplora_server.http.transport.body import body_schema, json_body
 from swaplora_server.http.wire import CompletionBody
 from swaplora_server.service.generation import Piece, generate

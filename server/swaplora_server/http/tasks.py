@@ -1,0 +1,41 @@
+"""What the service is asked to generate, made of a request's body and headers."""
+
+from starlette.requests import Request
+
+from swaplora_server.http.wire import GenerationBody
+from swaplora_server.service.adapter_mix import Asker, MixTerm
+from swaplora_server.service.generation import Encode, GenerationTask
+
+_SESSION_HEADER = "x-session-id"
+
+
+def task_of(
+    request: Request,
+    body: GenerationBody,
+    encode: Encode,
+    *,
+    num_prompts: int,
+    max_tokens: int | None,
+    num_logprobs: int | None = None,
+) -> GenerationTask:
+    """What the service is to generate for `body`. max_tokens None means as many as fit."""
+    client = request.headers.get(_SESSION_HEADER) or body.user or None  # an empty one names nobody
+    peer, _ = request.scope.get("client") or ("", 0)
+    return GenerationTask(
+        model=body.model,
+        encode=encode,
+        sampling=body.sampling(max_tokens or 1, num_logprobs),
+        num_prompts=num_prompts,
+        adapters=tuple(MixTerm(term.name, term.scale) for term in body.adapters or ()),
+        max_tokens=max_tokens,
+        ignore_eos=body.ignore_eos,
+        n=body.n,
+        stops=body.stops,
+        include_stop=body.include_stop_str_in_output,
+        skip_special_tokens=body.skip_special_tokens,
+        is_streamed=body.stream,
+        cache_salt=body.cache_salt,
+        asker=Asker(client, peer),
+        prompt_param=body.prompt_param,
+        length_param=body.length_param,
+    )
