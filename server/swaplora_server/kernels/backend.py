@@ -70,3 +70,4 @@ class Backend:
     wrap: Callable[[PreTrainedModel, Sequence[str], Callable[[], RunningStep]], Callable[[], None] | None] = (
         _leave_as_it_is
     )
+    description: str = "torch's operations"  # which kernels these are, for who compares figures
