@@ -137,7 +137,8 @@ class Bench:
         """As the engine would have it."""
         config, weights = made.folder / CONFIG_FILE, made.folder / WEIGHTS_FILE
         base = self.base
-        return load_weights(f"sha256:{made.kind}", config, weights, base.layers, base.dtype, base.device)
+        loaded = load_weights(f"sha256:{made.kind}", config, weights, base.layers, base.dtype, base.device)
+        return base.prepared(loaded)
 
     def answers(self, *requests: Mapping[AdapterWeights, float]) -> list[Tensor]:
         """[vocab_size], on the CPU, for each of `requests`, which are sums of adapters; all in one step."""

@@ -50,7 +50,7 @@ def answers(base: BaseModel, adapters: list[AdapterWeights | None]) -> list[Tens
     """The last logits of one prompt, for each of `adapters`, all in one step."""
     pool, rows = BlockPool(64, 16), []
     for weights in adapters:
-        uses = () if weights is None else (AdapterUse(weights, 1.0, weights.digest),)
+        uses = () if weights is None else (AdapterUse(base.prepared(weights), 1.0, weights.digest),)
         request = Request("r", tuple(range(3, 40)), SamplingParams(max_tokens=1), lambda _event: None, adapters=uses)
         sequence = Sequence(request, 0)
         pool.grow(sequence.block_table, sequence.num_tokens)

@@ -82,7 +82,7 @@ def adapter(model: BaseModel, seed: int) -> AdapterUse:
         )
         for path, shape in model.layers.linears.items()
     }
-    return AdapterUse(AdapterWeights(f"sha256:{seed}", modules), 1.0, f"sha256:{seed}")
+    return AdapterUse(model.prepared(AdapterWeights(f"sha256:{seed}", modules)), 1.0, f"sha256:{seed}")
 
 
 def askers(model: BaseModel) -> list[Asker]:

@@ -1,6 +1,7 @@
 """Every form of the LoRA operation against the reference, over ragged segments; base rows are left bit for bit."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from repository import KERNEL_CACHE
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 from swaplora_server.kernels.backend import LoraOp
 from swaplora_server.kernels.cpu import lora as cpu_lora
+from swaplora_server.kernels.cpu.adapter_tables import AdapterTables
 from swaplora_server.kernels.rows import Segment
 from swaplora_server.kernels.torch import lora as torch_lora
 
@@ -39,7 +41,8 @@ def adapter(rng: random.Random, in_features: int, out_features: int, dtype: torc
     lora_B = torch.randn(out_features, rank, generator=generator) / max(1, rank) ** 0.5
     lora_B = lora_B.t().contiguous().t()
     vectors = [torch.randn(out_features, generator=generator) if rng.random() < 0.3 else None for _ in range(2)]
-    return AdapterWeights("sha256:0", {"here": ModuleWeights(lora_A.to(dtype), lora_B.to(dtype), *vectors)})
+    weights = AdapterWeights("sha256:0", {"here": ModuleWeights(lora_A.to(dtype), lora_B.to(dtype), *vectors)})
+    return replace(weights, tables=AdapterTables(weights, PATHS))
 
 
 def apply(op: LoraOp, y: Tensor, x: Tensor, segments: list[Segment]) -> Tensor:
@@ -93,3 +96,9 @@ def test_a_form_that_forgets_the_scale_is_caught() -> None:
     right = apply(reference.OP, y, x, [Segment(lora, 0.5, 0, 4)])
     wrong = apply(torch_lora.OP, y, x, [Segment(lora, 1.0, 0, 4)])
     assert (right - wrong).abs().max() > 0.1
+
+
+def test_a_step_makes_no_tables_of_an_adapter() -> None:
+    prepared = adapter(random.Random(1), 48, 32, torch.float32)
+    with pytest.raises(RuntimeError, match="not prepared"):
+        FORMS["cpu"].prepare([Segment(replace(prepared, tables=None), 1.0, 0, 4)], PATHS)

@@ -15,6 +15,8 @@ import tiny
 from serving import BASE, Running, serving, settings
 from swaplora_adapters.files.naming import WEIGHTS_FILE
 from swaplora_adapters.registry.leases import RequestLeases
+from swaplora_adapters.weights.served import AdapterWeights
+from swaplora_server.base.base_model import BaseModel
 
 GUARD_SECONDS = 60
 NAMES = [f"t{number}" for number in range(5)]
@@ -210,3 +212,21 @@ def test_what_is_compared_is_in_memory_together(open_server: Open) -> None:
     refused = server.client.get("/v1/adapters/t0/inspect?against=t1")
     assert (refused.status_code, refused.json()["error"]["code"]) == (413, "adapter_too_large")
     assert [in_flight(server, name) for name in NAMES] == [0] * 5
+
+
+def test_what_kernels_read_of_an_adapter_is_made_by_the_thread_that_loads_it(
+    open_server: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    prepared = BaseModel.prepared
+
+    def noted(self: BaseModel, weights: AdapterWeights) -> AdapterWeights:
+        threads.append(threading.current_thread().name)
+        return prepared(self, weights)
+
+    monkeypatch.setattr(BaseModel, "prepared", noted)
+    server = open_server(2)
+    with running_on(server, "t0", "t1") as leases:
+        made = leases.weights.result(GUARD_SECONDS).values()
+        assert [weights.tables is not None for weights in made] == [True, True]
+    assert threads == ["adapter-load_0"] * 2

@@ -36,6 +36,7 @@ class MixedBatch:
         self.rng = rng
         self.base = base
         self.texts = [[rng.randrange(tiny.VOCAB_SIZE) for _ in range(rng.randint(4, 40))] for _ in range(count)]
+        adapters = [base.prepared(weights) for weights in adapters]
         self.uses = [_uses(rng, adapters) for _ in range(count)]
 
     def alone(self, number: int) -> list[Tensor]:

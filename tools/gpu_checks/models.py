@@ -91,7 +91,7 @@ def random_adapter(base: BaseModel, number: int, rank: int = RANK) -> AdapterWei
         for path, shape in base.layers.linears.items()
         if "lm_head" not in path
     }
-    return AdapterWeights(f"sha256:{number}", modules)
+    return base.prepared(AdapterWeights(f"sha256:{number}", modules))
 
 
 def save_random_adapter(base: BaseModel, folder: Path, number: int, rank: int = RANK) -> Path:

@@ -1,6 +1,7 @@
 """The LoRA operation and paged attention on the card, against float64."""
 
 import random
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 2e-6, "fp16": 2e-3, "bf16": 1.5e-2}
 RANKS = (0, 1, 3, 8, 16, 33, 64, 128, 512)
 SHAPES = ((576, 192), (48, 576), (33, 31), (4096, 14336), (14336, 4096))
+PATHS = ("elsewhere", "here")
 LAYOUTS = {
     "distinct": [(n, n + 1) for n in range(16)],
     "same": [(0, 16)],
@@ -53,7 +55,7 @@ def _lora_error(
     y = torch.randn(num_rows, num_out, device=card.device).to(dtype)
     out, exact = y.clone(), y.double()
     op = card.backend(dtype).lora
-    op.add(out, x, op.prepare(segments, ["elsewhere", "here"]), 1)
+    op.add(out, x, op.prepare(segments, PATHS), 1)
     for segment in segments:
         module, rows = segment.weights.modules["here"], slice(segment.start, segment.stop)
         exact[rows] += segment.scale * (x[rows].double() @ module.lora_A.double().t() @ module.lora_B.double().t())
@@ -69,7 +71,8 @@ def _adapter(card: Card, rng: random.Random, shape: tuple[int, int], dtype: torc
     lora_A = torch.randn(rank, shape[0], device=card.device) / shape[0] ** 0.5
     lora_B = (torch.randn(rank, shape[1], device=card.device) / max(1, rank) ** 0.5).t()
     vectors = [torch.randn(shape[1], device=card.device) if rng.random() < 0.4 else None for _ in range(2)]
-    return AdapterWeights("sha256:0", {"here": ModuleWeights(lora_A.to(dtype), lora_B.to(dtype), *vectors)})
+    weights = AdapterWeights("sha256:0", {"here": ModuleWeights(lora_A.to(dtype), lora_B.to(dtype), *vectors)})
+    return replace(weights, tables=card.backend(dtype).tables(weights, PATHS))
 
 
 def _error(out: Tensor, exact: Tensor) -> float:

@@ -103,7 +103,7 @@ def _oracle(card: Card, base: Path, adapter: Path | None, dtype: torch.dtype) ->
 
 def _load(base: BaseModel, folder: Path) -> AdapterWeights:
     files = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    return load_weights(f"sha256:{folder.name}", *files, base.layers, base.dtype, base.device)
+    return base.prepared(load_weights(f"sha256:{folder.name}", *files, base.layers, base.dtype, base.device))
 
 
 def _logprobs(base: BaseModel, tokens: list[int], adapters: list[AdapterWeights | None]) -> list[Tensor]:

@@ -57,17 +57,20 @@ class Registry:
         wait_seconds: float,
         keep_versions: int,
         base_model: str,
+        prepare: Callable[[AdapterWeights], AdapterWeights] = lambda weights: weights,
     ) -> None:
         """`layers` are the base's that adapters may change; weights are kept in `dtype` on `device`.
 
         No request waits for memory for more than `wait_seconds`. `base_model` is the base's name: an adapter that was
-        made for another one is taken with a warning.
+        made for another one is taken with a warning. `prepare` makes of an adapter's weights, on the thread that loads
+        them, what is served: the same with their `tables` filled in.
         """
         self._store = store
         self._sources = sources
         self._layers = layers
         self._dtype = dtype
         self._device = device
+        self._prepare = prepare
         self._base_model = base_model
         self._names = Names(store, base_model=base_model, keep_versions=keep_versions)
         self._residency = Residency(self._load, memory_budget, wait_seconds)
@@ -274,7 +277,8 @@ class Registry:
     def _load(self, digest: str) -> AdapterWeights:
         self._store.verify(digest)
         paths = self._store.blob_paths(digest)
-        return load_weights(digest, paths.config, paths.weights, self._layers, self._dtype, self._device)
+        weights = load_weights(digest, paths.config, paths.weights, self._layers, self._dtype, self._device)
+        return self._prepare(weights)
 
     def _remove(self, name: str, version: int | None) -> Removal:
         """Needs `Names.changes`."""

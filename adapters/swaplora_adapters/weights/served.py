@@ -61,6 +61,7 @@ class AdapterWeights:
     embeddings: Mapping[str, EmbeddingWeights] = field(default_factory=dict)
     replaced: Mapping[str, nn.Module] = field(default_factory=dict)  # the adapter's own, in place of the base's
     invocation: tuple[int, ...] = ()  # tokens of a prompt from which on the adapter applies; none: everywhere
+    tables: object = None  # what the kernels of whoever serves it read of it; see `Registry`
 
     @property
     def is_sum(self) -> bool:

@@ -1,7 +1,7 @@
 """The resident base: loaded by transformers, given our attention and wrapped linears, and proven before it serves."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.weights.memory import HugePages
+from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.base.batch_invariant import make_batch_invariant
 from swaplora_server.base.compact_embedding import compact_embedding
 from swaplora_server.base.layers import AdaptableLayers
@@ -51,6 +52,10 @@ class BaseModel:
 
     def runner(self, num_blocks: int, block_size: int) -> Runner:
         return Runner(self.model, self.activation, self.backend.paged_kv(num_blocks, block_size), self.device)
+
+    def prepared(self, weights: AdapterWeights) -> AdapterWeights:
+        """An adapter as steps take it, with what kernels read of it: made on the thread that loads it."""
+        return replace(weights, tables=self.backend.tables(weights, self.activation.paths))
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -175,7 +180,7 @@ def _tied(model: PreTrainedModel) -> dict[str, str]:
 
 def _wrap(model: PreTrainedModel, activation: Activation, expected: Expected, backend: Backend) -> None:
     """Have all layers run in one native call, where there is one for their kind and it passes the proof as well."""
-    undo = backend.wrap(model, activation.paths, lambda: RunningStep(activation.step, attention.current()))
+    undo = backend.wrap(model, lambda: RunningStep(activation.step, attention.current()))
     if undo is None:
         return
     try:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from swaplora_adapters.weights.memory import HugePages
+from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.kernels.rows import LayerAttention, Run, Segment, StepAdapters
 
 
@@ -55,7 +56,7 @@ class RunningStep(NamedTuple):
     paged: PagedStep
 
 
-def _leave_as_it_is(_model: PreTrainedModel, _paths: Sequence[str], _running: Callable[[], RunningStep]) -> None:
+def _leave_as_it_is(_model: PreTrainedModel, _running: Callable[[], RunningStep]) -> None:
     return None
 
 
@@ -66,8 +67,8 @@ class Backend:
     lora: LoraOp
     paged_kv: Callable[[int, int], PagedKV]  # (number of blocks, block size) →
     linear: Callable[[nn.Module, HugePages], nn.Module]  # what a base linear is exchanged for
-    # (model, the paths of its wrapped modules by number, the step that runs) → what undoes it, or None: not exchanged
-    wrap: Callable[[PreTrainedModel, Sequence[str], Callable[[], RunningStep]], Callable[[], None] | None] = (
-        _leave_as_it_is
-    )
+    # (an adapter, the paths of all modules by number) → `AdapterWeights.tables`, made once, when it is loaded
+    tables: Callable[[AdapterWeights, Sequence[str]], object] = lambda _weights, _paths: None
+    # (model, the step that runs) → what undoes it, or None: not exchanged
+    wrap: Callable[[PreTrainedModel, Callable[[], RunningStep]], Callable[[], None] | None] = _leave_as_it_is
     description: str = "torch's operations"  # which kernels these are, for who compares figures

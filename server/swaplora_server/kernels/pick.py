@@ -15,6 +15,7 @@ from swaplora_server.kernels.cpu import decoder as cpu_decoder
 from swaplora_server.kernels.cpu import linear as cpu_linear
 from swaplora_server.kernels.cpu import lora as cpu_lora
 from swaplora_server.kernels.cpu import onednn_linear, quantised_linear
+from swaplora_server.kernels.cpu.adapter_tables import AdapterTables
 from swaplora_server.kernels.cpu.attention import CpuKV
 from swaplora_server.kernels.cpu.build import NoCompilerError
 from swaplora_server.kernels.quantised_codes import is_quantised
@@ -57,10 +58,10 @@ def _cpu_backend(dtype: torch.dtype, cache_dir: Path, report: Callable[[str], No
     paged_kv = partial(CpuKV, attention)
     if dtype != torch.float32:
         _log.warning("in bf16 a row's last bits depend on those beside it; in fp32 they do not")
-        return Backend(cpu_lora.op(lora), paged_kv, partial(_pack, onednn_linear.pack, quantised))
+        return Backend(cpu_lora.op(lora), paged_kv, partial(_pack, onednn_linear.pack, quantised), AdapterTables)
     wrap = partial(cpu_decoder.wrap, decoder, lora=lora, paged_attention=attention, linear=linear)
     plain = partial(cpu_linear.pack, linear)
-    return Backend(cpu_lora.op(lora), paged_kv, partial(_pack, plain, quantised), wrap)
+    return Backend(cpu_lora.op(lora), paged_kv, partial(_pack, plain, quantised), AdapterTables, wrap)
 
 
 def _pack(

@@ -200,6 +200,7 @@ class Service:
                 wait_seconds=settings.adapter_wait_seconds,
                 keep_versions=settings.keep_versions,
                 base_model=settings.base_id,
+                prepare=self.base.prepared,
             )
         except BaseException:
             store.close()

@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.kernels.backend import RunningStep
 from swaplora_server.kernels.cpu import build
+from swaplora_server.kernels.cpu.adapter_tables import tables_of
 from swaplora_server.kernels.cpu.attention import CpuStep, LayerCache
 from swaplora_server.kernels.cpu.linear import CpuLinear, LinearWeight
 from swaplora_server.kernels.rows import LayerAttention, Segment, StepRows
@@ -91,7 +90,6 @@ def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
 def wrap(
     library: ctypes.CDLL,
     model: PreTrainedModel,
-    paths: Sequence[str],
     running: Callable[[], RunningStep],
     *,
     lora: ctypes.CDLL,
@@ -112,7 +110,7 @@ def wrap(
             for function in (linear.linear_f32, lora.lora_delta_f32, paged_attention.paged_attention_f32)
         )
     )
-    decoder.layers = nn.ModuleList([CpuDecoder(library, kernels, list(layers), paths, running)])
+    decoder.layers = nn.ModuleList([CpuDecoder(library, kernels, list(layers), running)])
     return lambda: setattr(decoder, "layers", layers)
 
 
@@ -137,19 +135,16 @@ class CpuDecoder(nn.Module):
         library: ctypes.CDLL,
         kernels: _Kernels,
         layers: list[Any],
-        paths: Sequence[str],
         running: Callable[[], RunningStep],
     ) -> None:
         super().__init__()
         self._decode = library.decode
         self._kernels = kernels
         self._layers = layers  # a plain list: the model's other code is not to see them
-        self._paths = paths
         self._running = running
         self._attention = [_attention_of(layer) for layer in layers]
         self._entries = (_Layer * len(layers))(*map(_entry, layers))
         self._cached_for: object = None
-        self._tables: WeakKeyDictionary[AdapterWeights, ctypes.Array[ctypes.c_void_p]] = WeakKeyDictionary()
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_others: object) -> Tensor:
         """hidden_states: [1, num_rows, hidden_size] → the same after every layer, in the rows that reach the head."""
@@ -161,7 +156,7 @@ class CpuDecoder(nn.Module):
         cos, sin = (angles.contiguous() for angles in position_embeddings)
         runs = step.table.runs
         logits_to_keep = (ctypes.c_int64 * len(adapters.logits_to_keep))(*adapters.logits_to_keep)
-        replaced = [self._replaced(rows.replacing) for rows in (adapters.tokens, adapters.head)]
+        replaced = [_replaced(rows.replacing) for rows in (adapters.tokens, adapters.head)]
         self._decode(
             self._kernels,
             self._entries,
@@ -181,21 +176,6 @@ class CpuDecoder(nn.Module):
         )
         return hidden
 
-    def _replaced(self, segments: Sequence[Segment]) -> "ctypes.Array[_ReplacedRows]":
-        replaced = (_ReplacedRows * len(segments))()
-        for own, segment in zip(replaced, segments, strict=True):
-            own.start, own.stop, own.modules = segment.start, segment.stop, self._table_of(segment.weights)
-        return replaced
-
-    def _table_of(self, weights: AdapterWeights) -> "ctypes.Array[ctypes.c_void_p]":
-        """Where an adapter's own modules are, by number."""
-        table = self._tables.get(weights)
-        if table is None:
-            entries = (_address(weights.replaced.get(path)) for path in self._paths)
-            table = (ctypes.c_void_p * len(self._paths))(*entries)
-            self._tables[weights] = table
-        return table
-
     def _point_at(self, step: CpuStep) -> None:
         """Every layer at its part of the cache, which stays the same from step to step."""
         if step.kv is self._cached_for:
@@ -206,6 +186,13 @@ class CpuDecoder(nn.Module):
             like = torch.empty(num_kv_heads, head_dim)
             entry.cache = step.kv.layer_cache(attention, layer.self_attn.q_proj.out_features // head_dim, like)
         self._cached_for = step.kv
+
+
+def _replaced(segments: Sequence[Segment]) -> "ctypes.Array[_ReplacedRows]":
+    replaced = (_ReplacedRows * len(segments))()
+    for own, segment in zip(replaced, segments, strict=True):
+        own.start, own.stop, own.modules = segment.start, segment.stop, tables_of(segment.weights).modules
+    return replaced
 
 
 def _rows(count: int, rows: StepRows, replaced: "ctypes.Array[_ReplacedRows]") -> _Rows:
@@ -240,14 +227,3 @@ def _entry(layer: Any) -> _Layer:
         norm_numbers=(ctypes.c_int64 * len(_NORMS))(*(norm.number if norm else 0 for norm in norms)),
         eps=layer.input_layernorm.variance_epsilon,
     )
-
-
-def _address(module: nn.Module | None) -> int | None:
-    """Of what decoder.cpp reads of an adapter's own module: a packed linear, or the weight of a norm."""
-    if module is None:
-        return None
-    if isinstance(module, CpuLinear):
-        return ctypes.addressof(module.packed)
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.data_ptr()

@@ -1,0 +1,64 @@
+"""What native kernels read of one adapter, by the number of each module: made when it is loaded, and freed with it."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
+from swaplora_server.kernels.cpu.linear import CpuLinear
+
+
+class Factors(ctypes.Structure):
+    """As in lora_delta.h."""
+
+    _fields_ = (
+        ("a", ctypes.c_void_p),
+        ("b_t", ctypes.c_void_p),
+        ("column_scale", ctypes.c_void_p),
+        ("shift", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        ("a_is_bf16", ctypes.c_int32),
+        ("b_is_bf16", ctypes.c_int32),
+        ("is_targeted", ctypes.c_int64),
+    )
+
+
+class AdapterTables:
+    """Where an adapter has its factors, and its modules in place of the base's. Points into its own tensors."""
+
+    def __init__(self, weights: AdapterWeights, paths: Sequence[str]) -> None:
+        """`paths` are those of all modules by number."""
+        self.factors = (Factors * len(paths))()
+        self.modules = (ctypes.c_void_p * len(paths))()
+        numbers = {path: number for number, path in enumerate(paths)}
+        for path, module in weights.modules.items():
+            self.factors[numbers[path]] = _factors_of(path, module)
+        for path, own in weights.replaced.items():
+            self.modules[numbers[path]] = _address(own)
+
+
+def tables_of(weights: AdapterWeights) -> AdapterTables:
+    """Those of a prepared adapter. Raises RuntimeError for one that is not: steps make none."""
+    tables = weights.tables
+    if not isinstance(tables, AdapterTables):
+        raise RuntimeError(f"adapter {weights.digest} was not prepared for native kernels")
+    return tables
+
+
+def _factors_of(path: str, module: ModuleWeights) -> Factors:
+    lora_A, b_t = module.lora_A, module.lora_B.t()
+    if not (lora_A.is_contiguous() and b_t.is_contiguous()):
+        raise ValueError(f"{path}: the factors are not laid out as ModuleWeights says")
+    vectors = [None if vector is None else vector.data_ptr() for vector in (module.column_scale, module.shift)]
+    is_bf16 = [tensor.dtype == torch.bfloat16 for tensor in (lora_A, b_t)]
+    return Factors(lora_A.data_ptr(), b_t.data_ptr(), *vectors, module.rank, *is_bf16, True)
+
+
+def _address(module: nn.Module) -> int | None:
+    """Of what fused layers read of an adapter's own module: a packed linear, or the weight of a norm."""
+    if isinstance(module, CpuLinear):
+        return ctypes.addressof(module.packed)
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return None if weight is None else weight.data_ptr()
