@@ -10,14 +10,14 @@ from torch import Tensor
 from repository import KERNEL_CACHE
 from swaplora_server.engine.attention import use
 from swaplora_server.kernels.backend import PagedKV
-from swaplora_server.kernels.cpu import attention as cpu_attention
+from swaplora_server.kernels.cpu import abi
 from swaplora_server.kernels.cpu.attention import CpuKV
 from swaplora_server.kernels.rows import LayerAttention, Run
 from swaplora_server.kernels.torch.attention import TorchKV
 
 CPU = torch.device("cpu")
 CACHE = KERNEL_CACHE
-LIBRARY = cpu_attention.load_library(CACHE, lambda _message: None)
+LIBRARY = abi.load_library(CACHE, lambda _message: None)
 LENGTHS = [1, 2, 17, 64, 130]
 FORMS = ["torch", "cpu"]
 LAYERS: dict[str, dict[str, Any]] = {

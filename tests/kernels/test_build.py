@@ -1,6 +1,8 @@
 """Compiled code in the cache: whole or made again, and of one width throughout."""
 
+import ctypes
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,7 @@ import torch
 from structlog.testing import capture_logs
 
 from repository import KERNEL_CACHE
-from swaplora_server.kernels.cpu import attention as cpu_attention
-from swaplora_server.kernels.cpu import build
-from swaplora_server.kernels.cpu import linear as cpu_linear
+from swaplora_server.kernels.cpu import abi, build
 from swaplora_server.kernels.pick import pick_backend
 
 KERNEL_TESTS = ("test_linear.py", "test_attention.py", "test_lora.py", "test_quantised_linear.py")
@@ -29,25 +29,40 @@ def source(tmp_path: Path) -> Path:
 def test_a_library_that_was_cut_or_damaged_is_made_again(source: Path, tmp_path: Path) -> None:
     reports: list[str] = []
     cache = tmp_path / "cache"
-    assert build.load(source, cache, reports.append).answer() == 42
+    assert build.load("answer", [source], cache, reports.append).answer() == 42
     (library,) = cache.iterdir()
     whole = library.read_bytes()
     for broken in (b"", whole[: len(whole) // 2], whole[:-1], whole[:100] + b"\0\1" + whole[102:], b"no library"):
         library.unlink()  # what this process has loaded stays as it is
         library.write_bytes(broken)
-        assert build.load(source, cache, reports.append).answer() == 42
+        assert build.load("answer", [source], cache, reports.append).answer() == 42
         assert library.read_bytes() == whole
-    assert build.load(source, cache, reports.append).answer() == 42
-    assert reports == ["compiling answer.cpp"] * 6
+    assert build.load("answer", [source], cache, reports.append).answer() == 42
+    assert reports == ["compiling answer"] * 6
 
 
 @pytest.mark.parametrize("lanes", [8, 16])
 def test_all_that_python_knows_of_a_width_comes_from_the_library(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWAPLORA_KERNEL_LANES", str(lanes))
-    cache = KERNEL_CACHE
     assert build.lanes() == lanes
-    assert cpu_attention.load_library(cache, lambda _message: None).lanes() == lanes
-    assert cpu_linear.load_library(cache, lambda _message: None).packed_words(1, 1, False) == 2 * lanes
+    library = abi.load_library(KERNEL_CACHE, lambda _message: None)
+    assert (library.lanes(), library.fp32_words(1, 1, False)) == (lanes, 2 * lanes)
+
+
+@pytest.mark.parametrize("structure", abi.STRUCTURES)
+def test_a_structure_that_differs_from_the_header_is_refused(
+    structure: type[ctypes.Structure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = abi.load_library(KERNEL_CACHE, lambda _message: None)
+    longer = type(structure.__name__, (structure,), {"_fields_": (("more", ctypes.c_int64),)})
+    monkeypatch.setattr(abi, "STRUCTURES", (longer,))
+    with pytest.raises(RuntimeError, match=structure.__name__):
+        abi.check_structures(library)
+
+
+def test_every_structure_of_the_header_has_its_mirror() -> None:
+    declared = set(re.findall(r"^struct (\w+) {", (build.CSRC / "abi.h").read_text(), re.MULTILINE))
+    assert declared == {structure.__name__ for structure in abi.STRUCTURES}
 
 
 def test_the_kernels_are_right_in_the_other_width_too() -> None:

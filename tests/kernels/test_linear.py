@@ -10,10 +10,10 @@ from transformers.pytorch_utils import Conv1D
 
 from repository import KERNEL_CACHE
 from swaplora_adapters.weights.memory import HugePages
+from swaplora_server.kernels.cpu import abi, onednn_linear
 from swaplora_server.kernels.cpu import linear as cpu_linear
-from swaplora_server.kernels.cpu import onednn_linear
 
-LIBRARY = cpu_linear.load_library(KERNEL_CACHE, lambda _message: None)
+LIBRARY = abi.load_library(KERNEL_CACHE, lambda _message: None)
 PACK = partial(cpu_linear.pack, LIBRARY, pages=HugePages())
 SHAPES = [(1, 1), (7, 5), (16, 16), (31, 33), (64, 17), (300, 48), (576, 192), (513, 100)]
 
@@ -45,19 +45,15 @@ def test_a_row_is_bit_for_bit_the_same_alone_and_among_any_others(num_rows: int,
         assert torch.equal(packed(x[row : row + 1])[0], together[row])
 
 
-class Span(ctypes.Structure):
-    _fields_ = (("start", ctypes.c_void_p), ("bytes", ctypes.c_int64))
-
-
 @pytest.mark.parametrize("num_rows", [1, 7, 16, 140])
 @pytest.mark.parametrize("sizes", [(), (0,), (1, 0, 0, 65), (100, 1 << 16, 0), (0, 1 << 20)])
 def test_asking_for_other_memory_meanwhile_changes_nothing(num_rows: int, sizes: tuple[int, ...]) -> None:
     packed, x = PACK(nn.Linear(576, 192)), torch.randn(num_rows, 576)
     others = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
-    spans = (Span * len(sizes))(*(Span(other.data_ptr(), other.nbytes) for other in others))
+    spans = (abi.Span * len(sizes))(*(abi.Span(other.data_ptr(), other.nbytes) for other in others))
     y = torch.empty(num_rows, 192)
-    job = cpu_linear.LinearJob(ctypes.pointer(packed.packed), y.data_ptr())
-    LIBRARY.linear_f32(x.data_ptr(), num_rows, 576, job, 1, ctypes.addressof(spans), len(spans), 2)
+    job = abi.LinearJob(ctypes.pointer(packed.packed), y.data_ptr())
+    LIBRARY.linear(x.data_ptr(), num_rows, 576, job, 1, ctypes.addressof(spans), len(spans), 2)
     assert torch.equal(y, packed(x))
 
 

@@ -11,6 +11,7 @@ import lora_reference as reference
 from repository import KERNEL_CACHE
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 from swaplora_server.kernels.backend import LoraOp
+from swaplora_server.kernels.cpu import abi
 from swaplora_server.kernels.cpu import lora as cpu_lora
 from swaplora_server.kernels.cpu.adapter_tables import AdapterTables
 from swaplora_server.kernels.rows import Segment
@@ -18,7 +19,7 @@ from swaplora_server.kernels.torch import lora as torch_lora
 
 CACHE = KERNEL_CACHE
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
-FORMS = {"torch": torch_lora.OP, "cpu": cpu_lora.op(cpu_lora.load_library(CACHE, lambda _message: None))}
+FORMS = {"torch": torch_lora.OP, "cpu": cpu_lora.op(abi.load_library(CACHE, lambda _message: None))}
 # of the rows, and of the factors
 DTYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
 # by workload: one row each of many adapters, one adapter for all, a prompt beside decoding rows, overlapping sums

@@ -14,14 +14,13 @@ from repository import KERNEL_CACHE
 from swaplora_adapters.weights.memory import HugePages
 from swaplora_server.base.layers import weight_of
 from swaplora_server.base.quantisation import multiply_dequantised
-from swaplora_server.kernels.cpu import linear as cpu_linear
-from swaplora_server.kernels.cpu import quantised_linear
+from swaplora_server.kernels.cpu import abi, quantised_linear
 from swaplora_server.kernels.cpu.linear import CpuLinear
 
 CPU = torch.device("cpu")
 CACHE = KERNEL_CACHE
-PLAIN = cpu_linear.load_library(CACHE, lambda _message: None)
-PACK = partial(quantised_linear.pack, quantised_linear.load_library(CACHE, lambda _message: None), PLAIN)
+LIBRARY = abi.load_library(CACHE, lambda _message: None)
+PACK = partial(quantised_linear.pack, LIBRARY)
 
 
 def made(kind: str, num_in: int, num_out: int, bias: bool = True, **fields: Any) -> Any:
@@ -43,7 +42,7 @@ def made(kind: str, num_in: int, num_out: int, bias: bool = True, **fields: Any)
 @torch.no_grad()
 def test_a_packed_linear_equals_the_dequantised_one(kind: str, shape: tuple[int, int], has_bias: bool) -> None:
     linear = made(kind, *shape, has_bias)
-    packed, dense = PACK(linear), CpuLinear(PLAIN, HugePages(), weight_of(linear), linear.bias)
+    packed, dense = PACK(linear), CpuLinear(LIBRARY, HugePages(), weight_of(linear), linear.bias)
     for num_rows in (1, 2, 7, 33, 70):
         x = torch.randn(1, num_rows, shape[0])
         assert torch.equal(packed(x), dense(x))

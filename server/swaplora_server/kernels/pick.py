@@ -10,11 +10,10 @@ from torch import nn
 
 from swaplora_adapters.weights.memory import HugePages
 from swaplora_server.kernels.backend import Backend
-from swaplora_server.kernels.cpu import attention as cpu_attention
+from swaplora_server.kernels.cpu import abi, onednn_linear, quantised_linear
 from swaplora_server.kernels.cpu import decoder as cpu_decoder
 from swaplora_server.kernels.cpu import linear as cpu_linear
 from swaplora_server.kernels.cpu import lora as cpu_lora
-from swaplora_server.kernels.cpu import onednn_linear, quantised_linear
 from swaplora_server.kernels.cpu.adapter_tables import AdapterTables
 from swaplora_server.kernels.cpu.attention import CpuKV
 from swaplora_server.kernels.cpu.build import NoCompilerError
@@ -50,18 +49,14 @@ def pick_backend(device: torch.device, dtype: torch.dtype, cache_dir: Path, repo
 
 
 def _cpu_backend(dtype: torch.dtype, cache_dir: Path, report: Callable[[str], None]) -> Backend:
-    lora = cpu_lora.load_library(cache_dir, report)
-    attention = cpu_attention.load_library(cache_dir, report)
-    linear = cpu_linear.load_library(cache_dir, report)
-    decoder = cpu_decoder.load_library(cache_dir, report)
-    quantised = partial(quantised_linear.pack, quantised_linear.load_library(cache_dir, report), linear)
-    paged_kv = partial(CpuKV, attention)
+    library = abi.load_library(cache_dir, report)
+    lora, paged_kv = cpu_lora.op(library), partial(CpuKV, library)
+    quantised = partial(quantised_linear.pack, library)
     if dtype != torch.float32:
         _log.warning("in bf16 a row's last bits depend on those beside it; in fp32 they do not")
-        return Backend(cpu_lora.op(lora), paged_kv, partial(_pack, onednn_linear.pack, quantised), AdapterTables)
-    wrap = partial(cpu_decoder.wrap, decoder, lora=lora, paged_attention=attention, linear=linear)
-    plain = partial(cpu_linear.pack, linear)
-    return Backend(cpu_lora.op(lora), paged_kv, partial(_pack, plain, quantised), AdapterTables, wrap)
+        return Backend(lora, paged_kv, partial(_pack, onednn_linear.pack, quantised), AdapterTables)
+    plain = partial(cpu_linear.pack, library)
+    return Backend(lora, paged_kv, partial(_pack, plain, quantised), AdapterTables, partial(cpu_decoder.wrap, library))
 
 
 def _pack(

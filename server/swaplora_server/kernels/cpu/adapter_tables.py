@@ -7,22 +7,8 @@ import torch
 from torch import nn
 
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
+from swaplora_server.kernels.cpu.abi import Factors
 from swaplora_server.kernels.cpu.linear import CpuLinear
-
-
-class Factors(ctypes.Structure):
-    """As in lora_delta.h."""
-
-    _fields_ = (
-        ("a", ctypes.c_void_p),
-        ("b_t", ctypes.c_void_p),
-        ("column_scale", ctypes.c_void_p),
-        ("shift", ctypes.c_void_p),
-        ("rank", ctypes.c_int64),
-        ("a_is_bf16", ctypes.c_int32),
-        ("b_is_bf16", ctypes.c_int32),
-        ("is_targeted", ctypes.c_int64),
-    )
 
 
 class AdapterTables:

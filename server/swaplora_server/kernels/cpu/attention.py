@@ -4,62 +4,19 @@ The equation and the layout of the cache are in csrc/paged_attention.cpp.
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from swaplora_server.kernels.cpu import build
+from swaplora_server.kernels.cpu import abi
+from swaplora_server.kernels.cpu.abi import LayerCache
 from swaplora_server.kernels.rows import LayerAttention, Run
 from swaplora_server.kernels.torch.attention import TorchKV, TorchStep
 
-_SOURCE = build.CSRC / "paged_attention.cpp"
 _CPU = torch.device("cpu")
-
-
-class LayerCache(ctypes.Structure):
-    """As in paged_attention.h."""
-
-    _fields_ = (
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("sinks", ctypes.c_void_p),
-        ("num_heads", ctypes.c_int64),
-        ("num_kv_heads", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-        ("block_size", ctypes.c_int64),
-        ("window", ctypes.c_int64),
-        ("scaling", ctypes.c_double),
-        ("softcap", ctypes.c_double),
-    )
-
-
-class _Run(ctypes.Structure):
-    _fields_ = (
-        ("start", ctypes.c_int64),
-        ("stop", ctypes.c_int64),
-        ("first", ctypes.c_int64),
-        ("blocks", ctypes.c_void_p),
-    )
-
-
-def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
-    """The compiled kernel. Raises NoCompilerError."""
-    library = build.load(_SOURCE, cache_dir, report)
-    library.lanes.argtypes, library.lanes.restype = [], ctypes.c_int64
-    for kernel in (library.paged_attention_f32, library.paged_attention_bf16):
-        kernel.restype = None
-        kernel.argtypes = [
-            ctypes.POINTER(LayerCache),
-            ctypes.c_void_p,
-            ctypes.c_int64,
-            *[ctypes.c_void_p] * 4,
-            ctypes.c_int,
-        ]
-    return library
 
 
 class CpuKV:
@@ -131,7 +88,7 @@ class RunTable:
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._blocks = np.concatenate([np.asarray(run.blocks, dtype=np.int64) for run in runs])
-        self.runs = (_Run * len(runs))()
+        self.runs = (abi.Run * len(runs))()
         at = self._blocks.ctypes.data
         for entry, run in zip(self.runs, runs, strict=True):
             entry.start, entry.stop, entry.first, entry.blocks = run.start, run.stop, run.first, at

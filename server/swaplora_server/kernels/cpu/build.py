@@ -7,11 +7,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 CSRC = Path(__file__).parent / "csrc"
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-fPIC")
 _LANES = "SWAPLORA_KERNEL_LANES"  # for tests, which run either width on any processor
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -20,15 +22,15 @@ class NoCompilerError(RuntimeError):
     """Native code cannot be had on this machine; the message says why."""
 
 
-def load(source: Path, cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
-    """The shared library made of one C++ file. Raises NoCompilerError.
+def load(name: str, sources: Sequence[Path], cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
+    """The shared library `name`, made of C++ files. Raises NoCompilerError.
 
     OpenMP's runtime is the one that torch has loaded already, so that its threads are torch's own.
     """
-    library = cache_dir / f"{source.stem}-{_fingerprint(source)}.so"
+    library = cache_dir / f"{name}-{_fingerprint(sources)}.so"
     if not _is_whole(library):
-        report(f"compiling {source.name}")
-        _compile(source, library)
+        report(f"compiling {name}")
+        _compile(sources, library)
     return ctypes.CDLL(str(library))
 
 
@@ -39,20 +41,30 @@ def _compiler() -> str:
     raise NoCompilerError("there is no C++ compiler (g++ or clang++)")
 
 
-def _compile(source: Path, library: Path) -> None:
+def _compile(sources: Sequence[Path], library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(suffix=".so", dir=library.parent)
-    os.close(descriptor)
-    try:
-        command = [_compiler(), *_flags(), f"-I{CSRC}", "-o", unfinished, str(source)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-        _seal(Path(unfinished))
-        os.replace(unfinished, library)
-    except (subprocess.SubprocessError, OSError) as error:
-        detail = getattr(error, "stderr", None) or str(error)
-        raise NoCompilerError(f"{source.name} does not compile: {detail.strip().splitlines()[0]}") from error
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        unfinished = Path(folder) / library.name
+        compiler = _compiler()
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(partial(_compile_one, compiler, Path(folder)), sources))
+            _run([compiler, *_flags(), "-shared", "-o", str(unfinished), *map(str, objects)])
+            _seal(unfinished)
+            os.replace(unfinished, library)
+        except (subprocess.SubprocessError, OSError) as error:
+            detail = getattr(error, "stderr", None) or str(error)
+            raise NoCompilerError(f"{library.stem} does not compile: {detail.strip().splitlines()[0]}") from error
+
+
+def _compile_one(compiler: str, folder: Path, source: Path) -> Path:
+    compiled = folder / f"{source.stem}.o"
+    _run([compiler, *_flags(), f"-I{CSRC}", "-c", "-o", str(compiled), str(source)])
+    return compiled
+
+
+def _run(command: Sequence[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
 
 
 def _seal(library: Path) -> None:
@@ -80,10 +92,9 @@ def lanes() -> int:
     return int(os.environ.get(_LANES, 16 if "avx512f" in _processor().split() else 8))
 
 
-def _fingerprint(source: Path) -> str:
+def _fingerprint(sources: Sequence[Path]) -> str:
     """Changes with the code, the headers it may include, the flags, and the processor that it is compiled for."""
-    headers = sorted({*CSRC.glob("*.h"), *source.parent.glob("*.h")})
-    code = [path.read_bytes() for path in (source, *headers)]
+    code = [path.read_bytes() for path in (*sources, *sorted(CSRC.glob("*.h")))]
     parts = [*code, " ".join(_flags()).encode(), _processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 

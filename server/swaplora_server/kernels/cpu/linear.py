@@ -1,48 +1,16 @@
 """Float32 linears for CPUs with a C++ compiler: W packed once, every row's result the same alone and among others.
 
-The kernel and its layout are in csrc/packed_linear.cpp.
+The kernel and its layout are in csrc/linear_fp32.cpp.
 """
 
 import ctypes
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from swaplora_adapters.weights.memory import HugePages
-from swaplora_server.kernels.cpu import build
-
-_SOURCE = build.CSRC / "packed_linear.cpp"
-
-
-class LinearWeight(ctypes.Structure):
-    """As in packed_linear.h."""
-
-    _fields_ = (
-        ("panels", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("out", ctypes.c_int64),
-        ("is_bf16", ctypes.c_int64),
-    )
-
-
-class LinearJob(ctypes.Structure):
-    """As in packed_linear.h."""
-
-    _fields_ = (("weight", ctypes.POINTER(LinearWeight)), ("y", ctypes.c_void_p))
-
-
-def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
-    """The compiled kernel. Raises NoCompilerError."""
-    library = build.load(_SOURCE, cache_dir, report)
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.packed_words.argtypes, library.packed_words.restype = [size, size, number], size
-    library.pack.argtypes, library.pack.restype = [pointer, size, size, number, pointer], None
-    library.linear_f32.argtypes = [pointer, size, size, ctypes.POINTER(LinearJob), size, pointer, size, number]
-    library.linear_f32.restype = None
-    return library
+from swaplora_server.kernels.cpu.abi import Format, LinearJob, LinearWeight
 
 
 def pack(library: ctypes.CDLL, linear: nn.Module, pages: HugePages) -> nn.Module:
@@ -65,16 +33,20 @@ class CpuLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         weight = weight.contiguous()
         is_bf16 = torch.equal(weight.bfloat16().float(), weight)
-        num_words = library.packed_words(self.in_features, self.out_features, is_bf16)
+        num_words = library.fp32_words(self.in_features, self.out_features, is_bf16)
         self.register_buffer("_panels", pages.empty(num_words, torch.int32), persistent=False)
-        library.pack(weight.data_ptr(), self.in_features, self.out_features, is_bf16, self._panels.data_ptr())
+        library.fp32_pack(weight.data_ptr(), self.in_features, self.out_features, is_bf16, self._panels.data_ptr())
         self._bias = None if bias is None else bias.contiguous()
         self.packed = LinearWeight(
-            self._panels.data_ptr(), None if self._bias is None else self._bias.data_ptr(), self.out_features, is_bf16
+            panels=self._panels.data_ptr(),
+            bias=None if self._bias is None else self._bias.data_ptr(),
+            in_features=self.in_features,
+            out_features=self.out_features,
+            format=Format.FP32_OF_BF16 if is_bf16 else Format.FP32,
         )
-        self._lanes = library.packed_words(1, 1, True)  # columns in one half of a panel's row
+        self._lanes = library.lanes()
         self._job = LinearJob(ctypes.pointer(self.packed), None)
-        self._linear = library.linear_f32
+        self._linear = library.linear
 
     @property
     def bias(self) -> Tensor | None:
@@ -89,7 +61,7 @@ class CpuLinear(nn.Module):
         """[num_rows] → [num_rows, in_features]: rows of W."""
         lane, half = numbers % self._lanes, numbers // self._lanes % 2
         panel = numbers // (2 * self._lanes)
-        if not self.packed.is_bf16:
+        if self.packed.format == Format.FP32:
             panels = self._panels.view(-1, self.in_features, 2 * self._lanes)
             return panels[panel, :, lane + half * self._lanes].view(torch.float32)
         words = self._panels.view(-1, self.in_features, self._lanes)[panel, :, lane]

@@ -1,48 +1,20 @@
 """Linears of 8 and 4 bits for CPUs with a C++ compiler: float32 products of weights that stay small."""
 
 import ctypes
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from swaplora_server.kernels.cpu import build
+from swaplora_server.kernels.cpu.abi import Format, LinearJob, LinearWeight
 from swaplora_server.kernels.quantised_codes import Codes, codes_of
 
-_SOURCE = build.CSRC / "quantised_linear.cpp"
 
-
-class _Weight(ctypes.Structure):
-    _fields_ = (
-        ("codes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("table", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("in_features", ctypes.c_int64),
-        ("out_features", ctypes.c_int64),
-        ("block", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("multiply", ctypes.c_void_p),
-    )
-
-
-def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
-    """The compiled kernel. Raises NoCompilerError."""
-    library = build.load(_SOURCE, cache_dir, report)
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.widen.argtypes, library.widen.restype = [ctypes.POINTER(_Weight), pointer], None
-    library.quantised_linear_f32.argtypes = [ctypes.POINTER(_Weight), pointer, size, pointer, number]
-    library.quantised_linear_f32.restype = None
-    return library
-
-
-def pack(library: ctypes.CDLL, plain: ctypes.CDLL, linear: nn.Module) -> nn.Module:
-    """A packed stand-in for bitsandbytes' linear on CPU; `plain` is cpu_linear's library."""
+def pack(library: ctypes.CDLL, linear: nn.Module) -> nn.Module:
+    """A packed stand-in for bitsandbytes' linear on CPU."""
     bias = linear.bias
     assert bias is None or isinstance(bias, Tensor)
-    return QuantisedLinear(library, plain, codes_of(linear), None if bias is None else bias.detach().float())
+    return QuantisedLinear(library, codes_of(linear), None if bias is None else bias.detach().float())
 
 
 class QuantisedLinear(nn.Module):
@@ -51,26 +23,26 @@ class QuantisedLinear(nn.Module):
     _codes: Tensor
     _scales: Tensor
 
-    def __init__(self, library: ctypes.CDLL, plain: ctypes.CDLL, weight: Codes, bias: Tensor | None) -> None:
+    def __init__(self, library: ctypes.CDLL, weight: Codes, bias: Tensor | None) -> None:
         """bias: [out_features], float32."""
         super().__init__()
         self.out_features, self.in_features = weight.codes.shape
-        num_columns, lanes = (plain.packed_words(1, 1, is_bf16) for is_bf16 in (False, True))
+        lanes = library.lanes()
+        num_columns = 2 * lanes
         codes = _in_panels(weight.codes.view(torch.uint8), num_columns)
         self.register_buffer("_codes", codes if weight.table is None else _in_halves(codes, lanes), persistent=False)
         self.register_buffer("_scales", _in_panels(weight.scales, num_columns), persistent=False)
         self._table = weight.table
         self._bias = bias
-        self._weight = _Weight(
-            self._codes.data_ptr(),
-            self._scales.data_ptr(),
-            None if weight.table is None else weight.table.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            self.in_features,
-            self.out_features,
-            weight.block,
-            num_columns,
-            ctypes.cast(plain.linear_f32, ctypes.c_void_p),
+        self.packed = LinearWeight(
+            panels=self._codes.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
+            scales=self._scales.data_ptr(),
+            table=None if weight.table is None else weight.table.data_ptr(),
+            in_features=self.in_features,
+            out_features=self.out_features,
+            format=Format.INT8 if weight.table is None else Format.FOUR_BIT,
+            block=weight.block,
         )
         self._library = library
 
@@ -79,9 +51,8 @@ class QuantisedLinear(nn.Module):
         wide = x.float().contiguous()
         y = wide.new_empty(*x.shape[:-1], self.out_features)
         num_rows = x.numel() // self.in_features
-        self._library.quantised_linear_f32(
-            self._weight, wide.data_ptr(), num_rows, y.data_ptr(), torch.get_num_threads()
-        )
+        job = LinearJob(ctypes.pointer(self.packed), y.data_ptr())
+        self._library.linear(wide.data_ptr(), num_rows, self.in_features, job, 1, None, 0, torch.get_num_threads())
         return y.to(x.dtype)
 
     @property
@@ -93,7 +64,7 @@ class QuantisedLinear(nn.Module):
         """W [out_features, in_features] in float32, as `forward` multiplies with it."""
         num_panels, _, num_columns = self._scales.shape
         wide = torch.empty(num_panels, self.in_features, num_columns)
-        self._library.widen(self._weight, wide.data_ptr())
+        self._library.widen(self.packed, wide.data_ptr())
         return wide.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features].contiguous()
 
 

@@ -5,8 +5,7 @@
 // Shapes: h [tokens, hidden_size], float32, read and written; q [tokens, num_heads * head_dim], k and v
 // [tokens, num_kv_heads * head_dim] (GQA); cos, sin [tokens, head_dim]. The last layer's second half is computed for the
 // rows in `logits_to_keep` alone, which reach the output head: of a prompt, one.
-// Layout: linears, LoRA deltas and the KV cache are those of packed_linear.h, lora_delta.h and paged_attention.h, whose
-// kernels serve every other model too and are called through pointers.
+// Layout: linears, LoRA deltas and the KV cache are those of the kernels that serve every other model too (abi.h).
 // Threads: each kernel divides its own work; norms, rope, SiLU and residuals are divided by rows, worked off one by one,
 // so a row's result does not depend on its neighbours. One call at a time a thread: its buffers are the thread's.
 #include <algorithm>
@@ -14,57 +13,8 @@
 #include <initializer_list>
 #include <omp.h>
 #include <vector>
-#include "lora_delta.h"
-#include "packed_linear.h"
-#include "paged_attention.h"
+#include "abi.h"
 #include "vec.h"
-
-struct Kernels {
-    void (*linear)(const float* x, int64_t rows, int64_t in, const LinearJob* jobs, int64_t count, const Span* prefetch,
-                   int64_t num_prefetch, int threads);
-    void (*lora)(const Segment* segments, int64_t count, const LoraModule* modules, int64_t num_modules, int64_t in,
-                 const float* x, int threads);
-    void (*attention)(const LayerCache* cache, const Run* runs, int64_t num_runs, const float* query, const float* key,
-                      const float* value, float* out, int threads);
-};
-
-enum { Q, K, V, O, GATE, UP, DOWN, NUM_LINEARS };
-enum { INPUT_NORM, POST_NORM, Q_NORM, K_NORM, NUM_NORMS };
-
-struct Layer {
-    const LinearWeight* linears[NUM_LINEARS];
-    int64_t numbers[NUM_LINEARS];  // of the linears, as adapters know them
-    const float* norms[NUM_NORMS];  // [hidden_size], and [head_dim] or null for Q_NORM and K_NORM
-    int64_t norm_numbers[NUM_NORMS];
-    double eps;
-    LayerCache cache;
-};
-
-// Rows [start, stop) have modules of their adapter's own (modules_to_save) in place of the base's: by number a
-// LinearWeight or the weight of a norm, null where the base's is at work.
-struct ReplacedRows {
-    int64_t start, stop;
-    const void* const* modules;
-};
-
-struct Rows {
-    int64_t count;
-    const Segment* segments;  // null: the base alone
-    int64_t num_segments;
-    const ReplacedRows* replaced;  // in the order of their rows, which do not overlap
-    int64_t num_replaced;
-};
-
-struct Step {
-    Rows tokens, head;
-    const int64_t* logits_to_keep;  // [head.count]: the rows of `tokens` that `head` has, ascending
-    int64_t hidden_size;
-    float* hidden;            // [tokens, hidden_size], read and written; of the last layer those that reach the head
-    const float *cos, *sin;   // [tokens, head_dim]
-    const Run* runs;
-    int64_t num_runs;
-    int64_t threads;
-};
 
 namespace {
 
@@ -141,13 +91,12 @@ struct Buffers {
 };
 
 struct Pass {
-    const Kernels& kernels;
     const Step& s;
     std::vector<Span>& prefetch;
     float *normed, *query, *key, *value, *attended, *gate, *up, *delta;
 
-    Pass(const Kernels& kernels, const Step& s, const Layer& like, Buffers& buffers)
-        : kernels(kernels), s(s), prefetch(buffers.prefetch) {
+    Pass(const Step& s, const DecoderLayer& like, Buffers& buffers)
+        : s(s), prefetch(buffers.prefetch) {
         const auto width = [&](int linear) { return like.linears[linear]->out; };
         const int64_t rows = s.tokens.count;
         buffers.reset(rows * (2 * s.hidden_size + 2 * width(Q) + width(K) + width(V) + width(GATE) + width(UP)), 8);
@@ -161,11 +110,11 @@ struct Pass {
         up = buffers.take(rows * width(UP));
     }
 
-    void layer(const Layer& l, bool is_last) const {
+    void layer(const DecoderLayer& l, bool is_last) const {
         norm(l, s.tokens, INPUT_NORM);
         linears<Q, K, V>(l, s.tokens, normed, s.hidden_size, {query, key, value});
         rope(l);
-        kernels.attention(&l.cache, s.runs, s.num_runs, query, key, value, attended, int(s.threads));
+        paged_attention_f32(&l.cache, s.runs, s.num_runs, query, key, value, attended, int(s.threads));
         if (!is_last) return finish(l, s.tokens);
         for (int64_t i = 0; i < s.head.count; i++) {
             move_row(attended, l.linears[Q]->out, s.logits_to_keep[i], i);
@@ -177,7 +126,7 @@ struct Pass {
 
   private:
     // what follows attention
-    void finish(const Layer& l, const Rows& rows) const {
+    void finish(const DecoderLayer& l, const Rows& rows) const {
         linears<O>(l, rows, attended, l.linears[Q]->out, {delta});
         add_delta(rows);
         norm(l, rows, POST_NORM);
@@ -194,7 +143,7 @@ struct Pass {
 
     // linears that share their input, and what adapters add to each
     template <int... L>
-    void linears(const Layer& l, const Rows& rows, const float* x, int64_t in, std::initializer_list<float*> ys) const {
+    void linears(const DecoderLayer& l, const Rows& rows, const float* x, int64_t in, std::initializer_list<float*> ys) const {
         constexpr int64_t count = sizeof...(L);
         const int which[] = {L...};
         LoraModule modules[count];
@@ -207,9 +156,9 @@ struct Pass {
                 const LinearWeight* weight = module_of(own, modules[i].number, l.linears[which[i]]);
                 jobs[i] = {weight, ys.begin()[i] + start * weight->out};
             }
-            kernels.linear(x + start * in, stop - start, in, jobs, count, prefetch.data(), prefetch.size(), int(s.threads));
+            linear(x + start * in, stop - start, in, jobs, count, prefetch.data(), prefetch.size(), int(s.threads));
         });
-        if (rows.segments) kernels.lora(rows.segments, rows.num_segments, modules, count, in, x, int(s.threads));
+        if (rows.segments) lora_delta_f32(rows.segments, rows.num_segments, modules, count, in, x, int(s.threads));
     }
 
     // the factors that adapters have for these modules, to `prefetch`
@@ -224,7 +173,7 @@ struct Pass {
             }
     }
 
-    void norm(const Layer& l, const Rows& rows, int which) const {
+    void norm(const DecoderLayer& l, const Rows& rows, int which) const {
         const int64_t width = s.hidden_size;
         each_run(rows, [&](int64_t start, int64_t stop, const ReplacedRows* own) {
             const float* weight = module_of(own, l.norm_numbers[which], l.norms[which]);
@@ -260,7 +209,7 @@ struct Pass {
     }
 
     // queries and keys are normed where the model does, and rotated to their positions
-    void rope(const Layer& l) const {
+    void rope(const DecoderLayer& l) const {
         const int64_t dim = l.cache.head_dim;
         const auto heads = [&](float* rows, int64_t num_heads, const float* weight, int64_t row) {
             for (float* head = rows + row * num_heads * dim; head < rows + (row + 1) * num_heads * dim; head += dim) {
@@ -281,8 +230,8 @@ struct Pass {
 
 }  // namespace
 
-extern "C" void decode(const Kernels* kernels, const Layer* layers, int64_t num_layers, const Step* step) {
+extern "C" void decode(const DecoderLayer* layers, int64_t num_layers, const Step* step) {
     thread_local Buffers buffers;
-    const Pass pass(*kernels, *step, layers[0], buffers);
+    const Pass pass(*step, layers[0], buffers);
     for (int64_t i = 0; i < num_layers; i++) pass.layer(layers[i], i + 1 == num_layers);
 }

@@ -11,7 +11,7 @@
 #include <omp.h>
 #include <type_traits>
 #include <vector>
-#include "lora_delta.h"
+#include "abi.h"
 #include "vec.h"
 
 namespace {

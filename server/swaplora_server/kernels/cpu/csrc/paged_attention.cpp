@@ -14,7 +14,7 @@
 #include <omp.h>
 #include <type_traits>
 #include <vector>
-#include "paged_attention.h"
+#include "abi.h"
 #include "vec.h"
 
 namespace {
@@ -244,6 +244,3 @@ void run(const LayerCache& cache, const Run* runs, int64_t num_runs, const T* qu
 
 EXPORT(paged_attention_f32, float)
 EXPORT(paged_attention_bf16, bf16)
-
-// How many numbers are read at a time: up to twice as many lie beyond the last of a cache.
-extern "C" int64_t lanes() { return LANES; }

@@ -1,13 +1,14 @@
 // A linear with quantised weights (bitsandbytes' int8, nf4 and fp4):  y = x W^T + b,  W[o, k] = value(code) * scale.
 //
 // Shapes: x [rows, in], W [out, in], y [rows, out], float32; one scale for every `block` values of a row of W.
-// Layout: codes in panels [panel][in][columns] as packed_linear.cpp has them, a byte each, or two 4-bit codes a byte.
+// Layout: codes in panels [panel][in][COLUMNS] as linear_fp32.cpp has them, a signed byte each, or two 4-bit codes a byte:
+// columns c and LANES + c. Scales in panels [panel][in / block][COLUMNS].
 // Threads: groups of panels, taken dynamically. A group is dequantised to float32 and multiplied by the very code that
 // multiplies plain float32 weights: the result is, bit for bit, what that gives for the dequantised weight.
 #include <algorithm>
 #include <omp.h>
 #include <vector>
-#include "packed_linear.h"
+#include "abi.h"
 #include "vec.h"
 
 namespace {
@@ -15,14 +16,7 @@ namespace {
 constexpr int64_t THREADED = 1 << 16;  // weights below which a second thread costs more than it saves
 constexpr int64_t WIDENED = 1 << 16;   // floats at a time, which stay in the second cache
 
-struct QuantisedWeight {
-    const uint8_t* codes;  // [panels, in, columns] signed bytes, or two codes a byte: columns c and LANES + c of every 2 * LANES
-    const float* scales;   // [panels, in / block, columns]
-    const float* table;    // [16], what the 4-bit codes stand for; null for 8 bits
-    const float* bias;     // [out] or null
-    int64_t in, out, block, columns;
-    void (*multiply)(const float*, int64_t, int64_t, const LinearJob*, int64_t, const Span*, int64_t, int);  // packed_linear.cpp's linear_f32
-};
+constexpr int64_t COLUMNS = 2 * LANES;  // of a panel, as linear_fp32.cpp has them
 
 // LANES bytes as numbers, and as many entries of a table. What compilers make of the plain forms is several times slower.
 #if LANES == 16 && defined(__AVX512F__)
@@ -78,44 +72,49 @@ void widen_nibbles(const uint8_t* codes, const float* entries, const float* scal
 }
 
 // wide: [in, columns]
-void widen_panel(const QuantisedWeight& w, int64_t p, float* wide) {
-    const int64_t row_bytes = w.table ? w.columns / 2 : w.columns;
-    const uint8_t* codes = w.codes + p * w.in * row_bytes;
-    const float* scales = w.scales + p * (w.in / w.block) * w.columns;
-    for (int64_t k = 0; k < w.in; k += w.block, scales += w.columns)
-        for (int64_t c = 0; c < w.columns; c += 2 * LANES) {
+void widen_panel(const LinearWeight& w, int64_t p, float* wide) {
+    const int64_t row_bytes = w.table ? COLUMNS / 2 : COLUMNS;
+    const uint8_t* codes = static_cast<const uint8_t*>(w.panels) + p * w.in * row_bytes;
+    const float* scales = w.scales + p * (w.in / w.block) * COLUMNS;
+    for (int64_t k = 0; k < w.in; k += w.block, scales += COLUMNS)
+        for (int64_t c = 0; c < COLUMNS; c += 2 * LANES) {
             const uint8_t* from = codes + k * row_bytes + (w.table ? c / 2 : c);
-            float* to = wide + k * w.columns + c;
-            if (w.table) widen_nibbles(from, w.table, scales + c, w.block, w.columns, to);
-            else widen_bytes(from, scales + c, w.block, w.columns, to);
+            float* to = wide + k * COLUMNS + c;
+            if (w.table) widen_nibbles(from, w.table, scales + c, w.block, COLUMNS, to);
+            else widen_bytes(from, scales + c, w.block, COLUMNS, to);
         }
 }
 
-int64_t panels_of(const QuantisedWeight& w) { return (w.out + w.columns - 1) / w.columns; }
+int64_t panels_of(const LinearWeight& w) { return (w.out + COLUMNS - 1) / COLUMNS; }
+
+// x: [rows, in]; y: [rows, out]
+void multiply(const LinearWeight& w, const float* x, int64_t rows, int64_t in, float* y, int threads) {
+    const int64_t panels = panels_of(w), panel_size = in * COLUMNS;
+    const int64_t group = std::clamp<int64_t>(WIDENED / panel_size, 1, (panels + threads - 1) / threads);
+#pragma omp parallel num_threads(threads) if (in * w.out >= THREADED)
+    {
+        std::vector<float> wide(group * panel_size), out(rows * group * COLUMNS);
+#pragma omp for schedule(dynamic)
+        for (int64_t p = 0; p < panels; p += group) {
+            const int64_t first = p * COLUMNS, width = std::min(group * COLUMNS, w.out - first);
+            for (int64_t g = 0; g < group && p + g < panels; g++) widen_panel(w, p + g, wide.data() + g * panel_size);
+            const LinearWeight part{wide.data(), w.bias ? w.bias + first : nullptr, nullptr, nullptr, in, width, FP32, 0};
+            const LinearJob job{&part, out.data()};
+            linear_fp32(x, rows, in, &job, 1, nullptr, 0, 1);
+            for (int64_t r = 0; r < rows; r++)
+                std::memcpy(y + r * w.out + first, out.data() + r * width, width * sizeof(float));
+        }
+    }
+}
 
 }  // namespace
 
 // wide: [panels, in, columns]
-extern "C" void widen(const QuantisedWeight* w, float* wide) {
-    for (int64_t p = 0; p < panels_of(*w); p++) widen_panel(*w, p, wide + p * w->in * w->columns);
+extern "C" void widen(const LinearWeight* w, float* wide) {
+    for (int64_t p = 0; p < panels_of(*w); p++) widen_panel(*w, p, wide + p * w->in * COLUMNS);
 }
 
-// x: [rows, in]; y: [rows, out]
-extern "C" void quantised_linear_f32(const QuantisedWeight* w, const float* x, int64_t rows, float* y, int threads) {
-    const int64_t panels = panels_of(*w), panel_size = w->in * w->columns;
-    const int64_t group = std::clamp<int64_t>(WIDENED / panel_size, 1, (panels + threads - 1) / threads);
-#pragma omp parallel num_threads(threads) if (w->in * w->out >= THREADED)
-    {
-        std::vector<float> wide(group * panel_size), out(rows * group * w->columns);
-#pragma omp for schedule(dynamic)
-        for (int64_t p = 0; p < panels; p += group) {
-            const int64_t first = p * w->columns, width = std::min(group * w->columns, w->out - first);
-            for (int64_t g = 0; g < group && p + g < panels; g++) widen_panel(*w, p + g, wide.data() + g * panel_size);
-            const LinearWeight part{wide.data(), w->bias ? w->bias + first : nullptr, width, 0};
-            const LinearJob job{&part, out.data()};
-            w->multiply(x, rows, w->in, &job, 1, nullptr, 0, 1);
-            for (int64_t r = 0; r < rows; r++)
-                std::memcpy(y + r * w->out + first, out.data() + r * width, width * sizeof(float));
-        }
-    }
+void linear_quantised(const float* x, int64_t rows, int64_t in, const LinearJob* jobs, int64_t count, const Span*, int64_t,
+                      int threads) {
+    for (const LinearJob* job = jobs; job < jobs + count; job++) multiply(*job->weight, x, rows, in, job->y, threads);
 }

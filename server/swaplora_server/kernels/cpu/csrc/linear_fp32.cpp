@@ -7,7 +7,7 @@
 // whatever the number of rows, so a row's result is the same, bit for bit, alone and among any others.
 #include <algorithm>
 #include <omp.h>
-#include "packed_linear.h"
+#include "abi.h"
 #include "vec.h"
 
 namespace {
@@ -111,18 +111,19 @@ void panel_strip(const LinearWeight& w, int64_t p, const float* x, int64_t rows,
     const int64_t first = p * COLUMNS, width = std::min<int64_t>(COLUMNS, w.out - first);
     for (int64_t r = 0; r < rows; r++)
         for (int c = 0; c < COLUMNS; c++) sums[r * COLUMNS + c] = w.bias && c < width ? w.bias[first + c] : 0.0f;
-    const bool is_narrow = w.is_bf16 && rows <= UNPACKED;
+    const bool is_bf16 = w.format == FP32_OF_BF16;
+    const bool is_narrow = is_bf16 && rows <= UNPACKED;
     const int64_t cut = even_cut(in, is_narrow ? 2 * DEPTH : DEPTH);
     for (int64_t k = 0; k < in; k += cut) {
-        const int64_t depth = std::min(cut, in - k), at = (p * in + k) * row_words(w.is_bf16 != 0);
+        const int64_t depth = std::min(cut, in - k), at = (p * in + k) * row_words(is_bf16);
         const uint32_t* narrow = static_cast<const uint32_t*>(w.panels) + at;
         const float* panel = static_cast<const float*>(w.panels) + at;
         if (is_narrow) {
             tiles(rows, x + k, in, narrow, depth, sums, prefetch);
             continue;
         }
-        if (w.is_bf16) widen_panel(narrow, depth, wide);
-        tiles(rows, x + k, in, w.is_bf16 ? wide : panel, depth, sums, prefetch);
+        if (is_bf16) widen_panel(narrow, depth, wide);
+        tiles(rows, x + k, in, is_bf16 ? wide : panel, depth, sums, prefetch);
     }
     for (int64_t r = 0; r < rows; r++) {
         const float* from = sums + r * COLUMNS;
@@ -142,10 +143,11 @@ uint32_t narrowed(float x) {
 
 }  // namespace
 
-extern "C" int64_t packed_words(int64_t in, int64_t out, int is_bf16) { return panels_of(out) * in * row_words(is_bf16 != 0); }
+// floats, or words of two bfloat16, that the panels of a weight take
+extern "C" int64_t fp32_words(int64_t in, int64_t out, int is_bf16) { return panels_of(out) * in * row_words(is_bf16 != 0); }
 
 // weight: [out, in] → panels of [in, COLUMNS], the last one filled up with zeros
-extern "C" void pack(const float* weight, int64_t in, int64_t out, int is_bf16, uint32_t* panels) {
+extern "C" void fp32_pack(const float* weight, int64_t in, int64_t out, int is_bf16, uint32_t* panels) {
     const auto at = [&](int64_t k, int64_t column) { return column < out ? weight[column * in + k] : 0.0f; };
 #pragma omp parallel for
     for (int64_t p = 0; p < panels_of(out); p++)
@@ -160,9 +162,8 @@ extern "C" void pack(const float* weight, int64_t in, int64_t out, int is_bf16, 
         }
 }
 
-// x: [rows, in]; each job's y: [rows, out]. All jobs of a call share x and the threads.
-extern "C" void linear_f32(const float* x, int64_t rows, int64_t in, const LinearJob* jobs, int64_t count, const Span* prefetch,
-                           int64_t num_prefetch, int threads) {
+void linear_fp32(const float* x, int64_t rows, int64_t in, const LinearJob* jobs, int64_t count, const Span* prefetch,
+                 int64_t num_prefetch, int threads) {
     int64_t panels = 0, work = 0, lines = 0;
     for (const Span* span = prefetch; span < prefetch + num_prefetch; span++) lines += lines_of(*span);
     for (int64_t j = 0; j < count; j++) {

@@ -1,0 +1,27 @@
+// The one linear that all others call:  y = x W^T + b, by the kernel of each weight's format.
+//
+// Several linears that share x (q, k, v; gate, up) go in one call. Neighbours of one format go to its kernel together.
+#include "abi.h"
+
+namespace {
+
+LinearKernel* kernel_of(const LinearJob& job) {
+    switch (job.weight->format) {
+        case INT8:
+        case FOUR_BIT: return linear_quantised;
+        default: return linear_fp32;
+    }
+}
+
+}  // namespace
+
+extern "C" void linear(const float* x, int64_t rows, int64_t in, const LinearJob* jobs, int64_t count, const Span* prefetch,
+                       int64_t num_prefetch, int threads) {
+    for (const LinearJob *job = jobs, *end = jobs + count; job < end;) {
+        LinearKernel* kernel = kernel_of(*job);
+        const LinearJob* next = job + 1;
+        while (next < end && kernel_of(*next) == kernel) next++;
+        kernel(x, rows, in, job, next - job, prefetch, num_prefetch, threads);
+        job = next, num_prefetch = 0;
+    }
+}
