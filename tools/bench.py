@@ -1,8 +1,8 @@
 """`make bench`: throughput of a server of one's own, measured by `swaplora bench` in a second process.
 
-Sixteen random adapters on every linear, 128 prompt tokens, 64 generated, greedy, 16 in flight and one. Before anything
-is timed, each adapter's greedy tokens in a mixed batch must equal those it gives alone. What follows `--` is handed to
-`swaplora serve`.
+Sixteen random adapters on every linear, 128 prompt tokens, 64 generated, greedy and sampled, 16 in flight and one.
+Before anything is timed, each adapter's greedy tokens in a mixed batch must equal those it gives alone. What follows
+`--` is handed to `swaplora serve`.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
+from bench_compare import compare, read_results, section
 from bench_rounds import FULL, QUICK, RATIOS, Round, Workload, machine_range, medians, ratios, tables
 from server_process import process
-from swaplora_server.bench.machine import measure_machine
-from swaplora_server.bench.table import machine_line
+from swaplora_server.bench.machine import measure_machine, versions
+from swaplora_server.bench.table import machine_line, server_line
 from swaplora_server.config import Settings
 from swaplora_server.embedded import ensure_embedded_base
 
@@ -169,7 +171,7 @@ def measure(url: str, workload: Workload, num_requests: int, seed: int) -> Run:
     """One run. No two have prompts in common, so that none finds another's in a cache."""
     adapters = [] if workload.distribution == "base" else NAMES
     count = num_requests if workload.concurrency > 1 else 6
-    flags = ["--distribution", workload.distribution, "--seed", str(seed)]
+    flags = ["--distribution", workload.distribution, *workload.sampling, "--seed", str(seed)]
     run = asyncio.run(drive(url, workload.label, adapters, count, workload.concurrency, *flags))
     console.print(f"  {workload.label}: {run.tokens_per_second:.1f} tok/s")
     return run
@@ -242,7 +244,7 @@ def resident_mib(pid: int) -> int:
 
 def machine() -> str:
     """What this machine can do, measured now."""
-    return f"{machine_line(measure_machine())}, torch {torch.__version__}"
+    return f"{machine_line(measure_machine())}; torch {torch.__version__}"
 
 
 def chosen_base(arguments: argparse.Namespace, cache_dir: Path) -> Path:
@@ -258,36 +260,82 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="of all workloads; medians count")
     parser.add_argument("--requests", type=int, default=64, help="of each workload with 16 in flight")
-    parser.add_argument("--quick", action="store_true", help="one round of the first five workloads")
+    parser.add_argument("--quick", action="store_true", help="one round of the first seven workloads")
+    parser.add_argument(
+        "--json", metavar="FILE", help="where every figure is written (default: the cache; - is stdout)"
+    )
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar="JSON", help="measure nothing: set two runs side by side"
+    )
+    parser.add_argument(
+        "--markdown", type=Path, metavar="JSON", help="measure nothing: print a run's table for the docs"
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--base", help="a local folder (default: the embedded base)")
     which.add_argument("--random-base", action="store_true", help="Qwen2.5-0.5B's shape, and adapters of mixed ranks")
     parser.add_argument("server_flags", nargs="*", help="after --: flags of swaplora serve")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.json not in (None, "-") and not Path(arguments.json).parent.is_dir():
+        parser.error(f"--json {arguments.json}: there is no such folder")  # found out before, and not after, all rounds
+    return arguments
 
 
 def main() -> None:
-    arguments, cache_dir = options(), Settings().cache_dir
+    arguments = options()
+    if arguments.compare or arguments.markdown:
+        show_results(arguments)
+    else:
+        run_all(arguments, Settings().cache_dir)
+
+
+def show_results(arguments: argparse.Namespace) -> None:
+    """Of runs that have ended; in plain lines, as they go into a page."""
+    runs = [read_results(file) for file in arguments.compare or [arguments.markdown]]
+    for line in compare(*runs) if arguments.compare else section(*runs):
+        console.out(line, highlight=False)
+
+
+def run_all(arguments: argparse.Namespace, cache_dir: Path) -> None:
+    """Measure, and write every figure."""
+    console.stderr = arguments.json == "-"
     base = chosen_base(arguments, cache_dir)
     cache = cache_dir / "bench" / f"{base.name}-{hashlib.sha256((base / 'config.json').read_bytes()).hexdigest()[:12]}"
     workloads = QUICK if arguments.quick else FULL
     servers = list(dict.fromkeys(each.server for each in workloads))
     prepare(base, cache, MIXED_RANKS if arguments.random_base else (RANK,), servers)
-    found: dict[str, Any] = {"machine": machine(), "base": base.name, "rounds": []}
+    found: dict[str, Any] = {
+        "machine": measure_machine(),
+        "versions": versions() | {name: version(name) for name in ("torch", "transformers")},
+        "base": base.name,
+        "server_flags": arguments.server_flags,
+        "rounds": [],
+    }
     for number in range(1 if arguments.quick else arguments.rounds):
         console.print(f"round {number + 1}")
         of_servers = [[each for each in workloads if each.server == server] for server in servers]
         measured = [measure_server(base, cache, each, number, arguments) for each in of_servers]
         found["rounds"].append({label: report for part in measured for label, report in part.items()})
     found |= {"medians": medians(found["rounds"]), "ratios": ratios(found["rounds"], RATIOS)}
-    (cache / "results.json").write_text(json.dumps(found, indent=2))
+    kept = write_json(found, arguments.json or cache / "results.json")
+    last = list(found["rounds"][-1].values())[-1]
     for line in [
         *tables(found["medians"], found["ratios"]),
-        found["machine"],
+        machine_line(found["machine"]),
+        server_line(last["server"]),
         machine_range(found["rounds"]),
-        f"every figure: {cache / 'results.json'}",
+        f"every figure: {kept}",
     ]:
         console.print(line, soft_wrap=True)
+
+
+def write_json(found: Mapping[str, Any], file: str | Path) -> str:
+    """Write it there, `-` being stdout; returns what to call the place."""
+    content = json.dumps(found, indent=2)
+    if file == "-":
+        print(content)  # noqa: T201 - the one thing on stdout
+        return "stdout"
+    Path(file).write_text(content)
+    return str(file)
 
 
 if __name__ == "__main__":

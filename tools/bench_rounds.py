@@ -30,6 +30,7 @@ class Workload:
     distribution: str
     concurrency: int = 16
     server: str = "16"  # 16 adapters; none; mixed: 16 of mixed ranks; 1000
+    sampling: tuple[str, ...] = ()  # flags of `swaplora bench`; greedy without
 
 
 QUICK = (
@@ -38,6 +39,12 @@ QUICK = (
     Workload("16 adapters, 16 in flight", "distinct"),
     Workload("base, alone", "base", 1),
     Workload("one adapter, alone", "same", 1),
+    Workload("base, temperature 1", "base", sampling=("--temperature", "1")),
+    Workload(
+        "16 adapters, temperature 1, top_p 0.9, top_k 40",
+        "distinct",
+        sampling=("--temperature", "1", "--top-p", "0.9", "--top-k", "40"),
+    ),
 )
 FULL = (
     *QUICK,
@@ -47,8 +54,16 @@ FULL = (
     Workload("16 of 1000 registered, 16 in flight", "distinct", server="1000"),
 )
 RATIOS = (
-    Ratio("16 distinct / base", "16 adapters, 16 in flight", "base, 16 in flight", 0.70, 0.80),
+    Ratio("16 distinct / base", "16 adapters, 16 in flight", "base, 16 in flight", 0.85, 0.92),
     Ratio("one adapter / base", "one adapter, 16 in flight", "base, 16 in flight", 0.85, 0.95),
+    Ratio("temperature 1 / greedy, base", "base, temperature 1", "base, 16 in flight", 0.95, 0.98),
+    Ratio(
+        "top_p 0.9, top_k 40 / greedy, 16 adapters",
+        "16 adapters, temperature 1, top_p 0.9, top_k 40",
+        "16 adapters, 16 in flight",
+        0.90,
+        0.95,
+    ),
     Ratio("unused / none registered", "base, 16 in flight", "base, none registered, 16 in flight", 0.98, 0.99),
     Ratio("1000 registered / 16", "16 of 1000 registered, 16 in flight", "16 adapters, 16 in flight", 0.97, 0.99),
 )
@@ -66,8 +81,8 @@ def medians(rounds: Sequence[Round]) -> list[dict[str, Any]]:
     return [
         {
             "workload": label,
-            "output_tokens_per_second": median(rates := [_rate(each[label]) for each in rounds]),
-            "spread": spread(rates),
+            "output_tokens_per_second": median(found := [_rate(each[label]) for each in rounds]),
+            "spread": spread(found),
         }
         | {
             f"{name}_{quantile}": median(each[label][name][quantile] for each in rounds)
@@ -94,23 +109,26 @@ def tables(medians: Sequence[Row], ratios: Sequence[Row]) -> list[str]:
     """Both as tables in Markdown; the second only if there is a ratio."""
     times = {f"{name}_{quantile}": _tenths for name in ("ttft_ms", "tpot_ms") for quantile in ("p50", "p95")}
     shares = dict.fromkeys(("value", "spread", "bar", "goal"), _hundredths)
-    shown = [_markdown(medians, {"workload": str, "output_tokens_per_second": _tenths, "spread": _hundredths, **times})]
-    return [*shown, _markdown(ratios, {"ratio": str, **shares, "verdict": str})] if ratios else shown
+    shown = [markdown(medians, {"workload": str, "output_tokens_per_second": _tenths, "spread": _hundredths, **times})]
+    return [*shown, markdown(ratios, {"ratio": str, **shares, "verdict": str})] if ratios else shown
 
 
-def _markdown(rows: Sequence[Row], columns: Mapping[str, Callable[[Any], str]]) -> str:
-    """A table of `rows`; `columns` says which of their keys are shown, and how."""
+def markdown(rows: Sequence[Row], columns: Mapping[str, Callable[[Any], str]]) -> str:
+    """A table in Markdown of `rows`; `columns` says which of their keys are shown, and how."""
     lines = [[name.replace("_", " ") for name in columns], ["---"] * len(columns)]
     lines += [[show(row[name]) for name, show in columns.items()] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def rates(rounds: Sequence[Round], key: str) -> list[float]:
+    """What the machine could do before each run, where that was measured."""
+    found = (report["machine"][key] for each in rounds for report in each.values())
+    return [number for number in found if number is not None]
+
+
 def machine_range(rounds: Sequence[Round]) -> str:
     """The least and the most that the machine could do before each run: far apart, other work disturbed the figures."""
-    machines = [report["machine"] for each in rounds for report in each.values()]
-    reads, products = (
-        [machine[key] for machine in machines] for key in ("read_gb_per_second", "fp32_gflop_per_second")
-    )
+    reads, products = (rates(rounds, key) for key in ("read_gb_per_second", "fp32_gflop_per_second"))
     return (
         f"machine before the runs: {min(reads):.1f} to {max(reads):.1f} GB/s, "
         f"{min(products):.0f} to {max(products):.0f} GFLOP/s in fp32; figures compare only where these are close"

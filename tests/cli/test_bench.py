@@ -24,10 +24,10 @@ from typer.testing import CliRunner, Result
 
 import swaplora_server
 import swaplora_server.bench.machine
-from bench_rounds import Ratio, machine_range, medians, ratios, tables
 from serving import BASE, Running
 from swaplora_server.bench.answer import Answer
 from swaplora_server.bench.load import Load
+from swaplora_server.bench.machine import instruction_sets, processor
 from swaplora_server.bench.options import Distribution, Lengths, Options, OptionsError
 from swaplora_server.bench.report import percentile, report
 from swaplora_server.bench.sse_reader import EventReader
@@ -36,7 +36,15 @@ from swaplora_server.cli.bench import NICENESS, bench
 
 RUN = "import typer; from swaplora_server.cli.bench import bench; typer.run(bench)"
 URL = "http://127.0.0.1:1"
-MACHINE = {"processor": "test", "cores": 2, "read_gb_per_second": 1.0, "fp32_gflop_per_second": 1.0}
+MACHINE = {
+    "processor": "test",
+    "instruction_sets": ["avx2", "fma"],
+    "cores": 2,
+    "read_gb_per_second": 1.0,
+    "fp32_gflop_per_second": 1.0,
+    "bf16_gflop_per_second": None,
+    "rates_are": "made up",
+}
 unhurried = settings(max_examples=50, deadline=None)
 SKEWED = 20_000  # draws, of one fixed seed, so that what is compared never changes
 
@@ -118,6 +126,17 @@ def test_llama_cpp_is_told_the_adapter_by_its_place() -> None:
     bodies = [json.loads(request.body) for request in make_requests(options, 2, "load")]
     assert [body["lora"] for body in bodies] == [[{"id": 0, "scale": 1.0}], [{"id": 1, "scale": 1.0}]]
     assert [(body["model"], body["cache_prompt"]) for body in bodies] == [("b", False)] * 2
+
+
+def test_requests_sample_as_the_run_was_told() -> None:
+    def bodies(**sampling: Any) -> list[dict[str, Any]]:
+        return [json.loads(each.body) for each in make_requests(Options(url=URL, base="b", **sampling), 3, "load")]
+
+    greedy, sampled = bodies(), bodies(temperature=0.5, top_p=0.9, top_k=40)
+    assert [(body["temperature"], body.keys() & {"top_p", "top_k", "seed"}) for body in greedy] == [(0, set())] * 3
+    assert [(body["temperature"], body["top_p"], body["top_k"]) for body in sampled] == [(0.5, 0.9, 40)] * 3
+    assert [body["prompt"] for body in greedy] == [body["prompt"] for body in sampled]
+    assert not any("seed" in body for body in sampled)  # clients seldom send one
 
 
 @pytest.mark.parametrize("text", ["0", "5-2", "a", "-3", "3-", "1-2-3", "1.5", "", "²"])
@@ -242,39 +261,12 @@ def test_figures_of_each_adapter_add_up_to_those_of_all() -> None:
         assert sum(each[key] for each in found["adapters"]) == pytest.approx(found[key])
 
 
-def measured(rate: float) -> dict[str, Any]:
-    times = {"p50": 10 * rate, "p95": 20 * rate}
-    machine = {"read_gb_per_second": rate, "fp32_gflop_per_second": 2 * rate}
-    return {"output_tokens_per_second": rate, "ttft_ms": times, "tpot_ms": times, "machine": machine}
-
-
-def test_rounds_give_medians_spreads_and_ratios_within_a_round() -> None:
-    rounds = [{"a": measured(x), "b": measured(y)} for x, y in [(8, 10), (9, 20), (15, 15)]]
-    of_a, of_b = medians(rounds)
-    assert (of_a["workload"], of_a["output_tokens_per_second"], of_a["ttft_ms_p95"]) == ("a", 9, 180)
-    assert of_b["spread"] == pytest.approx(10 / 15)
-    wanted = [Ratio("a / b", "a", "b", 0.7, 0.8), Ratio("a / b", "a", "b", 0.8, 0.9), Ratio("b / a", "b", "a", 1.3, 2)]
-    found = ratios(rounds, [*wanted, Ratio("not measured", "a", "c", 1, 1)])
-    assert [row["value"] for row in found] == pytest.approx([0.8, 0.8, 1.25])
-    assert [row["verdict"] for row in found] == ["goal met", "bar met", "below the bar"]
-    workloads, shares = tables([of_a, of_b], found)
-    assert workloads.splitlines()[2] == "| a | 9.0 | 0.78 | 90.0 | 180.0 | 90.0 | 180.0 |"
-    assert shares.splitlines()[-1] == "| b / a | 1.25 | 0.98 | 1.30 | 2.00 | below the bar |"
-
-
-def test_a_single_round_shows_no_spread_and_a_disturbed_machine_shows() -> None:
-    rounds = [{"a": measured(8), "b": measured(10)}]
-    found = ratios(rounds, [Ratio("a / b", "a", "b", 0.7, 0.9)])
-    assert (medians(rounds)[0]["spread"], found[0]["spread"]) == (None, None)
-    assert tables(medians(rounds), found)[1].splitlines()[-1] == "| a / b | 0.80 | - | 0.70 | 0.90 | bar met |"
-    assert "8.0 to 10.0 GB/s, 16 to 20 GFLOP/s" in machine_range(rounds)
-
-
 @dataclass
 class Peer:
     """A server that answers as the model's name says, and what it was asked."""
 
     url: str = ""
+    version: bytes | None = None  # what GET /version is answered; None: there is no such route
     heads: list[str] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     most_in_flight: int = 0
@@ -321,6 +313,12 @@ def slowly(*pieces: bytes) -> Iterator[bytes]:
         time.sleep(0.05)
 
 
+def told(head: str, version: bytes | None) -> bytes:
+    """The answer to a question that is no completion."""
+    is_there = version is not None and head.startswith("GET /below/version HTTP/1.1\r\n")
+    return b"HTTP/1.1 200 OK\r\n\r\n" + (version or b"") if is_there else b"HTTP/1.1 404 Not Found\r\n\r\n{}"
+
+
 @pytest.fixture
 def peer() -> Iterator[Peer]:
     found = Peer()
@@ -328,6 +326,9 @@ def peer() -> Iterator[Peer]:
     class Handler(StreamRequestHandler):
         def handle(self) -> None:
             head = b"".join(iter(self.rfile.readline, b"\r\n")).decode()
+            if head.startswith("GET "):
+                self.wfile.write(told(head, found.version))
+                return
             length = next(line for line in head.splitlines() if line.startswith("Content-Length: "))
             body = json.loads(self.rfile.read(int(length.removeprefix("Content-Length: "))))
             found.take(head, body)
@@ -420,6 +421,32 @@ def test_a_key_is_sent_and_never_shown(niceness: list[int], peer: Peer) -> None:
     assert "secret" not in json.dumps(found)
 
 
+@pytest.mark.parametrize(
+    ("version", "kernels", "shown"),
+    [
+        (None, None, "the server does not say which kernels it has"),
+        (b"not JSON", None, "the server does not say which kernels it has"),
+        (b'["version"]', None, "the server does not say which kernels it has"),
+        (b'{"version": "2", "kernels": 7}', None, "the server does not say which kernels it has"),
+        (
+            b'{"version": "2", "device": "cpu", "dtype": "float32", "kernels": "plain\\u001b[2J", "more": 1}',
+            "plain\x1b[2J",
+            "the server: 2, cpu, float32; kernels: plain",
+        ),
+    ],
+)
+def test_the_kernels_are_those_that_the_server_says(
+    niceness: list[int], peer: Peer, version: bytes | None, kernels: str | None, shown: str
+) -> None:
+    peer.version = version
+    peer.url += "/below/"
+    server = asked(peer, "--base", "b", "--requests", "1")["server"]
+    assert (server.keys(), server["kernels"]) == ({"version", "device", "dtype", "kernels"}, kernels)
+    told = run("--url", peer.url, "--base", "b", "--requests", "1").stdout
+    assert shown in told
+    assert "\x1b" not in told
+
+
 def test_a_server_that_is_not_there_is_one_line(niceness: list[int]) -> None:
     done = run("--url", URL, "--base", "b", "--requests", "2")
     assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
@@ -446,6 +473,13 @@ def test_a_server_that_is_not_there_is_one_line(niceness: list[int]) -> None:
         ("--base b --warmup -1", "--warmup -1: give 0 or more"),
         ("--base b --prompt-tokens 9-2", "--prompt-tokens 9-2: give at least one token"),
         ("--base b --prompt-tokens 8-99 --shared-prefix 9", "--shared-prefix 9 is longer than a prompt of 8 tokens"),
+        ("--base b --temperature nan", "--temperature nan: give 0, which is greedy, or more"),
+        ("--base b --temperature -1", "--temperature -1.0: give 0, which is greedy, or more"),
+        ("--base b --temperature 1 --top-p 0", "--top-p 0.0: give a number above 0, up to 1"),
+        ("--base b --temperature 1 --top-p nan", "--top-p nan: give a number above 0, up to 1"),
+        ("--base b --temperature 1 --top-k 0", "--top-k 0: give 1 or more"),
+        ("--base b --top-p 0.5", "--top-p is not used by greedy answers"),
+        ("--base b --top-k 5", "--top-k is not used by greedy answers"),
         ("--base b --vocab-size 100", "--vocab-size 100: prompts are drawn from the ids from 100 on"),
         ("--base b --url ftp://here", "ftp://here is not a server's address"),
         ("--base b --url http://h:99999", "http://h:99999 is not a server's address"),
@@ -471,6 +505,8 @@ def test_a_server_of_ours_is_measured_whole(niceness: list[int], server: Running
     assert [(each["name"], each["completed"]) for each in found["adapters"]] == [("a0", 3), ("a1", 3), ("a2", 3)]
     assert found["options"]["prompt_tokens"] == "5-20"
     assert found["machine"] == MACHINE
+    assert found["server"] == server.client.get("/version").json()
+    assert found["server"]["kernels"] == server.service.base.backend.description
 
 
 def test_a_person_is_shown_a_table(niceness: list[int], server: Running, adapters: list[Path]) -> None:
@@ -479,7 +515,10 @@ def test_a_person_is_shown_a_table(niceness: list[int], server: Running, adapter
     shown = run(*flags, "--adapters", "a0", "--base", BASE, "--per-adapter", "--slo-ttft", "60000").stdout
     assert "2 requests in " in shown
     assert "2 requests with TTFT within 60000 ms" in shown
-    assert [word for word in ("TTFT", "TPOT", "gap", "whole answer", "a0", "of one core") if word not in shown] == []
+    told = ("avx2 fma", "no instructions for bf16", f"kernels: {server.service.base.backend.description}")
+    assert [
+        word for word in ("TTFT", "TPOT", "gap", "whole answer", "a0", "of one core", *told) if word not in shown
+    ] == []
 
 
 def test_a_model_that_is_unknown_is_named_as_the_failure(niceness: list[int], server: Running) -> None:
@@ -516,5 +555,33 @@ def test_a_process_of_its_own_imports_nothing_that_it_does_not_need(
 
 def test_the_machine_is_measured() -> None:
     found = swaplora_server.bench.machine.measure_machine()
+    assert found.keys() == MACHINE.keys()
     assert found["cores"] >= 1
     assert min(found["read_gb_per_second"], found["fp32_gflop_per_second"]) > 0
+    has_bf16 = {"avx512_bf16", "amx_bf16", "bf16"}.intersection(found["instruction_sets"])
+    assert found["bf16_gflop_per_second"] > 0 if has_bf16 else found["bf16_gflop_per_second"] is None
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name", "sets"),
+    [
+        (
+            {
+                "model name": "Some Xeon",
+                "cpu family": "6",
+                "model": "207",
+                "flags": "fpu avx2 fma avx512f amx_bf16_x avx",
+            },
+            "Some Xeon (family 6, model 207)",
+            ["avx2", "fma", "avx512f"],
+        ),
+        ({"model name": "AMD", "flags": ""}, "AMD", []),
+        ({"Features": "fp asimd i8mm bf16"}, None, ["bf16", "i8mm"]),
+        ({}, None, []),
+    ],
+)
+def test_a_processor_is_named_by_what_tells_it_from_others(
+    cpuinfo: dict[str, str], name: str | None, sets: list[str]
+) -> None:
+    assert instruction_sets(cpuinfo) == sets
+    assert processor(cpuinfo) == name if name else processor(cpuinfo)

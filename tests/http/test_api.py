@@ -3,6 +3,7 @@
 import json
 import socket
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -402,7 +403,9 @@ def test_a_defect_is_answered_under_its_request_id_and_says_nothing_else(
 def test_health_ready_and_version(loaded: Running) -> None:
     assert loaded.client.get("/health").json() == {"status": "ok"}
     assert loaded.client.get("/health/ready").json() == {"ready": True}
-    assert loaded.client.get("/version").json()["version"]
+    told = loaded.client.get("/version").json()
+    kernels = loaded.service.base.backend.description
+    assert told == {"version": version("swaplora"), "device": "cpu", "dtype": "float32", "kernels": kernels}
     loaded.service.is_draining = True
     try:
         assert loaded.client.get("/health/ready").status_code == 503

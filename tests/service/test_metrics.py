@@ -135,6 +135,7 @@ def test_a_server_that_is_still_starting_shows_what_there_is(base: Path, tmp_pat
     names = {family.name for family in service.metrics.registry.collect()}
     assert "swaplora_requests" in names
     assert "swaplora_running_sequences" not in names
+    assert service.computes_with() == {"device": None, "dtype": None, "kernels": None}
 
 
 def read(state: ServerState) -> dict[str, float]:

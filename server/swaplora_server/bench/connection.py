@@ -30,22 +30,24 @@ class Endpoint:
     host: str
     port: int
     tls: ssl.SSLContext | None
+    path: str  # below which the server answers
     head: str
 
     @classmethod
     def of(cls, url: str, api_key: str | None) -> Self:
         """The completions route of the server at `url`. Raises OptionsError."""
         parts = _split(url)
+        path = parts.path.rstrip("/")
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise OptionsError("the API key has a character in it that is not printable ASCII: check how it was given")
         authorization = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
         head = (
-            f"POST {parts.path.rstrip('/')}/v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\n"
+            f"POST {path}/v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\n"
             f"Content-Type: application/json\r\nConnection: close\r\n{authorization}"
         )
         is_tls = parts.scheme == "https"
         tls = ssl.create_default_context() if is_tls else None
-        return cls(cast(str, parts.hostname), parts.port or (443 if is_tls else 80), tls, head)
+        return cls(cast(str, parts.hostname), parts.port or (443 if is_tls else 80), tls, path, head)
 
     def message(self, body: bytes) -> bytes:
         """A whole request."""

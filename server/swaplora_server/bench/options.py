@@ -43,7 +43,7 @@ class Options:
 
     With `rate`, in requests per second, requests arrive when they are due, however many are in flight; `burstiness` is
     the shape of the gamma distribution of the time between them: 1 (default) is a Poisson process, less is burstier.
-    `slo_ttft` and `slo_tpot` are milliseconds. Raises OptionsError.
+    At temperature 0 answers are greedy. `slo_ttft` and `slo_tpot` are milliseconds. Raises OptionsError.
     """
 
     url: str
@@ -60,13 +60,16 @@ class Options:
     output_tokens: Lengths = Lengths(64, 64)
     shared_prefix: int = 0
     vocab_size: int = 40_000
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
     seed: int = 0
     dialect: Dialect = "openai"
     slo_ttft: float | None = None
     slo_tpot: float | None = None
 
     def __post_init__(self) -> None:
-        reasons = [*self._wrong_models(), *self._wrong_loop(), *self._wrong_numbers()]
+        reasons = [*self._wrong_models(), *self._wrong_loop(), *self._wrong_sampling(), *self._wrong_numbers()]
         if reasons:
             raise OptionsError(*reasons)
 
@@ -98,12 +101,21 @@ class Options:
         if self.shared_prefix > self.prompt_tokens.low:
             yield f"--shared-prefix {self.shared_prefix} is longer than a prompt of {self.prompt_tokens.low} tokens"
 
+    def _wrong_sampling(self) -> Iterator[str]:
+        if not 0 <= self.temperature < math.inf:
+            yield f"--temperature {self.temperature}: give 0, which is greedy, or more"
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            yield f"--top-p {self.top_p}: give a number above 0, up to 1"
+        for name in ("top_p", "top_k"):
+            if getattr(self, name) is not None and not self.temperature:
+                yield f"--{name.replace('_', '-')} is not used by greedy answers: give a --temperature, or leave it out"
+
     def _wrong_numbers(self) -> Iterator[str]:
         for name in ("alpha", "rate", "burstiness", "slo_ttft", "slo_tpot"):
             number = getattr(self, name)
             if number is not None and not (math.isfinite(number) and number > 0):
                 yield f"--{name.replace('_', '-')} {number}: give a number above 0"
-        for name, least in (("concurrency", 1), ("requests", 1), ("warmup", 0), ("shared_prefix", 0)):
+        for name, least in (("concurrency", 1), ("requests", 1), ("top_k", 1), ("warmup", 0), ("shared_prefix", 0)):
             number = getattr(self, name)
             if number is not None and number < least:
                 yield f"--{name.replace('_', '-')} {number}: give {least} or more"

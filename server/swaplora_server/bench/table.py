@@ -55,16 +55,28 @@ def notes(report: Report) -> list[str]:
     return [
         f"gap: {report['gaps_are']}",
         f"the generator took {report['generator']['cpu_share']:.0%} of one core",
-        f"{machine_line(report['machine'])}; {versions}",
+        machine_line(report["machine"]),
+        server_line(report["server"]),
+        f"the generator: {versions}",
     ]
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
     """What the machine can do."""
+    bf16 = machine["bf16_gflop_per_second"]
     return (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['read_gb_per_second']:.1f} GB/s, "
-        f"{machine['fp32_gflop_per_second']:.0f} GFLOP/s in fp32"
+        f"this machine: {machine['processor']}, {machine['cores']} cores, "
+        f"{' '.join(machine['instruction_sets']) or 'no instruction sets that matter'}; "
+        f"{machine['read_gb_per_second']:.1f} GB/s, {machine['fp32_gflop_per_second']:.0f} GFLOP/s in fp32, "
+        f"{'no instructions for' if bf16 is None else f'{bf16:.0f} GFLOP/s in'} bf16 ({machine['rates_are']})"
     )
+
+
+def server_line(server: Mapping[str, str | None]) -> str:
+    """Which kernels answered, by the server's own word."""
+    if server["kernels"] is None:
+        return "the server does not say which kernels it has"
+    return f"the server: {server['version']}, {server['device']}, {server['dtype']}; kernels: {server['kernels']}"
 
 
 def _numbers(quantiles: Mapping[str, float] | None) -> list[str]:

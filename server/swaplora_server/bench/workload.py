@@ -82,12 +82,13 @@ def _draw(lengths: Lengths, rng: Random) -> int:
 
 
 def _body(options: Options, adapter: int | None, prompt: Sequence[int], num_output_tokens: int) -> dict[str, Any]:
-    """A greedy completion of fixed length, streamed."""
+    """A completion of fixed length, streamed."""
     body: dict[str, Any] = {
         "model": options.base if adapter is None else options.adapters[adapter],
         "prompt": prompt,
         "max_tokens": num_output_tokens,
-        "temperature": 0,
+        "temperature": options.temperature,
+        **{name: value for name in ("top_p", "top_k") if (value := getattr(options, name)) is not None},
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},

@@ -37,6 +37,9 @@ def bench(
     output_tokens: Annotated[str, typer.Option(metavar="N|A-B", help="Length of the answers.")] = "64",
     shared_prefix: Annotated[int, typer.Option(help="First tokens that all prompts have in common.")] = 0,
     vocab_size: Annotated[int, typer.Option(help="Prompts are drawn from the token ids below this.")] = 40_000,
+    temperature: Annotated[float, typer.Option(help="Of sampling; 0 is greedy.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this mass.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from so many of the likeliest tokens.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed makes the same requests.")] = 0,
     slo_ttft: Annotated[float | None, typer.Option(help="Longest good time to the first token, in ms.")] = None,
     slo_tpot: Annotated[float | None, typer.Option(help="Longest good time per token after it, in ms.")] = None,
@@ -51,7 +54,7 @@ def bench(
 ) -> None:
     """Measure a server under load: throughput, time to the first token, time per token, goodput.
 
-    Prompts are random token ids; answers are greedy, of fixed length, and streamed.
+    Prompts are random token ids; answers are of fixed length, streamed, and greedy unless a temperature is given.
     """
     options, endpoint = _checked({name: ctx.params[name] for name in ctx.params.keys() - NO_OPTIONS}, api_key)
     os.nice(NICENESS)
@@ -90,15 +93,16 @@ def _measured(options: "Options", endpoint: "Endpoint", per_adapter: bool) -> "R
     from swaplora_server.bench.load import WarmupError, drive
     from swaplora_server.bench.machine import measure_machine, versions
     from swaplora_server.bench.report import report
+    from swaplora_server.bench.server import describe_server
 
-    machine = measure_machine()
+    machine, server = measure_machine(), describe_server(endpoint)
     try:
         load = uvloop.run(drive(options, endpoint))
     except WarmupError as error:
         fail(str(error))
     asked = asdict(options) | {"prompt_tokens": str(options.prompt_tokens), "output_tokens": str(options.output_tokens)}
     figures = report(load, options, per_adapter=per_adapter)
-    return {"options": asked, **figures, "machine": machine, "versions": versions()}
+    return {"options": asked, **figures, "machine": machine, "server": server, "versions": versions()}
 
 
 def _show(report: "Report") -> None:

@@ -173,6 +173,14 @@ class Service:
             ("adapters, at most", self.settings.adapter_memory_bytes),
         ]
 
+    def computes_with(self) -> dict[str, str | None]:
+        """The device, the number format and the kernels of the steps; None of them while there is no engine yet."""
+        if not self._is_ready.is_set():
+            return dict.fromkeys(("device", "dtype", "kernels"))
+        base = self.base
+        dtype = str(base.dtype).removeprefix("torch.")
+        return {"device": base.device.type, "dtype": dtype, "kernels": base.backend.description}
+
     def _state(self) -> ServerState | None:
         """The engine and the adapters as they are now; None before there is an engine."""
         if not self._is_ready.is_set():

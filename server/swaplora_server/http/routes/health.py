@@ -1,6 +1,7 @@
 """The public routes: alive, ready, version, and SageMaker's ping."""
 
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
@@ -32,8 +33,9 @@ async def ping(service: Serving) -> Response:
 
 
 @router.get("/version")
-async def get_version() -> dict[str, str]:
-    return {"version": _VERSION}
+async def get_version(service: Serving) -> dict[str, Any]:
+    """This program's version and what it computes with, which is null while it starts."""
+    return {"version": _VERSION, **service.computes_with()}
 
 
 def _status(is_good: bool) -> int:
