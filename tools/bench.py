@@ -261,15 +261,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="of all workloads; medians count")
     parser.add_argument("--requests", type=int, default=64, help="of each workload with 16 in flight")
     parser.add_argument("--quick", action="store_true", help="one round of the first seven workloads")
-    parser.add_argument(
-        "--json", metavar="FILE", help="where every figure is written (default: the cache; - is stdout)"
-    )
-    parser.add_argument(
-        "--compare", nargs=2, type=Path, metavar="JSON", help="measure nothing: set two runs side by side"
-    )
-    parser.add_argument(
-        "--markdown", type=Path, metavar="JSON", help="measure nothing: print a run's table for the docs"
-    )
+    parser.add_argument("--json", metavar="FILE", help="for every figure (default: in the cache; - is stdout)")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="JSON", help="two runs, and measure nothing")
+    parser.add_argument("--markdown", type=Path, metavar="JSON", help="a run as a page shows it; measure nothing")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--base", help="a local folder (default: the embedded base)")
     which.add_argument("--random-base", action="store_true", help="Qwen2.5-0.5B's shape, and adapters of mixed ranks")
