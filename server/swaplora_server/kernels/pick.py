@@ -61,8 +61,8 @@ def _cpu_backend(dtype: torch.dtype, cache_dir: Path, report: Callable[[str], No
 
 def _pack(
     plain: Callable[[nn.Module, HugePages], nn.Module],
-    quantised: Callable[[nn.Module], nn.Module],
+    quantised: Callable[[nn.Module, HugePages], nn.Module],
     linear: nn.Module,
     pages: HugePages,
 ) -> nn.Module:
-    return quantised(linear) if is_quantised(linear) else plain(linear, pages)
+    return (quantised if is_quantised(linear) else plain)(linear, pages)

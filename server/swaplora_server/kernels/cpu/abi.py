@@ -159,7 +159,6 @@ def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
     _declare(library, "lanes", [], size)
     _declare(library, "fp32_words", [size, size, number], size)
     _declare(library, "fp32_pack", [pointer, size, size, number, pointer])
-    _declare(library, "widen", [ctypes.POINTER(LinearWeight), pointer])
     _declare(library, "linear", [pointer, size, size, ctypes.POINTER(LinearJob), size, pointer, size, number])
     for name in ("lora_delta_f32", "lora_delta_bf16"):
         jobs = [ctypes.POINTER(Segment), size, ctypes.POINTER(LoraModule), size]

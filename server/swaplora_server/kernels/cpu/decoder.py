@@ -18,6 +18,7 @@ from swaplora_server.kernels.cpu.abi import NUM_LINEARS, DecoderLayer, LinearWei
 from swaplora_server.kernels.cpu.adapter_tables import tables_of
 from swaplora_server.kernels.cpu.attention import CpuStep
 from swaplora_server.kernels.cpu.linear import CpuLinear
+from swaplora_server.kernels.cpu.quantised_linear import QuantisedLinear
 from swaplora_server.kernels.rows import LayerAttention, Segment, StepRows
 
 # layers that are computed as decoder.cpp says, and nothing else
@@ -48,7 +49,7 @@ def _is_known(layer: Any) -> bool:
     if type(layer).__name__ not in _KNOWN:
         return False
     has_silu = type(layer.mlp.act_fn).__name__ in {"SiLU", "SiLUActivation"}
-    are_packed = all(isinstance(linear.base, CpuLinear) for linear in _linears(layer))
+    are_packed = all(isinstance(linear.base, CpuLinear | QuantisedLinear) for linear in _linears(layer))
     return has_silu and are_packed
 
 

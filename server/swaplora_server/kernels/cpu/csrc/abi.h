@@ -8,17 +8,17 @@ enum Format : int64_t {
     FP32,          // linear_fp32.cpp
     FP32_OF_BF16,  // the same arithmetic over weights that bfloat16 holds without loss
     BF16,          // linear_bf16.cpp: x rounded to bfloat16, products of pairs, sums in float32
-    INT8,          // quantised_linear.cpp: a byte a weight, a scale for each of its blocks
-    FOUR_BIT,      // quantised_linear.cpp: codes of 4 bits, which `table` turns into numbers
+    INT8,          // linear_int8.cpp: a byte a weight, a scale a row of W
+    FOUR_BIT,      // linear_four_bit.cpp: codes of 4 bits, which `table` turns into numbers
 };
 
 struct LinearWeight {
     const void* panels;  // as the format's kernel lays them out
     const float* bias;   // [out] or null
-    const float* scales; // of the quantised formats: [panels, in / block, columns]
+    const float* scales; // of the quantised formats, in panels too
     const float* table;  // [16], of FOUR_BIT
     int64_t in, out, format;
-    int64_t block;       // weights of a row that share a scale
+    int64_t block;       // of FOUR_BIT: weights of a row that share a scale
 };
 
 struct LinearJob {
@@ -126,4 +126,4 @@ void paged_attention_f32(const LayerCache* cache, const Run* runs, int64_t num_r
 // `linear` for jobs of one format
 using LinearKernel = void(const float* x, int64_t rows, int64_t in, const LinearJob* jobs, int64_t count,
                           const Span* prefetch, int64_t num_prefetch, int threads);
-LinearKernel linear_fp32, linear_bf16, linear_quantised;
+LinearKernel linear_fp32, linear_bf16, linear_int8, linear_four_bit;

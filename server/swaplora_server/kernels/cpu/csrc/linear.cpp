@@ -7,8 +7,8 @@ namespace {
 
 LinearKernel* kernel_of(const LinearJob& job) {
     switch (job.weight->format) {
-        case INT8:
-        case FOUR_BIT: return linear_quantised;
+        case INT8: return linear_int8;
+        case FOUR_BIT: return linear_four_bit;
         default: return linear_fp32;
     }
 }

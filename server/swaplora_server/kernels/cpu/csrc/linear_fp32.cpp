@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <omp.h>
 #include "abi.h"
+#include "prefetch.h"
 #include "vec.h"
 
 namespace {
@@ -34,28 +35,6 @@ void get_row(const uint32_t* panel, int64_t k, floats* w) {
 constexpr int64_t row_words(const float*) { return COLUMNS; }
 constexpr int64_t row_words(const uint32_t*) { return LANES; }
 constexpr int64_t row_words(bool is_bf16) { return is_bf16 ? LANES : COLUMNS; }
-
-constexpr int64_t LINE = 64;  // bytes
-
-int64_t lines_of(const Span& span) { return (span.bytes + LINE - 1) / LINE; }
-
-// A piece's share of the spans, prefetched line by line.
-struct Prefetch {
-    const Span* span;
-    int64_t line, left;  // of the span, and of all
-
-    // lines [from, to) of all
-    Prefetch(const Span* spans, int64_t from, int64_t to) : span(spans), line(from), left(to - from) {}
-
-    // The start of up to `*count` lines that follow one another, which is set to their number
-    const char* take(int64_t* count) {
-        while (left && line >= lines_of(*span)) line -= lines_of(*span++);
-        *count = left ? std::min({*count, left, lines_of(*span) - line}) : 0;
-        const char* start = *count ? static_cast<const char*>(span->start) + line * LINE : nullptr;
-        line += *count, left -= *count;
-        return start;
-    }
-};
 
 // sums[row] += x[row][0..depth) . panel[0..depth), R rows of COLUMNS outputs held in registers throughout
 template <int R, typename P>
