@@ -21,10 +21,10 @@ from swaplora_adapters.errors import (
     StorageFullError,
     UnsupportedAdapterError,
 )
+from swaplora_adapters.priority import come_after
 
 MEMORY_BYTES = 4 << 30  # beyond what Python and torch take by themselves
 CPU_SECONDS = 1800
-NICENESS = 10
 _TOLD = (InvalidAdapterError, UnsupportedAdapterError, AdapterTooLargeError, StorageFullError, StorageFailedError)
 _ERRORS: Mapping[str, type[AdapterError]] = {kind.code: kind for kind in _TOLD}
 
@@ -141,7 +141,7 @@ def bound_this_process(memory_bytes: int = MEMORY_BYTES, cpu_seconds: int = CPU_
 
     Past its processor time it is killed by SIGXCPU; an allocation past its memory fails.
     """
-    os.nice(NICENESS)
+    come_after(os.getppid())  # the server, and not the thread that started this, which may come after it already
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = int(used.ru_utime + used.ru_stime) + 1 + cpu_seconds
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

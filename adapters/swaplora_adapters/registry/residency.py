@@ -5,7 +5,6 @@ wait for it, another does the loads, one per digest however many wait for it, an
 its cores.
 """
 
-import os
 import sys
 import threading
 import time
@@ -19,10 +18,9 @@ from swaplora_adapters.errors import (
     InvalidAdapterError,
     MemoryFullError,
 )
+from swaplora_adapters.priority import lower_priority
 from swaplora_adapters.registry.memory_queue import Claim, MemoryQueue, Resident
 from swaplora_adapters.weights.served import AdapterWeights
-
-NICENESS = 10  # of the thread that loads: beside a busy engine it gets a tenth of a core
 
 
 def _show(error: BaseException) -> None:
@@ -50,7 +48,7 @@ class Residency:
         self._reasons: dict[str, str] = {}
         self._is_closed = False
         self._changed = threading.Condition()
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-load", initializer=_yield_to_steps)
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-load", initializer=lower_priority)
         self._dispatcher = threading.Thread(target=self._dispatch, name="adapter-admission", daemon=True)
         self._dispatcher.start()
 
@@ -275,13 +273,6 @@ class Residency:
             f"adapters in use or pinned left no room for {wanted} bytes of the {budget} that adapters have within "
             f"{self._queue.wait_seconds:g} seconds: try again later, or raise --adapter-memory-bytes"
         )
-
-
-def _yield_to_steps() -> None:
-    """Lower this thread's priority, where threads have one of their own."""
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS))
 
 
 def _defect(error: Exception) -> AdapterFailedError:

@@ -14,6 +14,7 @@ from swaplora_adapters.errors import (
     PreconditionFailedError,
 )
 from swaplora_adapters.files.naming import CONFIG_FILE, validate_name
+from swaplora_adapters.priority import lower_priority
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.folder import ReplacedMeanwhileError, fetch_from_folder, origin_of
 from swaplora_adapters.sources.uri import FolderUri
@@ -89,6 +90,7 @@ class FolderWatcher:
             self._thread.join(max(0.0, until - time.monotonic()))
 
     def _watch(self, interval: float) -> None:
+        lower_priority()
         while not self._is_stopping.wait(interval):
             try:
                 self.scan()

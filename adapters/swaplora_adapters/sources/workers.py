@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from swaplora_adapters.cancellation import Cancellation, WorkCancelledError
 from swaplora_adapters.errors import SourceFailedError
+from swaplora_adapters.priority import lower_priority
 from swaplora_adapters.sources.transfer import STOPPING
 
 T = TypeVar("T")
@@ -23,7 +24,8 @@ class _Job(NamedTuple):
 class Workers:
     """Does jobs, `num_threads` at once. Owners take turns; an owner's own are done in the order they come. Thread-safe.
 
-    The threads are daemons, which those of an executor are not: one that hears nothing from a host holds up no exit.
+    They run at low priority, since no step of the model waits for them. They are daemons, which those of an executor
+    are not: one that hears nothing from a host holds up no exit.
     """
 
     def __init__(self, num_threads: int, name: str) -> None:
@@ -94,6 +96,7 @@ class Workers:
             self._threads.append(thread)
 
     def _work(self) -> None:
+        lower_priority()
         while (job := self._next()) is not None:
             self._do(job)
 

@@ -51,10 +51,12 @@ class Offload:
     what nobody waits for holds up no exit.
     """
 
-    def __init__(self, num_threads: int, max_waiting: int, name: str) -> None:
+    def __init__(self, num_threads: int, max_waiting: int, name: str, begin: Callable[[], None] = lambda: None) -> None:
+        """Each thread calls `begin` before its job."""
         self._num_threads = num_threads
         self._max_waiting = max_waiting
         self._name = name
+        self._prepare = begin
         self._waiting: WorkQueue[Callable[[], None]] = WorkQueue()
         self._running: set[threading.Thread] = set()
 
@@ -97,6 +99,7 @@ class Offload:
 
         def run() -> None:
             try:
+                self._prepare()
                 end = partial(_answer, result, job())
             except Exception as error:  # noqa: BLE001 - the thread's boundary: it is raised where the job is awaited
                 end = partial(_fail, result, error)

@@ -11,6 +11,7 @@ from typing import Any
 import structlog
 
 from swaplora_adapters.errors import AdapterError
+from swaplora_adapters.priority import lower_priority
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.sources.watcher import put_folder
@@ -61,8 +62,8 @@ class Service:
         self.admissions = Admissions(settings.max_waiting + settings.max_num_seqs)
         # the loop's own threads are for what is short: lists, metrics, changes of names
         self.offload = Offload(settings.tokenizer_threads, settings.max_waiting, "tokenize")
-        self.inspections = Offload(NUM_INSPECTORS, MAX_INSPECTIONS, "inspect")
-        self.upload_threads = ThreadPoolExecutor(NUM_UPLOAD_THREADS, "upload")
+        self.inspections = Offload(NUM_INSPECTORS, MAX_INSPECTIONS, "inspect", begin=lower_priority)
+        self.upload_threads = ThreadPoolExecutor(NUM_UPLOAD_THREADS, "upload", initializer=lower_priority)
         self._is_ready = threading.Event()
         self._lock = threading.Lock()
         self._opened = ExitStack()  # what is to be ended and closed, from the last to the first
