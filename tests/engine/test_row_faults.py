@@ -14,13 +14,14 @@ from repository import KERNEL_CACHE
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine import request as requests
-from swaplora_server.engine import runner, sampling, scheduler
+from swaplora_server.engine import runner, scheduler
 from swaplora_server.engine.engine import Engine
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.lora.activation import Activation
 from swaplora_server.engine.request import AdapterUse, FinishReason, Request, SamplingParams, Sequence, TokenEvent
 from swaplora_server.engine.row_faults import run_bisecting
 from swaplora_server.engine.runner import Runner
+from swaplora_server.engine.sampling import masks, sampler
 from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows, Scheduler
 from swaplora_server.kernels.pick import pick_backend
 from swaplora_server.kernels.rows import Run
@@ -131,25 +132,26 @@ def is_culprit(request: Request) -> bool:
 
 
 def in_choosing(patch: pytest.MonkeyPatch, after: int) -> None:
-    choose = sampling.Sampler._choose  # noqa: SLF001 - where one row's token is chosen
+    """Where it is asked what one sequence allows next."""
+    allowed = masks.AllowedTokens.of
 
-    def failing(self: sampling.Sampler, logits: Tensor, greedy_id: int, sequence: Sequence) -> int:
+    def failing(self: masks.AllowedTokens, sequence: Sequence, vocab_size: int) -> Any:
         if is_culprit(sequence.request) and sequence.num_generated >= after:
             raise PlantedError
-        return choose(self, logits, greedy_id, sequence)
+        return allowed(self, sequence, vocab_size)
 
-    patch.setattr(sampling.Sampler, "_choose", failing)
+    patch.setattr(masks.AllowedTokens, "of", failing)
 
 
 def in_the_sampler(patch: pytest.MonkeyPatch, after: int) -> None:
-    sample = sampling.Sampler.sample
+    sample = sampler.Sampler.sample
 
-    def failing(self: sampling.Sampler, logits: Tensor, sequences: Any) -> list[Sampled]:
+    def failing(self: sampler.Sampler, logits: Tensor, sequences: Any) -> list[Sampled]:
         if any(is_culprit(sequence.request) and sequence.num_generated >= after for sequence in sequences):
             raise PlantedError
         return sample(self, logits, sequences)
 
-    patch.setattr(sampling.Sampler, "sample", failing)
+    patch.setattr(sampler.Sampler, "sample", failing)
 
 
 def in_attention(patch: pytest.MonkeyPatch, after: int) -> None:

@@ -12,7 +12,7 @@ from serving import BASE, Running, serving, settings
 from swaplora_server.base.base_model import vocab_size_of
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.engine.request import Request, SamplingParams, Sequence
-from swaplora_server.engine.sampling import Sampler
+from swaplora_server.engine.sampling.sampler import Sampler
 
 PROMPT = list(range(40, 60))
 LAST = tiny.VOCAB_SIZE - 1

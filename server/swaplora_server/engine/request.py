@@ -2,6 +2,7 @@
 
 import enum
 import itertools
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from swaplora_server.engine.block_keys import block_key, invoked_key, root_key
+from swaplora_server.engine.sampling.constraint import Constraint
 
 if TYPE_CHECKING:
     from swaplora_adapters.weights.served import AdapterWeights
@@ -32,7 +34,10 @@ _GREEDY_BELOW = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 do not filter."""
+    """How the next token is chosen. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 do not filter.
+
+    Penalties of 0, and a repetition_penalty of 1, change nothing.
+    """
 
     max_tokens: int
     temperature: float = 1.0
@@ -43,10 +48,20 @@ class SamplingParams:
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     num_logprobs: int | None = None  # None: none wanted; k: the chosen token's and the k likeliest
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token ids, and what is added to the logit of each
+    allowed_token_ids: frozenset[int] | None = None  # None: all of them
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature < _GREEDY_BELOW
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether tokens that were there before become less likely, or more."""
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
 
     def may_end_at(self, number: int) -> bool:
         """Whether its `number`th token may end a sequence, by itself or with a stop string: `min_tokens` go first."""
@@ -95,11 +110,17 @@ class Request:
     release: Callable[[], None] = lambda: None
     cache_salt: str | None = None  # only requests with the same salt share cached blocks
     invoked_at: int = 0  # the token of the prompt from which on its adapter applies; the base computes those before
+    new_constraint: Callable[[], Constraint] | None = None  # what each of its sequences must keep to
     num_unfinished: int = field(init=False)
     num_cached_tokens: int | None = field(default=None, init=False)  # of the prompt; None until it is looked up
 
     def __post_init__(self) -> None:
         self.num_unfinished = self.num_sequences
+
+    @cached_property
+    def draw_seed(self) -> int:
+        """What its random numbers follow from: 64 bits, drawn at random where it gives no seed."""
+        return secrets.randbits(64) if self.params.seed is None else self.params.seed
 
     def finish(self, event: TokenEvent) -> None:
         """Say how one of its sequences ended, and call `release` after the last. What these raise ends nothing else."""
@@ -166,6 +187,27 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return self.num_tokens - len(self.request.prompt_ids)
+
+    @property
+    def must_go_on(self) -> bool:
+        """Whether its next token must not be one that ends it."""
+        params = self.request.params
+        return bool(params.stop_token_ids) and not params.may_end_at(self.num_generated + 1)
+
+    @cached_property
+    def constraint(self) -> Constraint | None:
+        """What its tokens must keep to, of its own, made when it is first looked at."""
+        return self.request.new_constraint and self.request.new_constraint()
+
+    def generated_ids(self, start: int) -> list[int]:
+        """The tokens that it has generated, from the `start`th on."""
+        return self.token_ids[len(self.request.prompt_ids) + start :]
+
+    def append(self, token_id: int) -> None:
+        """Take its next token: the only way for one to get in."""
+        self.token_ids.append(token_id)
+        if self.constraint is not None:
+            self.constraint.append(token_id)
 
     @property
     def num_uncomputed(self) -> int:

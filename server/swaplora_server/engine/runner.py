@@ -10,7 +10,7 @@ from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.engine import attention
 from swaplora_server.engine.lora.activation import Activation
 from swaplora_server.engine.request import AdapterUse, Request
-from swaplora_server.engine.sampling import Sampler
+from swaplora_server.engine.sampling.sampler import Sampler
 from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows
 from swaplora_server.kernels.backend import PagedKV
 from swaplora_server.kernels.rows import Run, Segment, StepAdapters

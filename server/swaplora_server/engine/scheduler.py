@@ -291,7 +291,7 @@ class Scheduler:
             self.cache.disown(sequence)
             self._finish(sequence, failed)
             return
-        sequence.token_ids.append(sampled.token_id)
+        sequence.append(sampled.token_id)
         reason = sequence.finish_reason_after(sampled.token_id)
         event = TokenEvent(sequence.index, sampled.token_id, sampled.logprobs, reason)
         if reason is None:

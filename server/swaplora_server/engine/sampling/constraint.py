@@ -1,0 +1,30 @@
+"""What may come next of a sequence, as a set of token ids in bits. Imports no torch."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+WORD_BITS = 32
+TokenBits = NDArray[np.int32]  # ceil(vocab_size / 32) words; token t is bit t % 32 of word t // 32, as xgrammar has it
+
+
+class Constraint(Protocol):
+    """The state of what one sequence must keep to, such as a grammar. It is the sequence's own, and knows its tokens.
+
+    What it raises ends the request of its sequence, and that alone.
+    """
+
+    def allowed(self) -> TokenBits:
+        """The tokens that may come next."""
+
+    def append(self, token_id: int) -> None:
+        """Take note of the sequence's next token."""
+
+
+def token_bits(token_ids: Iterable[int], vocab_size: int) -> TokenBits:
+    """The set of these ids, all of them below `vocab_size`."""
+    is_in = np.zeros(-(-vocab_size // WORD_BITS) * WORD_BITS, np.uint8)
+    is_in[list(token_ids)] = 1
+    return np.packbits(is_in, bitorder="little").view("<i4").astype(np.int32)

@@ -1,0 +1,48 @@
+"""Log-probabilities of chosen and of likeliest tokens, of the model's own distribution."""
+
+from collections.abc import Sequence as Rows
+
+import torch
+from torch import Tensor
+
+from swaplora_server.engine.request import Logprobs
+from swaplora_server.engine.sampling.largest import largest
+from swaplora_server.engine.sampling.rows import Row
+
+_LEAST = -9999.0  # JSON has no infinity
+
+
+class PendingLogprobs:
+    """Those of the rows that ask for them. They may still be computed on a device until they are read."""
+
+    def __init__(self, logits: Tensor, token_ids: Tensor, rows: Rows[Row]) -> None:
+        """logits: [rows, vocab_size], as the model gave them. token_ids: [rows], what was chosen."""
+        self._asked = [(row.number, row.params.num_logprobs) for row in rows if row.params.num_logprobs is not None]
+        if self._asked:
+            numbers = torch.tensor([number for number, _ in self._asked], device=logits.device)
+            most = max(count for _, count in self._asked)
+            self._packed = _packed(logits[numbers], token_ids[numbers], min(most, logits.shape[-1]))
+
+    def read(self) -> dict[int, Logprobs]:
+        """By row, once they are computed; of equally likely tokens those come first that do in the vocabulary."""
+        if not self._asked:
+            return {}
+        return {
+            number: _logprobs(chosen, packed, count)
+            for (number, count), (chosen, *packed) in zip(self._asked, self._packed.tolist(), strict=True)
+        }
+
+
+def _packed(logits: Tensor, token_ids: Tensor, count: int) -> Tensor:
+    """Of each row the chosen token's, the `count` largest, and their tokens, as doubles: these hold both exactly."""
+    logprobs = logits.log_softmax(-1).clamp_(min=_LEAST)
+    chosen = logprobs.gather(1, token_ids.unsqueeze(-1))
+    if not count:
+        return chosen.double()
+    values, places = largest(logprobs, count)
+    return torch.cat((chosen.double(), values.double(), places.double()), dim=-1)
+
+
+def _logprobs(chosen: float, packed: Rows[float], count: int) -> Logprobs:
+    values, places = packed[: len(packed) // 2], packed[len(packed) // 2 :]
+    return Logprobs(chosen, tuple(zip(map(int, places[:count]), values[:count], strict=True)))

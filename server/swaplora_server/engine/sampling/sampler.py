@@ -1,0 +1,133 @@
+"""The next token of every sequence that samples in a step: all rows in one pass, on the device of the logits."""
+
+from collections import abc
+
+import torch
+from torch import Tensor
+
+from swaplora_server.engine.request import Logprobs, Sequence
+from swaplora_server.engine.sampling.bias import Biases
+from swaplora_server.engine.sampling.draw import draw
+from swaplora_server.engine.sampling.filters import Likeliest, keep_likeliest, keep_probable
+from swaplora_server.engine.sampling.groups import argmax, group_amax
+from swaplora_server.engine.sampling.logprobs import PendingLogprobs
+from swaplora_server.engine.sampling.masks import AllowedTokens, forbid_others
+from swaplora_server.engine.sampling.penalties import TokenCounts, penalise
+from swaplora_server.engine.sampling.rows import Kind, Row
+from swaplora_server.engine.scheduler import Sampled
+
+
+class NoTokenError(RuntimeError):
+    """Nothing that a request allows can come next."""
+
+    def __init__(self) -> None:
+        super().__init__("every token is forbidden: by a constraint, allowed_token_ids or min_tokens")
+
+
+class Sampler:
+    """Chooses tokens. What it keeps of sequences and requests is made of them again if it is lost."""
+
+    def __init__(self) -> None:
+        self._allowed = AllowedTokens()
+        self._biases = Biases()
+        self._counts = TokenCounts()
+        self._scratch = torch.empty(0, 0)
+
+    @torch.inference_mode()
+    def sample(self, logits: Tensor, sequences: abc.Sequence[Sequence]) -> list[Sampled]:
+        """logits: [num_sequences, vocab_size]. A row with a logit that is not a number yields no token."""
+        logits = logits.float()
+        rows, errors = self._look_at(sequences, logits.shape[-1])
+        best, token_ids = argmax(logits)
+        is_finite = has_token = best.isfinite()
+        if asking := sorted((row for row in rows if row.is_shaped or row.kind), key=lambda row: row.kind):
+            numbers = _numbers([row.number for row in asking], logits)
+            chosen, is_chosen = self._choose(self._gathered(logits, numbers), asking)
+            token_ids[numbers] = chosen
+            has_token = is_finite.index_put((numbers,), is_chosen)
+        logprobs = PendingLogprobs(logits, token_ids, rows)
+        found = torch.stack((token_ids, is_finite.long(), has_token.long()), dim=-1).tolist()
+        told = logprobs.read()
+        return [_sampled(found[row], errors.get(row), told.get(row)) for row in range(len(sequences))]
+
+    def _look_at(self, sequences: abc.Sequence[Sequence], vocab_size: int) -> tuple[list[Row], dict[int, Exception]]:
+        """What the rows ask for, and by number the errors of those whose constraints raise."""
+        rows: list[Row] = []
+        errors: dict[int, Exception] = {}
+        for number, sequence in enumerate(sequences):
+            try:
+                rows.append(Row(number, sequence, self._allowed.of(sequence, vocab_size)))
+            except Exception as error:  # noqa: BLE001 - one row's boundary: its neighbours' tokens are what they were
+                errors[number] = error
+        return rows, errors
+
+    def _gathered(self, logits: Tensor, numbers: Tensor) -> Tensor:
+        """A copy of these rows, to be written over, in memory that is kept: the system takes long to give so much."""
+        if len(self._scratch) < len(logits) or self._scratch.shape[-1] != logits.shape[-1]:
+            self._scratch = torch.empty_like(logits)
+        return torch.index_select(logits, 0, numbers, out=self._scratch[: len(numbers)])
+
+    def _choose(self, x: Tensor, rows: abc.Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """A token for each row of logits x, which is written over, and whether there was one to choose."""
+        self._shape(x, rows)
+        has_token = group_amax(x, x.shape[-1]).squeeze(-1).isfinite()
+        num_greedy = sum(row.kind is Kind.GREEDY for row in rows)
+        greedy, drawn = x[:num_greedy], rows[num_greedy:]
+        if not drawn:
+            return argmax(greedy)[1], has_token
+        return torch.cat((argmax(greedy)[1], _drawn(x[num_greedy:], drawn))), has_token
+
+    def _shape(self, x: Tensor, rows: abc.Sequence[Row]) -> None:
+        """Bias, then what is forbidden, then penalties, as vLLM has it."""
+        self._biases.add_to(x, [row.sequence for row in rows])
+        if constrained := [(number, row.allowed) for number, row in enumerate(rows) if row.allowed is not None]:
+            numbers, allowed = zip(*constrained, strict=True)
+            forbid_others(x, _numbers(numbers, x), allowed)
+        if penalised := [number for number, row in enumerate(rows) if row.params.is_penalised]:
+            sequences = [rows[number].sequence for number in penalised]
+            penalise(x, _numbers(penalised, x), sequences, self._counts)
+
+
+def _drawn(x: Tensor, rows: abc.Sequence[Row]) -> Tensor:
+    """A token for each row of logits x, which is written over, by temperature, top_k, top_p and min_p."""
+    if any(row.params.temperature != 1.0 for row in rows):
+        x -= x.amax(-1, keepdim=True)
+        x /= _column([row.params.temperature for row in rows], x, x.dtype)
+    probs = torch.softmax(x, -1, out=x)
+    _filter(probs, rows)
+    return draw(probs, [row.draw_key for row in rows])
+
+
+def _filter(probs: Tensor, rows: abc.Sequence[Row]) -> None:
+    kinds = [row.kind for row in rows]
+    first, last = kinds.count(Kind.LIKELIEST), len(kinds) - kinds.count(Kind.DRAWN)
+    both = first + kinds.count(Kind.LIKELIEST_AND_PROBABLE)
+    if both:
+        keep_likeliest(probs[:both], _likeliest(rows[:both], probs))
+    if first < last:
+        min_p = [row.params.min_p for row in rows[first:last]]
+        keep_probable(probs[first:last], _column(min_p, probs, probs.dtype))
+
+
+def _likeliest(rows: abc.Sequence[Row], like: Tensor) -> Likeliest:
+    vocab_size = like.shape[-1]
+    top_k = [min(row.params.top_k or vocab_size, vocab_size) for row in rows]
+    top_p = [row.params.top_p for row in rows]
+    return Likeliest(_column(top_k, like, torch.int64), _column(top_p, like, torch.float64), max(top_k))
+
+
+def _sampled(found: list[int], error: Exception | None, logprobs: Logprobs | None) -> Sampled:
+    token_id, is_finite, has_token = found
+    if not is_finite:
+        return Sampled(None)
+    if error is None and not has_token:
+        error = NoTokenError()
+    return Sampled(token_id, logprobs) if error is None else Sampled(None, error=error)
+
+
+def _numbers(values: abc.Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64).to(like.device, non_blocking=True)
+
+
+def _column(values: abc.Sequence[float], like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, dtype=dtype).unsqueeze(-1).to(like.device, non_blocking=True)
