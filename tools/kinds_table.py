@@ -27,7 +27,7 @@ from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
-from swaplora_server.engine.scheduler import Batch, ScheduledRows
+from swaplora_server.engine.scheduler import Batch, rows_of
 from swaplora_server.kernels.backend import Backend
 from swaplora_server.kernels.pick import pick_backend
 from swaplora_server.service.adapter_mix import invoked_at
@@ -146,7 +146,7 @@ class Bench:
         for request in requests:
             sequence = Sequence(_request(request), 0)
             pool.grow(sequence.block_table, sequence.num_tokens)
-            rows.append(ScheduledRows(sequence, 0, sequence.num_tokens))
+            rows.append(rows_of(sequence, 0, sequence.num_tokens))
         return list(self.base.runner(1024, 16).logits(Batch(tuple(rows))).float().log_softmax(-1).cpu())
 
 

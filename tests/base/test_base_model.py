@@ -18,12 +18,11 @@ from swaplora_server.base.base_model import BaseModel, load_base, pick_dtype
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.engine import attention
 from swaplora_server.engine.request import Request, SamplingParams, Sequence
-from swaplora_server.engine.scheduler import Batch, ScheduledRows
-from swaplora_server.kernels.backend import Backend
+from swaplora_server.engine.scheduler import Batch, rows_of
+from swaplora_server.kernels.backend import Backend, LayerAttention
 from swaplora_server.kernels.cpu import decoder as cpu_decoder
 from swaplora_server.kernels.cpu.decoder import CpuDecoder
 from swaplora_server.kernels.pick import pick_backend, torch_backend
-from swaplora_server.kernels.rows import LayerAttention
 from swaplora_server.kernels.torch.attention import PrefillRun
 
 CPU = torch.device("cpu")
@@ -61,7 +60,7 @@ def test_no_forward_looks_whether_its_sequences_are_packed(
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", looks.append)
     sequence = Sequence(Request("r", (1, 2, 3), SamplingParams(max_tokens=1), emit=lambda _event: None), 0)
     sequence.block_table = [1]
-    base.runner(1, 4).logits(Batch((ScheduledRows(sequence, 0, 3),)))
+    base.runner(1, 4).logits(Batch((rows_of(sequence, 0, 3),)))
     assert not looks
 
 

@@ -1,7 +1,6 @@
 """LoRA on bases of 8 and 4 bits: what PEFT gives on the same quantised base, in memory that really is smaller."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,9 @@ from swaplora_server.base.layers import weight_of
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.base.quantisation import Quantization, loading_arguments, multiply_dequantised
 from swaplora_server.engine.lora.modules import LoraLinear
-from swaplora_server.kernels.backend import Backend
+from swaplora_server.kernels.backend import Backend, RunningStep
+from swaplora_server.kernels.cpu import abi
+from swaplora_server.kernels.cpu.backend import CpuBackend
 from swaplora_server.kernels.cpu.decoder import CpuDecoder
 from swaplora_server.kernels.cpu.linear import CpuLinear
 from swaplora_server.kernels.cpu.quantised_linear import QuantisedLinear
@@ -33,7 +34,16 @@ from swaplora_server.kernels.pick import pick_backend, torch_backend
 CPU = torch.device("cpu")
 CACHE = KERNEL_CACHE
 CPU_BACKEND = pick_backend(CPU, torch.float32, CACHE, lambda _message: None)
-LAYER_BY_LAYER = replace(CPU_BACKEND, wrap=lambda _model, _running: None)
+
+
+class LayerByLayer(CpuBackend):
+    """The same without the one native call."""
+
+    def wrap(self, _model: PreTrainedModel, _running: Callable[[], RunningStep]) -> None:
+        return None
+
+
+LAYER_BY_LAYER = LayerByLayer(abi.load_library(CACHE, lambda _message: None), torch.float32)
 # of a log-probability: what is 8 bits wide is multiplied with activations of 16 bits, the rest in float32
 TOLERANCES = {"int8": 10 * TOLERANCE, "nf4": TOLERANCE}
 SHAPE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -20,7 +20,7 @@ from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, M
 from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
-from swaplora_server.engine.scheduler import Batch, ScheduledRows
+from swaplora_server.engine.scheduler import Batch, rows_of
 from swaplora_server.kernels.pick import pick_backend, torch_backend
 
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def answers(base: BaseModel, adapters: list[AdapterWeights | None]) -> list[Tens
         request = Request("r", tuple(range(3, 40)), SamplingParams(max_tokens=1), lambda _event: None, adapters=uses)
         sequence = Sequence(request, 0)
         pool.grow(sequence.block_table, sequence.num_tokens)
-        rows.append(ScheduledRows(sequence, 0, sequence.num_tokens))
+        rows.append(rows_of(sequence, 0, sequence.num_tokens))
     return list(base.runner(64, 16).logits(Batch(tuple(rows))))
 
 

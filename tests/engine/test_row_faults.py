@@ -14,17 +14,19 @@ from repository import KERNEL_CACHE
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine import request as requests
-from swaplora_server.engine import runner, scheduler
+from swaplora_server.engine import scheduler, step
 from swaplora_server.engine.engine import Engine
 from swaplora_server.engine.kv_cache import BlockPool
-from swaplora_server.engine.lora.activation import Activation
 from swaplora_server.engine.request import AdapterUse, FinishReason, Request, SamplingParams, Sequence, TokenEvent
 from swaplora_server.engine.row_faults import run_bisecting
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.sampling import masks, sampler
-from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows, Scheduler
+from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows, Scheduler, rows_of
+from swaplora_server.engine.step import Planner
+from swaplora_server.kernels.cpu.backend import CpuBackend
+from swaplora_server.kernels.cpu.lora import CpuLora
 from swaplora_server.kernels.pick import pick_backend
-from swaplora_server.kernels.rows import Run
+from swaplora_server.kernels.step import Segments, StepPlan
 
 CPU = torch.device("cpu")
 CACHE = KERNEL_CACHE
@@ -154,65 +156,52 @@ def in_the_sampler(patch: pytest.MonkeyPatch, after: int) -> None:
     patch.setattr(sampler.Sampler, "sample", failing)
 
 
-def in_attention(patch: pytest.MonkeyPatch, after: int) -> None:
-    """Where a step's block tables are laid out."""
+def in_the_plan(patch: pytest.MonkeyPatch, after: int) -> None:
+    """Where a step's blocks are laid out: the culprit has lost one."""
     prompt = 8 + 9 * CULPRIT
-    lay_out = runner._lay_out  # noqa: SLF001
+    plan = Planner.plan
 
-    def marked(rows: Any) -> Any:
-        for layout in lay_out(rows):
-            wanted = is_culprit(layout.request) and layout.rows.stop >= prompt + after
-            yield replace(layout, rows=_Broken(*layout.rows)) if wanted else layout
+    def broken(rows: ScheduledRows) -> bool:
+        return is_culprit(rows.sequence.request) and rows.stop >= prompt + after
 
-    class _Broken(ScheduledRows):
-        """Rows whose sequence has a block that is not there."""
+    def failing(self: Planner, scheduled: Any) -> StepPlan:
+        for rows in filter(broken, scheduled):
+            lost = rows.sequence.block_table.pop()
+            try:
+                return plan(self, scheduled)
+            finally:
+                rows.sequence.block_table.append(lost)
+        return plan(self, scheduled)
 
-    run = runner._Layout.run.fget  # type: ignore[attr-defined]  # noqa: SLF001
-
-    def broken_run(self: Any) -> Run:
-        found: Run = run(self)
-        if isinstance(self.rows, _Broken):
-            raise PlantedError
-        return found
-
-    patch.setattr(runner, "_lay_out", marked)
-    patch.setattr(runner._Layout, "run", property(broken_run))  # noqa: SLF001
+    patch.setattr(Planner, "plan", failing)
 
 
 def in_the_lora_kernel(patch: pytest.MonkeyPatch, after: int) -> None:
-    """Where a layer is about to use the culprit's factors, in the middle of a forward that has written keys already."""
-    culprits = f"sha256:{CULPRIT}"
-    plan = Activation.plan
+    """Where the head is about to use the culprit's factors, at the end of a forward that has written keys already."""
+    lora = CpuBackend.lora
+    uses = iter(range(1_000_000))
 
-    class _Steps:
-        count = 0
+    class _Exploding(CpuLora):
+        def add(self, x: Tensor, outputs: Any) -> None:
+            if next(uses) >= after:
+                raise PlantedError
+            super().add(x, outputs)
 
-    def failing(self: Any, tokens: Any, head: Any, logits_to_keep: Any) -> Any:
-        _Steps.count += any(segment.weights.digest == culprits for segment in tokens)
-        planned = plan(self, tokens, head, logits_to_keep)
-        if any(segment.weights.digest == culprits for segment in tokens) and _Steps.count > after:
-            return _Exploding(planned)
-        return planned
+    def failing(self: CpuBackend, segments: Segments) -> CpuLora:
+        if any(weights.digest == f"sha256:{CULPRIT}" for weights in segments.adapters):
+            return _Exploding(self.library, segments)
+        return lora(self, segments)
 
-    class _Exploding:
-        """A step's adapters that raise when a layer asks for them."""
-
-        def __init__(self, planned: Any) -> None:
-            self.logits_to_keep = planned.logits_to_keep
-
-        def __getattr__(self, name: str) -> Any:
-            raise PlantedError(name)
-
-    patch.setattr(Activation, "plan", failing)
+    patch.setattr(CpuBackend, "lora", failing)
 
 
 def in_the_digest_check(patch: pytest.MonkeyPatch, after: int) -> None:
-    check = runner.checked_weights
+    check = step.checked_weights
 
     def failing(use: AdapterUse) -> AdapterWeights:
         return check(replace(use, digest="sha256:other") if use.digest == f"sha256:{CULPRIT}" else use)
 
-    patch.setattr(runner, "checked_weights", failing)
+    patch.setattr(step, "checked_weights", failing)
 
 
 def in_the_prefix_cache(patch: pytest.MonkeyPatch, after: int) -> None:
@@ -240,7 +229,7 @@ def in_what_ends_it(patch: pytest.MonkeyPatch, after: int) -> None:
 FAULTS: list[Callable[[pytest.MonkeyPatch, int], None]] = [
     in_choosing,
     in_the_sampler,
-    in_attention,
+    in_the_plan,
     in_the_lora_kernel,
     in_the_digest_check,
     in_the_prefix_cache,
@@ -356,7 +345,7 @@ def test_a_step_is_run_without_those_that_make_it_fail(culprits: set[int]) -> No
     """And in few runs: each culprit costs at most two a halving."""
     made = [Request(str(n), (n,), SamplingParams(1), lambda _event: None, num_sequences=2) for n in range(8)]
     sequences = [Sequence(request, index) for index in range(2) for request in made]
-    batch = Batch(tuple(ScheduledRows(sequence, 0, 1) for sequence in sequences))
+    batch = Batch(tuple(rows_of(sequence, 0, 1) for sequence in sequences))
     calls: list[Batch] = []
 
     def run(part: Batch) -> list[Sampled]:

@@ -1,29 +1,35 @@
 """The definition that every other form is tested against."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from swaplora_server.kernels.backend import LoraOp
-from swaplora_server.kernels.torch.lora import Prepared
+from swaplora_server.kernels.step import Segments
 
 
-def _add(y: Tensor, x: Tensor, prepared: Prepared, number: int) -> None:
+@dataclass(frozen=True)
+class ReferenceLora:
     """y[start:stop] = (y[start:stop] + scale · (x[start:stop] Aᵀ) Bᵀ) · column_scale + scale · shift.
 
     Computed in float32 and rounded once.
-
-    y: [num_rows, out_features], written in place. x: [num_rows, in_features].
     """
-    for segment in prepared.segments:
-        module = segment.weights.modules.get(prepared.paths[number])
-        if module is not None:
-            rows = slice(segment.start, segment.stop)
-            delta = (x[rows].float() @ module.lora_A.float().T) @ module.lora_B.float().T
-            result = y[rows].float() + segment.scale * delta
-            if module.column_scale is not None:
-                result = result * module.column_scale
-            if module.shift is not None:
-                result = result + segment.scale * module.shift
-            y[rows] = result.to(y.dtype)
 
+    segments: Segments
+    paths: Sequence[str]
 
-OP = LoraOp(prepare=Prepared, add=_add)
+    def add(self, x: Tensor, outputs: Sequence[tuple[Tensor, int]]) -> None:
+        """See `LoraStep`."""
+        for y, number in outputs:
+            for segment in self.segments:
+                module = segment.weights.modules.get(self.paths[number])
+                if module is None:
+                    continue
+                rows = slice(segment.start, segment.stop)
+                delta = (x[rows].float() @ module.lora_A.float().T) @ module.lora_B.float().T
+                result = y[rows].float() + segment.scale * delta
+                if module.column_scale is not None:
+                    result = result * module.column_scale
+                if module.shift is not None:
+                    result = result + segment.scale * module.shift
+                y[rows] = result.to(y.dtype)

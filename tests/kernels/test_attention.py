@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from repository import KERNEL_CACHE
-from swaplora_server.engine.attention import use
-from swaplora_server.kernels.backend import PagedKV
+from swaplora_server.kernels.backend import LayerAttention, PagedKV
 from swaplora_server.kernels.cpu import abi
 from swaplora_server.kernels.cpu.attention import CpuKV
-from swaplora_server.kernels.rows import LayerAttention, Run
+from swaplora_server.kernels.step import Runs
 from swaplora_server.kernels.torch.attention import TorchKV
 
 CPU = torch.device("cpu")
@@ -70,16 +69,14 @@ class Sequences:
 
     def run(self, kv: PagedKV, layer: LayerAttention, chunks: list[tuple[int, int, int]]) -> list[Tensor]:
         """One step of (sequence, first, stop), in that order; the output of each."""
-        runs, start = [], 0
-        for number, first, stop in chunks:
-            runs.append(Run(start, start + stop - first, first, self.blocks[number]))
-            start += stop - first
+        numbers, firsts, lengths = zip(*chunks, strict=True)
+        runs = Runs(firsts, lengths, [self.blocks[number] for number in numbers], kv.block_size)
         query, keys, values = (
             torch.cat([rows[number][first:stop] for number, first, stop in chunks])
             for rows in (self.query, self.keys, self.values)
         )
         out = kv.step(runs).attend(layer, query, keys, values)
-        return list(torch.split(out, [run.num_rows for run in runs]))
+        return list(torch.split(out, (runs.stops - runs.starts).tolist()))
 
     def expected(self, number: int, first: int, stop: int, layer: LayerAttention) -> Tensor:
         query, keys, values = self.query[number], self.keys[number], self.values[number]
@@ -161,9 +158,27 @@ def test_bytes_are_counted_by_token(form: str) -> None:
     assert kv.bytes_per_token == 2 * 2 * 8 * 4
 
 
-def test_steps_do_not_nest() -> None:
-    step = TorchKV(1, 1, CPU).step([Run(0, 1, 0, [1])])
-    with use(step), pytest.raises(RuntimeError, match="already"), use(step):
-        pass
-    with use(step):
-        pass
+def test_a_row_without_a_slot_writes_nothing() -> None:
+    """As those do that fill a step up."""
+    layer, sequences = make_layer("plain", 4, 16), Sequences([9], (4, 2, 16), 4, torch.float32)
+    kv = make_kv("torch", sequences.num_blocks, 4)
+    sequences.run(kv, layer, [(0, 0, 8)])
+    query, key, value = (torch.randn(2, heads, 16) for heads in (4, 2, 2))
+    stray = Runs([2, 5], [3, 6], [sequences.blocks[0]] * 2, 4)
+    stray.slots[:] = -1
+    kv.step(stray).attend(layer, query, key, value)
+    (out,) = sequences.run(kv, layer, [(0, 8, 9)])
+    torch.testing.assert_close(out, sequences.expected(0, 8, 9, layer), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="every row"):
+        make_kv("cpu", sequences.num_blocks, 4).step(stray)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_comes_after_a_rows_last_block_is_nobodys(form: str) -> None:
+    """A table may hold more blocks than its tokens need, as before a prompt's next chunk."""
+    layer, sequences = make_layer("plain", 4, 16), Sequences([6, 9], (4, 2, 16), 4, torch.float32)
+    sequences.blocks[0].append(sequences.num_blocks)
+    kv = make_kv(form, sequences.num_blocks, 4)
+    for out, number in zip(sequences.run(kv, layer, [(0, 0, 6), (1, 0, 9)]), (0, 1), strict=True):
+        length = sequences.lengths[number]
+        assert (out - sequences.expected(number, 0, length, layer)).abs().max() <= 1e-5

@@ -72,7 +72,7 @@ def test_threads_do_not_change_the_result() -> None:
 def test_onednns_layout_computes_the_same() -> None:
     linear = nn.Linear(48, 32)
     x = torch.randn(1, 5, 48)
-    torch.testing.assert_close(onednn_linear.pack(linear, HugePages())(x), linear(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(onednn_linear.pack(linear)(x), linear(x), atol=1e-5, rtol=1e-5)
 
 
 def test_tensors_in_huge_pages_share_no_byte_and_outlive_their_giver() -> None:

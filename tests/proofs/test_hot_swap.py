@@ -10,7 +10,7 @@ import tiny
 from oracle import Oracle
 from serving import BASE, Running, Streamed, stream_chat
 from swaplora_server.engine.request import AdapterUse
-from swaplora_server.engine.runner import AdapterMismatchError, checked_weights
+from swaplora_server.engine.step import AdapterMismatchError, checked_weights
 
 TOLERANCE = 1e-4
 PROMPT: list[int] = tiny.byte_tokenizer().encode("<user>hello\n<assistant>", add_special_tokens=False)

@@ -13,7 +13,7 @@ from swaplora_server.base.base_model import BaseModel
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
 from swaplora_server.engine.runner import Runner
-from swaplora_server.engine.scheduler import Batch, ScheduledRows
+from swaplora_server.engine.scheduler import Batch, ScheduledRows, rows_of
 
 CACHE = KERNEL_CACHE
 NUM_DECODED = 3
@@ -79,7 +79,7 @@ class MixedBatch:
         stop = min(start + chunk(start), prompt) if start < prompt else start + 1
         sequence.token_ids = text[: max(prompt, stop)]
         pool.grow(sequence.block_table, stop)
-        return ScheduledRows(sequence, start, stop)
+        return rows_of(sequence, start, stop)
 
 
 def random_adapter(base: BaseModel, rank: int, seed: int) -> AdapterWeights:

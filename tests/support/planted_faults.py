@@ -14,10 +14,9 @@ from swaplora_adapters.registry.memory_queue import Claim
 from swaplora_adapters.registry.residency import Residency
 from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.served import AdapterWeights
-from swaplora_server.engine import runner
-from swaplora_server.engine.lora.activation import Activation
-from swaplora_server.engine.request import AdapterUse
-from swaplora_server.kernels.rows import Segment, StepAdapters
+from swaplora_server.engine import step
+from swaplora_server.engine.request import AdapterUse, Request
+from swaplora_server.kernels.step import Segments
 from swaplora_server.service.adapter_mix import AdapterMix
 
 NUM_SLOTS = 3
@@ -38,7 +37,7 @@ def keyed_by_name(patch: pytest.MonkeyPatch) -> None:
 def keyed_by_name_unchecked(patch: pytest.MonkeyPatch) -> None:
     """The same, and the engine does not compare digests: nothing but the answer's tokens can tell."""
     keyed_by_name(patch)
-    patch.setattr(runner, "checked_weights", lambda use: use.weights)
+    patch.setattr(step, "checked_weights", lambda use: use.weights)
 
 
 def freed_in_use(patch: pytest.MonkeyPatch) -> None:
@@ -65,14 +64,12 @@ def freed_in_use(patch: pytest.MonkeyPatch) -> None:
 
 def neighbours_weights(patch: pytest.MonkeyPatch) -> None:
     """Each run of rows in a step gets the adapter of the run behind it, and the last that of the first."""
-    plan = Activation.plan
+    segments = step._segments  # noqa: SLF001
 
-    def shifted(
-        self: Activation, tokens: Sequence[Segment], head: Sequence[Segment], logits_to_keep: Sequence[int]
-    ) -> StepAdapters:
-        return plan(self, _rotated(tokens), _rotated(head), logits_to_keep)
+    def shifted(requests: Sequence[Request], spans: Sequence[tuple[int, int]]) -> Segments:
+        return _rotated(segments(requests, spans))
 
-    patch.setattr(Activation, "plan", shifted)
+    patch.setattr(step, "_segments", shifted)
 
 
 FAULTS: Mapping[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -92,6 +89,6 @@ def _overwritten(slot: AdapterWeights, weights: AdapterWeights) -> AdapterWeight
     return replace(slot, digest=weights.digest)
 
 
-def _rotated(segments: Sequence[Segment]) -> list[Segment]:
-    behind = [*segments[1:], *segments[:1]]
-    return [replace(segment, weights=other.weights) for segment, other in zip(segments, behind, strict=True)]
+def _rotated(segments: Segments) -> Segments:
+    behind = [*segments.adapters[1:], *segments.adapters[:1]]
+    return Segments([segment._replace(weights=other) for segment, other in zip(segments, behind, strict=True)])

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,8 +13,9 @@ from gpu_checks.report import Report
 from gpu_checks.steps import CASES, CONTEXT, DRY_CASES, Floors
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.base.base_model import BaseModel
-from swaplora_server.engine import attention
-from swaplora_server.kernels.rows import Run, Segment
+from swaplora_server.engine.step import use
+from swaplora_server.kernels.backend import RunningStep, StepRows
+from swaplora_server.kernels.step import Runs, Segment, Segments, StepPlan, Wants
 
 BLOCK = 16
 
@@ -59,19 +61,22 @@ def _replay_seconds(card: Card, forward: Callable[[], Tensor]) -> float:
 def _decoding(base: BaseModel, num_rows: int, adapters: list[AdapterWeights]) -> Iterator[Callable[[], Tensor]]:
     """A forward of `num_rows` decoding rows over tensors that stay where they are; what the cache holds is nobody's."""
     num_blocks = -(-CONTEXT // BLOCK)
-    runs = [
-        Run(row, row + 1, CONTEXT - 1, range(1 + row * num_blocks, 1 + (row + 1) * num_blocks))
-        for row in range(num_rows)
-    ]
+    tables = [range(1 + row * num_blocks, 1 + (row + 1) * num_blocks) for row in range(num_rows)]
+    runs = Runs([CONTEXT - 1] * num_rows, [CONTEXT] * num_rows, tables, BLOCK)
     # rows of one adapter lie side by side, as the scheduler has them
-    segments = [
-        Segment(weights, 1.0, number * num_rows // len(adapters), (number + 1) * num_rows // len(adapters))
-        for number, weights in enumerate(adapters)
-    ]
+    segments = Segments(
+        [
+            Segment(weights, 1.0, number * num_rows // len(adapters), (number + 1) * num_rows // len(adapters))
+            for number, weights in enumerate(adapters)
+        ]
+    )
     ids, rows = (torch.arange(num_rows, device=base.device) for _ in range(2))
     positions = torch.full((1, num_rows), CONTEXT - 1, device=base.device)
     kv = base.backend.paged_kv(num_rows * num_blocks, BLOCK)
-    plan = base.activation.plan(segments, (), range(num_rows))
+    numbers = np.arange(num_rows)
+    plan = StepPlan(numbers, runs, np.full(num_rows, Wants.SAMPLE), numbers, segments, Segments())
+    lora = base.backend.lora(segments) if adapters else None
+    step = RunningStep(plan, StepRows(segments, lora), StepRows(plan.head, None), kv.step(runs))
 
     def forward() -> Tensor:
         logits: Tensor = base.model(
@@ -79,5 +84,5 @@ def _decoding(base: BaseModel, num_rows: int, adapters: list[AdapterWeights]) ->
         ).logits
         return logits
 
-    with torch.inference_mode(), base.activation.use(plan), attention.use(kv.step(runs)):
+    with torch.inference_mode(), use(step):
         yield forward

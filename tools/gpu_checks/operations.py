@@ -10,8 +10,8 @@ from torch import Tensor
 from gpu_checks.card import Card
 from gpu_checks.report import Report
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
-from swaplora_server.kernels.backend import PagedKV
-from swaplora_server.kernels.rows import LayerAttention, Run, Segment
+from swaplora_server.kernels.backend import LayerAttention, PagedKV
+from swaplora_server.kernels.step import Runs, Segment, Segments
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # ‖out - exact‖ / ‖exact‖, where the operands were of that dtype to begin with
@@ -54,8 +54,7 @@ def _lora_error(
     x = torch.randn(num_rows, num_in, device=card.device).to(dtype)
     y = torch.randn(num_rows, num_out, device=card.device).to(dtype)
     out, exact = y.clone(), y.double()
-    op = card.backend(dtype).lora
-    op.add(out, x, op.prepare(segments, PATHS), 1)
+    card.backend(dtype).lora(Segments(segments)).add(x, [(out, 1)])
     for segment in segments:
         module, rows = segment.weights.modules["here"], slice(segment.start, segment.stop)
         exact[rows] += segment.scale * (x[rows].double() @ module.lora_A.double().t() @ module.lora_B.double().t())
@@ -127,15 +126,14 @@ def _attention_error(card: Card, heads: Heads, kind: str, lengths: tuple[int, ..
     blocks = [[free.pop() for _ in range(-(-length // BLOCK))] for length in lengths]
     worst = 0.0
     for chunks in _steps(lengths):
-        runs, start = [], 0
-        for number, first, stop in chunks:
-            runs.append(Run(start, start + stop - first, first, blocks[number]))
-            start += stop - first
+        numbers, firsts, stops = zip(*chunks, strict=True)
+        runs = Runs(firsts, stops, [blocks[number] for number in numbers], BLOCK)
         given = [torch.cat([rows[number][part][first:stop] for number, first, stop in chunks]) for part in range(3)]
         out = kv.step(runs).attend(layer, *given)
-        for run, (number, first, stop) in zip(runs, chunks, strict=True):
+        own = torch.split(out, (runs.stops - runs.starts).tolist())
+        for rows_out, (number, first, stop) in zip(own, chunks, strict=True):
             exact = _attend_exactly(rows[number], first, stop, layer)
-            error = _error(out[run.start : run.stop], exact)
+            error = _error(rows_out, exact)
             worst = error if not error <= worst else worst
     return worst
 
@@ -151,7 +149,7 @@ def _rows(card: Card, heads: Heads, length: int, dtype: torch.dtype) -> tuple[Te
 def _poison(kv: PagedKV, num_blocks: int, like: tuple[Tensor, Tensor, Tensor]) -> None:
     """Have every block but the first hold NaN, as those that some other sequence has left."""
     nan = [rows.new_full((num_blocks * BLOCK, *rows.shape[1:]), float("nan")) for rows in like]
-    kv.step([Run(0, num_blocks * BLOCK, 0, range(1, num_blocks + 1))]).attend(LayerAttention(0, 1.0), *nan)
+    kv.step(Runs([0], [num_blocks * BLOCK], [range(1, num_blocks + 1)], BLOCK)).attend(LayerAttention(0, 1.0), *nan)
 
 
 def _steps(lengths: tuple[int, ...]) -> list[list[tuple[int, int, int]]]:

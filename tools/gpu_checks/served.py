@@ -33,7 +33,7 @@ from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.config import Settings
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
-from swaplora_server.engine.scheduler import Batch, ScheduledRows
+from swaplora_server.engine.scheduler import Batch, rows_of
 from swaplora_server.service.service import Service
 
 NOISE = 3.0  # how far bf16 may be from fp32, in what PEFT's own bf16 is
@@ -114,7 +114,7 @@ def _logprobs(base: BaseModel, tokens: list[int], adapters: list[AdapterWeights 
         request = Request("check", tuple(tokens), SamplingParams(max_tokens=1), lambda _event: None, adapters=uses)
         sequence = Sequence(request, 0)
         pool.grow(sequence.block_table, sequence.num_tokens)
-        rows.append(ScheduledRows(sequence, 0, sequence.num_tokens))
+        rows.append(rows_of(sequence, 0, sequence.num_tokens))
     return list(base.runner(256, 16).logits(Batch(tuple(rows))).float().log_softmax(-1).cpu())
 
 

@@ -11,7 +11,6 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from swaplora_adapters.fit.base import BaseLayers
-from swaplora_adapters.weights.memory import HugePages
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.base.batch_invariant import make_batch_invariant
 from swaplora_server.base.compact_embedding import compact_embedding
@@ -22,11 +21,11 @@ from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.config import EMBEDDED, Settings
 from swaplora_server.embedded import ensure_embedded_base
 from swaplora_server.engine import attention
-from swaplora_server.engine.lora.activation import Activation
 from swaplora_server.engine.lora.attach import attach
 from swaplora_server.engine.lora.modules import LoraEmbedding
 from swaplora_server.engine.runner import Runner
-from swaplora_server.kernels.backend import Backend, RunningStep
+from swaplora_server.engine.step import running
+from swaplora_server.kernels.backend import Backend
 from swaplora_server.kernels.pick import pick_backend
 
 _log = structlog.get_logger(__name__)
@@ -37,8 +36,8 @@ class BaseModel:
     """A base that is ready to serve, and what is known of it. `layers` are those that adapters may change."""
 
     model: PreTrainedModel
-    activation: Activation
     backend: Backend
+    paths: tuple[str, ...]  # of all wrapped modules, by number
     tokenizer: PreTrainedTokenizerFast
     vocabulary: Vocabulary
     layers: BaseLayers
@@ -51,11 +50,11 @@ class BaseModel:
     weight_bytes: int
 
     def runner(self, num_blocks: int, block_size: int) -> Runner:
-        return Runner(self.model, self.activation, self.backend.paged_kv(num_blocks, block_size), self.device)
+        return Runner(self.model, self.backend, self.backend.paged_kv(num_blocks, block_size), self.device)
 
     def prepared(self, weights: AdapterWeights) -> AdapterWeights:
         """An adapter as steps take it, with what kernels read of it: made on the thread that loads it."""
-        return replace(weights, tables=self.backend.tables(weights, self.activation.paths))
+        return replace(weights, tables=self.backend.tables(weights, self.paths))
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -132,14 +131,12 @@ def prepare(
     vocab_size = vocab_size_of(model.get_input_embeddings(), expected.logits[0].shape[-1])
     attention.register()
     model.set_attn_implementation(attention.IMPLEMENTATION)
-    activation = Activation(backend.lora)
-    tied, pages = _tied(model), HugePages()
+    tied, memory = _tied(model), backend.memory()
     wrapped = attach(
         model,
-        activation,
         embedding=model.get_input_embeddings(),
         head=model.get_output_embeddings(),
-        prepare=lambda linear: backend.linear(linear, pages),
+        prepare=lambda linear: backend.linear(linear, memory),
     )
     for path, module in wrapped.items():
         if isinstance(module, LoraEmbedding):
@@ -148,17 +145,15 @@ def prepare(
     if device.type == "cpu":
         make_batch_invariant(model, model.get_output_embeddings())
     weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    proof = prove(model, activation, wrapped, expected, backend.paged_kv)
-    _wrap(model, activation, expected, backend)
+    proof = prove(model, backend, wrapped, expected)
+    _wrap(model, expected, backend)
     return BaseModel(
         model=model,
-        activation=activation,
         backend=backend,
+        paths=tuple(wrapped),
         tokenizer=tokenizer,
         vocabulary=Vocabulary(tokenizer.backend_tokenizer),
-        layers=AdaptableLayers(
-            wrapped, proof.addressable, tied, backend.linear, dtype, device, model.config.model_type
-        ),
+        layers=AdaptableLayers(wrapped, proof.addressable, tied, backend, dtype, device, model.config.model_type),
         device=device,
         dtype=dtype,
         vocab_size=vocab_size,
@@ -178,13 +173,13 @@ def _tied(model: PreTrainedModel) -> dict[str, str]:
     return {paths[head]: paths[embedding]}
 
 
-def _wrap(model: PreTrainedModel, activation: Activation, expected: Expected, backend: Backend) -> None:
+def _wrap(model: PreTrainedModel, expected: Expected, backend: Backend) -> None:
     """Have all layers run in one native call, where there is one for their kind and it passes the proof as well."""
-    undo = backend.wrap(model, lambda: RunningStep(activation.step, attention.current()))
+    undo = backend.wrap(model, running)
     if undo is None:
         return
     try:
-        prove(model, activation, {}, expected, backend.paged_kv)
+        prove(model, backend, {}, expected)
     except UnsupportedModelError as error:
         undo()
         _log.warning("layers run one operation at a time", reason=str(error))

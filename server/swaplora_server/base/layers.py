@@ -1,7 +1,7 @@
 """What adapters may know and have of a base's layers: shapes, weights as they are served, and others like them."""
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 
@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 from swaplora_adapters.fit.base import EmbeddingShape, Rebuild
 from swaplora_adapters.fit.legacy_names import legacy_names_of
 from swaplora_adapters.fit.module_shape import shape_of
-from swaplora_adapters.weights.memory import HugePages
 from swaplora_server.base.compact_embedding import Bf16Embedding, TiedEmbedding, compact_embedding
 from swaplora_server.engine.lora.modules import LoraEmbedding, LoraLinear, Replaceable, Wrapped
+from swaplora_server.kernels.backend import Backend, Memory
 from swaplora_server.kernels.cpu.linear import CpuLinear
 from swaplora_server.kernels.cpu.onednn_linear import OnednnLinear
 from swaplora_server.kernels.cpu.quantised_linear import QuantisedLinear
@@ -29,7 +29,7 @@ class AdaptableLayers:
         wrapped: Mapping[str, Wrapped],
         addressable: Collection[str],
         tied: Mapping[str, str],
-        prepare_linear: Callable[[nn.Module, HugePages], nn.Module],
+        backend: Backend,
         dtype: torch.dtype,
         device: torch.device,
         model_type: str,
@@ -49,7 +49,7 @@ class AdaptableLayers:
         self.transposed = frozenset(path for path, module in chosen.items() if getattr(module, "is_transposed", False))
         self.legacy_names = legacy_names_of(model_type)
         self._wrapped = chosen
-        self._prepare_linear = prepare_linear
+        self._backend = backend
         self._dtype = dtype
         self._device = device
 
@@ -65,13 +65,13 @@ class AdaptableLayers:
 
     def rebuild(self, path: str, parameters: Mapping[str, Tensor]) -> nn.Module:
         """A module that computes as the base's at `path` does, with these parameters and the rest its own."""
-        return self._rebuild(path, parameters, HugePages(mapping_bytes=0))
+        return self._rebuild(path, parameters, self._backend.memory(0))
 
     def rebuilder(self) -> Rebuild:
         """A `rebuild` for many modules of one adapter, whose linears share large pages."""
-        return partial(self._rebuild, pages=HugePages())
+        return partial(self._rebuild, memory=self._backend.memory())
 
-    def _rebuild(self, path: str, parameters: Mapping[str, Tensor], pages: HugePages) -> nn.Module:
+    def _rebuild(self, path: str, parameters: Mapping[str, Tensor], memory: Memory) -> nn.Module:
         wrapped = self._wrapped[path]
         given = {**dict(self._rest(path, parameters)), **parameters}
         own = {
@@ -79,7 +79,7 @@ class AdaptableLayers:
             for name, tensor in given.items()
         }
         if isinstance(wrapped, LoraLinear):
-            return self._prepare_linear(_linear(own), pages)
+            return self._backend.linear(_linear(own), memory)
         if isinstance(wrapped.base, Bf16Embedding | TiedEmbedding):
             return compact_embedding(_embedding(own["weight"]), None)
         like = copy.copy(wrapped.base)

@@ -6,7 +6,7 @@ refused. In half precision both are held against the stock model in float32: the
 model itself is, and not by much more.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +19,11 @@ from transformers import PreTrainedModel
 from swaplora_server.base.upcast import upcast
 from swaplora_server.engine.attention import UnsupportedAttentionError
 from swaplora_server.engine.kv_cache import BlockPool
-from swaplora_server.engine.lora.activation import Activation
 from swaplora_server.engine.lora.modules import LoraEmbedding, LoraLinear, Wrapped, row_dim
 from swaplora_server.engine.request import Request, SamplingParams, Sequence
 from swaplora_server.engine.runner import Runner
-from swaplora_server.engine.scheduler import Batch, ScheduledRows
-from swaplora_server.kernels.backend import PagedKV
+from swaplora_server.engine.scheduler import Batch, rows_of
+from swaplora_server.kernels.backend import Backend
 
 # where each sequence is cut: its chunk of step k is [cuts[k], cuts[k + 1])
 _CUTS = ((0, 4, 7, 8, 9), (0, 13, 14), (0, 1, 2, 3))
@@ -88,17 +87,11 @@ def _all_tokens(model: PreTrainedModel) -> list[Tensor]:
     return [torch.tensor(_tokens(index, cuts[-1], model), device=model.device) for index, cuts in enumerate(_CUTS)]
 
 
-def prove(
-    model: PreTrainedModel,
-    activation: Activation,
-    wrapped: Mapping[str, Wrapped],
-    expected: Expected,
-    paged_kv: Callable[[int, int], PagedKV],
-) -> Proof:
+def prove(model: PreTrainedModel, backend: Backend, wrapped: Mapping[str, Wrapped], expected: Expected) -> Proof:
     """Run the proof's sequences. Raises UnsupportedModelError when their logits disagree with `expected`."""
-    kv = paged_kv(_NUM_BLOCKS, _BLOCK_SIZE)
+    kv = backend.paged_kv(_NUM_BLOCKS, _BLOCK_SIZE)
     pool = BlockPool(_NUM_BLOCKS, _BLOCK_SIZE)
-    runner = Runner(model, activation, kv, model.device)
+    runner = Runner(model, backend, kv, model.device)
     request = Request("proof", (), SamplingParams(max_tokens=1), emit=lambda _event: None)
     sequences = [Sequence(request, index) for index in range(len(_CUTS))]
     batches: list[Batch] = []
@@ -127,7 +120,7 @@ def _batch(model: PreTrainedModel, sequences: list[Sequence], step: int, pool: B
         if step + 1 < len(cuts):
             sequence.token_ids = _tokens(sequence.index, cuts[step + 1], model)
             pool.grow(sequence.block_table, cuts[step + 1])
-            rows.append(ScheduledRows(sequence, cuts[step], cuts[step + 1]))
+            rows.append(rows_of(sequence, cuts[step], cuts[step + 1]))
     return Batch(tuple(rows))
 
 

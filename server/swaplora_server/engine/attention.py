@@ -6,16 +6,13 @@ Which rows belong to whom is settled once a step. The kernels are the backend's:
 `kernels/cpu/attention.py`. Sliding windows, softcaps and attention sinks are honoured; anything else is refused.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from swaplora_server.kernels.backend import PagedStep
-from swaplora_server.kernels.rows import LayerAttention
+from swaplora_server.engine.step import running
+from swaplora_server.kernels.backend import LayerAttention
 
 IMPLEMENTATION = "swaplora_paged"
 # what transformers passes along that does not change a causal forward without its own cache
@@ -24,29 +21,6 @@ _INERT = frozenset({"dropout", "position_ids", "use_cache", "cache_position", "i
 
 class UnsupportedAttentionError(ValueError):
     """The model asks its attention for something that is not honoured here; the message names it."""
-
-
-_current: ContextVar[PagedStep | None] = ContextVar("paged_step", default=None)
-
-
-@contextmanager
-def use(step: PagedStep) -> Iterator[None]:
-    """Hold `step` for the duration of one forward pass on this thread; refuses to nest and always clears."""
-    if _current.get() is not None:
-        raise RuntimeError("a step is already running on this thread")
-    token = _current.set(step)
-    try:
-        yield
-    finally:
-        _current.reset(token)
-
-
-def current() -> PagedStep:
-    """The running step. Raises RuntimeError outside of `use`."""
-    step = _current.get()
-    if step is None:
-        raise RuntimeError("paged attention ran outside of a step")
-    return step
 
 
 def paged_attention(
@@ -76,7 +50,7 @@ def paged_attention(
         sinks=s_aux,
         window=sliding_window,
     )
-    out = current().attend(layer, *(rows[0].transpose(0, 1) for rows in (query, key, value)))
+    out = running().paged.attend(layer, *(rows[0].transpose(0, 1) for rows in (query, key, value)))
     return out.unsqueeze(0), None
 
 

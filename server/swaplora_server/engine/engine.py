@@ -10,7 +10,7 @@ import structlog
 from swaplora_server.engine.request import FinishReason, Request, SamplingParams, Sequence, TokenEvent
 from swaplora_server.engine.row_faults import run_bisecting
 from swaplora_server.engine.runner import Runner
-from swaplora_server.engine.scheduler import Batch, ScheduledRows, Scheduler
+from swaplora_server.engine.scheduler import Batch, Scheduler, rows_of
 from swaplora_server.engine.snapshot import Snapshot
 
 _IDLE_BEAT_SECONDS = 1.0
@@ -127,7 +127,7 @@ class Engine:
         sequence, pool = Sequence(request, 0), self._scheduler.pool
         pool.grow(sequence.block_table, num_tokens)
         try:
-            self._runner.run(Batch((ScheduledRows(sequence, 0, num_tokens),)))
+            self._runner.run(Batch((rows_of(sequence, 0, num_tokens),)))
         finally:
             pool.release(sequence.block_table)
 

@@ -22,17 +22,19 @@ import structlog
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.prefix_cache import PrefixCache
 from swaplora_server.engine.request import FinishReason, Logprobs, Request, Sequence, TokenEvent
+from swaplora_server.kernels.step import Wants
 
 _log = structlog.get_logger(__name__)
 MAX_STEPS_PASSED_OVER = 64  # some seconds; then nothing begins before the one that waits
 
 
 class ScheduledRows(NamedTuple):
-    """Tokens [start, stop) of one sequence, computed in one step; it samples when they end with its newest token."""
+    """Tokens [start, stop) of one sequence, computed in one step, and what is wanted of the last of them."""
 
     sequence: Sequence
     start: int
     stop: int
+    wants: Wants
 
     @property
     def num_rows(self) -> int:
@@ -40,7 +42,7 @@ class ScheduledRows(NamedTuple):
 
     @property
     def is_sampling(self) -> bool:
-        return self.stop == self.sequence.num_tokens
+        return self.wants is Wants.SAMPLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,5 +309,10 @@ class Scheduler:
         sequence.request.finish(event)
 
 
+def rows_of(sequence: Sequence, start: int, stop: int) -> ScheduledRows:
+    """Tokens [start, stop) of `sequence`, which samples when they end with its newest token."""
+    return ScheduledRows(sequence, start, stop, Wants.SAMPLE if stop == sequence.num_tokens else Wants.NOTHING)
+
+
 def _next_rows(sequence: Sequence, num_rows: int) -> ScheduledRows:
-    return ScheduledRows(sequence, sequence.num_computed, sequence.num_computed + num_rows)
+    return rows_of(sequence, sequence.num_computed, sequence.num_computed + num_rows)

@@ -1,31 +1,43 @@
-"""What a family of kernels offers: base linears, the LoRA operation, paged attention, and layers fused into one call.
+"""What a family of kernels offers: linears, the LoRA operation, paged attention, layers fused into one call, memory.
 
 There are two: `torch` is the definition and runs on any device, `cpu` is C++. `pick_backend` chooses at start.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from swaplora_adapters.weights.memory import HugePages
 from swaplora_adapters.weights.served import AdapterWeights
-from swaplora_server.kernels.rows import LayerAttention, Run, Segment, StepAdapters
+from swaplora_server.kernels.step import Runs, Segments, StepPlan
 
 
-class LoraOp(NamedTuple):
-    """SGMV (Punica): y[rows] = (y[rows] + scale · (x[rows] Aᵀ) Bᵀ) · column_scale + scale · shift, segment by segment.
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """What one layer asks of its attention, the same for all of its rows."""
 
-    A: [rank, in_features], B: [out_features, rank], each adapter's in its own rank. With segments of one row it is
-    BGMV, as while decoding. Prepared once a step, then added module by module.
+    layer_idx: int
+    scaling: float
+    softcap: float | None = None  # score → softcap · tanh(score / softcap)
+    sinks: Tensor | None = None  # [num_heads]: attention sinks, a logit each that only takes its share
+    window: int | None = None  # sliding window: keys a row may look back on, itself included
+
+
+class LoraStep(Protocol):
+    """The LoRA operation over one step's segments, SGMV (Punica); of segments of one row, as while decoding, BGMV.
+
+    y[rows] = (y[rows] + scale · (x[rows] Aᵀ) Bᵀ) · column_scale + scale · shift, segment by segment, with A
+    [rank, in_features] and B [out_features, rank], each adapter's in its own rank.
     """
 
-    # (a step's segments, the paths of all modules by number) → what `add` reads
-    prepare: Callable[[Sequence[Segment], Sequence[str]], Any]
-    # (y [num_rows, out_features], x [num_rows, in_features], prepared, the module's number)
-    add: Callable[[Tensor, Tensor, Any, int], None]
+    def add(self, x: Tensor, outputs: Sequence[tuple[Tensor, int]]) -> None:
+        """Add to the outputs of modules that share their input x [num_rows, in_features].
+
+        outputs: of each module y [num_rows, out_features], written in place, and its number.
+        """
 
 
 class PagedStep(Protocol):
@@ -42,33 +54,66 @@ class PagedKV(Protocol):
     """Keys and values of every layer, `block_size` tokens to a block. A layer is allocated when it first writes."""
 
     @property
+    def block_size(self) -> int: ...
+
+    @property
     def bytes_per_token(self) -> int:
         """Over all layers seen so far."""
 
-    def step(self, runs: Sequence[Run]) -> PagedStep:
-        """A step's view of the cache; `runs` cover its rows in order."""
+    def step(self, runs: Runs) -> PagedStep:
+        """A step's view of the cache."""
+
+
+class StepRows(NamedTuple):
+    """A step's adapters in one of the two row spaces."""
+
+    segments: Segments
+    lora: LoraStep | None  # None: nothing is added to a linear
 
 
 class RunningStep(NamedTuple):
-    """What fused layers read of the step that runs."""
+    """The step that runs, as wrapped modules, attention and fused layers read it."""
 
-    adapters: StepAdapters
+    plan: StepPlan
+    tokens: StepRows
+    head: StepRows
     paged: PagedStep
 
 
-def _leave_as_it_is(_model: PreTrainedModel, _running: Callable[[], RunningStep]) -> None:
-    return None
+class Memory(Protocol):
+    """Where weights are placed that live and die together."""
+
+    def empty(self, num_elements: int, dtype: torch.dtype) -> Tensor:
+        """[num_elements], not filled in."""
 
 
-@dataclass(frozen=True, slots=True)
-class Backend:
+class Backend(Protocol):
     """One family of kernels."""
 
-    lora: LoraOp
-    paged_kv: Callable[[int, int], PagedKV]  # (number of blocks, block size) →
-    linear: Callable[[nn.Module, HugePages], nn.Module]  # what a base linear is exchanged for
-    # (an adapter, the paths of all modules by number) → `AdapterWeights.tables`, made once, when it is loaded
-    tables: Callable[[AdapterWeights, Sequence[str]], object] = lambda _weights, _paths: None
-    # (model, the step that runs) → what undoes it, or None: not exchanged
-    wrap: Callable[[PreTrainedModel, Callable[[], RunningStep]], Callable[[], None] | None] = _leave_as_it_is
-    description: str = "torch's operations"  # which kernels these are, for who compares figures
+    @property
+    def description(self) -> str:
+        """Which kernels these are, for who compares figures."""
+
+    def memory(self, piece_bytes: int = 64 << 20) -> Memory:
+        """For weights, one after the other, in pieces that hold so much or, where that is more, the next of them."""
+
+    def linear(self, linear: nn.Module, memory: Memory) -> nn.Module:
+        """What a linear is exchanged for: one that computes the same, its weights in `memory`, or itself."""
+
+    def tables(self, weights: AdapterWeights, paths: Sequence[str]) -> object:
+        """What this family reads of an adapter, for `AdapterWeights.tables`; made once, when it is loaded.
+
+        `paths` are those of all modules by number.
+        """
+
+    def lora(self, segments: Segments) -> LoraStep:
+        """The LoRA operation over segments of prepared adapters, each of which adds to some linear."""
+
+    def paged_kv(self, num_blocks: int, block_size: int) -> PagedKV:
+        """Room for blocks 1 to `num_blocks`, beside block 0, which is nobody's."""
+
+    def wrap(self, model: PreTrainedModel, running: Callable[[], RunningStep]) -> Callable[[], None] | None:
+        """Exchange layers of `model` for fused ones, which read the step from `running`; what undoes it.
+
+        None: they are left as they are. Nobody takes the fused ones on trust: the proof at start tries them.
+        """

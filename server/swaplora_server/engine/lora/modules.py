@@ -6,23 +6,22 @@ import torch
 from torch import Tensor, nn
 
 from swaplora_adapters.weights.served import EmbeddingWeights
-from swaplora_server.engine.lora.activation import Activation
 from swaplora_server.engine.lora.routing import replaced_rows, routed
-from swaplora_server.kernels.rows import Segment
+from swaplora_server.engine.step import running
+from swaplora_server.kernels.step import Segment
 
 
 class Wrapped(nn.Module):
     """A module of the base that adapters may change. The base is never written, and all that is read of it is its own.
 
-    `path` is the module's exact name in the model, `number` its place in the activation's tables.
+    `path` is the module's exact name in the model, `number` its place in the tables of adapters.
     """
 
-    def __init__(self, path: str, base: nn.Module, activation: Activation) -> None:
+    def __init__(self, path: str, number: int, base: nn.Module) -> None:
         super().__init__()
         self.path = path
+        self.number = number
         self.base = base
-        self.number = activation.number(path)
-        self._activation = activation
 
     def __getattr__(self, name: str) -> Any:
         """Let a model read what it would of its own module (`weight`, `in_features`, …)."""
@@ -39,19 +38,18 @@ class LoraLinear(Wrapped):
     left alone.
     """
 
-    def __init__(
-        self, path: str, base: nn.Module, activation: Activation, *, is_head: bool, is_transposed: bool
-    ) -> None:
+    def __init__(self, path: str, number: int, base: nn.Module, *, is_head: bool, is_transposed: bool) -> None:
         """`is_transposed`: the model stores the weight as [in_features, out_features]."""
-        super().__init__(path, base, activation)
+        super().__init__(path, number, base)
         self.is_head = is_head
         self.is_transposed = is_transposed
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., num_rows, in_features] → [..., num_rows, out_features]."""
-        rows = self._activation.step.head if self.is_head else self._activation.step.tokens
-        y: Tensor = routed(self.base, replaced_rows(rows, self.path), x.ndim - 2, (x,))
-        self._activation.add_delta(self.number, y, x, rows)
+        rows = running().head if self.is_head else running().tokens
+        y: Tensor = routed(self.base, replaced_rows(rows.segments, self.path), x.ndim - 2, (x,))
+        if rows.lora is not None:
+            rows.lora.add(x.reshape(-1, x.shape[-1]), [(y.view(-1, y.shape[-1]), self.number)])
         return y
 
 
@@ -60,9 +58,9 @@ class LoraEmbedding(Wrapped):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: [1, num_rows] → [1, num_rows, embedding_dim]."""
-        rows = self._activation.step.tokens
-        y: Tensor = routed(self.base, replaced_rows(rows, self.path), 1, (ids,))
-        for segment in rows.embedding:
+        segments = running().tokens.segments
+        y: Tensor = routed(self.base, replaced_rows(segments, self.path), 1, (ids,))
+        for segment in segments.embedding:
             own = segment.weights.embeddings.get(self.path)
             if own is not None:
                 self._change(y[0, segment.start : segment.stop], ids[0, segment.start : segment.stop], own, segment)
@@ -90,7 +88,7 @@ class Replaceable(Wrapped):
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """Rows are the first dimension of flat inputs, [num_rows, …], and the second of others, [1, num_rows, …]."""
-        replaced = replaced_rows(self._activation.step.tokens, self.path)
+        replaced = replaced_rows(running().tokens.segments, self.path)
         return routed(self.base, replaced, row_dim(inputs[0]), inputs, options)
 
 

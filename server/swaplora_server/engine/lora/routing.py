@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from swaplora_server.kernels.rows import StepRows
+from swaplora_server.kernels.step import Segments
 
 _NOTHING: Mapping[str, Any] = {}
 
@@ -19,11 +19,11 @@ class ReplacedRows(NamedTuple):
     module: nn.Module
 
 
-def replaced_rows(rows: StepRows, path: str) -> Sequence[ReplacedRows]:
+def replaced_rows(segments: Segments, path: str) -> Sequence[ReplacedRows]:
     """Runs of rows that do not go through the base's module at `path`."""
-    if not rows.replacing:
+    if not len(segments.replacing):
         return ()
-    own = ((segment, segment.weights.replaced.get(path)) for segment in rows.replacing)
+    own = ((segment, segment.weights.replaced.get(path)) for segment in segments.replacing)
     return [ReplacedRows(segment.start, segment.stop, module) for segment, module in own if module is not None]
 
 

@@ -4,16 +4,15 @@ The equation and the layout of the cache are in csrc/paged_attention.cpp.
 """
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from swaplora_server.kernels.cpu import abi
+from swaplora_server.kernels.backend import LayerAttention
 from swaplora_server.kernels.cpu.abi import LayerCache
-from swaplora_server.kernels.rows import LayerAttention, Run
+from swaplora_server.kernels.step import Runs
 from swaplora_server.kernels.torch.attention import TorchKV, TorchStep
 
 _CPU = torch.device("cpu")
@@ -26,7 +25,7 @@ class CpuKV:
         self._kernels = {torch.float32: library.paged_attention_f32, torch.bfloat16: library.paged_attention_bf16}
         self._slack = 2 * library.lanes()  # numbers that the last read of a small block or head may go beyond its end
         self._num_blocks = num_blocks
-        self._block_size = block_size
+        self.block_size = block_size
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._torch = TorchKV(num_blocks, block_size, _CPU)
 
@@ -34,10 +33,12 @@ class CpuKV:
     def bytes_per_token(self) -> int:
         """Over all layers seen so far."""
         per_block = sum(cache[0].nbytes for layer in self._layers.values() for cache in layer)
-        return per_block // self._block_size + self._torch.bytes_per_token
+        return per_block // self.block_size + self._torch.bytes_per_token
 
-    def step(self, runs: Sequence[Run]) -> "CpuStep":
-        """See `PagedKV`."""
+    def step(self, runs: Runs) -> "CpuStep":
+        """See `PagedKV`. Raises ValueError for a row that is not to be written: the kernel writes all."""
+        if runs.slots.min() < 0:
+            raise ValueError("native attention writes the keys and values of every row")
         return CpuStep(self, runs)
 
     def has_code_for(self, query: Tensor, value: Tensor) -> bool:
@@ -48,7 +49,7 @@ class CpuKV:
         """One layer's cache, for keys like `like` [..., num_kv_heads, head_dim], and what it asks of its attention."""
         num_kv_heads, head_dim = like.shape[-2:]
         if layer.layer_idx not in self._layers:
-            shape = (self._num_blocks + 1, num_kv_heads, head_dim * self._block_size)
+            shape = (self._num_blocks + 1, num_kv_heads, head_dim * self.block_size)
             self._layers[layer.layer_idx] = (self._with_slack(shape, like.dtype), self._with_slack(shape, like.dtype))
         keys, values = self._layers[layer.layer_idx]
         return LayerCache(
@@ -58,7 +59,7 @@ class CpuKV:
             num_heads,
             num_kv_heads,
             head_dim,
-            self._block_size,
+            self.block_size,
             layer.window or 0,
             layer.scaling,
             layer.softcap or 0.0,
@@ -68,7 +69,7 @@ class CpuKV:
         numel = int(np.prod(shape))
         return torch.empty(numel + self._slack, dtype=dtype)[:numel].view(shape)
 
-    def torch_step(self, runs: Sequence[Run]) -> TorchStep:
+    def torch_step(self, runs: Runs) -> TorchStep:
         """The step of layers that the kernel has no code for."""
         return self._torch.step(runs)
 
@@ -76,23 +77,26 @@ class CpuKV:
         """All tensors contiguous, shaped as in `PagedStep.attend`."""
         self._kernels[query.dtype](
             cache,
-            table.runs,
-            len(table.runs),
+            table.address,
+            len(table),
             *(rows.data_ptr() for rows in (query, key, value, out)),
             torch.get_num_threads(),
         )
 
 
 class RunTable:
-    """A step's runs as the kernel reads them, and the block tables that they point into."""
+    """A step's runs as the kernel reads them, each an `abi.Run`. Points into the plan's blocks."""
 
-    def __init__(self, runs: Sequence[Run]) -> None:
-        self._blocks = np.concatenate([np.asarray(run.blocks, dtype=np.int64) for run in runs])
-        self.runs = (abi.Run * len(runs))()
-        at = self._blocks.ctypes.data
-        for entry, run in zip(self.runs, runs, strict=True):
-            entry.start, entry.stop, entry.first, entry.blocks = run.start, run.stop, run.first, at
-            at += len(run.blocks) * self._blocks.itemsize
+    def __init__(self, runs: Runs) -> None:
+        self._blocks = runs.blocks
+        self._entries = np.empty((len(runs), 4), np.int64)
+        addresses = runs.blocks.ctypes.data + runs.blocks.itemsize * runs.block_starts
+        for column, values in enumerate((runs.starts, runs.stops, runs.firsts, addresses)):
+            self._entries[:, column] = values
+        self.address = self._entries.ctypes.data
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 @dataclass(slots=True)
@@ -100,7 +104,7 @@ class CpuStep:
     """One step over `kv`."""
 
     kv: CpuKV
-    runs: Sequence[Run]
+    runs: Runs
     _table: RunTable | None = None
     _torch: TorchStep | None = None
 

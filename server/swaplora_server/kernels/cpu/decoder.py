@@ -5,7 +5,7 @@ linears and their numbers, so adapters apply as they do anywhere else. The kerne
 """
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any
 
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from swaplora_server.kernels.backend import RunningStep
+from swaplora_server.kernels.backend import LayerAttention, RunningStep, StepRows
 from swaplora_server.kernels.cpu.abi import NUM_LINEARS, DecoderLayer, LinearWeight, ReplacedRows, Rows, Step
 from swaplora_server.kernels.cpu.adapter_tables import tables_of
 from swaplora_server.kernels.cpu.attention import CpuStep
 from swaplora_server.kernels.cpu.linear import CpuLinear
+from swaplora_server.kernels.cpu.lora import CpuLora
 from swaplora_server.kernels.cpu.quantised_linear import QuantisedLinear
-from swaplora_server.kernels.rows import LayerAttention, Segment, StepRows
+from swaplora_server.kernels.step import Segments
 
 # layers that are computed as decoder.cpp says, and nothing else
 _KNOWN = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
@@ -77,27 +78,26 @@ class CpuDecoder(nn.Module):
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_others: object) -> Tensor:
         """hidden_states: [1, num_rows, hidden_size] → the same after every layer, in the rows that reach the head."""
-        adapters, step = self._running()
-        if not isinstance(step, CpuStep):
+        step = self._running()
+        if not isinstance(step.paged, CpuStep):
             raise RuntimeError("a fused decoder ran over another backend's cache")
-        self._point_at(step)
+        self._point_at(step.paged)
         hidden = hidden_states.clone()
         cos, sin = (angles.contiguous() for angles in position_embeddings)
-        runs = step.table.runs
-        logits_to_keep = (ctypes.c_int64 * len(adapters.logits_to_keep))(*adapters.logits_to_keep)
-        replaced = [_replaced(rows.replacing) for rows in (adapters.tokens, adapters.head)]
+        runs, head_rows = step.paged.table, step.plan.head_rows
+        replaced = [_replaced(rows.segments.replacing) for rows in (step.tokens, step.head)]
         self._decode(
             self._entries,
             len(self._entries),
             Step(
-                _rows(hidden.shape[1], adapters.tokens, replaced[0]),
-                _rows(len(logits_to_keep), adapters.head, replaced[1]),
-                ctypes.addressof(logits_to_keep),
+                _rows(hidden.shape[1], step.tokens, replaced[0]),
+                _rows(len(head_rows), step.head, replaced[1]),
+                head_rows.ctypes.data,
                 hidden.shape[2],
                 hidden.data_ptr(),
                 cos.data_ptr(),
                 sin.data_ptr(),
-                ctypes.addressof(runs),
+                runs.address,
                 len(runs),
                 torch.get_num_threads(),
             ),
@@ -116,7 +116,7 @@ class CpuDecoder(nn.Module):
         self._cached_for = step.kv
 
 
-def _replaced(segments: Sequence[Segment]) -> "ctypes.Array[ReplacedRows]":
+def _replaced(segments: Segments) -> "ctypes.Array[ReplacedRows]":
     replaced = (ReplacedRows * len(segments))()
     for own, segment in zip(replaced, segments, strict=True):
         own.start, own.stop, own.modules = segment.start, segment.stop, tables_of(segment.weights).modules
@@ -125,11 +125,13 @@ def _replaced(segments: Sequence[Segment]) -> "ctypes.Array[ReplacedRows]":
 
 def _rows(count: int, rows: StepRows, replaced: "ctypes.Array[ReplacedRows]") -> Rows:
     """Points into `rows` and `replaced`, which have to outlive it."""
-    segments = rows.deltas
+    lora = rows.lora
+    if lora is not None and not isinstance(lora, CpuLora):
+        raise RuntimeError("a fused decoder ran with another backend's LoRA operation")
     return Rows(
         count,
-        None if segments is None else ctypes.addressof(segments.entries),
-        0 if segments is None else len(segments.entries),
+        None if lora is None else ctypes.addressof(lora.entries),
+        0 if lora is None else len(lora.entries),
         ctypes.addressof(replaced),
         len(replaced),
     )

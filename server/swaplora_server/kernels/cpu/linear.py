@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from swaplora_adapters.weights.memory import HugePages
+from swaplora_server.kernels.backend import Memory
 from swaplora_server.kernels.cpu.abi import Format, LinearJob, LinearWeight
 
 
-def pack(library: ctypes.CDLL, linear: nn.Module, pages: HugePages) -> nn.Module:
+def pack(library: ctypes.CDLL, linear: nn.Module, pages: Memory) -> nn.Module:
     """A packed stand-in for a float32 linear or Conv1D on CPU, its weights in `pages`."""
     weight = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
     assert isinstance(weight, Tensor)
@@ -27,7 +27,7 @@ class CpuLinear(nn.Module):
 
     _panels: Tensor
 
-    def __init__(self, library: ctypes.CDLL, pages: HugePages, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, library: ctypes.CDLL, pages: Memory, weight: Tensor, bias: Tensor | None) -> None:
         """weight: [out_features, in_features], float32 on CPU; bias: [out_features]."""
         super().__init__()
         self.out_features, self.in_features = weight.shape

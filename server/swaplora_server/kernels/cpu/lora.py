@@ -1,47 +1,45 @@
 """SGMV and BGMV (Punica) for CPUs with a C++ compiler: each adapter's factors read once, sums in a fixed order.
 
-The equation and the shapes are `LoraOp`'s; the kernel is csrc/lora_delta.cpp.
+The equation and the shapes are `LoraStep`'s; the kernel is csrc/lora_delta.cpp.
 """
 
 import ctypes
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from swaplora_server.kernels.backend import LoraOp
 from swaplora_server.kernels.cpu import abi
 from swaplora_server.kernels.cpu.adapter_tables import tables_of
-from swaplora_server.kernels.rows import Segment
+from swaplora_server.kernels.step import Segments
+
+# `abi.Segment`, whose pointer is a number here
+_SEGMENT = np.dtype([("factors", np.int64), ("start", np.int64), ("stop", np.int64), ("scale", np.float64)])
 
 
-class SegmentTable:
-    """A step's segments as the kernel reads them, and what they point into."""
+class CpuLora:
+    """See `LoraStep`; for rows on CPU in float32 or bfloat16."""
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
-        self._kept = [segment.weights for segment in segments]
-        self.entries = (abi.Segment * len(segments))()
-        for entry, segment in zip(self.entries, segments, strict=True):
-            entry.factors = ctypes.cast(tables_of(segment.weights).factors, ctypes.POINTER(abi.Factors))
-            entry.start, entry.stop, entry.scale = segment.start, segment.stop, segment.scale
+    def __init__(self, library: ctypes.CDLL, segments: Segments) -> None:
+        self._kernels = {torch.float32: library.lora_delta_f32, torch.bfloat16: library.lora_delta_bf16}
+        self._segments = segments  # the entries point into their adapters' tables
+        rows = np.empty(len(segments), _SEGMENT)
+        rows["factors"] = [ctypes.addressof(tables_of(weights).factors) for weights in segments.adapters]
+        rows["start"], rows["stop"], rows["scale"] = segments.starts, segments.stops, segments.scales
+        self.entries = (abi.Segment * len(segments)).from_buffer(rows.data)
 
-
-def op(library: ctypes.CDLL) -> LoraOp:
-    """This backend's operation, for rows on CPU in float32 or bfloat16."""
-    kernels = {torch.float32: library.lora_delta_f32, torch.bfloat16: library.lora_delta_bf16}
-
-    def prepare(segments: Sequence[Segment], _paths: Sequence[str]) -> SegmentTable:
-        return SegmentTable(segments)
-
-    def add(y: Tensor, x: Tensor, prepared: SegmentTable, number: int) -> None:
-        kernels[y.dtype](
-            prepared.entries,
-            len(prepared.entries),
-            abi.LoraModule(number, y.shape[1], y.data_ptr()),
-            1,
+    def add(self, x: Tensor, outputs: Sequence[tuple[Tensor, int]]) -> None:
+        """See `LoraStep`."""
+        modules = (abi.LoraModule * len(outputs))()
+        for module, (y, number) in zip(modules, outputs, strict=True):
+            module.number, module.out, module.y = number, y.shape[1], y.data_ptr()
+        self._kernels[x.dtype](
+            self.entries,
+            len(self.entries),
+            modules,
+            len(modules),
             x.shape[1],
             x.data_ptr(),
             torch.get_num_threads(),
         )
-
-    return LoraOp(prepare, add)

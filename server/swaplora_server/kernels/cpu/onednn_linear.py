@@ -4,8 +4,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from swaplora_adapters.weights.memory import HugePages
-
 # the row count that the layout is tuned for; measured best, or within noise of it, from 2 to 128 rows
 _ROWS_HINT = 16
 # torch's compiler uses these two; they are private because they have no autograd, which is not needed here
@@ -40,8 +38,8 @@ class OnednnLinear(nn.Module):
         return y
 
 
-def pack(linear: nn.Module, pages: HugePages) -> nn.Module:
-    """A packed stand-in for a bfloat16 linear or Conv1D on CPU; oneDNN takes no memory from `pages`."""
+def pack(linear: nn.Module) -> nn.Module:
+    """A packed stand-in for a bfloat16 linear or Conv1D on CPU, in memory of oneDNN's own."""
     if isinstance(linear, Conv1D):
         return OnednnLinear(linear.weight.t(), linear.bias)
     assert isinstance(linear, nn.Linear)

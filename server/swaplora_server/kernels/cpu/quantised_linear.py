@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from swaplora_adapters.weights.memory import HugePages
+from swaplora_server.kernels.backend import Memory
 from swaplora_server.kernels.cpu.abi import Format, LinearJob, LinearWeight
 from swaplora_server.kernels.quantised_codes import Codes, codes_of
 
@@ -17,7 +17,7 @@ _BYTE_COLUMNS, _BYTE_DEPTH = 32, 64  # of a panel, as in linear_int8.cpp, and wh
 _NIBBLE_COLUMNS, _NIBBLES = 64, 8  # of a panel, as in linear_four_bit.cpp, and of a word
 
 
-def pack(library: ctypes.CDLL, linear: nn.Module, pages: HugePages) -> nn.Module:
+def pack(library: ctypes.CDLL, linear: nn.Module, pages: Memory) -> nn.Module:
     """A packed stand-in for bitsandbytes' linear on CPU, its weights in `pages`."""
     bias = linear.bias
     assert bias is None or isinstance(bias, Tensor)
@@ -30,7 +30,7 @@ class QuantisedLinear(nn.Module):
     _panels: Tensor
     _scales: Tensor
 
-    def __init__(self, library: ctypes.CDLL, pages: HugePages, weight: Codes, bias: Tensor | None) -> None:
+    def __init__(self, library: ctypes.CDLL, pages: Memory, weight: Codes, bias: Tensor | None) -> None:
         """bias: [out_features], float32."""
         super().__init__()
         self.out_features, self.in_features = weight.codes.shape
@@ -113,6 +113,6 @@ def _in_panels(values: Tensor, num_columns: int) -> Tensor:
     return padded.view(-1, num_columns, values.shape[1]).transpose(1, 2)
 
 
-def _kept(tensor: Tensor, pages: HugePages) -> Tensor:
+def _kept(tensor: Tensor, pages: Memory) -> Tensor:
     """A contiguous copy in `pages`."""
     return pages.empty(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)

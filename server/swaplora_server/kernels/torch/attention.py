@@ -1,10 +1,10 @@
 """PagedAttention in torch's own operations, on any device: GQA, sliding window, softcap, attention sinks.
 
 Decode rows attend in batches of like length, prefill chunks one by one. Which rows belong to whom is settled once a
-step, in `PagedStep`.
+step, in `TorchStep`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from swaplora_server.kernels.rows import LayerAttention, Run
-
-Slots = np.ndarray[tuple[int], np.dtype[np.int64]]
+from swaplora_server.kernels.backend import LayerAttention
+from swaplora_server.kernels.step import Ints, Runs
 
 
 class TorchKV:
@@ -34,20 +33,23 @@ class TorchKV:
         """Over all layers seen so far."""
         return sum(cache[0].numel() * cache.element_size() for layer in self._layers.values() for cache in layer)
 
-    def step(self, runs: Sequence[Run]) -> "TorchStep":
+    def step(self, runs: Runs) -> "TorchStep":
         """What a step of `runs` reads and writes."""
-        slots = [self._slots(run) for run in runs]
-        written = np.concatenate([held[run.first :] for held, run in zip(slots, runs, strict=True)])
-        decodes = [(run, held) for run, held in zip(runs, slots, strict=True) if run.num_rows == 1]
-        prefills = [
-            PrefillRun(run.start, run.stop, run.first, self._tensor(held))
-            for run, held in zip(runs, slots, strict=True)
-            if run.num_rows > 1
-        ]
-        return TorchStep(self, self._tensor(written), self._decode_groups(decodes), prefills)
+        decodes: list[tuple[int, Ints]] = []
+        prefills: list[PrefillRun] = []
+        for start, stop, first, held in zip(
+            runs.starts.tolist(), runs.stops.tolist(), runs.firsts.tolist(), self._held(runs), strict=True
+        ):
+            if stop - start == 1:
+                decodes.append((start, held))
+            else:
+                prefills.append(PrefillRun(start, stop, first, self._tensor(held)))
+        is_written = runs.slots >= 0
+        rows = None if is_written.all() else self._tensor(np.flatnonzero(is_written))
+        return TorchStep(self, self._tensor(runs.slots[is_written]), rows, self._decode_groups(decodes), prefills)
 
     def write(self, layer_idx: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store key and value [num_rows, num_kv_heads, head_dim] at `slots` and return the layer's whole caches."""
+        """Store key and value [num_slots, num_kv_heads, head_dim] at `slots` and return the layer's whole caches."""
         if layer_idx not in self._layers:
             self._layers[layer_idx] = (self._allocate(key), self._allocate(value))
         keys, values = self._layers[layer_idx]
@@ -55,29 +57,30 @@ class TorchKV:
         values.index_copy_(0, slots, value)
         return keys, values
 
-    def _tensor(self, slots: Slots) -> Tensor:
+    def _tensor(self, slots: Ints) -> Tensor:
         return torch.from_numpy(slots).to(self._device, non_blocking=True)
 
-    def _slots(self, run: Run) -> Slots:
-        """The cache slots of a sequence's tokens up to the run's end."""
-        blocks = np.asarray(run.blocks, dtype=np.int64)
-        held: Slots = (blocks[:, None] * self.block_size + np.arange(self.block_size)).ravel()[: run.length]
-        return held
+    def _held(self, runs: Runs) -> Iterator[Ints]:
+        """Of each sequence, the cache slots of its tokens up to its last row."""
+        in_block = np.arange(self.block_size)
+        for start, length in zip(runs.block_starts.tolist(), runs.lengths.tolist(), strict=True):
+            blocks = runs.blocks[start : start - (-length // self.block_size)]
+            yield (blocks[:, None] * self.block_size + in_block).ravel()[:length]
 
-    def _decode_groups(self, decodes: list[tuple[Run, Slots]]) -> "list[DecodeGroup]":
+    def _decode_groups(self, decodes: Sequence[tuple[int, Ints]]) -> "list[DecodeGroup]":
         """Decoding rows by length, a doubling to a group, so that one long sequence does not pad all the others."""
-        by_magnitude: dict[int, list[tuple[Run, Slots]]] = {}
-        for run, held in decodes:
-            by_magnitude.setdefault(len(held).bit_length(), []).append((run, held))
+        by_magnitude: dict[int, list[tuple[int, Ints]]] = {}
+        for row, held in decodes:
+            by_magnitude.setdefault(len(held).bit_length(), []).append((row, held))
         return [self._decode_group(members) for members in by_magnitude.values()]
 
-    def _decode_group(self, members: list[tuple[Run, Slots]]) -> "DecodeGroup":
+    def _decode_group(self, members: Sequence[tuple[int, Ints]]) -> "DecodeGroup":
         lengths = np.array([len(held) for _, held in members])
         padded = np.zeros((len(members), lengths.max()), dtype=np.int64)
-        for row, (_, held) in enumerate(members):
-            padded[row, : len(held)] = held
+        for number, (_, held) in enumerate(members):
+            padded[number, : len(held)] = held
         return DecodeGroup(
-            rows=self._tensor(np.array([run.start for run, _ in members])),
+            rows=self._tensor(np.array([row for row, _ in members])),
             slots=torch.from_numpy(padded).to(self._device, non_blocking=True),
             lengths=self._tensor(lengths)[:, None],
         )
@@ -193,13 +196,16 @@ class TorchStep:
     """One step over `kv`."""
 
     kv: TorchKV
-    slot_mapping: Tensor  # [num_rows]: where each row's key and value are stored
+    slots: Tensor  # [num_written]: where keys and values are stored
+    written: Tensor | None  # [num_written]: those of which rows; None: of all
     decodes: Sequence[DecodeGroup]
     prefills: Sequence[PrefillRun]
 
     def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `PagedStep`."""
-        keys, values = self.kv.write(layer.layer_idx, self.slot_mapping, key, value)
+        if self.written is not None:
+            key, value = key[self.written], value[self.written]
+        keys, values = self.kv.write(layer.layer_idx, self.slots, key, value)
         attention = _Attention(layer)
         out = query.new_empty(*query.shape[:2], value.shape[-1])
         for group in self.decodes:

@@ -1,36 +1,46 @@
 """The LoRA operation in torch's own GEMMs, two a segment, on any device. It is the definition of SGMV and BGMV here."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 
-from swaplora_server.kernels.backend import LoraOp
-from swaplora_server.kernels.rows import Segment
+from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
+from swaplora_server.kernels.step import Segments
 
 
-class Prepared(NamedTuple):
-    """A step's segments, and the paths of all modules by number."""
+class ModulesByNumber:
+    """What an adapter adds to each module."""
 
-    segments: Sequence[Segment]
-    paths: Sequence[str]
-
-
-def _add(y: Tensor, x: Tensor, prepared: Prepared, number: int) -> None:
-    """y[start:stop] = (y[start:stop] + scale · (x[start:stop] Aᵀ) Bᵀ) · column_scale + scale · shift.
-
-    y: [num_rows, out_features], written in place. x: [num_rows, in_features].
-    """
-    for segment in prepared.segments:
-        module = segment.weights.modules.get(prepared.paths[number])
-        if module is not None:
-            lora_A, lora_B = module.lora_A.to(x.dtype), module.lora_B.to(x.dtype)
-            rows = slice(segment.start, segment.stop)
-            y[rows].addmm_(x[rows].mm(lora_A.t()), lora_B.t(), alpha=segment.scale)
-            if module.column_scale is not None:
-                y[rows] *= module.column_scale.to(y.dtype)
-            if module.shift is not None:
-                y[rows].add_(module.shift.to(y.dtype), alpha=segment.scale)
+    def __init__(self, weights: AdapterWeights, paths: Sequence[str]) -> None:
+        self.modules = [weights.modules.get(path) for path in paths]
 
 
-OP = LoraOp(prepare=Prepared, add=_add)
+class TorchLora:
+    """See `LoraStep`."""
+
+    def __init__(self, segments: Segments) -> None:
+        self._segments = [
+            (_modules_of(segment.weights), segment.scale, slice(segment.start, segment.stop)) for segment in segments
+        ]
+
+    def add(self, x: Tensor, outputs: Sequence[tuple[Tensor, int]]) -> None:
+        """y[rows] = (y[rows] + scale · (x[rows] Aᵀ) Bᵀ) · column_scale + scale · shift, segment by segment."""
+        for y, number in outputs:
+            for modules, scale, rows in self._segments:
+                if (module := modules[number]) is not None:
+                    _add(y[rows], x[rows], module, scale)
+
+
+def _add(y: Tensor, x: Tensor, module: ModuleWeights, scale: float) -> None:
+    lora_A, lora_B = module.lora_A.to(x.dtype), module.lora_B.to(x.dtype)
+    y.addmm_(x.mm(lora_A.t()), lora_B.t(), alpha=scale)
+    if module.column_scale is not None:
+        y *= module.column_scale.to(y.dtype)
+    if module.shift is not None:
+        y.add_(module.shift.to(y.dtype), alpha=scale)
+
+
+def _modules_of(weights: AdapterWeights) -> Sequence[ModuleWeights | None]:
+    if not isinstance(weights.tables, ModulesByNumber):
+        raise RuntimeError(f"adapter {weights.digest} was not prepared for torch's operations")
+    return weights.tables.modules

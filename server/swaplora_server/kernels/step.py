@@ -1,0 +1,120 @@
+"""What is in a step: everything that kernels read of it, as arrays that are made once. Imports no torch.
+
+A step packs the rows of many sequences one after the other into [1, num_rows]. Attention sees each sequence as a run of
+rows over its blocks; the LoRA operation sees segments, so that "rows 4 to 7 use A at 1.0 and B at 0.4" is two over the
+same rows. Base rows are in no segment and cost nothing. Segments are there twice, since a model has two row spaces:
+every token, and the rows that reach the output head. `engine/step.py` makes plans, and holds the one that runs.
+"""
+
+import enum
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from swaplora_adapters.weights.served import AdapterWeights
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+class Wants(enum.IntEnum):
+    """What becomes of a row's last hidden state, settled when it is scheduled."""
+
+    NOTHING = 0  # only its keys and values are wanted
+    SAMPLE = 1
+    HIDDEN = 2  # itself
+
+
+class Runs:
+    """Whose rows a step has, one sequence after the other: tokens from position `firsts[i]` on, over its own blocks."""
+
+    def __init__(
+        self, firsts: Sequence[int], lengths: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int
+    ) -> None:
+        """Of each sequence: its first row's position, its tokens up to its last row, and its block table.
+
+        Raises ValueError for a sequence that has more tokens than its blocks hold.
+        """
+        num_blocks = np.array([len(table) for table in block_tables], np.int64)
+        self.firsts: Ints = np.array(firsts, np.int64)
+        self.lengths: Ints = np.array(lengths, np.int64)
+        if (self.lengths > num_blocks * block_size).any():
+            raise ValueError("a sequence of the step has fewer blocks than its tokens need")
+        num_rows = self.lengths - self.firsts
+        self.stops: Ints = num_rows.cumsum()  # rows [starts[i], stops[i]) are the i-th sequence's
+        self.starts: Ints = self.stops - num_rows
+        self.blocks: Ints = np.fromiter(chain.from_iterable(block_tables), np.int64)  # one table after the other
+        self.block_starts: Ints = num_blocks.cumsum() - num_blocks  # where each begins
+        self.positions: Ints = np.arange(self.num_rows) + np.repeat(self.firsts - self.starts, num_rows)
+        block, offset = np.divmod(self.positions, block_size)
+        # where each row's key and value are written; -1: nowhere
+        self.slots: Ints = self.blocks[block + np.repeat(self.block_starts, num_rows)] * block_size + offset
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.stops[-1]) if len(self.stops) else 0
+
+
+class Segment(NamedTuple):
+    """Rows `start` to `stop` use one adapter at `scale`."""
+
+    weights: "AdapterWeights"
+    scale: float
+    start: int
+    stop: int
+
+
+class Segments:
+    """Which rows use which adapters, in the order of the rows, in one of the two row spaces."""
+
+    def __init__(self, segments: Sequence[Segment] = ()) -> None:
+        self.adapters: Sequence[AdapterWeights] = [segment.weights for segment in segments]
+        self.scales: Floats = np.array([segment.scale for segment in segments], np.float64)
+        self.starts: Ints = np.array([segment.start for segment in segments], np.int64)
+        self.stops: Ints = np.array([segment.stop for segment in segments], np.int64)
+        self._segments = segments
+
+    def __iter__(self) -> Iterator[Segment]:
+        return iter(self._segments)
+
+    def __len__(self) -> int:
+        return len(self._segments)
+
+    @cached_property
+    def adding(self) -> "Segments":
+        """Those whose adapters add to linears."""
+        return self._where([segment for segment in self if segment.weights.modules])
+
+    @cached_property
+    def replacing(self) -> "Segments":
+        """Those whose adapters have modules of their own in place of the base's. They do not overlap."""
+        return self._where([segment for segment in self if segment.weights.replaced])
+
+    @cached_property
+    def embedding(self) -> "Segments":
+        """Those whose adapters change looked-up rows."""
+        return self._where([segment for segment in self if segment.weights.embeddings])
+
+    def _where(self, chosen: Sequence[Segment]) -> "Segments":
+        return self if len(chosen) == len(self) else Segments(chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. Row i is a token of some sequence."""
+
+    token_ids: Ints  # [num_rows]
+    runs: Runs  # positions, blocks and slots
+    wants: Ints  # [num_rows], of `Wants`
+    head_rows: Ints  # ascending: the rows that reach the output head, at least one
+    tokens: Segments  # over all rows
+    head: Segments  # over `head_rows`

@@ -1,0 +1,60 @@
+"""Torch's own operations as a family of kernels, on any device."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from swaplora_adapters.weights.served import AdapterWeights
+from swaplora_server.kernels.backend import Memory, RunningStep
+from swaplora_server.kernels.step import Segments
+from swaplora_server.kernels.torch.attention import TorchKV
+from swaplora_server.kernels.torch.lora import ModulesByNumber, TorchLora
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """The device's own allocator, tensor by tensor."""
+
+    device: torch.device
+
+    def empty(self, num_elements: int, dtype: torch.dtype) -> Tensor:
+        """See `Memory`."""
+        return torch.empty(num_elements, dtype=dtype, device=self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class TorchBackend:
+    """See `Backend`."""
+
+    device: torch.device
+
+    @property
+    def description(self) -> str:
+        """See `Backend`."""
+        return "torch's operations"
+
+    def memory(self, _piece_bytes: int = 0) -> Memory:
+        """See `Backend`."""
+        return DeviceMemory(self.device)
+
+    def linear(self, linear: nn.Module, _memory: Memory) -> nn.Module:
+        """The linear itself."""
+        return linear
+
+    def tables(self, weights: AdapterWeights, paths: Sequence[str]) -> ModulesByNumber:
+        """See `Backend`."""
+        return ModulesByNumber(weights, paths)
+
+    def lora(self, segments: Segments) -> TorchLora:
+        """See `Backend`."""
+        return TorchLora(segments)
+
+    def paged_kv(self, num_blocks: int, block_size: int) -> TorchKV:
+        """See `Backend`."""
+        return TorchKV(num_blocks, block_size, self.device)
+
+    def wrap(self, _model: PreTrainedModel, _running: Callable[[], RunningStep]) -> None:
+        """Layers are left as they are."""
