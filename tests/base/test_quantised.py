@@ -1,6 +1,6 @@
 """LoRA on bases of 8 and 4 bits: what PEFT gives on the same quantised base, in memory that really is smaller."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
