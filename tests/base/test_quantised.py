@@ -44,8 +44,6 @@ class LayerByLayer(CpuBackend):
 
 
 LAYER_BY_LAYER = LayerByLayer(abi.load_library(CACHE, lambda _message: None), torch.float32)
-# of a log-probability: what is 8 bits wide is multiplied with activations of 16 bits, the rest in float32
-TOLERANCES = {"int8": 10 * TOLERANCE, "nf4": TOLERANCE}
 SHAPE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {**tiny.LLAMA, **SHAPE}
 CONFIGS = {
@@ -103,9 +101,9 @@ def quantized(
         yield request.param, server
 
 
-def error_of(oracle: Oracle, name: str, said: Streamed, tolerance: float) -> float:
+def error_of(oracle: Oracle, name: str, said: Streamed) -> float:
     assert len(said.token_ids) == MAX_TOKENS
-    assert oracle.is_greedy(prompt_of(name), said.token_ids, tie=2 * tolerance)
+    assert oracle.is_greedy(prompt_of(name), said.token_ids, tie=2 * TOLERANCE)
     return error_against(oracle, name, said)
 
 
@@ -118,8 +116,8 @@ async def test_base_and_adapters_alone_and_in_one_batch_equal_peft(
     for name, folder, mixed in zip(names, [None, *adapters], together, strict=True):
         (alone,) = await stream_all(server, [name])
         oracle = QuantisedOracle(base, CONFIGS[kind], folder)
-        assert error_of(oracle, name, alone, TOLERANCES[kind]) <= TOLERANCES[kind], name
-        assert error_of(oracle, name, mixed, TOLERANCES[kind]) <= TOLERANCES[kind], name
+        assert error_of(oracle, name, alone) <= TOLERANCE, name
+        assert error_of(oracle, name, mixed) <= TOLERANCE, name
         assert (mixed.token_ids, mixed.logprobs) == (alone.token_ids, alone.logprobs)
 
 
@@ -167,10 +165,9 @@ def test_all_layers_run_in_one_native_call(kind: Quantization, base: Path) -> No
 
 
 @pytest.fixture
-def strict(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Let the proof allow a ten-thousandth of a standard deviation of the logits, ten of 8 bits, and no more."""
-    is_int8 = "int8" in request.node.callspec.id
-    monkeypatch.setattr(proof, "_TOLERANCE", 1e-3 if is_int8 else 1e-4)
+def strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the proof allow a ten-thousandth of a standard deviation of the logits, and no more."""
+    monkeypatch.setattr(proof, "_TOLERANCE", 1e-4)
 
 
 @pytest.mark.usefixtures("strict")

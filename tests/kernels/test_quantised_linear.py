@@ -41,12 +41,13 @@ def made(kind: str, num_in: int, num_out: int, bias: bool = True, **fields: Any)
 def assert_right(packed: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     """Within what the format's rounding of x allows, every output: weight is that of `packed`, x [num_rows, num_in].
 
-    8 bits: x in steps of its row's largest, or 1e-30, over 32512. 4 bits: none. Beyond that, ends of sums in float32.
+    8 bits: x in steps of its row's largest, or 1e-30, over 63 * 2^16. 4 bits: none. Beyond that, sums in float32.
     """
     wide, rows = weight.double(), x.double()
     exact = rows @ wide.t() + (0 if bias is None else bias.double())
-    step = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 32512 if packed.packed.format == Format.INT8 else 0
-    allowed = 0.501 * step * wide.abs().sum(dim=1) + 5e-6 * (rows.abs() @ wide.abs().t() + exact.abs())
+    is_int8 = packed.packed.format == Format.INT8
+    step = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / (63 << 16) if is_int8 else 0
+    allowed = 0.51 * step * wide.abs().sum(dim=1) + 1e-6 * (rows.abs() @ wide.abs().t() + exact.abs())
     error = (packed(x).double() - exact).abs()
     assert bool((error <= allowed).all()), float((error / allowed).max())
 
@@ -64,18 +65,21 @@ def test_a_packed_linear_is_the_product_with_the_exact_weights(
         x = torch.randn(num_rows, shape[0])
         assert_right(packed, x, weight, linear.bias)
         product = nn.functional.linear(x, weight)
-        relative = (packed(x) - linear(x)).norm() / product.norm()
-        assert relative <= (1e-4 if kind == "int8" else 1e-6)
+        assert (packed(x) - linear(x)).norm() <= 1e-6 * product.norm()
 
 
 @torch.no_grad()
-def test_a_row_with_outliers_keeps_the_rest_within_a_step() -> None:
+def test_a_row_with_outliers_keeps_the_rest() -> None:
     linear, x = made("int8", 512, 48, bias=False), torch.randn(20, 512)
     x[:, 7] *= 1000
+    weight, rest = weight_of(linear), x.clone()
+    rest[:, 7] = 0
+    error = PACK(linear, HugePages())(x).double() - x.double() @ weight.double().t()
+    assert error.norm() <= 1e-3 * (rest @ weight.t()).norm()
     x[3] = 0
     x[4] *= 1e-38  # denormals
     x[5] *= 1e30
-    assert_right(PACK(linear, HugePages()), x, weight_of(linear))
+    assert_right(PACK(linear, HugePages()), x, weight)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

@@ -1,9 +1,9 @@
 // A linear with weights of 8 bits and a scale for each row of W (bitsandbytes' int8):  y = x W^T + b,  W[o, k] = code * scale.
 //
 // Shapes: x [rows, in], W [out, in], y [rows, out]; several linears that share x in one call.
-// Numbers: a row of x is rounded to integers of 16 bits with one scale, 32512 for its largest: within 1/65024 of that. What
-// they give with the codes is summed exactly, in 32 bits for each of their two bytes (`high` and `low`), so a row's result
-// is the same, bit for bit, among any others and with any instructions.
+// Numbers: a row of x is rounded to integers of 23 bits with one scale, TOP for its largest. What they give with the codes
+// is summed exactly, in 32 bits for each of their three bytes, so a row's result is the same, bit for bit, among any others
+// and with any instructions. (In 16 bits, the outliers of real activations leave too little for the rest of a row.)
 // Layout: panels [panel][in / 4, padded to DEPTH][COLUMNS] of four bytes, code + 128 each: dot products take one operand
 // unsigned, and 128 times the sum of x's bytes is taken off again. 16 columns of 16 such rows are a tile of AMX.
 // Threads: pieces of a strip of rows by one panel, taken dynamically.
@@ -15,20 +15,23 @@
 #include "tiles.h"
 #include "vec.h"
 
+#define UNROLL _Pragma("GCC unroll 32")
+
 namespace {
 
 constexpr int64_t COLUMNS = 32, DEPTH = 64;         // of a panel, and what `in` is padded to
-constexpr int VECTORS = 2, ROWS = LANES == 16 ? 6 : 2; // of a tile without AMX: its sums fill most of the registers
+constexpr int BYTES = 3;                            // of a rounded x, the highest first
+constexpr int VECTORS = 2, ROWS = LANES == 16 ? 4 : 1; // of a tile without AMX: its sums fill most of the registers
 constexpr int64_t SLICE = 1 << 16;                  // of `in` at a time: its sums fit in 32 bits
 constexpr int64_t TILE = 16;                        // rows of a tile of AMX
-constexpr int64_t FEWEST_TILED = 5;                 // rows from which on AMX is faster
+constexpr int64_t FEWEST_TILED = 7;                 // rows from which on AMX is faster
 constexpr int64_t AHEAD = 1 << 14;                  // bytes by which a panel is asked of memory before it is needed
 constexpr int64_t STRIP_BYTES = 1 << 19;            // of x at a time, which stay in the second cache
 constexpr int64_t MOST_TILES = 16;                  // of a strip
 constexpr int64_t THREADED = 1 << 16;               // multiply-adds below which a second thread costs more than it saves
 constexpr int64_t ROUNDED = 1 << 13;                // numbers of x below which it does so too
 constexpr int64_t SHARES = 8;                       // pieces a thread takes of its work
-constexpr float TOP = 32512;                        // 127 * 256: the high byte of nothing rounds beyond 127
+constexpr float TOP = 63 << 16;                     // below 2^22: beyond, floats have no room to round in
 
 typedef int8_t quarters __attribute__((vector_size(LANES)));
 
@@ -56,21 +59,22 @@ words dot4(words acc, words u, words s) {
 
 int64_t padded(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
 
-// Rows of x in integers: for each its high bytes, its low bytes, and a line, lest rows fall into the same sets of a cache.
+// Rows of x in integers: for each, one byte after the other of all `depth`, and a line, lest rows fall into the same sets of
+// a cache.
 struct Planes {
     std::vector<int8_t> bytes;     // [rows padded to TILE][stride]
     std::vector<float> scales;     // [rows]
-    std::vector<uint32_t> starts;  // [rows][slices][2]: what sums start from, high and low
+    std::vector<uint32_t> starts;  // [rows][slices][BYTES]: what sums start from
     int64_t depth, stride, slices;
 
     void make_room(int64_t rows, int64_t in) {
-        depth = padded(in, DEPTH), stride = 2 * depth + 64, slices = (depth + SLICE - 1) / SLICE;
+        depth = padded(in, DEPTH), stride = BYTES * depth + 64, slices = (depth + SLICE - 1) / SLICE;
         if (int64_t(bytes.size()) < padded(rows, TILE) * stride) bytes.resize(padded(rows, TILE) * stride);
         if (int64_t(scales.size()) < rows) scales.resize(rows);
-        if (int64_t(starts.size()) < rows * slices * 2) starts.resize(rows * slices * 2);
+        if (int64_t(starts.size()) < rows * slices * BYTES) starts.resize(rows * slices * BYTES);
     }
     const int8_t* row(int64_t r) const { return bytes.data() + r * stride; }
-    const uint32_t* start(int64_t r, int64_t slice) const { return starts.data() + (r * slices + slice) * 2; }
+    const uint32_t* start(int64_t r, int64_t slice) const { return starts.data() + (r * slices + slice) * BYTES; }
 };
 
 // The largest |x|, by its bits: of infinity or NaN where there is one
@@ -84,14 +88,17 @@ uint32_t largest(const float* x, int64_t in) {
     return top;
 }
 
-// LANES values into high and low bytes, which are added to the sums
-void split(floats x, float inverse, int8_t* high, int8_t* low, ints* highs, ints* lows) {
-    const floats magic = floats{} + 12582912.0f;  // 1.5 * 2^23: leaves no room for a fraction
-    const ints whole = (ints)(x * inverse + magic) - (ints)magic;
-    const ints l = whole << 24 >> 24, h = (whole - l) >> 8;
-    *highs += h, *lows += l;
-    const quarters hs = __builtin_convertvector(h, quarters), ls = __builtin_convertvector(l, quarters);
-    std::memcpy(high, &hs, sizeof hs), std::memcpy(low, &ls, sizeof ls);
+// LANES values into bytes that lie `depth` apart, which are added to the sums
+void split(floats x, float inverse, int8_t* bytes, int64_t depth, ints* sums) {
+    const floats magic = floats{} + 12582912.0f;  // 1.5 * 2^23: a sum with it is whole
+    ints whole = (ints)(x * inverse + magic) - (ints)magic;
+    for (int b = BYTES - 1; b >= 0; b--) {
+        const ints lowest = whole << 24 >> 24;
+        const quarters narrow = __builtin_convertvector(lowest, quarters);
+        std::memcpy(bytes + b * depth, &narrow, sizeof narrow);
+        sums[b] += lowest;
+        whole = (whole - lowest) >> 8;
+    }
 }
 
 uint32_t start_of(const ints& sums) {
@@ -107,58 +114,48 @@ void round_row(const float* x, int64_t in, int64_t r, Planes& planes) {
     const bool is_finite = bits < 0x7f800000;
     planes.scales[r] = is_finite ? top / TOP : __builtin_nanf("");
     const float inverse = is_finite ? TOP / top : 0.0f;
-    int8_t* high = planes.bytes.data() + r * planes.stride;
+    int8_t* bytes = planes.bytes.data() + r * planes.stride;
     for (int64_t k = 0, slice = 0; k < planes.depth; slice++) {
-        ints highs = {}, lows = {};
+        ints sums[BYTES] = {};
         for (const int64_t end = std::min(k + SLICE, planes.depth); k < end; k += LANES) {
             floats v = {};
             if (k + LANES <= in) v = load(x + k);
             else if (k < in) std::memcpy(&v, x + k, (in - k) * sizeof(float));
-            split(is_finite ? v : floats{}, inverse, high + k, high + planes.depth + k, &highs, &lows);
+            split(is_finite ? v : floats{}, inverse, bytes + k, planes.depth, sums);
         }
-        uint32_t* starts = planes.starts.data() + (r * planes.slices + slice) * 2;
-        starts[0] = start_of(highs), starts[1] = start_of(lows);
+        for (int b = 0; b < BYTES; b++) planes.starts[(r * planes.slices + slice) * BYTES + b] = start_of(sums[b]);
     }
 }
 
-// Sums of one tile's rows: [2: high, low][TILE][COLUMNS]
+// Sums of one tile's rows, for each byte of x
 struct alignas(64) Sums {
-    uint32_t of[2][TILE][COLUMNS];
+    uint32_t of[BYTES][TILE][COLUMNS];
 };
 
 template <int R>
 [[gnu::noinline]] void tile(const int8_t* x, const Planes& planes, int64_t depth, const uint32_t* panel, Sums& sums, int64_t first,
                            int64_t ahead) {
     for (int64_t c = 0; c < COLUMNS; c += VECTORS * LANES) {
-        words high[R][VECTORS], low[R][VECTORS];
-#pragma GCC unroll 32
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 32
-            for (int v = 0; v < VECTORS; v++) high[r][v] = low[r][v] = words{};
+        words acc[BYTES][R][VECTORS];
+        UNROLL for (int b = 0; b < BYTES; b++)
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int v = 0; v < VECTORS; v++) acc[b][r][v] = words{};
         for (int64_t k = 0; k < depth; k += 4) {
+            const uint32_t* at = panel + k / 4 * COLUMNS + c;
             words w[VECTORS];
-#pragma GCC unroll 32
-            for (int v = 0; v < VECTORS; v++) __builtin_prefetch(panel + k / 4 * COLUMNS + c + v * LANES + ahead, 0, 2);
-#pragma GCC unroll 32
-            for (int v = 0; v < VECTORS; v++) std::memcpy(&w[v], panel + k / 4 * COLUMNS + c + v * LANES, sizeof w[v]);
-#pragma GCC unroll 32
-            for (int r = 0; r < R; r++) {
-                uint32_t both[2];
-                std::memcpy(both, x + r * planes.stride + k, 4), std::memcpy(both + 1, x + r * planes.stride + planes.depth + k, 4);
-#pragma GCC unroll 32
-                for (int v = 0; v < VECTORS; v++) {
-                    high[r][v] = dot4(high[r][v], w[v], words{} + both[0]);
-                    low[r][v] = dot4(low[r][v], w[v], words{} + both[1]);
+            UNROLL for (int v = 0; v < VECTORS; v++) __builtin_prefetch(at + v * LANES + ahead, 0, 2);
+            UNROLL for (int v = 0; v < VECTORS; v++) std::memcpy(&w[v], at + v * LANES, sizeof w[v]);
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int b = 0; b < BYTES; b++) {
+                    uint32_t four;
+                    std::memcpy(&four, x + r * planes.stride + b * planes.depth + k, sizeof four);
+                    UNROLL for (int v = 0; v < VECTORS; v++) acc[b][r][v] = dot4(acc[b][r][v], w[v], words{} + four);
                 }
-            }
         }
-#pragma GCC unroll 32
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 32
-            for (int v = 0; v < VECTORS; v++) {
-                std::memcpy(&sums.of[0][first + r][c + v * LANES], &high[r][v], sizeof(words));
-                std::memcpy(&sums.of[1][first + r][c + v * LANES], &low[r][v], sizeof(words));
-            }
+        UNROLL for (int b = 0; b < BYTES; b++)
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int v = 0; v < VECTORS; v++)
+                    std::memcpy(&sums.of[b][first + r][c + v * LANES], &acc[b][r][v], sizeof(words));
     }
     asm volatile("" ::: "memory");  // lest the sums live on the stack throughout, for the sake of what comes after
 }
@@ -166,12 +163,10 @@ template <int R>
 void vector_tiles(int64_t rows, const int8_t* x, const Planes& planes, int64_t depth, const uint32_t* panel, Sums& sums, int64_t ahead) {
     for (int64_t r = 0; r < rows; r += ROWS, x += ROWS * planes.stride, ahead = 0) switch (std::min<int64_t>(ROWS, rows - r)) {
             case 1: tile<1>(x, planes, depth, panel, sums, r, ahead); break;
-            case 2: tile<2>(x, planes, depth, panel, sums, r, ahead); break;
 #if LANES == 16
+            case 2: tile<2>(x, planes, depth, panel, sums, r, ahead); break;
             case 3: tile<3>(x, planes, depth, panel, sums, r, ahead); break;
             case 4: tile<4>(x, planes, depth, panel, sums, r, ahead); break;
-            case 5: tile<5>(x, planes, depth, panel, sums, r, ahead); break;
-            case 6: tile<6>(x, planes, depth, panel, sums, r, ahead); break;
 #endif
         }
 }
@@ -185,24 +180,32 @@ template <bool ahead>
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
     const char* w = reinterpret_cast<const char*>(panel);
-    for (int64_t k = 0; k < depth; k += DEPTH, w += step) {
-        _tile_loadd(4, x + k, planes.stride);
-        _tile_loadd(5, x + planes.depth + k, planes.stride);
-        _tile_loadd(6, w, line);
-        _tile_loadd(7, w + 64, line);
+    for (int64_t k = 0; k < depth; k += DEPTH, x += DEPTH, w += step) {
         if (ahead)
-#pragma GCC unroll 32
-            for (int64_t at = 0; at < step; at += 64) __builtin_prefetch(w + AHEAD + at, 0, 2);
-        _tile_dpbsud(0, 4, 6);
-        _tile_dpbsud(1, 4, 7);
-        _tile_dpbsud(2, 5, 6);
-        _tile_dpbsud(3, 5, 7);
+            UNROLL for (int64_t at = 0; at < step; at += 64) __builtin_prefetch(w + AHEAD + at, 0, 2);
+        _tile_loadd(7, w, line);
+        _tile_loadd(6, x, planes.stride);
+        _tile_dpbsud(0, 6, 7);
+        _tile_loadd(6, x + planes.depth, planes.stride);
+        _tile_dpbsud(2, 6, 7);
+        _tile_loadd(6, x + 2 * planes.depth, planes.stride);
+        _tile_dpbsud(4, 6, 7);
+        _tile_loadd(7, w + 64, line);
+        _tile_dpbsud(5, 6, 7);
+        _tile_loadd(6, x + planes.depth, planes.stride);
+        _tile_dpbsud(3, 6, 7);
+        _tile_loadd(6, x, planes.stride);
+        _tile_dpbsud(1, 6, 7);
     }
     _tile_stored(0, sums.of[0][0], line);
     _tile_stored(1, sums.of[0][0] + 16, line);
     _tile_stored(2, sums.of[1][0], line);
     _tile_stored(3, sums.of[1][0] + 16, line);
+    _tile_stored(4, sums.of[2][0], line);
+    _tile_stored(5, sums.of[2][0] + 16, line);
 #endif
 }
 
@@ -222,10 +225,12 @@ void panel_tile(const LinearWeight& w, int64_t p, const Planes& planes, int64_t 
         for (int64_t r = 0; r < rows; r++) {
             const uint32_t* start = planes.start(first_row + r, slice);
             for (int64_t c = 0; c < COLUMNS; c += LANES) {
-                words high, low;
-                std::memcpy(&high, &sums.of[0][r][c], sizeof high), std::memcpy(&low, &sums.of[1][r][c], sizeof low);
-                const floats highs = __builtin_convertvector((ints)(high + start[0]), floats);
-                const floats sum = mul_add(highs, splat(256.0f), __builtin_convertvector((ints)(low + start[1]), floats));
+                floats sum = {};
+                for (int b = 0; b < BYTES; b++) {
+                    words part;
+                    std::memcpy(&part, &sums.of[b][r][c], sizeof part);
+                    sum = mul_add(sum, splat(256.0f), __builtin_convertvector((ints)(part + start[b]), floats));
+                }
                 store(slice ? load(totals[r] + c) + sum : sum, totals[r] + c);
             }
         }
