@@ -133,10 +133,10 @@ def test_logprobs_of_a_chat(loaded: Running) -> None:
 
 
 REFUSED_ANYWHERE: dict[str, Any] = {
-    "presence_penalty": 0.5,
-    "frequency_penalty": 1,
-    "repetition_penalty": 1.1,
-    "logit_bias": {"5": 10},
+    "length_penalty": 0.5,
+    "typical_p": 0.5,
+    "mirostat": 2,
+    "bad_words": ["bad"],
     "best_of": 2,
     "guided_json": {},
     "structured_outputs": {"regex": "a"},
@@ -202,10 +202,43 @@ def test_min_tokens_holds_a_stop_token_back(loaded: Running) -> None:
     assert whole[1] not in held[:6]
 
 
+def test_a_bias_and_allowed_tokens_decide_what_is_said(loaded: Running) -> None:
+    fields = {"max_tokens": 4, "return_token_ids": True, "ignore_eos": True}
+    for post in (complete, chat):
+        biased = post(loaded, **fields, temperature=0, logit_bias={"65": 100, "66": 99.5}).json()["choices"][0]
+        assert biased["token_ids"] == [65] * 4
+        allowed = post(loaded, **fields, n=8, allowed_token_ids=[66, 67]).json()["choices"]
+        assert {token for choice in allowed for token in choice["token_ids"]} == {66, 67}
+
+
+def test_penalties_keep_tokens_from_coming_again(loaded: Running) -> None:
+    fields = {"max_tokens": 6, "temperature": 0, "return_token_ids": True, "ignore_eos": True}
+    few = {"allowed_token_ids": [65, 66, 67], "logit_bias": {"65": 100, "66": 99, "67": 98}}
+
+    def said(**penalties: float) -> list[int]:
+        answer = complete(loaded, **fields, **few, **penalties)
+        ids: list[int] = answer.json()["choices"][0]["token_ids"]
+        return ids
+
+    assert said() == said(presence_penalty=0, frequency_penalty=0, repetition_penalty=1) == [65] * 6
+    assert len(set(said(frequency_penalty=2))) > 1
+    assert said(presence_penalty=-2, frequency_penalty=-2) == [65] * 6
+    assert len(set(said(repetition_penalty=2)[:3])) == 3
+
+
+def test_what_would_forbid_every_token_is_refused(loaded: Running) -> None:
+    error = complete(loaded, allowed_token_ids=[tiny.EOS], min_tokens=1).json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_request", "allowed_token_ids")
+    assert complete(loaded, allowed_token_ids=[tiny.EOS]).json()["choices"][0]["finish_reason"] == "stop"
+    assert complete(loaded, allowed_token_ids=[tiny.EOS], min_tokens=1, ignore_eos=True).status_code == 200
+
+
 def test_a_field_that_nobody_defines_is_ignored(loaded: Running) -> None:
     assert complete(loaded, colour="blue").status_code == 200
 
 
+NO_BIASES: list[Any] = [-101, 100.5, "1", None, True, {}]
+NOT_IDS: list[Any] = [[], [-1], [259], [1.5], ["5"], 5, {"5": 1}, [2**31]]
 INVALID: list[dict[str, Any]] = [
     {"model": None},
     {"model": ""},
@@ -238,6 +271,17 @@ INVALID: list[dict[str, Any]] = [
     {"top_p": 1.1},
     {"top_k": -2},
     {"min_p": 2},
+    *({name: value} for name in ("presence_penalty", "frequency_penalty") for value in (-2.1, 2.01, "1", True, 1e400)),
+    *({"repetition_penalty": value} for value in (0, -1, 1e-9, 101, "1", True)),
+    *({"logit_bias": {"5": value}} for value in NO_BIASES),
+    *({"logit_bias": {name: 1}} for name in ("", "a", "-1", "1.5", "259", "9" * 10, "9" * 5000, "\u0665", "1_0")),
+    {"logit_bias": {str(n): 1 for n in range(1025)}},
+    {"logit_bias": [5]},
+    {"logit_bias": "5"},
+    *({"allowed_token_ids": value} for value in NOT_IDS),
+    {"min_tokens": -1},
+    {"min_tokens": 4},
+    {"min_tokens": 2**40},
     {"seed": -(2**63) - 1},
     {"seed": 2**63},
     {"stop": ["a"] * 129},

@@ -64,6 +64,10 @@ NEUTRAL: list[dict[str, Any]] = [
     {"add_special_tokens": False},
     {"frequency_penalty": 0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "length_penalty": 1},
     {"logit_bias": {}},
+    {"frequency_penalty": None, "presence_penalty": None, "repetition_penalty": None, "logit_bias": None},
+    {"allowed_token_ids": None},
+    {"frequency_penalty": -2, "presence_penalty": 2, "repetition_penalty": 1.3, "logit_bias": {"5": -100, "6": 100.0}},
+    {"allowed_token_ids": list(range(259)), "min_tokens": 2},
     {"echo": False},
     {"response_format": {"type": "text"}},
     {"use_beam_search": False, "detokenize": True, "skip_special_tokens": True, "spaces_between_special_tokens": True},
@@ -172,13 +176,13 @@ def test_all_that_is_refused_is_named_at_once_with_what_to_do(server: Running) -
     assistant = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     result = {"role": "tool", "tool_call_id": "c", "content": "y"}
     messages = [USER, assistant, result, assistant, result]
-    error = refusal(chat(server, messages=messages, presence_penalty=0.5, tools=[CALL], logit_bias={"1": 2}, colour=1))
-    assert (error["code"], error["param"]) == ("unsupported_field", "presence_penalty")
+    error = refusal(chat(server, messages=messages, mirostat=2, tools=[CALL], bad_words=["b"], colour=1))
+    assert (error["code"], error["param"]) == ("unsupported_field", "mirostat")
     complaints = error["message"].split(". ")
     assert [complaint.split(" is not supported yet: ")[0] for complaint in complaints] == [
-        "presence_penalty",
+        "mirostat",
         "tools",
-        "logit_bias",
+        "bad_words",
         "messages[1].tool_calls",
         "messages[2].tool_call_id",
     ]
@@ -213,6 +217,13 @@ def test_nothing_beside_a_tool_call_is_not_what_is_wrong(server: Running, conten
         ({"max_completion_tokens": -1}, "max_completion_tokens"),
         ({"adapters": [{"name": "a", "scale": 1e9}]}, "adapters[0].scale"),
         ({"adapters": [{"name": BASE}]}, "adapters[0].name"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"259": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias[5]"),
+        ({"allowed_token_ids": [1, -1]}, "allowed_token_ids[1]"),
+        ({"allowed_token_ids": [1, 259]}, "allowed_token_ids"),
+        ({"min_tokens": 3}, "min_tokens"),
+        ({"min_tokens": 9, "max_tokens": None, "max_completion_tokens": 8}, "min_tokens"),
     ],
     ids=str,
 )

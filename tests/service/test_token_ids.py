@@ -19,12 +19,14 @@ LAST = tiny.VOCAB_SIZE - 1
 
 
 @pytest.mark.parametrize("token_id", [LAST + 1, 151645, 2**31 - 1])
-@pytest.mark.parametrize("field", ["stop_token_ids", "prompt"])
+@pytest.mark.parametrize("field", ["stop_token_ids", "prompt", "allowed_token_ids", "logit_bias"])
 def test_an_id_beyond_the_vocabulary_is_refused_by_the_name_of_its_field(
     server: Running, field: str, token_id: int
 ) -> None:
     body = {"model": BASE, "prompt": PROMPT, "max_tokens": 4, "min_tokens": 1}
-    answer = server.client.post("/v1/completions", json=body | {field: [1, token_id]})
+    answer = server.client.post(
+        "/v1/completions", json=body | {field: {"1": 1, str(token_id): 1} if field == "logit_bias" else [1, token_id]}
+    )
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_request", field)
     assert f"{token_id} is not in the base's vocabulary, whose ids end at {LAST}" in error["message"]

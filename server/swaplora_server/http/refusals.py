@@ -46,14 +46,9 @@ _ZERO, _ONE, _OFF, _ON, _EMPTY = Refusal((0,)), Refusal((1,)), Refusal((False,))
 _GRAMMAR = Refusal(("",), _NO_GRAMMAR)
 
 ANYWHERE: dict[str, Refusal] = {
-    "presence_penalty": _ZERO,
-    "frequency_penalty": _ZERO,
-    "repetition_penalty": _ONE,
     "length_penalty": _ONE,
-    "logit_bias": Refusal(({},)),
     "best_of": Refusal(same_as="n", instead="ask for n, and choose"),
     "use_beam_search": _OFF,
-    "allowed_token_ids": Refusal(),
     "bad_words": _EMPTY,
     "response_format": Refusal(({"type": "text"},), _NO_GRAMMAR),
     "structured_outputs": Refusal(instead=_NO_GRAMMAR),

@@ -27,6 +27,9 @@ MAX_SEED = 2**63 - 1
 NO_SEED = -1  # as vLLM and llama.cpp have it
 MAX_INT = 2**31 - 1
 MAX_EXACT_FLOAT = 2**53
+MAX_BIASES = 1024
+MAX_ID_DIGITS = 10
+MAX_ALLOWED_TOKENS = 2**18
 
 
 def _whole(value: object) -> object:
@@ -40,6 +43,18 @@ def _asks_for_tokens(value: object) -> object:
     if isinstance(value, int | float) and value < 1:
         raise PydanticCustomError("max_tokens", "must be at least 1; leave it out for the default")
     return value
+
+
+def _by_token_ids(value: object) -> object:
+    """The names of a JSON object as token ids. Raises for one that is none, before any value is looked at."""
+    if not isinstance(value, dict):
+        return value
+    if len(value) > MAX_BIASES:
+        raise PydanticCustomError("logit_bias", f"may name {MAX_BIASES} tokens")
+    for name in value:
+        if not (name.isascii() and name.isdigit() and len(name) <= MAX_ID_DIGITS):
+            raise PydanticCustomError("logit_bias", 'must be an object of token ids, such as {{"42": -100}}')
+    return {int(name): bias for name, bias in value.items()}
 
 
 def _form(value: object) -> str | None:
@@ -66,6 +81,8 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 ModelName = Annotated[str, Field(min_length=1, max_length=MAX_MODEL_CHARACTERS)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+LogitBias = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_by_token_ids)]
 MaxTokens = Annotated[Whole, BeforeValidator(_asks_for_tokens), Field(ge=1, le=MAX_INT)]
 Stop = Annotated[
     Annotated[str, Tag(_TEXT)] | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True), Tag(_TEXTS)],
@@ -104,6 +121,13 @@ class GenerationBody(WireModel):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[Whole, Field(ge=-1, le=MAX_INT)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    logit_bias: LogitBias | None = None
+    allowed_token_ids: (
+        Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED_TOKENS, fail_fast=True)] | None
+    ) = None
     seed: Annotated[Whole, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
     stop: Stop | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
@@ -154,10 +178,15 @@ class GenerationBody(WireModel):
             top_p=self.top_p,
             top_k=max(0, self.top_k),
             min_p=self.min_p,
-            seed=None if self.seed in (None, NO_SEED) else self.seed % (MAX_SEED - MAX_N + 1),
+            seed=None if self.seed == NO_SEED else self.seed,
             stop_token_ids=frozenset(self.stop_token_ids or ()),
             min_tokens=self.min_tokens,
             num_logprobs=num_logprobs,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=tuple((int(token_id), bias) for token_id, bias in (self.logit_bias or {}).items()),
+            allowed_token_ids=None if self.allowed_token_ids is None else frozenset(self.allowed_token_ids),
         )
 
 

@@ -238,14 +238,15 @@ async def generate(service: Service, task: GenerationTask) -> Generation:
     service.admissions.check_number(task.n, task.num_prompts)
     prompts = await task.encode()
     service.check_serving()
-    _check_ids(service, task.sampling.stop_token_ids, "stop_token_ids")
+    _check_sampling_ids(service, task.sampling)
     limit = min(_room(service, task, number, prompt) for number, prompt in enumerate(prompts))
+    params = _params(service, task, limit)
     admission = service.admissions.admit(len(prompts) * task.n)
     try:
         mix = await lease_mix(service, task.model, task.adapters, task.asker, admission)
         uses = await mix.uses()
         starts = [invoked_at(prompt, uses, task.prompt_param(number)) for number, prompt in enumerate(prompts)]
-        generation = Generation(service, task, prompts, _params(service, task, limit), mix.records, began)
+        generation = Generation(service, task, prompts, params, mix.records, began)
     except BaseException:
         admission.release()
         raise
@@ -254,9 +255,22 @@ async def generate(service: Service, task: GenerationTask) -> Generation:
 
 
 def _params(service: Service, task: GenerationTask, max_tokens: int) -> SamplingParams:
-    """What the engine is told; the end-of-sequence ids stop a request unless it ignores them."""
-    ends = frozenset() if task.ignore_eos else service.base.eos_token_ids
-    return replace(task.sampling, max_tokens=max_tokens, stop_token_ids=task.sampling.stop_token_ids | ends)
+    """What the engine is told; the end-of-sequence ids stop a request unless it ignores them. Raises RequestError."""
+    asked = task.sampling
+    if asked.min_tokens > max_tokens:
+        message = f"min_tokens is {asked.min_tokens}, and at most {max_tokens} tokens may be generated: ask for no more"
+        raise RequestError("invalid_request", message, "min_tokens")
+    ends = asked.stop_token_ids | (frozenset() if task.ignore_eos else service.base.eos_token_ids)
+    if asked.min_tokens and asked.allowed_token_ids is not None and asked.allowed_token_ids <= ends:
+        message = "allowed_token_ids has only tokens that end the answer, which none of the first min_tokens may do"
+        raise RequestError("invalid_request", f"{message}: allow others, or leave min_tokens out", "allowed_token_ids")
+    return replace(asked, max_tokens=max_tokens, stop_token_ids=ends)
+
+
+def _check_sampling_ids(service: Service, asked: SamplingParams) -> None:
+    _check_ids(service, asked.stop_token_ids, "stop_token_ids")
+    _check_ids(service, asked.allowed_token_ids or (), "allowed_token_ids")
+    _check_ids(service, [token_id for token_id, _ in asked.logit_bias], "logit_bias")
 
 
 def _check_ids(service: Service, token_ids: Collection[int], param: str) -> None:
