@@ -1,10 +1,15 @@
 """Attention over pages against plain softmax attention over the same tokens: the torch and the cpu backend."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from repository import KERNEL_CACHE
@@ -18,7 +23,8 @@ CPU = torch.device("cpu")
 CACHE = KERNEL_CACHE
 LIBRARY = abi.load_library(CACHE, lambda _message: None)
 LENGTHS = [1, 2, 17, 64, 130]
-FORMS = ["torch", "cpu"]
+FORMS = ["torch", "cpu", "cpu, bf16 cache"]
+CPU_FORMS = FORMS[1:]
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"window": 5},
@@ -36,21 +42,37 @@ def make_layer(name: str, num_heads: int, head_dim: int) -> LayerAttention:
 
 
 def attend_plainly(query: Tensor, keys: Tensor, values: Tensor, layer: LayerAttention) -> Tensor:
-    """The definition: query [num_heads, head_dim] at the last of keys, values [length, num_kv_heads, head_dim]."""
+    """In float64: query [num_heads, head_dim] at the last of keys, values [length, num_kv_heads, head_dim]."""
     length, heads_per_kv_head = len(keys), query.shape[0] // keys.shape[1]
-    keys, values = (t.float().repeat_interleave(heads_per_kv_head, 1) for t in (keys, values))
-    scores = torch.einsum("hd,lhd->hl", query.float(), keys) * layer.scaling
+    keys, values = (t.double().repeat_interleave(heads_per_kv_head, 1) for t in (keys, values))
+    scores = torch.einsum("hd,lhd->hl", query.double(), keys) * layer.scaling
     if layer.softcap:
         scores = torch.tanh(scores / layer.softcap) * layer.softcap
     if layer.window:
         scores[:, : max(0, length - layer.window)] = float("-inf")
     if layer.sinks is not None:
-        scores = torch.cat([scores, layer.sinks[:, None]], 1)
+        scores = torch.cat([scores, layer.sinks[:, None].double()], 1)
     return torch.einsum("hl,lhd->hd", scores.softmax(-1)[:, :length], values)
 
 
+def cache_dtype(form: str) -> torch.dtype:
+    return torch.bfloat16 if "bf16" in form else torch.float32
+
+
 def make_kv(form: str, num_blocks: int, block_size: int) -> PagedKV:
-    return CpuKV(LIBRARY, num_blocks, block_size) if form == "cpu" else TorchKV(num_blocks, block_size, CPU)
+    if form == "torch":
+        return TorchKV(num_blocks, block_size, CPU)
+    return CpuKV(LIBRARY, num_blocks, block_size, cache_dtype(form))
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Sequences:
@@ -78,15 +100,21 @@ class Sequences:
         out = kv.step(runs).attend(layer, query, keys, values)
         return list(torch.split(out, (runs.stops - runs.starts).tolist()))
 
-    def expected(self, number: int, first: int, stop: int, layer: LayerAttention) -> Tensor:
-        query, keys, values = self.query[number], self.keys[number], self.values[number]
+    def expected(self, chunk: tuple[int, int, int], layer: LayerAttention, form: str) -> Tensor:
+        """Over keys and values as the form's cache holds them."""
+        number, first, stop = chunk
+        query = self.query[number]
+        keys, values = (rows[number].to(cache_dtype(form)) for rows in (self.keys, self.values))
         return torch.stack(
             [attend_plainly(query[at], keys[: at + 1], values[: at + 1], layer) for at in range(first, stop)]
         )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads", [(4, 4, 8), (9, 3, 64), (8, 1, 128), (6, 2, 24), (4, 2, 20), (3, 1, 33), (7, 1, 16)])
+@pytest.mark.parametrize(
+    "heads",
+    [(4, 4, 8), (9, 3, 64), (8, 1, 128), (6, 2, 24), (4, 2, 20), (3, 1, 33), (7, 1, 16), (2, 1, 256), (4, 1, 80)],
+)
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("form", FORMS)
 def test_prompts_in_chunks_then_decoding_rows_attend_to_their_own_pages(
@@ -104,7 +132,7 @@ def test_prompts_in_chunks_then_decoding_rows_attend_to_their_own_pages(
     ]
     for chunks in steps:
         for out, chunk in zip(sequences.run(kv, layer, chunks), chunks, strict=True):
-            assert (out.float() - sequences.expected(*chunk, layer)).abs().max() <= tolerance
+            assert (out - sequences.expected(chunk, layer, form)).abs().max() <= tolerance
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 4, 8, 12, 16, 32])
@@ -115,24 +143,84 @@ def test_blocks_of_any_size_do(form: str, block_size: int) -> None:
     kv = make_kv(form, sequences.num_blocks, block_size)
     for chunk in [(0, 0, 21), (0, 21, 49), (0, 49, 50)]:
         (out,) = sequences.run(kv, layer, [chunk])
-        assert (out - sequences.expected(*chunk, layer)).abs().max() <= 1e-5
+        assert (out - sequences.expected(chunk, layer, form)).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("block_size", [4, 12, 16])
+@pytest.mark.parametrize("block_size", [4, 12, 16, 32])
 @pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("form", CPU_FORMS)
 def test_a_cpu_row_is_the_same_bit_for_bit_however_its_prompt_is_cut_and_whoever_is_beside_it(
-    name: str, block_size: int
+    form: str, name: str, block_size: int
 ) -> None:
     layer = make_layer(name, 6, 24)
     sequences = Sequences([70, 33, 5], (6, 2, 24), block_size, torch.float32)
-    alone = make_kv("cpu", sequences.num_blocks, block_size)
+    alone = make_kv(form, sequences.num_blocks, block_size)
     (whole,) = sequences.run(alone, layer, [(0, 0, 70)])
-    among = make_kv("cpu", sequences.num_blocks, block_size)
+    among = make_kv(form, sequences.num_blocks, block_size)
     first = sequences.run(among, layer, [(1, 0, 20), (0, 0, 1), (2, 0, 5)])[1]
     rest = [sequences.run(among, layer, [(1, at, at + 1), (0, at - 19, at + 3 - 19)])[1] for at in range(20, 33, 3)]
     tail = [sequences.run(among, layer, [(0, at, at + 1)])[0] for at in range(16, 20)]
     last = sequences.run(among, layer, [(0, 20, 70)])[0]
     assert torch.equal(torch.cat([first, *rest, *tail, last]), whole)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+@pytest.mark.parametrize("form", CPU_FORMS)
+def test_of_any_shape_a_cpu_row_is_right_and_the_same_in_one_chunk_and_row_by_row(
+    form: str, data: st.DataObject
+) -> None:
+    num_kv_heads, group = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
+    heads = (num_kv_heads * group, num_kv_heads, data.draw(st.integers(1, 140)))
+    block_size, length = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 90))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    layer = make_layer(data.draw(st.sampled_from(sorted(LAYERS))), heads[0], heads[2])
+    sequences = Sequences([length], heads, block_size, torch.float32)
+    cuts = [0, *sorted(data.draw(st.sets(st.integers(1, length), max_size=4)) - {length}), length]
+    (whole,) = sequences.run(make_kv(form, sequences.num_blocks, block_size), layer, [(0, 0, length)])
+    in_chunks = make_kv(form, sequences.num_blocks, block_size)
+    chunks = [sequences.run(in_chunks, layer, [(0, *cut)])[0] for cut in pairwise(cuts)]
+    assert torch.equal(torch.cat(chunks), whole)
+    row_by_row = make_kv(form, sequences.num_blocks, block_size)
+    rows = [sequences.run(row_by_row, layer, [(0, at, at + 1)])[0] for at in range(length)]
+    assert torch.equal(torch.cat(rows), whole)
+    assert (whole - sequences.expected((0, 0, length), layer, form)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("form", CPU_FORMS)
+def test_a_cpu_row_is_the_same_bit_for_bit_with_any_number_of_threads_and_in_any_blocks(form: str) -> None:
+    layer = make_layer("all", 9, 64)
+    outs = []
+    for block_size in (1, 4, 16, 64):
+        torch.manual_seed(3)
+        sequences = Sequences(LENGTHS, (9, 3, 64), block_size, torch.float32)
+        for num_threads in (1, 2, 3):
+            kv = make_kv(form, sequences.num_blocks, block_size)
+            with threads(num_threads):
+                out = sequences.run(kv, layer, [(number, 0, length) for number, length in enumerate(LENGTHS)])
+            outs.append(torch.cat(out))
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@pytest.mark.parametrize(
+    "value", [1.0, 1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8), 3e38, 1e-40, float("inf"), float("nan")]
+)
+def test_a_bf16_cache_holds_what_is_nearest_ties_to_even(value: float) -> None:
+    """One token's output is its value: that of rounding as torch does, in every lane and in what is left over."""
+    rows = torch.full((1, 1, 75), value)
+    kv = CpuKV(LIBRARY, 1, 4, torch.bfloat16)
+    out = kv.step(Runs([0], [1], [[1]], 4)).attend(
+        LayerAttention(0, 0.0), torch.zeros_like(rows), torch.zeros_like(rows), rows
+    )
+    assert torch.equal(out.nan_to_num(7.0), rows.bfloat16().float().nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("size", [1e-6, 0.01, 0.6, 0.7, 3.0, 40.0, 1e4])
+def test_a_softcap_is_exact_for_scores_of_any_size(size: float) -> None:
+    layer = LayerAttention(0, size, softcap=5.0)
+    sequences = Sequences([65], (2, 1, 16), 16, torch.float32)
+    (out,) = sequences.run(make_kv("cpu", sequences.num_blocks, 16), layer, [(0, 0, 65)])
+    assert (out - sequences.expected((0, 0, 65), layer, "cpu")).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -155,7 +243,27 @@ def test_bytes_are_counted_by_token(form: str) -> None:
     sequences = Sequences([3], (4, 2, 8), 4, torch.float32)
     kv = make_kv(form, sequences.num_blocks, 4)
     sequences.run(kv, make_layer("plain", 4, 8), [(0, 0, 3)])
-    assert kv.bytes_per_token == 2 * 2 * 8 * 4
+    assert kv.bytes_per_token == 2 * 2 * 8 * cache_dtype(form).itemsize
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+@pytest.mark.parametrize("form", CPU_FORMS)
+def test_keys_of_an_odd_head_are_counted_with_what_fills_them_up(form: str, block_size: int) -> None:
+    sequences = Sequences([3], (3, 1, 33), block_size, torch.float32)
+    kv = make_kv(form, sequences.num_blocks, block_size)
+    sequences.run(kv, make_layer("plain", 3, 33), [(0, 0, 3)])
+    assert kv.bytes_per_token == (34 + 33) * cache_dtype(form).itemsize
+
+
+def test_a_layer_that_the_cpu_has_no_code_for_is_counted_as_torch_stores_it() -> None:
+    kv = make_kv("cpu, bf16 cache", 2, 4)
+    query, key, value = torch.randn(3, 4, 8), torch.randn(3, 2, 8), torch.randn(3, 2, 6)
+    out = kv.step(Runs([0], [3], [[1]], 4)).attend(make_layer("plain", 4, 8), query, key, value)
+    expected = torch.stack(
+        [attend_plainly(query[at], key[: at + 1], value[: at + 1], make_layer("plain", 4, 8)) for at in range(3)]
+    )
+    assert (out - expected).abs().max() <= 1e-5
+    assert kv.bytes_per_token == 2 * (8 + 6) * 4
 
 
 def test_a_row_without_a_slot_writes_nothing() -> None:
@@ -168,7 +276,7 @@ def test_a_row_without_a_slot_writes_nothing() -> None:
     stray.slots[:] = -1
     kv.step(stray).attend(layer, query, key, value)
     (out,) = sequences.run(kv, layer, [(0, 8, 9)])
-    torch.testing.assert_close(out, sequences.expected(0, 8, 9, layer), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.double(), sequences.expected((0, 8, 9), layer, "torch"), atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="every row"):
         make_kv("cpu", sequences.num_blocks, 4).step(stray)
 
@@ -181,4 +289,4 @@ def test_what_comes_after_a_rows_last_block_is_nobodys(form: str) -> None:
     kv = make_kv(form, sequences.num_blocks, 4)
     for out, number in zip(sequences.run(kv, layer, [(0, 0, 6), (1, 0, 9)]), (0, 1), strict=True):
         length = sequences.lengths[number]
-        assert (out - sequences.expected(number, 0, length, layer)).abs().max() <= 1e-5
+        assert (out - sequences.expected((number, 0, length), layer, form)).abs().max() <= 1e-5

@@ -78,6 +78,7 @@ class LayerCache(ctypes.Structure):
         ("window", ctypes.c_int64),
         ("scaling", ctypes.c_double),
         ("softcap", ctypes.c_double),
+        ("is_bf16", ctypes.c_int64),
     )
 
 
@@ -163,8 +164,8 @@ def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
     for name in ("lora_delta_f32", "lora_delta_bf16"):
         jobs = [ctypes.POINTER(Segment), size, ctypes.POINTER(LoraModule), size]
         _declare(library, name, [*jobs, size, pointer, number])
-    for name in ("paged_attention_f32", "paged_attention_bf16"):
-        _declare(library, name, [ctypes.POINTER(LayerCache), pointer, size, pointer, pointer, pointer, pointer, number])
+    rows = [pointer] * 4
+    _declare(library, "paged_attention", [ctypes.POINTER(LayerCache), pointer, size, *rows, number])
     _declare(library, "decode", [ctypes.POINTER(DecoderLayer), size, ctypes.POINTER(Step)])
     return library
 

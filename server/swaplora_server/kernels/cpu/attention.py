@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swaplora_adapters.weights.memory import HugePages
 from swaplora_server.kernels.backend import LayerAttention
 from swaplora_server.kernels.cpu.abi import LayerCache
 from swaplora_server.kernels.step import Runs
@@ -19,10 +20,15 @@ _CPU = torch.device("cpu")
 
 
 class CpuKV:
-    """Paged keys and values as the kernel lays them out, and torch's form for layers that it has no code for."""
+    """Paged keys and values as the kernel lays them out, and torch's form for layers that it has no code for.
 
-    def __init__(self, library: ctypes.CDLL, num_blocks: int, block_size: int) -> None:
-        self._kernels = {torch.float32: library.paged_attention_f32, torch.bfloat16: library.paged_attention_bf16}
+    `cache_dtype`: float32, or bfloat16 to round keys and values when they are stored.
+    """
+
+    def __init__(self, library: ctypes.CDLL, num_blocks: int, block_size: int, cache_dtype: torch.dtype) -> None:
+        self._kernel = library.paged_attention
+        self._cache_dtype = cache_dtype
+        self._pages = HugePages()
         self._slack = 2 * library.lanes()  # numbers that the last read of a small block or head may go beyond its end
         self._num_blocks = num_blocks
         self.block_size = block_size
@@ -43,14 +49,17 @@ class CpuKV:
 
     def has_code_for(self, query: Tensor, value: Tensor) -> bool:
         """The kernel reads keys and values of one size."""
-        return query.dtype in self._kernels and value.shape[-1] == query.shape[-1]
+        return value.shape[-1] == query.shape[-1]
 
     def layer_cache(self, layer: LayerAttention, num_heads: int, like: Tensor) -> LayerCache:
         """One layer's cache, for keys like `like` [..., num_kv_heads, head_dim], and what it asks of its attention."""
         num_kv_heads, head_dim = like.shape[-2:]
         if layer.layer_idx not in self._layers:
-            shape = (self._num_blocks + 1, num_kv_heads, head_dim * self.block_size)
-            self._layers[layer.layer_idx] = (self._with_slack(shape, like.dtype), self._with_slack(shape, like.dtype))
+            even_dim = head_dim + head_dim % 2
+            self._layers[layer.layer_idx] = (
+                self._allocate(num_kv_heads * even_dim),
+                self._allocate(num_kv_heads * head_dim),
+            )
         keys, values = self._layers[layer.layer_idx]
         return LayerCache(
             keys.data_ptr(),
@@ -63,19 +72,22 @@ class CpuKV:
             layer.window or 0,
             layer.scaling,
             layer.softcap or 0.0,
+            self._cache_dtype == torch.bfloat16,
         )
 
-    def _with_slack(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        numel = int(np.prod(shape))
-        return torch.empty(numel + self._slack, dtype=dtype)[:numel].view(shape)
+    def _allocate(self, numbers_per_token: int) -> Tensor:
+        """[blocks, numbers of a block]. Memory that no sequence has written to is not taken yet."""
+        shape = (self._num_blocks + 1, self.block_size * numbers_per_token)
+        numel = shape[0] * shape[1]
+        return self._pages.empty(numel + self._slack, self._cache_dtype)[:numel].view(shape)
 
     def torch_step(self, runs: Runs) -> TorchStep:
         """The step of layers that the kernel has no code for."""
         return self._torch.step(runs)
 
     def run(self, cache: LayerCache, table: "RunTable", query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
-        """All tensors contiguous, shaped as in `PagedStep.attend`."""
-        self._kernels[query.dtype](
+        """All tensors contiguous float32, shaped as in `PagedStep.attend`."""
+        self._kernel(
             cache,
             table.address,
             len(table),
@@ -123,7 +135,8 @@ class CpuStep:
             return self._torch.attend(layer, query, key, value)
         if layer.sinks is not None:
             layer = replace(layer, sinks=layer.sinks.float().contiguous())
-        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        dtype = query.dtype
+        query, key, value = (rows.float().contiguous() for rows in (query, key, value))
         out = torch.empty_like(query)
         self.kv.run(self.kv.layer_cache(layer, query.shape[1], key), self.table, query, key, value, out)
-        return out
+        return out.to(dtype)

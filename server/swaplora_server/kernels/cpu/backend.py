@@ -53,7 +53,7 @@ class CpuBackend:
 
     def paged_kv(self, num_blocks: int, block_size: int) -> CpuKV:
         """See `Backend`."""
-        return CpuKV(self.library, num_blocks, block_size)
+        return CpuKV(self.library, num_blocks, block_size, self.dtype)
 
     def wrap(self, model: PreTrainedModel, running: Callable[[], RunningStep]) -> Callable[[], None] | None:
         """All layers in one native call, in float32."""

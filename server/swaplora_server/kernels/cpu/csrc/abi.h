@@ -57,8 +57,7 @@ struct LoraModule {
     void* y;  // [rows, out]
 };
 
-// One layer's attention. Its cache is `keys` [blocks, num_kv_heads, head_dim, block_size], so that the keys of a block
-// lie side by side for every dimension, and `values` [blocks, num_kv_heads, block_size, head_dim].
+// One layer's attention, and its cache as paged_attention.cpp lays it out.
 struct LayerCache {
     void* keys;
     void* values;
@@ -66,6 +65,7 @@ struct LayerCache {
     int64_t num_heads, num_kv_heads, head_dim, block_size;
     int64_t window;           // keys a row may look back on, itself included; 0: all
     double scaling, softcap;  // softcap 0: none
+    int64_t is_bf16;          // the cache; else it is float32
 };
 
 // Rows [start, stop) of the step are the tokens of one sequence from position `first` on.
@@ -119,8 +119,8 @@ void linear(const float* x, int64_t rows, int64_t in, const LinearJob* jobs, int
             int64_t num_prefetch, int threads);
 void lora_delta_f32(const Segment* segments, int64_t count, const LoraModule* modules, int64_t num_modules, int64_t in,
                     const float* x, int threads);
-void paged_attention_f32(const LayerCache* cache, const Run* runs, int64_t num_runs, const float* query, const float* key,
-                         const float* value, float* out, int threads);
+void paged_attention(const LayerCache* cache, const Run* runs, int64_t num_runs, const float* query, const float* key,
+                     const float* value, float* out, int threads);
 }
 
 // `linear` for jobs of one format

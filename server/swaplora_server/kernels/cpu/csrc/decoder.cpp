@@ -114,7 +114,7 @@ struct Pass {
         norm(l, s.tokens, INPUT_NORM);
         linears<Q, K, V>(l, s.tokens, normed, s.hidden_size, {query, key, value});
         rope(l);
-        paged_attention_f32(&l.cache, s.runs, s.num_runs, query, key, value, attended, int(s.threads));
+        paged_attention(&l.cache, s.runs, s.num_runs, query, key, value, attended, int(s.threads));
         if (!is_last) return finish(l, s.tokens);
         for (int64_t i = 0; i < s.head.count; i++) {
             move_row(attended, l.linears[Q]->out, s.logits_to_keep[i], i);

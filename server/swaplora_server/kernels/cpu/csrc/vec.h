@@ -56,6 +56,14 @@ inline floats load(const bf16* from) {
 #endif
 }
 
+// Numbers 2 i and 2 i + 1 of 2 LANES
+inline void load_pairs(const bf16* from, floats* even, floats* odd) {
+    words both;
+    std::memcpy(&both, from, sizeof both);
+    *even = (floats)(both << 16);
+    *odd = (floats)(both & 0xffff0000u);
+}
+
 // a * b + c, rounded once where the processor can
 #ifdef __FMA__
 inline float mul_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
@@ -90,15 +98,69 @@ inline floats splat(float x) {
 }
 
 inline void store(floats v, float* to) { std::memcpy(to, &v, sizeof v); }
-inline void store(floats v, bf16* to) {
-    for (int i = 0; i < LANES; i++) narrow(v[i], to + i);
+inline void store(floats v, bf16* to) {  // each as `narrow` has it
+    const words bits = (words)v, quiet = words{} + 0x7fc0, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const halves half = __builtin_convertvector(v == v ? rounded : quiet, halves);
+    std::memcpy(to, &half, sizeof half);
 }
 
-// halves are added until one number is left
-inline float sum(floats v) {
+// What load_pairs has taken apart. (A shuffle for either width: out of arrays, compilers move one number at a time.)
+inline void store_pairs(floats even, floats odd, float* to) {
+#if LANES == 16 && defined(__AVX512F__)
+    const ints low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    store(_mm512_permutex2var_ps(even, (__m512i)low, odd), to);
+    store(_mm512_permutex2var_ps(even, (__m512i)(low + 8), odd), to + LANES);
+#elif LANES == 8 && defined(__AVX__)
+    const __m256 low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+    store(_mm256_permute2f128_ps(low, high, 0x20), to);
+    store(_mm256_permute2f128_ps(low, high, 0x31), to + LANES);
+#else
+    for (int i = 0; i < LANES; i++) to[2 * i] = even[i], to[2 * i + 1] = odd[i];
+#endif
+}
+
+// to[0..count) = from[0..count)
+inline void narrow(const float* from, int64_t count, float* to) { std::memcpy(to, from, count * sizeof(float)); }
+inline void narrow(const float* from, int64_t count, bf16* to) {
+    const int64_t whole = count - count % LANES;
+    for (int64_t i = 0; i < whole; i += LANES) store(load(from + i), to + i);
+    for (int64_t i = whole; i < count; i++) narrow(from[i], to + i);
+}
+
+inline ints lane_numbers() {
+    ints v;
+    for (int i = 0; i < LANES; i++) v[i] = i;
+    return v;
+}
+
+inline floats larger(floats a, floats b) { return a > b ? a : b; }
+// halves are worked on until one number is left
+template <typename Op>
+float fold(floats v, Op op) {
+#ifdef __AVX__
+#if LANES == 16 && defined(__AVX512F__)
+    const __m256 half = op(_mm512_castps512_ps256(v), (__m256)_mm512_extractf64x4_pd((__m512d)v, 1));
+#elif LANES == 16
+    __m256 parts[2];
+    std::memcpy(parts, &v, sizeof v);
+    const __m256 half = op(parts[0], parts[1]);
+#else
+    const __m256 half = v;
+#endif
+    const __m128 quarter = op(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    const __m128 eighth = op(quarter, _mm_movehl_ps(quarter, quarter));
+    return op(eighth[0], eighth[1]);
+#else
     for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) v[i] += v[i + width];
+        for (int i = 0; i < width; i++) v[i] = op(v[i], v[i + width]);
     return v[0];
+#endif
+}
+inline float sum(floats v) {
+    return fold(v, [](auto a, auto b) { return a + b; });
+}
+inline float max(floats v) {
+    return fold(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // e^x for x <= 0, to about 2 ulp: 2^n by the exponent's bits, 2^f by a polynomial on [-0.5, 0.5]
@@ -116,4 +178,16 @@ inline floats exp_negative(floats x) {
     p = mul_add(p, f, splat(6.93147181e-1f));
     p = mul_add(p, f, splat(1.0f));
     return p * (floats)((n + 127) << 23);
+}
+
+// to about 2 ulp: a polynomial near zero (Cephes), and (1 - e^-2|x|) / (1 + e^-2|x|)
+inline floats tanh(floats x) {
+    const floats zero = {}, size = x < zero ? -x : x, e = exp_negative(size * -2.0f), far = (1.0f - e) / (1.0f + e), z = x * x;
+    floats p = floats{} - 5.70498872745e-3f;
+    p = mul_add(p, z, splat(2.06390887954e-2f));
+    p = mul_add(p, z, splat(-5.37397155531e-2f));
+    p = mul_add(p, z, splat(1.33314422036e-1f));
+    p = mul_add(p, z, splat(-3.33332819422e-1f));
+    const floats near = mul_add(p * z, x, x);
+    return size < 0.625f ? near : x < zero ? -far : far;
 }
