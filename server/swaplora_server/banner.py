@@ -31,7 +31,7 @@ def show_banner(
     url: str,
     base: str,
     device: str,
-    dtype: str,
+    kernels: str,
     memory: Sequence[tuple[str, int]],
     adapters: Sequence[str],
     seconds: float,
@@ -41,7 +41,7 @@ def show_banner(
     rows.add_column(style="dim")
     rows.add_column(overflow="fold")
     rows.add_row("URL", Text(url, style="bold"))
-    rows.add_row("base", Text(printable(f"{base} ({device}, {dtype})")))
+    rows.add_row("base", Text(printable(f"{base} ({device}, {kernels})")))
     rows.add_row("memory", Text(" · ".join(f"{purpose} {human_bytes(size)}" for purpose, size in memory)))
     rows.add_row("adapters", Text(printable(_names(adapters))))
     console.print(Panel(rows, title="swaplora", subtitle=f"ready in {seconds:.1f} s", expand=False))

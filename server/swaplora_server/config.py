@@ -68,6 +68,11 @@ def _check_origin(value: str) -> str:
     return value.lower()
 
 
+def _full_name(dtype: str) -> str:
+    """`bfloat16`, `float16`, `float32` or `auto`, whatever it was spelt as."""
+    return _DTYPES.get(dtype, dtype)
+
+
 def _check_root_path(value: str) -> str:
     if not ROOT_PATH.fullmatch(value):
         raise ValueError(f"{value!r} is not a path in front of others: write /PATH, without a slash at its end")
@@ -97,10 +102,12 @@ def _xdg_folder(variable: str, fallback: str) -> Path:
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1, le=2**50)]
 HomePath = Annotated[Path, BeforeValidator(_expand_home)]
 Folder = Annotated[DirectoryPath, BeforeValidator(_expand_home)]
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 ApiKey = Annotated[SecretStr, Field(min_length=1)]
 Origin = Annotated[str, AfterValidator(_check_origin)]
 Prefix = Annotated[str, AfterValidator(_check_prefix)]
 RootPath = Annotated[str, AfterValidator(_check_root_path)]
+Dtype = Literal["auto", "bfloat16", "float16", "float32", "bf16", "fp16", "fp32", "half", "float"]
 Template = Annotated[str, AfterValidator(check_template)]
 
 
@@ -116,8 +123,8 @@ class Settings(BaseSettings):
     )
     served_model_name: str | None = Field(None, pattern=r"^\S+$", description="What requests call the base")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs")
-    dtype: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="Number format of the base: auto is bf16 on a GPU, fp32 on a CPU"
+    dtype: Annotated[Dtype, AfterValidator(_full_name)] = Field(
+        "auto", description="Number format of the base: auto is what this machine is faster with, and loses nothing"
     )
     quantization: Literal["int8", "nf4"] | None = Field(None, description="Keep the base's linears in 8 or 4 bits")
     max_model_len: int | None = Field(

@@ -133,7 +133,7 @@ def _show(service: Service, listener: socket.socket, seconds: float) -> None:
         url=f"http://{host}:{listener.getsockname()[1]}",
         base=settings.base_id,
         device=service.base.device.type,
-        dtype=str(service.base.dtype).removeprefix("torch."),
+        kernels=service.base.backend.description,
         memory=service.memory_plan(),
         adapters=[named.current.name for named in service.registry.names.index.all()],
         seconds=seconds,

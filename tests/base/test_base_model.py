@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.models.gptj import modeling_gptj
 from transformers.models.llama import modeling_llama
@@ -13,16 +13,18 @@ from transformers.models.llama import modeling_llama
 import tiny
 from architectures import ARCHITECTURES
 from repository import KERNEL_CACHE
-from swaplora_server.base import proof
+from swaplora_server.base import base_model, proof
 from swaplora_server.base.base_model import BaseModel, load_base, pick_dtype
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.engine import attention
 from swaplora_server.engine.request import Request, SamplingParams, Sequence
 from swaplora_server.engine.scheduler import Batch, rows_of
 from swaplora_server.kernels.backend import Backend, LayerAttention
+from swaplora_server.kernels.cpu import build
 from swaplora_server.kernels.cpu import decoder as cpu_decoder
+from swaplora_server.kernels.cpu import linear as cpu_linear
 from swaplora_server.kernels.cpu.decoder import CpuDecoder
-from swaplora_server.kernels.pick import pick_backend, torch_backend
+from swaplora_server.kernels.pick import pick_backend, prefers_bf16, torch_backend
 from swaplora_server.kernels.torch.attention import PrefillRun
 
 CPU = torch.device("cpu")
@@ -170,15 +172,51 @@ def test_layers_that_fail_the_proof_in_one_call_run_by_themselves(
     assert base.layers.linears
 
 
-def test_a_cpu_computes_in_float32_unless_bfloat16_is_asked_for_and_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    for has_bf16 in (True, False):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has_bf16: has)
-        assert pick_dtype("auto", CPU) == pick_dtype("fp32", CPU) == torch.float32
-        assert pick_dtype("auto", torch.device("cuda")) == pick_dtype("bf16", torch.device("cuda")) == torch.bfloat16
-    with pytest.raises(UnsupportedModelError, match="--dtype fp32"):
-        pick_dtype("bf16", CPU)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    assert pick_dtype("bf16", CPU) == torch.bfloat16
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_auto_is_the_format_that_is_faster_and_loses_nothing(is_faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_model, "prefers_bf16", lambda: is_faster)
+    for stored in (torch.bfloat16, torch.float32, torch.float16, None):
+        is_bf16 = is_faster and stored == torch.bfloat16
+        assert pick_dtype("auto", CPU, stored) == (torch.bfloat16 if is_bf16 else torch.float32)
+        assert pick_dtype("auto", torch.device("cuda"), stored) == torch.bfloat16
+        for name in ("bfloat16", "float32"):
+            assert pick_dtype(name, CPU, stored) == getattr(torch, name)
+    assert pick_dtype("float16", torch.device("cuda"), None) == torch.float16
+    with pytest.raises(UnsupportedModelError, match="--dtype float32"):
+        pick_dtype("float16", CPU, None)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "is_amd", "has_tiles", "expected"),
+    [
+        ({"avx512_bf16"}, True, False, True),
+        ({"avx512_bf16"}, False, False, False),
+        ({"avx512_bf16", "amx_bf16"}, False, True, True),
+        ({"avx512_bf16", "amx_bf16"}, False, False, False),  # Linux does not give the registers
+        ({"avx2"}, True, False, False),
+    ],
+)
+def test_bfloat16_is_preferred_where_its_products_are_faster(
+    instructions: set[str], is_amd: bool, has_tiles: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "processor_instructions", lambda: frozenset(instructions))
+    monkeypatch.setattr(build, "is_amd", lambda: is_amd)
+    monkeypatch.setattr(build, "variant", lambda: build.Variant(16, has_tiles, is_plain=False))
+    assert prefers_bf16() == expected
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma2", "gpt_neox", "gpt2"])
+def test_products_of_bfloat16_pass_the_proof_and_no_other_product_does(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.save_tiny_base(tmp_path, {"model_type": model_type, **ARCHITECTURES[model_type]})
+    backend = pick_backend(CPU, torch.bfloat16, KERNEL_CACHE, lambda _message: None)
+    assert load(folder, backend).layers.linears
+    monkeypatch.setattr(
+        cpu_linear.CpuLinear, "forward", lambda self, x: 1.1 * nn.functional.linear(x, self.dense(), self.bias)
+    )
+    with pytest.raises(UnsupportedModelError, match="something else"):
+        load(folder, backend)
 
 
 def test_a_gpu_attends_without_plans_for_each_length() -> None:

@@ -244,7 +244,7 @@ def test_the_banner_says_where_and_what() -> None:
         url="http://127.0.0.1:8000",
         base="smol",
         device="cpu",
-        dtype="bf16",
+        kernels="bf16",
         memory=[("base", 2**28), ("KV cache", 2**30)],
         adapters=["[sql]", *map(str, range(20))],
         seconds=2.34,

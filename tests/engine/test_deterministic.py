@@ -35,13 +35,12 @@ BASES = {
 }
 
 
-@pytest.fixture(scope="module", params=[(name, torch.float32) for name in BASES] + [("llama", torch.bfloat16)])
+@pytest.fixture(scope="module", params=[(name, dtype) for dtype in (torch.float32, torch.bfloat16) for name in BASES])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     name, dtype = request.param
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # noqa: SLF001
-        pytest.skip("this processor does not compute in bfloat16")
     folder = tiny.save_tiny_base(tmp_path_factory.mktemp("base"), BASES[name])
-    return load_base(folder, device=CPU, dtype=dtype, backend=pick_backend(CPU, dtype, CACHE, lambda _message: None))
+    backend = pick_backend(CPU, dtype, CACHE, lambda _message: None)
+    return load_base(folder, device=CPU, dtype=torch.float32, backend=backend)
 
 
 @pytest.fixture(scope="module")

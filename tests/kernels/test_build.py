@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from repository import KERNEL_CACHE
 from swaplora_server.kernels.cpu import abi, build
 from swaplora_server.kernels.pick import pick_backend
 
-KERNEL_TESTS = ("test_linear.py", "test_attention.py", "test_lora.py", "test_quantised_linear.py")
+KERNEL_TESTS = tuple(f"test_{name}.py" for name in ("linear", "linear_bf16", "attention", "lora", "quantised_linear"))
+PRODUCTS = ("test_linear_bf16.py", "test_quantised_linear.py")  # those of instructions that not all processors have
 SOURCE = 'extern "C" int answer() { return 42; }'
 
 
@@ -44,7 +46,7 @@ def test_a_library_that_was_cut_or_damaged_is_made_again(source: Path, tmp_path:
 @pytest.mark.parametrize("lanes", [8, 16])
 def test_all_that_python_knows_of_a_width_comes_from_the_library(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWAPLORA_KERNEL_LANES", str(lanes))
-    assert build.lanes() == lanes
+    assert build.variant().lanes == lanes
     library = abi.load_library(KERNEL_CACHE, lambda _message: None)
     assert (library.lanes(), library.fp32_words(1, 1, False)) == (lanes, 2 * lanes)
 
@@ -67,26 +69,76 @@ def test_every_structure_of_the_header_has_its_mirror() -> None:
 
 def test_the_kernels_are_right_in_the_other_width_too() -> None:
     """Their own tests once more. What is too wide for this processor, the compiler does in parts."""
-    environment = {**os.environ, "SWAPLORA_KERNEL_LANES": str(24 - build.lanes()), "OMP_WAIT_POLICY": "passive"}
-    names = [str(Path(__file__).with_name(name)) for name in KERNEL_TESTS]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *names]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_tests({"SWAPLORA_KERNEL_LANES": str(24 - build.variant().lanes)}, KERNEL_TESTS)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "has_compiler"), [(torch.float32, True), (torch.bfloat16, True), (torch.float32, False)]
-)
-def test_the_start_says_where_a_rows_last_bits_depend_on_the_rest_of_its_batch(
-    dtype: torch.dtype, has_compiler: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not has_compiler:
-        monkeypatch.setattr(build, "load", _no_compiler)
-    cache = KERNEL_CACHE
+@pytest.mark.parametrize("order", ["tiles", "pairs"])
+def test_products_are_right_without_the_processors_instructions_for_them(order: str) -> None:
+    run_tests({"SWAPLORA_KERNEL_ORDER": order, "SWAPLORA_KERNEL_PLAIN": "1"}, PRODUCTS)
+
+
+def test_products_are_right_in_the_order_that_this_processor_does_not_prefer() -> None:
+    order = "pairs" if build.variant().has_tiles else "tiles"
+    run_tests({"SWAPLORA_KERNEL_ORDER": order}, PRODUCTS)
+
+
+@pytest.mark.parametrize("order", ["tiles", "pairs"])
+def test_plain_code_gives_the_bits_of_the_instruction(order: str) -> None:
+    """In either width. Where the processor has no instruction, all four are plain."""
+    digests = {
+        run_python(
+            {"SWAPLORA_KERNEL_ORDER": order, "SWAPLORA_KERNEL_PLAIN": plain, "SWAPLORA_KERNEL_LANES": lanes}, PRODUCT
+        )
+        for plain in ("", "1")
+        for lanes in ("8", "16")
+    }
+    assert len(digests) == 1
+
+
+PRODUCT = """
+import ctypes, hashlib, torch
+from repository import KERNEL_CACHE
+from swaplora_adapters.weights.memory import HugePages
+from swaplora_server.kernels.cpu import abi, linear
+library = abi.load_library(KERNEL_CACHE, lambda _message: None)
+digest, generator = hashlib.sha256(), torch.Generator().manual_seed(1)
+for scale in (1.0, 1e-18, 1e-30, 1e25):
+    plain = torch.nn.Linear(301, 100)
+    for parameter in plain.parameters():
+        parameter.data.normal_(generator=generator).mul_(scale)
+    packed = linear.pack(library, torch.bfloat16, plain, HugePages())
+    for rows in (1, 9, 40):
+        x = torch.randn(rows, 301, generator=generator).mul_(scale)
+        x[:, ::50] *= 1e-20
+        digest.update(packed(x).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def run_tests(variant: dict[str, str], names: Sequence[str]) -> None:
+    paths = [str(Path(__file__).with_name(name)) for name in names]
+    run(variant, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *paths)
+
+
+def run_python(variant: dict[str, str], code: str) -> str:
+    return run(variant, "-c", code).splitlines()[-1]
+
+
+def run(variant: dict[str, str], *arguments: str) -> str:
+    environment = {**os.environ, **variant, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout
+
+
+def test_without_a_compiler_the_start_says_what_that_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "load", _no_compiler)
     with capture_logs() as lines:
-        pick_backend(torch.device("cpu"), dtype, cache, lambda _message: None)
-    is_said = any("a row's last bits depend on those beside it" in line["event"] for line in lines)
-    assert is_said == (dtype != torch.float32 or not has_compiler)
+        backend = pick_backend(torch.device("cpu"), torch.float32, KERNEL_CACHE, lambda _message: None)
+    assert any("a row's last bits depend on those beside it" in line["event"] for line in lines)
+    assert backend.description == "torch's operations"
+    with pytest.raises(build.NoCompilerError):
+        pick_backend(torch.device("cpu"), torch.bfloat16, KERNEL_CACHE, lambda _message: None)
 
 
 def _no_compiler(*_: object) -> None:

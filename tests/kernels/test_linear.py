@@ -10,11 +10,11 @@ from transformers.pytorch_utils import Conv1D
 
 from repository import KERNEL_CACHE
 from swaplora_adapters.weights.memory import HugePages
-from swaplora_server.kernels.cpu import abi, onednn_linear
+from swaplora_server.kernels.cpu import abi
 from swaplora_server.kernels.cpu import linear as cpu_linear
 
 LIBRARY = abi.load_library(KERNEL_CACHE, lambda _message: None)
-PACK = partial(cpu_linear.pack, LIBRARY, pages=HugePages())
+PACK = partial(cpu_linear.pack, LIBRARY, torch.float32, pages=HugePages())
 SHAPES = [(1, 1), (7, 5), (16, 16), (31, 33), (64, 17), (300, 48), (576, 192), (513, 100)]
 
 
@@ -66,13 +66,6 @@ def test_threads_do_not_change_the_result() -> None:
         assert torch.equal(packed(x), expected)
     finally:
         torch.set_num_threads(threads)
-
-
-@torch.no_grad()
-def test_onednns_layout_computes_the_same() -> None:
-    linear = nn.Linear(48, 32)
-    x = torch.randn(1, 5, 48)
-    torch.testing.assert_close(onednn_linear.pack(linear)(x), linear(x), atol=1e-5, rtol=1e-5)
 
 
 def test_tensors_in_huge_pages_share_no_byte_and_outlive_their_giver() -> None:

@@ -26,7 +26,8 @@ from swaplora_server.engine.lora.modules import LoraEmbedding
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.step import running
 from swaplora_server.kernels.backend import Backend
-from swaplora_server.kernels.pick import pick_backend
+from swaplora_server.kernels.cpu.build import NoCompilerError
+from swaplora_server.kernels.pick import pick_backend, prefers_bf16
 
 _log = structlog.get_logger(__name__)
 
@@ -65,16 +66,20 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda" if has_cuda and wanted != "cpu" else "cpu")
 
 
-def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """auto is what is faster: bf16 on a GPU, fp32 on a CPU, whose linears read bf16 weights in half the bytes anyway.
+def pick_dtype(wanted: str, device: torch.device, stored: torch.dtype | None) -> torch.dtype:
+    """The number format of a base that is `stored` in one. auto is bfloat16 on a GPU, and on a CPU what is faster.
 
-    Raises UnsupportedModelError when bf16 is wanted of a CPU without instructions for it.
+    Raises UnsupportedModelError when float16 is wanted of a CPU.
     """
-    if wanted == "fp32" or (wanted == "auto" and device.type == "cpu"):
-        return torch.float32
-    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # noqa: SLF001 - torch's only way to ask
-        raise UnsupportedModelError("this processor has no instructions for bfloat16: start with --dtype fp32 or auto")
-    return torch.bfloat16
+    if wanted == "auto":
+        is_faster = device.type != "cpu" or (stored == torch.bfloat16 and prefers_bf16())
+        return torch.bfloat16 if is_faster else torch.float32
+    if wanted == "float16" and device.type == "cpu":
+        raise UnsupportedModelError(
+            "processors have no products of float16: start with --dtype float32, or with bfloat16 or auto"
+        )
+    dtype: torch.dtype = getattr(torch, wanted)
+    return dtype
 
 
 def load_chosen_base(settings: Settings, report: Callable[[str], None]) -> BaseModel:
@@ -86,9 +91,23 @@ def load_chosen_base(settings: Settings, report: Callable[[str], None]) -> BaseM
     source = source_of(settings, report)
     report(f"loading {settings.base_id}")
     device = pick_device(settings.device)
-    dtype = pick_dtype(settings.dtype, device)
-    backend = pick_backend(device, dtype, settings.cache_dir / "native", report)
-    return load_base(source, device=device, dtype=dtype, backend=backend, quantization=settings.quantization)
+    dtype = pick_dtype(settings.dtype, device, AutoConfig.from_pretrained(source).dtype)
+    backend = _backend(settings, device, dtype, report)
+    rows = torch.float32 if device.type == "cpu" else dtype
+    return load_base(source, device=device, dtype=rows, backend=backend, quantization=settings.quantization)
+
+
+def _backend(settings: Settings, device: torch.device, dtype: torch.dtype, report: Callable[[str], None]) -> Backend:
+    """This machine's. Without a compiler, auto is float32."""
+    cache = settings.cache_dir / "native"
+    try:
+        return pick_backend(device, dtype, cache, report)
+    except NoCompilerError as error:
+        if settings.dtype == "auto":
+            return pick_backend(device, torch.float32, cache, report)
+        raise UnsupportedModelError(
+            f"--dtype bfloat16 needs native kernels on a CPU: install a C++ compiler, or leave it out ({error})"
+        ) from error
 
 
 def source_of(settings: Settings, report: Callable[[str], None]) -> str | Path:
@@ -108,7 +127,10 @@ def load_base(
     backend: Backend,
     quantization: Quantization | None = None,
 ) -> BaseModel:
-    """Load, wrap and prove a base from a folder or hub id. Raises UnsupportedModelError naming the reason."""
+    """Load, wrap and prove a base from a folder or hub id. Raises UnsupportedModelError naming the reason.
+
+    `dtype` is that of its rows, what lies between its products.
+    """
     try:
         model = _load_model(source, device, dtype, quantization)
         return prepare(model, AutoTokenizer.from_pretrained(source), device=device, dtype=dtype, backend=backend)
@@ -127,7 +149,7 @@ def prepare(
     backend: Backend,
 ) -> BaseModel:
     """Wrap and prove a model that lies on `device`, in place. Raises UnsupportedModelError naming the reason."""
-    expected = expected_logits(model)
+    expected = expected_logits(model, backend.products)
     vocab_size = vocab_size_of(model.get_input_embeddings(), expected.logits[0].shape[-1])
     attention.register()
     model.set_attn_implementation(attention.IMPLEMENTATION)

@@ -16,7 +16,6 @@ from swaplora_server.base.compact_embedding import Bf16Embedding, TiedEmbedding,
 from swaplora_server.engine.lora.modules import LoraEmbedding, LoraLinear, Replaceable, Wrapped
 from swaplora_server.kernels.backend import Backend, Memory
 from swaplora_server.kernels.cpu.linear import CpuLinear
-from swaplora_server.kernels.cpu.onednn_linear import OnednnLinear
 from swaplora_server.kernels.cpu.quantised_linear import QuantisedLinear
 from swaplora_server.kernels.quantised_codes import codes_of, is_quantised
 
@@ -99,7 +98,7 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def weight_of(module: nn.Module) -> Tensor:
     """The weight that a linear, embedding or norm computes with; a linear's is [out_features, in_features]."""
-    if isinstance(module, CpuLinear | OnednnLinear | QuantisedLinear | Bf16Embedding | TiedEmbedding):
+    if isinstance(module, CpuLinear | QuantisedLinear | Bf16Embedding | TiedEmbedding):
         return module.dense()
     if is_quantised(module):
         return codes_of(module).dense()

@@ -56,20 +56,31 @@ class Expected:
 
 
 @torch.inference_mode()
-def expected_logits(model: PreTrainedModel) -> Expected:
-    """Run the proof's sequences through the model as transformers made it. Raises UnsupportedModelError."""
+def expected_logits(model: PreTrainedModel, products: torch.dtype | None = None) -> Expected:
+    """Run the proof's sequences through the model as transformers made it. Raises UnsupportedModelError.
+
+    `products`: what the linears that stand in will round a float32 model's rows to, if they do.
+    """
     stock = _stock_logits(model)
     if model.dtype == torch.float32:
-        return Expected(stock, _TOLERANCE)
+        return Expected(stock, _TOLERANCE if products is None else _tolerance(_rounded_logits(model, products), stock))
     try:
         with upcast(model):
             exact = _padded_logits(model)
     except RuntimeError as error:
         raise UnsupportedModelError(
-            f"{model.config.model_type} cannot be proven in half precision, start with --dtype fp32: {error}"
+            f"{model.config.model_type} cannot be proven in half precision, start with --dtype float32: {error}"
         ) from error
-    noise = max(map(_deviation, torch.cat(stock), torch.cat(exact)))
-    return Expected(exact, max(_TOLERANCE, _NOISE * noise))
+    return Expected(exact, _tolerance(stock, exact))
+
+
+def _rounded_logits(model: PreTrainedModel, products: torch.dtype) -> list[Tensor]:
+    with torch.autocast("cpu", dtype=products):
+        return _stock_logits(model)
+
+
+def _tolerance(rounded: list[Tensor], exact: list[Tensor]) -> float:
+    return max(_TOLERANCE, _NOISE * max(map(_deviation, torch.cat(rounded), torch.cat(exact))))
 
 
 def _stock_logits(model: PreTrainedModel) -> list[Tensor]:

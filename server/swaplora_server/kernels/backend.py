@@ -94,6 +94,10 @@ class Backend(Protocol):
     def description(self) -> str:
         """Which kernels these are, for who compares figures."""
 
+    @property
+    def products(self) -> torch.dtype | None:
+        """The number format that its linears round their rows to, before they multiply; None: they do not."""
+
     def memory(self, piece_bytes: int = 64 << 20) -> Memory:
         """For weights, one after the other, in pieces that hold so much or, where that is more, the next of them."""
 

@@ -7,7 +7,7 @@ import structlog
 import torch
 
 from swaplora_server.kernels.backend import Backend
-from swaplora_server.kernels.cpu import abi
+from swaplora_server.kernels.cpu import abi, build
 from swaplora_server.kernels.cpu.backend import CpuBackend
 from swaplora_server.kernels.cpu.build import NoCompilerError
 from swaplora_server.kernels.torch.backend import TorchBackend
@@ -26,17 +26,30 @@ def torch_backend(device: torch.device) -> Backend:
 
 
 def pick_backend(device: torch.device, dtype: torch.dtype, cache_dir: Path, report: Callable[[str], None]) -> Backend:
-    """Native code on a CPU with a compiler, compiled into `cache_dir` the first time; torch's operations elsewhere."""
+    """Native code on a CPU with a compiler, compiled into `cache_dir` the first time; torch's operations elsewhere.
+
+    `dtype` is the number format of the base. On a CPU that is float32 or bfloat16, the format of its products: rows are
+    float32 there. Raises NoCompilerError for bfloat16 on a CPU without a compiler, where torch has no such products.
+    """
     if device.type != "cpu":
         return torch_backend(device)
     try:
         library = abi.load_library(cache_dir, report)
     except NoCompilerError as error:
+        if dtype != torch.float32:
+            raise
         _log.warning(
             "serving without native kernels: several times slower, and a row's last bits depend on those beside it",
             reason=str(error),
         )
         return torch_backend(device)
-    if dtype != torch.float32:
-        _log.warning("in bf16 a row's last bits depend on those beside it; in fp32 they do not")
     return CpuBackend(library, dtype)
+
+
+def prefers_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 faster than float32, through AMX or AMD's AVX512-bf16.
+
+    Intel's AVX512-bf16 without AMX has half the rate of its float32.
+    """
+    instructions = build.processor_instructions()
+    return build.variant().has_tiles or ("avx512_bf16" in instructions and build.is_amd())

@@ -160,6 +160,9 @@ def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
     _declare(library, "lanes", [], size)
     _declare(library, "fp32_words", [size, size, number], size)
     _declare(library, "fp32_pack", [pointer, size, size, number, pointer])
+    _declare(library, "bf16_words", [size, size], size)
+    _declare(library, "bf16_pack", [pointer, size, size, pointer])
+    _declare(library, "has_bf16_instruction", [], number)
     _declare(library, "linear", [pointer, size, size, ctypes.POINTER(LinearJob), size, pointer, size, number])
     for name in ("lora_delta_f32", "lora_delta_bf16"):
         jobs = [ctypes.POINTER(Segment), size, ctypes.POINTER(LoraModule), size]

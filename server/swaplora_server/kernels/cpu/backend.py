@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from swaplora_adapters.weights.memory import HugePages
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.kernels.backend import Memory, RunningStep
-from swaplora_server.kernels.cpu import decoder, linear, onednn_linear, quantised_linear
+from swaplora_server.kernels.cpu import build, decoder, linear, quantised_linear
 from swaplora_server.kernels.cpu.adapter_tables import AdapterTables
 from swaplora_server.kernels.cpu.attention import CpuKV
 from swaplora_server.kernels.cpu.lora import CpuLora
@@ -21,7 +21,7 @@ from swaplora_server.kernels.step import Segments
 
 @dataclass(frozen=True, slots=True)
 class CpuBackend:
-    """See `Backend`. `dtype` is that of the model's rows."""
+    """See `Backend`. Rows are float32; `dtype` is the number format that linears multiply in, float32 or bfloat16."""
 
     library: ctypes.CDLL
     dtype: torch.dtype
@@ -29,7 +29,17 @@ class CpuBackend:
     @property
     def description(self) -> str:
         """See `Backend`."""
-        return "native code"
+        variant = build.variant()
+        if self.dtype == torch.float32:
+            return f"float32, {variant.lanes} lanes"
+        order = "AMX" if variant.has_tiles else "AVX512-bf16"
+        form = order if self.library.has_bf16_instruction() else f"{order} in plain C++"
+        return f"bfloat16, {form}, {variant.lanes} lanes"
+
+    @property
+    def products(self) -> torch.dtype | None:
+        """See `Backend`."""
+        return None if self.dtype == torch.float32 else self.dtype
 
     def memory(self, piece_bytes: int = 64 << 20) -> HugePages:
         """Large pages, where the system has them."""
@@ -39,9 +49,7 @@ class CpuBackend:
         """A packed stand-in."""
         if is_quantised(base):
             return quantised_linear.pack(self.library, base, memory)
-        if self.dtype != torch.float32:
-            return onednn_linear.pack(base)
-        return linear.pack(self.library, base, memory)
+        return linear.pack(self.library, self.dtype, base, memory)
 
     def tables(self, weights: AdapterWeights, paths: Sequence[str]) -> AdapterTables:
         """See `Backend`."""
@@ -56,5 +64,5 @@ class CpuBackend:
         return CpuKV(self.library, num_blocks, block_size, self.dtype)
 
     def wrap(self, model: PreTrainedModel, running: Callable[[], RunningStep]) -> Callable[[], None] | None:
-        """All layers in one native call, in float32."""
-        return decoder.wrap(self.library, model, running) if self.dtype == torch.float32 else None
+        """All layers in one native call."""
+        return decoder.wrap(self.library, model, running)

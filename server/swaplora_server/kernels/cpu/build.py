@@ -9,12 +9,14 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 CSRC = Path(__file__).parent / "csrc"
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-fPIC")
-_LANES = "SWAPLORA_KERNEL_LANES"  # for tests, which run either width on any processor
+_LANES, _ORDER, _PLAIN = "SWAPLORA_KERNEL_LANES", "SWAPLORA_KERNEL_ORDER", "SWAPLORA_KERNEL_PLAIN"
+_REQUEST_TILES = (158, 0x1023, 18)  # arch_prctl, ARCH_REQ_XCOMP_PERM, the registers of tiles
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -83,13 +85,35 @@ def _is_whole(library: Path) -> bool:
     return hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
 
 
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What the kernels are compiled as, beyond what the processor has."""
+
+    lanes: int  # floats that they work on at a time, 8 or 16
+    has_tiles: bool  # whether bfloat16 products are summed as AMX does (csrc/bf16.h), or as AVX512 does
+    is_plain: bool  # whether plain C++ stands for the instructions that multiply 16 and 8 bits
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        plain = ("-DPLAIN",) if self.is_plain else ()
+        return f"-DLANES={self.lanes}", f"-DTILES={int(self.has_tiles)}", *plain
+
+
+def variant() -> Variant:
+    """The fastest that this processor runs. The environment may ask for another: any processor runs all."""
+    instructions = processor_instructions()
+    lanes = os.environ.get(_LANES, "16" if "avx512f" in instructions else "8")
+    order = os.environ.get(_ORDER) or ("tiles" if "amx_bf16" in instructions and _may_use_tiles() else "pairs")
+    return Variant(int(lanes), order == "tiles", bool(os.environ.get(_PLAIN)))
+
+
+def _may_use_tiles() -> bool:
+    """Ask Linux for AMX's registers, which it gives to processes that ask."""
+    return bool(ctypes.CDLL(None).syscall(*_REQUEST_TILES) == 0)
+
+
 def _flags() -> tuple[str, ...]:
-    return (*_FLAGS, f"-DLANES={lanes()}")
-
-
-def lanes() -> int:
-    """How many floats the kernels work on at a time."""
-    return int(os.environ.get(_LANES, 16 if "avx512f" in _processor().split() else 8))
+    return (*_FLAGS, *variant().flags)
 
 
 def _fingerprint(sources: Sequence[Path]) -> str:
@@ -99,10 +123,22 @@ def _fingerprint(sources: Sequence[Path]) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
+def processor_instructions() -> frozenset[str]:
+    """The instruction sets that Linux lists; none elsewhere."""
+    return frozenset(_cpuinfo("flags").split())
+
+
+def is_amd() -> bool:
+    return "AuthenticAMD" in _cpuinfo("vendor_id")
+
+
 def _processor() -> str:
     """The architecture and, on Linux, the instruction sets that the kernel lists."""
+    return platform.machine() + _cpuinfo("flags")
+
+
+def _cpuinfo(name: str) -> str:
     try:
-        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(name))
     except (OSError, StopIteration):
-        flags = ""
-    return platform.machine() + flags
+        return ""

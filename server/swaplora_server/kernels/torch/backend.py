@@ -36,6 +36,10 @@ class TorchBackend:
         """See `Backend`."""
         return "torch's operations"
 
+    @property
+    def products(self) -> None:
+        """Rows are multiplied as they are."""
+
     def memory(self, _piece_bytes: int = 0) -> Memory:
         """See `Backend`."""
         return DeviceMemory(self.device)

@@ -1,7 +1,7 @@
 // What Python asks a library that it has loaded: does it have the structures of kernels/cpu/abi.py, and how was it built?
 #include <cstring>
 #include "abi.h"
-#include "vec.h"
+#include "bf16.h"
 
 namespace {
 
@@ -27,3 +27,6 @@ extern "C" int64_t struct_bytes(const char* name) {
 
 // How many floats the kernels work on at a time.
 extern "C" int64_t lanes() { return LANES; }
+
+// Whether products of bfloat16 are the processor's own.
+extern "C" int has_bf16_instruction() { return HAS_BF16_INSTRUCTION; }

@@ -7,6 +7,7 @@ namespace {
 
 LinearKernel* kernel_of(const LinearJob& job) {
     switch (job.weight->format) {
+        case BF16: return linear_bf16;
         case INT8: return linear_int8;
         case FOUR_BIT: return linear_four_bit;
         default: return linear_fp32;
