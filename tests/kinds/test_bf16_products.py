@@ -14,7 +14,7 @@ from swaplora_adapters.weights.load import load_weights
 from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
-from swaplora_server.engine.scheduler import Batch, ScheduledRows
+from swaplora_server.engine.scheduler import Batch, rows_of
 from swaplora_server.kernels.pick import pick_backend
 
 CPU = torch.device("cpu")
@@ -52,5 +52,5 @@ def logprobs(base: BaseModel, uses: list[AdapterUse | None]) -> Tensor:
         request = Request("row", tuple(TOKENS), SamplingParams(max_tokens=1), lambda _event: None, adapters=adapters)
         sequence = Sequence(request, 0)
         pool.grow(sequence.block_table, sequence.num_tokens)
-        rows.append(ScheduledRows(sequence, 0, sequence.num_tokens))
+        rows.append(rows_of(sequence, 0, sequence.num_tokens))
     return base.runner(256, 16).logits(Batch(tuple(rows))).log_softmax(-1)
