@@ -50,7 +50,7 @@ class Report:
         def counted(*arguments: Any) -> AdapterWeights:
             weights = load(*arguments)
             self.loads += 1
-            tensor = next(iter(weights.modules.values())).lora_A
+            tensor = next(iter(weights.modules.values())).tensors[0]
             weakref.finalize(tensor, self._count_freed).atexit = False
             return weights
 

@@ -25,7 +25,7 @@ from swaplora_adapters.derive.write import write_adapter as write_composed
 from swaplora_adapters.errors import AdapterTooLargeError, InvalidAdapterError, StorageFailedError
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.weights.load import load_weights
-from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
+from swaplora_adapters.weights.served import AdapterWeights, LinearWeights, ModuleWeights
 
 PROMPT = [72, 101, 108, 108, 111]
 GUARD_SECONDS = 600  # what is computed runs at low priority
@@ -66,7 +66,7 @@ def peft_delta(model: PeftModel, path: str, name: str) -> Tensor | None:
     return delta
 
 
-def product(module: LowRank | ModuleWeights) -> Tensor:
+def product(module: LowRank | LinearWeights) -> Tensor:
     return module.lora_B @ module.lora_A
 
 

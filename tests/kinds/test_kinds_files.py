@@ -22,7 +22,7 @@ from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.intake import inspect_files
 from swaplora_adapters.weights.load import load_weights
-from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, ModuleWeights
+from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, LinearWeights
 
 CPU = torch.device("cpu")
 # of PEFT's: a base stored with its embeddings, tied heads, biases that merging could not keep, Conv1D
@@ -85,7 +85,7 @@ def computed(weights: AdapterWeights, path: str, module: nn.Module, x: Tensor) -
     return projected(weights.modules[path], x, y) if path in weights.modules else y
 
 
-def projected(part: ModuleWeights, x: Tensor, y: Tensor) -> Tensor:
+def projected(part: LinearWeights, x: Tensor, y: Tensor) -> Tensor:
     y = y + x @ part.lora_A.T @ part.lora_B.T
     if part.column_scale is not None:
         y = y * part.column_scale

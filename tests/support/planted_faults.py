@@ -84,8 +84,8 @@ def _overwritten(slot: AdapterWeights, weights: AdapterWeights) -> AdapterWeight
     """`weights` in the memory of `slot`, whose adapter has the same shapes."""
     with torch.no_grad():
         for path, module in weights.modules.items():
-            slot.modules[path].lora_A.copy_(module.lora_A)
-            slot.modules[path].lora_B.copy_(module.lora_B)
+            for held, other in zip(slot.modules[path].tensors, module.tensors, strict=True):
+                held.copy_(other)
     return replace(slot, digest=weights.digest)
 
 

@@ -16,7 +16,7 @@ from swaplora_adapters.config.parse import MAX_RANK
 from swaplora_adapters.derive.lowrank import LowRank, at_most, cut_factors, cut_matrix
 from swaplora_adapters.derive.recipe import Recipe
 from swaplora_adapters.errors import InvalidAdapterError
-from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
+from swaplora_adapters.weights.served import AdapterWeights, LinearWeights
 
 
 class Ingredient(NamedTuple):
@@ -39,7 +39,7 @@ def compose(ingredients: Sequence[Ingredient], recipe: Recipe, paths: Iterable[s
 
 
 class _Part(NamedTuple):
-    module: ModuleWeights
+    module: LinearWeights
     scale: float
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
+from swaplora_adapters.weights.served import AdapterWeights, LinearWeights
 
 _NEGLIGIBLE = 1e-6  # of the largest singular value: float32's own noise
 
@@ -60,7 +60,7 @@ def squared_norm(weights: AdapterWeights) -> float:
     return sum(inner_product(module, module) for module in weights.modules.values())
 
 
-def inner_product(one: ModuleWeights, other: ModuleWeights) -> float:
+def inner_product(one: LinearWeights, other: LinearWeights) -> float:
     """⟨B₁A₁, B₂A₂⟩ = ⟨B₁ᵀB₂, A₁A₂ᵀ⟩ in float64: two products as large as the ranks, and none as large as the weight."""
     left = one.lora_B.double().T @ other.lora_B.double()
     right = one.lora_A.double() @ other.lora_A.double().T
@@ -73,7 +73,7 @@ def _cosine(dot: float, one_squared: float, other_squared: float) -> float | Non
     return max(-1.0, min(1.0, dot / length)) if length else None
 
 
-def _inspect(path: str, module: ModuleWeights) -> ModuleInspection:
+def _inspect(path: str, module: LinearWeights) -> ModuleInspection:
     values = singular_values(module.lora_A, module.lora_B)
     return ModuleInspection(
         module=path,

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from swaplora_adapters.derive.base_files import BaseFiles
 from swaplora_adapters.fit.base import LinearShape
-from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
+from swaplora_adapters.weights.served import AdapterWeights, LinearWeights
 
 NUM_LOOKED_AT = 10  # of the singular vectors of the adapted weight, the largest
 LEAST_COSINE = 0.6
@@ -32,7 +32,7 @@ def count_intruders(weights: AdapterWeights, base: str | Path) -> dict[str, int 
     return found
 
 
-def intruders(weight: Tensor, module: ModuleWeights) -> int:
+def intruders(weight: Tensor, module: LinearWeights) -> int:
     """How many of the largest left singular vectors of weight [out, in] + B A are unlike each of the weight's own."""
     own = torch.linalg.svd(weight, full_matrices=False).U
     adapted = torch.linalg.svd(weight + module.lora_B @ module.lora_A, full_matrices=False).U[:, :NUM_LOOKED_AT]

@@ -27,6 +27,7 @@ from swaplora_adapters.store.records import Alias, Target, VersionRecord
 from swaplora_adapters.store.staging import Staging
 from swaplora_adapters.store.store import Store
 from swaplora_adapters.weights.load import load_weights
+from swaplora_adapters.weights.placement import Placement
 from swaplora_adapters.weights.served import AdapterWeights
 
 # Writes a staging folder's two files, or rewrites them, and says how: a version's provenance.
@@ -57,19 +58,22 @@ class Registry:
         wait_seconds: float,
         keep_versions: int,
         base_model: str,
+        placement: Placement | None = None,
         prepare: Callable[[AdapterWeights], AdapterWeights] = lambda weights: weights,
     ) -> None:
         """`layers` are the base's that adapters may change; weights are kept in `dtype` on `device`.
 
         No request waits for memory for more than `wait_seconds`. `base_model` is the base's name: an adapter that was
-        made for another one is taken with a warning. `prepare` makes of an adapter's weights, on the thread that loads
-        them, what is served: the same with their `tables` filled in.
+        made for another one is taken with a warning. `placement` lays the factors of linears into memory, and `prepare`
+        makes of an adapter's weights what is served, the same with their `tables` filled in: both on the thread that
+        loads.
         """
         self._store = store
         self._sources = sources
         self._layers = layers
         self._dtype = dtype
         self._device = device
+        self._placement = placement
         self._prepare = prepare
         self._base_model = base_model
         self._names = Names(store, base_model=base_model, keep_versions=keep_versions)
@@ -277,7 +281,9 @@ class Registry:
     def _load(self, digest: str) -> AdapterWeights:
         self._store.verify(digest)
         paths = self._store.blob_paths(digest)
-        weights = load_weights(digest, paths.config, paths.weights, self._layers, self._dtype, self._device)
+        weights = load_weights(
+            digest, paths.config, paths.weights, self._layers, self._dtype, self._device, self._placement
+        )
         return self._prepare(weights)
 
     def _remove(self, name: str, version: int | None) -> Removal:

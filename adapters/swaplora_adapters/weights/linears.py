@@ -5,21 +5,34 @@ from torch import Tensor
 
 from swaplora_adapters.files.complaints import quoted
 from swaplora_adapters.weights.dora import row_norms
-from swaplora_adapters.weights.parts import Parts
-from swaplora_adapters.weights.served import ModuleWeights
+from swaplora_adapters.weights.parts import Part, Parts
+from swaplora_adapters.weights.placement import Place
+from swaplora_adapters.weights.served import LinearWeights
 from swaplora_adapters.weights.values import converted, is_finite
 
 
-def build_linear(parts: Parts) -> ModuleWeights | None:
+def build_linear(parts: Parts, place: Place) -> LinearWeights | None:
     """None for biases alone that are the base's own."""
-    lora_A, lora_B = _factors(parts, parts.dtype)
+    placed = _placed(parts, place)
     column_scale = _column_scale(parts)
     shift = _shift(parts, column_scale)
     is_scaled = column_scale is not None and bool((column_scale != 1).any())
     parts.has_effect = shift is not None or is_scaled or "tokens" in parts.tensors or parts.has_delta
-    if not lora_A.shape[0] and column_scale is None and shift is None:
+    if not placed.rank and column_scale is None and shift is None:
         return None
-    return ModuleWeights(lora_A, lora_B, column_scale, shift)
+    return placed.with_vectors(column_scale, shift)
+
+
+def _placed(parts: Parts, place: Place) -> LinearWeights:
+    """In one pass over what the file has, where all that is to be done to it is to scale it."""
+    if "tokens" in parts.tensors or "lora_B" not in parts.tensors:
+        return place(*_factors(parts, parts.dtype), 1.0, parts.dtype).weights
+    slot_A, lora_A = _right(parts)
+    slot_B, lora_B = parts.tensors["lora_B"]
+    placed = place(lora_A, lora_B, slot_A.scaling * slot_B.scaling, parts.dtype)
+    parts.note(slot_A, lora_A, *placed.of_A)
+    parts.note(slot_B, lora_B, *placed.of_B)
+    return placed.weights
 
 
 def _factors(parts: Parts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -40,13 +53,19 @@ def _factors(parts: Parts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _low_rank(parts: Parts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    slot_A, tensor = parts.tensors["lora_A"]
+    slot_A, lora_A = _right(parts)
+    scaling = slot_A.scaling * parts.tensors["lora_B"].slot.scaling
+    return parts.checked(slot_A, lora_A, dtype=dtype), parts.scaled("lora_B", scaling, dtype)
+
+
+def _right(parts: Parts) -> Part:
+    """lora_A with all that goes into it but the scaling."""
+    slot, tensor = parts.tensors["lora_A"]
     if "lora_E" in parts.tensors:
         tensor = _times_rows(tensor, parts.exact("lora_E", torch.float32))
-    if slot_A.num_repeats > 1:
-        tensor = tensor.repeat_interleave(slot_A.num_repeats, dim=1)
-    scaling = slot_A.scaling * parts.tensors["lora_B"].slot.scaling
-    return parts.checked(slot_A, tensor, dtype=dtype), parts.scaled("lora_B", scaling, dtype)
+    if slot.num_repeats > 1:
+        tensor = tensor.repeat_interleave(slot.num_repeats, dim=1)
+    return Part(slot, tensor)
 
 
 def _times_rows(tensor: Tensor, factors: Tensor) -> Tensor:

@@ -23,13 +23,13 @@ from swaplora_adapters.fit.fit import Layout, fitted
 from swaplora_adapters.weights.embeddings import build_embedding
 from swaplora_adapters.weights.linears import build_linear
 from swaplora_adapters.weights.materialise import materialise
-from swaplora_adapters.weights.memory import HugePages
+from swaplora_adapters.weights.memory import HugePages, mapping_bytes
 from swaplora_adapters.weights.parts import Parts, gather
+from swaplora_adapters.weights.placement import Place, Placement, as_built, placed, plain
 from swaplora_adapters.weights.replacements import build_replacement
-from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, ModuleWeights
-from swaplora_adapters.weights.values import copied
+from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, LinearWeights
 
-Content = ModuleWeights | EmbeddingWeights | nn.Module
+Content = LinearWeights | EmbeddingWeights | nn.Module
 
 
 def check_fit(spec: AdapterSpec, header: Header, layers: BaseLayers, max_work: int | None = None) -> Layout:
@@ -48,16 +48,18 @@ def build_weights(
     layers: BaseLayers,
     dtype: torch.dtype,
     device: torch.device,
+    placement: Placement | None = None,
 ) -> AdapterWeights:
     """Turn a file's tensors into weights to serve: on `device`, alpha and rank folded into B.
 
-    On a CPU they lie in one piece of memory, if they take what their file does. They are of `dtype`, or bfloat16 where
+    On a CPU they lie in one piece of memory, if they take what their file does; `placement` says how those of linears
+    lie there, as plain tensors without it. They are of `dtype`, or bfloat16 where
     the file's are and nothing is lost by it. Raises like `check_fit`, and InvalidAdapterError for values that are not
     finite or overflow `dtype`, or that would have to be the base's own and are not.
     """
     layout = fitted(spec, layers, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    num_bytes = sum(_num_bytes(tensor.numel(), tensor.dtype, dtype) for tensor in tensors.values())
-    return _assemble(digest, layout, tensors.items(), num_bytes, dtype, device)
+    num_bytes = mapping_bytes(_num_bytes(tensor.numel(), tensor.dtype, dtype) for tensor in tensors.values())
+    return _assemble(digest, layout, tensors.items(), num_bytes, dtype, device, placement)
 
 
 def load_weights(
@@ -67,13 +69,14 @@ def load_weights(
     layers: BaseLayers,
     dtype: torch.dtype,
     device: torch.device,
+    placement: Placement | None = None,
 ) -> AdapterWeights:
     """`build_weights` from the two files, checked as if for the first time; holds one module's tensors raw."""
     spec = read_spec(config_path)
     header = read_header(weights_path)
     layout = check_fit(spec, header, layers)
-    num_bytes = sum(_num_bytes(math.prod(info.shape), info.dtype, dtype) for info in header.tensors.values())
-    return _assemble(digest, layout, iter_tensors(weights_path, header), num_bytes, dtype, device)
+    num_bytes = mapping_bytes(_num_bytes(math.prod(info.shape), info.dtype, dtype) for info in header.tensors.values())
+    return _assemble(digest, layout, iter_tensors(weights_path, header), num_bytes, dtype, device, placement)
 
 
 class Survey(NamedTuple):
@@ -88,7 +91,7 @@ class Survey(NamedTuple):
 def survey_values(layout: Layout, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Survey:
     """Build all of it once, keeping nothing, for a file that passed `check_fit`. Raises like `build_weights`."""
     rank, num_parameters, has_effect, paths = 0, 0, False, []
-    for parts, content in _built(layout, tensors, dtype):
+    for parts, content in _built(layout, tensors, dtype, as_built):
         has_effect = has_effect or parts.has_effect
         paths.append(parts.path)
         num_parameters += _num_materialised(parts, layout.layers) if layout.spec.materialise else _num_elements(content)
@@ -122,19 +125,24 @@ def _assemble(
     num_bytes: int,
     dtype: torch.dtype,
     device: torch.device,
+    placement: Placement | None,
 ) -> AdapterWeights:
     """`num_bytes`: about what all of it takes; on a CPU it is laid into pieces of memory of that size."""
-    place = partial(_place, device=device, pages=HugePages(mapping_bytes=num_bytes))
-    modules: dict[str, ModuleWeights] = {}
+    pages = HugePages(mapping_bytes=num_bytes)
+    put = partial(placed, device=device, pages=pages)
+    if placement is None or layout.spec.materialise:  # what is materialised is served by no kernel of factors
+        placement = partial(plain, device)
+    modules: dict[str, LinearWeights] = {}
     embeddings: dict[str, EmbeddingWeights] = {}
     replaced: dict[str, nn.Module] = {}
-    for parts, content in _built(layout, tensors, dtype):
-        if isinstance(content, ModuleWeights):
-            modules[parts.path] = _placed_linear(content, place)
-        elif isinstance(content, EmbeddingWeights):
-            embeddings[parts.path] = _placed_embedding(content, place)
-        else:
+    for parts, content in _built(layout, tensors, dtype, placement(pages)):
+        if isinstance(content, EmbeddingWeights):
+            embeddings[parts.path] = _placed_embedding(content, put)
+        elif isinstance(content, nn.Module):
             replaced[parts.path] = content.to(device)
+        else:
+            column_scale, shift = (None if v is None else put(v) for v in (content.column_scale, content.shift))
+            modules[parts.path] = content.with_vectors(column_scale, shift)
     weights = AdapterWeights(
         digest,
         MappingProxyType(modules),
@@ -146,12 +154,12 @@ def _assemble(
 
 
 def _built(
-    layout: Layout, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+    layout: Layout, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, place: Place
 ) -> Iterator[tuple[Parts, Content]]:
     """Each module as it is served; once all are through, raise InvalidAdapterError if there were complaints."""
     complaints: list[str] = []
     for parts in gather(layout, tensors, dtype):
-        content = _build(parts)
+        content = _build(parts, place)
         complaints += parts.complaints
         if content is not None and not complaints:
             yield parts, content
@@ -159,30 +167,16 @@ def _built(
         raise InvalidAdapterError(capped(list(dict.fromkeys(complaints))))
 
 
-def _build(parts: Parts) -> Content | None:
+def _build(parts: Parts, place: Place) -> Content | None:
     if not parts.tensors:
         return None  # there was but a copy of the base's own
     is_whole = any(part.startswith("parameter.") for part in parts.tensors)
     if is_whole or parts.path in parts.layout.layers.others:
         return build_replacement(parts)
-    return build_embedding(parts) if parts.path in parts.layout.layers.embeddings else build_linear(parts)
+    return build_embedding(parts) if parts.path in parts.layout.layers.embeddings else build_linear(parts, place)
 
 
-def _placed_linear(linear: ModuleWeights, place: Callable[[Tensor], Tensor]) -> ModuleWeights:
-    """Both factors are read along the rank by kernels, so lora_B lies column by column."""
-    vectors = {"column_scale": linear.column_scale, "shift": linear.shift}
-    placed = {name: place(vector) for name, vector in vectors.items() if vector is not None}
-    return ModuleWeights(place(linear.lora_A), place(linear.lora_B.t()).t(), **placed)
-
-
-def _placed_embedding(embedding: EmbeddingWeights, place: Callable[[Tensor], Tensor]) -> EmbeddingWeights:
+def _placed_embedding(embedding: EmbeddingWeights, put: Callable[[Tensor], Tensor]) -> EmbeddingWeights:
     rows = {"token_ids": embedding.token_ids, "token_rows": embedding.token_rows}
-    placed = {name: place(tensor) for name, tensor in rows.items() if tensor is not None}
-    return EmbeddingWeights(place(embedding.lora_A), place(embedding.lora_B), **placed)
-
-
-def _place(tensor: Tensor, device: torch.device, pages: HugePages) -> Tensor:
-    """The tensor, row by row, where steps read it."""
-    if device.type != "cpu":
-        return tensor.contiguous().to(device)
-    return copied(tensor, pages.empty(tensor.numel(), tensor.dtype))
+    own = {name: put(tensor) for name, tensor in rows.items() if tensor is not None}
+    return EmbeddingWeights(put(embedding.lora_A), put(embedding.lora_B), **own)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from swaplora_adapters.fit.base import BaseLayers
-from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, ModuleWeights
+from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, LinearWeights
 
 
 def materialise(weights: AdapterWeights, base: BaseLayers) -> AdapterWeights:
@@ -32,7 +32,7 @@ def _folded(weights: AdapterWeights, base: BaseLayers) -> Iterator[tuple[str, nn
         yield path, rebuild(path, {"weight": _as_stored(_table(stored, embedding), stored)})
 
 
-def _linear(path: str, module: ModuleWeights, base: BaseLayers) -> dict[str, Tensor]:
+def _linear(path: str, module: LinearWeights, base: BaseLayers) -> dict[str, Tensor]:
     """W' = (W + B A) · column_scale by rows, b' = b · column_scale + shift, where the factors lie."""
     device = module.lora_B.device
     stored, bias = base.read(f"{path}.weight"), _bias(path, base, device)

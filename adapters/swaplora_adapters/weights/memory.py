@@ -1,11 +1,22 @@
 """Memory for weights in large pages, where the system has them: a step reads it all, and looks fewer addresses up."""
 
 import mmap
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 _ALIGNMENT = 64
+_SLACK = 64  # bytes behind the last tensor of a mapping
+
+
+def mapping_bytes(sizes: Iterable[int]) -> int:
+    """What one mapping needs for tensors of these sizes in bytes."""
+    return sum(map(_aligned, sizes)) + _SLACK
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 class HugePages:
@@ -17,14 +28,14 @@ class HugePages:
         self._offset = 0
 
     def empty(self, num_elements: int, dtype: torch.dtype) -> Tensor:
-        """[num_elements], not filled in; aligned to a cache line."""
+        """[num_elements], not filled in; aligned to a cache line, and the 64 bytes behind it can be read."""
         num_bytes = num_elements * dtype.itemsize
         if not num_bytes:
             return torch.empty(0, dtype=dtype)
-        if self._mapping is None or self._offset + num_bytes > len(self._mapping):
-            self._mapping, self._offset = _mapping(max(num_bytes, self._mapping_bytes)), 0
+        if self._mapping is None or self._offset + num_bytes + _SLACK > len(self._mapping):
+            self._mapping, self._offset = _mapping(max(num_bytes + _SLACK, self._mapping_bytes)), 0
         tensor = torch.frombuffer(self._mapping, dtype=dtype, count=num_elements, offset=self._offset)
-        self._offset += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        self._offset += _aligned(num_bytes)
         return tensor
 
 

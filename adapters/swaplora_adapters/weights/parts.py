@@ -68,11 +68,15 @@ class Parts:
     def checked(self, slot: Slot, tensor: Tensor, scaling: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """`values.scaled`, with a complaint if the result is not finite."""
         served = scaled(tensor, scaling, dtype or self.dtype)
-        if not served.is_finite:
-            self.complaints.append(self._complaint(slot, tensor))
-        if served.is_zero:
-            self.zeros.add(slot.part)
+        self.note(slot, tensor, served.is_finite, served.is_zero)
         return served.tensor
+
+    def note(self, slot: Slot, tensor: Tensor, is_finite: bool, is_zero: bool) -> None:
+        """What was seen of a tensor once it was scaled."""
+        if not is_finite:
+            self.complaints.append(self._complaint(slot, tensor))
+        if is_zero:
+            self.zeros.add(slot.part)
 
     def exact(self, part: str, dtype: torch.dtype) -> Tensor:
         """A part in exactly this dtype, not scaled."""

@@ -1,21 +1,53 @@
 """An adapter in memory as it is served: what it adds to the outputs of the base's modules, and what it replaces."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ModuleWeights:
-    """What an adapter makes of one module's output: y = (y + x @ lora_A.T @ lora_B.T) * column_scale + shift.
+class LinearWeights(Protocol):
+    """What an adapter makes of one linear's output: y = (y + x @ lora_A.T @ lora_B.T) * column_scale + shift.
 
     Either factor may be bfloat16 beside float32 rows; the rank may be 0. DoRA has a column scale, and trained biases
-    are a shift.
+    are a shift. How the factors lie in memory is up to whoever placed them: see `Placement`.
     """
 
+    @property
+    def lora_A(self) -> Tensor:
+        """[rank, in_features]."""
+
+    @property
+    def lora_B(self) -> Tensor:
+        """[out_features, rank], multiplied by the scaling."""
+
+    @property
+    def column_scale(self) -> Tensor | None:
+        """[out_features], float32."""
+
+    @property
+    def shift(self) -> Tensor | None:
+        """[out_features], float32."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is held in memory."""
+
+    @property
+    def rank(self) -> int:
+        """The true rank, never padded."""
+
+    def with_vectors(self, column_scale: Tensor | None, shift: Tensor | None) -> "LinearWeights":
+        """The same factors with these."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModuleWeights:
+    """`LinearWeights` as two plain tensors."""
+
     lora_A: Tensor  # [rank, in_features]
-    lora_B: Tensor  # [out_features, rank], multiplied by the scaling; laid out column by column, as kernels read it
+    lora_B: Tensor  # [out_features, rank], multiplied by the scaling
     column_scale: Tensor | None = None  # [out_features], float32
     shift: Tensor | None = None  # [out_features], float32
 
@@ -29,6 +61,10 @@ class ModuleWeights:
     def rank(self) -> int:
         """The true rank, never padded."""
         return self.lora_A.shape[0]
+
+    def with_vectors(self, column_scale: Tensor | None, shift: Tensor | None) -> "ModuleWeights":
+        """The same factors with these."""
+        return replace(self, column_scale=column_scale, shift=shift)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,7 +93,7 @@ class AdapterWeights:
     """A whole adapter in memory, by the module paths of the base. No module is in two of the mappings."""
 
     digest: str
-    modules: Mapping[str, ModuleWeights]  # linears
+    modules: Mapping[str, LinearWeights]
     embeddings: Mapping[str, EmbeddingWeights] = field(default_factory=dict)
     replaced: Mapping[str, nn.Module] = field(default_factory=dict)  # the adapter's own, in place of the base's
     invocation: tuple[int, ...] = ()  # tokens of a prompt from which on the adapter applies; none: everywhere

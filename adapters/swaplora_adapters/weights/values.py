@@ -26,7 +26,7 @@ def scaled(tensor: Tensor, scaling: float, dtype: torch.dtype) -> Scaled:
     What already is as it is served is not copied.
     """
     tensor = tensor.contiguous()
-    dtype = _storage_dtype(tensor.dtype, scaling, dtype)
+    dtype = storage_dtype(tensor.dtype, scaling, dtype)
     is_served = scaling == 1 and tensor.dtype == dtype
     served = tensor if is_served else torch.empty(tensor.shape, dtype=dtype)
     is_finite = is_zero = True
@@ -105,7 +105,7 @@ def extremes(tensor: Tensor) -> tuple[float, float]:
     return low.item(), high.item()
 
 
-def _storage_dtype(stored: torch.dtype, scaling: float, served: torch.dtype) -> torch.dtype:
+def storage_dtype(stored: torch.dtype, scaling: float, served: torch.dtype) -> torch.dtype:
     """bfloat16 stays so where nothing is lost by it: at half the bytes, a step reads an adapter twice as fast."""
     is_exact = math.frexp(abs(scaling))[0] == 0.5  # a power of two moves the exponent alone
     return torch.bfloat16 if stored == torch.bfloat16 and is_exact else served

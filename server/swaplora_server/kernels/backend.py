@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from swaplora_adapters.weights.placement import Placement
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.kernels.step import Runs, Segments, StepPlan
 
@@ -103,6 +104,10 @@ class Backend(Protocol):
 
     def linear(self, linear: nn.Module, memory: Memory) -> nn.Module:
         """What a linear is exchanged for: one that computes the same, its weights in `memory`, or itself."""
+
+    @property
+    def placement(self) -> Placement | None:
+        """How an adapter's factors lie in memory; None: as plain tensors."""
 
     def tables(self, weights: AdapterWeights, paths: Sequence[str]) -> object:
         """What this family reads of an adapter, for `AdapterWeights.tables`; made once, when it is loaded.

@@ -209,6 +209,7 @@ class Service:
                 wait_seconds=settings.adapter_wait_seconds,
                 keep_versions=settings.keep_versions,
                 base_model=settings.base_id,
+                placement=self.base.backend.placement,
                 prepare=self.base.prepared,
             )
         except BaseException:

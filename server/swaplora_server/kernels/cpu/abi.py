@@ -43,7 +43,7 @@ class Span(ctypes.Structure):
 class Factors(ctypes.Structure):
     _fields_ = (
         ("a", ctypes.c_void_p),
-        ("b_t", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
         ("column_scale", ctypes.c_void_p),
         ("shift", ctypes.c_void_p),
         ("rank", ctypes.c_int64),
@@ -164,9 +164,9 @@ def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
     _declare(library, "bf16_pack", [pointer, size, size, pointer])
     _declare(library, "has_bf16_instruction", [], number)
     _declare(library, "linear", [pointer, size, size, ctypes.POINTER(LinearJob), size, pointer, size, number])
-    for name in ("lora_delta_f32", "lora_delta_bf16"):
-        jobs = [ctypes.POINTER(Segment), size, ctypes.POINTER(LoraModule), size]
-        _declare(library, name, [*jobs, size, pointer, number])
+    jobs = [ctypes.POINTER(Segment), size, ctypes.POINTER(LoraModule), size]
+    _declare(library, "lora_delta_f32", [*jobs, size, pointer, number])
+    _declare(library, "place_factor", [pointer, number, size, size, size, ctypes.c_float, number, pointer], number)
     rows = [pointer] * 4
     _declare(library, "paged_attention", [ctypes.POINTER(LayerCache), pointer, size, *rows, number])
     _declare(library, "decode", [ctypes.POINTER(DecoderLayer), size, ctypes.POINTER(Step)])

@@ -6,21 +6,26 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
+from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.kernels.cpu.abi import Factors
 from swaplora_server.kernels.cpu.linear import CpuLinear
+from swaplora_server.kernels.cpu.panels import PanelWeights, in_panels
 
 
 class AdapterTables:
-    """Where an adapter has its factors, and its modules in place of the base's. Points into its own tensors."""
+    """Where an adapter has its factors, and its modules in place of the base's. Points into its own tensors.
 
-    def __init__(self, weights: AdapterWeights, paths: Sequence[str]) -> None:
+    Factors that were not placed in panels are copied into some.
+    """
+
+    def __init__(self, library: ctypes.CDLL, weights: AdapterWeights, paths: Sequence[str]) -> None:
         """`paths` are those of all modules by number."""
+        self._panels = {path: in_panels(library, module) for path, module in weights.modules.items()}
         self.factors = (Factors * len(paths))()
         self.modules = (ctypes.c_void_p * len(paths))()
         numbers = {path: number for number, path in enumerate(paths)}
-        for path, module in weights.modules.items():
-            self.factors[numbers[path]] = _factors_of(path, module)
+        for path, module in self._panels.items():
+            self.factors[numbers[path]] = _factors_of(module)
         for path, own in weights.replaced.items():
             self.modules[numbers[path]] = _address(own)
 
@@ -33,13 +38,11 @@ def tables_of(weights: AdapterWeights) -> AdapterTables:
     return tables
 
 
-def _factors_of(path: str, module: ModuleWeights) -> Factors:
-    lora_A, b_t = module.lora_A, module.lora_B.t()
-    if not (lora_A.is_contiguous() and b_t.is_contiguous()):
-        raise ValueError(f"{path}: the factors are not laid out as ModuleWeights says")
+def _factors_of(module: PanelWeights) -> Factors:
     vectors = [None if vector is None else vector.data_ptr() for vector in (module.column_scale, module.shift)]
-    is_bf16 = [tensor.dtype == torch.bfloat16 for tensor in (lora_A, b_t)]
-    return Factors(lora_A.data_ptr(), b_t.data_ptr(), *vectors, module.rank, *is_bf16, True)
+    factors = module.panels_A, module.panels_B
+    is_bf16 = [panels.dtype == torch.bfloat16 for panels in factors]
+    return Factors(*(panels.data_ptr() for panels in factors), *vectors, module.rank, *is_bf16, True)
 
 
 def _address(module: nn.Module) -> int | None:

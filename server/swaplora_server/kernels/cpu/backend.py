@@ -9,9 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from swaplora_adapters.weights.memory import HugePages
+from swaplora_adapters.weights.placement import Placement
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.kernels.backend import Memory, RunningStep
-from swaplora_server.kernels.cpu import build, decoder, linear, quantised_linear
+from swaplora_server.kernels.cpu import build, decoder, linear, panels, quantised_linear
 from swaplora_server.kernels.cpu.adapter_tables import AdapterTables
 from swaplora_server.kernels.cpu.attention import CpuKV
 from swaplora_server.kernels.cpu.lora import CpuLora
@@ -51,9 +52,14 @@ class CpuBackend:
             return quantised_linear.pack(self.library, base, memory)
         return linear.pack(self.library, self.dtype, base, memory)
 
+    @property
+    def placement(self) -> Placement:
+        """Panels."""
+        return panels.placement(self.library)
+
     def tables(self, weights: AdapterWeights, paths: Sequence[str]) -> AdapterTables:
         """See `Backend`."""
-        return AdapterTables(weights, paths)
+        return AdapterTables(self.library, weights, paths)
 
     def lora(self, segments: Segments) -> CpuLora:
         """See `Backend`."""

@@ -22,7 +22,7 @@ class CpuLora:
     """See `LoraStep`; for rows on CPU in float32 or bfloat16."""
 
     def __init__(self, library: ctypes.CDLL, segments: Segments) -> None:
-        self._kernels = {torch.float32: library.lora_delta_f32, torch.bfloat16: library.lora_delta_bf16}
+        self._kernel = library.lora_delta_f32
         self._segments = segments  # the entries point into their adapters' tables
         rows = np.empty(len(segments), _SEGMENT)
         rows["factors"] = [ctypes.addressof(tables_of(weights).factors) for weights in segments.adapters]
@@ -31,10 +31,11 @@ class CpuLora:
 
     def add(self, x: Tensor, outputs: Sequence[tuple[Tensor, int]]) -> None:
         """See `LoraStep`."""
+        x, wide = x.float(), [y.float() for y, _ in outputs]
         modules = (abi.LoraModule * len(outputs))()
-        for module, (y, number) in zip(modules, outputs, strict=True):
+        for module, y, (_, number) in zip(modules, wide, outputs, strict=True):
             module.number, module.out, module.y = number, y.shape[1], y.data_ptr()
-        self._kernels[x.dtype](
+        self._kernel(
             self.entries,
             len(self.entries),
             modules,
@@ -43,3 +44,6 @@ class CpuLora:
             x.data_ptr(),
             torch.get_num_threads(),
         )
+        for y, (narrow, _) in zip(wide, outputs, strict=True):
+            if y is not narrow:
+                narrow.copy_(y)

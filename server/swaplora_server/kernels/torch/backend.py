@@ -48,6 +48,10 @@ class TorchBackend:
         """The linear itself."""
         return linear
 
+    @property
+    def placement(self) -> None:
+        """Plain tensors."""
+
     def tables(self, weights: AdapterWeights, paths: Sequence[str]) -> ModulesByNumber:
         """See `Backend`."""
         return ModulesByNumber(weights, paths)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
+from swaplora_adapters.weights.served import AdapterWeights, LinearWeights
 from swaplora_server.kernels.step import Segments
 
 
@@ -31,7 +31,7 @@ class TorchLora:
                     _add(y[rows], x[rows], module, scale)
 
 
-def _add(y: Tensor, x: Tensor, module: ModuleWeights, scale: float) -> None:
+def _add(y: Tensor, x: Tensor, module: LinearWeights, scale: float) -> None:
     lora_A, lora_B = module.lora_A.to(x.dtype), module.lora_B.to(x.dtype)
     y.addmm_(x.mm(lora_A.t()), lora_B.t(), alpha=scale)
     if module.column_scale is not None:
@@ -40,7 +40,7 @@ def _add(y: Tensor, x: Tensor, module: ModuleWeights, scale: float) -> None:
         y.add_(module.shift.to(y.dtype), alpha=scale)
 
 
-def _modules_of(weights: AdapterWeights) -> Sequence[ModuleWeights | None]:
+def _modules_of(weights: AdapterWeights) -> Sequence[LinearWeights | None]:
     if not isinstance(weights.tables, ModulesByNumber):
         raise RuntimeError(f"adapter {weights.digest} was not prepared for torch's operations")
     return weights.tables.modules

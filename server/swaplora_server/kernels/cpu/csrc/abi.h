@@ -34,9 +34,10 @@ struct Span {
 };
 
 // What an adapter does to one module's output: y = (y + scale * (x A^T) B^T) * column_scale + scale * shift.
+// Both factors lie as lora_panels.h says.
 struct Factors {
     const void* a;              // [rank, in_features]
-    const void* b_t;            // [rank, out_features]: B transposed
+    const void* b;              // [out_features, rank]
     const float* column_scale;  // [out_features], or null: 1
     const float* shift;         // [out_features], or null: 0
     int64_t rank;               // 0: there are no A and B

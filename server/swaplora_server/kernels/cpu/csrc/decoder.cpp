@@ -163,13 +163,22 @@ struct Pass {
 
     // the factors that adapters have for these modules, to `prefetch`
     void prefetch_factors(const Rows& rows, const LoraModule* modules, int count, int64_t in) const {
-        const auto add = [&](const void* factor, int64_t size, bool is_bf16) { prefetch.push_back({factor, size * (is_bf16 ? 2 : 4)}); };
+        const auto add = [&](const void* factor, int64_t size, bool is_bf16) {
+            const char* start = static_cast<const char*>(factor);
+            const int64_t bytes = size * (is_bf16 ? 2 : 4);
+            if (!prefetch.empty()) {  // what an adapter has for one module after the other mostly lies so
+                Span& last = prefetch.back();
+                const int64_t gap = start - static_cast<const char*>(last.start) - last.bytes;
+                if (0 <= gap && gap < 64) return void(last.bytes += gap + bytes);
+            }
+            prefetch.push_back({start, bytes});
+        };
         for (const Segment* segment = rows.segments; segment < rows.segments + rows.num_segments; segment++)
             for (const LoraModule* module = modules; module < modules + count; module++) {
                 const Factors& f = segment->factors[module->number];
                 if (!f.is_targeted) continue;
                 add(f.a, f.rank * in, f.a_is_bf16);
-                add(f.b_t, f.rank * module->out, f.b_is_bf16);
+                add(f.b, f.rank * module->out, f.b_is_bf16);
             }
     }
 
