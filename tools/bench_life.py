@@ -16,6 +16,7 @@ import httpx
 
 from bench import RANK, complete, console, drive, machine, make_adapters, prompt, resident_mib
 from server_process import process
+from swaplora_server.bench.report import quantiles
 from swaplora_server.config import Settings
 from swaplora_server.embedded import ensure_embedded_base
 
@@ -92,14 +93,18 @@ def show_life(url: str, names: Sequence[str], folder: Path) -> None:
         f"difference {(median(cold) - median(warm)) * 1e3:.0f} ms (medians of {len(names)} adapters)"
     )
     control: list[list[int]] = []
+    undisturbed = 0.0  # milliseconds, 99th percentile
     for label, disturb in disturbances(names, folder).items():
         answers, found = asyncio.run(gaps(url, disturb))
         control = control or answers
         if answers != control:
             raise SystemExit(f"streams beside {label} differ from undisturbed ones: not measured")
+        gap_ms = quantiles(found) or {}
+        undisturbed = undisturbed or gap_ms["p99"]
         console.print(
-            f"{NUM_STREAMS} streams beside {label}: gap between tokens p50 {median(found) * 1e3:.0f} ms, "
-            f"p99 {found[int(len(found) * 0.99)] * 1e3:.0f} ms, longest {found[-1] * 1e3:.0f} ms"
+            f"{NUM_STREAMS} streams beside {label}: gap between tokens p50 {gap_ms['p50']:.0f} ms, "
+            f"p99 {gap_ms['p99']:.0f} ms ({gap_ms['p99'] / undisturbed:.2f} of undisturbed), "
+            f"longest {gap_ms['max']:.0f} ms"
         )
 
 
