@@ -137,14 +137,14 @@ class Bench:
         """As the engine would have it."""
         config, weights = made.folder / CONFIG_FILE, made.folder / WEIGHTS_FILE
         base = self.base
-        loaded = load_weights(f"sha256:{made.kind}", config, weights, base.layers, base.dtype, base.device)
-        return base.prepared(loaded)
+        return load_weights(f"sha256:{made.kind}", config, weights, base.layers, base.dtype, base.device)
 
     def answers(self, *requests: Mapping[AdapterWeights, float]) -> list[Tensor]:
         """[vocab_size], on the CPU, for each of `requests`, which are sums of adapters; all in one step."""
         pool, rows = BlockPool(1024, 16), []
         for request in requests:
-            sequence = Sequence(_request(request), 0)
+            prepared = {self.base.prepared(weights): scale for weights, scale in request.items()}
+            sequence = Sequence(_request(prepared), 0)
             pool.grow(sequence.block_table, sequence.num_tokens)
             rows.append(rows_of(sequence, 0, sequence.num_tokens))
         return list(self.base.runner(1024, 16).logits(Batch(tuple(rows))).float().log_softmax(-1).cpu())

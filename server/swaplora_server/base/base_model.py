@@ -12,10 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.weights.served import AdapterWeights
+from swaplora_server.base.adapter_proof import AdapterProof, adapter_proof
 from swaplora_server.base.batch_invariant import make_batch_invariant
 from swaplora_server.base.compact_embedding import compact_embedding
 from swaplora_server.base.layers import AdaptableLayers
-from swaplora_server.base.proof import Expected, UnsupportedModelError, expected_logits, prove
+from swaplora_server.base.proof import Expected, UnsupportedModelError, expected_logits, prove, short_windows
 from swaplora_server.base.quantisation import Quantization, loading_arguments, multiply_dequantised
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.config import EMBEDDED, Settings
@@ -149,6 +150,17 @@ def prepare(
     backend: Backend,
 ) -> BaseModel:
     """Wrap and prove a model that lies on `device`, in place. Raises UnsupportedModelError naming the reason."""
+    with short_windows(model):
+        return _prepare(model, tokenizer, device, dtype, backend)
+
+
+def _prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: Backend,
+) -> BaseModel:
     expected = expected_logits(model, backend.products)
     vocab_size = vocab_size_of(model.get_input_embeddings(), expected.logits[0].shape[-1])
     attention.register()
@@ -168,14 +180,17 @@ def prepare(
         make_batch_invariant(model, model.get_output_embeddings())
     weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     proof = prove(model, backend, wrapped, expected)
-    _wrap(model, expected, backend)
+    layers = AdaptableLayers(wrapped, proof.addressable, tied, backend, dtype, device, model.config.model_type)
+    adapters = adapter_proof(model, backend, wrapped, layers, expected.tolerance)
+    adapters.run(model, backend)
+    _wrap(model, expected, adapters, backend)
     return BaseModel(
         model=model,
         backend=backend,
         paths=tuple(wrapped),
         tokenizer=tokenizer,
         vocabulary=Vocabulary(tokenizer.backend_tokenizer),
-        layers=AdaptableLayers(wrapped, proof.addressable, tied, backend, dtype, device, model.config.model_type),
+        layers=layers,
         device=device,
         dtype=dtype,
         vocab_size=vocab_size,
@@ -195,13 +210,14 @@ def _tied(model: PreTrainedModel) -> dict[str, str]:
     return {paths[head]: paths[embedding]}
 
 
-def _wrap(model: PreTrainedModel, expected: Expected, backend: Backend) -> None:
+def _wrap(model: PreTrainedModel, expected: Expected, adapters: AdapterProof, backend: Backend) -> None:
     """Have all layers run in one native call, where there is one for their kind and it passes the proof as well."""
     undo = backend.wrap(model, running)
     if undo is None:
         return
     try:
         prove(model, backend, {}, expected)
+        adapters.run(model, backend)
     except UnsupportedModelError as error:
         undo()
         _log.warning("layers run one operation at a time", reason=str(error))

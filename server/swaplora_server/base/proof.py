@@ -3,9 +3,11 @@
 Before anything is replaced, the stock model computes a few logits. Afterwards the same tokens go through the real
 runner: several sequences packed together, in chunks and one by one, over paged KV. Where the two disagree, the base is
 refused. In half precision both are held against the stock model in float32: the runner may be off by what the stock
-model itself is, and not by much more.
+model itself is, and not by much more. A sliding window is short for that while, so that the sequences outgrow it.
+Adapters have a proof of their own, in `base/adapter_proof.py`.
 """
 
+from collections import abc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,15 +22,15 @@ from swaplora_server.base.upcast import upcast
 from swaplora_server.engine.attention import UnsupportedAttentionError
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.lora.modules import LoraEmbedding, LoraLinear, Wrapped, row_dim
-from swaplora_server.engine.request import Request, SamplingParams, Sequence
+from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduler import Batch, rows_of
 from swaplora_server.kernels.backend import Backend
 
 # where each sequence is cut: its chunk of step k is [cuts[k], cuts[k + 1])
 _CUTS = ((0, 4, 7, 8, 9), (0, 13, 14), (0, 1, 2, 3))
-_BLOCK_SIZE = 4
-_NUM_BLOCKS = sum(-(-cuts[-1] // _BLOCK_SIZE) for cuts in _CUTS)
+BLOCK_SIZE = 4
+_SHORT_WINDOW = 5  # which the longest outgrows while it is a prompt, and the second one while it decodes
 # the largest difference of a logit, in standard deviations of a row's logits, that rounding explains in float32
 _TOLERANCE = 0.01
 # in half precision: times the stock model's own largest difference from float32
@@ -49,10 +51,11 @@ class Proof:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What the stock model computes, each sequence alone, and how far from it rounding may lead."""
+    """What is right, each sequence alone, and how far from it rounding may lead."""
 
-    logits: list[Tensor]  # float32 [length, vocab_size] for each of the proof's sequences
+    logits: abc.Sequence[Tensor]  # float32 [length, vocab_size] for each of the proof's sequences
     tolerance: float  # in standard deviations of a row's logits
+    case: str = "when sequences are packed"
 
 
 @torch.inference_mode()
@@ -95,51 +98,98 @@ def _padded_logits(model: PreTrainedModel) -> list[Tensor]:
 
 
 def _all_tokens(model: PreTrainedModel) -> list[Tensor]:
-    return [torch.tensor(_tokens(index, cuts[-1], model), device=model.device) for index, cuts in enumerate(_CUTS)]
+    return [torch.tensor(tokens_of(index, cuts[-1], model), device=model.device) for index, cuts in enumerate(_CUTS)]
 
 
 def prove(model: PreTrainedModel, backend: Backend, wrapped: Mapping[str, Wrapped], expected: Expected) -> Proof:
     """Run the proof's sequences. Raises UnsupportedModelError when their logits disagree with `expected`."""
-    kv = backend.paged_kv(_NUM_BLOCKS, _BLOCK_SIZE)
-    pool = BlockPool(_NUM_BLOCKS, _BLOCK_SIZE)
-    runner = Runner(model, backend, kv, model.device)
-    request = Request("proof", (), SamplingParams(max_tokens=1), emit=lambda _event: None)
-    sequences = [Sequence(request, index) for index in range(len(_CUTS))]
-    batches: list[Batch] = []
+    trial = Trial(model, backend)
     with _watching(wrapped) as seen:
-        for step in range(max(map(len, _CUTS)) - 1):
-            batches.append(_batch(model, sequences, step, pool))
-            _compare(model, batches[-1], _run(model, runner, batches[-1]), expected)
+        batches = trial.run(expected)
     tokens = [sum(rows.num_rows for rows in batch.rows) for batch in batches]
     sampled = [len(batch.rows) for batch in batches]
     return Proof(
-        kv_bytes_per_token=kv.bytes_per_token,
+        kv_bytes_per_token=trial.kv.bytes_per_token,
         addressable=frozenset(path for path in seen if seen[path] == (sampled if _is_head(wrapped[path]) else tokens)),
     )
 
 
-def _tokens(index: int, length: int, model: PreTrainedModel) -> list[int]:
+class Trial:
+    """The proof's sequences in a runner of their own, packed and cut into steps."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        backend: Backend,
+        all_cuts: abc.Sequence[abc.Sequence[int]] = _CUTS,
+        uses: abc.Sequence[tuple[AdapterUse, ...]] = ((),) * len(_CUTS),
+        invoked_at: abc.Sequence[int] = (0,) * len(_CUTS),
+    ) -> None:
+        """Of each sequence: where it is cut, the adapters that it uses, and the token from which on."""
+        self.kv = backend.paged_kv(num_blocks_of(all_cuts), BLOCK_SIZE)
+        self._model = model
+        self._all_cuts = all_cuts
+        self._pool = BlockPool(num_blocks_of(all_cuts), BLOCK_SIZE)
+        self._runner = Runner(model, backend, self.kv, model.device)
+        self._sequences = [
+            Sequence(_request(own, first), index)
+            for index, (own, first) in enumerate(zip(uses, invoked_at, strict=True))
+        ]
+
+    def run(self, expected: Expected) -> list[Batch]:
+        """All steps, one after the other. Raises UnsupportedModelError for the first logit that is off."""
+        batches = []
+        for step in range(max(map(len, self._all_cuts)) - 1):
+            batches.append(self._batch(step))
+            _compare(self._model, batches[-1], self._logits(batches[-1]), expected)
+        return batches
+
+    def _batch(self, step: int) -> Batch:
+        """Each sequence's chunk of `step`. Its tokens end with the chunk, so that the chunk's last row samples."""
+        rows = []
+        for sequence, cuts in zip(self._sequences, self._all_cuts, strict=True):
+            if step + 1 < len(cuts):
+                sequence.token_ids = tokens_of(sequence.index, cuts[step + 1], self._model)
+                self._pool.grow(sequence.block_table, cuts[step + 1])
+                rows.append(rows_of(sequence, cuts[step], cuts[step + 1]))
+        return Batch(tuple(rows))
+
+    def _logits(self, batch: Batch) -> Tensor:
+        try:
+            return self._runner.logits(batch).float()
+        except (TypeError, AttributeError, RuntimeError, IndexError, UnsupportedAttentionError) as error:
+            raise UnsupportedModelError(f"{self._model.config.model_type} does not run packed: {error}") from error
+
+
+def num_blocks_of(all_cuts: abc.Sequence[abc.Sequence[int]]) -> int:
+    """How many blocks the sequences take."""
+    return sum(-(-cuts[-1] // BLOCK_SIZE) for cuts in all_cuts)
+
+
+def _request(uses: tuple[AdapterUse, ...], invoked_at: int) -> Request:
+    params = SamplingParams(max_tokens=1)
+    return Request("proof", (), params, emit=lambda _event: None, adapters=uses, invoked_at=invoked_at)
+
+
+@contextmanager
+def short_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Sliding windows of few tokens, in the stock model's masks and in what its layers ask of their attention."""
+    holders = [model.config.get_text_config(), *model.modules()]
+    kept = [(holder, vars(holder).get("sliding_window")) for holder in holders]
+    long = [(holder, window) for holder, window in kept if isinstance(window, int) and window > _SHORT_WINDOW]
+    try:
+        for holder, _ in long:
+            holder.sliding_window = _SHORT_WINDOW
+        yield
+    finally:
+        for holder, window in long:
+            holder.sliding_window = window
+
+
+def tokens_of(index: int, length: int, model: PreTrainedModel) -> list[int]:
     """The first of a sequence's tokens, which no other sequence has in the same places."""
     vocab_size = model.config.get_text_config().vocab_size
     return [(7 + 13 * position + 5 * index) % vocab_size for position in range(length)]
-
-
-def _batch(model: PreTrainedModel, sequences: list[Sequence], step: int, pool: BlockPool) -> Batch:
-    """Each sequence's chunk of `step`. Its tokens end with the chunk, so that the chunk's last row samples."""
-    rows = []
-    for sequence, cuts in zip(sequences, _CUTS, strict=True):
-        if step + 1 < len(cuts):
-            sequence.token_ids = _tokens(sequence.index, cuts[step + 1], model)
-            pool.grow(sequence.block_table, cuts[step + 1])
-            rows.append(rows_of(sequence, cuts[step], cuts[step + 1]))
-    return Batch(tuple(rows))
-
-
-def _run(model: PreTrainedModel, runner: Runner, batch: Batch) -> Tensor:
-    try:
-        return runner.logits(batch).float()
-    except (TypeError, AttributeError, RuntimeError, IndexError, UnsupportedAttentionError) as error:
-        raise UnsupportedModelError(f"{model.config.model_type} does not run packed: {error}") from error
 
 
 def _compare(model: PreTrainedModel, batch: Batch, logits: Tensor, expected: Expected) -> None:
@@ -147,7 +197,7 @@ def _compare(model: PreTrainedModel, batch: Batch, logits: Tensor, expected: Exp
         deviation = _deviation(actual, expected.logits[rows.sequence.index][rows.stop - 1])
         if not deviation <= expected.tolerance:
             raise UnsupportedModelError(
-                f"{model.config.model_type} computes something else when sequences are packed: "
+                f"{model.config.model_type} computes something else {expected.case}: "
                 f"its logits are off by {deviation:.2g} standard deviations"
             )
 

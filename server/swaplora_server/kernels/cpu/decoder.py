@@ -72,7 +72,6 @@ class CpuDecoder(nn.Module):
         self._decode = library.decode
         self._layers = layers  # a plain list: the model's other code is not to see them
         self._running = running
-        self._attention = [_attention_of(layer) for layer in layers]
         self._entries = (DecoderLayer * len(layers))(*map(_entry, layers))
         self._cached_for: object = None
 
@@ -108,11 +107,13 @@ class CpuDecoder(nn.Module):
         """Every layer at its part of the cache, which stays the same from step to step."""
         if step.kv is self._cached_for:
             return
-        for entry, layer, attention in zip(self._entries, self._layers, self._attention, strict=True):
+        for entry, layer in zip(self._entries, self._layers, strict=True):
             head_dim = layer.self_attn.head_dim
             num_kv_heads = layer.self_attn.k_proj.out_features // head_dim
             like = torch.empty(num_kv_heads, head_dim)
-            entry.cache = step.kv.layer_cache(attention, layer.self_attn.q_proj.out_features // head_dim, like)
+            entry.cache = step.kv.layer_cache(
+                _attention_of(layer), layer.self_attn.q_proj.out_features // head_dim, like
+            )
         self._cached_for = step.kv
 
 
