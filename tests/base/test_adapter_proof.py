@@ -14,6 +14,7 @@ from architectures import ARCHITECTURES
 from repository import KERNEL_CACHE
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 from swaplora_server.base import base_model
+from swaplora_server.base.adapter_proof import AdapterProof, adapter_proof
 from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.engine.lora import modules
@@ -185,9 +186,13 @@ def logits_of(base: BaseModel) -> Tensor:
 
 
 def test_the_proofs_adapters_are_the_same_at_every_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[base_model.AdapterProof] = []
-    proof = base_model.adapter_proof
-    monkeypatch.setattr(base_model, "adapter_proof", lambda *given: made.append(proof(*given)) or made[-1])
+    made: list[AdapterProof] = []
+
+    def noted(*given: Any) -> AdapterProof:
+        made.append(adapter_proof(*given))
+        return made[-1]
+
+    monkeypatch.setattr(base_model, "adapter_proof", noted)
     for _ in range(2):
         load(folder)
     for first, second in zip(made[0].expected.logits, made[1].expected.logits, strict=True):
