@@ -1,7 +1,6 @@
 """The proof with adapters: a kernel that is wrong in what only adapters use refuses the base, or is not put in."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 import tiny
 from architectures import ARCHITECTURES
 from repository import KERNEL_CACHE
-from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
+from swaplora_adapters.weights.served import AdapterWeights, LinearWeights, ModuleWeights
 from swaplora_server.base import base_model
 from swaplora_server.base.adapter_proof import AdapterProof, adapter_proof
 from swaplora_server.base.base_model import BaseModel, load_base
@@ -45,17 +44,22 @@ def load(folder: Path, backend: Backend = CPU_BACKEND) -> BaseModel:
     return load_base(folder, device=CPU, dtype=torch.float32, backend=backend)
 
 
-def changed(**fields: Callable[[ModuleWeights], Any]) -> Plant:
+def changed(**fields: Callable[[LinearWeights], Any]) -> Plant:
     """The torch form reads other factors than the adapter's."""
+
+    def altered(own: LinearWeights | None) -> LinearWeights | None:
+        if own is None:
+            return None
+        parts: dict[str, Any] = {"column_scale": own.column_scale, "shift": own.shift, "lora_A": own.lora_A}
+        parts |= {name: change(own) for name, change in fields.items()}
+        return ModuleWeights(lora_B=own.lora_B, **parts)
 
     def plant(patch: pytest.MonkeyPatch) -> None:
         tables = ModulesByNumber.__init__
 
         def wrong(self: ModulesByNumber, weights: AdapterWeights, paths: Any) -> None:
             tables(self, weights, paths)
-            self.modules = [
-                own and replace(own, **{name: change(own) for name, change in fields.items()}) for own in self.modules
-            ]
+            self.modules = list(map(altered, self.modules))
 
         patch.setattr(ModulesByNumber, "__init__", wrong)
 
