@@ -90,9 +90,10 @@ def iter_tensors(path: Path, header: Header) -> Iterator[tuple[str, Tensor]]:
             raise _refusal("the file changed while it was read")
         file.seek(header.data_offset)
         for name, info in header.tensors.items():
-            tensor = torch.empty(info.shape, dtype=info.dtype)
-            _fill(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
-            yield name, tensor
+            content = bytearray(info.end - info.begin)
+            _fill(file, memoryview(content))
+            flat = torch.frombuffer(content, dtype=info.dtype) if content else torch.empty(0, dtype=info.dtype)
+            yield name, flat.view(info.shape)
 
 
 def read_tensors(path: Path, header: Header) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ def build_linear(parts: Parts, place: Place) -> LinearWeights | None:
     parts.has_effect = shift is not None or is_scaled or "tokens" in parts.tensors or parts.has_delta
     if not placed.rank and column_scale is None and shift is None:
         return None
-    return placed.with_vectors(column_scale, shift)
+    return placed if column_scale is None and shift is None else placed.with_vectors(column_scale, shift)
 
 
 def _placed(parts: Parts, place: Place) -> LinearWeights:

@@ -141,8 +141,7 @@ def _assemble(
         elif isinstance(content, nn.Module):
             replaced[parts.path] = content.to(device)
         else:
-            column_scale, shift = (None if v is None else put(v) for v in (content.column_scale, content.shift))
-            modules[parts.path] = content.with_vectors(column_scale, shift)
+            modules[parts.path] = _placed_linear(content, put)
     weights = AdapterWeights(
         digest,
         MappingProxyType(modules),
@@ -174,6 +173,14 @@ def _build(parts: Parts, place: Place) -> Content | None:
     if is_whole or parts.path in parts.layout.layers.others:
         return build_replacement(parts)
     return build_embedding(parts) if parts.path in parts.layout.layers.embeddings else build_linear(parts, place)
+
+
+def _placed_linear(linear: LinearWeights, put: Callable[[Tensor], Tensor]) -> LinearWeights:
+    """Its factors lie where they are to be already."""
+    if linear.column_scale is None and linear.shift is None:
+        return linear
+    column_scale, shift = (None if vector is None else put(vector) for vector in (linear.column_scale, linear.shift))
+    return linear.with_vectors(column_scale, shift)
 
 
 def _placed_embedding(embedding: EmbeddingWeights, put: Callable[[Tensor], Tensor]) -> EmbeddingWeights:
