@@ -9,11 +9,11 @@ from swaplora_server.engine.request import Logprobs, Sequence
 from swaplora_server.engine.sampling.bias import Biases
 from swaplora_server.engine.sampling.draw import draw
 from swaplora_server.engine.sampling.filters import Likeliest, keep_likeliest, keep_probable
-from swaplora_server.engine.sampling.groups import argmax, group_amax
+from swaplora_server.engine.sampling.groups import argmax
 from swaplora_server.engine.sampling.logprobs import PendingLogprobs
 from swaplora_server.engine.sampling.masks import AllowedTokens, forbid_others
 from swaplora_server.engine.sampling.penalties import TokenCounts, penalise
-from swaplora_server.engine.sampling.rows import Kind, Row
+from swaplora_server.engine.sampling.rows import Kind, Row, row_of
 from swaplora_server.engine.scheduler import Sampled
 
 
@@ -38,13 +38,16 @@ class Sampler:
         """logits: [num_sequences, vocab_size]. A row with a logit that is not a number yields no token."""
         logits = logits.float()
         rows, errors = self._look_at(sequences, logits.shape[-1])
-        best, token_ids = argmax(logits)
+        asking = sorted((row for row in rows if row.is_shaped or row.kind), key=lambda row: row.kind)
+        are_all_drawn = len(asking) == len(sequences) and all(row.is_drawn for row in asking)
+        best, token_ids = (_nothing if are_all_drawn else argmax)(logits)
         is_finite = has_token = best.isfinite()
-        if asking := sorted((row for row in rows if row.is_shaped or row.kind), key=lambda row: row.kind):
+        if asking:
             numbers = _numbers([row.number for row in asking], logits)
-            chosen, is_chosen = self._choose(self._gathered(logits, numbers), asking)
+            chosen, is_chosen = self._choose(logits, numbers, asking)
             token_ids[numbers] = chosen
-            has_token = is_finite.index_put((numbers,), is_chosen)
+            has_token = has_token.index_put((numbers,), is_chosen)
+            is_finite = has_token if are_all_drawn else is_finite
         logprobs = PendingLogprobs(logits, token_ids, rows)
         found = torch.stack((token_ids, is_finite.long(), has_token.long()), dim=-1).tolist()
         told = logprobs.read()
@@ -56,26 +59,30 @@ class Sampler:
         errors: dict[int, Exception] = {}
         for number, sequence in enumerate(sequences):
             try:
-                rows.append(Row(number, sequence, self._allowed.of(sequence, vocab_size)))
+                rows.append(row_of(number, sequence, self._allowed.of(sequence, vocab_size)))
             except Exception as error:  # noqa: BLE001 - one row's boundary: its neighbours' tokens are what they were
                 errors[number] = error
         return rows, errors
 
-    def _gathered(self, logits: Tensor, numbers: Tensor) -> Tensor:
-        """A copy of these rows, to be written over, in memory that is kept: the system takes long to give so much."""
+    def _choose(self, logits: Tensor, numbers: Tensor, rows: abc.Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """A token for each of these rows of the logits, greedy ones first, and whether there was one to choose."""
+        room = self._room(logits)[: len(rows)]
+        if len(rows) == len(logits) and all(row.is_drawn and row.number == place for place, row in enumerate(rows)):
+            return _drawn(logits, rows, room)
+        x = torch.index_select(logits, 0, numbers, out=room)
+        self._shape(x, rows)
+        num_greedy = sum(row.kind is Kind.GREEDY for row in rows)
+        best, likeliest = argmax(x[:num_greedy])
+        if num_greedy == len(rows):
+            return likeliest, best.isfinite()
+        drawn, is_drawn = _drawn(x[num_greedy:], rows[num_greedy:], x[num_greedy:])
+        return torch.cat((likeliest, drawn)), torch.cat((best.isfinite(), is_drawn))
+
+    def _room(self, logits: Tensor) -> Tensor:
+        """Memory to write as many rows into, which is kept: the system takes long to give so much."""
         if len(self._scratch) < len(logits) or self._scratch.shape[-1] != logits.shape[-1]:
             self._scratch = torch.empty_like(logits)
-        return torch.index_select(logits, 0, numbers, out=self._scratch[: len(numbers)])
-
-    def _choose(self, x: Tensor, rows: abc.Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """A token for each row of logits x, which is written over, and whether there was one to choose."""
-        self._shape(x, rows)
-        has_token = group_amax(x, x.shape[-1]).squeeze(-1).isfinite()
-        num_greedy = sum(row.kind is Kind.GREEDY for row in rows)
-        greedy, drawn = x[:num_greedy], rows[num_greedy:]
-        if not drawn:
-            return argmax(greedy)[1], has_token
-        return torch.cat((argmax(greedy)[1], _drawn(x[num_greedy:], drawn))), has_token
+        return self._scratch
 
     def _shape(self, x: Tensor, rows: abc.Sequence[Row]) -> None:
         """Bias, then what is forbidden, then penalties, as vLLM has it."""
@@ -88,14 +95,23 @@ class Sampler:
             penalise(x, _numbers(penalised, x), sequences, self._counts)
 
 
-def _drawn(x: Tensor, rows: abc.Sequence[Row]) -> Tensor:
-    """A token for each row of logits x, which is written over, by temperature, top_k, top_p and min_p."""
+def _nothing(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """In the place of the likeliest tokens, where nobody wants them."""
+    return logits.new_zeros(len(logits)), torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+
+
+def _drawn(x: Tensor, rows: abc.Sequence[Row], room: Tensor) -> tuple[Tensor, Tensor]:
+    """A token for each row of logits x, by temperature, top_k, top_p and min_p, and whether there was one.
+
+    Writes over `room`, which may be x. A row with a logit that is not a number has no token.
+    """
     if any(row.params.temperature != 1.0 for row in rows):
-        x -= x.amax(-1, keepdim=True)
+        x = torch.sub(x, x.amax(-1, keepdim=True), out=room)
         x /= _column([row.params.temperature for row in rows], x, x.dtype)
-    probs = torch.softmax(x, -1, out=x)
+    probs = torch.softmax(x, -1, out=room)
     _filter(probs, rows)
-    return draw(probs, [row.draw_key for row in rows])
+    drawn = draw(probs, [row.draw_key for row in rows])
+    return drawn, probs.gather(1, drawn.unsqueeze(-1)).squeeze(-1) > 0
 
 
 def _filter(probs: Tensor, rows: abc.Sequence[Row]) -> None:
