@@ -95,11 +95,31 @@ def test_plain_code_gives_the_bits_of_the_instruction(order: str) -> None:
     assert len(digests) == 1
 
 
+@pytest.mark.parametrize("source", ["linear_int8", "linear_four_bit"])
+def test_sums_of_products_of_codes_stay_in_registers(source: str, tmp_path: Path) -> None:
+    """Compiled for AVX512 on any processor. Of a tile a little too large, compilers keep sums on the stack."""
+    compiled = tmp_path / "compiled.o"
+    flags = ("-O3", "-march=icelake-server", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-fPIC")
+    variant = build.Variant(lanes=16, has_tiles=False, is_plain=False).flags
+    code = build.CSRC / f"{source}.cpp"
+    subprocess.run(["g++", *flags, *variant, "-c", "-o", str(compiled), str(code)], check=True)
+    listing = subprocess.run(
+        ["objdump", "-d", "-C", "--no-show-raw-insn", str(compiled)], check=True, capture_output=True, text=True
+    ).stdout
+    tiles = re.findall(r"^[0-9a-f]+ <void \(anonymous namespace\)::tile<.*?(?=^$)", listing, re.MULTILINE | re.DOTALL)
+    assert len(tiles) >= 4
+    for tile in tiles:
+        assert re.search(r"vpdpbusd|vfmadd", tile)
+        spills = [line for line in tile.splitlines() if re.search(r"zmm.*\(%r[sb]p|\(%r[sb]p.*zmm", line)]
+        assert not spills, (tile.splitlines()[0], spills)
+
+
 PRODUCT = """
 import ctypes, hashlib, torch
 from repository import KERNEL_CACHE
 from swaplora_adapters.weights.memory import HugePages
-from swaplora_server.kernels.cpu import abi, linear
+from swaplora_server.kernels.cpu import abi, linear, quantised_linear
+from swaplora_server.kernels.quantised_codes import Codes
 library = abi.load_library(KERNEL_CACHE, lambda _message: None)
 digest, generator = hashlib.sha256(), torch.Generator().manual_seed(1)
 for scale in (1.0, 1e-18, 1e-30, 1e25):
@@ -111,6 +131,12 @@ for scale in (1.0, 1e-18, 1e-30, 1e25):
         x = torch.randn(rows, 301, generator=generator).mul_(scale)
         x[:, ::50] *= 1e-20
         digest.update(packed(x).numpy().tobytes())
+codes = torch.randint(-128, 128, (100, 320), generator=generator)
+for quantised, table in ((codes.to(torch.int8), None), (codes.to(torch.uint8) & 15, torch.linspace(-1, 1, 16))):
+    scales = torch.rand(100, 1 if table is None else 5, generator=generator)
+    packed = quantised_linear.QuantisedLinear(library, HugePages(), Codes(quantised, scales, table), None)
+    for rows in (1, 4, 9, 40):
+        digest.update(packed(torch.randn(rows, 320, generator=generator)).numpy().tobytes())
 print(digest.hexdigest())
 """
 
