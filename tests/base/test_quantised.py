@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedModel
 
 import tiny
-from mixed_batch import NUM_DECODED, MixedBatch, random_adapter
+from mixed_batch import NUM_DECODED, MixedBatch, random_adapter, replacing_adapter, scaled_adapter
 from oracle import Oracle
 from repository import KERNEL_CACHE
 from serving import BASE, Running, Streamed, serving, settings
@@ -137,12 +137,23 @@ async def test_adapters_and_quantisation_both_move_the_output(
 def test_logits_do_not_depend_on_the_batch(kind: Quantization, count: int, base: Path) -> None:
     loaded = load(base, kind)
     adapters = [random_adapter(loaded, rank, seed) for seed, rank in enumerate([1, 7, 16, 33])]
+    adapters += [scaled_adapter(loaded, 7, 4), replacing_adapter(loaded, 5)]
     batch = MixedBatch(loaded, adapters, count, seed=count)
     together = batch.together()
     for number in range(count):
         alone = batch.alone(number)
         assert len(alone) == NUM_DECODED + 1
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(alone, together[number], strict=True))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_an_adapters_own_modules_run_beside_codes_as_they_do_layer_by_layer(kind: Quantization, base: Path) -> None:
+    logits = []
+    for loaded in (load(base, kind), load(base, kind, LAYER_BY_LAYER)):
+        adapters = [replacing_adapter(loaded, 0), scaled_adapter(loaded, 7, 1), random_adapter(loaded, 5, 2)]
+        logits.append(MixedBatch(loaded, adapters, 9, seed=3).together())
+    for number, rows in logits[0].items():
+        torch.testing.assert_close(torch.stack(rows), torch.stack(logits[1][number]), atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize(("kind", "share"), [("int8", 0.55), ("nf4", 0.35)])

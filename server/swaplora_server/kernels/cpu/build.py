@@ -103,7 +103,8 @@ def variant() -> Variant:
     """The fastest that this processor runs. The environment may ask for another: any processor runs all."""
     instructions = processor_instructions()
     lanes = os.environ.get(_LANES, "16" if "avx512f" in instructions else "8")
-    order = os.environ.get(_ORDER) or ("tiles" if "amx_bf16" in instructions and _may_use_tiles() else "pairs")
+    may_use_tiles = "amx_bf16" in instructions and _may_use_tiles()  # asked for whatever the environment says
+    order = os.environ.get(_ORDER) or ("tiles" if may_use_tiles else "pairs")
     return Variant(int(lanes), order == "tiles", bool(os.environ.get(_PLAIN)))
 
 
