@@ -272,8 +272,7 @@ def test_a_row_without_a_slot_writes_nothing() -> None:
     kv = make_kv("torch", sequences.num_blocks, 4)
     sequences.run(kv, layer, [(0, 0, 8)])
     query, key, value = (torch.randn(2, heads, 16) for heads in (4, 2, 2))
-    stray = Runs([2, 5], [3, 6], [sequences.blocks[0]] * 2, 4)
-    stray.slots[:] = -1
+    stray = Runs([2, 5], [3, 6], [sequences.blocks[0]] * 2, 4, unwritten=[0, 1])
     kv.step(stray).attend(layer, query, key, value)
     (out,) = sequences.run(kv, layer, [(0, 8, 9)])
     torch.testing.assert_close(out.double(), sequences.expected((0, 8, 9), layer, "torch"), atol=1e-5, rtol=0)

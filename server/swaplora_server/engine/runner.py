@@ -57,4 +57,5 @@ class Runner:
         return StepRows(segments, self._backend.lora(segments.adding) if len(segments.adding) else None)
 
     def _tensor(self, values: Ints) -> Tensor:
-        return torch.from_numpy(values).to(self._device, non_blocking=True)
+        tensor = torch.from_numpy(values)
+        return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)

@@ -35,33 +35,59 @@ class Runs:
     """Whose rows a step has, one sequence after the other: tokens from position `firsts[i]` on, over its own blocks."""
 
     def __init__(
-        self, firsts: Sequence[int], lengths: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int
+        self,
+        firsts: Sequence[int],
+        lengths: Sequence[int],
+        block_tables: Sequence[Sequence[int]],
+        block_size: int,
+        unwritten: Sequence[int] = (),
     ) -> None:
         """Of each sequence: its first row's position, its tokens up to its last row, and its block table.
 
-        Raises ValueError for a sequence that has more tokens than its blocks hold.
+        `unwritten` are rows whose keys and values are not kept. Raises ValueError for a sequence that has more tokens
+        than its blocks hold.
         """
-        num_blocks = np.array([len(table) for table in block_tables], np.int64)
-        self.firsts: Ints = np.array(firsts, np.int64)
-        self.lengths: Ints = np.array(lengths, np.int64)
-        if (self.lengths > num_blocks * block_size).any():
-            raise ValueError("a sequence of the step has fewer blocks than its tokens need")
-        num_rows = self.lengths - self.firsts
-        self.stops: Ints = num_rows.cumsum()  # rows [starts[i], stops[i]) are the i-th sequence's
-        self.starts: Ints = self.stops - num_rows
-        self.blocks: Ints = np.fromiter(chain.from_iterable(block_tables), np.int64)  # one table after the other
-        self.block_starts: Ints = num_blocks.cumsum() - num_blocks  # where each begins
-        self.positions: Ints = np.arange(self.num_rows) + np.repeat(self.firsts - self.starts, num_rows)
-        block, offset = np.divmod(self.positions, block_size)
-        # where each row's key and value are written; -1: nowhere
-        self.slots: Ints = self.blocks[block + np.repeat(self.block_starts, num_rows)] * block_size + offset
+        entries: list[int] = []
+        start = block_start = 0
+        for first, length, table in zip(firsts, lengths, block_tables, strict=True):
+            if length > len(table) * block_size:
+                raise ValueError("a sequence of the step has fewer blocks than its tokens need")
+            stop = start + length - first
+            entries += (start, stop, first, block_start)
+            start, block_start = stop, block_start + len(table)
+        self.num_rows = start
+        self.unwritten = unwritten
+        self.entries: Ints = np.array(entries, np.int64).reshape(-1, 4)
+        # rows [starts[i], stops[i]) are the i-th sequence's; its blocks begin at block_starts[i]
+        self.starts, self.stops, self.firsts, self.block_starts = self.entries.T
+        self.blocks: Ints = np.fromiter(chain.from_iterable(block_tables), np.int64, block_start)
+        self._block_size = block_size
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.entries)
 
     @property
-    def num_rows(self) -> int:
-        return int(self.stops[-1]) if len(self.stops) else 0
+    def lengths(self) -> Ints:
+        """[num_sequences]: tokens up to the last row."""
+        return self.firsts + self.stops - self.starts
+
+    @cached_property
+    def positions(self) -> Ints:
+        """[num_rows], each in its sequence."""
+        if self.num_rows == len(self):
+            return self.firsts.copy()
+        return np.arange(self.num_rows) + self._of_rows(self.firsts - self.starts)
+
+    @cached_property
+    def slots(self) -> Ints:
+        """[num_rows]: where keys and values are written; -1: nowhere."""
+        block, offset = np.divmod(self.positions, self._block_size)
+        slots: Ints = self.blocks[block + self._of_rows(self.block_starts)] * self._block_size + offset
+        slots[list(self.unwritten)] = -1
+        return slots
+
+    def _of_rows(self, values: Ints) -> Ints:
+        return np.repeat(values, self.stops - self.starts)
 
 
 class Segment(NamedTuple):

@@ -6,7 +6,6 @@ The equation and the layout of the cache are in csrc/paged_attention.cpp.
 import ctypes
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,7 +42,7 @@ class CpuKV:
 
     def step(self, runs: Runs) -> "CpuStep":
         """See `PagedKV`. Raises ValueError for a row that is not to be written: the kernel writes all."""
-        if runs.slots.min() < 0:
+        if runs.unwritten:
             raise ValueError("native attention writes the keys and values of every row")
         return CpuStep(self, runs)
 
@@ -101,10 +100,9 @@ class RunTable:
 
     def __init__(self, runs: Runs) -> None:
         self._blocks = runs.blocks
-        self._entries = np.empty((len(runs), 4), np.int64)
-        addresses = runs.blocks.ctypes.data + runs.blocks.itemsize * runs.block_starts
-        for column, values in enumerate((runs.starts, runs.stops, runs.firsts, addresses)):
-            self._entries[:, column] = values
+        self._entries = runs.entries.copy()
+        self._entries[:, 3] *= runs.blocks.itemsize
+        self._entries[:, 3] += runs.blocks.ctypes.data
         self.address = self._entries.ctypes.data
 
     def __len__(self) -> int:
