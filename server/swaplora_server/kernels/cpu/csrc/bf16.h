@@ -15,17 +15,17 @@
 #error "the build gives TILES, 0 or 1"
 #endif
 
-#if defined(PLAIN)
-constexpr bool HAS_BF16_INSTRUCTION = false;
-#elif TILES && defined(__AMX_BF16__)
+#if TILES && defined(__AMX_BF16__) && !defined(PLAIN)
 #define AMX_PRODUCTS 1
-constexpr bool HAS_BF16_INSTRUCTION = true;
-#elif !TILES && LANES == 16 && defined(__AVX512BF16__)
-#define AVX512_PRODUCTS 1
-constexpr bool HAS_BF16_INSTRUCTION = true;
 #else
-constexpr bool HAS_BF16_INSTRUCTION = false;
+#define AMX_PRODUCTS 0
 #endif
+#if !TILES && LANES == 16 && defined(__AVX512BF16__) && !defined(PLAIN)
+#define AVX512_PRODUCTS 1
+#else
+#define AVX512_PRODUCTS 0
+#endif
+constexpr bool HAS_BF16_INSTRUCTION = AMX_PRODUCTS || AVX512_PRODUCTS;
 
 constexpr int64_t BLOCK = 16;  // pairs; K is filled up to whole blocks with zeros
 

@@ -18,6 +18,7 @@
 namespace {
 
 constexpr int VECTORS = 3, COLUMNS = 16 * VECTORS;  // of a panel
+constexpr int64_t DEPTH = AMX_PRODUCTS ? 8 : 18;  // blocks of a panel at a time
 constexpr int64_t STRIP = 64;          // rows that one thread takes of a panel at a time
 constexpr int64_t THREADED = 1 << 16;  // multiply-adds below which a second thread costs more than it saves
 constexpr int64_t SHARES = 8;          // pieces a thread takes of its work, so that a core that is busy elsewhere takes fewer
@@ -53,13 +54,14 @@ struct Products {
     Products(const Products&) = delete;
 };
 
-// sums [ROWS][stride], of ROWS rows of x that lie `row` words apart: start [COLUMNS] and the products with a panel
-void tile(const uint32_t* x, int64_t row, const uint32_t* panel, int64_t blocks, const float* start, float* sums,
-          int64_t stride, bool is_first) {
+// sums [ROWS][COLUMNS], of ROWS rows of x that lie `row` words apart: what starts `from` floats apart, and products with
+// blocks of a panel
+void tile(const uint32_t* x, int64_t row, const uint32_t* panel, int64_t blocks, const float* start, int64_t from, float* sums,
+          bool is_first) {
     const int64_t ahead = is_first ? BLOCK * COLUMNS : 0;  // words: the tiles after the first find a panel in the cache
-    _tile_loadd(0, start, 0);
-    _tile_loadd(1, start + 16, 0);
-    _tile_loadd(2, start + 32, 0);
+    _tile_loadd(0, start, from * 4);
+    _tile_loadd(1, start + 16, from * 4);
+    _tile_loadd(2, start + 32, from * 4);
     for (int64_t b = 0; b < blocks; b++, x += BLOCK, panel += BLOCK * COLUMNS) {
         for (int64_t i = 0; i < ahead; i += LINE / 4) __builtin_prefetch(panel + AHEAD + i, 0, 2);
         _tile_loadd(6, x, row * 4);
@@ -70,15 +72,15 @@ void tile(const uint32_t* x, int64_t row, const uint32_t* panel, int64_t blocks,
         _tile_loadd(5, panel + 32, COLUMNS * 4);
         _tile_dpbf16ps(2, 6, 5);
     }
-    _tile_stored(0, sums, stride * 4);
-    _tile_stored(1, sums + 16, stride * 4);
-    _tile_stored(2, sums + 32, stride * 4);
+    _tile_stored(0, sums, COLUMNS * 4);
+    _tile_stored(1, sums + 16, COLUMNS * 4);
+    _tile_stored(2, sums + 32, COLUMNS * 4);
 }
 
 // all ROWS of them, whatever `rows` says: each is computed apart from the others
-void tile_any(int64_t, const uint32_t* x, int64_t row, const uint32_t* panel, int64_t blocks, const float* start,
-              float* sums, int64_t stride, bool is_first) {
-    tile(x, row, panel, blocks, start, sums, stride, is_first);
+void tile_any(int64_t, const uint32_t* x, int64_t row, const uint32_t* panel, int64_t blocks, const float* start, int64_t from,
+              float* sums, bool is_first) {
+    tile(x, row, panel, blocks, start, from, sums, is_first);
 }
 
 #else
@@ -95,11 +97,11 @@ constexpr int ROWS = 4, WIDE = 1;
 
 // of R rows and WIDE vectors of columns
 template <int R>
-void tile(const uint32_t* x, int64_t row, const uint32_t* panel, int64_t blocks, const float* start, float* sums,
-          int64_t stride) {
+void tile(const uint32_t* x, int64_t row, const uint32_t* panel, int64_t blocks, const float* start, int64_t from,
+          float* sums) {
     Sixteen all[R][WIDE];
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int v = 0; v < WIDE; v++) all[r][v] = load16(start + v * 16);
+        UNROLL for (int v = 0; v < WIDE; v++) all[r][v] = load16(start + r * from + v * 16);
 #if TILES
     for (int64_t b = 0; b < blocks; b++, x += BLOCK, panel += BLOCK * COLUMNS) {
         Sixteen low[R] = {}, high[R] = {};
@@ -122,16 +124,16 @@ void tile(const uint32_t* x, int64_t row, const uint32_t* panel, int64_t blocks,
     }
 #endif
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int v = 0; v < WIDE; v++) store16(all[r][v], sums + r * stride + v * 16);
+        UNROLL for (int v = 0; v < WIDE; v++) store16(all[r][v], sums + r * COLUMNS + v * 16);
 }
 
 template <int R = ROWS>
 void tile_any(int64_t rows, const uint32_t* x, int64_t row, const uint32_t* panel, int64_t blocks, const float* start,
-              float* sums, int64_t stride, bool is_first) {
+              int64_t from, float* sums, bool is_first) {
     if constexpr (R > 1) {
-        if (rows < R) return tile_any<R - 1>(rows, x, row, panel, blocks, start, sums, stride, is_first);
+        if (rows < R) return tile_any<R - 1>(rows, x, row, panel, blocks, start, from, sums, is_first);
     }
-    for (int v = 0; v < VECTORS; v += WIDE) tile<R>(x, row, panel + v * 16, blocks, start + v * 16, sums + v * 16, stride);
+    for (int v = 0; v < VECTORS; v += WIDE) tile<R>(x, row, panel + v * 16, blocks, start + v * 16, from, sums + v * 16);
 }
 
 #endif
@@ -142,22 +144,23 @@ struct Rounded {
     int64_t row, blocks;
 };
 
-// y[0..rows) of one panel
+// y[0..rows) of one panel. Where it serves more than one tile, blocks that stay in the first cache serve all of them in turn.
 void panel_strip(const LinearWeight& w, int64_t p, const Rounded& x, int64_t first, int64_t rows, float* y) {
-    alignas(64) float start[COLUMNS] = {}, sums[ROWS * COLUMNS];
+    alignas(64) float bias[COLUMNS] = {}, sums[STRIP * COLUMNS];
     const int64_t column = p * COLUMNS, width = std::min<int64_t>(COLUMNS, w.out - column);
-    if (w.bias) std::copy_n(w.bias + column, width, start);
+    if (w.bias) std::copy_n(w.bias + column, width, bias);
     const uint32_t* panel = static_cast<const uint32_t*>(w.panels) + p * x.blocks * BLOCK * COLUMNS;
-    for (int64_t r = 0; r < rows; r += ROWS) {
-        const int64_t here = std::min<int64_t>(ROWS, rows - r);
-        const uint32_t* from = x.pairs + (first + r) * x.row;
-        float* to = y + (first + r) * w.out + column;
-        if (here == ROWS && width == COLUMNS) {
-            tile_any(here, from, x.row, panel, x.blocks, start, to, w.out, r == 0);
-            continue;
+    const int64_t depth = rows > ROWS ? DEPTH : x.blocks;
+    for (int64_t b = 0; b < x.blocks; b += depth)
+        for (int64_t r = 0; r < rows; r += ROWS) {
+            float* tile_sums = sums + r * COLUMNS;
+            tile_any(std::min<int64_t>(ROWS, rows - r), x.pairs + (first + r) * x.row + b * BLOCK, x.row, panel + b * BLOCK * COLUMNS,
+                     std::min(depth, x.blocks - b), b ? tile_sums : bias, b ? COLUMNS : 0, tile_sums, r == 0);
         }
-        tile_any(here, from, x.row, panel, x.blocks, start, sums, COLUMNS, r == 0);
-        for (int64_t i = 0; i < here; i++) std::copy_n(sums + i * COLUMNS, width, to + i * w.out);
+    for (int64_t r = 0; r < rows; r++) {
+        float* to = y + (first + r) * w.out + column;
+        if (width == COLUMNS) std::memcpy(to, sums + r * COLUMNS, COLUMNS * sizeof(float));
+        else std::copy_n(sums + r * COLUMNS, width, to);
     }
 }
 
