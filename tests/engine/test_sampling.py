@@ -401,3 +401,22 @@ def test_counts_are_of_the_sequences_own_tokens_however_they_came_and_went() -> 
                 assert sampled.token_id == int(oracle.shaped(rows[0], of_row).argmax())
             for number, of_row in enumerate(alive):
                 of_row.append(number * step % 7)
+
+
+def test_a_nucleus_ends_where_its_share_is_reached() -> None:
+    probs = torch.full((1, 4), 0.25)
+    keep_likeliest(probs, Likeliest(torch.tensor([[4]]), torch.tensor([[0.5]], dtype=torch.float64), 4))
+    assert probs.tolist() == [[0.25, 0.25, 0.0, 0.0]]
+
+
+def test_a_penalty_counts_each_token_once_and_the_prompt_for_repetition_alone() -> None:
+    chooser, rows = Sampler(), torch.tensor([[10.0, 8.5, 0.0]])
+    counted = sequence(prompt=(0,), temperature=0, frequency_penalty=0.5, presence_penalty=0.25)
+    said = []
+    for _ in range(5):
+        (sampled,) = chooser.sample(rows, [counted])
+        assert sampled.token_id is not None
+        counted.append(sampled.token_id)
+        said.append(sampled.token_id)
+    assert said == [0, 0, 0, 1, 0]
+    assert sample(rows, sequence(prompt=(0,), temperature=0, repetition_penalty=1.3)) == [1]
