@@ -90,7 +90,7 @@ class Variant:
     """What the kernels are compiled as, beyond what the processor has."""
 
     lanes: int  # floats that they work on at a time, 8 or 16
-    has_tiles: bool  # whether bfloat16 products are summed as AMX does (csrc/bf16.h), or as AVX512 does
+    has_tiles: bool  # whether bfloat16 products are summed as AMX does (csrc/products.h), or as AVX512 does
     is_plain: bool  # whether plain C++ stands for the instructions that multiply 16 and 8 bits
 
     @property

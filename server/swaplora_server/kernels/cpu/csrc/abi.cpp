@@ -1,7 +1,7 @@
 // What Python asks a library that it has loaded: does it have the structures of kernels/cpu/abi.py, and how was it built?
 #include <cstring>
 #include "abi.h"
-#include "bf16.h"
+#include "products.h"
 
 namespace {
 

@@ -3,15 +3,14 @@
 // Shapes: x [rows, in], W [out, in], b [out], y [rows, out], float32 but for W; several linears that share x in one call.
 // Layout: W is packed once into panels of COLUMNS output features, [panel][pair of k][COLUMNS], a word (w[k], w[k + 1]) a
 // column, k filled up to whole blocks with zeros: vdpbf16ps reads it vector by vector, and tdpbf16ps as tiles of 16 pairs.
-// Threads: pieces of STRIP rows by one panel, taken dynamically. Every output is one sum in the order that bf16.h says,
+// Threads: pieces of STRIP rows by one panel, taken dynamically. Every output is one sum in the order that products.h says,
 // whatever the number of rows, so a row's result is the same, bit for bit, alone and among any others.
 #include <algorithm>
 #include <omp.h>
 #include <vector>
 #include "abi.h"
-#include "bf16.h"
 #include "prefetch.h"
-#include "tiles.h"
+#include "products.h"
 
 #define UNROLL _Pragma("GCC unroll 32")
 

@@ -12,7 +12,7 @@
 #include <vector>
 #include "abi.h"
 #include "prefetch.h"
-#include "tiles.h"
+#include "products.h"
 #include "vec.h"
 
 #define UNROLL _Pragma("GCC unroll 32")

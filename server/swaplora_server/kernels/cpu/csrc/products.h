@@ -1,5 +1,6 @@
-// Products of bfloat16 pairs with sums in float32, sixteen columns at a time: by the processor's own instruction, or in
-// plain C++ that gives the same bits on any processor (the build's PLAIN asks for it where there is an instruction).
+// What multiplies bytes and halves: AMX's tiles, and products of bfloat16 pairs with sums in float32, sixteen columns at a
+// time: by the processor's own instruction, or in plain C++ that gives the same bits on any processor (the build's PLAIN
+// asks for it where there is an instruction).
 //
 // Processors know two orders of summing, and the build says which a machine uses, for a row must come out the same
 // whatever kernel computes it:
@@ -8,7 +9,11 @@
 //                       then s = s + (low + high)
 // Every step is rounded once, to nearest even, and denormal numbers are zero. Sources: Intel's Software Developer's Manual.
 #pragma once
+#if defined(__x86_64__)
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #include "vec.h"
 
 #ifndef TILES
@@ -28,6 +33,33 @@
 constexpr bool HAS_BF16_INSTRUCTION = AMX_PRODUCTS || AVX512_PRODUCTS;
 
 constexpr int64_t BLOCK = 16;  // pairs; K is filled up to whole blocks with zeros
+
+// AMX: tiles of 16 rows of 64 bytes, where the processor has them and the system lets us use them.
+#if defined(__AMX_INT8__) && !defined(PLAIN)
+#define HAS_TILES 1
+
+// Asks the system once a process
+inline bool may_use_tiles() {
+    static const bool is_permitted = !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */);
+    return is_permitted;
+}
+
+// All eight tiles of this thread, whole
+inline void configure_tiles() {
+    struct {
+        uint8_t palette = 1, start = 0, reserved[14] = {};
+        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } const config;
+    static_assert(sizeof config == 64, "as the instruction reads it");
+    _tile_loadconfig(&config);
+}
+inline void release_tiles() { _tile_release(); }
+#else
+inline bool may_use_tiles() { return false; }
+inline void configure_tiles() {}
+inline void release_tiles() {}
+#endif
 
 // Sixteen columns, as one vector or two.
 constexpr int PARTS = 16 / LANES;
@@ -85,9 +117,13 @@ inline void add_each(uint32_t x, SixteenWords w, Sixteen& low, Sixteen& high) {
 
 // Has the thread's float32 arithmetic take denormal numbers for zero, as the instructions do, for as long as it lives.
 struct NoDenormals {
+#if defined(__x86_64__)
     const unsigned before = _mm_getcsr();
     NoDenormals() { _mm_setcsr(before | 0x8040); }
     ~NoDenormals() { _mm_setcsr(before); }
+#else
+    NoDenormals() {}
+#endif
     NoDenormals(const NoDenormals&) = delete;
 };
 
