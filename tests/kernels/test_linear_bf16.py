@@ -98,7 +98,7 @@ def test_rows_of_nan_or_infinity_leave_the_others_alone() -> None:
 
 
 def by_definition(x: Tensor, weight: Tensor, has_tiles: bool) -> Tensor:
-    """The sum of csrc/products.h, one rounding after the other; x: [rows, in], weight: [out, in], whole blocks of 32."""
+    """The sum of csrc/products.h, rounding after rounding; x: [rows, in], weight: [out, in], whole blocks of 32."""
     xs, ws = (each.bfloat16().float().numpy() for each in (x, weight))
     xs, ws = (np.where(np.abs(each) < 2.0**-126, 0 * each, each) for each in (xs, ws))
     total = np.zeros((len(xs), len(ws)), np.float32)
