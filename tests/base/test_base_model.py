@@ -219,6 +219,11 @@ def test_products_of_bfloat16_pass_the_proof_and_no_other_product_does(
         load(folder, backend)
 
 
+def test_a_model_with_rows_that_native_kernels_do_not_take_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="rows of float32"):
+        load(tiny.save_tiny_base(tmp_path), CPU_BACKEND, torch.bfloat16)
+
+
 def test_a_gpu_attends_without_plans_for_each_length() -> None:
     def makes_plans() -> bool:
         return bool(torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]

@@ -73,7 +73,7 @@ def test_the_kv_cache_and_the_longest_step_have_their_memory_before_the_first_re
     monkeypatch.setattr(TorchKV, "_allocate", noted)
     monkeypatch.setattr("swaplora_server.base.base_model.pick_backend", lambda device, *_: torch_backend(device))
     with serving(settings(base, tmp_path, max_batch_tokens=40)):
-        assert len(made) == 2 * 2 * 2, "keys and values of both layers, of the proof and of the engine"
+        assert len(made) == 4 * 2 * 2, "keys and values of both layers, for three runs of the proof and the engine"
         assert [[rows.num_rows for rows in batch.rows] for batch in steps] == [[40]]
 
 

@@ -97,6 +97,12 @@ def test_rows_of_nan_or_infinity_leave_the_others_alone() -> None:
     assert not y[[3, 17]].isfinite().any()
 
 
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_rows_of_another_type_are_refused(products: torch.dtype) -> None:
+    with pytest.raises(TypeError, match="rows of float32"):
+        pack(linear((32, 16)), products)(torch.randn(2, 32).bfloat16())
+
+
 def by_definition(x: Tensor, weight: Tensor, has_tiles: bool) -> Tensor:
     """The sum of csrc/products.h, rounding after rounding; x: [rows, in], weight: [out, in], whole blocks of 32."""
     xs, ws = (each.bfloat16().float().numpy() for each in (x, weight))

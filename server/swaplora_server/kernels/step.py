@@ -118,20 +118,17 @@ class Segments:
     @cached_property
     def adding(self) -> "Segments":
         """Those whose adapters add to linears."""
-        return self._where([segment for segment in self if segment.weights.modules])
+        return Segments([segment for segment in self if segment.weights.modules])
 
     @cached_property
     def replacing(self) -> "Segments":
         """Those whose adapters have modules of their own in place of the base's. They do not overlap."""
-        return self._where([segment for segment in self if segment.weights.replaced])
+        return Segments([segment for segment in self if segment.weights.replaced])
 
     @cached_property
     def embedding(self) -> "Segments":
         """Those whose adapters change looked-up rows."""
-        return self._where([segment for segment in self if segment.weights.embeddings])
-
-    def _where(self, chosen: Sequence[Segment]) -> "Segments":
-        return self if len(chosen) == len(self) else Segments(chosen)
+        return Segments([segment for segment in self if segment.weights.embeddings])
 
 
 @dataclass(frozen=True, slots=True)

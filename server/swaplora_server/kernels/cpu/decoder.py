@@ -80,6 +80,8 @@ class CpuDecoder(nn.Module):
         step = self._running()
         if not isinstance(step.paged, CpuStep):
             raise RuntimeError("a fused decoder ran over another backend's cache")
+        if hidden_states.dtype != torch.float32:
+            raise TypeError(f"a fused decoder takes rows of float32, not of {hidden_states.dtype}")
         self._point_at(step.paged)
         hidden = hidden_states.clone()
         cos, sin = (angles.contiguous() for angles in position_embeddings)

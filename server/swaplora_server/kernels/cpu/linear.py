@@ -95,6 +95,8 @@ class CpuLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., num_rows, in_features] → [..., num_rows, out_features]."""
+        if x.dtype != torch.float32:
+            raise TypeError(f"native linears take rows of float32, not of {x.dtype}")
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.out_features)
         self._job.y = y.data_ptr()
