@@ -11,6 +11,7 @@ import pytest
 
 import tiny
 from serving import Running, serving, settings
+from swaplora_adapters.registry.names import Names
 
 PROMPT = list(range(30, 50))
 
@@ -84,6 +85,23 @@ def test_an_adapter_is_found_when_it_is_first_asked_for(
             assert server.generate(name, PROMPT).status_code == 404
         copy(adapters[2], folder / "numbered")
         assert server.generate("numbered@1", PROMPT).status_code == 200
+
+
+def test_a_name_counts_as_used_only_when_it_can_be_found(
+    base: Path, folder: Path, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else who asks in between is told that there is no such adapter, as if it had been deleted."""
+    refresh, before = Names._refresh, []  # noqa: SLF001 - the moment in between shows nowhere else
+
+    def noted(self: Names, name: str) -> None:
+        before.append((name, self.was_used(name)))
+        refresh(self, name)
+
+    with serving(settings(base, tmp_path / "data", adapter_dir=folder, adapter_rescan_seconds=0)) as server:
+        monkeypatch.setattr(Names, "_refresh", noted)
+        copy(adapters[2], folder / "late")
+        assert server.generate("late", PROMPT).status_code == 200
+        assert before == [("late", False)]
 
 
 def test_what_was_deleted_does_not_come_back_by_itself(

@@ -73,9 +73,9 @@ class Names:
         with self.changes:
             self.check_is_free(name)
             published = self._store.publish(name, staging, details, source=source, conditions=conditions)
-            self._origins.setdefault(name, None)
             for affected in {name, *self.index.names_of(details.digest)}:  # damaged files are whole again for all
                 self._refresh(affected)
+            self._origins.setdefault(name, None)  # only now: who finds a name used expects it in the index
             return published
 
     def outdated(self, name: str) -> list[VersionRecord]:
