@@ -10,88 +10,46 @@ from swaplora_server.engine.request import Sequence
 
 
 class TokenCounts:
-    """For each sequence that was ever asked for: how often it has generated each token, and which its prompt has.
+    """For each sequence that was ever asked for: the tokens that it has, and how often it has generated each.
 
     A sequence's counts are brought up to date when they are asked for, by its new tokens alone.
     """
 
     def __init__(self) -> None:
-        self._slots: WeakKeyDictionary[Sequence, _Slot] = WeakKeyDictionary()
-        self._num_generated = torch.zeros(0, 0, dtype=torch.int32)
-        self._is_in_prompt = torch.zeros(0, 0, dtype=torch.bool)
+        self._counts: WeakKeyDictionary[Sequence, dict[int, int]] = WeakKeyDictionary()
 
-    def of(self, sequences: Rows[Sequence], like: Tensor) -> tuple[Tensor, Tensor]:
-        """How often each token was generated, and whether the prompt has it: [rows, vocab_size], as wide as `like`."""
-        slots = [self._slot(sequence, like) for sequence in sequences]
-        self._count(sequences, slots)
-        numbers = torch.tensor([slot.number for slot in slots], device=like.device)
-        return self._num_generated[numbers], self._is_in_prompt[numbers]
-
-    def _slot(self, sequence: Sequence, like: Tensor) -> "_Slot":
-        slot = self._slots.get(sequence)
-        if slot is None:
-            slot = self._slots[sequence] = _Slot(self._free_number(like))
-            self._num_generated[slot.number] = 0
-            self._is_in_prompt[slot.number] = False
-            prompt = torch.tensor(sequence.request.prompt_ids, dtype=torch.int64, device=like.device)
-            self._is_in_prompt[slot.number, prompt] = True
-        return slot
-
-    def _free_number(self, like: Tensor) -> int:
-        """A row of the tables that no living sequence has; they grow where there is none."""
-        free = set(range(len(self._num_generated))) - {slot.number for slot in self._slots.values()}
-        if not free:
-            free = {len(self._num_generated)}
-            more, vocab_size = max(1, len(self._num_generated)), like.shape[-1]
-            self._num_generated = _longer(self._num_generated, more, vocab_size, like.device)
-            self._is_in_prompt = _longer(self._is_in_prompt, more, vocab_size, like.device)
-        return min(free)
-
-    def _count(self, sequences: Rows[Sequence], slots: Rows["_Slot"]) -> None:
-        """Count every token that was generated since it was last done."""
-        new = [
-            (slot.number, token_id)
-            for sequence, slot in zip(sequences, slots, strict=True)
-            for token_id in sequence.generated_ids(slot.num_counted)
-        ]
-        if new:
-            where = torch.tensor(new, device=self._num_generated.device)
-            one = self._num_generated.new_ones(len(new))
-            self._num_generated.index_put_((where[:, 0], where[:, 1]), one, accumulate=True)
-        for sequence, slot in zip(sequences, slots, strict=True):
-            slot.num_counted = sequence.num_generated
-
-
-class _Slot:
-    """A sequence's row in the tables, and how many of its generated tokens are counted in it."""
-
-    def __init__(self, number: int) -> None:
-        self.number, self.num_counted = number, 0
+    def of(self, sequence: Sequence) -> dict[int, int]:
+        """How often each token was generated; 0 for those that only the prompt has, which repetition_penalty counts."""
+        counts = self._counts.get(sequence)
+        if counts is None:
+            request = sequence.request
+            prompt_ids = request.prompt_ids if request.params.repetition_penalty != 1.0 else ()
+            counts = self._counts[sequence] = dict.fromkeys(prompt_ids, 0)
+        num_counted = sum(counts.values())
+        for token_id in sequence.generated_ids(num_counted):
+            counts[token_id] = counts.get(token_id, 0) + 1
+        return counts
 
 
 def penalise(logits: Tensor, rows: Tensor, sequences: Rows[Sequence], counts: TokenCounts) -> None:
-    """Make less likely, in these rows of `logits`, what stands in their sequences already.
+    """Make less likely, in these rows of `logits`, what stands in their sequences already; the rest is not touched.
 
     As vLLM has it: repetition_penalty first, of the prompt and what was generated; then, as OpenAI has them,
     frequency_penalty and presence_penalty of what was generated.
     """
+    counted = [counts.of(sequence) for sequence in sequences]
+    lengths = torch.tensor([len(each) for each in counted])
+    tokens = torch.tensor([(token, count) for each in counted for token, count in each.items()])
+    tokens = tokens.long().view(-1, 2)
+    token_ids, num_generated = tokens.to(logits.device, non_blocking=True).unbind(1)
     asked = [sequence.request.params for sequence in sequences]
-    x = logits[rows]
-    num_generated, is_in_prompt = counts.of(sequences, logits)
-    repetition = _column([params.repetition_penalty for params in asked], x)
-    repeated = torch.where(x > 0, x / repetition, x * repetition).clamp_(max=torch.finfo(x.dtype).max)
-    x = torch.where(is_in_prompt | (num_generated > 0), repeated, x)
-    x -= _column([params.frequency_penalty for params in asked], x) * num_generated
-    x -= _column([params.presence_penalty for params in asked], x) * (num_generated > 0)
-    logits[rows] = x
-
-
-def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype).unsqueeze(-1).to(like.device, non_blocking=True)
-
-
-def _longer(table: Tensor, more: int, width: int, device: torch.device) -> Tensor:
-    longer = torch.zeros(len(table) + more, width, dtype=table.dtype, device=device)
-    if len(table):
-        longer[: len(table)] = table
-    return longer
+    repetition, frequency, presence = (
+        torch.tensor(values, dtype=logits.dtype).repeat_interleave(lengths).to(logits.device, non_blocking=True)
+        for values in zip(
+            *((each.repetition_penalty, each.frequency_penalty, each.presence_penalty) for each in asked), strict=True
+        )
+    )
+    places = rows.repeat_interleave(lengths.to(rows.device)), token_ids
+    x = logits[places]
+    x = torch.where(x > 0, x / repetition, x * repetition).clamp_(max=torch.finfo(x.dtype).max)
+    logits[places] = x - frequency * num_generated - presence * (num_generated > 0)
