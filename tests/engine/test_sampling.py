@@ -91,6 +91,12 @@ def test_without_a_seed_each_request_has_one_of_its_own() -> None:
     assert 0 <= one.request.draw_seed < 2**64
 
 
+def test_a_penalty_of_what_was_generated_changes_nothing_before_the_first_token() -> None:
+    row = logits()
+    penalised = sequence(temperature=0.0, presence_penalty=2.0, frequency_penalty=2.0)
+    assert sample(row, penalised) == [int(row.argmax())]
+
+
 def test_logprobs_are_of_the_models_own_distribution() -> None:
     row = logits(1, VOCAB)
     for shaped in (

@@ -151,39 +151,29 @@ def prepare(
 ) -> BaseModel:
     """Wrap and prove a model that lies on `device`, in place. Raises UnsupportedModelError naming the reason."""
     with short_windows(model):
-        return _prepare(model, tokenizer, device, dtype, backend)
-
-
-def _prepare(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    device: torch.device,
-    dtype: torch.dtype,
-    backend: Backend,
-) -> BaseModel:
-    expected = expected_logits(model, backend.products)
-    vocab_size = vocab_size_of(model.get_input_embeddings(), expected.logits[0].shape[-1])
-    attention.register()
-    model.set_attn_implementation(attention.IMPLEMENTATION)
-    tied, memory = _tied(model), backend.memory()
-    wrapped = attach(
-        model,
-        embedding=model.get_input_embeddings(),
-        head=model.get_output_embeddings(),
-        prepare=lambda linear: backend.linear(linear, memory),
-    )
-    for path, module in wrapped.items():
-        if isinstance(module, LoraEmbedding):
-            tied_head = next((wrapped[head].base for head in tied if tied[head] == path), None)
-            module.base = compact_embedding(module.base, tied_head)
-    if device.type == "cpu":
-        make_batch_invariant(model, model.get_output_embeddings())
-    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    proof = prove(model, backend, wrapped, expected)
-    layers = AdaptableLayers(wrapped, proof.addressable, tied, backend, dtype, device, model.config.model_type)
-    adapters = adapter_proof(model, backend, wrapped, layers, expected.tolerance)
-    adapters.run(model, backend)
-    _wrap(model, expected, adapters, backend)
+        expected = expected_logits(model, backend.products)
+        vocab_size = vocab_size_of(model.get_input_embeddings(), expected.logits[0].shape[-1])
+        attention.register()
+        model.set_attn_implementation(attention.IMPLEMENTATION)
+        tied, memory = _tied(model), backend.memory()
+        wrapped = attach(
+            model,
+            embedding=model.get_input_embeddings(),
+            head=model.get_output_embeddings(),
+            prepare=lambda linear: backend.linear(linear, memory),
+        )
+        for path, module in wrapped.items():
+            if isinstance(module, LoraEmbedding):
+                tied_head = next((wrapped[head].base for head in tied if tied[head] == path), None)
+                module.base = compact_embedding(module.base, tied_head)
+        if device.type == "cpu":
+            make_batch_invariant(model, model.get_output_embeddings())
+        weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+        proof = prove(model, backend, wrapped, expected)
+        layers = AdaptableLayers(wrapped, proof.addressable, tied, backend, dtype, device, model.config.model_type)
+        adapters = adapter_proof(model, backend, wrapped, layers, expected.tolerance)
+        adapters.run(model, backend)
+        _wrap(model, expected, adapters, backend)
     return BaseModel(
         model=model,
         backend=backend,
