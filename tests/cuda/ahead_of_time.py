@@ -1,0 +1,99 @@
+"""Triton kernels compiled without a GPU, in a process of their own, and what the compiler says of them."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+AMPERE, HOPPER = 80, 90
+CARDS = (AMPERE, HOPPER)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kernel as one launch specialises it."""
+
+    kernel: str  # module:function
+    types: Mapping[str, str]  # of every argument that is no constant: *bf16, i32, fp32
+    constants: Mapping[str, int]
+    num_warps: int
+    num_stages: int
+    aligned: Sequence[str] = ()  # arguments that are multiples of 16
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a card would run."""
+
+    registers: int  # of each thread
+    stack_bytes: int  # of each thread: what the registers do not hold
+    local_bytes: int
+    shared_bytes: int
+    num_threads: int
+    ptx: str
+
+    def count(self, instruction: str) -> int:
+        """How often an instruction stands in the PTX, by its beginning: `mma.sync`, `wgmma.mma_async`, `cp.async`."""
+        return len(re.findall(rf"\b{re.escape(instruction)}\b", self.ptx))
+
+
+def compile_ahead(forms: Sequence[Form], card: int) -> list[Compiled]:
+    """Compile for a card of compute capability `card` / 10. Raises AssertionError with what the compiler says."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment |= {"TRITON_CACHE_DIR": cache, "TRITON_DEFAULT_FP_FUSION": "1", "TRITON_INTERPRET": "0"}
+        done = subprocess.run(
+            [sys.executable, __file__, str(card)],
+            input=json.dumps([asdict(form) for form in forms]),
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return [Compiled(**compiled) for compiled in json.loads(done.stdout.splitlines()[-1])]
+
+
+def _compile(form: Form, card: int) -> Compiled:
+    import triton  # in that process alone
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, _, name = form.kernel.partition(":")
+    kernel = getattr(importlib.import_module(module), name)
+    signature = {name: form.types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in form.aligned}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, dict(form.constants), aligned),
+        target=GPUTarget("cuda", card, 32),
+        options={"num_warps": form.num_warps, "num_stages": form.num_stages},
+    )
+    usage = _resources(compiled.asm["cubin"], Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+    return Compiled(
+        registers=usage["REG"],
+        stack_bytes=usage["STACK"],
+        local_bytes=usage["LOCAL"],
+        shared_bytes=compiled.metadata.shared,
+        num_threads=form.num_warps * 32,
+        ptx=compiled.asm["ptx"],
+    )
+
+
+def _resources(cubin: bytes, cuobjdump: Path) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    return {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", done.stdout)}
+
+
+if __name__ == "__main__":
+    print(  # noqa: T201 - what the process that asked reads
+        json.dumps([asdict(_compile(Form(**form), int(sys.argv[1]))) for form in json.load(sys.stdin)])
+    )

@@ -1,0 +1,28 @@
+"""The kernels under Triton's interpreter, on a CPU: the tests of each interpreted_*.py, in a process of their own.
+
+Triton reads whether it interprets when a kernel is defined, its own library among them, so that no process does both.
+float32 and float16 alone: the interpreter multiplies bfloat16 wrongly.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux alone")
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("interpreted_*.py")), ids=lambda path: path.stem)
+def test_kernels_are_right_under_the_interpreter(path: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    plugins = ("-p", "no:cacheprovider", "-p", "no:xdist")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "--noconftest", *plugins, str(path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
