@@ -189,7 +189,7 @@ def in_the_lora_kernel(patch: pytest.MonkeyPatch, after: int) -> None:
 
     def failing(self: CpuBackend, segments: Segments) -> CpuLora:
         if any(weights.digest == f"sha256:{CULPRIT}" for weights in segments.adapters):
-            return _Exploding(self.library, segments)
+            return _Exploding(self.library, segments, self.dtype)
         return lora(self, segments)
 
     patch.setattr(CpuBackend, "lora", failing)

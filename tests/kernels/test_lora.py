@@ -19,6 +19,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 FORMS = {
     "torch": torch_backend(CPU),
     "cpu": pick_backend(CPU, torch.float32, KERNEL_CACHE, lambda _message: None),
+    "cpu in bfloat16": pick_backend(CPU, torch.bfloat16, KERNEL_CACHE, lambda _message: None),
 }
 # of the rows, and of the factors
 DTYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
@@ -76,7 +77,8 @@ def test_a_form_equals_the_reference(
     segments = [Segment(adapter(rng, *shape, stored), rng.uniform(-2, 2), start, stop) for start, stop in spans]
     x, y = torch.randn(num_rows, shape[0]).to(dtype), torch.randn(num_rows, shape[1]).to(dtype)
     actual, expected = apply(step_of(FORMS[form], segments), y, x), apply(reference(segments), y, x)
-    assert (actual.float() - expected.float()).abs().max() <= TOLERANCE[dtype] * max(1.0, float(expected.abs().max()))
+    tolerance = max(TOLERANCE[dtype], 0.02 if FORMS[form].products else 0.0)
+    assert (actual.float() - expected.float()).abs().max() <= tolerance * max(1.0, float(expected.abs().max()))
     assert torch.equal(actual[-2:], y[-2:]), "rows in no segment must not change"
 
 
@@ -89,14 +91,17 @@ def test_a_module_that_an_adapter_does_not_target_is_left_bit_for_bit(form: str)
 
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 8, 16, 31, 32, 33])
 @pytest.mark.parametrize(("dtype", "stored"), DTYPES)
-def test_a_cpu_row_does_not_depend_on_its_neighbours(num_rows: int, dtype: torch.dtype, stored: torch.dtype) -> None:
+@pytest.mark.parametrize("form", ["cpu", "cpu in bfloat16"])
+def test_a_cpu_row_does_not_depend_on_its_neighbours(
+    form: str, num_rows: int, dtype: torch.dtype, stored: torch.dtype
+) -> None:
     rng = random.Random(1)
     lora = adapter(rng, 576, 192, stored)
     assert lora.rank
     x, y = torch.randn(40, 576).to(dtype), torch.randn(40, 192).to(dtype)
-    together = apply(step_of(FORMS["cpu"], [Segment(lora, 0.5, 0, num_rows)]), y[:num_rows], x[:num_rows])
+    together = apply(step_of(FORMS[form], [Segment(lora, 0.5, 0, num_rows)]), y[:num_rows], x[:num_rows])
     for row in range(num_rows):
-        alone = apply(step_of(FORMS["cpu"], [Segment(lora, 0.5, 0, 1)]), y[row : row + 1], x[row : row + 1])
+        alone = apply(step_of(FORMS[form], [Segment(lora, 0.5, 0, 1)]), y[row : row + 1], x[row : row + 1])
         assert torch.equal(alone[0], together[row])
 
 

@@ -34,7 +34,8 @@ from swaplora_server.kernels.step import Segment, Segments
 
 CPU = torch.device("cpu")
 LIBRARY = abi.load_library(KERNEL_CACHE, lambda _message: None)
-BACKEND, PLACEMENT = CpuBackend(LIBRARY, torch.float32), panels.placement(LIBRARY)
+BACKEND, PLACEMENT = CpuBackend(LIBRARY, torch.float32), panels.placement(LIBRARY, torch.float32)
+HALF = CpuBackend(LIBRARY, torch.bfloat16)
 Tensors = dict[str, Tensor]
 SPECIAL = [0.0, -0.0, 1e-45, 1e-40, 6e-8, 65504.0, 3e38, 3.3e38, float("inf"), float("nan")]
 
@@ -75,7 +76,7 @@ def test_panels_hold_what_plain_tensors_would(
     lora_A = random_factor(rng, (rank, in_features), stored, num_special)
     lora_B = random_factor(rng, (out_features, rank), stored, num_special)
     expected = as_built(lora_A, lora_B, scaling, served)
-    found = PLACEMENT(HugePages(0))(lora_A, lora_B, scaling, served)
+    found = panels.placement(LIBRARY, served)(HugePages(0))(lora_A, lora_B, scaling, torch.float32)
     assert (found.of_A, found.of_B) == (expected.of_A, expected.of_B)
     assert found.weights.rank == rank
     assert [t.nbytes for t in found.weights.tensors] == [t.nbytes for t in expected.weights.tensors]
@@ -94,16 +95,23 @@ def test_numbers_along_the_sum_lie_side_by_side() -> None:
     assert halves[32:48].tolist() == [3 * row + 2 for row in range(16)]  # the last of an odd number, alone
 
 
-def adapter(rng: random.Random, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> AdapterWeights:
+def adapter(
+    rng: random.Random,
+    rank: int,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+    backend: CpuBackend = BACKEND,
+) -> AdapterWeights:
     lora_A = random_factor(rng, (rank, in_features), torch.float32, 0) / in_features**0.5
     lora_B = random_factor(rng, (out_features, rank), torch.float32, 0) / rank**0.5
     weights = AdapterWeights("sha256:0", {"here": ModuleWeights(lora_A.to(dtype), lora_B.to(dtype))})
-    return replace(weights, tables=BACKEND.tables(weights, ["here"]))
+    return replace(weights, tables=backend.tables(weights, ["here"]))
 
 
-def added(y: Tensor, x: Tensor, *segments: Segment) -> Tensor:
+def added(y: Tensor, x: Tensor, *segments: Segment, backend: CpuBackend = BACKEND) -> Tensor:
     out = y.clone()
-    BACKEND.lora(Segments(segments)).add(x, [(out, 0)])
+    backend.lora(Segments(segments)).add(x, [(out, 0)])
     return out
 
 
@@ -119,20 +127,50 @@ def test_a_delta_is_that_of_float64(rank: int, shape: tuple[int, int], dtype: to
     assert (added(y, x, Segment(lora, -0.75, 0, 9)).double() - exact).abs().max() < 5e-6
 
 
+def few_integers(rng: random.Random, shape: tuple[int, int], share: float) -> Tensor:
+    generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
+    values = torch.randint(-2, 3, shape, generator=generator)
+    return (values * (torch.rand(shape, generator=generator) < share)).float()
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 16, 17, 40])
+@pytest.mark.parametrize("shape", [(384, 48), (576, 192), (385, 49), (769, 97), (66, 31), (3, 1)])
+@pytest.mark.parametrize("rank", [0, 1, 8, 15, 16, 17, 32, 64, 70])
+def test_products_of_bfloat16_are_exact_where_it_holds_all_that_is_summed(
+    rank: int, shape: tuple[int, int], num_rows: int
+) -> None:
+    """Small integers: no sum passes 256, so x A^T is not rounded, and whatever is summed twice or not at all shows."""
+    rng = random.Random(f"{rank}{shape}")
+    lora_A, lora_B = (few_integers(rng, each, 0.2) for each in ((rank, shape[0]), (shape[1], rank)))
+    x, y = few_integers(rng, (num_rows + 2, shape[0]), 0.2), few_integers(rng, (num_rows + 2, shape[1]), 1.0)
+    assert rank == 0 or (x @ lora_A.T).abs().max() <= 256
+    weights = AdapterWeights("sha256:0", {"here": ModuleWeights(lora_A, lora_B)})
+    lora = replace(weights, tables=HALF.tables(weights, ["here"]))
+    expected = y.clone()
+    expected[1:-1] -= 2 * (x @ lora_A.T @ lora_B.T)[1:-1]
+    assert torch.equal(added(y, x, Segment(lora, -2.0, 1, num_rows + 1), backend=HALF), expected)
+
+
+@pytest.mark.parametrize("backend", [BACKEND, HALF], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rank", [1, 16, 40])
-def test_a_row_is_the_same_in_any_company_and_on_any_number_of_threads(rank: int, dtype: torch.dtype) -> None:
+def test_a_row_is_the_same_in_any_company_and_on_any_number_of_threads(
+    rank: int, dtype: torch.dtype, backend: CpuBackend
+) -> None:
     rng = random.Random(rank)
-    own, others = adapter(rng, rank, 1537, 200, dtype), [adapter(rng, 16, 1537, 200, dtype) for _ in range(3)]
+    own = adapter(rng, rank, 1537, 200, dtype, backend)
+    others = [adapter(rng, 16, 1537, 200, dtype, backend) for _ in range(3)]
     x, y = random_factor(rng, (70, 1537), torch.float32, 0), random_factor(rng, (70, 200), torch.float32, 0)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = [added(y[row : row + 1], x[row : row + 1], Segment(own, 0.5, 0, 1))[0] for row in range(70)]
+        alone = [
+            added(y[row : row + 1], x[row : row + 1], Segment(own, 0.5, 0, 1), backend=backend)[0] for row in range(70)
+        ]
         for count, start, stop in itertools.product([1, 2, 3], [0, 1, 5], [6, 29, 70]):
             torch.set_num_threads(count)
             beside = [Segment(other, 1.0, at, at + 1) for at, other in zip(range(start), others, strict=False)]
-            together = added(y, x, *beside, Segment(own, 0.5, start, stop))
+            together = added(y, x, *beside, Segment(own, 0.5, start, stop), backend=backend)
             assert all(torch.equal(together[row], alone[row]) for row in range(start, stop))
     finally:
         torch.set_num_threads(threads)

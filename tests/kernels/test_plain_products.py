@@ -5,7 +5,8 @@ import pytest
 from kernel_variants import run_python, run_tests
 from swaplora_server.kernels.cpu import build
 
-PRODUCTS = ("test_linear_bf16.py", "test_quantised_linear.py")  # those of instructions that not all processors have
+# the tests of products that not all processors have instructions for
+PRODUCTS = ("test_linear_bf16.py", "test_quantised_linear.py", "test_lora.py", "test_panels.py")
 
 
 @pytest.mark.parametrize("order", ["tiles", "pairs"])
@@ -33,10 +34,14 @@ def test_plain_code_gives_the_bits_of_the_instruction(order: str) -> None:
 
 PRODUCT = """
 import ctypes, hashlib, torch
+from dataclasses import replace
 from repository import KERNEL_CACHE
 from swaplora_adapters.weights.memory import HugePages
+from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 from swaplora_server.kernels.cpu import abi, linear, quantised_linear
+from swaplora_server.kernels.cpu.backend import CpuBackend
 from swaplora_server.kernels.quantised_codes import Codes
+from swaplora_server.kernels.step import Segment, Segments
 library = abi.load_library(KERNEL_CACHE, lambda _message: None)
 digest, generator = hashlib.sha256(), torch.Generator().manual_seed(1)
 for scale in (1.0, 1e-18, 1e-30, 1e25):
@@ -54,5 +59,15 @@ for quantised, table in ((codes.to(torch.int8), None), (codes.to(torch.uint8) & 
     packed = quantised_linear.QuantisedLinear(library, HugePages(), Codes(quantised, scales, table), None)
     for rows in (1, 4, 9, 40):
         digest.update(packed(torch.randn(rows, 320, generator=generator)).numpy().tobytes())
+backend = CpuBackend(library, torch.bfloat16)
+for rank in (5, 16, 48):
+    factors = [torch.randn(shape, generator=generator) for shape in ((rank, 577), (100, rank))]
+    weights = AdapterWeights("", {"here": ModuleWeights(*factors)})
+    weights = replace(weights, tables=backend.tables(weights, ["here"]))
+    for rows in (1, 2, 9, 40):
+        y = torch.randn(rows, 100, generator=generator)
+        x = torch.randn(rows, 577, generator=generator)
+        backend.lora(Segments([Segment(weights, 0.5, 0, rows)])).add(x, [(y, 0)])
+        digest.update(y.numpy().tobytes())
 print(digest.hexdigest())
 """

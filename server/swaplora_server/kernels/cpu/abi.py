@@ -132,6 +132,7 @@ class Step(ctypes.Structure):
         ("runs", ctypes.c_void_p),
         ("num_runs", ctypes.c_int64),
         ("threads", ctypes.c_int64),
+        ("is_bf16", ctypes.c_int64),
     )
 
 
@@ -153,7 +154,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
 
 def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
     """All kernels, compiled the first time. Raises NoCompilerError, and RuntimeError for structures that differ."""
-    library = build.load("kernels", sorted(build.CSRC.glob("*.cpp")), cache_dir, report)
+    library = build.load("kernels", sorted(build.CSRC.rglob("*.cpp")), cache_dir, report)
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     _declare(library, "struct_bytes", [ctypes.c_char_p], size)
     check_structures(library)
@@ -165,7 +166,8 @@ def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
     _declare(library, "has_bf16_instruction", [], number)
     _declare(library, "linear", [pointer, size, size, ctypes.POINTER(LinearJob), size, pointer, size, number])
     jobs = [ctypes.POINTER(Segment), size, ctypes.POINTER(LoraModule), size]
-    _declare(library, "lora_delta_f32", [*jobs, size, pointer, number])
+    for name in ("lora_delta_fp32", "lora_delta_bf16"):
+        _declare(library, name, [*jobs, size, pointer, number])
     _declare(library, "place_factor", [pointer, number, size, size, size, ctypes.c_float, number, pointer], number)
     rows = [pointer] * 4
     _declare(library, "paged_attention", [ctypes.POINTER(LayerCache), pointer, size, *rows, number])

@@ -18,14 +18,14 @@ class AdapterTables:
     Factors that were not placed in panels are copied into some.
     """
 
-    def __init__(self, library: ctypes.CDLL, weights: AdapterWeights, paths: Sequence[str]) -> None:
-        """`paths` are those of all modules by number."""
-        self._panels = {path: in_panels(library, module) for path, module in weights.modules.items()}
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype, weights: AdapterWeights, paths: Sequence[str]) -> None:
+        """`dtype` is the number format of products; `paths` are those of all modules by number."""
+        self._panels = {path: in_panels(library, dtype, module) for path, module in weights.modules.items()}
         self.factors = (Factors * len(paths))()
         self.modules = (ctypes.c_void_p * len(paths))()
         numbers = {path: number for number, path in enumerate(paths)}
         for path, module in self._panels.items():
-            self.factors[numbers[path]] = _factors_of(module)
+            self.factors[numbers[path]] = _factors_of(module, dtype)
         for path, own in weights.replaced.items():
             self.modules[numbers[path]] = _address(own)
 
@@ -38,10 +38,13 @@ def tables_of(weights: AdapterWeights) -> AdapterTables:
     return tables
 
 
-def _factors_of(module: PanelWeights) -> Factors:
+def _factors_of(module: PanelWeights, dtype: torch.dtype) -> Factors:
+    """Raises RuntimeError for factors in more than the number format of products: their kernel would misread them."""
     vectors = [None if vector is None else vector.data_ptr() for vector in (module.column_scale, module.shift)]
     factors = module.panels_A, module.panels_B
     is_bf16 = [panels.dtype == torch.bfloat16 for panels in factors]
+    if dtype == torch.bfloat16 and not all(is_bf16):
+        raise RuntimeError("an adapter's factors were placed for another number format than this backend's products")
     return Factors(*(panels.data_ptr() for panels in factors), *vectors, module.rank, *is_bf16, True)
 
 

@@ -54,16 +54,16 @@ class CpuBackend:
 
     @property
     def placement(self) -> Placement:
-        """Panels."""
-        return panels.placement(self.library)
+        """Panels, in the number format of the products where a file has more."""
+        return panels.placement(self.library, self.dtype)
 
     def tables(self, weights: AdapterWeights, paths: Sequence[str]) -> AdapterTables:
         """See `Backend`."""
-        return AdapterTables(self.library, weights, paths)
+        return AdapterTables(self.library, self.dtype, weights, paths)
 
     def lora(self, segments: Segments) -> CpuLora:
         """See `Backend`."""
-        return CpuLora(self.library, segments)
+        return CpuLora(self.library, segments, self.dtype)
 
     def paged_kv(self, num_blocks: int, block_size: int) -> CpuKV:
         """See `Backend`."""
@@ -71,4 +71,4 @@ class CpuBackend:
 
     def wrap(self, model: PreTrainedModel, running: Callable[[], RunningStep]) -> Callable[[], None] | None:
         """All layers in one native call."""
-        return decoder.wrap(self.library, model, running)
+        return decoder.wrap(self.library, self.dtype, model, running)

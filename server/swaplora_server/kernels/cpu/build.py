@@ -119,7 +119,7 @@ def _flags() -> tuple[str, ...]:
 
 def _fingerprint(sources: Sequence[Path]) -> str:
     """Changes with the code, the headers it may include, the flags, and the processor that it is compiled for."""
-    code = [path.read_bytes() for path in (*sources, *sorted(CSRC.glob("*.h")))]
+    code = [path.read_bytes() for path in (*sources, *sorted(CSRC.rglob("*.h")))]
     parts = [*code, " ".join(_flags()).encode(), _processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 

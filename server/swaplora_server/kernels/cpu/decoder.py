@@ -31,18 +31,19 @@ _NORMS = (("input_layernorm",), ("post_attention_layernorm",), ("self_attn", "q_
 
 def wrap(
     library: ctypes.CDLL,
+    dtype: torch.dtype,
     model: PreTrainedModel,
     running: Callable[[], RunningStep],
 ) -> Callable[[], None] | None:
     """Exchange the layers of `model` for one native call, if they are of a known kind; what undoes it, or None.
 
-    See `Backend.wrap`.
+    `dtype` is the number format of products. See `Backend.wrap`.
     """
     decoder: Any = model.get_decoder()
     layers = decoder.layers if isinstance(getattr(decoder, "layers", None), nn.ModuleList) else None
     if layers is None or not all(_is_known(layer) for layer in layers):
         return None
-    decoder.layers = nn.ModuleList([CpuDecoder(library, list(layers), running)])
+    decoder.layers = nn.ModuleList([CpuDecoder(library, dtype, list(layers), running)])
     return lambda: setattr(decoder, "layers", layers)
 
 
@@ -65,11 +66,13 @@ class CpuDecoder(nn.Module):
     def __init__(
         self,
         library: ctypes.CDLL,
+        dtype: torch.dtype,
         layers: list[Any],
         running: Callable[[], RunningStep],
     ) -> None:
         super().__init__()
         self._decode = library.decode
+        self._is_bf16 = dtype == torch.bfloat16
         self._layers = layers  # a plain list: the model's other code is not to see them
         self._running = running
         self._entries = (DecoderLayer * len(layers))(*map(_entry, layers))
@@ -101,6 +104,7 @@ class CpuDecoder(nn.Module):
                 runs.address,
                 len(runs),
                 torch.get_num_threads(),
+                self._is_bf16,
             ),
         )
         return hidden

@@ -1,6 +1,6 @@
 """SGMV and BGMV (Punica) for CPUs with a C++ compiler: each adapter's factors read once, sums in a fixed order.
 
-The equation and the shapes are `LoraStep`'s; the kernel is csrc/lora_delta.cpp.
+The equation and the shapes are `LoraStep`'s; the kernels are in csrc/lora.
 """
 
 import ctypes
@@ -19,10 +19,10 @@ _SEGMENT = np.dtype([("factors", np.int64), ("start", np.int64), ("stop", np.int
 
 
 class CpuLora:
-    """See `LoraStep`; for rows on CPU in float32 or bfloat16."""
+    """See `LoraStep`; for rows on CPU in float32 or bfloat16. Products are of `dtype`, float32 or bfloat16."""
 
-    def __init__(self, library: ctypes.CDLL, segments: Segments) -> None:
-        self._kernel = library.lora_delta_f32
+    def __init__(self, library: ctypes.CDLL, segments: Segments, dtype: torch.dtype) -> None:
+        self._kernel = library.lora_delta_bf16 if dtype == torch.bfloat16 else library.lora_delta_fp32
         self._segments = segments  # the entries point into their adapters' tables
         rows = np.empty(len(segments), _SEGMENT)
         rows["factors"] = [ctypes.addressof(tables_of(weights).factors) for weights in segments.adapters]

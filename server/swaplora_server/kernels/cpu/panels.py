@@ -1,4 +1,4 @@
-"""An adapter's factors in the panels that lora_delta.cpp reads straight through; csrc/lora_panels.h says how they lie.
+"""An adapter's factors in the panels that csrc/lora reads straight through; csrc/lora/panels.h says how they lie.
 
 A factor is [rows, depth]: lora_A [rank, in_features], lora_B [out_features, rank].
 """
@@ -15,7 +15,7 @@ from swaplora_adapters.weights.served import LinearWeights
 from swaplora_adapters.weights.values import storage_dtype
 
 RANKS, COLUMNS = 16, 48  # rows of a panel of lora_A, and of lora_B
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in lora_factors.cpp
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/lora/factors.cpp
 _NOT_FINITE, _NOT_ZERO = 1, 2
 
 
@@ -52,13 +52,18 @@ class PanelWeights:
         return replace(self, column_scale=column_scale, shift=shift)
 
 
-def placement(library: ctypes.CDLL) -> Placement:
-    """Panels cut from an adapter's pages, written in one native pass over what the file has."""
+def placement(library: ctypes.CDLL, dtype: torch.dtype) -> Placement:
+    """Panels cut from an adapter's pages, written in one native pass over what the file has.
+
+    `dtype` is the number format of the base's products: where that is bfloat16, what is stored in more is rounded to it
+    once, and a step reads half the bytes.
+    """
 
     def into(pages: HugePages) -> Place:
-        def place(lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype) -> Placed:
-            panels_A, of_A = _laid(library, lora_A, 1.0, dtype, RANKS, pages)
-            panels_B, of_B = _laid(library, lora_B, scaling, dtype, COLUMNS, pages)
+        def place(lora_A: Tensor, lora_B: Tensor, scaling: float, rows: torch.dtype) -> Placed:
+            served = rows if dtype == torch.float32 else dtype
+            panels_A, of_A = _laid(library, lora_A, 1.0, served, RANKS, pages)
+            panels_B, of_B = _laid(library, lora_B, scaling, served, COLUMNS, pages)
             rank, in_features = lora_A.shape
             return Placed(PanelWeights(panels_A, panels_B, rank, in_features, len(lora_B)), of_A, of_B)
 
@@ -67,11 +72,11 @@ def placement(library: ctypes.CDLL) -> Placement:
     return into
 
 
-def in_panels(library: ctypes.CDLL, weights: LinearWeights) -> PanelWeights:
-    """The same weights with their factors in panels, copied unless they are in them."""
+def in_panels(library: ctypes.CDLL, dtype: torch.dtype, weights: LinearWeights) -> PanelWeights:
+    """The same weights with their factors in panels, for products of `dtype`; copied unless they are in them."""
     if isinstance(weights, PanelWeights):
         return weights
-    place = placement(library)(HugePages(0))
+    place = placement(library, dtype)(HugePages(0))
     laid, _, _ = place(weights.lora_A, weights.lora_B, 1.0, torch.float32)
     assert isinstance(laid, PanelWeights)
     return laid.with_vectors(weights.column_scale, weights.shift)

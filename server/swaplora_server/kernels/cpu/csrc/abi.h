@@ -34,7 +34,7 @@ struct Span {
 };
 
 // What an adapter does to one module's output: y = (y + scale * (x A^T) B^T) * column_scale + scale * shift.
-// Both factors lie as lora_panels.h says.
+// Both factors lie as lora/panels.h says.
 struct Factors {
     const void* a;              // [rank, in_features]
     const void* b;              // [out_features, rank]
@@ -112,14 +112,19 @@ struct Step {
     const Run* runs;
     int64_t num_runs;
     int64_t threads;
+    int64_t is_bf16;  // the products of the LoRA operation; else they are of float32
 };
+
+// The LoRA operation over modules that share x [rows, in]: in float32, whatever the factors are stored in, or in products
+// of bfloat16, for factors that all are.
+using LoraKernel = void(const Segment* segments, int64_t count, const LoraModule* modules, int64_t num_modules, int64_t in,
+                        const float* x, int threads);
 
 extern "C" {
 // x: [rows, in]; each job's y: [rows, out]. All jobs of a call share x and the threads.
 void linear(const float* x, int64_t rows, int64_t in, const LinearJob* jobs, int64_t count, const Span* prefetch,
             int64_t num_prefetch, int threads);
-void lora_delta_f32(const Segment* segments, int64_t count, const LoraModule* modules, int64_t num_modules, int64_t in,
-                    const float* x, int threads);
+LoraKernel lora_delta_fp32, lora_delta_bf16;
 void paged_attention(const LayerCache* cache, const Run* runs, int64_t num_runs, const float* query, const float* key,
                      const float* value, float* out, int threads);
 }

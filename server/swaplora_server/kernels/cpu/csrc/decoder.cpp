@@ -158,7 +158,9 @@ struct Pass {
             }
             linear(x + start * in, stop - start, in, jobs, count, prefetch.data(), prefetch.size(), int(s.threads));
         });
-        if (rows.segments) lora_delta_f32(rows.segments, rows.num_segments, modules, count, in, x, int(s.threads));
+        if (!rows.segments) return;
+        LoraKernel* const lora = s.is_bf16 ? lora_delta_bf16 : lora_delta_fp32;
+        lora(rows.segments, rows.num_segments, modules, count, in, x, int(s.threads));
     }
 
     // the factors that adapters have for these modules, to `prefetch`

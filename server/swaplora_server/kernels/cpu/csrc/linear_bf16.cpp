@@ -9,10 +9,7 @@
 #include <omp.h>
 #include <vector>
 #include "abi.h"
-#include "prefetch.h"
-#include "products.h"
-
-#define UNROLL _Pragma("GCC unroll 32")
+#include "tiles.h"
 
 namespace {
 
@@ -22,120 +19,9 @@ constexpr int64_t STRIP = 64;          // rows that one thread takes of a panel 
 constexpr int64_t THREADED = 1 << 16;  // multiply-adds below which a second thread costs more than it saves
 constexpr int64_t SHARES = 8;          // pieces a thread takes of its work, so that a core that is busy elsewhere takes fewer
 constexpr int64_t ROUNDED = 32;        // rows from which on threads share rounding them
-constexpr int64_t AHEAD = 1536;        // words of a panel by which it is prefetched before it is needed
 
-int64_t blocks_of(int64_t in) { return (in + 2 * BLOCK - 1) / (2 * BLOCK); }
 int64_t panels_of(int64_t out) { return (out + COLUMNS - 1) / COLUMNS; }
 int64_t panel_words(int64_t in) { return blocks_of(in) * BLOCK * COLUMNS; }
-// of a row of x: a line more than whole lines, so that rows do not fall into the same sets of the first cache
-int64_t row_words(int64_t in) { return blocks_of(in) * BLOCK + LINE / 4; }
-
-// to: pairs of x [in], filled up to whole blocks with zeros
-void round_row(const float* x, int64_t in, uint32_t* to) {
-    int64_t k = 0;
-#if LANES == 16 && defined(__AVX512BF16__) && !defined(PLAIN)
-    for (; k + 32 <= in; k += 32)
-        _mm512_storeu_si512(to + k / 2, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + k + 16), _mm512_loadu_ps(x + k)));
-#endif
-    for (; k + 1 < in; k += 2) to[k / 2] = rounded(x[k]) | rounded(x[k + 1]) << 16;
-    if (k < in) to[k / 2] = rounded(x[k]), k += 2;
-    std::fill(to + k / 2, to + blocks_of(in) * BLOCK, 0u);
-}
-
-#if AMX_PRODUCTS
-
-constexpr int64_t ROWS = 16;  // of a tile
-
-// What a thread sets up before its first tile, and gives back after its last.
-struct Products {
-    Products() { configure_tiles(); }
-    ~Products() { release_tiles(); }
-    Products(const Products&) = delete;
-};
-
-// sums [ROWS][COLUMNS], of ROWS rows of x that lie `row` words apart: what starts `from` floats apart, and products with
-// blocks of a panel
-void tile(const uint32_t* x, int64_t row, const uint32_t* panel, int64_t blocks, const float* start, int64_t from, float* sums,
-          bool is_first) {
-    const int64_t ahead = is_first ? BLOCK * COLUMNS : 0;  // words: the tiles after the first find a panel in the cache
-    _tile_loadd(0, start, from * 4);
-    _tile_loadd(1, start + 16, from * 4);
-    _tile_loadd(2, start + 32, from * 4);
-    for (int64_t b = 0; b < blocks; b++, x += BLOCK, panel += BLOCK * COLUMNS) {
-        for (int64_t i = 0; i < ahead; i += LINE / 4) __builtin_prefetch(panel + AHEAD + i, 0, 2);
-        _tile_loadd(6, x, row * 4);
-        _tile_loadd(3, panel, COLUMNS * 4);
-        _tile_dpbf16ps(0, 6, 3);
-        _tile_loadd(4, panel + 16, COLUMNS * 4);
-        _tile_dpbf16ps(1, 6, 4);
-        _tile_loadd(5, panel + 32, COLUMNS * 4);
-        _tile_dpbf16ps(2, 6, 5);
-    }
-    _tile_stored(0, sums, COLUMNS * 4);
-    _tile_stored(1, sums + 16, COLUMNS * 4);
-    _tile_stored(2, sums + 32, COLUMNS * 4);
-}
-
-// all ROWS of them, whatever `rows` says: each is computed apart from the others
-void tile_any(int64_t, const uint32_t* x, int64_t row, const uint32_t* panel, int64_t blocks, const float* start, int64_t from,
-              float* sums, bool is_first) {
-    tile(x, row, panel, blocks, start, from, sums, is_first);
-}
-
-#else
-
-using Products = NoDenormals;
-
-#if TILES
-constexpr int ROWS = 2, WIDE = 1;  // rows and vectors whose sums are in registers: low and high apart
-#elif LANES == 16
-constexpr int ROWS = 8, WIDE = VECTORS;
-#else
-constexpr int ROWS = 4, WIDE = 1;
-#endif
-
-// of R rows and WIDE vectors of columns
-template <int R>
-void tile(const uint32_t* x, int64_t row, const uint32_t* panel, int64_t blocks, const float* start, int64_t from,
-          float* sums) {
-    Sixteen all[R][WIDE];
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int v = 0; v < WIDE; v++) all[r][v] = load16(start + r * from + v * 16);
-#if TILES
-    for (int64_t b = 0; b < blocks; b++, x += BLOCK, panel += BLOCK * COLUMNS) {
-        Sixteen low[R] = {}, high[R] = {};
-        for (int64_t k = 0; k < BLOCK; k++) {
-            const SixteenWords w = load16(panel + k * COLUMNS);
-            UNROLL for (int r = 0; r < R; r++) add_each(x[r * row + k], w, low[r], high[r]);
-        }
-        UNROLL for (int r = 0; r < R; r++)
-            for (int i = 0; i < PARTS; i++) all[r][0].part[i] += low[r].part[i] + high[r].part[i];
-    }
-#else
-    for (int64_t k = 0; k < blocks * BLOCK; k++, panel += COLUMNS) {
-        SixteenWords w[WIDE];
-        UNROLL for (int v = 0; v < WIDE; v++) w[v] = load16(panel + v * 16);
-        UNROLL for (int v = 0; v < WIDE; v++) __builtin_prefetch(panel + AHEAD + v * 16, 0, 2);
-        UNROLL for (int r = 0; r < R; r++) {
-            const SixteenWords pair = splat16(x[r * row + k]);
-            UNROLL for (int v = 0; v < WIDE; v++) all[r][v] = add_pairs(all[r][v], w[v], pair);
-        }
-    }
-#endif
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int v = 0; v < WIDE; v++) store16(all[r][v], sums + r * COLUMNS + v * 16);
-}
-
-template <int R = ROWS>
-void tile_any(int64_t rows, const uint32_t* x, int64_t row, const uint32_t* panel, int64_t blocks, const float* start,
-              int64_t from, float* sums, bool is_first) {
-    if constexpr (R > 1) {
-        if (rows < R) return tile_any<R - 1>(rows, x, row, panel, blocks, start, from, sums, is_first);
-    }
-    for (int v = 0; v < VECTORS; v += WIDE) tile<R>(x, row, panel + v * 16, blocks, start + v * 16, from, sums + v * 16);
-}
-
-#endif
 
 // x in pairs: [rows][row_words], and room for a whole tile's rows
 struct Rounded {
@@ -153,8 +39,8 @@ void panel_strip(const LinearWeight& w, int64_t p, const Rounded& x, int64_t fir
     for (int64_t b = 0; b < x.blocks; b += depth)
         for (int64_t r = 0; r < rows; r += ROWS) {
             float* tile_sums = sums + r * COLUMNS;
-            tile_any(std::min<int64_t>(ROWS, rows - r), x.pairs + (first + r) * x.row + b * BLOCK, x.row, panel + b * BLOCK * COLUMNS,
-                     std::min(depth, x.blocks - b), b ? tile_sums : bias, b ? COLUMNS : 0, tile_sums, r == 0);
+            multiply<VECTORS>(std::min<int64_t>(ROWS, rows - r), x.pairs + (first + r) * x.row + b * BLOCK, x.row, panel + b * BLOCK * COLUMNS,
+                              std::min(depth, x.blocks - b), b ? tile_sums : bias, b ? COLUMNS : 0, tile_sums, r == 0);
         }
     for (int64_t r = 0; r < rows; r++) {
         float* to = y + (first + r) * w.out + column;

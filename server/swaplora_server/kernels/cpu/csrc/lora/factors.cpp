@@ -1,10 +1,10 @@
-// An adapter's factors laid into the panels of lora_delta.cpp, and taken out of them again.
+// An adapter's factors laid into the panels of lora/panels.h, and taken out of them again.
 //
 // Shapes: a factor is [rows, depth]: A [rank, in], B [out, rank]; panels are of RANKS rows of A, and of COLUMNS of B.
 // One pass over what a file has: each number is widened, multiplied by `scaling` in float32, rounded once and looked at.
 // Threads: none; a load is one thread's, beside the steps.
 #include "abi.h"
-#include "lora_panels.h"
+#include "lora/panels.h"
 
 namespace {
 

@@ -21,6 +21,9 @@ struct Panel {
     Panel(const void* factor, int64_t rows, int64_t depth, int64_t first, int64_t widest)
         : start(static_cast<const W*>(factor) + first * depth), width(std::min(widest, rows - first)) {}
 
+    // of bfloat16, two numbers each, from number k on, an even one
+    const uint32_t* pairs(int64_t k) const { return reinterpret_cast<const uint32_t*>(start + k * width); }
+
     // numbers k and k + 1 of the rows from `row` on, for an even k
     void pair(int64_t k, int64_t row, floats* both) const {
         const W* from = start + k * width;
