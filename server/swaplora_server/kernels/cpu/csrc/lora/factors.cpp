@@ -50,18 +50,43 @@ int convert(const S* from, int64_t count, float scaling, W* to) {
     return (special ? NOT_FINITE : 0) | (Bits(any << 1) ? NOT_ZERO : 0);
 }
 
-// [rows, depth] at `from` into one panel, `count` numbers of each row from `first` on; `first` is even
-void lay(const bf16* rows, int64_t stride, int64_t width, int64_t first, int64_t count, bf16* panel) {
-    bf16* to = panel + first * width;
-    for (int64_t k = 0; k + 2 <= count; k += 2, to += 2 * width)
-        for (int64_t n = 0; n < width; n++) std::memcpy(to + 2 * n, rows + n * stride + k, sizeof(uint32_t));
-    if (count % 2)
-        for (int64_t n = 0; n < width; n++) to[n] = rows[n * stride + count - 1];
+// LANES rows of LANES words, `stride` bytes apart, into columns `pitch` bytes apart: each round puts the words of the
+// second half of the rows between those of the first
+inline void turn(const char* from, int64_t stride, char* to, int64_t pitch) {
+    floats rows[LANES], turned[LANES];
+#pragma GCC unroll 16
+    for (int r = 0; r < LANES; r++) std::memcpy(rows + r, from + r * stride, sizeof(floats));
+#pragma GCC unroll 4
+    for (int round = 1; round < LANES; round *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; i++)
+            store_pairs(rows[i], rows[i + LANES / 2], reinterpret_cast<float*>(turned + 2 * i));
+        std::memcpy(rows, turned, sizeof turned);
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < LANES; c++) std::memcpy(to + c * pitch, rows + c, sizeof(floats));
 }
-void lay(const float* rows, int64_t stride, int64_t width, int64_t first, int64_t count, float* panel) {
-    float* to = panel + first * width;
-    for (int64_t k = 0; k < count; k++, to += width)
-        for (int64_t n = 0; n < width; n++) to[n] = rows[n * stride + k];
+
+// words [width, count] at `rows`, `stride` bytes apart, into [count][width] at `to`
+void lay(const char* rows, int64_t stride, int64_t width, int64_t count, char* to) {
+    constexpr int64_t WORD = sizeof(float);
+    const int64_t whole = width < LANES ? 0 : count - count % LANES, turned = width - width % LANES;
+    for (int64_t k = 0; k < whole; k += LANES)
+        for (int64_t n = 0; n < turned; n += LANES)
+            turn(rows + n * stride + k * WORD, stride, to + (k * width + n) * WORD, width * WORD);
+    for (int64_t k = 0; k < count; k++)
+        for (int64_t n = k < whole ? turned : 0; n < width; n++)
+            std::memcpy(to + (k * width + n) * WORD, rows + n * stride + k * WORD, WORD);
+}
+
+// [width, stride] at `rows` into one panel, `count` numbers of each row from its number `first` on, an even one
+template <typename W>
+void lay(const W* rows, int64_t stride, int64_t width, int64_t first, int64_t count, W* panel) {
+    constexpr int64_t TOGETHER = sizeof(float) / sizeof(W);  // numbers that share a word
+    W* to = panel + first * width;
+    lay(reinterpret_cast<const char*>(rows), stride * sizeof(W), width, count / TOGETHER, reinterpret_cast<char*>(to));
+    if (count % TOGETHER)
+        for (int64_t n = 0; n < width; n++) to[(count - 1) * width + n] = rows[n * stride + count - 1];
 }
 
 template <typename S, typename W>
