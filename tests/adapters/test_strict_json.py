@@ -82,6 +82,28 @@ def test_a_megabyte_of_brackets_is_refused_quickly() -> None:
     assert time.thread_time() - started < 1
 
 
+def depth_of(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(depth_of, inner), default=0)
+
+
+MARKED = st.recursive(
+    st.text(alphabet='{}[],:"\\a', max_size=6) | st.just(1),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(alphabet='[]{},"a', max_size=4), inner, max_size=3)
+    ),
+)
+
+
+@given(MARKED)
+def test_brackets_in_strings_are_no_levels(value: Any) -> None:
+    raw, depth = json.dumps(value).encode(), depth_of(value)
+    assert loads(raw, what="it", max_bytes=1 << 20, max_depth=depth) == value
+    if depth:
+        with pytest.raises(InvalidAdapterError, match=f"deeper than {depth - 1} levels"):
+            loads(raw, what="it", max_bytes=1 << 20, max_depth=depth - 1)
+
+
 @given(st.binary(max_size=200) | st.text(alphabet='{}[]",:\\u0d8acf19eE-+. ', max_size=60).map(str.encode))
 def test_any_bytes_parse_or_are_refused(raw: bytes) -> None:
     try:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 from swaplora_adapters.config.patterns import Paths, TooMuchWorkError, Work, bits, parsed, pattern_complaint
@@ -39,10 +40,15 @@ class Matcher:
 
     def __init__(self, paths: Iterable[str], max_work: int | None = None) -> None:
         self._work = Work(max_work)
-        self._paths = Paths(list(dict.fromkeys(paths)), self._work)
+        self._names = paths
         self._fullmatches: dict[str, int] = {}  # by pattern, the starts of the paths that match
         self._values: dict[str, Mapping[int, Any]] = {}  # by field, and by the bit of a path's start
         self._exact: dict[str, dict[str, Any]] = {}  # by field
+
+    @cached_property
+    def _paths(self) -> Paths:
+        """Most configs have no pattern."""
+        return Paths(list(dict.fromkeys(self._names)), self._work)
 
     def is_fullmatch(self, field: str, pattern: str, path: str) -> bool:
         """PEFT's rule for `target_modules` and `exclude_modules` given as a string."""
@@ -57,6 +63,8 @@ class Matcher:
         The first pattern, in the file's order, that matches the whole path or what follows one of its dots. A field
         always comes with the same `patterns`.
         """
+        if not patterns:
+            return default
         if field not in self._values:
             with _naming(field):
                 self._values[field] = self._first_values(patterns)
@@ -118,9 +126,8 @@ def _naming(field: str) -> Iterator[None]:
         raise InvalidAdapterError([f"{field}: its patterns are too much work to match, name the modules"]) from None
 
 
-def path_ends(module: str) -> Iterator[str]:
-    """The whole path, and what follows each of its dots."""
-    yield module
-    for position, char in enumerate(module):
-        if char == ".":
-            yield module[position + 1 :]
+@lru_cache(maxsize=1 << 14)
+def path_ends(module: str) -> frozenset[str]:
+    """The whole path, and what follows each of its dots; of a module or parameter of a base, all of which are few."""
+    parts = module.split(".")
+    return frozenset(".".join(parts[first:]) for first in range(len(parts)))

@@ -193,10 +193,11 @@ class Paths:
 
 def bits(positions: int) -> Iterator[int]:
     """The numbers of the bits that are set, the least first."""
-    while positions:
-        least = positions & -positions
-        yield least.bit_length() - 1
-        positions ^= least
+    digits = bin(positions)[:1:-1]
+    place = digits.find("1")
+    while place >= 0:
+        yield place
+        place = digits.find("1", place + 1)
 
 
 def _ungrouped(items: Items) -> Items:

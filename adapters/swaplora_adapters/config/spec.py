@@ -147,7 +147,7 @@ class AdapterSpec:
 
 def _lists_end(names: frozenset[str], module: str) -> bool:
     """Whether `names` has the path or anything that follows one of its dots."""
-    return any(end in names for end in path_ends(module))
+    return not names.isdisjoint(path_ends(module))
 
 
 def _listed(names: frozenset[str] | str) -> list[str] | str:

@@ -11,6 +11,8 @@ from swaplora_adapters.files.complaints import quoted
 
 MAX_INTEGER_DIGITS = 20
 BYTES_PER_VALUE = 8
+_MARKS = b",[]{}"
+_NO_MARK_BYTES = bytes(byte for byte in range(256) if byte not in _MARKS)
 _NO_MARKS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[^",\[\]{}]+', re.DOTALL)
 
 
@@ -24,7 +26,7 @@ def loads(raw: bytes, *, what: str, max_bytes: int, max_depth: int) -> Any:
     if len(raw) > max_bytes:
         raise InvalidAdapterError([f"{what} is larger than {max_bytes} bytes"])
     text = _decode(raw, what)
-    _check_extent(_NO_MARKS.sub("", text), max_bytes // BYTES_PER_VALUE, max_depth, what)
+    _check_extent(_marks(text), max_bytes // BYTES_PER_VALUE, max_depth, what)
     try:
         value = json.loads(
             text,
@@ -51,6 +53,14 @@ def _decode(raw: bytes, what: str) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidAdapterError([f"{what} is not UTF-8 (byte {error.start})"]) from None
+
+
+def _marks(text: str) -> str:
+    """The brackets and commas that are in no string."""
+    if "\\" in text:
+        return _NO_MARKS.sub("", text)
+    outside = "".join(text.split('"')[::2])
+    return outside.encode().translate(None, _NO_MARK_BYTES).decode()
 
 
 def _check_extent(marks: str, max_values: int, max_depth: int, what: str) -> None:

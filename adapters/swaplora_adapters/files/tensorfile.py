@@ -184,7 +184,7 @@ def _is_empty_matrix(sizes: object) -> TypeGuard[list[int]]:
 
 
 def _are_integers(values: object, at_least: int) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and all(type(value) is int and value >= at_least for value in values)
+    return isinstance(values, list) and {*map(type, values)} <= {int} and min(values, default=at_least) >= at_least
 
 
 def _check_layout(tensors: Mapping[str, TensorInfo], data_bytes: int) -> None:

@@ -14,7 +14,8 @@ from swaplora_adapters.fit.base import LegacyNames
 
 PREFIX = "base_model.model."
 _OWN_STATE = re.compile(r"(.+\.lora_(?:A|B|E|embedding_A|embedding_B))\.default(\.weight|\.bias)?")
-_VECTOR = re.compile(r"(.+\.lora_magnitude_vector)(?:\.default)?\.weight")
+_VECTOR_NAME = ".lora_magnitude_vector"
+_VECTOR = re.compile(rf"(.+{re.escape(_VECTOR_NAME)})(?:\.default)?\.weight")
 _OTHER_ADAPTER = re.compile(
     r".+\.lora_(?:A|B|E|embedding_A|embedding_B|magnitude_vector)\.(?!weight|bias|default)([^.]+)(?:\..*)?"
 )
@@ -37,9 +38,9 @@ def with_current_spelling(names: Iterable[str], legacy_names: LegacyNames | None
 def _current_spelling(name: str, legacy_names: LegacyNames | None) -> str:
     if legacy_names is not None and ".lora_" in name:
         name = PREFIX + legacy_names.renamed(name.removeprefix(PREFIX))
-    if match := _OWN_STATE.fullmatch(name):
+    if ".default" in name and (match := _OWN_STATE.fullmatch(name)):
         return match[1] + (match[2] or "")
-    match = _VECTOR.fullmatch(name)
+    match = _VECTOR.fullmatch(name) if name.endswith(".weight") and _VECTOR_NAME in name else None
     return match[1] if match else name
 
 

@@ -78,7 +78,7 @@ def _targets_tied_names(spec: AdapterSpec, matcher: Matcher) -> bool:
 def _saved(spec: AdapterSpec, layers: BaseLayers, complaints: list[str]) -> Iterator[tuple[str, str]]:
     """Every module that is saved, or lies in one that is: a name stands for all paths that end in it, dot or not."""
     found = set()
-    for path in (*layers.linears, *layers.embeddings, *layers.others):
+    for path in (*layers.linears, *layers.embeddings, *layers.others) if spec.modules_to_save else ():
         for whole in _parents(path):
             names = [name for name in spec.modules_to_save if whole.endswith(name)]
             found.update(names)
@@ -127,9 +127,9 @@ def _paths_of_tokens(name: str, layers: BaseLayers) -> list[str]:
 
 def _parameters(spec: AdapterSpec, layers: BaseLayers, complaints: list[str]) -> Iterator[TargetParameter]:
     found: set[str] = set()
-    for path, sizes in _parameter_sizes(layers):
+    for path, sizes in _parameter_sizes(layers) if spec.target_parameters else ():
         for name, num_dimensions in sizes.items():
-            ends = {end for end in path_ends(f"{path}.{name}") if end in spec.target_parameters}
+            ends = spec.target_parameters & path_ends(f"{path}.{name}")
             found |= ends
             if ends and num_dimensions in (2, 3):
                 yield TargetParameter(path, name)

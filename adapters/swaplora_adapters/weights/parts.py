@@ -119,7 +119,7 @@ def gather(layout: Layout, tensors: Iterable[tuple[str, Tensor]], dtype: torch.d
     gathered: dict[str, Parts] = {}
     for name, tensor in tensors:
         for slot in layout.slots[name]:
-            parts = gathered.setdefault(slot.path, Parts(layout, slot.path, dtype))
+            parts = gathered.get(slot.path) or gathered.setdefault(slot.path, Parts(layout, slot.path, dtype))
             parts.add(slot, tensor)
             missing[slot.path] -= 1
             if not missing[slot.path]:

@@ -168,7 +168,8 @@ def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
     jobs = [ctypes.POINTER(Segment), size, ctypes.POINTER(LoraModule), size]
     for name in ("lora_delta_fp32", "lora_delta_bf16"):
         _declare(library, name, [*jobs, size, pointer, number])
-    _declare(library, "place_factor", [pointer, number, size, size, size, ctypes.c_float, number, pointer], number)
+    factor = [pointer, number, number, pointer]
+    _declare(library, "place_factors", [size, size, size, ctypes.c_float, *factor, *factor], number)
     rows = [pointer] * 4
     _declare(library, "paged_attention", [ctypes.POINTER(LayerCache), pointer, size, *rows, number])
     _declare(library, "decode", [ctypes.POINTER(DecoderLayer), size, ctypes.POINTER(Step)])

@@ -16,7 +16,7 @@ from swaplora_adapters.weights.values import storage_dtype
 
 RANKS, COLUMNS = 16, 48  # rows of a panel of lora_A, and of lora_B
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/lora/factors.cpp
-_NOT_FINITE, _NOT_ZERO = 1, 2
+_SEEN = [Seen(not bits & 1, not bits & 2) for bits in range(4)]  # NOT_FINITE, NOT_ZERO
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,10 +62,14 @@ def placement(library: ctypes.CDLL, dtype: torch.dtype) -> Placement:
     def into(pages: HugePages) -> Place:
         def place(lora_A: Tensor, lora_B: Tensor, scaling: float, rows: torch.dtype) -> Placed:
             served = rows if dtype == torch.float32 else dtype
-            panels_A, of_A = _laid(library, lora_A, 1.0, served, RANKS, pages)
-            panels_B, of_B = _laid(library, lora_B, scaling, served, COLUMNS, pages)
+            lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
             rank, in_features = lora_A.shape
-            return Placed(PanelWeights(panels_A, panels_B, rank, in_features, len(lora_B)), of_A, of_B)
+            out_features = len(lora_B)
+            panels_A, A = _factor(lora_A, storage_dtype(lora_A.dtype, 1.0, served), pages)
+            panels_B, B = _factor(lora_B, storage_dtype(lora_B.dtype, scaling, served), pages)
+            seen = library.place_factors(rank, in_features, out_features, scaling, *A, *B)
+            of_A, of_B = _SEEN[seen & 3], _SEEN[seen >> 2]
+            return Placed(PanelWeights(panels_A, panels_B, rank, in_features, out_features), of_A, of_B)
 
         return place
 
@@ -96,15 +100,7 @@ def dense(panels: Tensor, num_rows: int, depth: int, widest: int) -> Tensor:
     return factor
 
 
-def _laid(
-    library: ctypes.CDLL, factor: Tensor, scaling: float, dtype: torch.dtype, widest: int, pages: HugePages
-) -> tuple[Tensor, Seen]:
-    """A factor times `scaling`, in panels of `widest` rows."""
-    factor = factor.contiguous()
-    num_rows, depth = factor.shape
-    panels = pages.empty(factor.numel(), storage_dtype(factor.dtype, scaling, dtype))
-    is_bf16 = panels.dtype == torch.bfloat16
-    seen = library.place_factor(
-        factor.data_ptr(), _KINDS[factor.dtype], num_rows, depth, widest, scaling, is_bf16, panels.data_ptr()
-    )
-    return panels, Seen(not seen & _NOT_FINITE, not seen & _NOT_ZERO)
+def _factor(factor: Tensor, dtype: torch.dtype, pages: HugePages) -> tuple[Tensor, tuple[int, int, bool, int]]:
+    """Memory for the panels, and both as csrc/lora/factors.cpp takes them."""
+    panels = pages.empty(factor.numel(), dtype)
+    return panels, (factor.data_ptr(), _KINDS[factor.dtype], dtype == torch.bfloat16, panels.data_ptr())

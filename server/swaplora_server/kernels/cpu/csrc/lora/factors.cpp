@@ -106,18 +106,29 @@ int place(const S* from, int64_t rows, int64_t depth, int64_t widest, float scal
     return seen;
 }
 
-template <typename S>
-int place(const S* from, int64_t rows, int64_t depth, int64_t widest, float scaling, int is_bf16, void* to) {
-    return is_bf16 ? place(from, rows, depth, widest, scaling, static_cast<bf16*>(to))
-                   : place(from, rows, depth, widest, scaling, static_cast<float*>(to));
-}
+struct Factor {
+    const void* from;
+    int kind, is_bf16;  // of what it is made, and what
+    void* to;
+
+    template <typename S>
+    int place(int64_t rows, int64_t depth, int64_t widest, float scaling) const {
+        const S* numbers = static_cast<const S*>(from);
+        return is_bf16 ? ::place(numbers, rows, depth, widest, scaling, static_cast<bf16*>(to))
+                       : ::place(numbers, rows, depth, widest, scaling, static_cast<float*>(to));
+    }
+    int place(int64_t rows, int64_t depth, int64_t widest, float scaling) const {
+        if (kind == FROM_FP32) return place<float>(rows, depth, widest, scaling);
+        if (kind == FROM_BF16) return place<bf16>(rows, depth, widest, scaling);
+        return place<half>(rows, depth, widest, scaling);
+    }
+};
 
 }  // namespace
 
-// [rows, depth] of `kind` times `scaling` into panels of `widest` rows; what was Seen
-extern "C" int place_factor(const void* from, int kind, int64_t rows, int64_t depth, int64_t widest, float scaling, int is_bf16,
-                            void* to) {
-    if (kind == FROM_FP32) return place(static_cast<const float*>(from), rows, depth, widest, scaling, is_bf16, to);
-    if (kind == FROM_BF16) return place(static_cast<const bf16*>(from), rows, depth, widest, scaling, is_bf16, to);
-    return place(static_cast<const half*>(from), rows, depth, widest, scaling, is_bf16, to);
+// A [rank, in] and B [out, rank], this times `scaling`, into panels; what was Seen of A, and in the next two bits of B
+extern "C" int place_factors(int64_t rank, int64_t in, int64_t out, float scaling, const void* A, int kind_A, int is_bf16_A,
+                             void* panels_A, const void* B, int kind_B, int is_bf16_B, void* panels_B) {
+    return Factor{A, kind_A, is_bf16_A, panels_A}.place(rank, in, RANKS, 1) |
+           Factor{B, kind_B, is_bf16_B, panels_B}.place(out, rank, COLUMNS, scaling) << 2;
 }
