@@ -100,6 +100,7 @@ def _xdg_folder(variable: str, fallback: str) -> Path:
 
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1, le=2**50)]
+SizeOrNone = Annotated[int, BeforeValidator(parse_size), Field(ge=0, le=2**50)]
 HomePath = Annotated[Path, BeforeValidator(_expand_home)]
 Folder = Annotated[DirectoryPath, BeforeValidator(_expand_home)]
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
@@ -159,6 +160,9 @@ class Settings(BaseSettings):
         None, description="Where an adapter that is not here is fetched from: hf://ORG/{name}"
     )
     adapter_memory_bytes: Size = Field(4 * 2**30, description="Memory for resident adapters")
+    host_adapter_bytes: SizeOrNone | None = Field(
+        None, description="Host memory for adapters that left the GPU's [default: 4GiB with a GPU]"
+    )
     adapter_wait_seconds: float = Field(
         30, ge=0, le=86_400, description="Longest wait of a request for memory for its adapters"
     )

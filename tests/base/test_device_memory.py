@@ -86,3 +86,10 @@ def test_adapters_that_will_not_fit_beside_it_are_warned_of(
         service.start(lambda _message: None)
         service.stop()
     assert any("--adapter-memory-bytes" in entry["event"] for entry in log) == is_warned
+
+
+def test_host_memory_for_adapters_is_refused_where_there_is_no_other(base: Path, tmp_path: Path) -> None:
+    refusal = refusal_of(Service(settings(base, tmp_path, host_adapter_bytes=1 << 20)))
+    assert "--host-adapter-bytes" in refusal
+    with serving(settings(base, tmp_path / "none", host_adapter_bytes=0)) as server:
+        assert server.client.get("/health/ready").status_code == 200

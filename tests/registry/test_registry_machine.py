@@ -77,11 +77,11 @@ class Machine(RuleBasedStateMachine):
             sources=Sources(allowed=(), folder=None, max_weights_bytes=0),
             layers=adapter_files.LAYERS,
             dtype=torch.float32,
-            device=torch.device("cpu"),
             memory_budget=ROOM * num_bytes,
             wait_seconds=30,
             keep_versions=KEPT,
             base_model="base",
+            host_budget=num_bytes,
         )
 
     def live(self, name: str) -> Named | None:

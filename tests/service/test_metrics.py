@@ -147,10 +147,11 @@ def read(state: ServerState) -> dict[str, float]:
 def test_the_prefix_cache_is_shown() -> None:
     counts = {count.name: 0 for count in fields(Snapshot)}
     counts |= {"num_looked_up_tokens": 100, "num_hit_tokens": 60, "num_cached_blocks": 3}
-    found = read(ServerState(Snapshot(**counts), resident_bytes=5))
+    found = read(ServerState(Snapshot(**counts), resident_bytes=5, host_bytes=7))
     assert found["swaplora_prefix_cache_queried_tokens_total"] == 100
     assert found["swaplora_prefix_cache_hit_tokens_total"] == 60
     assert found["swaplora_kv_blocks_cached"] == 3
+    assert (found["swaplora_adapter_resident_bytes"], found["swaplora_adapter_host_bytes"]) == (5, 7)
 
 
 def test_what_a_prompt_finds_in_the_cache_is_counted(server: Running) -> None:

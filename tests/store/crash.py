@@ -94,7 +94,6 @@ def opened(data_dir: Path, keep_versions: int = 1) -> Iterator[tuple[Store, Regi
         sources=Sources(allowed=(), folder=None, max_weights_bytes=0),
         layers=LAYERS,
         dtype=torch.float32,
-        device=torch.device("cpu"),
         memory_budget=_MiB,
         wait_seconds=30,
         keep_versions=keep_versions,

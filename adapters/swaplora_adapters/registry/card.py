@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from swaplora_adapters.store.records import VersionRecord
+
+# where its weights are: where steps read them, in the host's memory to be copied from there, or in its files alone
+Tier = Literal["device", "host", "disk"]
 
 
 class Failure(NamedTuple):
@@ -22,6 +25,7 @@ class Card:
     versions: Sequence[VersionRecord]
     state: str
     reason: str | None
+    tier: Tier
     is_pinned: bool
     num_in_flight: int
     last_used: float | None

@@ -17,7 +17,8 @@ from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.errors import AdapterError, PreconditionFailedError, StorageFailedError, StorageFullError
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.intake import inspect_files
-from swaplora_adapters.registry.card import Card, Failure, PutResult
+from swaplora_adapters.registry.card import Card, Failure, PutResult, Tier
+from swaplora_adapters.registry.host_tier import HostTier
 from swaplora_adapters.registry.index import NamedVersions
 from swaplora_adapters.registry.leases import Lease, LeaseCounts, Removal, RequestLeases
 from swaplora_adapters.registry.names import Names
@@ -53,31 +54,31 @@ class Registry:
         sources: Fetcher,
         layers: BaseLayers,
         dtype: torch.dtype,
-        device: torch.device,
         memory_budget: int,
         wait_seconds: float,
         keep_versions: int,
         base_model: str,
         placement: Placement | None = None,
         prepare: Callable[[AdapterWeights], AdapterWeights] = lambda weights: weights,
+        host_budget: int = 0,
     ) -> None:
-        """`layers` are the base's that adapters may change; weights are kept in `dtype` on `device`.
+        """`layers` are the base's that adapters may change; weights are kept in `dtype`.
 
         No request waits for memory for more than `wait_seconds`. `base_model` is the base's name: an adapter that was
         made for another one is taken with a warning. `placement` lays the factors of linears into memory, and `prepare`
-        makes of an adapter's weights what is served, the same with their `tables` filled in: both on the thread that
-        loads.
+        makes of an adapter's weights what is served, the same on their device with `tables` filled in: both on the
+        thread that loads. `host_budget` is of bytes that are kept of adapters as they were before `prepare`.
         """
         self._store = store
         self._sources = sources
         self._layers = layers
         self._dtype = dtype
-        self._device = device
         self._placement = placement
         self._prepare = prepare
         self._base_model = base_model
         self._names = Names(store, base_model=base_model, keep_versions=keep_versions)
         self._residency = Residency(self._load, memory_budget, wait_seconds)
+        self._host = HostTier(host_budget)
         self._lease_counts = LeaseCounts()
         self._last_failure: dict[str, Failure] = {}
         self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-free")
@@ -201,6 +202,11 @@ class Registry:
     def resident_bytes(self) -> int:
         return self._residency.resident_bytes
 
+    @property
+    def host_bytes(self) -> int:
+        """Of adapters that are kept in the host's memory beside the device's."""
+        return self._host.nbytes
+
     def check_integrity(self) -> None:
         """Raise RuntimeError if counts are off, or if with no lease out something still waits to be freed."""
         self._residency.check_integrity()
@@ -266,6 +272,7 @@ class Registry:
             named.versions,
             state,
             reason,
+            self._tier(record.digest, state),
             named.is_pinned,
             self._lease_counts.num_in_flight(record.name),
             self._lease_counts.last_used(record.name),
@@ -278,13 +285,21 @@ class Registry:
             if self._lease_counts.give_back(lease.record):
                 self._cleaner.submit(self._finish_removals)
 
+    def _tier(self, digest: str, state: str) -> Tier:
+        if state in {"resident", "draining"}:
+            return "device"
+        return "host" if digest in self._host else "disk"
+
     def _load(self, digest: str) -> AdapterWeights:
+        return self._prepare(self._host.find(digest) or self._read(digest))
+
+    def _read(self, digest: str) -> AdapterWeights:
         self._store.verify(digest)
         paths = self._store.blob_paths(digest)
-        weights = load_weights(
-            digest, paths.config, paths.weights, self._layers, self._dtype, self._device, self._placement
-        )
-        return self._prepare(weights)
+        host = torch.device("cpu")
+        weights = load_weights(digest, paths.config, paths.weights, self._layers, self._dtype, host, self._placement)
+        self._host.keep(weights)
+        return weights
 
     def _remove(self, name: str, version: int | None) -> Removal:
         """Needs `Names.changes`."""
@@ -302,6 +317,7 @@ class Registry:
             removable = self._lease_counts.removable(elsewhere)
             for digest in removable:
                 self._residency.drop(digest)
+                self._host.drop(digest)
                 with suppress(StorageFailedError):  # what a failing disk keeps is swept at the next start
                     self._store.discard_unreferenced(digest)
             self._lease_counts.settle(removable | elsewhere)

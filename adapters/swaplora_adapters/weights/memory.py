@@ -12,10 +12,11 @@ _SLACK = 64  # bytes behind the last tensor of a mapping
 
 def mapping_bytes(sizes: Iterable[int]) -> int:
     """What one mapping needs for tensors of these sizes in bytes."""
-    return sum(map(_aligned, sizes)) + _SLACK
+    return sum(map(aligned, sizes)) + _SLACK
 
 
-def _aligned(num_bytes: int) -> int:
+def aligned(num_bytes: int) -> int:
+    """`num_bytes` in whole cache lines."""
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
@@ -35,7 +36,7 @@ class HugePages:
         if self._mapping is None or self._offset + num_bytes + _SLACK > len(self._mapping):
             self._mapping, self._offset = _mapping(max(num_bytes + _SLACK, self._mapping_bytes)), 0
         tensor = torch.frombuffer(self._mapping, dtype=dtype, count=num_elements, offset=self._offset)
-        self._offset += _aligned(num_bytes)
+        self._offset += aligned(num_bytes)
         return tensor
 
 

@@ -107,11 +107,16 @@ class AdapterWeights:
         return not (is_scaled or has_rows or self.replaced or self.invocation)
 
     @property
-    def _tensors(self) -> Iterator[Tensor]:
+    def tensors(self) -> Iterator[Tensor]:
+        """Of what it adds: all but those of modules in place of the base's."""
         for linear in self.modules.values():
             yield from linear.tensors
         for embedding in self.embeddings.values():
             yield from embedding.tensors
+
+    @property
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from self.tensors
         for module in self.replaced.values():
             yield from (*module.parameters(), *module.buffers())
 

@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from swaplora_adapters.fit.base import BaseLayers
+from swaplora_adapters.weights.device_copy import DeviceCopier
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.base.adapter_proof import AdapterProof, adapter_proof
 from swaplora_server.base.batch_invariant import make_batch_invariant
@@ -50,12 +51,14 @@ class BaseModel:
     eos_token_ids: frozenset[int]
     kv_bytes_per_token: int
     weight_bytes: int
+    copier: DeviceCopier | None  # None on a CPU
 
     def runner(self, num_blocks: int, block_size: int) -> Runner:
         return Runner(self.model, self.backend, self.backend.paged_kv(num_blocks, block_size), self.device)
 
     def prepared(self, weights: AdapterWeights) -> AdapterWeights:
-        """An adapter as steps take it, with what kernels read of it: made on the thread that loads it."""
+        """An adapter as steps take it: on their device, with what kernels read of it. For the thread that loads it."""
+        weights = weights if self.copier is None else self.copier.copy(weights)
         return replace(weights, tables=self.backend.tables(weights, self.paths))
 
 
@@ -188,6 +191,7 @@ def prepare(
         eos_token_ids=_eos_token_ids(model, tokenizer, vocab_size),
         kv_bytes_per_token=proof.kv_bytes_per_token,
         weight_bytes=weight_bytes,
+        copier=None if device.type == "cpu" else DeviceCopier(device),
     )
 
 

@@ -24,6 +24,7 @@ def card_body(service: Service, card: Card) -> dict[str, Any]:
         "bytes": record.nbytes,
         "created": record.created,
         "state": card.state,
+        "tier": card.tier,
         "reason": card.reason,
         "pinned": card.is_pinned,
         "in_flight": card.num_in_flight,

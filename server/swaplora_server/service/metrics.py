@@ -42,7 +42,8 @@ class ServerState:
     """The engine and the adapters at one moment."""
 
     engine: Snapshot
-    resident_bytes: int  # of adapters, in memory
+    resident_bytes: int  # of adapters, where steps read them
+    host_bytes: int  # of adapters, in the host's memory beside a GPU's
 
 
 class Metrics:
@@ -108,6 +109,9 @@ class _StateCollector(Collector):
             "swaplora_isolated_failures", "Requests that failed alone in the engine", engine.num_failed_requests
         )
         yield GaugeMetricFamily("swaplora_adapter_resident_bytes", "Memory of adapters", state.resident_bytes)
+        yield GaugeMetricFamily(
+            "swaplora_adapter_host_bytes", "Host memory of adapters beside a GPU's", state.host_bytes
+        )
         yield from _prefix_cache_families(engine)
 
 

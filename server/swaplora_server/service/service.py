@@ -34,6 +34,7 @@ from swaplora_server.service.offload import Offload
 from swaplora_server.service.prompts import LONG_CHARACTERS, PromptTokenizer
 from swaplora_server.service.wakeups import Wakeups, result_of
 
+HOST_ADAPTER_BYTES = 4 * 2**30  # beside a GPU, unless the settings say otherwise
 _HEARTBEAT_LIMIT_SECONDS = 60.0
 _JOIN_SECONDS = 3.0
 NUM_UPLOAD_THREADS = 4  # each writes what has come of one upload, or checks a whole one
@@ -168,10 +169,12 @@ class Service:
 
     def memory_plan(self) -> list[tuple[str, int]]:
         """What the server's memory is for, in bytes."""
+        host_bytes = self._host_budget()
         return [
             ("base weights", self.base.weight_bytes),
             ("KV cache, at most", self.settings.kv_cache_bytes),
             ("adapters, at most", self.settings.adapter_memory_bytes),
+            *([("adapters in the host's memory, at most", host_bytes)] if host_bytes else []),
         ]
 
     def computes_with(self) -> dict[str, str | None]:
@@ -186,7 +189,7 @@ class Service:
         """The engine and the adapters as they are now; None before there is an engine."""
         if not self._is_ready.is_set():
             return None
-        return ServerState(self.engine.snapshot(), self.registry.resident_bytes)
+        return ServerState(self.engine.snapshot(), self.registry.resident_bytes, self.registry.host_bytes)
 
     def _open_registry(self) -> Registry:
         settings = self.settings
@@ -204,17 +207,29 @@ class Service:
                 sources=self._sources,
                 layers=self.base.layers,
                 dtype=self.base.dtype,
-                device=self.base.device,
                 memory_budget=settings.adapter_memory_bytes,
                 wait_seconds=settings.adapter_wait_seconds,
                 keep_versions=settings.keep_versions,
                 base_model=settings.base_id,
                 placement=self.base.backend.placement,
                 prepare=self.base.prepared,
+                host_budget=self._host_budget(),
             )
         except BaseException:
             store.close()
             raise
+
+    def _host_budget(self) -> int:
+        """On a CPU adapters are in the host's memory already."""
+        wanted = self.settings.host_adapter_bytes
+        if self.base.device.type == "cpu":
+            if wanted:
+                raise UnsupportedModelError(
+                    "--host-adapter-bytes is for adapters beside a GPU's memory: on a CPU leave it out, and set "
+                    "--adapter-memory-bytes"
+                )
+            return 0
+        return HOST_ADAPTER_BYTES if wanted is None else wanted
 
     def _take_in_named_adapters(self) -> None:
         for name, folder in self.settings.adapter_folders.items():

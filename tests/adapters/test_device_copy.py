@@ -1,0 +1,93 @@
+"""An adapter that is copied to a device is the same there, tensor by tensor, in one allocation."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from swaplora_adapters.errors import MemoryFullError
+from swaplora_adapters.weights.device_copy import DeviceCopier
+from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, ModuleWeights
+
+# the same memory by another name, so that what is copied "to" it is copied, and can be read
+DEVICE = torch.device("cpu", 0)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def adapter() -> AdapterWeights:
+    half = torch.bfloat16
+    return AdapterWeights(
+        "sha256:0",
+        {
+            "first": ModuleWeights(random(3, 50), random(3, 70).t(), random(70), None),
+            "second": ModuleWeights(random(16, 33, dtype=half), random(41, 16, dtype=half), None, random(41)),
+            "biases alone": ModuleWeights(random(0, 33), random(41, 0), None, random(41)),
+            "rank 1": ModuleWeights(random(1, 9), random(1, 8).t()),
+        },
+        {
+            "plain": EmbeddingWeights(random(20, 2), random(6, 2)),
+            "with tokens": EmbeddingWeights(random(20, 0), random(6, 0), torch.tensor([3, 9]), random(2, 6)),
+        },
+        {"own": nn.Linear(4, 5)},
+        invocation=(7,),
+    )
+
+
+def named(weights: AdapterWeights) -> dict[str, Any]:
+    parts: dict[str, Any] = {**weights.modules, **weights.embeddings}
+    return {f"{path} {each.name}": getattr(part, each.name) for path, part in parts.items() for each in fields(part)}
+
+
+@pytest.mark.parametrize("piece_bytes", [1 << 20, 64, 100])
+def test_every_tensor_is_the_same_and_lies_the_same_way(piece_bytes: int) -> None:
+    weights = adapter()
+    copied = DeviceCopier(DEVICE, piece_bytes).copy(weights)
+    before, after = named(weights), named(copied)
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        if tensor is None:
+            assert after[name] is None
+        else:
+            assert torch.equal(after[name], tensor), name
+            assert (after[name].dtype, after[name].shape) == (tensor.dtype, tensor.shape)
+            assert tensor.numel() <= 1 or after[name].stride() == tensor.stride() or 1 in tensor.shape
+    assert (copied.digest, copied.invocation, copied.nbytes) == (weights.digest, (7,), weights.nbytes)
+    assert torch.equal(copied.replaced["own"].weight, weights.replaced["own"].weight)  # type: ignore[arg-type]
+
+
+def test_all_of_it_is_one_allocation_that_is_not_the_hosts() -> None:
+    weights = adapter()
+    copied = DeviceCopier(DEVICE, 128).copy(weights)
+    spans = {tensor.untyped_storage().data_ptr() for tensor in copied.tensors if tensor.numel()}
+    assert len(spans) == 1
+    assert not spans & {tensor.untyped_storage().data_ptr() for tensor in weights.tensors}
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in copied.tensors if tensor.numel())
+
+
+def test_a_second_copy_leaves_the_first_as_it_is() -> None:
+    copier, weights = DeviceCopier(DEVICE, 64), adapter()
+    first = copier.copy(weights)
+    other = replace(weights, modules={"first": ModuleWeights(random(3, 50) + 1, random(70, 3))})
+    copier.copy(other)
+    assert torch.equal(first.modules["first"].lora_A, weights.modules["first"].lora_A)
+
+
+def test_what_lies_on_the_device_already_is_left_there() -> None:
+    weights = adapter()
+    copied = DeviceCopier(torch.device("cpu")).copy(weights)
+    assert copied.modules["first"].lora_A is weights.modules["first"].lora_A
+
+
+def test_a_device_without_room_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    copier, weights = DeviceCopier(DEVICE), adapter()
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(MemoryFullError, match=f"{weights.nbytes} bytes: lower --kv-cache-bytes"):
+        copier.copy(weights)

@@ -1,0 +1,125 @@
+"""Adapters that leave the device stay in the host's memory, within its budget, and come back without their files."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import adapter_files
+from swaplora_adapters.registry import registry as registry_module
+from swaplora_adapters.registry.host_tier import HostTier
+from swaplora_adapters.registry.registry import Registry
+from swaplora_adapters.sources.source import Sources
+from swaplora_adapters.sources.watcher import put_folder
+from swaplora_adapters.store.store import Store
+from swaplora_adapters.weights.load import load_weights
+from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
+
+
+def weights(digest: str, nbytes: int) -> AdapterWeights:
+    return AdapterWeights(
+        digest, {"m": ModuleWeights(torch.zeros(nbytes, 1, dtype=torch.uint8), torch.zeros(0, nbytes))}
+    )
+
+
+@given(
+    st.integers(0, 30),
+    st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 20), st.sampled_from(["keep", "find", "drop"]))),
+)
+def test_it_keeps_what_was_used_last_within_its_budget(budget: int, calls: list[tuple[str, int, str]]) -> None:
+    tier, model = HostTier(budget), dict[str, int]()  # least recently used first
+    for digest, nbytes, call in calls:
+        if call == "find":
+            assert (tier.find(digest) is not None) == (digest in model)
+            if digest in model:
+                model[digest] = model.pop(digest)
+        else:
+            model.pop(digest, None)
+            if call == "drop":
+                tier.drop(digest)
+            else:
+                tier.keep(weights(digest, nbytes))
+                if nbytes <= budget:
+                    model[digest] = nbytes
+                while sum(model.values()) > budget:
+                    del model[next(iter(model))]
+        assert tier.nbytes == sum(model.values())
+        assert {each for each in "abcdef" if each in tier} == model.keys()
+
+
+NUM_BYTES = 4 * sum(tensor.numel() for tensor in adapter_files.factors().values())
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    """Room for one adapter on the device and for two on the host; a copy to the device is another object."""
+    registry = Registry(
+        Store(tmp_path / "data"),
+        sources=Sources(allowed=(), folder=None, max_weights_bytes=0),
+        layers=adapter_files.LAYERS,
+        dtype=torch.float32,
+        memory_budget=NUM_BYTES,
+        wait_seconds=30,
+        keep_versions=1,
+        base_model="base",
+        prepare=replace,
+        host_budget=2 * NUM_BYTES,
+    )
+    for seed, name in enumerate("abc"):
+        put_folder(registry, name, adapter_files.write_adapter(tmp_path / name, seed=seed))
+    yield registry
+    registry.close()
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    digests: list[str] = []
+
+    def noted(digest: str, *arguments: object) -> AdapterWeights:
+        digests.append(digest)
+        return load_weights(digest, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(registry_module, "load_weights", noted)
+    return digests
+
+
+def use(registry: Registry, name: str) -> AdapterWeights:
+    leases = registry.lease_weights([registry.lease(name)])
+    try:
+        (weights,) = leases.weights.result(timeout=60).values()
+        return weights
+    finally:
+        leases.release()
+
+
+def tiers(registry: Registry) -> dict[str, str]:
+    return {name: registry.card(name).tier for name in "abc"}
+
+
+def test_what_left_the_device_comes_back_without_its_files(registry: Registry, reads: list[str]) -> None:
+    assert tiers(registry) == dict.fromkeys("abc", "disk")
+    first = use(registry, "a")
+    use(registry, "b")
+    assert tiers(registry) == {"a": "host", "b": "device", "c": "disk"}
+    again = use(registry, "a")
+    assert len(reads) == 2
+    assert again.digest == first.digest
+    assert torch.equal(next(again.tensors), next(first.tensors))
+    use(registry, "c")  # the host has room for two: b was used less recently there than a
+    assert tiers(registry) == {"a": "host", "b": "disk", "c": "device"}
+    assert registry.host_bytes == 2 * NUM_BYTES
+
+
+def test_what_is_replaced_or_deleted_leaves_the_host_too(registry: Registry, tmp_path: Path) -> None:
+    use(registry, "a")
+    use(registry, "b")
+    put_folder(registry, "a", adapter_files.write_adapter(tmp_path / "other", seed=9))
+    registry.check_integrity()
+    assert registry.host_bytes == NUM_BYTES
+    registry.delete("b").freed.result(timeout=60)
+    registry.check_integrity()
+    assert registry.host_bytes == 0
