@@ -1,7 +1,9 @@
 """The resident base: loaded by transformers, given our attention and wrapped linears, and proven before it serves."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.step import running
 from swaplora_server.kernels.backend import Backend
 from swaplora_server.kernels.cpu.build import NoCompilerError
-from swaplora_server.kernels.pick import pick_backend, prefers_bf16
+from swaplora_server.kernels.pick import pick_backend, prefers_bf16, torch_backend
+from swaplora_server.kernels.torch.backend import TorchBackend
 
 _log = structlog.get_logger(__name__)
 
@@ -98,7 +101,21 @@ def load_chosen_base(settings: Settings, report: Callable[[str], None]) -> BaseM
     dtype = pick_dtype(settings.dtype, device, AutoConfig.from_pretrained(source).dtype)
     backend = _backend(settings, device, dtype, report)
     rows = torch.float32 if device.type == "cpu" else dtype
-    return load_base(source, device=device, dtype=rows, backend=backend, quantization=settings.quantization)
+    load = partial(load_base, source, device=device, dtype=rows, quantization=settings.quantization)
+    if device.type == "cpu" or isinstance(backend, TorchBackend):
+        return load(backend=backend)
+    return load_with_either(load, backend, torch_backend(device))
+
+
+def load_with_either(load: Callable[..., BaseModel], backend: Backend, other: Backend) -> BaseModel:
+    """`load` with a GPU's own kernels, or with the other ones for a base, a card or a driver that they fail."""
+    try:
+        return load(backend=backend)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other kernels may do without it
+        reason = str(error)
+    _log.warning(f"serving with {other.description}: the GPU's own kernels failed this base", reason=reason)
+    gc.collect()  # what was loaded of the base, now that the error holds it no more
+    return load(backend=other)
 
 
 def _backend(settings: Settings, device: torch.device, dtype: torch.dtype, report: Callable[[str], None]) -> Backend:

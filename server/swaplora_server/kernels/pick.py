@@ -1,5 +1,6 @@
 """Which backend does the heavy work on this machine, picked once at start."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from swaplora_server.kernels.backend import Backend
 from swaplora_server.kernels.cpu import abi, build
 from swaplora_server.kernels.cpu.backend import CpuBackend
 from swaplora_server.kernels.cpu.build import NoCompilerError
+from swaplora_server.kernels.cuda.needs import NoTritonError, require_triton
 from swaplora_server.kernels.torch.backend import TorchBackend
 
 _log = structlog.get_logger(__name__)
@@ -26,13 +28,14 @@ def torch_backend(device: torch.device) -> Backend:
 
 
 def pick_backend(device: torch.device, dtype: torch.dtype, cache_dir: Path, report: Callable[[str], None]) -> Backend:
-    """Native code on a CPU with a compiler, compiled into `cache_dir` the first time; torch's operations elsewhere.
+    """Triton's kernels on a GPU, native code on a CPU with a compiler; torch's operations where these cannot be had.
 
-    `dtype` is the number format of the base. On a CPU that is float32 or bfloat16, the format of its products: rows are
-    float32 there. Raises NoCompilerError for bfloat16 on a CPU without a compiler, where torch has no such products.
+    Both are compiled into `cache_dir` the first time. `dtype` is the number format of the base. On a CPU that is
+    float32 or bfloat16, the format of its products: rows are float32 there. Raises NoCompilerError for bfloat16 on a
+    CPU without a compiler, where torch has no such products.
     """
-    if device.type != "cpu":
-        return torch_backend(device)
+    if device.type == "cuda":
+        return _cuda_backend(device, dtype, cache_dir)
     try:
         library = abi.load_library(cache_dir, report)
     except NoCompilerError as error:
@@ -44,6 +47,19 @@ def pick_backend(device: torch.device, dtype: torch.dtype, cache_dir: Path, repo
         )
         return torch_backend(device)
     return CpuBackend(library, dtype)
+
+
+def _cuda_backend(device: torch.device, dtype: torch.dtype, cache_dir: Path) -> Backend:
+    torch_form = torch_backend(device)
+    try:
+        require_triton()
+    except NoTritonError as error:
+        _log.warning("serving without the GPU's own kernels: many adapters at once are slow", reason=str(error))
+        return torch_form
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir / "triton"))
+    from swaplora_server.kernels.cuda.backend import CudaBackend
+
+    return CudaBackend(device, dtype)
 
 
 def prefers_bf16() -> bool:

@@ -1,0 +1,60 @@
+"""Triton's kernels as a family. Importing this needs triton: see `require_triton`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from swaplora_adapters.weights.served import AdapterWeights
+from swaplora_server.kernels.backend import Memory, PagedKV, RunningStep
+from swaplora_server.kernels.cuda.adapter_tables import AdapterTables
+from swaplora_server.kernels.cuda.lora import CudaLora
+from swaplora_server.kernels.step import Segments
+from swaplora_server.kernels.torch.attention import TorchKV
+from swaplora_server.kernels.torch.backend import DeviceMemory
+
+
+@dataclass(frozen=True, slots=True)
+class CudaBackend:
+    """See `Backend`. `dtype` is that of the rows."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def description(self) -> str:
+        """See `Backend`."""
+        return "Triton's LoRA, torch's attention"
+
+    @property
+    def products(self) -> None:
+        """Rows are multiplied as they are."""
+
+    def memory(self, _piece_bytes: int = 0) -> Memory:
+        """See `Backend`."""
+        return DeviceMemory(self.device)
+
+    def linear(self, linear: nn.Module, _memory: Memory) -> nn.Module:
+        """The linear itself: cuBLAS multiplies it."""
+        return linear
+
+    @property
+    def placement(self) -> None:
+        """Plain tensors."""
+
+    def tables(self, weights: AdapterWeights, paths: Sequence[str]) -> AdapterTables:
+        """See `Backend`."""
+        return AdapterTables(weights, paths, self.dtype, self.device)
+
+    def lora(self, segments: Segments) -> CudaLora:
+        """See `Backend`."""
+        return CudaLora.of(segments, self.dtype, self.device)
+
+    def paged_kv(self, num_blocks: int, block_size: int) -> PagedKV:
+        """See `Backend`."""
+        return TorchKV(num_blocks, block_size, self.device)
+
+    def wrap(self, _model: PreTrainedModel, _running: Callable[[], RunningStep]) -> None:
+        """Layers are left as they are."""

@@ -1,0 +1,52 @@
+"""A whole tiny base on the GPU's kernels, proof at start and adapters included, equals one on torch's operations."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.weights.load import load_weights
+from swaplora_server.base.base_model import BaseModel, load_base
+from swaplora_server.engine.kv_cache import BlockPool
+from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
+from swaplora_server.engine.scheduler import Batch, rows_of
+from swaplora_server.kernels.cuda.backend import CudaBackend
+from swaplora_server.kernels.pick import torch_backend
+
+CPU = torch.device("cpu")
+ADAPTERS: dict[str, dict[str, Any]] = {"plain": {"rank": 5}, "dora": {"use_dora": True}, "wide": {"rank": 40}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_base_and_its_adapters_are_those_of_torchs_operations(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = tiny.save_tiny_base(tmp_path / "base")
+    for seed, (name, fields) in enumerate(ADAPTERS.items()):
+        tiny.save_adapter(tmp_path / name, folder, seed=seed, **fields)
+    ours, expected = (
+        logprobs(load_base(folder, device=CPU, dtype=dtype, backend=backend), tmp_path)
+        for backend in (CudaBackend(CPU, dtype), torch_backend(CPU))
+    )
+    assert (ours - expected).abs().max() < (1e-4 if dtype == torch.float32 else 2e-2)
+
+
+def logprobs(base: BaseModel, folder: Path) -> Tensor:
+    """Of prompts of several lengths in one step: the base alone, each adapter, and a sum of two."""
+    uses: list[tuple[AdapterUse, ...]] = [()]
+    for name in ADAPTERS:
+        files = folder / name / CONFIG_FILE, folder / name / WEIGHTS_FILE
+        weights = base.prepared(load_weights(f"sha256:{name}", *files, base.layers, base.dtype, CPU))
+        uses.append((AdapterUse(weights, 1.0, weights.digest),))
+    uses.append((uses[1][0], replace(uses[3][0], scale=-0.5)))
+    pool, rows = BlockPool(64, 16), []
+    for number, adapters in enumerate(uses):
+        prompt = tuple((7 * number + at) % 250 for at in range(3 + 6 * number))
+        request = Request("row", prompt, SamplingParams(max_tokens=1), lambda _event: None, adapters=adapters)
+        sequence = Sequence(request, 0)
+        pool.grow(sequence.block_table, sequence.num_tokens)
+        rows.append(rows_of(sequence, 0, sequence.num_tokens))
+    return base.runner(64, 16).logits(Batch(tuple(rows))).float().log_softmax(-1)
