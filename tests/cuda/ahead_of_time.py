@@ -25,6 +25,7 @@ class Form:
     num_warps: int
     num_stages: int
     aligned: Sequence[str] = ()  # arguments that are multiples of 16
+    max_registers: int | None = None  # of each thread; None: as the compiler likes, which spills to have more programs
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _compile(form: Form, card: int) -> Compiled:
     compiled = triton.compile(
         ASTSource(kernel, signature, dict(form.constants), aligned),
         target=GPUTarget("cuda", card, 32),
-        options={"num_warps": form.num_warps, "num_stages": form.num_stages},
+        options={"num_warps": form.num_warps, "num_stages": form.num_stages, "maxnreg": form.max_registers},
     )
     usage = _resources(compiled.asm["cubin"], Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
     return Compiled(

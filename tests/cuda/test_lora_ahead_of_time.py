@@ -1,13 +1,28 @@
 """Every form in which the GPU's LoRA kernels can be launched compiles, for Ampere and for Hopper, and fits the card."""
 
-import importlib
+import re
 import sys
+from dataclasses import replace
+from functools import cache
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from ahead_of_time import CARDS, Compiled, Form, compile_ahead
+from ahead_of_time import CARDS, HOPPER, Compiled, Form, compile_ahead
+from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
+from swaplora_server.kernels.cuda.adapter_tables import AdapterTables
 from swaplora_server.kernels.cuda.lora_shapes import GROUP, Launch, expand_launch, shrink_launch
+from swaplora_server.kernels.step import Segment, Segments
+
+if sys.platform == "linux":
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from swaplora_server.kernels.cuda.lora import CudaLora
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux alone")
 
@@ -25,7 +40,15 @@ def each(*names: str) -> dict[str, str]:
 
 
 def form(kernel: str, types: dict[str, str], launch: Launch) -> Form:
-    return Form(f"{KERNELS}:{kernel}", PLAN | types, launch.constants, launch.shape.num_warps, launch.shape.num_stages)
+    shape = launch.shape
+    return Form(
+        f"{KERNELS}:{kernel}",
+        PLAN | types,
+        launch.constants,
+        shape.num_warps,
+        shape.num_stages,
+        max_registers=shape.max_registers,
+    )
 
 
 def shrink(dtype: str, *, is_aligned: bool) -> Form:
@@ -45,9 +68,14 @@ FORMS = {
 }
 
 
-@pytest.fixture(scope="module", params=CARDS)
+@cache
+def compiled_for(card: int) -> dict[tuple[str, str, bool], Compiled]:
+    return dict(zip(FORMS, compile_ahead(list(FORMS.values()), card), strict=True))
+
+
+@pytest.fixture(params=CARDS)
 def compiled(request: pytest.FixtureRequest) -> dict[tuple[str, str, bool], Compiled]:
-    return dict(zip(FORMS, compile_ahead(list(FORMS.values()), request.param), strict=True))
+    return compiled_for(request.param)
 
 
 def test_all_is_held_in_registers(compiled: dict[tuple[str, str, bool], Compiled]) -> None:
@@ -74,11 +102,52 @@ def test_aligned_rows_and_factors_move_16_bytes_at_a_time(compiled: dict[tuple[s
         assert compiled["expand", dtype, False].count("st.global.v4.b32") == 0
 
 
-@pytest.mark.parametrize("kernel", ["lora_shrink", "lora_expand"])
-def test_no_value_of_an_argument_makes_another_form(kernel: str) -> None:
-    """Else a launch might compile one that nobody has tried, in the midst of a step."""
-    kernels = importlib.import_module(KERNELS)
-    constants = {"RANKS", "BLOCK", "IS_ALIGNED"}
-    specialised = {param.name for param in getattr(kernels, kernel).params if not param.do_not_specialize}
-    assert specialised == constants
-    assert set(shrink_launch("float32", is_aligned=True).constants) == constants
+class _Driver:
+    """Of a card that is not there: enough for kernels to be compiled at their launch."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return GPUTarget("cuda", HOPPER, 32)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> set[str]:
+    """The PTX of whatever is launched meanwhile, and not run."""
+    found: set[str] = set()
+    run = JITFunction.run
+
+    def compile_alone(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        found.add(code_of(run(kernel, *arguments, grid=grid, warmup=True, **options).asm["ptx"]))
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(JITFunction, "run", compile_alone)
+    monkeypatch.setattr(driver, "_active", _Driver())
+    return found
+
+
+def code_of(ptx: str) -> str:
+    """Without what tells where it comes from."""
+    code, _, _ = ptx.partition(".debug_")
+    return "\n".join(line for line in code.splitlines() if not re.match(r"\s*(//|\.loc|\.file)", line))
+
+
+def test_launches_compile_what_was_tried_and_nothing_else(launched: set[str]) -> None:
+    """Whatever the numbers are. Else one might be compiled in the midst of a step, and it would be one unseen."""
+    cpu = torch.device("cpu")
+    for dtype, width, num_rows in product(
+        (torch.float32, torch.float16, torch.bfloat16), (1, 7, 16, 48, 4096), (1, 17)
+    ):
+        module = ModuleWeights(torch.zeros(8, width, dtype=dtype), torch.zeros(8, width, dtype=dtype).t())
+        weights = AdapterWeights("sha256:0", {"q": module})
+        prepared = replace(weights, tables=AdapterTables(weights, ["q"], dtype, cpu))
+        lora = CudaLora.of(Segments([Segment(prepared, 1.0, 0, num_rows)]), dtype, cpu)
+        x, y, other = (torch.zeros(num_rows, width, dtype=dtype) for _ in range(3))
+        lora.add(x, [(y, 0)])
+        lora.add(x, [(y, 0), (other, 0)])
+    assert launched == {code_of(form.ptx) for form in compiled_for(HOPPER).values()}
+    assert len(launched) == len(FORMS)

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from swaplora_server.kernels.cuda import lora_kernels
 from swaplora_server.kernels.cuda.adapter_tables import AdapterTables, tables_of
-from swaplora_server.kernels.cuda.lora_shapes import GROUP, SLICE, expand_launch, shrink_launch
+from swaplora_server.kernels.cuda.lora_shapes import GROUP, PROGRAMS_PER_PROCESSOR, SLICE, expand_launch, shrink_launch
 from swaplora_server.kernels.cuda.lora_tiles import Capacity, Tiles, tiles_of
 from swaplora_server.kernels.step import Ints, Segments
 
-PROGRAMS_PER_PROCESSOR = 2
 ALIGNMENT = 16  # elements of a row, and bytes of an address
 
 

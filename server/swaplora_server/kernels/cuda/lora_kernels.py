@@ -169,13 +169,15 @@ def lora_expand(
             y = _pick(module, y0, y1, y2, y3)
             y_stride = _pick(module, y_stride0, y_stride1, y_stride2, y_stride3)
             if IS_ALIGNED:
-                y, y_stride = tl.multiple_of(y, 16), tl.multiple_of(y_stride, 16)
-                out_features = tl.multiple_of(out_features, 16)
+                y_stride, out_features = y_stride // 16 * 16, out_features // 16 * 16
             columns = (block - _pick(module, 0, blocks0, first2, first3)) * BLOCK + tl.arange(0, BLOCK)
             row = tl.arange(0, _ROWS)
             rows = tl.load(tile + 1).to(tl.int32)
             is_ours = (row < rows)[:, None] & (columns < out_features)[None, :]
-            at = y + tl.load(tile) * y_stride + row[:, None] * y_stride + columns[None, :]
+            y_rows = y + tl.load(tile) * y_stride
+            if IS_ALIGNED:
+                y_rows = tl.multiple_of(y_rows, 16)
+            at = y_rows + row[:, None] * y_stride + columns[None, :]
             sums = tl.load(at, mask=is_ours, other=0.0).to(tl.float32)
             h_module = h + module * h_elements
             for _ in range(num_entries):

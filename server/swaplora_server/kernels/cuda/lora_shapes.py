@@ -5,6 +5,8 @@ Imports neither torch nor triton.
 
 from dataclasses import dataclass
 
+PROGRAMS_PER_PROCESSOR = 2  # that run at once
+REGISTERS = 64 << 10  # of a processor
 GROUP = 4  # modules of one launch
 SLICE = 1024  # features of one plane of h, whatever runs beside it
 
@@ -17,6 +19,11 @@ class Shape:
     block: int  # features of x, or columns of y, at a time
     num_warps: int = 4
     num_stages: int = 2
+
+    @property
+    def max_registers(self) -> int:
+        """Of each thread, so that all programs run at once: else the compiler spills to make room for more."""
+        return min(248, REGISTERS // PROGRAMS_PER_PROCESSOR // (32 * self.num_warps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +41,12 @@ class Launch:
     @property
     def options(self) -> dict[str, int]:
         """All that a launch says beside the kernel's arguments."""
-        return self.constants | {"num_warps": self.shape.num_warps, "num_stages": self.shape.num_stages}
+        return self.constants | {
+            "num_warps": self.shape.num_warps,
+            "num_stages": self.shape.num_stages,
+            "maxnreg": self.shape.max_registers,
+            "enable_fp_fusion": True,
+        }
 
 
 # by the rows' number format
