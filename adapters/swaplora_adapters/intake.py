@@ -17,6 +17,7 @@ from swaplora_adapters.files.tensorfile import DEFAULT_LIMITS, Header, Limits, i
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.store.records import Details
 from swaplora_adapters.weights.load import check_fit, survey_values
+from swaplora_adapters.weights.placement import Placement
 from swaplora_adapters.weights.served import last_names
 
 
@@ -42,17 +43,19 @@ def inspect_files(
     *,
     limits: Limits = DEFAULT_LIMITS,
     base_model: str | None = None,
+    placement: Placement | None = None,
 ) -> Inspection:
     """Check both files against the base's `layers`, holding one module at a time in memory.
 
-    `dtype` is what the adapter will be served in, `base_model` the name to compare with the one in the config. Raises
-    InvalidAdapterError with every complaint of the first stage that has any (the two files by themselves, their fit to
-    the base, their values), or UnsupportedAdapterError if all of those are about what is not served.
+    `dtype` is what the adapter will be served in, `placement` how it will lie in memory, `base_model` the name to
+    compare with the one in the config. Raises InvalidAdapterError with every complaint of the first stage that has any
+    (the two files by themselves, their fit to the base, their values), or UnsupportedAdapterError if all of those are
+    about what is not served.
     """
     with raising_storage_errors():
         spec, header = _read_both(config_path, weights_path, limits)
         layout = check_fit(spec, header, layers, MAX_WORK)
-        survey = survey_values(layout, iter_tensors(weights_path, header), dtype)
+        survey = survey_values(layout, iter_tensors(weights_path, header), dtype, placement)
         digest = digest_of(spec.canonical, weights_path)
     details = Details(
         digest=digest,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from repository import KERNEL_CACHE
 from swaplora_adapters.config.parse import parse_spec
 from swaplora_adapters.errors import InvalidAdapterError
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.intake import inspect_files
 from swaplora_adapters.weights import memory
 from swaplora_adapters.weights.load import build_weights, load_weights
 from swaplora_adapters.weights.memory import HugePages, mapping_bytes
@@ -223,12 +225,42 @@ def test_what_is_refused_is_refused_with_the_same_words(part: str, value: float,
 
 
 def outcome(tensors: Tensors, dtype: torch.dtype, placement: Placement | None) -> tuple[str, ...]:
-    build = partial(build_weights, "d", parse_spec(config_bytes()), tensors, LAYERS, dtype, CPU)
+    return refusal(partial(build_weights, "d", parse_spec(config_bytes()), tensors, LAYERS, dtype, CPU, placement))
+
+
+def refusal(work: Callable[[], object]) -> tuple[str, ...]:
+    """Why it was refused; nothing if it was not."""
     try:
-        build(placement)
+        work()
     except InvalidAdapterError as error:
         return error.reasons
     return ()
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan"), 3e38, 3.4e38])  # the last is infinite in bfloat16
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_what_would_not_load_does_not_come_in(tmp_path: Path, products: torch.dtype, part: str, value: float) -> None:
+    files = tmp_path / CONFIG_FILE, tmp_path / WEIGHTS_FILE
+    files[0].write_bytes(config_bytes())
+    safetensors.torch.save_file(with_value(value, part)(factors()), files[1])
+    placement = panels.placement(LIBRARY, products)
+    outcomes = [
+        refusal(partial(load_weights, "d", *files, LAYERS, torch.float32, CPU, placement)),
+        refusal(partial(inspect_files, *files, LAYERS, torch.float32, placement=placement)),
+    ]
+    assert outcomes[0] == outcomes[1]
+    sound_in_A = [3e38] if products == torch.bfloat16 else [3e38, 3.4e38]  # B is multiplied by its scaling
+    assert bool(outcomes[0]) is not (value == 0.5 or (part == "lora_A" and value in sound_in_A))
+
+
+def test_a_survey_in_panels_is_that_of_plain_tensors(tmp_path: Path) -> None:
+    files = tmp_path / CONFIG_FILE, tmp_path / WEIGHTS_FILE
+    files[0].write_bytes(config_bytes())
+    for tensors in (factors(), {name: torch.zeros_like(tensor) for name, tensor in factors().items()}):
+        safetensors.torch.save_file(tensors, files[1])
+        plain, in_panels = (inspect_files(*files, LAYERS, placement=given) for given in (None, PLACEMENT))
+        assert in_panels == plain
 
 
 def test_the_bytes_behind_the_last_tensor_of_a_mapping_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:

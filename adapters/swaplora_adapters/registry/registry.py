@@ -231,7 +231,12 @@ class Registry:
     def _put(self, name: str, staging: Staging, source: str, conditions: Conditions, make: Make | None) -> PutResult:
         provenance = None if make is None else make(staging)
         found = inspect_files(
-            staging.config_path, staging.weights_path, self._layers, self._dtype, base_model=self._base_model
+            staging.config_path,
+            staging.weights_path,
+            self._layers,
+            self._dtype,
+            base_model=self._base_model,
+            placement=self._placement,
         )
         details = replace(found.details, provenance=provenance)
         nbytes = details.num_parameters * self._dtype.itemsize

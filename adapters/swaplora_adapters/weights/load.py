@@ -23,7 +23,7 @@ from swaplora_adapters.fit.fit import Layout, fitted
 from swaplora_adapters.weights.embeddings import build_embedding
 from swaplora_adapters.weights.linears import build_linear
 from swaplora_adapters.weights.materialise import materialise
-from swaplora_adapters.weights.memory import HugePages, mapping_bytes
+from swaplora_adapters.weights.memory import HugePages, Scratch, mapping_bytes
 from swaplora_adapters.weights.parts import Parts, gather
 from swaplora_adapters.weights.placement import Place, Placement, as_built, placed, plain
 from swaplora_adapters.weights.replacements import build_replacement
@@ -88,10 +88,16 @@ class Survey(NamedTuple):
     has_effect: bool  # whether it changes anything
 
 
-def survey_values(layout: Layout, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Survey:
-    """Build all of it once, keeping nothing, for a file that passed `check_fit`. Raises like `build_weights`."""
+def survey_values(
+    layout: Layout, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, placement: Placement | None = None
+) -> Survey:
+    """Build all of it once, keeping nothing, for a file that passed `check_fit`. Raises like `build_weights`.
+
+    `placement` is the one by which it will be loaded.
+    """
     rank, num_parameters, has_effect, paths = 0, 0, False, []
-    for parts, content in _built(layout, tensors, dtype, as_built):
+    place = as_built if placement is None or layout.spec.materialise else placement(Scratch())
+    for parts, content in _built(layout, tensors, dtype, place):
         has_effect = has_effect or parts.has_effect
         paths.append(parts.path)
         num_parameters += _num_materialised(parts, layout.layers) if layout.spec.materialise else _num_elements(content)

@@ -40,6 +40,21 @@ class HugePages:
         return tensor
 
 
+class Scratch(HugePages):
+    """The same memory again and again, for what nobody keeps: it is in the processor's caches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, num_elements: int, dtype: torch.dtype) -> Tensor:
+        """As of any pages, but what was given before is overwritten."""
+        num_bytes = num_elements * dtype.itemsize
+        if num_bytes + _SLACK > len(self._memory):
+            self._memory = torch.empty(num_bytes + _SLACK, dtype=torch.uint8)
+        return self._memory[:num_bytes].view(dtype)
+
+
 def _mapping(num_bytes: int) -> mmap.mmap:
     """Pages that nobody writes to take no memory."""
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

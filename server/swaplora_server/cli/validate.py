@@ -62,7 +62,14 @@ def _inspect(config: Path, weights: Path, base: "BaseModel", settings: "Settings
 
     if weights.stat().st_size > settings.max_adapter_bytes:
         raise AdapterTooLargeError(f"{weights.name} is larger than {settings.max_adapter_bytes} bytes")
-    details = inspect_files(config, weights, base.layers, base.dtype, base_model=settings.base_id).details
+    details = inspect_files(
+        config,
+        weights,
+        base.layers,
+        base.dtype,
+        base_model=settings.base_id,
+        placement=base.backend.placement,
+    ).details
     nbytes, room = details.num_parameters * base.dtype.itemsize, settings.adapter_memory_bytes
     if nbytes > room:
         raise AdapterTooLargeError(f"{weights.name} needs {nbytes} bytes of memory, and all adapters have {room}")

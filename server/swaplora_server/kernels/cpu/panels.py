@@ -64,7 +64,7 @@ def placement(library: ctypes.CDLL, dtype: torch.dtype) -> Placement:
             served = rows if dtype == torch.float32 else dtype
             lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
             rank, in_features = lora_A.shape
-            out_features = len(lora_B)
+            out_features = lora_B.shape[0]
             panels_A, A = _factor(lora_A, storage_dtype(lora_A.dtype, 1.0, served), pages)
             panels_B, B = _factor(lora_B, storage_dtype(lora_B.dtype, scaling, served), pages)
             seen = library.place_factors(rank, in_features, out_features, scaling, *A, *B)
