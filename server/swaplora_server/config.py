@@ -68,6 +68,10 @@ def _check_origin(value: str) -> str:
     return value.lower()
 
 
+def _none_if_auto(value: object) -> object:
+    return None if value == "auto" else value
+
+
 def _full_name(dtype: str) -> str:
     """`bfloat16`, `float16`, `float32` or `auto`, whatever it was spelt as."""
     return _DTYPES.get(dtype, dtype)
@@ -100,7 +104,7 @@ def _xdg_folder(variable: str, fallback: str) -> Path:
 
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1, le=2**50)]
-SizeOrNone = Annotated[int, BeforeValidator(parse_size), Field(ge=0, le=2**50)]
+SizeOrAuto = Annotated[Size | None, BeforeValidator(_none_if_auto)]
 HomePath = Annotated[Path, BeforeValidator(_expand_home)]
 Folder = Annotated[DirectoryPath, BeforeValidator(_expand_home)]
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
@@ -160,9 +164,7 @@ class Settings(BaseSettings):
         None, description="Where an adapter that is not here is fetched from: hf://ORG/{name}"
     )
     adapter_memory_bytes: Size = Field(4 * 2**30, description="Memory for resident adapters")
-    host_adapter_bytes: SizeOrNone | None = Field(
-        None, description="Host memory for adapters that left the GPU's [default: 4GiB with a GPU]"
-    )
+    host_adapter_bytes: SizeOrAuto = Field(None, description="Host memory for adapters beside a GPU's (default: 4GiB)")
     adapter_wait_seconds: float = Field(
         30, ge=0, le=86_400, description="Longest wait of a request for memory for its adapters"
     )
@@ -175,7 +177,12 @@ class Settings(BaseSettings):
     max_step_ranks: int = Field(
         4096, ge=1, le=2**30, description="Most ranks of distinct adapters in one step (default 4096: 64 of rank 64)"
     )
-    kv_cache_bytes: Size = Field(2**30, description="Memory for the KV cache")
+    kv_cache_bytes: SizeOrAuto = Field(
+        None, description="Memory for the KV cache (default: 1GiB, and on a GPU what is left of it)"
+    )
+    gpu_memory_fraction: float | None = Field(
+        None, gt=0, le=1, description="Share of a GPU's memory to fill; the KV cache takes what is left (default: 0.9)"
+    )
     block_size: int = Field(16, ge=1, le=1024, description="Tokens in a block of the KV cache")
     prefix_cache: bool = Field(True, description="Compute what prompts begin with in common once")
 

@@ -1,6 +1,8 @@
 """A GPU that is too small is said at start, by the name of the setting to change, and not by the first request."""
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
@@ -11,12 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from serving import serving, settings
 from swaplora_server.base import device_memory
+from swaplora_server.base.base_model import load_base
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.engine.scheduler import Batch
 from swaplora_server.kernels.pick import torch_backend
 from swaplora_server.kernels.torch.attention import TorchKV
 from swaplora_server.service.service import Service
 
+CPU, _CUDA = torch.device("cpu"), torch.device("cuda")
 KV_BYTES, ADAPTER_BYTES = 1 << 20, 1 << 22
 
 
@@ -93,3 +97,64 @@ def test_host_memory_for_adapters_is_refused_where_there_is_no_other(base: Path,
     assert "--host-adapter-bytes" in refusal
     with serving(settings(base, tmp_path / "none", host_adapter_bytes=0)) as server:
         assert server.client.get("/health/ready").status_code == 200
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, free: int, total: int, step: int) -> list[int]:
+    """Have the numbers of a GPU; returns the tokens of each step that was run to be measured."""
+    measured: list[int] = []
+
+    def peak(run_step: Callable[[], None], _device: torch.device) -> int:
+        run_step()
+        measured.append(1)
+        return step
+
+    let_be_free(monkeypatch, free)
+    monkeypatch.setattr(device_memory, "total_bytes", lambda _device: total)
+    monkeypatch.setattr(device_memory, "peak_bytes", peak)
+    return measured
+
+
+def test_a_kv_cache_takes_what_is_left_of_a_gpus_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = on_a_gpu(monkeypatch, free=900, total=1000, step=50)
+    assert device_memory.left_for_kv(lambda: None, torch.device("cuda"), 0.9, 200) == 900 - 100 - 200 - 50
+    assert ran == [1]
+
+
+@pytest.mark.parametrize(("free", "adapters", "step"), [(350, 200, 50), (340, 200, 50), (900, 800, 0)])
+def test_a_gpu_with_nothing_left_for_a_kv_cache_is_said_so(
+    free: int, adapters: int, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_gpu(monkeypatch, free, 1000, step)
+    with pytest.raises(
+        UnsupportedModelError, match=f"{free} bytes free .* {adapters} are for adapters, {step} for a step"
+    ):
+        device_memory.left_for_kv(lambda: None, torch.device("cuda"), 0.9, adapters)
+
+
+def test_a_step_that_does_not_fit_is_said_by_the_setting_that_makes_it_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch, 900, 1000, 0)
+    with pytest.raises(UnsupportedModelError, match="--max-batch-tokens"):
+        device_memory.left_for_kv(out_of_memory, torch.device("cuda"), 0.9, 0)
+
+
+def test_the_server_sizes_its_cache_by_the_largest_step(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[Batch]
+) -> None:
+    on_a_gpu(monkeypatch, free=5 << 20, total=5 << 20, step=0)
+    service = Service(
+        settings(base, tmp_path, kv_cache_bytes="auto", adapter_memory_bytes=1 << 20, max_batch_tokens=40)
+    )
+    on_cpu = load_base(base, device=CPU, dtype=torch.float32, backend=torch_backend(CPU))
+    steps.clear()
+    on_gpu = SimpleNamespace(device=_CUDA, max_positions=on_cpu.max_positions, runner=on_cpu.runner)
+    monkeypatch.setattr(service, "base", on_gpu, raising=False)
+    kv_bytes = service._kv_bytes()  # noqa: SLF001 - all else of a start needs the device to be there
+    assert kv_bytes == (5 << 20) - round((1 - 0.9) * (5 << 20)) - (1 << 20)
+    assert [[rows.num_rows for rows in batch.rows] for batch in steps] == [[40]]
+
+
+def test_a_fraction_of_a_gpu_is_refused_where_it_says_nothing(base: Path, tmp_path: Path) -> None:
+    for fields in ({"kv_cache_bytes": 1 << 20}, {"kv_cache_bytes": None}):
+        assert "--gpu-memory-fraction" in refusal_of(
+            Service(settings(base, tmp_path, gpu_memory_fraction=0.5, **fields))
+        )

@@ -120,7 +120,8 @@ def test_a_setting_is_described_by_its_field(command: str) -> None:
     "line",
     [
         "--port <int> Port to listen on; 0 picks a free one (default 8000).",
-        "--kv-cache-bytes SIZE Memory for the KV cache (default 1GiB).",
+        "--kv-cache-bytes SIZE Memory for the KV cache (default: 1GiB, and on a GPU what is left of it).",
+        "--adapter-memory-bytes SIZE Memory for resident adapters (default 4GiB).",
         "--adapter, --lora-modules, --lora-paths NAME=PATH An adapter folder; repeatable.",
         "--api-key KEY A key that admits a request; repeatable.",
         "--quantization <int8|nf4> Keep the base's linears in 8 or 4 bits.",

@@ -113,6 +113,10 @@ def test_a_size_is_a_number_of_bytes_or_has_a_unit(written: object, size: int) -
     assert settings(kv_cache_bytes=written).kv_cache_bytes == size
 
 
+def test_the_kv_caches_size_may_be_left_to_the_machine() -> None:
+    assert settings(kv_cache_bytes="auto").kv_cache_bytes is settings().kv_cache_bytes is None
+
+
 @pytest.mark.parametrize("written", ["", "5,000MB", "1e9", "-1", "3 bits", "MiB", 0, -1, "0", "9999999TiB"])
 def test_what_is_no_size_is_refused(written: object) -> None:
     (line,) = refusal(kv_cache_bytes=written)

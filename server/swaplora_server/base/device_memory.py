@@ -19,6 +19,44 @@ def free_bytes(device: torch.device) -> int | None:
     return free
 
 
+def left_for_kv(run_step: Callable[[], None], device: torch.device, fraction: float, adapter_bytes: int) -> int:
+    """What a KV cache may take of a GPU that is to be filled up to `fraction`, in bytes.
+
+    That is less the base, `adapter_bytes`, and what the largest step takes for itself, which `run_step` shows. Raises
+    UnsupportedModelError when nothing is left.
+    """
+    try:
+        step_bytes = peak_bytes(run_step, device)
+    except torch.OutOfMemoryError as error:
+        raise UnsupportedModelError(
+            "the GPU does not hold the base and what a step of --max-batch-tokens tokens needs: lower that"
+        ) from error
+    free, kept_free = free_bytes(device) or 0, round((1 - fraction) * total_bytes(device))
+    left = free - kept_free - adapter_bytes - step_bytes
+    if left <= 0:
+        raise UnsupportedModelError(
+            f"the GPU has {free} bytes free beside the base; {adapter_bytes} are for adapters, {step_bytes} for a "
+            f"step, and {kept_free} stay free: nothing is left for the KV cache. Lower --adapter-memory-bytes or "
+            "--max-batch-tokens, or raise --gpu-memory-fraction"
+        )
+    return left
+
+
+def total_bytes(device: torch.device) -> int:
+    """Of the GPU."""
+    total: int = torch.cuda.mem_get_info(device)[1]
+    return total
+
+
+def peak_bytes(run_step: Callable[[], None], device: torch.device) -> int:
+    """What `run_step` takes of the GPU at most, for itself and beside what is there."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before: int = torch.cuda.memory_allocated(device)
+    run_step()
+    peak: int = torch.cuda.max_memory_allocated(device)
+    return peak - before
+
+
 def take_kv_cache(run_step: Callable[[], None], device: torch.device, kv_bytes: int, adapter_bytes: int) -> None:
     """Have the KV cache, and what a step needs beside it, take their memory now, and not with the first requests.
 

@@ -109,7 +109,8 @@ def _type(annotation: Any) -> Any:
 def _is_size(field: "FieldInfo") -> bool:
     from swaplora_server.config import parse_size
 
-    return any(getattr(each, "func", None) is parse_size for each in field.metadata)
+    own = [each for option in get_args(field.annotation) for each in getattr(option, "__metadata__", ())]
+    return any(getattr(each, "func", None) is parse_size for each in (*field.metadata, *own))
 
 
 def _help(field: "FieldInfo") -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import FinishReason, Request, SamplingParams, Sequence, TokenEvent
 from swaplora_server.engine.row_faults import run_bisecting
 from swaplora_server.engine.runner import Runner
@@ -36,6 +37,17 @@ class Stop:
 
 
 Command = Submit | Abort | Stop
+
+
+def run_probe(runner: Runner, pool: BlockPool, num_tokens: int) -> None:
+    """Run one step of a prompt of nobody's. Raises what the model does."""
+    request = Request("probe", (0,) * num_tokens, SamplingParams(max_tokens=1), emit=lambda _event: None)
+    sequence = Sequence(request, 0)
+    pool.grow(sequence.block_table, num_tokens)
+    try:
+        runner.run(Batch((rows_of(sequence, 0, num_tokens),)))
+    finally:
+        pool.release(sequence.block_table)
 
 
 class Engine:
@@ -123,13 +135,7 @@ class Engine:
 
     def check_model(self, num_tokens: int = 1) -> None:
         """Raise unless the model computes a prompt of nobody's. For the engine's thread, or before it starts."""
-        request = Request("probe", (0,) * num_tokens, SamplingParams(max_tokens=1), emit=lambda _event: None)
-        sequence, pool = Sequence(request, 0), self._scheduler.pool
-        pool.grow(sequence.block_table, num_tokens)
-        try:
-            self._runner.run(Batch((rows_of(sequence, 0, num_tokens),)))
-        finally:
-            pool.release(sequence.block_table)
+        run_probe(self._runner, self._scheduler.pool, num_tokens)
 
     def _take_commands(self) -> None:
         """Obey all that has arrived; with nothing to run, wait for something to."""

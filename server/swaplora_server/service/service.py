@@ -18,10 +18,10 @@ from swaplora_adapters.sources.watcher import put_folder
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_adapters.store.store import Store
 from swaplora_server.base.base_model import BaseModel, load_chosen_base
-from swaplora_server.base.device_memory import take_kv_cache
+from swaplora_server.base.device_memory import left_for_kv, take_kv_cache
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.config import Settings
-from swaplora_server.engine.engine import Engine
+from swaplora_server.engine.engine import Engine, run_probe
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.scheduler import Scheduler
 from swaplora_server.service.admission import Admissions
@@ -34,6 +34,8 @@ from swaplora_server.service.offload import Offload
 from swaplora_server.service.prompts import LONG_CHARACTERS, PromptTokenizer
 from swaplora_server.service.wakeups import Wakeups, result_of
 
+KV_CACHE_BYTES = 2**30  # on a CPU, unless the settings say otherwise
+GPU_MEMORY_FRACTION = 0.9
 HOST_ADAPTER_BYTES = 4 * 2**30  # beside a GPU, unless the settings say otherwise
 _HEARTBEAT_LIMIT_SECONDS = 60.0
 _JOIN_SECONDS = 3.0
@@ -54,6 +56,7 @@ class Service:
     derivations: Derivations
     tokenizer: PromptTokenizer
     max_model_len: int
+    kv_cache_bytes: int
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -172,7 +175,7 @@ class Service:
         host_bytes = self._host_budget()
         return [
             ("base weights", self.base.weight_bytes),
-            ("KV cache, at most", self.settings.kv_cache_bytes),
+            ("KV cache, at most", self.kv_cache_bytes),
             ("adapters, at most", self.settings.adapter_memory_bytes),
             *([("adapters in the host's memory, at most", host_bytes)] if host_bytes else []),
         ]
@@ -240,7 +243,8 @@ class Service:
     def _make_engine(self) -> Engine:
         settings, base = self.settings, self.base
         block_bytes = base.kv_bytes_per_token * settings.block_size
-        pool = BlockPool(max(0, settings.kv_cache_bytes // block_bytes - 1), settings.block_size)
+        self.kv_cache_bytes = self._kv_bytes()
+        pool = BlockPool(max(0, self.kv_cache_bytes // block_bytes - 1), settings.block_size)
         wanted = settings.max_model_len or min(base.max_positions, pool.capacity)
         if not 2 <= wanted <= min(base.max_positions, pool.capacity):
             raise UnsupportedModelError(
@@ -257,8 +261,28 @@ class Service:
         )
         engine = Engine(scheduler, base.runner(pool.num_blocks, settings.block_size))
         run_step = partial(engine.check_model, min(settings.max_batch_tokens, wanted))
-        take_kv_cache(run_step, base.device, settings.kv_cache_bytes, settings.adapter_memory_bytes)
+        take_kv_cache(run_step, base.device, self.kv_cache_bytes, settings.adapter_memory_bytes)
         return engine
+
+    def _kv_bytes(self) -> int:
+        """As the settings say, or what there is room for."""
+        settings, base = self.settings, self.base
+        is_known = settings.kv_cache_bytes is not None or base.device.type == "cpu"
+        if is_known and settings.gpu_memory_fraction is not None:
+            raise UnsupportedModelError(
+                "--gpu-memory-fraction says what of a GPU's memory the KV cache may take: leave it out on a CPU, and "
+                "beside --kv-cache-bytes"
+            )
+        if is_known:
+            return settings.kv_cache_bytes or KV_CACHE_BYTES
+        num_tokens, block_size = min(settings.max_batch_tokens, base.max_positions), settings.block_size
+        num_blocks = -(-num_tokens // block_size)
+
+        def run_step() -> None:
+            run_probe(base.runner(num_blocks, block_size), BlockPool(num_blocks, block_size), num_tokens)
+
+        fraction = settings.gpu_memory_fraction or GPU_MEMORY_FRACTION
+        return left_for_kv(run_step, base.device, fraction, settings.adapter_memory_bytes)
 
 
 def _report_ingest(name: str, error: Exception) -> None:
