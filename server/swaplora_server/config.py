@@ -104,6 +104,7 @@ def _xdg_folder(variable: str, fallback: str) -> Path:
 
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1, le=2**50)]
+SizeOrZero = Annotated[int, BeforeValidator(parse_size), Field(ge=0, le=2**50)]
 SizeOrAuto = Annotated[Size | None, BeforeValidator(_none_if_auto)]
 HomePath = Annotated[Path, BeforeValidator(_expand_home)]
 Folder = Annotated[DirectoryPath, BeforeValidator(_expand_home)]
@@ -164,7 +165,9 @@ class Settings(BaseSettings):
         None, description="Where an adapter that is not here is fetched from: hf://ORG/{name}"
     )
     adapter_memory_bytes: Size = Field(4 * 2**30, description="Memory for resident adapters")
-    host_adapter_bytes: SizeOrAuto = Field(None, description="Host memory for adapters beside a GPU's (default: 4GiB)")
+    host_adapter_bytes: SizeOrZero | None = Field(
+        None, description="Host memory for adapters beside a GPU's (default: 4GiB)"
+    )
     adapter_wait_seconds: float = Field(
         30, ge=0, le=86_400, description="Longest wait of a request for memory for its adapters"
     )
