@@ -28,7 +28,9 @@ class AdapterTables:
         untargeted = [0] * WORDS
         modules = (weights.modules.get(path) for path in paths)
         rows = [untargeted if module is None else self._row(module) for module in modules]
-        self._words = torch.tensor(rows, dtype=torch.int64).to(device)
+        # in the order of the stream of steps, which it does not wait for: those that read it come later
+        words = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._words = words.to(device, non_blocking=True)
 
     @property
     def address(self) -> int:

@@ -31,6 +31,7 @@ class CudaLora:
         self._programs = (_num_programs(device),)
         self._host = torch.zeros(capacity.num_words, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._plan = torch.zeros(capacity.num_words, dtype=torch.int64, device=device)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._tables: Sequence[AdapterTables] = ()
 
     @classmethod
@@ -43,14 +44,18 @@ class CudaLora:
         return lora
 
     def hold(self, segments: Segments) -> None:
-        """Of these from now on, once the copy before has ended. Raises CapacityError, and holds what it held then."""
+        """Of these from now on, once what it held before has been copied. Raises CapacityError, and holds what it held then."""
         tables = tables_of(segments.adapters, self._dtype)
         self._hold(_tiles_of(segments, tables), tables)
 
     def _hold(self, tiles: Tiles, tables: Sequence[AdapterTables]) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
         words: Ints = self._host.numpy()
         tiles.write(words, self._capacity)
         self._plan.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
         self._tables = tables  # the plan points into them
 
     def add(self, x: Tensor, outputs: Sequence[tuple[Tensor, int]]) -> None:
