@@ -100,6 +100,10 @@ def test_aligned_rows_and_factors_move_16_bytes_at_a_time(compiled: dict[tuple[s
         assert compiled["expand", dtype, True].count("ld.global.v4.b32") > 0
         assert compiled["expand", dtype, True].count("st.global.v4.b32") > 0
         assert compiled["expand", dtype, False].count("st.global.v4.b32") == 0
+        if dtype != "float32":
+            assert compiled["shrink", dtype, True].count("cp.async.ca.shared.global") == 0
+            assert compiled["shrink", dtype, True].count("ld.global.b16") == 0
+            assert compiled["expand", dtype, True].count("ld.global.b16") == 0
 
 
 class _Driver:

@@ -31,7 +31,7 @@ class CudaLora:
         self._programs = (_num_programs(device),)
         self._host = torch.zeros(capacity.num_words, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._plan = torch.zeros(capacity.num_words, dtype=torch.int64, device=device)
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._tables: Sequence[AdapterTables] = ()
 
     @classmethod
@@ -44,7 +44,7 @@ class CudaLora:
         return lora
 
     def hold(self, segments: Segments) -> None:
-        """Of these from now on, once what it held before has been copied. Raises CapacityError, and holds what it held then."""
+        """Of these from now on, once the copy before is done. On CapacityError it holds what it held."""
         tables = tables_of(segments.adapters, self._dtype)
         self._hold(_tiles_of(segments, tables), tables)
 
