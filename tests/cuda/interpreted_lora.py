@@ -115,6 +115,17 @@ def test_features_beyond_one_plane_are_summed() -> None:
     assert worst(out, exactly(segments, x, y, "q")) <= TOLERANCE[torch.float32]
 
 
+def test_what_half_precision_cannot_hold_of_h_is_not_lost() -> None:
+    """h = (1 + 2^-12, 1): float16 has no such first number, and the difference is all that there is."""
+    x, lora_A = torch.zeros(1, 16).half(), torch.zeros(2, 16).half()
+    x[0, :2] = torch.tensor([1, 2**-12])
+    lora_A[0, :2], lora_A[1, 0] = 1, 1
+    lora_B = torch.tensor([[1.0] * 16, [-1.0] * 16]).half().t()
+    weights = AdapterWeights("sha256:0", {"q": ModuleWeights(lora_A, lora_B)})
+    (out,) = added([Segment(weights, 1.0, 0, 1)], x, {"q": torch.zeros(1, 16).half()})
+    assert torch.equal(out, torch.full_like(out, 2**-12))
+
+
 def test_rows_of_nobody_may_hold_anything() -> None:
     """NaN in them does not reach the rows beside them, and is not written over."""
     weights = adapter(1, 8, {"q": (32, 32)}, torch.float32)
