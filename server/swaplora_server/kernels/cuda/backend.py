@@ -8,11 +8,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from swaplora_adapters.weights.served import AdapterWeights
-from swaplora_server.kernels.backend import Memory, PagedKV, RunningStep
+from swaplora_server.kernels.backend import Memory, RunningStep
 from swaplora_server.kernels.cuda.adapter_tables import AdapterTables
+from swaplora_server.kernels.cuda.attention import CudaKV
 from swaplora_server.kernels.cuda.lora import CudaLora
 from swaplora_server.kernels.step import Segments
-from swaplora_server.kernels.torch.attention import TorchKV
 from swaplora_server.kernels.torch.backend import DeviceMemory
 
 
@@ -26,7 +26,7 @@ class CudaBackend:
     @property
     def description(self) -> str:
         """See `Backend`."""
-        return "Triton's LoRA, torch's attention"
+        return "Triton"
 
     @property
     def products(self) -> None:
@@ -52,9 +52,9 @@ class CudaBackend:
         """See `Backend`."""
         return CudaLora.of(segments, self.dtype, self.device)
 
-    def paged_kv(self, num_blocks: int, block_size: int) -> PagedKV:
+    def paged_kv(self, num_blocks: int, block_size: int) -> CudaKV:
         """See `Backend`."""
-        return TorchKV(num_blocks, block_size, self.device)
+        return CudaKV(num_blocks, block_size, self.device)
 
     def wrap(self, _model: PreTrainedModel, _running: Callable[[], RunningStep]) -> None:
         """Layers are left as they are."""
