@@ -17,6 +17,7 @@ from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.errors import AdapterError, PreconditionFailedError, StorageFailedError, StorageFullError
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.intake import inspect_files
+from swaplora_adapters.priority import lower_priority
 from swaplora_adapters.registry.card import Card, Failure, PutResult, Tier
 from swaplora_adapters.registry.host_tier import HostTier
 from swaplora_adapters.registry.index import NamedVersions
@@ -81,6 +82,7 @@ class Registry:
         self._host = HostTier(host_budget)
         self._lease_counts = LeaseCounts()
         self._last_failure: dict[str, Failure] = {}
+        self._verifier = ThreadPoolExecutor(1, thread_name_prefix="adapter-verify", initializer=lower_priority)
         self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-free")
         self._residency.pin(self._pinned())
 
@@ -216,6 +218,7 @@ class Registry:
     def close(self) -> None:
         self._cleaner.shutdown()
         self._residency.close()
+        self._verifier.shutdown()
         self._store.close()
 
     @contextmanager
@@ -299,12 +302,19 @@ class Registry:
         return self._prepare(self._host.find(digest) or self._read(digest))
 
     def _read(self, digest: str) -> AdapterWeights:
-        self._store.verify(digest)
-        paths = self._store.blob_paths(digest)
-        host = torch.device("cpu")
-        weights = load_weights(digest, paths.config, paths.weights, self._layers, self._dtype, host, self._placement)
+        """The files are hashed again beside the load, and what was loaded counts only if they are what they were."""
+        verified = self._verifier.submit(self._store.verify, digest)
+        try:
+            weights = self._built(digest)
+        finally:
+            verified.result()
         self._host.keep(weights)
         return weights
+
+    def _built(self, digest: str) -> AdapterWeights:
+        paths = self._store.blob_paths(digest)
+        host = torch.device("cpu")
+        return load_weights(digest, paths.config, paths.weights, self._layers, self._dtype, host, self._placement)
 
     def _remove(self, name: str, version: int | None) -> Removal:
         """Needs `Names.changes`."""
