@@ -111,7 +111,7 @@ def show_life(url: str, names: Sequence[str], folder: Path) -> None:
 def measure(base: Path, scratch: Path, num_resident: int, num_requests: int) -> float:
     """Output tokens per second with memory for `num_resident` of the adapters; where it is short, what that costs."""
     names = [f"a{number}" for number in range(NUM_ADAPTERS)]
-    flags = ["--served-model-name", "base", "--adapter-dir", str(scratch / "adapters"), "--dtype", "fp32"]
+    flags = ["--served-model-name", "base", "--adapter-dir", str(scratch / "adapters")]
     budget = str(num_resident * ADAPTER_BYTES + (1 << 20))
     with process(base, scratch / "data", *flags, "--adapter-memory-bytes", budget) as (server, client):
         url = str(client.base_url)
