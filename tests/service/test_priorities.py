@@ -78,7 +78,8 @@ def test_a_server_lowers_the_threads_that_its_documentation_says(
         found = by_name()
     assert inspecting == [lowered()]
     low = {name for name, value in found.items() if value == lowered()}
-    assert {"upload", "adapter-load", "adapter-verify", "adapter-fetch", "adapter-look-near", "adapter-folder"} <= low <= documented()
+    expected = {"upload", "adapter-load", "adapter-verify", "adapter-fetch", "adapter-look-near", "adapter-folder"}
+    assert expected <= low <= documented()
     assert not documented() & (found.keys() - low)
     assert {found["engine"], found["adapter-admission"]} == {niceness(os.getpid())}
 
