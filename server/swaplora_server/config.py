@@ -186,6 +186,9 @@ class Settings(BaseSettings):
     gpu_memory_fraction: float | None = Field(
         None, gt=0, le=1, description="Share of a GPU's memory to fill; the KV cache takes what is left (default: 0.9)"
     )
+    cuda_graphs: bool | None = Field(
+        None, description="Record a GPU's decoding steps at start, and replay them (default: on)"
+    )
     block_size: int = Field(16, ge=1, le=1024, description="Tokens in a block of the KV cache")
     prefix_cache: bool = Field(True, description="Compute what prompts begin with in common once")
 

@@ -116,25 +116,34 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, free: int, total: int, step: int) 
 
 def test_a_kv_cache_takes_what_is_left_of_a_gpus_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = on_a_gpu(monkeypatch, free=900, total=1000, step=50)
-    assert device_memory.left_for_kv(lambda: None, torch.device("cuda"), 0.9, 200) == 900 - 100 - 200 - 50
+    assert device_memory.left_for_kv(lambda: None, torch.device("cuda"), 0.9, 200, 30) == 900 - 100 - 200 - 50 - 30
     assert ran == [1]
 
 
-@pytest.mark.parametrize(("free", "adapters", "step"), [(350, 200, 50), (340, 200, 50), (900, 800, 0)])
+@pytest.mark.parametrize(("free", "adapters", "step"), [(357, 200, 50), (340, 200, 50), (900, 800, 0)])
 def test_a_gpu_with_nothing_left_for_a_kv_cache_is_said_so(
     free: int, adapters: int, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_a_gpu(monkeypatch, free, 1000, step)
     with pytest.raises(
-        UnsupportedModelError, match=f"{free} bytes free .* {adapters} are for adapters, {step} for a step"
+        UnsupportedModelError, match=f"{free} bytes free .* {adapters} are for adapters, {step} for a step, 7 for"
     ):
-        device_memory.left_for_kv(lambda: None, torch.device("cuda"), 0.9, adapters)
+        device_memory.left_for_kv(lambda: None, torch.device("cuda"), 0.9, adapters, 7)
 
 
 def test_a_step_that_does_not_fit_is_said_by_the_setting_that_makes_it_large(monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_gpu(monkeypatch, 900, 1000, 0)
     with pytest.raises(UnsupportedModelError, match="--max-batch-tokens"):
-        device_memory.left_for_kv(out_of_memory, torch.device("cuda"), 0.9, 0)
+        device_memory.left_for_kv(out_of_memory, torch.device("cuda"), 0.9, 0, 0)
+
+
+def test_recorded_steps_are_given_the_memory_of_the_largest_and_the_drivers_of_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_a_gpu(monkeypatch, 900, 1000, step=50)
+    assert device_memory.graph_bytes(lambda: 2, _CUDA, 9) == 50 + 2 * 9 * (16 << 20)
+    assert device_memory.graph_bytes(lambda: 0, _CUDA, 9) == 0, "this backend records none"
+    assert device_memory.graph_bytes(out_of_memory, _CUDA, 9) == 0, "and this base cannot be"
 
 
 def test_the_server_sizes_its_cache_by_the_largest_step(
@@ -151,6 +160,11 @@ def test_the_server_sizes_its_cache_by_the_largest_step(
     kv_bytes = service._kv_bytes()  # noqa: SLF001 - all else of a start needs the device to be there
     assert kv_bytes == (5 << 20) - round((1 - 0.9) * (5 << 20)) - (1 << 20)
     assert [[rows.num_rows for rows in batch.rows] for batch in steps] == [[40]]
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_recorded_steps_are_refused_where_there_are_none(is_on: bool, base: Path, tmp_path: Path) -> None:
+    assert "--cuda-graphs" in refusal_of(Service(settings(base, tmp_path, cuda_graphs=is_on)))
 
 
 def test_a_fraction_of_a_gpu_is_refused_where_it_says_nothing(base: Path, tmp_path: Path) -> None:

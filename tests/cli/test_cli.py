@@ -163,6 +163,17 @@ def test_a_switch_can_be_turned_off(started: list[Settings]) -> None:
     assert not started[0].prefix_cache
 
 
+@pytest.mark.parametrize(
+    ("flags", "is_on"),
+    [((), None), (("--cuda-graphs",), True), (("--no-cuda-graphs",), False), (("--enforce-eager",), False)],
+)
+def test_recorded_steps_are_switched_by_vllms_flag_too(
+    started: list[Settings], flags: tuple[str, ...], is_on: bool | None
+) -> None:
+    assert swaplora("serve", *flags).exit_code == 0
+    assert started[0].cuda_graphs is is_on
+
+
 def test_other_servers_flags_are_understood(started: list[Settings], tmp_path: Path) -> None:
     module = json.dumps({"name": "b", "path": str(tmp_path), "base_model_name": "org/model"})
     done = swaplora(

@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -9,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from serving import BASE, Running, serving, settings
 from swaplora_server.engine.snapshot import Snapshot
+from swaplora_server.kernels.step import StepForm
 from swaplora_server.service.metrics import GenerationRecord, Metrics, Outcome, ServerState
 from swaplora_server.service.service import Service
 
@@ -145,13 +147,27 @@ def read(state: ServerState) -> dict[str, float]:
 
 
 def test_the_prefix_cache_is_shown() -> None:
-    counts = {count.name: 0 for count in fields(Snapshot)}
+    counts: dict[str, Any] = {count.name: 0 for count in fields(Snapshot)} | {"num_steps": {}}
     counts |= {"num_looked_up_tokens": 100, "num_hit_tokens": 60, "num_cached_blocks": 3}
     found = read(ServerState(Snapshot(**counts), resident_bytes=5, host_bytes=7))
     assert found["swaplora_prefix_cache_queried_tokens_total"] == 100
     assert found["swaplora_prefix_cache_hit_tokens_total"] == 60
     assert found["swaplora_kv_blocks_cached"] == 3
     assert (found["swaplora_adapter_resident_bytes"], found["swaplora_adapter_host_bytes"]) == (5, 7)
+
+
+def test_steps_are_counted_by_the_form_that_they_take(server: Running) -> None:
+    """On a CPU nothing is recorded."""
+    before = scrape(server)
+    server.generate(BASE, PROMPT, max_tokens=5, ignore_eos=True)
+    after = scrape(server)
+    assert change(before, after, "steps_total", form="plain") == 5
+    assert {form: value(after, "steps_total", form=form) for form in StepForm if form is not StepForm.PLAIN} == {
+        StepForm.GRAPH: 0,
+        StepForm.PROMPT: 0,
+        StepForm.ADAPTER: 0,
+        StepForm.ROOM: 0,
+    }
 
 
 def test_what_a_prompt_finds_in_the_cache_is_counted(server: Running) -> None:

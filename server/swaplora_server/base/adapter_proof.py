@@ -65,6 +65,12 @@ def adapter_proof(
     return AdapterProof(uses, Expected(logits, tolerance, "with adapters"))
 
 
+def adding_adapters(model: PreTrainedModel, layers: AdaptableLayers) -> list[AdapterWeights]:
+    """Three that add to all linears, without the tables that kernels read; the last as DoRA and biases do."""
+    maker = _Maker(model, layers)
+    return [maker.plain(), maker.plain(), maker.scaled()]
+
+
 class _Maker:
     """Draws adapters, the same at every start."""
 

@@ -12,7 +12,6 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.weights.device_copy import DeviceCopier
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.base.adapter_proof import AdapterProof, adapter_proof
@@ -46,7 +45,7 @@ class BaseModel:
     paths: tuple[str, ...]  # of all wrapped modules, by number
     tokenizer: PreTrainedTokenizerFast
     vocabulary: Vocabulary
-    layers: BaseLayers
+    layers: AdaptableLayers
     device: torch.device
     dtype: torch.dtype
     vocab_size: int  # every id below it can be read, sampled and stopped at
@@ -55,6 +54,7 @@ class BaseModel:
     kv_bytes_per_token: int
     weight_bytes: int
     copier: DeviceCopier | None  # None on a CPU
+    tolerance: float  # by how much rounding may move a logit, in standard deviations of its row
 
     def runner(self, num_blocks: int, block_size: int) -> Runner:
         return Runner(self.model, self.backend, self.backend.paged_kv(num_blocks, block_size), self.device)
@@ -209,6 +209,7 @@ def prepare(
         kv_bytes_per_token=proof.kv_bytes_per_token,
         weight_bytes=weight_bytes,
         copier=None if device.type == "cpu" else DeviceCopier(device),
+        tolerance=expected.tolerance,
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from swaplora_server.base.proof import UnsupportedModelError
 
 _log = structlog.get_logger(__name__)
+_GRAPH_BYTES = 16 << 20  # that the driver keeps of one, at most
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -19,11 +20,13 @@ def free_bytes(device: torch.device) -> int | None:
     return free
 
 
-def left_for_kv(run_step: Callable[[], None], device: torch.device, fraction: float, adapter_bytes: int) -> int:
+def left_for_kv(
+    run_step: Callable[[], None], device: torch.device, fraction: float, adapter_bytes: int, graph_bytes: int
+) -> int:
     """What a KV cache may take of a GPU that is to be filled up to `fraction`, in bytes.
 
-    That is less the base, `adapter_bytes`, and what the largest step takes for itself, which `run_step` shows. Raises
-    UnsupportedModelError when nothing is left.
+    That is less the base, `adapter_bytes`, `graph_bytes` of recorded steps, and what the largest step takes for itself,
+    which `run_step` shows. Raises UnsupportedModelError when nothing is left.
     """
     try:
         step_bytes = peak_bytes(run_step, device)
@@ -32,14 +35,33 @@ def left_for_kv(run_step: Callable[[], None], device: torch.device, fraction: fl
             "the GPU does not hold the base and what a step of --max-batch-tokens tokens needs: lower that"
         ) from error
     free, kept_free = free_bytes(device) or 0, round((1 - fraction) * total_bytes(device))
-    left = free - kept_free - adapter_bytes - step_bytes
+    left = free - kept_free - adapter_bytes - step_bytes - graph_bytes
     if left <= 0:
         raise UnsupportedModelError(
             f"the GPU has {free} bytes free beside the base; {adapter_bytes} are for adapters, {step_bytes} for a "
-            f"step, and {kept_free} stay free: nothing is left for the KV cache. Lower --adapter-memory-bytes or "
-            "--max-batch-tokens, or raise --gpu-memory-fraction"
+            f"step, {graph_bytes} for recorded steps, and {kept_free} stay free: nothing is left for the KV cache. "
+            "Lower --adapter-memory-bytes, --max-batch-tokens or --max-num-seqs, or raise --gpu-memory-fraction"
         )
     return left
+
+
+def graph_bytes(record_largest: Callable[[], int], device: torch.device, num_sizes: int) -> int:
+    """What recorded steps of `num_sizes` numbers of rows will take, in bytes.
+
+    `record_largest` records those of the most rows, in whose memory the others fit as well, and returns of how many
+    graphs. 0 where it cannot: nothing will be recorded then.
+    """
+    num_graphs = 0
+
+    def record() -> None:
+        nonlocal num_graphs
+        num_graphs = record_largest()
+
+    try:
+        peak = peak_bytes(record, device)
+    except Exception:  # noqa: BLE001 - whatever it is, it is told when the steps are to be recorded
+        return 0
+    return peak + num_graphs * num_sizes * _GRAPH_BYTES if num_graphs else 0
 
 
 def total_bytes(device: torch.device) -> int:

@@ -83,7 +83,7 @@ def _rounded_logits(model: PreTrainedModel, products: torch.dtype) -> list[Tenso
 
 
 def _tolerance(rounded: list[Tensor], exact: list[Tensor]) -> float:
-    return max(_TOLERANCE, _NOISE * max(map(_deviation, torch.cat(rounded), torch.cat(exact))))
+    return max(_TOLERANCE, _NOISE * float(deviations(torch.cat(rounded), torch.cat(exact)).max()))
 
 
 def _stock_logits(model: PreTrainedModel) -> list[Tensor]:
@@ -194,7 +194,7 @@ def tokens_of(index: int, length: int, model: PreTrainedModel) -> list[int]:
 
 def _compare(model: PreTrainedModel, batch: Batch, logits: Tensor, expected: Expected) -> None:
     for actual, rows in zip(logits, batch.rows, strict=True):
-        deviation = _deviation(actual, expected.logits[rows.sequence.index][rows.stop - 1])
+        deviation = float(deviations(actual, expected.logits[rows.sequence.index][rows.stop - 1]))
         if not deviation <= expected.tolerance:
             raise UnsupportedModelError(
                 f"{model.config.model_type} computes something else {expected.case}: "
@@ -202,8 +202,9 @@ def _compare(model: PreTrainedModel, batch: Batch, logits: Tensor, expected: Exp
             )
 
 
-def _deviation(row: Tensor, right: Tensor) -> float:
-    return float((row - right).abs().max() / right.std())
+def deviations(rows: Tensor, right: Tensor) -> Tensor:
+    """[num_rows]: by how much each row of logits is off, in standard deviations of the right ones."""
+    return (rows - right).abs().amax(-1) / right.std(-1)
 
 
 def _is_head(module: Wrapped) -> bool:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ADAPTER_FLAGS = ("--adapter", "--lora-modules", "--lora-paths")
 FLAGS = {  # with what other servers call the same
     "adapter": ADAPTER_FLAGS,
+    "cuda_graphs": ("--cuda-graphs/--no-cuda-graphs", " /--enforce-eager"),
     "max_batch_tokens": ("--max-batch-tokens", "--max-num-batched-tokens"),
 }
 METAVARS = {

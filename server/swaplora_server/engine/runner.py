@@ -1,17 +1,23 @@
 """Running one step: decode rows and prefill chunks, packed into one forward, come back as sampled tokens."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from swaplora_server.engine.outputs import RecordedOutputs, RowOutputs
 from swaplora_server.engine.sampling.sampler import Sampler
 from swaplora_server.engine.scheduler import Batch, Sampled
 from swaplora_server.engine.step import Planner, use
-from swaplora_server.kernels.backend import Backend, PagedKV, RunningStep, StepRows
-from swaplora_server.kernels.step import Ints, Segments, StepPlan
+from swaplora_server.kernels.backend import Backend, Graphs, PagedKV, RunningStep, StepInputs, StepRows
+from swaplora_server.kernels.step import Ints, Segments, StepForm, StepPlan
 
 
 class Runner:
-    """Turns batches into forwards of one model over one paged cache. Only the engine's thread calls it."""
+    """Turns batches into forwards of one model over one paged cache. Only the engine's thread calls it.
+
+    Where decoding steps have been recorded they are replayed; all others are launched one operation at a time.
+    """
 
     def __init__(self, model: torch.nn.Module, backend: Backend, kv: PagedKV, device: torch.device) -> None:
         self._model = model
@@ -20,33 +26,79 @@ class Runner:
         self._device = device
         self._planner = Planner(kv.block_size)
         self._sampler = Sampler()
+        self._graphs: Graphs | None = None
+        self._recorded = RecordedOutputs()
+        self.num_steps = dict.fromkeys(StepForm, 0)  # that `run` was called for; only grow, any thread may read them
         self.forget_adapters()
+
+    @torch.inference_mode()
+    def record(self, sizes: Sequence[int]) -> int:
+        """Record decoding steps of each of these numbers of rows, ascending, in place of what was recorded.
+
+        Returns of how many graphs; 0 where the backend records none. Raises RuntimeError for a model that cannot be
+        recorded.
+        """
+        self.forget_graphs()
+        self._graphs = self._backend.graphs(self._kv, self._forward_recorded, sizes)
+        return 0 if self._graphs is None else len(self._graphs)
+
+    def forget_graphs(self) -> None:
+        """Have nothing recorded."""
+        self._graphs, self._recorded = None, RecordedOutputs()
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Sampled]:
         """One forward over all of `batch`, then one token for each of `batch.sampling`, in that order."""
-        logits = self.logits(batch)
+        form = self._replay(batch)
+        self.num_steps[form] += 1
         sampling = batch.sampling
-        return self._sampler.sample(logits[: len(sampling)], sampling)
+        if form is StepForm.GRAPH:
+            logits, greedy = self._recorded.rows(len(sampling))
+            return self._sampler.sample(logits, sampling, greedy)
+        return self._sampler.sample(self.logits(batch)[: len(sampling)], sampling)
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
-        """[max(1, num_sampling), vocab_size]: the model's output for the last row of each sampling sequence."""
+        """[max(1, num_sampling), vocab_size]: the model's output for the last row of each sampling sequence.
+
+        Launched one operation at a time, whatever has been recorded.
+        """
         plan = self._planner.plan(batch.rows)
-        with use(self._step(plan)):
-            output = self._model(
-                input_ids=self._tensor(plan.token_ids)[None],
-                position_ids=self._tensor(plan.runs.positions)[None],
-                logits_to_keep=self._tensor(plan.head_rows),
-                use_cache=False,
-            )
-        logits: Tensor = output.logits[0]
-        return logits
+        token_ids, positions, head_rows = map(self._tensor, (plan.token_ids, plan.runs.positions, plan.head_rows))
+        return self._forward(StepInputs(token_ids, positions, head_rows, self._step(plan)))
+
+    @torch.inference_mode()
+    def replayed(self, batch: Batch) -> RowOutputs | None:
+        """What `run` chooses from, until the next step; None where `batch` takes another form than a recorded one."""
+        form = self._replay(batch)
+        return self._recorded.rows(len(batch.sampling)) if form is StepForm.GRAPH else None
 
     def forget_adapters(self) -> None:
         """Drop what is kept of the last step, so that an idle engine keeps no adapter alive."""
         self._planner.forget_adapters()
         self._tokens = self._head = StepRows(Segments(), None)
+        if self._graphs is not None:
+            self._graphs.forget_adapters()
+
+    def _replay(self, batch: Batch) -> StepForm:
+        """Launch a step of `batch` as it was recorded, where it was."""
+        if self._graphs is None:
+            return StepForm.PLAIN
+        return self._graphs.replay(self._planner.plan(batch.rows)) if batch.is_decoding else StepForm.PROMPT
+
+    def _forward_recorded(self, inputs: StepInputs) -> None:
+        self._recorded.keep(self._forward(inputs))
+
+    def _forward(self, inputs: StepInputs) -> Tensor:
+        with use(inputs.step):
+            output = self._model(
+                input_ids=inputs.token_ids[None],
+                position_ids=inputs.positions[None],
+                logits_to_keep=inputs.head_rows,
+                use_cache=False,
+            )
+        logits: Tensor = output.logits[0]
+        return logits
 
     def _step(self, plan: StepPlan) -> RunningStep:
         if plan.tokens is not self._tokens.segments:

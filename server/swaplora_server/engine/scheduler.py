@@ -55,6 +55,11 @@ class Batch:
     def sampling(self) -> tuple[Sequence, ...]:
         return tuple(rows.sequence for rows in self.rows if rows.is_sampling)
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether each row is a sequence's newest, and samples."""
+        return all(rows.num_rows == 1 and rows.is_sampling for rows in self.rows)
+
 
 class Sampled(NamedTuple):
     """What the model said for one sampling sequence.

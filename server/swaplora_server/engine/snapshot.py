@@ -1,6 +1,9 @@
 """What an engine has to do, and with what, at one moment: for metrics, health and pages. Imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from swaplora_server.kernels.step import StepForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +18,7 @@ class Snapshot:
     num_looked_up_tokens: int  # of prompts, in the prefix cache
     num_hit_tokens: int  # of those, the ones that were in it
     num_failed_requests: int  # that ended alone, of a fault that was theirs
+    num_steps: Mapping[StepForm, int]
     seconds_since_beat: float  # since the engine's thread last came round
 
     @property

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from swaplora_adapters.weights.placement import Placement
 from swaplora_adapters.weights.served import AdapterWeights
-from swaplora_server.kernels.step import Runs, Segments, StepPlan
+from swaplora_server.kernels.step import Runs, Segments, StepForm, StepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,33 @@ class RunningStep(NamedTuple):
     paged: PagedStep
 
 
+class StepInputs(NamedTuple):
+    """What a forward of the model begins with, on its device."""
+
+    token_ids: Tensor  # [num_rows]
+    positions: Tensor  # [num_rows]
+    head_rows: Tensor | int  # those that reach the output head; 0, as transformers has it: all of them
+    step: RunningStep
+
+
+Forward = Callable[[StepInputs], None]  # leaves what it computes where later steps read it
+
+
+class Graphs(Protocol):
+    """Decoding steps that were recorded, and can be launched as one each."""
+
+    def __len__(self) -> int: ...
+
+    def replay(self, plan: StepPlan) -> StepForm:
+        """Launch what was recorded for steps like this one over its rows; GRAPH. Launches nothing for any other form.
+
+        What the recorded forward leaves is then that of this step, its rows first.
+        """
+
+    def forget_adapters(self) -> None:
+        """Keep no adapter alive."""
+
+
 class Memory(Protocol):
     """Where weights are placed that live and die together."""
 
@@ -120,6 +147,12 @@ class Backend(Protocol):
 
     def paged_kv(self, num_blocks: int, block_size: int) -> PagedKV:
         """Room for blocks 1 to `num_blocks`, beside block 0, which is nobody's."""
+
+    def graphs(self, kv: PagedKV, forward: Forward, sizes: Sequence[int]) -> Graphs | None:
+        """Record `forward` of decoding steps over `kv`, of each of these numbers of rows, ascending.
+
+        None: this family launches every operation by itself. Raises RuntimeError for a model that cannot be recorded.
+        """
 
     def wrap(self, model: PreTrainedModel, running: Callable[[], RunningStep]) -> Callable[[], None] | None:
         """Exchange layers of `model` for fused ones, which read the step from `running`; what undoes it.

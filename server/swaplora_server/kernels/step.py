@@ -31,6 +31,16 @@ class Wants(enum.IntEnum):
     HIDDEN = 2  # itself
 
 
+class StepForm(enum.StrEnum):
+    """How a step is launched, and if one operation at a time, why."""
+
+    GRAPH = "graph"  # as it was recorded
+    PROMPT = "prompt"  # some row is of a prompt
+    ADAPTER = "adapter"  # some adapter has modules of its own, or changes embeddings
+    ROOM = "room"  # it is larger than what was recorded
+    PLAIN = "plain"  # nothing is recorded
+
+
 class Runs:
     """Whose rows a step has, one sequence after the other: tokens from position `firsts[i]` on, over its own blocks."""
 
@@ -114,6 +124,10 @@ class Segments:
 
     def __len__(self) -> int:
         return len(self._segments)
+
+    def has_same_rows(self, other: "Segments") -> bool:
+        """Whether these are of the same rows, adapters and scales, in the same order."""
+        return list(self) == list(other)
 
     @cached_property
     def adding(self) -> "Segments":

@@ -108,11 +108,19 @@ class _StateCollector(Collector):
         yield CounterMetricFamily(
             "swaplora_isolated_failures", "Requests that failed alone in the engine", engine.num_failed_requests
         )
+        yield _steps_family(engine)
         yield GaugeMetricFamily("swaplora_adapter_resident_bytes", "Memory of adapters", state.resident_bytes)
         yield GaugeMetricFamily(
             "swaplora_adapter_host_bytes", "Host memory of adapters beside a GPU's", state.host_bytes
         )
         yield from _prefix_cache_families(engine)
+
+
+def _steps_family(engine: Snapshot) -> Family:
+    steps = CounterMetricFamily("swaplora_steps", "Steps of the engine", labels=["form"])
+    for form, count in engine.num_steps.items():
+        steps.add_metric([form], count)
+    return steps
 
 
 def _prefix_cache_families(engine: Snapshot) -> Iterator[Family]:

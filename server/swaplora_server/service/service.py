@@ -18,12 +18,14 @@ from swaplora_adapters.sources.watcher import put_folder
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_adapters.store.store import Store
 from swaplora_server.base.base_model import BaseModel, load_chosen_base
-from swaplora_server.base.device_memory import left_for_kv, take_kv_cache
+from swaplora_server.base.decode_graphs import RecordedSteps, record_steps
+from swaplora_server.base.device_memory import graph_bytes, left_for_kv, take_kv_cache
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.config import Settings
 from swaplora_server.engine.engine import Engine, run_probe
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.scheduler import Scheduler
+from swaplora_server.kernels.cuda.graphs.buckets import bucket_sizes
 from swaplora_server.service.admission import Admissions
 from swaplora_server.service.chat_template import ChatTemplate
 from swaplora_server.service.derivations import Derivations
@@ -68,6 +70,7 @@ class Service:
         self.offload = Offload(settings.tokenizer_threads, settings.max_waiting, "tokenize")
         self.inspections = Offload(NUM_INSPECTORS, MAX_INSPECTIONS, "inspect", begin=lower_priority)
         self.upload_threads = ThreadPoolExecutor(NUM_UPLOAD_THREADS, "upload", initializer=lower_priority)
+        self._recorded: RecordedSteps | None = None
         self._is_ready = threading.Event()
         self._lock = threading.Lock()
         self._opened = ExitStack()  # what is to be ended and closed, from the last to the first
@@ -172,11 +175,12 @@ class Service:
 
     def memory_plan(self) -> list[tuple[str, int]]:
         """What the server's memory is for, in bytes."""
-        host_bytes = self._host_budget()
+        host_bytes, recorded = self._host_budget(), self._recorded
         return [
             ("base weights", self.base.weight_bytes),
             ("KV cache, at most", self.kv_cache_bytes),
             ("adapters, at most", self.settings.adapter_memory_bytes),
+            *([(f"{recorded.num_graphs} recorded steps", recorded.num_bytes)] if recorded else []),
             *([("adapters in the host's memory, at most", host_bytes)] if host_bytes else []),
         ]
 
@@ -255,14 +259,29 @@ class Service:
         scheduler = Scheduler(
             pool,
             max_batch_tokens=settings.max_batch_tokens,
-            max_num_seqs=min(settings.max_num_seqs, settings.max_batch_tokens),
+            max_num_seqs=self._max_rows,
             max_step_ranks=settings.max_step_ranks,
             prefix_cache=settings.prefix_cache,
         )
-        engine = Engine(scheduler, base.runner(pool.num_blocks, settings.block_size))
+        runner = base.runner(pool.num_blocks, settings.block_size)
+        engine = Engine(scheduler, runner)
         run_step = partial(engine.check_model, min(settings.max_batch_tokens, wanted))
         take_kv_cache(run_step, base.device, self.kv_cache_bytes, settings.adapter_memory_bytes)
+        if self._records_steps:
+            self._recorded = record_steps(base, runner, pool, self._max_rows)
         return engine
+
+    @property
+    def _max_rows(self) -> int:
+        """Of sequences that run at once."""
+        return min(self.settings.max_num_seqs, self.settings.max_batch_tokens)
+
+    @property
+    def _records_steps(self) -> bool:
+        wanted, is_cpu = self.settings.cuda_graphs, self.base.device.type == "cpu"
+        if wanted is not None and is_cpu:
+            raise UnsupportedModelError("--cuda-graphs says whether a GPU's steps are recorded: leave it out on a CPU")
+        return wanted is not False and not is_cpu
 
     def _kv_bytes(self) -> int:
         """As the settings say, or what there is room for."""
@@ -281,8 +300,13 @@ class Service:
         def run_step() -> None:
             run_probe(base.runner(num_blocks, block_size), BlockPool(num_blocks, block_size), num_tokens)
 
+        def record_largest() -> int:
+            return base.runner(num_blocks, block_size).record([self._max_rows])
+
         fraction = settings.gpu_memory_fraction or GPU_MEMORY_FRACTION
-        return left_for_kv(run_step, base.device, fraction, settings.adapter_memory_bytes)
+        sizes = bucket_sizes(self._max_rows)
+        for_graphs = graph_bytes(record_largest, base.device, len(sizes)) if self._records_steps else 0
+        return left_for_kv(run_step, base.device, fraction, settings.adapter_memory_bytes, for_graphs)
 
 
 def _report_ingest(name: str, error: Exception) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from swaplora_server.engine.request import Request, Sequence
+from swaplora_server.engine.sampling.transfers import send
 
 Addition = tuple[Tensor, Tensor]  # token ids, and what is added to the logit of each
 
@@ -24,7 +25,8 @@ class Biases:
         added = [(row, addition) for row, sequence in enumerate(sequences) for addition in self._of(sequence, logits)]
         if added:
             counts = torch.tensor([len(token_ids) for _, (token_ids, _) in added])
-            places = torch.tensor([row for row, _ in added]).repeat_interleave(counts).to(logits.device)
+            rows = torch.tensor([row for row, _ in added]).repeat_interleave(counts)
+            places = rows.to(logits.device, non_blocking=True)
             token_ids, values = (torch.cat(parts) for parts in zip(*(addition for _, addition in added), strict=True))
             logits.index_put_((places, token_ids), values, accumulate=True)
 
@@ -43,4 +45,4 @@ class Biases:
 
 def _addition(pairs: Rows[tuple[int, float]], like: Tensor) -> Addition:
     token_ids, values = zip(*pairs, strict=True)
-    return torch.tensor(token_ids, device=like.device), torch.tensor(values, dtype=like.dtype, device=like.device)
+    return send(token_ids, torch.int64, like.device), send(values, like.dtype, like.device)

@@ -8,6 +8,7 @@ from torch import Tensor
 from swaplora_server.engine.request import Logprobs
 from swaplora_server.engine.sampling.largest import largest
 from swaplora_server.engine.sampling.rows import Row
+from swaplora_server.engine.sampling.transfers import send
 
 _LEAST = -9999.0  # JSON has no infinity
 
@@ -18,18 +19,17 @@ class PendingLogprobs:
     def __init__(self, logits: Tensor, token_ids: Tensor, rows: Rows[Row]) -> None:
         """logits: [rows, vocab_size], as the model gave them. token_ids: [rows], what was chosen."""
         self._asked = [(row.number, row.params.num_logprobs) for row in rows if row.params.num_logprobs is not None]
+        self.packed: tuple[Tensor, ...] = ()  # at most one, to be read
         if self._asked:
-            numbers = torch.tensor([number for number, _ in self._asked], device=logits.device)
+            numbers = send([number for number, _ in self._asked], torch.int64, logits.device)
             most = max(count for _, count in self._asked)
-            self._packed = _packed(logits[numbers], token_ids[numbers], min(most, logits.shape[-1]))
+            self.packed = (_packed(logits[numbers], token_ids[numbers], min(most, logits.shape[-1])),)
 
-    def read(self) -> dict[int, Logprobs]:
-        """By row, once they are computed; of equally likely tokens those come first that do in the vocabulary."""
-        if not self._asked:
-            return {}
+    def read(self, packed: Rows[list[float]] = ()) -> dict[int, Logprobs]:
+        """By row, of what is in `packed`; of equally likely tokens those come first that do in the vocabulary."""
         return {
-            number: _logprobs(chosen, packed, count)
-            for (number, count), (chosen, *packed) in zip(self._asked, self._packed.tolist(), strict=True)
+            number: _logprobs(chosen, rest, count)
+            for (number, count), (chosen, *rest) in zip(self._asked, packed, strict=True)
         }
 
 

@@ -49,7 +49,8 @@ def penalise(logits: Tensor, rows: Tensor, sequences: Rows[Sequence], counts: To
             *((each.repetition_penalty, each.frequency_penalty, each.presence_penalty) for each in asked), strict=True
         )
     )
-    places = rows.repeat_interleave(lengths.to(rows.device)), token_ids
+    counts_of = lengths.to(rows.device, non_blocking=True)
+    places = rows.repeat_interleave(counts_of, output_size=len(tokens)), token_ids
     x = logits[places]
     x = torch.where(x > 0, x / repetition, x * repetition).clamp_(max=torch.finfo(x.dtype).max)
     logits[places] = x - frequency * num_generated - presence * (num_generated > 0)

@@ -5,6 +5,7 @@ from collections import abc
 import torch
 from torch import Tensor
 
+from swaplora_server.engine.outputs import Greedy
 from swaplora_server.engine.request import Logprobs, Sequence
 from swaplora_server.engine.sampling.bias import Biases
 from swaplora_server.engine.sampling.draw import draw
@@ -14,6 +15,7 @@ from swaplora_server.engine.sampling.logprobs import PendingLogprobs
 from swaplora_server.engine.sampling.masks import AllowedTokens, forbid_others
 from swaplora_server.engine.sampling.penalties import TokenCounts, penalise
 from swaplora_server.engine.sampling.rows import Kind, Row, row_of
+from swaplora_server.engine.sampling.transfers import bring, send
 from swaplora_server.engine.scheduler import Sampled
 
 
@@ -34,24 +36,28 @@ class Sampler:
         self._scratch = torch.empty(0, 0)
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, sequences: abc.Sequence[Sequence]) -> list[Sampled]:
-        """logits: [num_sequences, vocab_size]. A row with a logit that is not a number yields no token."""
+    def sample(self, logits: Tensor, sequences: abc.Sequence[Sequence], greedy: Greedy | None = None) -> list[Sampled]:
+        """logits: [num_sequences, vocab_size]. A row with a logit that is not a number yields no token.
+
+        `greedy`: what is likeliest in them, where that is known.
+        """
         logits = logits.float()
         rows, errors = self._look_at(sequences, logits.shape[-1])
         asking = sorted((row for row in rows if row.is_shaped or row.kind), key=lambda row: row.kind)
         are_all_drawn = len(asking) == len(sequences) and all(row.is_drawn for row in asking)
-        best, token_ids = (_nothing if are_all_drawn else argmax)(logits)
-        is_finite = has_token = best.isfinite()
+        token_ids, is_finite = greedy or (_nothing if are_all_drawn else Greedy.of)(logits)
+        has_token = is_finite
         if asking:
             numbers = _numbers([row.number for row in asking], logits)
             chosen, is_chosen = self._choose(logits, numbers, asking)
-            token_ids[numbers] = chosen
+            token_ids = token_ids.index_put((numbers,), chosen)
             has_token = has_token.index_put((numbers,), is_chosen)
             is_finite = has_token if are_all_drawn else is_finite
         logprobs = PendingLogprobs(logits, token_ids, rows)
-        found = torch.stack((token_ids, is_finite.long(), has_token.long()), dim=-1).tolist()
-        told = logprobs.read()
-        return [_sampled(found[row], errors.get(row), told.get(row)) for row in range(len(sequences))]
+        found = torch.stack((token_ids, is_finite.long(), has_token.long()), dim=-1)
+        numbers_of, *packed = bring(found, *logprobs.packed)
+        told = logprobs.read(*packed)
+        return [_sampled(numbers_of[row], errors.get(row), told.get(row)) for row in range(len(sequences))]
 
     def _look_at(self, sequences: abc.Sequence[Sequence], vocab_size: int) -> tuple[list[Row], dict[int, Exception]]:
         """What the rows ask for, and by number the errors of those whose constraints raise."""
@@ -95,9 +101,10 @@ class Sampler:
             penalise(x, _numbers(penalised, x), sequences, self._counts)
 
 
-def _nothing(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _nothing(logits: Tensor) -> Greedy:
     """In the place of the likeliest tokens, where nobody wants them."""
-    return logits.new_zeros(len(logits)), torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    token_ids = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    return Greedy(token_ids, torch.ones_like(token_ids, dtype=torch.bool))
 
 
 def _drawn(x: Tensor, rows: abc.Sequence[Row], room: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,8 +149,8 @@ def _sampled(found: list[int], error: Exception | None, logprobs: Logprobs | Non
 
 
 def _numbers(values: abc.Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64).to(like.device, non_blocking=True)
+    return send(values, torch.int64, like.device)
 
 
 def _column(values: abc.Sequence[float], like: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(values, dtype=dtype).unsqueeze(-1).to(like.device, non_blocking=True)
+    return send(values, dtype, like.device).unsqueeze(-1)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from swaplora_adapters.weights.memory import HugePages
 from swaplora_adapters.weights.placement import Placement
 from swaplora_adapters.weights.served import AdapterWeights
-from swaplora_server.kernels.backend import Memory, RunningStep
+from swaplora_server.kernels.backend import Forward, Memory, PagedKV, RunningStep
 from swaplora_server.kernels.cpu import build, decoder, linear, panels, quantised_linear
 from swaplora_server.kernels.cpu.adapter_tables import AdapterTables
 from swaplora_server.kernels.cpu.attention import CpuKV
@@ -68,6 +68,9 @@ class CpuBackend:
     def paged_kv(self, num_blocks: int, block_size: int) -> CpuKV:
         """See `Backend`."""
         return CpuKV(self.library, num_blocks, block_size, self.dtype)
+
+    def graphs(self, _kv: PagedKV, _forward: Forward, _sizes: Sequence[int]) -> None:
+        """Nothing is recorded."""
 
     def wrap(self, model: PreTrainedModel, running: Callable[[], RunningStep]) -> Callable[[], None] | None:
         """All layers in one native call."""

@@ -13,7 +13,8 @@ from swaplora_server.kernels.backend import LayerAttention
 from swaplora_server.kernels.cuda import attention_kernels as kernels
 from swaplora_server.kernels.cuda.attention_runs import Room, prefill_tiles, room_for, write
 from swaplora_server.kernels.cuda.attention_shapes import AHEAD, PROGRAMS_PER_PROCESSOR, Shape, padded, shape_of
-from swaplora_server.kernels.step import Ints, Runs
+from swaplora_server.kernels.cuda.words import Words
+from swaplora_server.kernels.step import Runs
 
 _LOG2_E = log2(2.718281828459045)
 _NO_WINDOW = 1 << 30
@@ -26,6 +27,7 @@ class CudaKV:
     """
 
     def __init__(self, num_blocks: int, block_size: int, device: torch.device) -> None:
+        self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = device
         self._num_slots = (num_blocks + 1) * block_size
@@ -99,21 +101,24 @@ class CudaStep:
 
     kv: CudaKV
     room: Room
+    words: Words | None = None  # `room.num_words`; its own unless given
+    _words: Words = field(init=False)
+    _parts: tuple[Tensor, ...] = field(init=False)  # count of items, slots, decodes, items, blocks
     _runs: Runs = field(init=False)
-    _host: Tensor = field(init=False)
-    _words: Tensor = field(init=False)
     _tiles: dict[tuple[int, int], Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        is_cuda = self.kv.device.type == "cuda"
-        self._host = torch.zeros(self.room.num_words, dtype=torch.int64, pin_memory=is_cuda)
-        self._words = torch.zeros(self.room.num_words, dtype=torch.int64, device=self.kv.device)
+        self._words = self.words or Words.zeros(self.room.num_words, self.kv.device)
+        self._parts = torch.split(self._words.on_device, list(self.room.part_words))
 
     def hold(self, runs: Runs) -> None:
-        """These from now on, once the copy before has ended. Raises CapacityError, and holds what it held then."""
-        words: Ints = self._host.numpy()
-        write(runs, words, self.room)
-        self._words.copy_(self._host, non_blocking=True)
+        """These from now on. Raises CapacityError, and holds what it held then."""
+        self.write(runs)
+        self._words.send()
+
+    def write(self, runs: Runs) -> None:
+        """These, once its words are sent. Raises CapacityError, and writes nothing then."""
+        write(runs, self._words.writable(), self.room)
         self._runs = runs
         self._tiles.clear()
 
@@ -205,15 +210,11 @@ class CudaStep:
             self.kv.block_size,
         )
 
-    @property
-    def _parts(self) -> tuple[Tensor, ...]:
-        """Count of items, slots, decodes, items, blocks."""
-        return torch.split(self._words, list(self.room.part_words))
-
     def _tiles_of(self, group: int, queries: int) -> Tensor:
         if (group, queries) not in self._tiles:
             tiles = torch.from_numpy(prefill_tiles(self._runs, group, queries))
-            self._tiles[group, queries] = tiles.to(self.kv.device, non_blocking=True)
+            # nothing is copied of nothing: a step that is recorded must not
+            self._tiles[group, queries] = tiles.to(self.kv.device, non_blocking=True) if len(tiles) else tiles
         return self._tiles[group, queries]
 
 

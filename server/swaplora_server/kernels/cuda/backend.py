@@ -8,9 +8,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from swaplora_adapters.weights.served import AdapterWeights
-from swaplora_server.kernels.backend import Memory, RunningStep
+from swaplora_server.kernels.backend import Forward, Memory, PagedKV, RunningStep
 from swaplora_server.kernels.cuda.adapter_tables import AdapterTables
 from swaplora_server.kernels.cuda.attention import CudaKV
+from swaplora_server.kernels.cuda.graphs.decoding import CudaGraphs
+from swaplora_server.kernels.cuda.graphs.recorder import CudaRecorder, Recorder
 from swaplora_server.kernels.cuda.lora import CudaLora
 from swaplora_server.kernels.step import Segments
 from swaplora_server.kernels.torch.backend import DeviceMemory
@@ -22,6 +24,7 @@ class CudaBackend:
 
     device: torch.device
     dtype: torch.dtype
+    recorder: Callable[[torch.device], Recorder] = CudaRecorder
 
     @property
     def description(self) -> str:
@@ -55,6 +58,12 @@ class CudaBackend:
     def paged_kv(self, num_blocks: int, block_size: int) -> CudaKV:
         """See `Backend`."""
         return CudaKV(num_blocks, block_size, self.device)
+
+    def graphs(self, kv: PagedKV, forward: Forward, sizes: Sequence[int]) -> CudaGraphs:
+        """See `Backend`."""
+        if not isinstance(kv, CudaKV):
+            raise TypeError(f"a {type(kv).__name__} is not this backend's")
+        return CudaGraphs(kv, self.dtype, forward, sizes, self.recorder(self.device))
 
     def wrap(self, _model: PreTrainedModel, _running: Callable[[], RunningStep]) -> None:
         """Layers are left as they are."""

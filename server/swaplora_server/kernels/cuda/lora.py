@@ -4,6 +4,7 @@ Importing this needs triton: see `require_triton`.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +14,24 @@ from swaplora_server.kernels.cuda import lora_kernels
 from swaplora_server.kernels.cuda.adapter_tables import AdapterTables, tables_of
 from swaplora_server.kernels.cuda.lora_shapes import GROUP, PROGRAMS_PER_PROCESSOR, SLICE, expand_launch, shrink_launch
 from swaplora_server.kernels.cuda.lora_tiles import Capacity, Tiles, tiles_of
-from swaplora_server.kernels.step import Ints, Segments
+from swaplora_server.kernels.cuda.words import Words
+from swaplora_server.kernels.step import Segments
 
 ALIGNMENT = 16  # elements of a row, and bytes of an address
+
+
+class PlannedLora(NamedTuple):
+    """Segments as kernels work through them, and what these read of the adapters."""
+
+    tiles: Tiles
+    tables: Sequence[AdapterTables]
+
+
+def planned(segments: Segments, dtype: torch.dtype) -> PlannedLora:
+    """Of prepared adapters, for rows in `dtype`. Raises RuntimeError for one that is not."""
+    tables = tables_of(segments.adapters, dtype)
+    addresses, widths = ([getattr(each, name) for each in tables] for name in ("address", "width"))
+    return PlannedLora(tiles_of(segments, np.array(addresses, np.int64), np.array(widths, np.int64)), tables)
 
 
 class CudaLora:
@@ -24,39 +40,34 @@ class CudaLora:
     Its buffers keep their addresses, so that a graph which has captured `add` adds for the segments of `hold`.
     """
 
-    def __init__(self, capacity: Capacity, dtype: torch.dtype, device: torch.device) -> None:
-        """Of no segments yet."""
+    def __init__(
+        self, capacity: Capacity, dtype: torch.dtype, device: torch.device, words: Words | None = None
+    ) -> None:
+        """Of no segments yet. `words` are `capacity.num_words`, and its own unless given."""
         self._capacity = capacity
         self._dtype = dtype
         self._programs = (_num_programs(device),)
-        self._host = torch.zeros(capacity.num_words, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._plan = torch.zeros(capacity.num_words, dtype=torch.int64, device=device)
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._words = Words.zeros(capacity.num_words, device) if words is None else words
         self._tables: Sequence[AdapterTables] = ()
 
     @classmethod
     def of(cls, segments: Segments, dtype: torch.dtype, device: torch.device) -> "CudaLora":
         """Of these alone, in buffers of their size."""
-        tables = tables_of(segments.adapters, dtype)
-        tiles = _tiles_of(segments, tables)
-        lora = cls(tiles.needs, dtype, device)
-        lora._hold(tiles, tables)
+        plan = planned(segments, dtype)
+        lora = cls(plan.tiles.needs, dtype, device)
+        lora.write(plan)
+        lora._words.send()
         return lora
 
     def hold(self, segments: Segments) -> None:
-        """Of these from now on, once the copy before is done. On CapacityError it holds what it held."""
-        tables = tables_of(segments.adapters, self._dtype)
-        self._hold(_tiles_of(segments, tables), tables)
+        """Of these from now on. On CapacityError it holds what it held."""
+        self.write(planned(segments, self._dtype))
+        self._words.send()
 
-    def _hold(self, tiles: Tiles, tables: Sequence[AdapterTables]) -> None:
-        if self._copied is not None:
-            self._copied.synchronize()
-        words: Ints = self._host.numpy()
-        tiles.write(words, self._capacity)
-        self._plan.copy_(self._host, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
-        self._tables = tables  # the plan points into them
+    def write(self, plan: PlannedLora) -> None:
+        """Of this, once its words are sent. Raises CapacityError, and writes nothing then."""
+        plan.tiles.write(self._words.writable(), self._capacity)
+        self._tables = plan.tables  # the words point into them
 
     def add(self, x: Tensor, outputs: Sequence[tuple[Tensor, int]]) -> None:
         """See `LoraStep`."""
@@ -69,7 +80,7 @@ class CudaLora:
     def _add(self, x: Tensor, outputs: Sequence[tuple[Tensor, int]]) -> None:
         num_planes = -(-x.shape[1] // SLICE)
         h = x.new_empty(num_planes * len(outputs) * self._capacity.h_elements, dtype=torch.float32)
-        plan = (self._plan, self._capacity.first_entry_word, h, self._capacity.h_elements, len(outputs))
+        plan = (self._words.on_device, self._capacity.first_entry_word, h, self._capacity.h_elements, len(outputs))
         absent = GROUP - len(outputs)
         ys = [y for y, _ in outputs] + [outputs[0][0]] * absent
         numbers = [number for _, number in outputs] + [0] * absent
@@ -79,11 +90,6 @@ class CudaLora:
         expand = expand_launch(_name(self._dtype), is_aligned=all(_is_aligned(y) for y in ys))
         strides = [y.stride(0) for y in ys]
         lora_kernels.lora_expand[self._programs](*ys, *plan, num_planes, *widths, *strides, *numbers, **expand.options)
-
-
-def _tiles_of(segments: Segments, tables: Sequence[AdapterTables]) -> Tiles:
-    addresses, widths = ([getattr(each, name) for each in tables] for name in ("address", "width"))
-    return tiles_of(segments, np.array(addresses, np.int64), np.array(widths, np.int64))
 
 
 def _has_plain_rows(rows: Tensor) -> bool:

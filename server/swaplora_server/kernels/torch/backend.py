@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from swaplora_adapters.weights.served import AdapterWeights
-from swaplora_server.kernels.backend import Memory, RunningStep
+from swaplora_server.kernels.backend import Forward, Memory, PagedKV, RunningStep
 from swaplora_server.kernels.step import Segments
 from swaplora_server.kernels.torch.attention import TorchKV
 from swaplora_server.kernels.torch.lora import ModulesByNumber, TorchLora
@@ -63,6 +63,9 @@ class TorchBackend:
     def paged_kv(self, num_blocks: int, block_size: int) -> TorchKV:
         """See `Backend`."""
         return TorchKV(num_blocks, block_size, self.device)
+
+    def graphs(self, _kv: PagedKV, _forward: Forward, _sizes: Sequence[int]) -> None:
+        """Nothing is recorded."""
 
     def wrap(self, _model: PreTrainedModel, _running: Callable[[], RunningStep]) -> None:
         """Layers are left as they are."""
