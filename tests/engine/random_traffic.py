@@ -13,10 +13,10 @@ from zlib import crc32
 import pytest
 from hypothesis import strategies as st
 
-from scheduler_harness import EOS, Client, LabelledKV, adapter, make, submit
+from scheduler_harness import EOS, Client, LabelledKV, adapter, make, said_of, submit
 from swaplora_server.engine import scheduler as scheduler_module
 from swaplora_server.engine.request import AdapterUse, Request, Sequence
-from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows
+from swaplora_server.engine.scheduler import Batch, ScheduledRows
 
 Owner = tuple[tuple[AdapterUse, ...], str | None]  # adapters and salt
 Tokens = list[int] | tuple[int, ...]
@@ -33,8 +33,9 @@ OWNERS: tuple[Owner, ...] = (
 submissions = st.fixed_dictionaries(
     {
         "prompt": st.builds(lambda pattern, length: pattern[:length], st.sampled_from(PATTERNS), st.integers(1, 30)),
-        "max_tokens": st.integers(1, 9),
+        "max_tokens": st.integers(0, 9),
         "n": st.integers(1, 3),
+        "num_prompt_logprobs": st.sampled_from((None, None, 0)),
         "owner": st.sampled_from(OWNERS),
     }
 )
@@ -42,6 +43,7 @@ events = st.one_of(
     st.tuples(st.just("submit"), submissions),
     st.tuples(st.just("step"), st.integers(1, 6)),
     st.tuples(st.just("step where one fails"), st.integers(0, 7)),
+    st.tuples(st.just("step where a score fails"), st.integers(0, 7)),
     st.tuples(st.just("submit and abort after"), st.integers(1, 3), submissions),
     st.tuples(st.just("abort"), st.integers(0, 20), st.sampled_from((None, 0, 1, 2))),
 )
@@ -52,6 +54,7 @@ limits = st.fixed_dictionaries(
         "max_num_seqs": st.integers(1, 6),
         "max_step_ranks": st.sampled_from((1, 8, 12, 4096)),
         "prefix_cache": st.sampled_from((True, True, True, False)),
+        "max_scored_rows": st.sampled_from((1, 2, 7, 256)),
     }
 )
 
@@ -84,13 +87,20 @@ class Traffic:
                     self.step()
         return self
 
-    def step(self, failing: int | None = None) -> None:
-        """One step; the `failing`th of those that sample has no finite output, if there are so many."""
+    def step(self, failing: int | None = None, failing_score: int | None = None) -> None:
+        """One step; the `failing`th of those that sample has no finite output, if there are so many.
+
+        Of those that ask for anything the `failing_score`th has none for a token of its prompt.
+        """
         batch = self.scheduler.schedule()
         self._note(batch)
         self.kv.run(batch)
         tokens = [None if number == failing else _token(sequence) for number, sequence in enumerate(batch.sampling)]
-        self.scheduler.commit(batch, [Sampled(token) for token in tokens])
+        of_sampling = iter(tokens)
+        said = [said_of(rows, next(of_sampling) if rows.is_sampling else None) for rows in batch.asking]
+        if failing_score is not None and failing_score < len(said) and batch.asking[failing_score].num_scored:
+            said[failing_score] = said[failing_score]._replace(scores=None)
+        self.scheduler.commit(batch, said)
         self.scheduler.check_integrity()
 
     def steps_passed_over(self) -> list[list[int]]:
@@ -116,6 +126,8 @@ class Traffic:
                     self.step()
             case "step where one fails", number:
                 self.step(number)
+            case "step where a score fails", number:
+                self.step(failing_score=number)
             case "abort", number, index:
                 for client in islice(self.clients, number % max(1, len(self.clients)), None):
                     self.scheduler.abort(client.request, index)
@@ -137,6 +149,7 @@ class Traffic:
 
     def _check_limits(self, batch: Batch) -> None:
         assert sum(rows.num_rows for rows in batch.rows) <= self.limits["max_batch_tokens"]
+        assert sum(rows.num_scored for rows in batch.rows) <= self.limits["max_scored_rows"]
         assert self.scheduler.num_running <= self.limits["max_num_seqs"]
         ranks = [rows.sequence.request.adapter_ranks for rows in batch.rows]
         together = {digest: rank for own in ranks for digest, rank in own.items()}

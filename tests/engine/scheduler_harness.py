@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from swaplora_server.engine.kv_cache import BlockPool
-from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, TokenEvent
+from swaplora_server.engine.request import AdapterUse, Logprobs, Request, SamplingParams, TokenEvent
 from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows, Scheduler
 
 EOS = 9
@@ -18,7 +18,13 @@ class Client:
 
     request: Request = field(init=False)
     events: list[TokenEvent] = field(default_factory=list)
+    num_scored_at_first: int | None = None  # of the prompt's tokens, when it heard of the first event
     num_released: int = 0
+
+    def hear(self, event: TokenEvent) -> None:
+        if not self.events:
+            self.num_scored_at_first = len(self.request.scores)
+        self.events.append(event)
 
     def released(self) -> None:
         self.num_released += 1
@@ -45,6 +51,7 @@ def make(
     max_num_seqs: int = 8,
     max_step_ranks: int = 4096,
     prefix_cache: bool = True,
+    max_scored_rows: int = 256,
 ) -> Scheduler:
     return Scheduler(
         BlockPool(num_blocks, block_size),
@@ -52,6 +59,7 @@ def make(
         max_num_seqs=max_num_seqs,
         max_step_ranks=max_step_ranks,
         prefix_cache=prefix_cache,
+        max_scored_rows=max_scored_rows,
     )
 
 
@@ -70,7 +78,7 @@ def submit(
         "r",
         tuple(prompt),
         SamplingParams(max_tokens=max_tokens, **params),
-        emit=client.events.append,
+        emit=client.hear,
         adapters=adapters,
         num_sequences=n,
         release=client.released,
@@ -80,9 +88,20 @@ def submit(
     return client
 
 
+def said_of(rows: ScheduledRows, token_id: int | None) -> Sampled:
+    """A token, where one is sampled; the score of a prompt's token is its position, which nobody else's is."""
+    scored = range(rows.scored_stop - rows.num_scored + 1, rows.scored_stop + 1)
+    return Sampled(token_id if rows.is_sampling else None, scores=tuple(score_at(position) for position in scored))
+
+
+def score_at(position: int) -> Logprobs:
+    """What stands for the score of the prompt's token at `position`."""
+    return Logprobs(float(-position), ())
+
+
 def run_step(scheduler: Scheduler, token_id: int | None = 1) -> Batch:
     batch = scheduler.schedule()
-    scheduler.commit(batch, [Sampled(token_id) for _ in batch.sampling])
+    scheduler.commit(batch, [said_of(rows, token_id) for rows in batch.asking])
     scheduler.check_integrity()
     return batch
 

@@ -81,6 +81,13 @@ def test_no_two_owners_or_blocks_have_one_key() -> None:
     assert root not in keys
 
 
+def test_a_prompt_that_is_to_be_scored_finds_nothing_and_is_found() -> None:
+    scheduler = make(block_size=4, max_batch_tokens=100)
+    assert cached(scheduler, PROMPT, num_prompt_logprobs=0) == 0
+    assert cached(scheduler, PROMPT, num_prompt_logprobs=0) == 0
+    assert cached(scheduler, PROMPT) == (len(PROMPT) - 1) // 4 * 4
+
+
 def test_generated_tokens_are_found_by_the_next_turn() -> None:
     scheduler = make()
     cached(scheduler, [5, 5, 5], max_tokens=10)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from random_traffic import MAX_STEPS, Traffic, events, limits
-from scheduler_harness import EOS, adapter, make, run_all, run_step, submit
+from scheduler_harness import EOS, adapter, make, run_all, run_step, score_at, submit
 from swaplora_server.engine.request import FinishReason
 from swaplora_server.engine.scheduler import MAX_STEPS_PASSED_OVER, Sampled
 
@@ -93,6 +93,53 @@ def test_whatever_happens_every_sequence_ends_exactly_once(limits: dict[str, Any
         assert client.num_released == 1
         tokens = Counter(event.index for event in client.events if event.token_id is not None)
         assert all(count <= client.request.params.max_tokens for count in tokens.values())
+
+
+@settings(max_examples=200, deadline=None)
+@given(limits, st.lists(events, max_size=40))
+def test_whatever_happens_a_prompt_is_scored_once_and_before_anything_else_is_told(
+    limits: dict[str, Any], events: list[Any]
+) -> None:
+    for client in Traffic(limits).play(events).clients:
+        request = client.request
+        whole = len(request.prompt_ids) - 1 if request.params.num_prompt_logprobs is not None else 0
+        assert request.scores == [score_at(position) for position in range(1, len(request.scores) + 1)]
+        assert len(request.scores) <= whole
+        end = next(event.finish_reason for event in client.events if event.index == 0 and event.finish_reason)
+        if end not in (FinishReason.ABORT, FinishReason.ERROR):
+            assert client.num_scored_at_first == whole
+
+
+def test_of_a_prompt_no_more_rows_are_scored_in_a_step_than_may_be_and_others_go_on_beside_it() -> None:
+    scheduler = make(max_batch_tokens=16, max_scored_rows=3)
+    scored, next_one = (submit(scheduler, range(9), max_tokens=1, num_prompt_logprobs=0) for _ in range(2))
+    plain = submit(scheduler, [7] * 8, max_tokens=1)
+    steps = [
+        [(rows.start, rows.stop, rows.num_scored, rows.is_sampling) for rows in run_step(scheduler).rows]
+        for _ in range(3)
+    ]
+    assert steps[0] == [(0, 3, 3, False), (0, 8, 0, True)]
+    assert steps[1] == [(3, 6, 3, False)]
+    assert steps[2] == [(6, 9, 2, True), (0, 1, 1, False)]
+    run_all(scheduler)
+    assert [len(client.request.scores) for client in (scored, next_one, plain)] == [8, 8, 0]
+    assert all(len(client.events) == 1 for client in (scored, next_one, plain))
+
+
+def test_where_no_tokens_are_wanted_a_prompt_is_computed_and_ends() -> None:
+    scheduler = make()
+    client = submit(scheduler, range(9), max_tokens=0, n=2, num_prompt_logprobs=0)
+    run_all(scheduler)
+    assert [(event.token_id, event.finish_reason) for event in client.events] == [(None, FinishReason.LENGTH)] * 2
+    assert client.num_released == 1
+
+
+def test_a_prompt_with_a_score_that_is_not_finite_fails_alone() -> None:
+    scheduler = make()
+    clients = [submit(scheduler, num_prompt_logprobs=0), submit(scheduler, prompt=range(7, 10))]
+    scheduler.commit(scheduler.schedule(), [Sampled(3, scores=None), Sampled(3)])
+    assert [client.events[-1].finish_reason for client in clients] == [FinishReason.ERROR, None]
+    scheduler.check_integrity()
 
 
 @settings(max_examples=200, deadline=None)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swaplora_adapters.weights.served import AdapterWeights
-from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
+from swaplora_server.engine.request import AdapterUse, Logprobs, Request, SamplingParams, Sequence
 from swaplora_server.engine.scheduler import ScheduledRows, rows_of
 from swaplora_server.engine.step import AdapterMismatchError, Planner, running, use
 from swaplora_server.kernels.backend import RunningStep
@@ -31,6 +31,7 @@ class Chunk:
     stop: int
     invoked_at: int
     uses: tuple[tuple[AdapterWeights, float], ...]
+    num_scored: int | None  # tokens of it that were scored before; None: its prompt is not to be scored
 
 
 @st.composite
@@ -38,7 +39,8 @@ def chunks(draw: st.DrawFn) -> Chunk:
     num_tokens = draw(st.integers(1, 14))
     start = draw(st.integers(0, num_tokens - 1))
     stop = draw(st.integers(start + 1, num_tokens))
-    return Chunk(num_tokens, start, stop, draw(st.integers(0, num_tokens - 1)), tuple(draw(USES)))
+    num_scored = draw(st.none() | st.integers(start, num_tokens - 1))
+    return Chunk(num_tokens, start, stop, draw(st.integers(0, num_tokens - 1)), tuple(draw(USES)), num_scored)
 
 
 def scheduled(steps: list[list[Chunk]]) -> list[list[ScheduledRows]]:
@@ -50,8 +52,9 @@ def scheduled(steps: list[list[Chunk]]) -> list[list[ScheduledRows]]:
         for chunk in step:
             adapters = tuple(AdapterUse(weights, scale, weights.digest) for weights, scale in chunk.uses)
             prompt = tuple(next(free) for _ in range(chunk.num_tokens))  # any tokens, as long as they differ
-            request = Request("r", prompt, SamplingParams(1), lambda _event: None, adapters)
-            request.invoked_at = chunk.invoked_at
+            params = SamplingParams(1, num_prompt_logprobs=None if chunk.num_scored is None else 0)
+            request = Request("r", prompt, params, lambda _event: None, adapters, invoked_at=chunk.invoked_at)
+            request.scores += [Logprobs(-1.0, ())] * (chunk.num_scored or 0)
             sequence = Sequence(request, 0)
             sequence.block_table = [next(free) for _ in range(-(-chunk.num_tokens // BLOCK_SIZE))]
             rows.append(rows_of(sequence, chunk.start, chunk.stop))
@@ -73,6 +76,13 @@ def applied(segments: Segments, num_rows: int) -> list[list[tuple[str, float]]]:
     return found
 
 
+def is_scored(sequence: Sequence, position: int) -> bool:
+    """Whether what the row says of the token after it is wanted, and not there yet."""
+    request = sequence.request
+    is_wanted = request.params.num_prompt_logprobs is not None
+    return is_wanted and len(request.scores) <= position < len(request.prompt_ids) - 1
+
+
 def check(rows: list[ScheduledRows], plan: StepPlan) -> None:
     each = rows_in(rows)
     runs = plan.runs
@@ -91,7 +101,11 @@ def check(rows: list[ScheduledRows], plan: StepPlan) -> None:
     sampling = {id(own.sequence) for own in rows if own.is_sampling}
     ends = [own.stop - 1 for own in rows for _ in range(own.num_rows)]
     wanted = [
-        Wants.SAMPLE if id(sequence) in sampling and position == end else Wants.NOTHING
+        Wants.SAMPLE
+        if id(sequence) in sampling and position == end
+        else Wants.SCORE
+        if is_scored(sequence, position)
+        else Wants.NOTHING
         for (sequence, position), end in zip(each, ends, strict=True)
     ]
     assert plan.wants.tolist() == wanted
@@ -101,7 +115,8 @@ def check(rows: list[ScheduledRows], plan: StepPlan) -> None:
         for sequence, position in each
     ]
     assert applied(plan.tokens, len(each)) == uses
-    of_head = [[(use.digest, use.scale) for use in own.sequence.request.adapters] for own in rows if own.is_sampling]
+    assert sum(own.num_heads for own in rows) == sum(map(bool, wanted))
+    of_head = [used for used, want in zip(uses, wanted, strict=True) if want]
     assert applied(plan.head, len(of_head)) == of_head
     for segments in (plan.tokens, plan.head):
         assert segments.starts.tolist() == sorted(segments.starts.tolist())

@@ -1,6 +1,7 @@
 """Prefix caching: which computed blocks a sequence may begin with, and what of its own blocks others may find.
 
-Imports no torch. A sequence shares full blocks only, and never the one with its last token: that row is to sample.
+Imports no torch. A sequence shares full blocks only, and never the one with its last token: that row is to sample. One
+whose prompt is to be scored shares no block with a token that it has yet to score the next of.
 """
 
 from swaplora_server.engine.kv_cache import BlockPool
@@ -66,7 +67,7 @@ class PrefixCache:
         sequence.num_computed = 0
 
     def _shareable_keys(self, sequence: Sequence) -> list[bytes]:
-        return self._keys(sequence, sequence.num_tokens - 1)
+        return self._keys(sequence, min(sequence.num_tokens - 1, sequence.num_scored))
 
     def _keys(self, sequence: Sequence, num_tokens: int) -> list[bytes]:
         """Keys of the blocks that its first `num_tokens` fill."""

@@ -36,7 +36,8 @@ _GREEDY_BELOW = 1e-5
 class SamplingParams:
     """How the next token is chosen. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 do not filter.
 
-    Penalties of 0, and a repetition_penalty of 1, change nothing.
+    With max_tokens 0 nothing is generated: the prompt is only computed. Penalties of 0, and a repetition_penalty of 1,
+    change nothing.
     """
 
     max_tokens: int
@@ -48,6 +49,7 @@ class SamplingParams:
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     num_logprobs: int | None = None  # None: none wanted; k: the chosen token's and the k likeliest
+    num_prompt_logprobs: int | None = None  # the same, of the prompt's own tokens
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -74,6 +76,7 @@ class Logprobs:
 
     chosen: float
     top: tuple[tuple[int, float], ...]  # (token id, logprob), likeliest first
+    rank: int = 0  # of the chosen token, 1 for the likeliest; counted for tokens of prompts alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,11 @@ class AdapterUse:
 
 @dataclass(eq=False)
 class Request:
-    """Something to generate. On the engine's thread, `emit` receives every event, and `release` is called once."""
+    """Something to generate. On the engine's thread, `emit` receives every event, and `release` is called once.
+
+    Where log-probabilities of its prompt are wanted, they are in `scores` before `emit` hears of a token, or of an end
+    that is no error: one of each of its tokens but the first, which nothing foretells.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -111,8 +118,11 @@ class Request:
     cache_salt: str | None = None  # only requests with the same salt share cached blocks
     invoked_at: int = 0  # the token of the prompt from which on its adapter applies; the base computes those before
     new_constraint: Callable[[], Constraint] | None = None  # what each of its sequences must keep to
+    scores: list[Logprobs] = field(default_factory=list)
     num_unfinished: int = field(init=False)
     num_cached_tokens: int | None = field(default=None, init=False)  # of the prompt; None until it is looked up
+    _held: list[TokenEvent] = field(default_factory=list, init=False)  # until its prompt's scores are there
+    _has_first_ended: bool = field(default=False, init=False)  # of its sequences
 
     def __post_init__(self) -> None:
         self.num_unfinished = self.num_sequences
@@ -122,12 +132,27 @@ class Request:
         """What its random numbers follow from: 64 bits, drawn at random where it gives no seed."""
         return secrets.randbits(64) if self.params.seed is None else self.params.seed
 
+    @property
+    def num_unscored(self) -> int:
+        """Tokens of the prompt whose log-probabilities are wanted and not there yet."""
+        is_wanted = self.params.num_prompt_logprobs is not None
+        return len(self.prompt_ids) - 1 - len(self.scores) if is_wanted else 0
+
+    def tell(self, event: TokenEvent) -> None:
+        """Emit `event`, or hold it back as long as scores of the prompt are to come, which the first sequence makes."""
+        self._held.append(event)
+        self._has_first_ended |= event.index == 0 and event.finish_reason is not None
+        if self._has_first_ended or not self.num_unscored:
+            told, self._held = self._held, []
+            for one in told:
+                self.emit(one)
+
     def finish(self, event: TokenEvent) -> None:
         """Say how one of its sequences ended, and call `release` after the last. What these raise ends nothing else."""
         self.num_unfinished -= 1
         if not self.num_unfinished:
             self._call(self.release)
-        self._call(partial(self.emit, event))
+        self._call(partial(self.tell, event))
 
     def _call(self, told: Callable[[], None]) -> None:
         try:
@@ -187,6 +212,16 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return self.num_tokens - len(self.request.prompt_ids)
+
+    @property
+    def num_unscored(self) -> int:
+        """Tokens of its prompt that it has yet to make log-probabilities of. The first does for its siblings."""
+        return 0 if self.index else self.request.num_unscored
+
+    @property
+    def num_scored(self) -> int:
+        """Its first tokens that need not be computed for what they say of the next."""
+        return self.num_tokens if not self.num_unscored else len(self.request.scores)
 
     @property
     def must_go_on(self) -> bool:

@@ -1,13 +1,15 @@
 """Running one step: decode rows and prefill chunks, packed into one forward, come back as sampled tokens."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from swaplora_server.engine.outputs import RecordedOutputs, RowOutputs
+from swaplora_server.engine.sampling.logprobs import scores
 from swaplora_server.engine.sampling.sampler import Sampler
-from swaplora_server.engine.scheduler import Batch, Sampled
+from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows
 from swaplora_server.engine.step import Planner, use
 from swaplora_server.kernels.backend import Backend, Graphs, PagedKV, RunningStep, StepInputs, StepRows
 from swaplora_server.kernels.step import Ints, Segments, StepForm, StepPlan
@@ -48,18 +50,27 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Sampled]:
-        """One forward over all of `batch`, then one token for each of `batch.sampling`, in that order."""
+        """One forward over all of `batch`, then what each of `batch.asking` asked for, in that order."""
         form = self._replay(batch)
         self.num_steps[form] += 1
         sampling = batch.sampling
         if form is StepForm.GRAPH:
             logits, greedy = self._recorded.rows(len(sampling))
             return self._sampler.sample(logits, sampling, greedy)
-        return self._sampler.sample(self.logits(batch)[: len(sampling)], sampling)
+        logits, asking = self.logits(batch), batch.asking
+        if not any(rows.num_scored for rows in asking):
+            return self._sampler.sample(logits[: len(sampling)], sampling)
+        stops = list(accumulate(rows.num_heads for rows in asking))
+        ends = [stop - 1 for stop, rows in zip(stops, asking, strict=True) if rows.is_sampling]
+        sampled = iter(self._sampler.sample(logits[ends], sampling) if ends else ())
+        return [
+            _scored(rows, logits[stop - rows.num_heads : stop], next(sampled) if rows.is_sampling else Sampled(None))
+            for stop, rows in zip(stops, asking, strict=True)
+        ]
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
-        """[max(1, num_sampling), vocab_size]: the model's output for the last row of each sampling sequence.
+        """[max(1, num_heads), vocab_size]: the model's output for each row of `batch.asking` that reaches its head.
 
         Launched one operation at a time, whatever has been recorded.
         """
@@ -111,3 +122,13 @@ class Runner:
     def _tensor(self, values: Ints) -> Tensor:
         tensor = torch.from_numpy(values)
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
+
+
+def _scored(rows: ScheduledRows, logits: Tensor, sampled: Sampled) -> Sampled:
+    """With the scores of its prompt's tokens; logits: [rows.num_heads, vocab_size]."""
+    request = rows.sequence.request
+    first = rows.scored_stop - rows.num_scored + 1
+    token_ids = request.prompt_ids[first : first + rows.num_scored]
+    return sampled._replace(
+        scores=scores(logits[: rows.num_scored], token_ids, request.params.num_prompt_logprobs or 0)
+    )

@@ -8,6 +8,9 @@ preempted: it gives its blocks back and is recomputed later, but for what the ca
 A waiting sequence lets later ones go before it while its adapters do not fit beside those that run, and while another
 sequence is computing the very block it needs next, which it then shares. It does so for a bounded number of steps.
 
+A prompt whose log-probabilities are wanted takes as few blocks from the cache as it has scored tokens, and of its rows
+no more go into a step than may be scored in one: each of them reaches the output head.
+
 What fails while one sequence is looked at ends its request, and that alone.
 """
 
@@ -29,12 +32,17 @@ MAX_STEPS_PASSED_OVER = 64  # some seconds; then nothing begins before the one t
 
 
 class ScheduledRows(NamedTuple):
-    """Tokens [start, stop) of one sequence, computed in one step, and what is wanted of the last of them."""
+    """Tokens [start, stop) of one sequence, computed in one step, and what is wanted of the last of them.
+
+    Of the `num_scored` rows before token `scored_stop` the log-probabilities of the tokens after them are wanted.
+    """
 
     sequence: Sequence
     start: int
     stop: int
     wants: Wants
+    num_scored: int = 0
+    scored_stop: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -43,6 +51,11 @@ class ScheduledRows(NamedTuple):
     @property
     def is_sampling(self) -> bool:
         return self.wants is Wants.SAMPLE
+
+    @property
+    def num_heads(self) -> int:
+        """Rows that reach the output head."""
+        return self.num_scored + self.is_sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +73,42 @@ class Batch:
         """Whether each row is a sequence's newest, and samples."""
         return all(rows.num_rows == 1 and rows.is_sampling for rows in self.rows)
 
+    @property
+    def asking(self) -> tuple[ScheduledRows, ...]:
+        """Those of which the model is asked something: of sequences that sample, and of prompts that are scored."""
+        return tuple(rows for rows in self.rows if rows.num_heads)
+
 
 class Sampled(NamedTuple):
-    """What the model said for one sampling sequence.
+    """What the model said for one sequence that asked: the next token if it samples, and a score for each scored row.
 
-    `token_id` is None when its logits were not finite, or where choosing raised `error`.
+    `token_id` is None when its logits were not finite, or where choosing raised `error`; `scores` when some were not.
     """
 
     token_id: int | None
     logprobs: Logprobs | None = None
     error: Exception | None = None
+    scores: tuple[Logprobs, ...] | None = ()
+
+
+@dataclass(slots=True)
+class StepRoom:
+    """What is left of a step: rows, and rows among them that are scored."""
+
+    num_rows: int
+    num_scored: int
+
+    def take(self, sequence: Sequence) -> ScheduledRows | None:
+        """The next rows of `sequence` that there is room for, if any. They count when `count` is told."""
+        num_rows = min(sequence.num_uncomputed, self.num_rows)
+        if sequence.num_unscored > self.num_scored:
+            num_rows = min(num_rows, sequence.num_scored - sequence.num_computed + self.num_scored)
+        return rows_of(sequence, sequence.num_computed, sequence.num_computed + num_rows) if num_rows else None
+
+    def count(self, rows: ScheduledRows) -> None:
+        """Give room to rows that `take` found."""
+        self.num_rows -= rows.num_rows
+        self.num_scored -= rows.num_scored
 
 
 class StepRanks:
@@ -108,7 +147,8 @@ class StepRanks:
 class Scheduler:
     """Owns every live sequence and the block pool. Only the engine's thread calls it.
 
-    max_step_ranks bounds the sum of the ranks of the distinct adapters that run, unless one request alone is beyond it.
+    max_step_ranks bounds the sum of the ranks of the distinct adapters that run, unless one request alone is beyond it;
+    max_scored_rows the rows of a step that are scored, and so the logits of prompts that are in memory at once.
     """
 
     def __init__(
@@ -119,11 +159,13 @@ class Scheduler:
         max_num_seqs: int,
         max_step_ranks: int,
         prefix_cache: bool,
+        max_scored_rows: int = 256,
     ) -> None:
         self.pool = pool
         self.cache = PrefixCache(pool, is_on=prefix_cache)
         self._max_batch_tokens = max_batch_tokens
         self._max_num_seqs = max_num_seqs
+        self._max_scored_rows = max_scored_rows
         self._ranks = StepRanks(max_step_ranks)
         self.num_failed = 0  # requests that `fail` ended; only grows, any thread may read it
         self._num_steps = 0
@@ -149,25 +191,25 @@ class Scheduler:
     def schedule(self) -> Batch:
         """Choose the next step's rows and give them blocks."""
         self._num_steps += 1
-        budget = self._max_batch_tokens
+        room = StepRoom(self._max_batch_tokens, self._max_scored_rows)
         chosen: list[ScheduledRows] = []
         for sequence in sorted(self._running, key=lambda sequence: (sequence.num_uncomputed > 1, sequence.arrival)):
             try:
-                num_rows = min(sequence.num_uncomputed, budget)
-                if num_rows and sequence in self._running and self._make_room(sequence, num_rows, chosen):
-                    chosen.append(_next_rows(sequence, num_rows))
-                    budget -= num_rows
+                rows = room.take(sequence)
+                if rows and sequence in self._running and self._make_room(rows, chosen):
+                    chosen.append(rows)
+                    room.count(rows)
             except Exception as error:  # noqa: BLE001 - one request's boundary
                 self.fail(sequence.request, error)
-        chosen += self._admit(budget)
+        chosen += self._admit(room)
         chosen = [rows for rows in chosen if rows.sequence.block_table]  # a sibling may have failed since
         return Batch(tuple(sorted(chosen, key=lambda rows: (rows.sequence.request.adapter_key, rows.sequence.arrival))))
 
     def commit(self, batch: Batch, outputs: Iterable[Sampled]) -> None:
         """Record that `batch` ran: advance every sequence, append what was sampled, finish what ended."""
-        of_sampling = iter(outputs)
+        of_asking = iter(outputs)
         for rows in batch.rows:
-            sampled = next(of_sampling) if rows.is_sampling else None
+            sampled = next(of_asking) if rows.num_heads else None
             try:
                 self._commit(rows, sampled)
             except Exception as error:  # noqa: BLE001 - one request's boundary
@@ -204,11 +246,11 @@ class Scheduler:
         if self._ranks.total != sum(ranks.values()):
             raise RuntimeError("the ranks that are counted are not those of the adapters that run")
 
-    def _admit(self, budget: int) -> list[ScheduledRows]:
+    def _admit(self, room: StepRoom) -> list[ScheduledRows]:
         """Begin waiting sequences while they fit, in their order but for those that can let others go first."""
         begun: list[ScheduledRows] = []
         num_passed_over = 0
-        while budget and num_passed_over < len(self._waiting) and len(self._running) < self._max_num_seqs:
+        while room.num_rows and num_passed_over < len(self._waiting) and len(self._running) < self._max_num_seqs:
             sequence = self._waiting[num_passed_over]
             try:
                 if self._should_wait(sequence):
@@ -220,8 +262,7 @@ class Scheduler:
                 if not self._can_admit(sequence, found):
                     break
                 del self._waiting[num_passed_over]
-                begun.append(self._begin(sequence, found, budget))
-                budget -= begun[-1].num_rows
+                begun += self._begin(sequence, found, room)
             except Exception as error:  # noqa: BLE001 - one request's boundary
                 num_passed_over -= sum(
                     passed.request is sequence.request for passed in islice(self._waiting, num_passed_over)
@@ -246,20 +287,26 @@ class Scheduler:
         """Whether its whole prompt fits and leaves each running sequence a block, lest one be preempted at once."""
         return self.pool.num_taken(found, sequence.num_tokens) + len(self._running) <= self.pool.num_free
 
-    def _begin(self, sequence: Sequence, found: list[int], budget: int) -> ScheduledRows:
-        """Let a sequence that fits run from the end of the blocks that were found for it."""
+    def _begin(self, sequence: Sequence, found: list[int], room: StepRoom) -> list[ScheduledRows]:
+        """Let a sequence that fits run from the end of the blocks that were found for it.
+
+        It has no rows yet where the step scores as many as it may.
+        """
         self._running.append(sequence)
         self._ranks.add(sequence.request.adapter_ranks)
         self.cache.begin(sequence, found)
         sequence.passed_over_since = None
-        num_rows = min(sequence.num_uncomputed, budget)
-        self.pool.grow(sequence.block_table, sequence.num_computed + num_rows)
-        return _next_rows(sequence, num_rows)
+        rows = room.take(sequence)
+        if rows is None:
+            return []
+        self.pool.grow(sequence.block_table, rows.stop)
+        room.count(rows)
+        return [rows]
 
-    def _make_room(self, sequence: Sequence, num_rows: int, chosen: list[ScheduledRows]) -> bool:
-        """Grow `sequence` for its next rows, preempting the youngest others; False when it was itself the youngest."""
-        num_tokens = sequence.num_computed + num_rows
-        while not self.pool.can_grow(sequence.block_table, num_tokens):
+    def _make_room(self, rows: ScheduledRows, chosen: list[ScheduledRows]) -> bool:
+        """Grow a sequence for its next rows, preempting the youngest others; False when it was itself the youngest."""
+        sequence = rows.sequence
+        while not self.pool.can_grow(sequence.block_table, rows.stop):
             scheduled = {id(rows.sequence) for rows in chosen}
             victim = max(
                 (other for other in self._running if id(other) not in scheduled), key=lambda other: other.arrival
@@ -267,7 +314,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return False
-        self.pool.grow(sequence.block_table, num_tokens)
+        self.pool.grow(sequence.block_table, rows.stop)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -282,27 +329,38 @@ class Scheduler:
 
     def _commit(self, rows: ScheduledRows, sampled: Sampled | None) -> None:
         """Record that `rows` ran, unless their request has ended since, as where a sibling failed."""
-        if not rows.sequence.block_table:
+        sequence = rows.sequence
+        if not sequence.block_table:
             return
-        rows.sequence.num_computed = rows.stop
-        self.cache.publish(rows.sequence, rows.start, rows.stop)
-        if sampled is not None:
-            self._append(rows.sequence, sampled)
+        sequence.num_computed = rows.stop
+        self.cache.publish(sequence, rows.start, rows.stop)
+        if sampled is not None and sampled.scores is None:
+            self._fail_not_finite(sequence)
+            return
+        if sampled is not None and sampled.scores:
+            sequence.request.scores += sampled.scores
+        if sampled is not None and rows.is_sampling:
+            self._append(sequence, sampled)
+        elif rows.stop == sequence.num_tokens:
+            self._finish(sequence, TokenEvent(sequence.index, finish_reason=FinishReason.LENGTH))
+
+    def _fail_not_finite(self, sequence: Sequence) -> None:
+        message = "the output is not finite: the adapter's weights are too large for this prompt"
+        failed = TokenEvent(sequence.index, None, None, FinishReason.ERROR, message, "adapter_failed")
+        self.cache.disown(sequence)
+        self._finish(sequence, failed)
 
     def _append(self, sequence: Sequence, sampled: Sampled) -> None:
         if sampled.error is not None:
             raise sampled.error
         if sampled.token_id is None:
-            message = "the output is not finite: the adapter's weights are too large for this prompt"
-            failed = TokenEvent(sequence.index, None, None, FinishReason.ERROR, message, "adapter_failed")
-            self.cache.disown(sequence)
-            self._finish(sequence, failed)
+            self._fail_not_finite(sequence)
             return
         sequence.append(sampled.token_id)
         reason = sequence.finish_reason_after(sampled.token_id)
         event = TokenEvent(sequence.index, sampled.token_id, sampled.logprobs, reason)
         if reason is None:
-            sequence.request.emit(event)
+            sequence.request.tell(event)
         else:
             self._finish(sequence, event)
 
@@ -315,9 +373,14 @@ class Scheduler:
 
 
 def rows_of(sequence: Sequence, start: int, stop: int) -> ScheduledRows:
-    """Tokens [start, stop) of `sequence`, which samples when they end with its newest token."""
-    return ScheduledRows(sequence, start, stop, Wants.SAMPLE if stop == sequence.num_tokens else Wants.NOTHING)
+    """Tokens [start, stop) of `sequence`, which samples when they end with its newest token, if it is to have more.
 
-
-def _next_rows(sequence: Sequence, num_rows: int) -> ScheduledRows:
-    return rows_of(sequence, sequence.num_computed, sequence.num_computed + num_rows)
+    Those before the last of a prompt that is to be scored are scored, unless they were before.
+    """
+    request = sequence.request
+    wants = Wants.SAMPLE if stop == sequence.num_tokens and request.params.max_tokens else Wants.NOTHING
+    if not sequence.num_unscored:
+        return ScheduledRows(sequence, start, stop, wants)
+    scored_stop = min(stop, len(request.prompt_ids) - 1)
+    num_scored = max(0, scored_stop - max(start, sequence.num_scored))
+    return ScheduledRows(sequence, start, stop, wants, num_scored, scored_stop)

@@ -55,6 +55,7 @@ class _Span(NamedTuple):
     stop: int
     head_start: int
     head_stop: int
+    scored: tuple[int, int]  # its rows that are scored: how many, and where among the step's rows they end
 
 
 class _Adapters(NamedTuple):
@@ -96,7 +97,7 @@ class Planner:
     def _adapters(self, scheduled: Sequence[ScheduledRows]) -> _Adapters:
         spans = _spans(scheduled)
         if spans != self._kept.spans:
-            wants = _wants(scheduled)
+            wants = _wants(scheduled, spans)
             head_rows = np.flatnonzero(wants)
             requests = [rows.sequence.request for rows in scheduled]
             self._kept = _Adapters(
@@ -112,22 +113,34 @@ class Planner:
 def _spans(scheduled: Sequence[ScheduledRows]) -> list[_Span]:
     spans: list[_Span] = []
     start = head_start = 0
-    for sequence, first, stop, wants in scheduled:
+    for sequence, first, stop, wants, num_scored, scored_stop in scheduled:
         request = sequence.request
         num_of_base = min(stop - first, max(0, request.invoked_at - first))  # before its adapter's invocation
-        head_stop = head_start + (wants is not Wants.NOTHING)
-        spans.append(_Span(request.adapter_key, start + num_of_base, start + stop - first, head_start, head_stop))
+        num_scored_of_base = min(num_scored, max(0, request.invoked_at - (scored_stop - num_scored)))
+        head_stop = head_start + num_scored + (wants is not Wants.NOTHING)
+        spans.append(
+            _Span(
+                request.adapter_key,
+                start + num_of_base,
+                start + stop - first,
+                head_start + num_scored_of_base,
+                head_stop,
+                (num_scored, start + scored_stop - first),
+            )
+        )
         start, head_start = start + stop - first, head_stop
     return spans
 
 
-def _wants(scheduled: Sequence[ScheduledRows]) -> Ints:
-    """Of a sequence's rows the last one alone may be wanted."""
+def _wants(scheduled: Sequence[ScheduledRows], spans: Sequence[_Span]) -> Ints:
+    """Of a sequence's rows the last one alone may be wanted, and those that are scored."""
     wants = np.zeros(sum(rows.num_rows for rows in scheduled), np.int64)
     stop = 0
-    for rows in scheduled:
+    for rows, span in zip(scheduled, spans, strict=True):
+        num_scored, scored_stop = span.scored
         stop += rows.num_rows
         wants[stop - 1] = rows.wants
+        wants[scored_stop - num_scored : scored_stop] = Wants.SCORE
     return wants
 
 

@@ -29,6 +29,7 @@ class Wants(enum.IntEnum):
     NOTHING = 0  # only its keys and values are wanted
     SAMPLE = 1
     HIDDEN = 2  # itself
+    SCORE = 3  # how likely it makes the token after it, which is known
 
 
 class StepForm(enum.StrEnum):

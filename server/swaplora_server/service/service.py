@@ -41,6 +41,7 @@ GPU_MEMORY_FRACTION = 0.9
 HOST_ADAPTER_BYTES = 4 * 2**30  # beside a GPU, unless the settings say otherwise
 _HEARTBEAT_LIMIT_SECONDS = 60.0
 _JOIN_SECONDS = 3.0
+SCORED_LOGITS = 2**25  # of prompts whose log-probabilities are wanted, in one step
 NUM_UPLOAD_THREADS = 4  # each writes what has come of one upload, or checks a whole one
 NUM_INSPECTORS = 1
 MAX_INSPECTIONS = 16  # waiting
@@ -261,6 +262,7 @@ class Service:
             max_batch_tokens=settings.max_batch_tokens,
             max_num_seqs=self._max_rows,
             max_step_ranks=settings.max_step_ranks,
+            max_scored_rows=max(1, SCORED_LOGITS // base.vocab_size),
             prefix_cache=settings.prefix_cache,
         )
         runner = base.runner(pool.num_blocks, settings.block_size)

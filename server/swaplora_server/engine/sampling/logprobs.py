@@ -1,6 +1,7 @@
 """Log-probabilities of chosen and of likeliest tokens, of the model's own distribution."""
 
 from collections.abc import Sequence as Rows
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from swaplora_server.engine.sampling.rows import Row
 from swaplora_server.engine.sampling.transfers import send
 
 _LEAST = -9999.0  # JSON has no infinity
+_SCORED_TOGETHER = 32  # rows of which there are several numbers for each token of the vocabulary at once
 
 
 class PendingLogprobs:
@@ -31,6 +33,26 @@ class PendingLogprobs:
             number: _logprobs(chosen, rest, count)
             for (number, count), (chosen, *rest) in zip(self._asked, packed, strict=True)
         }
+
+
+def scores(logits: Tensor, token_ids: Rows[int], count: int) -> tuple[Logprobs, ...] | None:
+    """Of each row the logprob and rank of the token that does come next, and the `count` likeliest.
+
+    logits: [rows, vocab_size]. None when some are not finite.
+    """
+    found: list[Logprobs] = []
+    for start in range(0, len(logits), _SCORED_TOGETHER):
+        part = logits[start : start + _SCORED_TOGETHER].float()
+        ids = torch.tensor(token_ids[start : start + _SCORED_TOGETHER], device=part.device)
+        chosen = part.gather(1, ids.unsqueeze(-1))
+        ranks = (part > chosen).sum(-1, keepdim=True) + 1
+        is_finite = part.amax(-1, keepdim=True).isfinite()
+        packed = torch.cat((is_finite.double(), ranks.double(), _packed(part, ids, min(count, part.shape[-1]))), -1)
+        for all_finite, rank, chosen_logprob, *top in packed.tolist():
+            if not all_finite:
+                return None
+            found.append(replace(_logprobs(chosen_logprob, top, count), rank=int(rank)))
+    return tuple(found)
 
 
 def _packed(logits: Tensor, token_ids: Tensor, count: int) -> Tensor:
