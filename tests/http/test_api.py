@@ -137,12 +137,10 @@ REFUSED_ANYWHERE: dict[str, Any] = {
     "typical_p": 0.5,
     "mirostat": 2,
     "bad_words": ["bad"],
-    "best_of": 2,
     "guided_json": {},
     "structured_outputs": {"regex": "a"},
     "response_format": {"type": "json_object"},
     "priority": 1,
-    "prompt_logprobs": 1,
     "use_beam_search": True,
 }
 
@@ -160,9 +158,9 @@ def test_a_field_that_is_not_honoured_is_refused_by_name(loaded: Running, field:
 @pytest.mark.parametrize(
     ("post", "field", "value"),
     [
-        (complete, "echo", True),
         (complete, "suffix", "x"),
-        (complete, "logprobs", 1),
+        (chat, "echo", True),
+        (chat, "best_of", 2),
         (chat, "tools", [{"type": "function"}]),
         (chat, "tool_choice", "required"),
         (chat, "reasoning_effort", "high"),

@@ -91,6 +91,10 @@ def chat_format() -> answers.AnswerFormat:
     return chat._format(VOCABULARY, has_logprobs=True)  # noqa: SLF001
 
 
+def completion_format() -> answers.AnswerFormat:
+    return completions._format(VOCABULARY, has_logprobs=False)  # noqa: SLF001
+
+
 def body_of(kind: type[GenerationBody], **fields: Any) -> GenerationBody:
     own = {"messages": [{"role": "user", "content": "x"}]} if kind is ChatBody else {"prompt": "x"}
     return kind.model_validate({"model": "m", "stream": True, **own, **fields})
@@ -117,6 +121,7 @@ def chat_choices(piece: Piece) -> list[dict[str, Any]]:
         return {"token": data.decode(errors="backslashreplace"), "logprob": logprob, "bytes": list(data)}
 
     def with_others(one: TextToken) -> dict[str, Any]:
+        assert one.logprobs
         whole = VOCABULARY.bytes_of(one.token_id)
         chosen = token(one.token_id, one.logprobs.chosen, one.data or whole) | {"bytes": list(one.data)}
         others = [token(*other, VOCABULARY.bytes_of(other[0])) for other in one.logprobs.top]
@@ -140,7 +145,7 @@ def with_ids(choices: list[dict[str, Any]], token_id: int | None) -> list[dict[s
 
 @pytest.mark.parametrize(
     ("kind", "form", "choices"),
-    [(CompletionBody, completions._FORMAT, completion_choices), (ChatBody, chat_format(), chat_choices)],  # noqa: SLF001
+    [(CompletionBody, completion_format(), completion_choices), (ChatBody, chat_format(), chat_choices)],
 )
 @given(pieces=st.lists(PIECES, min_size=1, max_size=3), has_ids=st.booleans(), is_counting=st.booleans())
 def test_a_chunk_is_the_one_object_encoded_whole(
@@ -170,7 +175,7 @@ def test_a_chunk_is_the_one_object_encoded_whole(
 
 def test_what_comes_together_goes_out_in_one_write_with_an_event_each() -> None:
     pieces = [Piece(0, text, 65, (), None) for text in "abc"]
-    writes = written(stream(completions._FORMAT, body_of(CompletionBody), [*pieces[:2]], [pieces[2]]))  # noqa: SLF001
+    writes = written(stream(completion_format(), body_of(CompletionBody), [*pieces[:2]], [pieces[2]]))
     assert [write.count(b"data: ") for write in writes] == [2, 1, 1]
 
 
@@ -205,7 +210,7 @@ async def respond(client: Client, events: AsyncGenerator[bytes]) -> None:
 async def test_what_came_before_an_error_goes_out_before_it_and_no_usage_follows() -> None:
     body = body_of(CompletionBody, stream_options={"include_usage": True})
     client = Client()
-    await respond(client, stream(completions._FORMAT, body, FAILING))  # noqa: SLF001
+    await respond(client, stream(completion_format(), body, FAILING))
     said = client.body.decode().split("\n\n")
     assert json.loads(said[0].removeprefix("data: "))["choices"][0]["text"] == "a"
     assert json.loads(said[1].removeprefix("data: "))["error"]["code"] == "engine_failed"
@@ -214,7 +219,7 @@ async def test_what_came_before_an_error_goes_out_before_it_and_no_usage_follows
 
 @pytest.mark.parametrize("kind", [ChatBody, CompletionBody])
 async def test_an_error_before_the_first_token_is_no_stream(kind: type[GenerationBody]) -> None:
-    form = chat_format() if kind is ChatBody else completions._FORMAT  # noqa: SLF001
+    form = chat_format() if kind is ChatBody else completion_format()
     client = Client()
     with pytest.raises(RequestError, match="it broke"):
         await respond(client, stream(form, body_of(kind), FAILING[1:]))

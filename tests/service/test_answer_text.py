@@ -184,8 +184,9 @@ class BreaksFor:
     def __init__(self, prompt: list[int]) -> None:
         self.end = prompt[-4:]
 
-    def __call__(self, rules: TextRules, prompt_ids: Sequence[int]) -> Detokenizer:
-        return Broken(rules, prompt_ids) if list(prompt_ids) == self.end else Detokenizer(rules, prompt_ids)
+    def __call__(self, rules: TextRules, prompt_ids: Sequence[int], **options: bool) -> Detokenizer:
+        made = Broken if list(prompt_ids) == self.end else Detokenizer
+        return made(rules, prompt_ids, **options)
 
 
 class Broken(Detokenizer):

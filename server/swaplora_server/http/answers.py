@@ -1,9 +1,10 @@
 """From pieces to OpenAI's objects: what completions and chat completions have in common."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -11,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_server.engine.request import FinishReason
+from swaplora_server.http.logprobs import prompt_logprobs
 from swaplora_server.http.sse import DONE, EventStreamResponse, event, until_disconnect
 from swaplora_server.http.wire import GenerationBody
 from swaplora_server.service.detokenize import TextToken
@@ -28,6 +30,13 @@ class Choice:
     token_ids: list[int] = field(default_factory=list)
     tokens: list[TextToken] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    ending: TextToken | None = None  # with logprobs, which ended it and is not in its text
+    logprobs: list[float] = field(default_factory=list)  # of all that was generated, where these are wanted
+
+    @property
+    def mean_logprob(self) -> float:
+        """How likely it is, each token counted alike."""
+        return sum(self.logprobs) / max(1, len(self.logprobs))
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text
@@ -35,6 +44,9 @@ class Choice:
         if piece.token_id is not None:
             self.token_ids.append(piece.token_id)
         self.tokens += piece.tokens
+        self.ending = piece.ending
+        if piece.logprob is not None:
+            self.logprobs.append(piece.logprob)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +59,24 @@ class AnswerFormat:
     choice: Callable[[Choice], dict[str, Any]]
     chunks: Callable[[Piece], list[dict[str, Any]]]  # a piece as the choices of zero or more chunks
     opening: Callable[[int], dict[str, Any]] | None  # the choice of the chunk before the first piece
+    one_prompt: bool = False  # what is said of the prompt stands beside the choices, not in each
 
 
-async def answer(request: Request, body: GenerationBody, generation: Generation, form: AnswerFormat) -> Response:
-    """The whole answer or a stream of it. The generation is aborted when the client goes before it has ended."""
+def check_prompt_logprobs(body: GenerationBody) -> None:
+    """Raise RequestError where they are asked for and have no place."""
+    if body.stream and body.prompt_logprobs is not None:
+        raise RequestError(
+            "invalid_request", "prompt_logprobs are not in a stream: leave stream out", "prompt_logprobs"
+        )
+
+
+async def answer(
+    request: Request, body: GenerationBody, generation: Generation, form: AnswerFormat, num_generated: int | None = None
+) -> Response:
+    """The whole answer or a stream of it. The generation is aborted when the client goes before it has ended.
+
+    Of `num_generated` choices for each prompt the n likeliest are given.
+    """
     envelope = {"id": f"{form.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
     headers = _headers(generation.records)
     if body.stream:
@@ -60,13 +86,28 @@ async def answer(request: Request, body: GenerationBody, generation: Generation,
         choices = await until_disconnect(request.receive, _collect(generation))
     finally:
         generation.abort()
-    content = {
-        **envelope,
-        "object": form.object,
-        "choices": [_whole_choice(body, generation, form, choice) for choice in choices],
-        "usage": usage(generation),
-    }
-    return JSONResponse(content, headers=headers)
+
+    def written() -> Response:
+        told = [
+            {**_whole_choice(body, generation, form, choice), "index": index}
+            for index, choice in enumerate(_likeliest(choices, num_generated or body.n, body.n))
+        ]
+        of_prompt = _of_prompt(body, generation, 0) if form.one_prompt else {}
+        content = {**envelope, "object": form.object, "choices": told, "usage": usage(generation), **of_prompt}
+        return JSONResponse(content, headers=headers)
+
+    return await asyncio.to_thread(written) if generation.has_long_prompts else written()
+
+
+def _likeliest(choices: Sequence[Choice], num_generated: int, n: int) -> list[Choice]:
+    """The best n of each prompt's, the likeliest first; all in their order if they are no more."""
+    if num_generated == n:
+        return list(choices)
+    return [
+        choice
+        for start in range(0, len(choices), num_generated)
+        for choice in sorted(choices[start : start + num_generated], key=lambda one: -one.mean_logprob)[:n]
+    ]
 
 
 def usage(generation: Generation) -> dict[str, Any]:
@@ -156,7 +197,16 @@ class _Stream:
 
 def _whole_choice(body: GenerationBody, generation: Generation, form: AnswerFormat, choice: Choice) -> dict[str, Any]:
     prompt = {"prompt_token_ids": list(generation.prompt_ids(choice.index))} if body.return_token_ids else {}
-    return {**_with_ids(body, form.choice(choice), choice.token_ids), **prompt}
+    scores = {} if form.one_prompt else _of_prompt(body, generation, choice.index)
+    return {**_with_ids(body, form.choice(choice), choice.token_ids), **prompt, **scores}
+
+
+def _of_prompt(body: GenerationBody, generation: Generation, choice: int) -> dict[str, Any]:
+    """The logprobs of the choice's prompt, where they are asked for, as many as are."""
+    if body.prompt_logprobs is None:
+        return {}
+    scores = [replace(one, top=one.top[: body.prompt_logprobs]) for one in generation.prompt_scores(choice)]
+    return {"prompt_logprobs": prompt_logprobs(generation.vocabulary, generation.prompt_ids(choice), scores)}
 
 
 def _with_ids(body: GenerationBody, choice: dict[str, Any], token_ids: list[int]) -> dict[str, Any]:

@@ -47,7 +47,6 @@ _GRAMMAR = Refusal(("",), _NO_GRAMMAR)
 
 ANYWHERE: dict[str, Refusal] = {
     "length_penalty": _ONE,
-    "best_of": Refusal(same_as="n", instead="ask for n, and choose"),
     "use_beam_search": _OFF,
     "bad_words": _EMPTY,
     "response_format": Refusal(({"type": "text"},), _NO_GRAMMAR),
@@ -62,7 +61,6 @@ ANYWHERE: dict[str, Refusal] = {
     "grammar": _GRAMMAR,
     "structural_tag": _GRAMMAR,
     "stop_regex": Refusal(("", []), "stop takes plain strings"),
-    "prompt_logprobs": Refusal(),
     "truncate_prompt_tokens": Refusal(instead="send a prompt that fits"),
     "detokenize": Refusal((True,), "return_token_ids gives the ids beside the text"),
     "spaces_between_special_tokens": _ON,
@@ -83,13 +81,12 @@ ANYWHERE: dict[str, Refusal] = {
     "service_tier": Refusal(("auto", "default")),
 }
 COMPLETION: dict[str, Refusal] = ANYWHERE | {
-    "echo": Refusal((False,), "put the prompt before the answer yourself"),
     "suffix": Refusal(("",), "what comes after the gap is not looked at"),
-    "logprobs": Refusal(instead="/v1/chat/completions has logprobs"),
     "prompt_embeds": Refusal(instead="send text or token ids"),
 }
 CHAT: dict[str, Refusal] = ANYWHERE | {
     "echo": _OFF,
+    "best_of": Refusal(same_as="n", instead="ask for n, and choose"),
     "tools": Refusal(([],), _NO_TOOLS),
     "tool_choice": Refusal(("none", "auto")),
     "parallel_tool_calls": Refusal((True, False)),

@@ -17,22 +17,30 @@ def task_of(
     num_prompts: int,
     max_tokens: int | None,
     num_logprobs: int | None = None,
+    num_choices: int | None = None,
+    num_prompt_logprobs: int | None = None,
+    has_echo: bool = False,
 ) -> GenerationTask:
-    """What the service is to generate for `body`. max_tokens None means as many as fit."""
+    """What the service is to generate for `body`. max_tokens None means as many as fit.
+
+    `num_choices` of each prompt are made, if not n. Of each token of the prompts
+    `num_prompt_logprobs` are wanted.
+    """
     client = request.headers.get(_SESSION_HEADER) or body.user or None  # an empty one names nobody
     peer, _ = request.scope.get("client") or ("", 0)
     return GenerationTask(
         model=body.model,
         encode=encode,
-        sampling=body.sampling(max_tokens or 1, num_logprobs),
+        sampling=body.sampling(max_tokens or 1, num_logprobs, num_prompt_logprobs),
         num_prompts=num_prompts,
         adapters=tuple(MixTerm(term.name, term.scale) for term in body.adapters or ()),
         max_tokens=max_tokens,
         ignore_eos=body.ignore_eos,
-        n=body.n,
+        n=num_choices or body.n,
         stops=body.stops,
         include_stop=body.include_stop_str_in_output,
         skip_special_tokens=body.skip_special_tokens,
+        has_echo=has_echo,
         is_streamed=body.stream,
         cache_salt=body.cache_salt,
         asker=Asker(client, peer),

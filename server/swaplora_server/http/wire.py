@@ -20,6 +20,7 @@ MAX_TEMPLATE_KWARGS = 64
 MAX_TEMPLATE_KWARGS_BYTES = 64 << 10
 MAX_PROMPT_TOKENS = 2**22
 MAX_LOGPROBS = 20
+DEFAULT_MAX_TOKENS = 16
 MAX_SALT_CHARACTERS = 1024
 MAX_TERMS = 16
 MAX_SCALE = 1000.0
@@ -43,6 +44,10 @@ def _asks_for_tokens(value: object) -> object:
     if isinstance(value, int | float) and value < 1:
         raise PydanticCustomError("max_tokens", "must be at least 1; leave it out for the default")
     return value
+
+
+def _asks_for_tokens_or_none(value: object) -> object:
+    return value if value == 0 and not isinstance(value, bool) else _asks_for_tokens(value)
 
 
 def _by_token_ids(value: object) -> object:
@@ -83,6 +88,7 @@ ModelName = Annotated[str, Field(min_length=1, max_length=MAX_MODEL_CHARACTERS)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 LogitBias = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_by_token_ids)]
+NumLogprobs = Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)]
 MaxTokens = Annotated[Whole, BeforeValidator(_asks_for_tokens), Field(ge=1, le=MAX_INT)]
 Stop = Annotated[
     Annotated[str, Tag(_TEXT)] | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True), Tag(_TEXTS)],
@@ -138,6 +144,7 @@ class GenerationBody(WireModel):
     return_token_ids: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
+    prompt_logprobs: NumLogprobs | None = None
     user: Annotated[str, Field(max_length=MAX_USER_CHARACTERS)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
 
@@ -170,7 +177,9 @@ class GenerationBody(WireModel):
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    def sampling(self, max_tokens: int, num_logprobs: int | None) -> SamplingParams:
+    def sampling(
+        self, max_tokens: int, num_logprobs: int | None, num_prompt_logprobs: int | None = None
+    ) -> SamplingParams:
         """How tokens are chosen; the base's end-of-sequence ids are not in it."""
         return SamplingParams(
             max_tokens=max_tokens,
@@ -182,6 +191,7 @@ class GenerationBody(WireModel):
             stop_token_ids=frozenset(self.stop_token_ids or ()),
             min_tokens=self.min_tokens,
             num_logprobs=num_logprobs,
+            num_prompt_logprobs=num_prompt_logprobs,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
@@ -195,7 +205,12 @@ class CompletionBody(GenerationBody):
 
     prompt: Prompt
     add_special_tokens: bool = True
-    max_tokens: MaxTokens | None = 16
+    max_tokens: Annotated[Whole, BeforeValidator(_asks_for_tokens_or_none), Field(ge=0, le=MAX_INT)] | None = (
+        DEFAULT_MAX_TOKENS
+    )
+    echo: bool = False
+    logprobs: NumLogprobs | None = None
+    best_of: Annotated[Whole, Field(ge=1, le=MAX_N)] | None = None
 
     @cached_property
     def prompts(self) -> list[str | list[int]]:
@@ -246,7 +261,7 @@ class ChatBody(GenerationBody):
     max_tokens: MaxTokens | None = None
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: NumLogprobs | None = None
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_KWARGS)] | None = None
     add_special_tokens: bool = False  # the template has written them
     add_generation_prompt: bool = True

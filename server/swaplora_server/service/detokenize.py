@@ -16,11 +16,14 @@ _LONGEST_CHARACTER = 4
 
 
 class TextToken(NamedTuple):
-    """A token with logprobs, and what of its bytes is in the text: all, unless it is hidden or a stop string cut it."""
+    """A token with logprobs, and what of its bytes is in the text: all, unless it is hidden or a stop string cut it.
+
+    Of the first token of a prompt there are no logprobs.
+    """
 
     token_id: int
     data: bytes
-    logprobs: Logprobs
+    logprobs: Logprobs | None
 
 
 class Settled(NamedTuple):
@@ -77,12 +80,14 @@ class Detokenizer:
     beginning of a stop string is held back until it is known, and so are the tokens it is made of.
     """
 
-    def __init__(self, rules: TextRules, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(self, rules: TextRules, prompt_ids: Sequence[int] = (), *, is_echoed: bool = False) -> None:
+        """`is_echoed`: the prompt's text goes before, as far as its characters are complete."""
         self._rules = rules
         self._vocabulary, self._hidden = rules.vocabulary, rules.hidden
         self._decoder = _Utf8Decoder(errors="replace")
         self._is_first = True  # no token that is shown came yet, not in the prompt either
-        self._is_in_prompt = self._read_prompt(prompt_ids)  # of which `TextRules.end_of` it is enough
+        # of the prompt `TextRules.end_of` it is enough
+        self._is_in_prompt = self._read_prompt(prompt_ids) and not is_echoed
         self._finder = StopFinder(rules.stops) if rules.stop else None
         self._held = ""
         self._num_tokens = self._num_chars = 0
@@ -91,7 +96,7 @@ class Detokenizer:
 
     def push(self, token_id: int, logprobs: Logprobs | None = None) -> Settled:
         """What is settled by one more token; sets `is_stopped` when a stop string is complete."""
-        data = self._bytes_of(token_id)
+        data = self.bytes_of(token_id)
         if self._finder is None:
             tokens = () if logprobs is None else (TextToken(token_id, data, logprobs),)
             return Settled(self._decode(data), tokens)
@@ -136,7 +141,8 @@ class Detokenizer:
             return text.removeprefix("\ufffd")  # which the prompt ends with
         return text
 
-    def _bytes_of(self, token_id: int) -> bytes:
+    def bytes_of(self, token_id: int) -> bytes:
+        """What the next token adds to the text. To be asked once for each."""
         if token_id in self._hidden:
             return b""
         if not self._is_first:
@@ -193,6 +199,20 @@ class Detokenizer:
             taken.append(token)
             self._unsettled.popleft()
         return taken
+
+
+class Echo(NamedTuple):
+    """The text of a prompt, as far as its characters are complete, and what of it each token is."""
+
+    text: str
+    data: Sequence[bytes]
+
+
+def echo_of(rules: TextRules, prompt_ids: Sequence[int]) -> Echo:
+    """A prompt, as what follows it goes on."""
+    detokenizer = Detokenizer(rules)
+    data = [detokenizer.bytes_of(token_id) for token_id in prompt_ids]
+    return Echo(_Utf8Decoder(errors="replace").decode(b"".join(data)), data)
 
 
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")

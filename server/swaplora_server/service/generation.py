@@ -11,16 +11,20 @@ from typing import NamedTuple
 import structlog
 
 from swaplora_adapters.store.records import VersionRecord
-from swaplora_server.engine.request import AdapterUse, FinishReason, Request, SamplingParams, TokenEvent
+from swaplora_server.base.vocabulary import Vocabulary
+from swaplora_server.engine.request import AdapterUse, FinishReason, Logprobs, Request, SamplingParams, TokenEvent
 from swaplora_server.service.adapter_mix import NOBODY, Asker, MixTerm, invoked_at, lease_mix
 from swaplora_server.service.admission import Admission
-from swaplora_server.service.detokenize import Detokenizer, Settled, TextRules, TextToken
+from swaplora_server.service.detokenize import Detokenizer, Echo, Settled, TextRules, TextToken, echo_of
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.metrics import GenerationRecord, Outcome
 from swaplora_server.service.service import Service
 
 _log = structlog.get_logger(__name__)
 Encode = Callable[[], Awaitable[Sequence[Sequence[int]]]]  # what makes token ids of a request's prompts
+MAX_SCORES = 2**19  # numbers that one answer has of its prompts
+MAX_STREAMED_SCORES = 2**16
+LONG_ECHO_TOKENS = 4096
 _PATIENCE = 32  # events that may lie unread where nobody needs them one by one
 
 
@@ -42,6 +46,7 @@ class GenerationTask:
     stops: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    has_echo: bool = False  # whether each choice begins with its prompt
     is_streamed: bool = False  # whether each piece is wanted as soon as it is there
     cache_salt: str | None = None
     asker: Asker = NOBODY
@@ -52,7 +57,8 @@ class GenerationTask:
 class Piece(NamedTuple):
     """What one step added to one choice. `text` may be empty while a character or a stop string is incomplete.
 
-    `tokens` are those with logprobs that the text up to here is made of and that were not in a piece before.
+    `tokens` are those with logprobs that the text up to here is made of and that were not in a piece before; `ending`
+    is the one that ended the text and is not in it, and `logprob` that of the token, where these are wanted.
     """
 
     choice: int
@@ -60,6 +66,8 @@ class Piece(NamedTuple):
     token_id: int | None
     tokens: Sequence[TextToken]
     finish_reason: FinishReason | None
+    ending: TextToken | None = None
+    logprob: float | None = None
 
 
 class Generation:
@@ -76,6 +84,7 @@ class Generation:
         params: SamplingParams,
         records: Sequence[VersionRecord],
         began: float,
+        echoes: Sequence[Echo] = (),
     ) -> None:
         """`began` is the moment, on the monotonic clock, at which the client's wait began."""
         self._service = service
@@ -91,10 +100,13 @@ class Generation:
         self._has_come = asyncio.Event()
         self._is_read_at_once = task.is_streamed or bool(task.stops)
         self._requests: list[Request] = []
-        rules = self._text_rules()
+        rules = _text_rules(service, task)
         ends = [rules.end_of(prompt) for prompt in prompts]  # once for all choices: a prompt may be long
-        self._detokenizers = [Detokenizer(rules, end) for end in ends for _ in range(task.n)]
+        self._detokenizers = [Detokenizer(rules, end, is_echoed=task.has_echo) for end in ends for _ in range(task.n)]
         self._open = set(range(len(self._detokenizers)))
+        self._scores: list[list[Logprobs]] = [[] for _ in prompts]  # which the engine fills
+        self._echoes = echoes
+        self._to_be_echoed = set(self._open) if task.has_echo else set()
         self.outcome: Outcome | None = None  # None while a choice is open
         self.num_generated = [0] * len(self._detokenizers)
         self._num_cached_tokens = 0  # of requests that have been let go of
@@ -102,6 +114,11 @@ class Generation:
     @property
     def num_choices(self) -> int:
         return len(self._detokenizers)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Of the base, by which tokens have names."""
+        return self._service.base.vocabulary
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -114,6 +131,15 @@ class Generation:
 
     def prompt_ids(self, choice: int) -> Sequence[int]:
         return self._prompts[choice // self._task.n]
+
+    def prompt_scores(self, choice: int) -> Sequence[Logprobs]:
+        """Of each token of its prompt but the first, where they are wanted, once something has come."""
+        return self._scores[choice // self._task.n]
+
+    @property
+    def has_long_prompts(self) -> bool:
+        """Whether so much is said of its prompts that it takes long to write."""
+        return _num_scores(self._task, self._prompts) > LONG_ECHO_TOKENS
 
     def submit(self, uses: tuple[AdapterUse, ...], starts: Sequence[int], admission: Admission) -> None:
         """Hand every prompt to the engine, which has `admission` given back when the last of them has ended.
@@ -132,6 +158,7 @@ class Generation:
                 release=release,
                 cache_salt=self._task.cache_salt,
                 invoked_at=start,
+                scores=self._scores[number],
             )
             self._requests.append(request)
             self._service.engine.submit(request)
@@ -146,7 +173,10 @@ class Generation:
         while self._events:
             choice, event = self._events.popleft()
             if choice in self._open:
-                yield self._piece(choice, event)
+                piece = self._piece(choice, event)
+                if choice in self._to_be_echoed:
+                    yield self._echo(choice)
+                yield piece
 
     def abort(self) -> None:
         """Have the engine end what still runs, and let go of it. Harmless when nothing does."""
@@ -203,7 +233,23 @@ class Generation:
             self._open.discard(choice)
             if not self._open:
                 self._end(Outcome.COMPLETED)
-        return Piece(choice, settled.text, event.token_id, settled.tokens, reason)
+        piece = Piece(choice, settled.text, event.token_id, settled.tokens, reason)
+        if event.logprobs is None or event.token_id is None:
+            return piece
+        is_ending = event.finish_reason is FinishReason.STOP and not self._task.include_stop
+        ending = TextToken(event.token_id, b"", event.logprobs) if is_ending else None
+        return piece._replace(ending=ending, logprob=event.logprobs.chosen)
+
+    def _echo(self, choice: int) -> Piece:
+        """Its prompt, which its text begins with, with as many logprobs as its own tokens have."""
+        self._to_be_echoed.discard(choice)
+        echo, most, scored = self._echoes[choice // self._task.n], self._params.num_logprobs, self.prompt_scores(choice)
+        if most is None or self._params.num_prompt_logprobs is None:
+            return Piece(choice, echo.text, None, (), None)
+        if most < self._params.num_prompt_logprobs:
+            scored = [replace(one, top=one.top[:most]) for one in scored]
+        told = zip(self.prompt_ids(choice), echo.data, [None, *scored], strict=True)
+        return Piece(choice, echo.text, None, [TextToken(*token) for token in told], None)
 
     def _settled(self, choice: int, event: TokenEvent) -> Settled:
         """The text that the event adds, and with an end all that was held back."""
@@ -218,14 +264,15 @@ class Generation:
         rest = detokenizer.flush()
         return Settled(settled.text + rest.text, [*settled.tokens, *rest.tokens])
 
-    def _text_rules(self) -> TextRules:
-        return TextRules(
-            self._service.base.vocabulary,
-            self._task.stops,
-            self._params.may_end_at,
-            include_stop=self._task.include_stop,
-            skip_special_tokens=self._task.skip_special_tokens,
-        )
+
+def _text_rules(service: Service, task: GenerationTask) -> TextRules:
+    return TextRules(
+        service.base.vocabulary,
+        task.stops,
+        task.sampling.may_end_at,
+        include_stop=task.include_stop,
+        skip_special_tokens=task.skip_special_tokens,
+    )
 
 
 async def generate(service: Service, task: GenerationTask) -> Generation:
@@ -241,17 +288,44 @@ async def generate(service: Service, task: GenerationTask) -> Generation:
     _check_sampling_ids(service, task.sampling)
     limit = min(_room(service, task, number, prompt) for number, prompt in enumerate(prompts))
     params = _params(service, task, limit)
+    echoes = await _echoes(service, task, prompts)
     admission = service.admissions.admit(len(prompts) * task.n)
     try:
         mix = await lease_mix(service, task.model, task.adapters, task.asker, admission)
         uses = await mix.uses()
         starts = [invoked_at(prompt, uses, task.prompt_param(number)) for number, prompt in enumerate(prompts)]
-        generation = Generation(service, task, prompts, params, mix.records, began)
+        generation = Generation(service, task, prompts, params, mix.records, began, echoes)
     except BaseException:
         admission.release()
         raise
     generation.submit(uses, starts, admission)
     return generation
+
+
+async def _echoes(service: Service, task: GenerationTask, prompts: Sequence[Sequence[int]]) -> Sequence[Echo]:
+    """What the choices of each prompt begin with, if they do. Raises RequestError where that is too much."""
+    num_scores, most = _num_scores(task, prompts), MAX_STREAMED_SCORES if task.is_streamed else MAX_SCORES
+    if num_scores > most:
+        message = (
+            f"{num_scores} numbers and tokens are asked for of the prompts, and an answer has at most {most}: that is "
+            "the prompts' tokens times the choices, times one more than the likeliest wanted: send fewer prompts"
+        )
+        raise RequestError("invalid_request", message, task.prompt_param(0))
+    if not task.has_echo:
+        return ()
+    rules, size = _text_rules(service, task), sum(map(len, prompts))
+
+    def echo() -> list[Echo]:
+        return [echo_of(rules, prompt) for prompt in prompts]
+
+    return echo() if size <= LONG_ECHO_TOKENS else await service.offload.do(size, echo)
+
+
+def _num_scores(task: GenerationTask, prompts: Sequence[Sequence[int]]) -> int:
+    """What an answer has of its prompts: of each token, in each choice, itself, and the likeliest in its place."""
+    num_logprobs = task.sampling.num_prompt_logprobs
+    each = task.has_echo if num_logprobs is None else 1 + num_logprobs
+    return sum(map(len, prompts)) * task.n * each
 
 
 def _params(service: Service, task: GenerationTask, max_tokens: int) -> SamplingParams:
@@ -287,7 +361,7 @@ def _room(service: Service, task: GenerationTask, number: int, prompt: Sequence[
     if not prompt:
         raise RequestError("invalid_request", f"{param} is empty", param)
     _check_ids(service, prompt, param)
-    room, wanted = service.max_model_len - len(prompt), task.max_tokens or 1
+    room, wanted = service.max_model_len - len(prompt), 1 if task.max_tokens is None else task.max_tokens
     if wanted > room:
         is_too_long = room < 1 or task.max_tokens is None
         raise RequestError(
@@ -297,4 +371,4 @@ def _room(service: Service, task: GenerationTask, number: int, prompt: Sequence[
             f"{f'Shorten {param}' if is_too_long else f'Ask for at most {room}, or shorten {param}'}.",
             param if is_too_long else task.length_param,
         )
-    return task.max_tokens or room
+    return room if task.max_tokens is None else task.max_tokens

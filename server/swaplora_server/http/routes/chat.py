@@ -7,10 +7,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from swaplora_server.base.vocabulary import Vocabulary, named, shown
+from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.request import FinishReason
-from swaplora_server.http.answers import AnswerFormat, Choice, answer
+from swaplora_server.http.answers import AnswerFormat, Choice, answer, check_prompt_logprobs
 from swaplora_server.http.dependencies import Serving
+from swaplora_server.http.logprobs import chat_logprobs
 from swaplora_server.http.refusals import CHAT, refuse_unsupported
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.tasks import task_of
@@ -45,12 +46,21 @@ async def answer_chat(request: Request, service: Service, body: ChatBody) -> Res
         add_special_tokens=body.add_special_tokens,
     )
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    task = task_of(request, body, encode, num_prompts=1, max_tokens=max_tokens, num_logprobs=body.num_logprobs)
+    task = task_of(
+        request,
+        body,
+        encode,
+        num_prompts=1,
+        max_tokens=max_tokens,
+        num_logprobs=body.num_logprobs,
+        num_prompt_logprobs=body.prompt_logprobs,
+    )
     generation = await until_disconnect(request.receive, generate(service, task))
     return await answer(request, body, generation, _format(service.base.vocabulary, has_logprobs=body.logprobs))
 
 
 def _check(body: ChatBody) -> None:
+    check_prompt_logprobs(body)
     if body.top_logprobs and not body.logprobs:
         raise RequestError("invalid_request", "top_logprobs needs logprobs to be true", "top_logprobs")
     for number, message in enumerate(body.messages):
@@ -63,7 +73,7 @@ def _format(vocabulary: Vocabulary, *, has_logprobs: bool) -> AnswerFormat:
     """Chat's objects; logprobs name tokens, so the vocabulary is needed."""
 
     def logprobs(tokens: Sequence[TextToken]) -> dict[str, Any]:
-        return {"content": [_token_logprobs(vocabulary, token) for token in tokens]}
+        return chat_logprobs(vocabulary, tokens)
 
     def choice(choice: Choice) -> dict[str, Any]:
         return {
@@ -85,7 +95,9 @@ def _format(vocabulary: Vocabulary, *, has_logprobs: bool) -> AnswerFormat:
     def opening(index: int) -> dict[str, Any]:
         return _delta(index, {"role": "assistant", "content": ""})
 
-    return AnswerFormat("chatcmpl", "chat.completion", "chat.completion.chunk", choice, chunks, opening)
+    return AnswerFormat(
+        "chatcmpl", "chat.completion", "chat.completion.chunk", choice, chunks, opening, one_prompt=True
+    )
 
 
 def _delta(
@@ -96,16 +108,3 @@ def _delta(
     finish_reason: FinishReason | None = None,
 ) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-
-
-def _token_logprobs(vocabulary: Vocabulary, token: TextToken) -> dict[str, Any]:
-    """A token as far as it is in the text, where it may be hidden, and the likeliest in its place as a whole."""
-    token_id, data, (chosen, top) = token.token_id, token.data, (token.logprobs.chosen, token.logprobs.top)
-    names = named({token_id, *(other for other, _ in top)}, vocabulary)
-    is_cut = data not in (b"", vocabulary.bytes_of(token_id))
-    others = [_token(names[other], vocabulary.bytes_of(other), logprob) for other, logprob in top]
-    return {**_token(shown(data) if is_cut else names[token_id], data, chosen), "top_logprobs": others}
-
-
-def _token(name: str, data: bytes, logprob: float) -> dict[str, Any]:
-    return {"token": name, "logprob": logprob, "bytes": list(data)}
