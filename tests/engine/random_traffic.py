@@ -144,7 +144,8 @@ class Traffic:
         self._check_limits(batch)
         for rows in batch.rows:
             self.begun.setdefault(rows.sequence, rows)
-            self.begun_in.setdefault(rows.sequence, self.num_steps)
+        for sequence in self.scheduler._running:  # noqa: SLF001 - some have no rows yet, where enough are scored
+            self.begun_in.setdefault(sequence, self.num_steps)
         self.num_steps += 1
 
     def _check_limits(self, batch: Batch) -> None:
