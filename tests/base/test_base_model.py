@@ -21,9 +21,9 @@ from swaplora_server.engine.request import Request, SamplingParams, Sequence
 from swaplora_server.engine.scheduler import Batch, rows_of
 from swaplora_server.kernels.backend import Backend, LayerAttention
 from swaplora_server.kernels.cpu import build
-from swaplora_server.kernels.cpu import decoder as cpu_decoder
 from swaplora_server.kernels.cpu import linear as cpu_linear
 from swaplora_server.kernels.cpu.decoder import CpuDecoder
+from swaplora_server.kernels.llama_like import Parts
 from swaplora_server.kernels.pick import pick_backend, prefers_bf16, torch_backend
 from swaplora_server.kernels.torch.attention import PrefillRun
 
@@ -166,7 +166,9 @@ def test_layers_of_llamas_kind_run_in_one_native_call(model_type: str, tmp_path:
 def test_layers_that_fail_the_proof_in_one_call_run_by_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_decoder, "_attention_of", lambda layer: LayerAttention(layer.self_attn.layer_idx, 1.0))
+    monkeypatch.setattr(
+        Parts, "attention", property(lambda parts: LayerAttention(parts.layer.self_attn.layer_idx, 1.0))
+    )
     base = load(tiny.save_tiny_base(tmp_path))
     assert len(base.model.model.layers) == 2
     assert base.layers.linears

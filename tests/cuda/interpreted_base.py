@@ -15,23 +15,48 @@ from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
 from swaplora_server.engine.scheduler import Batch, rows_of
+from swaplora_server.kernels.cuda import decoder
 from swaplora_server.kernels.cuda.backend import CudaBackend
+from swaplora_server.kernels.cuda.decoder import CudaDecoder
 from swaplora_server.kernels.pick import torch_backend
+from swaplora_server.kernels.step import Segments
 
 CPU = torch.device("cpu")
 ADAPTERS: dict[str, dict[str, Any]] = {"plain": {"rank": 5}, "dora": {"use_dora": True}, "wide": {"rank": 40}}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+# with angles and norms as its kind has them, in as many layers as tell one from the next
+BASES: dict[torch.dtype, dict[str, Any]] = {
+    torch.float32: {**tiny.LLAMA, **HEADS},
+    torch.float16: {**tiny.LLAMA, **HEADS, "model_type": "qwen3", "num_hidden_layers": 1},
+}
+
+
+@pytest.mark.parametrize("dtype", BASES)
 def test_a_base_and_its_adapters_are_those_of_torchs_operations(tmp_path: Path, dtype: torch.dtype) -> None:
-    folder = tiny.save_tiny_base(tmp_path / "base")
+    folder = tiny.save_tiny_base(tmp_path / "base", BASES[dtype])
     for seed, (name, fields) in enumerate(ADAPTERS.items()):
         tiny.save_adapter(tmp_path / name, folder, seed=seed, **fields)
-    ours, expected = (
-        logprobs(load_base(folder, device=CPU, dtype=dtype, backend=backend), tmp_path)
+    base, of_torch = (
+        load_base(folder, device=CPU, dtype=dtype, backend=backend)
         for backend in (CudaBackend(CPU, dtype), torch_backend(CPU))
     )
+    assert isinstance(base.model.model.layers[0], CudaDecoder)
+    ours, expected = logprobs(base, tmp_path), logprobs(of_torch, tmp_path)
     assert (ours - expected).abs().max() < (1e-4 if dtype == torch.float32 else 2e-2)
+
+
+def test_fused_layers_that_are_wrong_with_adapters_alone_are_not_put_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here their own norms are left out."""
+    folder = tiny.save_tiny_base(tmp_path, {**tiny.LLAMA, **HEADS, "num_hidden_layers": 1})
+    spans = decoder.spans_of
+    monkeypatch.setattr(decoder, "spans_of", lambda _replacing, num_rows: spans(Segments(), num_rows))
+    base = load_base(folder, device=CPU, dtype=torch.float32, backend=CudaBackend(CPU, torch.float32))
+    assert not isinstance(base.model.model.layers[0], CudaDecoder)
+    assert base.model.model.norm.weight is not None
 
 
 def logprobs(base: BaseModel, folder: Path) -> Tensor:

@@ -1,4 +1,4 @@
-"""The kernels under Triton's interpreter, on a CPU: the tests of each interpreted_*.py, in a process of their own.
+"""The kernels under Triton's interpreter, on a CPU: the tests of all interpreted_*.py, in a process of their own.
 
 Triton reads whether it interprets when a kernel is defined, its own library among them, so that no process does both.
 float32 and float16 alone: the interpreter multiplies bfloat16 wrongly.
@@ -14,12 +14,12 @@ import pytest
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux alone")
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("interpreted_*.py")), ids=lambda path: path.stem)
-def test_kernels_are_right_under_the_interpreter(path: Path) -> None:
+def test_kernels_are_right_under_the_interpreter() -> None:
+    paths = sorted(map(str, Path(__file__).parent.glob("interpreted_*.py")))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    plugins = ("-p", "no:cacheprovider", "-p", "no:xdist")
+    plugins = ("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "patched_once")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "--noconftest", *plugins, str(path)],
+        [sys.executable, "-m", "pytest", "-q", "-x", "--noconftest", *plugins, *paths],
         env=environment,
         capture_output=True,
         text=True,

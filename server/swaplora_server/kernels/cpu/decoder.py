@@ -5,28 +5,22 @@ linears and their numbers, so adapters apply as they do anywhere else. The kerne
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
-from functools import reduce
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from swaplora_server.kernels.backend import LayerAttention, RunningStep, StepRows
+from swaplora_server.kernels.backend import RunningStep, StepRows
 from swaplora_server.kernels.cpu.abi import NUM_LINEARS, DecoderLayer, LinearWeight, ReplacedRows, Rows, Step
 from swaplora_server.kernels.cpu.adapter_tables import tables_of
 from swaplora_server.kernels.cpu.attention import CpuStep
 from swaplora_server.kernels.cpu.linear import CpuLinear
 from swaplora_server.kernels.cpu.lora import CpuLora
 from swaplora_server.kernels.cpu.quantised_linear import QuantisedLinear
+from swaplora_server.kernels.llama_like import Parts, all_parts_of
 from swaplora_server.kernels.step import Segments
-
-# layers that are computed as decoder.cpp says, and nothing else
-_KNOWN = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
-_NORMS = (("input_layernorm",), ("post_attention_layernorm",), ("self_attn", "q_norm"), ("self_attn", "k_norm"))
 
 
 def wrap(
@@ -40,24 +34,15 @@ def wrap(
     `dtype` is the number format of products. See `Backend.wrap`.
     """
     decoder: Any = model.get_decoder()
-    layers = decoder.layers if isinstance(getattr(decoder, "layers", None), nn.ModuleList) else None
-    if layers is None or not all(_is_known(layer) for layer in layers):
+    layers, parts = getattr(decoder, "layers", None), all_parts_of(decoder)
+    if parts is None or not all(map(_are_packed, parts)):
         return None
-    decoder.layers = nn.ModuleList([CpuDecoder(library, dtype, list(layers), running)])
+    decoder.layers = nn.ModuleList([CpuDecoder(library, dtype, parts, running)])
     return lambda: setattr(decoder, "layers", layers)
 
 
-def _is_known(layer: Any) -> bool:
-    if type(layer).__name__ not in _KNOWN:
-        return False
-    has_silu = type(layer.mlp.act_fn).__name__ in {"SiLU", "SiLUActivation"}
-    are_packed = all(isinstance(linear.base, CpuLinear | QuantisedLinear) for linear in _linears(layer))
-    return has_silu and are_packed
-
-
-def _linears(layer: Any) -> Iterator[Any]:
-    yield from (getattr(layer.self_attn, name) for name in _ATTENTION)
-    yield from (getattr(layer.mlp, name) for name in _MLP)
+def _are_packed(parts: Parts) -> bool:
+    return all(isinstance(linear.base, CpuLinear | QuantisedLinear) for linear in parts.linears)
 
 
 class CpuDecoder(nn.Module):
@@ -67,13 +52,13 @@ class CpuDecoder(nn.Module):
         self,
         library: ctypes.CDLL,
         dtype: torch.dtype,
-        layers: list[Any],
+        layers: list[Parts],
         running: Callable[[], RunningStep],
     ) -> None:
         super().__init__()
         self._decode = library.decode
         self._is_bf16 = dtype == torch.bfloat16
-        self._layers = layers  # a plain list: the model's other code is not to see them
+        self._layers = layers
         self._running = running
         self._entries = (DecoderLayer * len(layers))(*map(_entry, layers))
         self._cached_for: object = None
@@ -114,12 +99,8 @@ class CpuDecoder(nn.Module):
         if step.kv is self._cached_for:
             return
         for entry, layer in zip(self._entries, self._layers, strict=True):
-            head_dim = layer.self_attn.head_dim
-            num_kv_heads = layer.self_attn.k_proj.out_features // head_dim
-            like = torch.empty(num_kv_heads, head_dim)
-            entry.cache = step.kv.layer_cache(
-                _attention_of(layer), layer.self_attn.q_proj.out_features // head_dim, like
-            )
+            like = torch.empty(layer.num_kv_heads, layer.head_dim)
+            entry.cache = step.kv.layer_cache(layer.attention, layer.num_heads, like)
         self._cached_for = step.kv
 
 
@@ -144,23 +125,14 @@ def _rows(count: int, rows: StepRows, replaced: "ctypes.Array[ReplacedRows]") ->
     )
 
 
-def _attention_of(layer: Any) -> LayerAttention:
-    attn = layer.self_attn
-    window = getattr(attn, "sliding_window", None)
-    if type(layer).__name__ == "MistralDecoderLayer":
-        window = getattr(attn.config, "sliding_window", None)
-    return LayerAttention(attn.layer_idx, attn.scaling, window=window)
-
-
-def _entry(layer: Any) -> DecoderLayer:
-    linears = list(_linears(layer))
-    norms = [reduce(lambda module, name: getattr(module, name, None), names, layer) for names in _NORMS]
+def _entry(parts: Parts) -> DecoderLayer:
+    linears, norms = parts.linears, parts.norms
     return DecoderLayer(
         linears=(ctypes.POINTER(LinearWeight) * NUM_LINEARS)(
             *(ctypes.pointer(linear.base.packed) for linear in linears)
         ),
         numbers=(ctypes.c_int64 * NUM_LINEARS)(*(linear.number for linear in linears)),
-        norms=(ctypes.c_void_p * len(_NORMS))(*(norm and norm.weight.data_ptr() for norm in norms)),
-        norm_numbers=(ctypes.c_int64 * len(_NORMS))(*(norm.number if norm else 0 for norm in norms)),
-        eps=layer.input_layernorm.variance_epsilon,
+        norms=(ctypes.c_void_p * len(norms))(*(norm and norm.weight.data_ptr() for norm in norms)),
+        norm_numbers=(ctypes.c_int64 * len(norms))(*(norm.number if norm else 0 for norm in norms)),
+        eps=parts.eps,
     )

@@ -210,6 +210,11 @@ class CudaStep:
             self.kv.block_size,
         )
 
+    @property
+    def slots(self) -> Tensor:
+        """[num_rows]: where the rows' keys and values are stored; -1: nowhere."""
+        return self._parts[1]
+
     def _tiles_of(self, group: int, queries: int) -> Tensor:
         if (group, queries) not in self._tiles:
             tiles = torch.from_numpy(prefill_tiles(self._runs, group, queries))

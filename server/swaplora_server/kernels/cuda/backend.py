@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.kernels.backend import Forward, Memory, PagedKV, RunningStep
+from swaplora_server.kernels.cuda import decoder
 from swaplora_server.kernels.cuda.adapter_tables import AdapterTables
 from swaplora_server.kernels.cuda.attention import CudaKV
 from swaplora_server.kernels.cuda.graphs.decoding import CudaGraphs
@@ -65,5 +66,6 @@ class CudaBackend:
             raise TypeError(f"a {type(kv).__name__} is not this backend's")
         return CudaGraphs(kv, self.dtype, forward, sizes, self.recorder(self.device))
 
-    def wrap(self, _model: PreTrainedModel, _running: Callable[[], RunningStep]) -> None:
-        """Layers are left as they are."""
+    def wrap(self, model: PreTrainedModel, running: Callable[[], RunningStep]) -> Callable[[], None] | None:
+        """All layers of Llama's kind."""
+        return decoder.wrap(model, running)
