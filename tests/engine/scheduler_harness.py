@@ -1,12 +1,13 @@
 """A scheduler without a model: clients that note what they are told, and a cache that knows whose tokens it holds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Logprobs, Request, SamplingParams, TokenEvent
+from swaplora_server.engine.sampling.constraint import Constraint
 from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows, Scheduler
 
 EOS = 9
@@ -71,6 +72,7 @@ def submit(
     *,
     adapters: tuple[AdapterUse, ...] = (),
     salt: str | None = None,
+    constrain: Callable[[], Constraint] | None = None,
     **params: Any,
 ) -> Client:
     client = Client()
@@ -83,6 +85,7 @@ def submit(
         num_sequences=n,
         release=client.released,
         cache_salt=salt,
+        new_constraint=constrain,
     )
     scheduler.add(client.request)
     return client

@@ -173,6 +173,8 @@ def test_a_request_that_forbids_every_token_ends_alone() -> None:
 class Evens:
     """A constraint with a state: even tokens and odd ones by turns, from a token on that grows."""
 
+    is_busy = is_complete = False
+
     def __init__(self, vocab: int = VOCAB) -> None:
         self.vocab, self.said = vocab, [0]
 

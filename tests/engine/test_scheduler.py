@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from random_traffic import MAX_STEPS, Traffic, events, limits
 from scheduler_harness import EOS, adapter, make, run_all, run_step, score_at, submit
 from swaplora_server.engine.request import FinishReason
+from swaplora_server.engine.sampling.constraint import ConstraintPendingError, TokenBits, UnmetConstraintError
 from swaplora_server.engine.scheduler import MAX_STEPS_PASSED_OVER, Sampled
 
 
@@ -181,3 +182,85 @@ def test_one_that_was_passed_over_long_enough_goes_before_an_endless_stream_of_o
             break
     assert rare.events
     assert MAX_STEPS_PASSED_OVER <= num_steps < MAX_STEPS_PASSED_OVER + 4
+
+
+class Held:
+    """A constraint that is told when it has found out what may come next, and when nothing may."""
+
+    def __init__(self) -> None:
+        self.is_busy = self.is_complete = False
+        self.said: list[int] = []
+
+    def allowed(self) -> TokenBits:
+        raise NotImplementedError
+
+    def append(self, token_id: int) -> None:
+        self.said.append(token_id)
+
+
+def test_one_that_is_held_lets_the_others_go_on_and_then_goes_on_itself() -> None:
+    scheduler, held = make(), Held()
+    constrained, other = submit(scheduler, constrain=lambda: held), submit(scheduler, range(7, 12))
+    run_step(scheduler)
+    held.is_busy = True
+    for _ in range(2):
+        assert [rows.sequence.request for rows in run_step(scheduler).rows] == [other.request]
+    held.is_busy = False
+    run_all(scheduler)
+    assert [len(client.events) for client in (constrained, other)] == [4, 4]
+    assert constrained.events[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_a_step_without_a_token_leaves_its_row_to_be_run_again() -> None:
+    scheduler, held = make(max_batch_tokens=8), Held()
+    client = submit(scheduler, range(11), constrain=lambda: held)
+    run_step(scheduler)
+    for expected in [(8, 11), (10, 11), (10, 11)]:
+        batch = scheduler.schedule()
+        assert [(rows.start, rows.stop) for rows in batch.rows] == [expected]
+        scheduler.commit(batch, [Sampled(None, error=ConstraintPendingError())])
+        scheduler.check_integrity()
+    run_all(scheduler)
+    assert [event.token_id for event in client.events] == [1, 1, 1, 1]
+    assert held.said == [1, 1, 1, 1]
+
+
+def test_one_that_is_held_at_its_last_token_ends_by_what_is_found_out() -> None:
+    for is_complete, reason in ((True, FinishReason.STOP), (False, FinishReason.LENGTH)):
+        scheduler, held = make(), Held()
+        client = submit(scheduler, max_tokens=1, constrain=lambda held=held: held)
+        batch = scheduler.schedule()
+        held.is_busy = True
+        scheduler.commit(batch, [Sampled(1)])
+        for _ in range(2):
+            assert not run_step(scheduler).rows
+        held.is_busy, held.is_complete = False, is_complete
+        assert not run_step(scheduler).rows
+        assert [(event.token_id, event.finish_reason) for event in client.events] == [(1, None), (None, reason)]
+
+
+@pytest.mark.parametrize("max_tokens", [2, 9])
+def test_one_that_is_complete_ends_and_its_last_token_is_not_the_end(max_tokens: int) -> None:
+    scheduler, held = make(), Held()
+    client = submit(scheduler, max_tokens=max_tokens, constrain=lambda: held)
+    run_step(scheduler)
+    batch = scheduler.schedule()
+    held.is_complete = True  # by the token that comes now
+    scheduler.commit(batch, [Sampled(1)])
+    assert not scheduler.schedule().rows
+    assert [(event.token_id, event.finish_reason) for event in client.events] == [
+        (1, None),
+        (1, None),
+        (None, FinishReason.STOP),
+    ]
+    assert client.num_released == 1
+
+
+def test_what_a_constraint_cannot_keep_to_is_told_in_its_words() -> None:
+    scheduler = make()
+    client, other = submit(scheduler), submit(scheduler, range(7, 12))
+    batch = scheduler.schedule()
+    scheduler.commit(batch, [Sampled(None, error=UnmetConstraintError("no such word")), Sampled(1)])
+    run_all(scheduler)
+    assert [(event.error_code, event.error) for event in client.events] == [("invalid_request", "no such word")]
+    assert len(other.events) == 4

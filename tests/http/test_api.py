@@ -137,9 +137,6 @@ REFUSED_ANYWHERE: dict[str, Any] = {
     "typical_p": 0.5,
     "mirostat": 2,
     "bad_words": ["bad"],
-    "guided_json": {},
-    "structured_outputs": {"regex": "a"},
-    "response_format": {"type": "json_object"},
     "priority": 1,
     "use_beam_search": True,
 }

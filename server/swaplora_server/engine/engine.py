@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
@@ -15,6 +16,7 @@ from swaplora_server.engine.scheduler import Batch, Scheduler, rows_of
 from swaplora_server.engine.snapshot import Snapshot
 
 _IDLE_BEAT_SECONDS = 1.0
+_HELD_SECONDS = 0.001  # between two looks at whether a sequence can be run, where none can
 _log = structlog.get_logger(__name__)
 
 
@@ -127,6 +129,8 @@ class Engine:
 
     def _step(self) -> None:
         batch = self._scheduler.schedule()
+        if not batch.rows:
+            self._wait_for_command(_HELD_SECONDS)
         output = run_bisecting(self._runner.run, batch)
         self._scheduler.commit(output.batch, output.sampled)
         for request, error in output.failed.items():
@@ -143,12 +147,13 @@ class Engine:
         if not self._scheduler.has_work and self._inbox.empty():
             self._runner.forget_adapters()
             self._scheduler.check_integrity()
-            try:
-                self._obey(self._inbox.get(timeout=_IDLE_BEAT_SECONDS))
-            except queue.Empty:
-                return
+            self._wait_for_command(_IDLE_BEAT_SECONDS)
         while not self._inbox.empty():
             self._obey(self._inbox.get_nowait())
+
+    def _wait_for_command(self, seconds: float) -> None:
+        with suppress(queue.Empty):
+            self._obey(self._inbox.get(timeout=seconds))
 
     def _obey(self, command: Command) -> None:
         match command:

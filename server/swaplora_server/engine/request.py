@@ -234,6 +234,26 @@ class Sequence:
         """What its tokens must keep to, of its own, made when it is first looked at."""
         return self.request.new_constraint and self.request.new_constraint()
 
+    @property
+    def is_held(self) -> bool:
+        """Whether it need not be run yet, since it is being found out what may come next."""
+        return self.constraint is not None and self.constraint.is_busy
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether what it must keep to lets nothing come next."""
+        return self.constraint is not None and self.constraint.is_complete
+
+    @property
+    def late_finish_reason(self) -> FinishReason | None:
+        """Why it had ended already, now that what it keeps to has found that out."""
+        if self.constraint is None:
+            return None
+        if self.is_complete:
+            return FinishReason.STOP
+        is_over = self.num_generated >= self.request.params.max_tokens and not self.is_held
+        return FinishReason.LENGTH if is_over else None
+
     def generated_ids(self, start: int) -> list[int]:
         """The tokens that it has generated, from the `start`th on."""
         return self.token_ids[len(self.request.prompt_ids) + start :]
@@ -264,10 +284,15 @@ class Sequence:
         return self._block_keys[:num_blocks]
 
     def finish_reason_after(self, token_id: int) -> FinishReason | None:
-        """Why the sequence ends with `token_id`, its newest token, or None while it goes on."""
+        """Why the sequence ends with `token_id`, its newest token, or None while it goes on.
+
+        One that is held, or complete, has its end found out before its next step.
+        """
         params = self.request.params
         if token_id in params.stop_token_ids and params.may_end_at(self.num_generated):
             return FinishReason.STOP
+        if self.is_held or self.is_complete:
+            return None
         if self.num_generated >= params.max_tokens:
             return FinishReason.LENGTH
         return None

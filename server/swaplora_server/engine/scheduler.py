@@ -25,6 +25,7 @@ import structlog
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.prefix_cache import PrefixCache
 from swaplora_server.engine.request import FinishReason, Logprobs, Request, Sequence, TokenEvent
+from swaplora_server.engine.sampling.constraint import ConstraintPendingError, UnmetConstraintError
 from swaplora_server.kernels.step import Wants
 
 _log = structlog.get_logger(__name__)
@@ -195,7 +196,9 @@ class Scheduler:
         chosen: list[ScheduledRows] = []
         for sequence in sorted(self._running, key=lambda sequence: (sequence.num_uncomputed > 1, sequence.arrival)):
             try:
-                rows = room.take(sequence)
+                if reason := sequence.late_finish_reason:
+                    self._finish(sequence, TokenEvent(sequence.index, finish_reason=reason))
+                rows = None if sequence.is_held else room.take(sequence)
                 if rows and sequence in self._running and self._make_room(rows, chosen):
                     chosen.append(rows)
                     room.count(rows)
@@ -223,14 +226,16 @@ class Scheduler:
 
     def fail(self, request: Request, error: Exception) -> None:
         """End what is unfinished of the one request that `error` is the fault of. The log is told what it was."""
-        _log.error("a request failed alone", request=request.request_id, error=repr(error), exc_info=error)
         self.num_failed += 1
-        message = "the server failed on this request; its log says more"
+        if isinstance(error, UnmetConstraintError):
+            _log.info("a request asked for what cannot be", request=request.request_id, reason=str(error))
+            message, code = str(error), "invalid_request"
+        else:
+            _log.error("a request failed alone", request=request.request_id, error=repr(error), exc_info=error)
+            message, code = "the server failed on this request; its log says more", "internal_error"
         for sequence in [*self._running, *self._waiting]:
             if sequence.request is request:
-                self._finish(
-                    sequence, TokenEvent(sequence.index, None, None, FinishReason.ERROR, message, "internal_error")
-                )
+                self._finish(sequence, TokenEvent(sequence.index, None, None, FinishReason.ERROR, message, code))
 
     def fail_all(self, message: str) -> None:
         """End everything with an error: the engine cannot go on."""
@@ -332,13 +337,17 @@ class Scheduler:
         sequence = rows.sequence
         if not sequence.block_table:
             return
-        sequence.num_computed = rows.stop
-        self.cache.publish(sequence, rows.start, rows.stop)
+        is_pending = sampled is not None and isinstance(sampled.error, ConstraintPendingError)
+        stop = rows.stop - is_pending  # its last row is run again
+        sequence.num_computed = stop
+        self.cache.publish(sequence, rows.start, stop)
         if sampled is not None and sampled.scores is None:
             self._fail_not_finite(sequence)
             return
         if sampled is not None and sampled.scores:
             sequence.request.scores += sampled.scores
+        if is_pending:
+            return
         if sampled is not None and rows.is_sampling:
             self._append(sequence, sampled)
         elif rows.stop == sequence.num_tokens:

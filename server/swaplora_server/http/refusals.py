@@ -40,26 +40,13 @@ class Refusal:
 
 
 _NAME_IT = "name the adapter in model"
-_NO_GRAMMAR = "ask for the format in the prompt, and check what comes"
 _NO_TOOLS = "describe them in a message"
 _ZERO, _ONE, _OFF, _ON, _EMPTY = Refusal((0,)), Refusal((1,)), Refusal((False,)), Refusal((True,)), Refusal(([],))
-_GRAMMAR = Refusal(("",), _NO_GRAMMAR)
 
 ANYWHERE: dict[str, Refusal] = {
     "length_penalty": _ONE,
     "use_beam_search": _OFF,
     "bad_words": _EMPTY,
-    "response_format": Refusal(({"type": "text"},), _NO_GRAMMAR),
-    "structured_outputs": Refusal(instead=_NO_GRAMMAR),
-    "guided_json": Refusal(instead=_NO_GRAMMAR),
-    "guided_regex": _GRAMMAR,
-    "guided_choice": Refusal(([],), _NO_GRAMMAR),
-    "guided_grammar": _GRAMMAR,
-    "json_schema": Refusal(instead=_NO_GRAMMAR),
-    "regex": _GRAMMAR,
-    "ebnf": _GRAMMAR,
-    "grammar": _GRAMMAR,
-    "structural_tag": _GRAMMAR,
     "stop_regex": Refusal(("", []), "stop takes plain strings"),
     "truncate_prompt_tokens": Refusal(instead="send a prompt that fits"),
     "detokenize": Refusal((True,), "return_token_ids gives the ids beside the text"),

@@ -43,6 +43,7 @@ def task_of(
         has_echo=has_echo,
         is_streamed=body.stream,
         cache_salt=body.cache_salt,
+        format=body.format_source(),
         asker=Asker(client, peer),
         prompt_param=body.prompt_param,
         length_param=body.length_param,

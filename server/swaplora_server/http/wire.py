@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 from pydantic_core import PydanticCustomError, to_json
 
 from swaplora_server.engine.request import SamplingParams
+from swaplora_server.http.formats import FormatBody
 from swaplora_server.http.transport.models import BRANCH, ClosedModel, WireModel
 
 MAX_MODEL_CHARACTERS = 512
@@ -115,7 +116,7 @@ class AdapterTerm(ClosedModel):
     scale: Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE)] = 1.0
 
 
-class GenerationBody(WireModel):
+class GenerationBody(FormatBody):
     """What completions and chat completions share. `adapters` are added to the base, which is then the model."""
 
     has_content: ClassVar[bool] = True

@@ -17,6 +17,8 @@ from swaplora_server.service.adapter_mix import NOBODY, Asker, MixTerm, invoked_
 from swaplora_server.service.admission import Admission
 from swaplora_server.service.detokenize import Detokenizer, Echo, Settled, TextRules, TextToken, echo_of
 from swaplora_server.service.errors import RequestError
+from swaplora_server.service.grammar.grammars import Grammar
+from swaplora_server.service.grammar.source import GrammarSource
 from swaplora_server.service.metrics import GenerationRecord, Outcome
 from swaplora_server.service.service import Service
 
@@ -49,6 +51,7 @@ class GenerationTask:
     has_echo: bool = False  # whether each choice begins with its prompt
     is_streamed: bool = False  # whether each piece is wanted as soon as it is there
     cache_salt: str | None = None
+    format: GrammarSource | None = None  # what the text keeps to
     asker: Asker = NOBODY
     prompt_param: Callable[[int], str] = lambda _number: "prompt"  # of the prompt of this number
     length_param: str = "max_tokens"
@@ -85,6 +88,7 @@ class Generation:
         records: Sequence[VersionRecord],
         began: float,
         echoes: Sequence[Echo] = (),
+        grammar: Grammar | None = None,
     ) -> None:
         """`began` is the moment, on the monotonic clock, at which the client's wait began."""
         self._service = service
@@ -93,6 +97,7 @@ class Generation:
         self._params = params
         self.records = records  # the versions that answer; of a sum all, in order; none for the base
         self._began = began
+        self._grammar = grammar
         self._request_id = structlog.contextvars.get_contextvars().get("request_id", "")  # as its log lines have it
         self._first_at = self._last_at = 0.0
         self._wakeups = service.wakeups
@@ -147,6 +152,8 @@ class Generation:
         `starts` says for each prompt which token its adapter applies to first.
         """
         release = admission.release_after(len(self._prompts))
+        grammar = self._grammar
+        constraint = None if grammar is None else partial(grammar.constraint, self._params.stop_token_ids)
         for number, (prompt, start) in enumerate(zip(self._prompts, starts, strict=True)):
             request = Request(
                 request_id=f"{self._request_id}-{number}",
@@ -159,6 +166,7 @@ class Generation:
                 cache_salt=self._task.cache_salt,
                 invoked_at=start,
                 scores=self._scores[number],
+                new_constraint=constraint,
             )
             self._requests.append(request)
             self._service.engine.submit(request)
@@ -289,12 +297,14 @@ async def generate(service: Service, task: GenerationTask) -> Generation:
     limit = min(_room(service, task, number, prompt) for number, prompt in enumerate(prompts))
     params = _params(service, task, limit)
     echoes = await _echoes(service, task, prompts)
+    grammar = None if task.format is None else await service.grammars.grammar(task.format)
+    service.check_serving()
     admission = service.admissions.admit(len(prompts) * task.n)
     try:
         mix = await lease_mix(service, task.model, task.adapters, task.asker, admission)
         uses = await mix.uses()
         starts = [invoked_at(prompt, uses, task.prompt_param(number)) for number, prompt in enumerate(prompts)]
-        generation = Generation(service, task, prompts, params, mix.records, began, echoes)
+        generation = Generation(service, task, prompts, params, mix.records, began, echoes, grammar)
     except BaseException:
         admission.release()
         raise

@@ -51,12 +51,20 @@ class Offload:
     what nobody waits for holds up no exit.
     """
 
-    def __init__(self, num_threads: int, max_waiting: int, name: str, begin: Callable[[], None] = lambda: None) -> None:
-        """Each thread calls `begin` before its job."""
+    def __init__(
+        self,
+        num_threads: int,
+        max_waiting: int,
+        name: str,
+        begin: Callable[[], None] = lambda: None,
+        stack_bytes: int = 0,
+    ) -> None:
+        """Each thread calls `begin` before its job, and has a stack of `stack_bytes`: 0 for the system's own."""
         self._num_threads = num_threads
         self._max_waiting = max_waiting
         self._name = name
         self._prepare = begin
+        self._stack_bytes = stack_bytes
         self._waiting: WorkQueue[Callable[[], None]] = WorkQueue()
         self._running: set[threading.Thread] = set()
 
@@ -109,12 +117,15 @@ class Offload:
                 loop.call_soon_threadsafe(self._end, thread, end)
 
         thread = threading.Thread(target=run, name=self._name, daemon=True)
+        usual_bytes = threading.stack_size(self._stack_bytes)
         try:
             thread.start()
         except RuntimeError as error:  # the system has no thread left
             _fail(result, error)
         else:
             self._running.add(thread)
+        finally:
+            threading.stack_size(usual_bytes)
 
     def _end(self, thread: threading.Thread, end: Callable[[], None]) -> None:
         self._running.discard(thread)

@@ -30,6 +30,8 @@ from swaplora_server.service.admission import Admissions
 from swaplora_server.service.chat_template import ChatTemplate
 from swaplora_server.service.derivations import Derivations
 from swaplora_server.service.errors import RequestError
+from swaplora_server.service.grammar.grammars import Grammars
+from swaplora_server.service.grammar.vocabulary import grammar_tokenizer
 from swaplora_server.service.ingest import Ingest
 from swaplora_server.service.metrics import Metrics, ServerState
 from swaplora_server.service.offload import Offload
@@ -58,6 +60,7 @@ class Service:
     ingest: Ingest
     derivations: Derivations
     tokenizer: PromptTokenizer
+    grammars: Grammars
     max_model_len: int
     kv_cache_bytes: int
 
@@ -115,6 +118,7 @@ class Service:
                 _log.warning("not all pinned adapters fit in memory: this one may leave it", adapter=name)
             self.engine = self._make_engine()
             self.tokenizer = PromptTokenizer(self.base.tokenizer, self.max_model_len, self.offload)
+            self.grammars = self._make_grammars()
             self.engine.start()
             opened.callback(self.engine.stop)
             opened.callback(self.offload.join, _JOIN_SECONDS)
@@ -284,6 +288,12 @@ class Service:
         if wanted is not None and is_cpu:
             raise UnsupportedModelError("--cuda-graphs says whether a GPU's steps are recorded: leave it out on a CPU")
         return wanted is not False and not is_cpu
+
+    def _make_grammars(self) -> Grammars:
+        base = self.base
+        backend = base.tokenizer.backend_tokenizer
+        tokenizer = grammar_tokenizer(backend, base.vocabulary, base.vocab_size, base.eos_token_ids)
+        return Grammars(tokenizer, self.settings.max_waiting)
 
     def _kv_bytes(self) -> int:
         """As the settings say, or what there is room for."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from swaplora_server.engine.outputs import Greedy
 from swaplora_server.engine.request import Logprobs, Sequence
 from swaplora_server.engine.sampling.bias import Biases
+from swaplora_server.engine.sampling.constraint import UnmetConstraintError
 from swaplora_server.engine.sampling.draw import draw
 from swaplora_server.engine.sampling.filters import Likeliest, keep_likeliest, keep_probable
 from swaplora_server.engine.sampling.groups import argmax
@@ -19,11 +20,11 @@ from swaplora_server.engine.sampling.transfers import bring, send
 from swaplora_server.engine.scheduler import Sampled
 
 
-class NoTokenError(RuntimeError):
+class NoTokenError(UnmetConstraintError):
     """Nothing that a request allows can come next."""
 
     def __init__(self) -> None:
-        super().__init__("every token is forbidden: by a constraint, allowed_token_ids or min_tokens")
+        super().__init__("no token may come next: the format, allowed_token_ids and min_tokens leave none")
 
 
 class Sampler:

@@ -1,0 +1,137 @@
+"""What an answer's text must keep to, in the fields of OpenAI, vLLM, SGLang and llama.cpp. Imports no torch."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from swaplora_server.http.transport.models import ClosedModel, WireModel
+from swaplora_server.service.errors import RequestError
+from swaplora_server.service.grammar.source import MAX_BYTES, GrammarKind, GrammarSource, json_text
+
+MAX_CHOICES = 16_384
+MAX_NAME_CHARACTERS = 64
+MAX_DESCRIPTION_CHARACTERS = 16_384
+
+JsonValue = dict[str, Any] | bool | str
+Text = Annotated[str, Field(max_length=MAX_BYTES)]
+Choices = Annotated[list[Text], Field(max_length=MAX_CHOICES, fail_fast=True)]
+ANY_OBJECT = '{"type":"object"}'
+
+
+class NamedSchema(ClosedModel):
+    """OpenAI's. A schema is always kept to, strict or not; without one, the text is any JSON object."""
+
+    name: Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)] | None = None
+    description: Annotated[str, Field(max_length=MAX_DESCRIPTION_CHARACTERS)] | None = None
+    schema_: Annotated[dict[str, Any] | bool | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(ClosedModel):
+    """`schema` beside json_object is llama.cpp's."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+    schema_: Annotated[dict[str, Any] | bool | None, Field(alias="schema")] = None
+
+    def source(self) -> GrammarSource | None:
+        """None for plain text. Raises RequestError for what belongs to another type."""
+        own = {"json_object": "schema", "json_schema": "json_schema"}.get(self.type)
+        for name, value in (("json_schema", self.json_schema), ("schema", self.schema_)):
+            if value is not None and name != own:
+                path = f"response_format.{name}"
+                raise RequestError("invalid_request", f"{path} does not go with the type {self.type!r}", path)
+        if self.type == "json_object":
+            return _schema("response_format.schema", ANY_OBJECT if self.schema_ is None else json_text(self.schema_))
+        if self.type == "text":
+            return None
+        if self.json_schema is None:
+            path = "response_format.json_schema"
+            raise RequestError("invalid_request", f"{path} is needed with the type 'json_schema'", path)
+        schema = self.json_schema.schema_
+        return _schema("response_format.json_schema.schema", ANY_OBJECT if schema is None else json_text(schema))
+
+
+class StructuredOutputs(ClosedModel):
+    """vLLM's: exactly one of them."""
+
+    json_: Annotated[JsonValue | None, Field(alias="json")] = None
+    json_object: bool | None = None
+    regex: Text | None = None
+    choice: Annotated[Choices, Field(min_length=1)] | None = None
+    grammar: Text | None = None
+    structural_tag: JsonValue | None = None
+
+    def sources(self) -> Iterator[GrammarSource]:
+        """One for each that is asked for."""
+        under = "structured_outputs."
+        if self.json_ is not None:
+            yield _schema(f"{under}json", _text(self.json_))
+        if self.json_object:
+            yield _schema(f"{under}json_object", ANY_OBJECT)
+        if self.regex is not None:
+            yield GrammarSource(GrammarKind.REGEX, self.regex, f"{under}regex")
+        if self.choice is not None:
+            yield GrammarSource(GrammarKind.CHOICE, json_text(self.choice), f"{under}choice")
+        if self.grammar is not None:
+            yield GrammarSource(GrammarKind.GRAMMAR, self.grammar, f"{under}grammar")
+        if self.structural_tag is not None:
+            yield GrammarSource(GrammarKind.STRUCTURAL_TAG, _text(self.structural_tag), f"{under}structural_tag")
+
+
+class FormatBody(WireModel):
+    """The fields of a body that say what the text keeps to: one at most. An empty text or list asks for nothing."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonValue | None = None
+    guided_regex: Text | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Text | None = None
+    json_schema: JsonValue | None = None
+    regex: Text | None = None
+    ebnf: Text | None = None
+    grammar: Text | None = None
+    structural_tag: JsonValue | None = None
+
+    def format_source(self) -> GrammarSource | None:
+        """What the text keeps to. Raises RequestError where two fields say so."""
+        sources = [*self._sources()]
+        if len(sources) > 1:
+            told = " and ".join(source.param for source in sources)
+            raise RequestError("invalid_request", f"{told} exclude each other: send one of them", sources[1].param)
+        return sources[0] if sources else None
+
+    def _sources(self) -> Iterator[GrammarSource]:
+        if self.response_format is not None and (source := self.response_format.source()):
+            yield source
+        if self.structured_outputs is not None:
+            of_outputs = [*self.structured_outputs.sources()]
+            if not of_outputs:
+                path = "structured_outputs"
+                known = "json, json_object, regex, choice, grammar, structural_tag"
+                raise RequestError("invalid_request", f"{path} must have one of {known}", path)
+            yield from of_outputs
+        for param, kind, value in self._aliases():
+            if value not in (None, "", []):
+                yield GrammarSource(kind, value if isinstance(value, str) else json_text(value), param)
+
+    def _aliases(self) -> Iterator[tuple[str, GrammarKind, Any]]:
+        yield "guided_json", GrammarKind.JSON_SCHEMA, self.guided_json
+        yield "guided_regex", GrammarKind.REGEX, self.guided_regex
+        yield "guided_choice", GrammarKind.CHOICE, self.guided_choice
+        yield "guided_grammar", GrammarKind.GRAMMAR, self.guided_grammar
+        yield "json_schema", GrammarKind.JSON_SCHEMA, self.json_schema
+        yield "regex", GrammarKind.REGEX, self.regex
+        yield "ebnf", GrammarKind.GRAMMAR, self.ebnf
+        yield "grammar", GrammarKind.GRAMMAR, self.grammar
+        yield "structural_tag", GrammarKind.STRUCTURAL_TAG, self.structural_tag
+
+
+def _schema(param: str, text: str) -> GrammarSource:
+    return GrammarSource(GrammarKind.JSON_SCHEMA, text, param)
+
+
+def _text(value: JsonValue) -> str:
+    return value if isinstance(value, str) else json_text(value)
