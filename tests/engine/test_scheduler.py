@@ -225,18 +225,18 @@ def test_a_step_without_a_token_leaves_its_row_to_be_run_again() -> None:
     assert held.said == [1, 1, 1, 1]
 
 
-def test_one_that_is_held_at_its_last_token_ends_by_what_is_found_out() -> None:
-    for is_complete, reason in ((True, FinishReason.STOP), (False, FinishReason.LENGTH)):
-        scheduler, held = make(), Held()
-        client = submit(scheduler, max_tokens=1, constrain=lambda held=held: held)
-        batch = scheduler.schedule()
-        held.is_busy = True
-        scheduler.commit(batch, [Sampled(1)])
-        for _ in range(2):
-            assert not run_step(scheduler).rows
-        held.is_busy, held.is_complete = False, is_complete
+@pytest.mark.parametrize(("is_complete", "reason"), [(True, FinishReason.STOP), (False, FinishReason.LENGTH)])
+def test_one_that_is_held_at_its_last_token_ends_by_what_is_found_out(is_complete: bool, reason: FinishReason) -> None:
+    scheduler, held = make(), Held()
+    client = submit(scheduler, max_tokens=1, constrain=lambda: held)
+    batch = scheduler.schedule()
+    held.is_busy = True
+    scheduler.commit(batch, [Sampled(1)])
+    for _ in range(2):
         assert not run_step(scheduler).rows
-        assert [(event.token_id, event.finish_reason) for event in client.events] == [(1, None), (None, reason)]
+    held.is_busy, held.is_complete = False, is_complete
+    assert not run_step(scheduler).rows
+    assert [(event.token_id, event.finish_reason) for event in client.events] == [(1, None), (None, reason)]
 
 
 @pytest.mark.parametrize("max_tokens", [2, 9])

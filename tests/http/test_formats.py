@@ -201,14 +201,13 @@ def test_other_fields_go_with_a_format(server: Running) -> None:
 def test_a_seed_gives_one_text_alone_in_company_and_after_preemption(
     base: Path, server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    formats: list[dict[str, Any]] = [
+        *({"guided_json": PERSON}, {"guided_json": schema_case(9)}, {"regex": "[a-z ]{30}"}, {}) * 2,
+        {"regex": "[a-z ]{90}", "n": 8},  # together more than the small cache holds
+    ]
     bodies = [
         {"model": BASE, "prompt": f"{number}", "seed": number, "max_tokens": 120, "logit_bias": SPACES, **fields}
-        for number, fields in enumerate(
-            (
-                *({"guided_json": PERSON}, {"guided_json": schema_case(9)}, {"regex": "[a-z ]{30}"}, {}) * 2,
-                {"regex": "[a-z ]{90}", "n": 8},  # together more than the small cache holds
-            )
-        )
+        for number, fields in enumerate(formats)
     ]
     alone = [choices(server.client.post("/v1/completions", json=body)) for body in bodies]
 
@@ -230,18 +229,13 @@ def test_a_seed_gives_one_text_alone_in_company_and_after_preemption(
     assert preempted, "there was room for all"
 
 
+NO_OBJECT: list[Any] = [1, True, "json", [], [{}]]
+NO_SCHEMA: list[Any] = [1, 1.5, []]
+NO_TEXT: list[Any] = [1, {}, []]
 BAD: list[tuple[dict[str, Any], str, str]] = [
-    *(
-        ({field: value}, field, field)
-        for field in ("response_format", "structured_outputs")
-        for value in (1, True, "json", [], [{}])
-    ),
-    *(({field: value}, field, field) for field in ("guided_json", "json_schema") for value in (1, 1.5, [])),
-    *(
-        ({field: value}, field, field)
-        for field in ("guided_regex", "regex", "ebnf", "grammar")
-        for value in (1, {}, [])
-    ),
+    *(({field: value}, field, field) for field in ("response_format", "structured_outputs") for value in NO_OBJECT),
+    *(({field: value}, field, field) for field in ("guided_json", "json_schema") for value in NO_SCHEMA),
+    *(({field: value}, field, field) for field in ("guided_regex", "regex", "ebnf", "grammar") for value in NO_TEXT),
     ({"guided_choice": "a"}, "guided_choice", "array"),
     ({"guided_choice": [1]}, "guided_choice[0]", "string"),
     ({"guided_choice": ["a", ""]}, "guided_choice", "empty"),
