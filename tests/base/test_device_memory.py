@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -14,10 +14,13 @@ from transformers import AutoModelForCausalLM
 from serving import serving, settings
 from swaplora_server.base import device_memory
 from swaplora_server.base.base_model import load_base
+from swaplora_server.base.decode_graphs import RecordedSteps
 from swaplora_server.base.proof import UnsupportedModelError
+from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduler import Batch
 from swaplora_server.kernels.pick import torch_backend
 from swaplora_server.kernels.torch.attention import TorchKV
+from swaplora_server.service import service as service_module
 from swaplora_server.service.service import Service
 
 CPU, _CUDA = torch.device("cpu"), torch.device("cuda")
@@ -160,6 +163,46 @@ def test_the_server_sizes_its_cache_by_the_largest_step(
     kv_bytes = service._kv_bytes()  # noqa: SLF001 - all else of a start needs the device to be there
     assert kv_bytes == (5 << 20) - round((1 - 0.9) * (5 << 20)) - (1 << 20)
     assert [[rows.num_rows for rows in batch.rows] for batch in steps] == [[40]]
+
+
+@pytest.mark.parametrize(("is_on", "sizes"), [(None, [[6]]), (True, [[6]]), (False, [])])
+def test_a_gpus_server_records_steps_of_as_many_rows_as_run_at_once(
+    is_on: bool | None, sizes: list[list[int]], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves room for them beside the KV cache, and says in its first lines what they take."""
+    asked: list[tuple[Any, ...]] = []
+
+    def noted_recording(*given: Any) -> RecordedSteps:
+        asked.append(given)
+        return RecordedSteps(8, 99)
+
+    on_a_gpu(monkeypatch, free=1 << 29, total=1 << 29, step=0)
+    monkeypatch.setattr(service_module, "record_steps", noted_recording)
+    on_cpu = load_base(base, device=CPU, dtype=torch.float32, backend=torch_backend(CPU))
+    measured: list[list[int]] = []
+
+    def runner(*given: int) -> Runner:
+        made = on_cpu.runner(*given)
+
+        def record(sizes: list[int]) -> int:
+            measured.append(sizes)
+            return 2
+
+        monkeypatch.setattr(made, "record", record)
+        return made
+
+    known = ("weight_bytes", "kv_bytes_per_token", "max_positions")
+    on_gpu = SimpleNamespace(device=_CUDA, runner=runner, **{name: getattr(on_cpu, name) for name in known})
+    fields = {"kv_cache_bytes": "auto", "adapter_memory_bytes": 1 << 20, "host_adapter_bytes": 0, "max_num_seqs": 6}
+    service = Service(settings(base, tmp_path, cuda_graphs=is_on, **fields))
+    monkeypatch.setattr(service, "base", on_gpu, raising=False)
+    left = (1 << 29) - round((1 - 0.9) * (1 << 29)) - (1 << 20)
+    monkeypatch.setattr(service_module, "take_kv_cache", lambda *_: None)
+    engine = service._make_engine()  # noqa: SLF001 - all else of a start needs the device to be there
+    assert measured == sizes
+    assert service.kv_cache_bytes == left - (2 * 4 * (16 << 20) if sizes else 0)
+    assert [(given[1], given[3]) for given in asked] == ([(engine._runner, 6)] if sizes else [])  # noqa: SLF001
+    assert (("8 recorded steps", 99) in service.memory_plan()) == bool(sizes)
 
 
 @pytest.mark.parametrize("is_on", [True, False])

@@ -1,5 +1,6 @@
 """Decoding steps that are recorded once say what those launched one by one do, whatever comes into their buckets."""
 
+import io
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -7,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from structlog.testing import capture_logs
 from torch import Tensor
 
 import plain_kernels
 import tape
 import tiny
+from gpu_checks import graphs, steps
+from gpu_checks.card import Card
+from gpu_checks.report import Report
 from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, ModuleWeights
 from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.base.decode_graphs import record_steps
@@ -403,3 +408,21 @@ def test_a_backend_that_records_nothing_says_nothing(proven: BaseModel) -> None:
     with capture_logs() as logs:
         assert record_steps(proven, proven.runner(8, BLOCK), BlockPool(8, BLOCK), 4) is None
     assert logs == []
+
+
+def test_the_check_of_a_gpu_measures_and_compares_recorded_steps(base: BaseModel) -> None:
+    """All that its dry form, whose backend records none, leaves out."""
+    report = Report(None, Console(file=io.StringIO()))
+    card = Card(CPU, is_dry=True, copy=1e9, matmul=1e9)
+    adapters = [adapter(base, 1), adapter(base, 2)]
+    graphs.measure_graphs(report, card, "tiny", base)
+    steps.measure_decode(report, card, "tiny", base, adapters)
+    bits = steps.compare_companies(report, card, "tiny", base, adapters)
+    steps.find_waits(report, card, base, adapters)
+    assert report.problems == []
+    assert [row.what for row in report.rows if row.what.endswith("graph")] == [
+        "tiny decode, 1 rows, 0 adapters, graph",
+        "tiny decode, 3 rows, 2 adapters, graph",
+    ]
+    assert bits["adapters, plain or graph"]["rows"] == 2 + 5
+    assert all(found["worst"] < 1e-4 and not found["argmax turned"] for found in bits.values())

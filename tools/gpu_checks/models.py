@@ -20,6 +20,7 @@ from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduler import Batch, Scheduler
+from swaplora_server.kernels.cuda.graphs.buckets import bucket_sizes
 
 RANK = 16
 BLOCK = 16
@@ -148,6 +149,10 @@ class Stepper:
             batch = self.step()
             if len(batch.rows) == len(self.requests) and all(rows.num_rows == 1 for rows in batch.rows):
                 return batch
+
+    def record(self, max_rows: int) -> int:
+        """Have decoding steps of up to `max_rows` rows replayed from now on; returns of how many graphs."""
+        return self.runner.record(bucket_sizes(max_rows))
 
     def clear(self) -> None:
         """End all requests."""

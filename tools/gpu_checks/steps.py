@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from statistics import median
 from typing import Any
@@ -19,6 +19,9 @@ from gpu_checks.report import Report
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.base.base_model import BaseModel
 from swaplora_server.engine.attention import IMPLEMENTATION
+from swaplora_server.engine.scheduler import Batch
+from swaplora_server.kernels.cuda.graphs.buckets import bucket_sizes
+from swaplora_server.kernels.step import StepForm
 
 CASES = ((1, 0), (1, 1), (16, 0), (16, 1), (16, 16), (64, 0), (64, 1), (64, 16), (64, 64))  # rows, adapters
 DRY_CASES = ((1, 0), (3, 2))
@@ -64,27 +67,34 @@ class Floors:
 def measure_decode(
     report: Report, card: Card, name: str, base: BaseModel, adapters: list[AdapterWeights]
 ) -> dict[str, Any]:
-    """Whole steps, greedy: schedule, run, sample, commit."""
+    """Whole steps, greedy: schedule, run, sample, commit; launched one operation at a time, and as recorded."""
     floors, figures = Floors(base, card), {}
     context = 40 if card.is_dry else CONTEXT
     cases = DRY_CASES if card.is_dry else CASES
     stepper = stepper_for(base, max(rows for rows, _ in cases), context)
-    for num_rows, num_adapters in cases:
-        for row in range(num_rows):
-            chosen = [adapters[row % num_adapters]] if num_adapters else []
-            stepper.add(prompt(row, context, base.vocab_size), chosen)
-        stepper.decode()
-        stepper.times(1)
-        times = stepper.times(2 if card.is_dry else NUM_TIMED)
-        stepper.clear()
-        floor = floors.decode(num_rows, num_adapters, context)
-        figures[f"{num_rows}x{num_adapters}"] = {"seconds": times, "floor": floor}
-        report.row(
-            f"{name} decode, {num_rows} rows, {num_adapters} adapters",
-            f"{median(times) * 1e3:.2f} ms",
-            f"{floor * 1e3:.3f} ms",
-            floor / median(times),
-        )
+    for form in (StepForm.PLAIN, StepForm.GRAPH):
+        if form is StepForm.GRAPH and not stepper.record(max(rows for rows, _ in cases)):
+            report.finding(f"{name}: this backend records no steps")
+            continue
+        for num_rows, num_adapters in cases:
+            for row in range(num_rows):
+                chosen = [adapters[row % num_adapters]] if num_adapters else []
+                stepper.add(prompt(row, context, base.vocab_size), chosen)
+            stepper.decode()
+            stepper.times(1)
+            before = stepper.runner.num_steps[form]
+            times = stepper.times(2 if card.is_dry else NUM_TIMED)
+            if stepper.runner.num_steps[form] - before != len(times):
+                report.problem(f"{name}: steps of {num_rows} rows, {num_adapters} adapters do not take form {form}")
+            stepper.clear()
+            floor = floors.decode(num_rows, num_adapters, context)
+            figures[f"{num_rows}x{num_adapters} {form}"] = {"seconds": times, "floor": floor}
+            report.row(
+                f"{name} decode, {num_rows} rows, {num_adapters} adapters, {form}",
+                f"{median(times) * 1e3:.2f} ms",
+                f"{floor * 1e3:.3f} ms",
+                floor / median(times),
+            )
     return figures
 
 
@@ -166,6 +176,9 @@ def find_waits(report: Report, card: Card, base: BaseModel, adapters: list[Adapt
 
     decoding()
     figures["decode, greedy"] = _waits(card, stepper.step)
+    if stepper.record(16):
+        figures["decode, greedy, recorded"] = _waits(card, stepper.step)
+        stepper.runner.forget_graphs()
     with _mask_function_registered():
         figures["decode, greedy, with a mask function registered"] = _waits(card, stepper.step)
     stepper.clear()
@@ -206,28 +219,41 @@ def _waits(card: Card, run: Callable[[], object]) -> Counter[str]:
 def compare_companies(
     report: Report, card: Card, name: str, base: BaseModel, adapters: list[AdapterWeights]
 ) -> dict[str, Any]:
-    """Whether a row's logits depend on who is beside it: alone, and in larger and larger steps."""
-    sizes = (2, 5) if card.is_dry else (2, 4, 8, 16, 17, 32, 64)
+    """Whether a row's logits depend on who is beside it: alone, and in larger and larger steps, in every bucket."""
+    sizes = (2, 5) if card.is_dry else (2, 4, 8, 16, 17, 32, 48, 64)
     figures: dict[str, Any] = {}
+    forms = (StepForm.PLAIN, StepForm.GRAPH) if stepper_for(base, 1, 64).record(1) else (StepForm.PLAIN,)
     for label, chosen in (("base", []), ("adapters", adapters)):
-        alone = [_decode_logits(base, [number], chosen)[0] for number in range(4)]
-        worst, num_same, num_rows, num_turned = 0.0, 0, 0, 0
-        for size in sizes:
-            together = _decode_logits(base, list(range(size)), chosen)
-            for own, beside in zip(alone, together, strict=False):
-                worst = max(worst, float((own - beside).abs().max() / own.std()))
-                num_same += torch.equal(own, beside)
-                num_turned += int(own.argmax()) != int(beside.argmax())
-                num_rows += 1
-        figures[label] = {"rows": num_rows, "bit for bit": num_same, "argmax turned": num_turned, "worst": worst}
+        together = {form: [_decode_logits(base, list(range(size)), chosen, form) for size in sizes] for form in forms}
+        for form, of_form in together.items():
+            alone = [_decode_logits(base, [number], chosen, form)[0] for number in range(4)]
+            pairs = [pair for rows in of_form for pair in zip(alone, rows, strict=False)]
+            figures[f"{label}, {form}, alone or not"] = _compared(pairs)
+        pairs = [pair for steps in zip(*together.values(), strict=True) for pair in zip(*steps, strict=True)]
+        if len(forms) > 1:
+            figures[f"{label}, {' or '.join(forms)}"] = _compared(pairs)
+    for label, found in figures.items():
         report.finding(
-            f"{name}, {label}: {num_same} of {num_rows} rows are bit for bit what they are alone; "
-            f"the others differ by up to {worst:.1e} standard deviations of a logit; {num_turned} likeliest tokens turn"
+            f"{name}, {label}: {found['bit for bit']} of {found['rows']} rows are the same bit for bit; "
+            f"the others differ by up to {found['worst']:.1e} standard deviations of a logit; "
+            f"{found['argmax turned']} likeliest tokens turn"
         )
     return figures
 
 
-def _decode_logits(base: BaseModel, numbers: list[int], adapters: list[AdapterWeights]) -> list[torch.Tensor]:
+def _compared(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
+    """Two rows of logits each, which may be the same."""
+    return {
+        "rows": len(pairs),
+        "bit for bit": sum(torch.equal(*pair) for pair in pairs),
+        "argmax turned": sum(int(own.argmax()) != int(other.argmax()) for own, other in pairs),
+        "worst": max(float((own - other).abs().max() / own.std()) for own, other in pairs),
+    }
+
+
+def _decode_logits(
+    base: BaseModel, numbers: list[int], adapters: list[AdapterWeights], form: StepForm
+) -> list[torch.Tensor]:
     """The logits of the second step of these sequences, which is one of decoding rows."""
     stepper = stepper_for(base, len(numbers), 64)
     requests = [
@@ -237,11 +263,18 @@ def _decode_logits(base: BaseModel, numbers: list[int], adapters: list[AdapterWe
     batch = stepper.scheduler.schedule()
     stepper.scheduler.commit(batch, stepper.runner.run(batch))
     batch = stepper.scheduler.schedule()
-    of_request = {
-        rows.sequence.request.request_id: row
-        for rows, row in zip(batch.rows, stepper.runner.logits(batch).float(), strict=True)
-    }
+    logits = stepper.runner.logits(batch) if form is StepForm.PLAIN else _replayed_logits(stepper, batch)
+    of_request = {rows.sequence.request.request_id: row for rows, row in zip(batch.rows, logits.float(), strict=True)}
     return [of_request[request.request_id] for request in requests]
+
+
+def _replayed_logits(stepper: Stepper, batch: Batch) -> torch.Tensor:
+    """Of one bucket that is recorded for it."""
+    stepper.runner.record([size for size in bucket_sizes(1 << 10) if size >= len(batch.rows)][:1])
+    outputs = stepper.runner.replayed(batch)
+    if outputs is None:
+        raise ValueError(f"a step of {len(batch.rows)} decoding rows is not replayed")
+    return outputs.logits.clone()
 
 
 def profile_steps(
