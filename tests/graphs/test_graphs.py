@@ -385,7 +385,7 @@ class _Waiting(torch.nn.Module):
 
 
 def test_a_base_that_waits_for_the_device_cannot_be_recorded(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base.model.model, "norm", _Waiting(base.model.model.norm))
+    monkeypatch.setitem(base.model.model._modules, "norm", _Waiting(base.model.model.norm))  # noqa: SLF001
     with capture_logs() as logs:
         assert record_steps(base, base.runner(NUM_BLOCKS, BLOCK), BlockPool(NUM_BLOCKS, BLOCK), 4) is None
     assert [line["log_level"] for line in logs] == ["warning"]
