@@ -191,7 +191,7 @@ def test_a_gpus_server_records_steps_of_as_many_rows_as_run_at_once(
         monkeypatch.setattr(made, "record", record)
         return made
 
-    known = ("weight_bytes", "kv_bytes_per_token", "max_positions")
+    known = ("weight_bytes", "kv_bytes_per_token", "max_positions", "vocab_size")
     on_gpu = SimpleNamespace(device=_CUDA, runner=runner, **{name: getattr(on_cpu, name) for name in known})
     fields = {"kv_cache_bytes": "auto", "adapter_memory_bytes": 1 << 20, "host_adapter_bytes": 0, "max_num_seqs": 6}
     service = Service(settings(base, tmp_path, cuda_graphs=is_on, **fields))

@@ -102,7 +102,8 @@ class Rows:
 
     @staticmethod
     def sequence(prompt: tuple[int, ...], table: list[int], uses: Uses) -> Tokens:
-        sequence = Tokens(Request("row", prompt, SamplingParams(9, temperature=0), lambda _: None, adapters=uses), 0)
+        asked = SamplingParams(9, temperature=0)
+        sequence = Tokens(Request("row", prompt, asked, lambda _: None, adapters=uses), 0)
         sequence.block_table = table
         return sequence
 
@@ -233,6 +234,8 @@ def test_steps_that_no_graph_serves_are_launched_one_by_one_and_counted(base: Ba
             assert [each.token_id for each in said] == logits[: len(batch.sampling)].argmax(-1).tolist()
         assert rows.runner.num_steps[form] == len(of_form)
     assert rows.runner.num_steps[StepForm.PLAIN] == 0
+    scored = rows.batch([()]).rows[0]._replace(num_scored=1, scored_stop=1)
+    assert rows.runner.replayed(Batch((scored,))) is None
 
 
 def test_without_graphs_all_steps_are_plain(proven: BaseModel) -> None:

@@ -71,8 +71,8 @@ class Batch:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether each row is a sequence's newest, and samples."""
-        return all(rows.num_rows == 1 and rows.is_sampling for rows in self.rows)
+        """Whether each row is a sequence's newest, samples, and is not scored."""
+        return all(rows.num_rows == rows.num_heads == 1 and rows.is_sampling for rows in self.rows)
 
     @property
     def asking(self) -> tuple[ScheduledRows, ...]:
