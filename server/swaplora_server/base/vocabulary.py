@@ -48,6 +48,16 @@ class Vocabulary:
             return self._write([piece, _ANCHOR]).removesuffix(self._after).encode()
         return raw if self._write([piece]) else b""
 
+    def text_of(self, token_ids: Iterable[int]) -> str:
+        """What they are together, special tokens by their names; bytes that are no character show as U+FFFD."""
+        known = [token_id for token_id in token_ids if self.piece(token_id) is not None]
+        first = map(self.first_bytes_of, known[:1])
+        return b"".join([*first, *map(self.bytes_of, known[1:])]).decode(errors="replace")
+
+    def pieces(self, token_ids: Iterable[int]) -> list[str]:
+        """The tokenizer's own spelling of each; of one that it does not know, nothing."""
+        return [self.piece(token_id) or "" for token_id in token_ids]
+
     def _between(self, token_id: int) -> bytes:
         piece = self.piece(token_id)
         if piece is None:

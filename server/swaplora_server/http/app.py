@@ -22,6 +22,7 @@ from swaplora_server.http.routes import (
     invocations,
     metrics,
     models,
+    tokenize,
 )
 from swaplora_server.http.sse import ClientGoneError
 from swaplora_server.http.transport.body_memory import AccountedBodies, BodyMemory
@@ -56,7 +57,19 @@ def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
     app.state.keys = KeyRing(service.settings.api_key)
     app.include_router(health.router)
     private = APIRouter(dependencies=[Depends(authenticate)])
-    for module in (models, completions, chat, invocations, adapters, inspection, compose, aliases, control, metrics):
+    for module in (
+        models,
+        completions,
+        chat,
+        invocations,
+        tokenize,
+        adapters,
+        inspection,
+        compose,
+        aliases,
+        control,
+        metrics,
+    ):
         private.include_router(module.router)
     private.get("/openapi.json", include_in_schema=False)(app.openapi)
     app.include_router(private)

@@ -352,12 +352,12 @@ def _params(service: Service, task: GenerationTask, max_tokens: int) -> Sampling
 
 
 def _check_sampling_ids(service: Service, asked: SamplingParams) -> None:
-    _check_ids(service, asked.stop_token_ids, "stop_token_ids")
-    _check_ids(service, asked.allowed_token_ids or (), "allowed_token_ids")
-    _check_ids(service, [token_id for token_id, _ in asked.logit_bias], "logit_bias")
+    check_ids(service, asked.stop_token_ids, "stop_token_ids")
+    check_ids(service, asked.allowed_token_ids or (), "allowed_token_ids")
+    check_ids(service, [token_id for token_id, _ in asked.logit_bias], "logit_bias")
 
 
-def _check_ids(service: Service, token_ids: Collection[int], param: str) -> None:
+def check_ids(service: Service, token_ids: Collection[int], param: str) -> None:
     """Raise RequestError for an id that the base has no token for: it would index what is not there."""
     largest, limit = max(token_ids, default=0), service.base.vocab_size
     if largest >= limit:
@@ -370,7 +370,7 @@ def _room(service: Service, task: GenerationTask, number: int, prompt: Sequence[
     param = task.prompt_param(number)
     if not prompt:
         raise RequestError("invalid_request", f"{param} is empty", param)
-    _check_ids(service, prompt, param)
+    check_ids(service, prompt, param)
     room, wanted = service.max_model_len - len(prompt), 1 if task.max_tokens is None else task.max_tokens
     if wanted > room:
         is_too_long = room < 1 or task.max_tokens is None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
@@ -49,6 +49,7 @@ NUM_INSPECTORS = 1
 MAX_INSPECTIONS = 16  # waiting
 _MESSAGE_CHARACTERS = 64  # a message costs a template about as much as so many characters more
 _log = structlog.get_logger(__name__)
+Result = TypeVar("Result")
 
 
 class Service:
@@ -150,6 +151,10 @@ class Service:
     def chat_template(self) -> ChatTemplate:
         return ChatTemplate(self.base.tokenizer)
 
+    async def when_long(self, size: int, job: Callable[[], Result]) -> Result:
+        """What `job` returns or raises, off the event loop if it is long, of about `size` characters' cost."""
+        return job() if size <= LONG_CHARACTERS else await self.offload.do(size, job)
+
     async def render_chat(
         self,
         messages: Sequence[Mapping[str, str]],
@@ -162,7 +167,7 @@ class Service:
         """A conversation as the one prompt of its request; see `ChatTemplate.render`."""
         render = partial(self.chat_template.render, messages, template_kwargs, **options)
         size = sum(_MESSAGE_CHARACTERS + len(message["content"]) for message in messages)
-        text = render() if size <= LONG_CHARACTERS else await self.offload.do(size, render)
+        text = await self.when_long(size, render)
         return await self.tokenizer.encode_all([text], param, add_special_tokens=add_special_tokens)
 
     async def warm(self, reference: str) -> VersionRecord:

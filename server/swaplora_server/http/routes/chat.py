@@ -19,7 +19,7 @@ from swaplora_server.http.transport.body import body_schema, json_body
 from swaplora_server.http.wire import ChatBody
 from swaplora_server.service.detokenize import TextToken
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.generation import Piece, generate
+from swaplora_server.service.generation import Encode, Piece, generate
 from swaplora_server.service.service import Service
 
 router = APIRouter()
@@ -36,20 +36,11 @@ async def answer_chat(request: Request, service: Service, body: ChatBody) -> Res
     refuse_unsupported(body, CHAT, body.messages)
     _check(body)
     service.check_serving()
-    encode = partial(
-        service.render_chat,
-        [message.as_template_input() for message in body.messages],
-        body.chat_template_kwargs or {},
-        body.prompt_param,
-        add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
-        continue_final_message=body.continue_final_message,
-        add_special_tokens=body.add_special_tokens,
-    )
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     task = task_of(
         request,
         body,
-        encode,
+        prompt_of(service, body),
         num_prompts=1,
         max_tokens=max_tokens,
         num_logprobs=body.num_logprobs,
@@ -59,10 +50,28 @@ async def answer_chat(request: Request, service: Service, body: ChatBody) -> Res
     return await answer(request, body, generation, _format(service.base.vocabulary, has_logprobs=body.logprobs))
 
 
+def prompt_of(service: Service, body: ChatBody) -> Encode:
+    """What makes the one prompt of the conversation, as the base's template writes it."""
+    return partial(
+        service.render_chat,
+        [message.as_template_input() for message in body.messages],
+        body.chat_template_kwargs or {},
+        body.prompt_param,
+        add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+        continue_final_message=body.continue_final_message,
+        add_special_tokens=body.add_special_tokens,
+    )
+
+
 def _check(body: ChatBody) -> None:
     check_prompt_logprobs(body)
     if body.top_logprobs and not body.logprobs:
         raise RequestError("invalid_request", "top_logprobs needs logprobs to be true", "top_logprobs")
+    check_messages(body)
+
+
+def check_messages(body: ChatBody) -> None:
+    """Raise RequestError for a message that says nothing."""
     for number, message in enumerate(body.messages):
         if message.content is None:
             path = f"messages[{number}].content"

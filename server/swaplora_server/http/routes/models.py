@@ -28,6 +28,17 @@ async def list_models(service: Serving) -> dict[str, Any]:
 async def get_model(service: Serving, model: str) -> dict[str, Any]:
     """One model, by any name that a request may call it."""
     service.check_serving()
+    return _model(service, model)
+
+
+def check_model(service: Service, model: str | None) -> None:
+    """Raise RequestError unless `model` names somebody, or nobody is named."""
+    if model:
+        _model(service, model)
+
+
+def _model(service: Service, model: str) -> dict[str, Any]:
+    """Raises RequestError for a name that nobody has."""
     if service.is_base(model):
         return _base(service)
     index, alias = service.registry.names.index, model.removeprefix("base:")
