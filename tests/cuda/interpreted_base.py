@@ -42,7 +42,9 @@ def test_a_base_and_its_adapters_are_those_of_torchs_operations(tmp_path: Path, 
         load_base(folder, device=CPU, dtype=dtype, backend=backend)
         for backend in (CudaBackend(CPU, dtype), torch_backend(CPU))
     )
-    assert isinstance(base.model.model.layers[0], CudaDecoder)
+    fused = base.model.model.layers[0]
+    assert isinstance(fused, CudaDecoder)
+    assert [linear.joined is None for linear in fused._layers[0].linears] == [*3 * [False], True, *2 * [False], True]  # noqa: SLF001
     ours, expected = logprobs(base, tmp_path), logprobs(of_torch, tmp_path)
     assert (ours - expected).abs().max() < (1e-4 if dtype == torch.float32 else 2e-2)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 import torch
@@ -18,13 +18,22 @@ from swaplora_server.base.adapter_proof import AdapterProof, adapter_proof
 from swaplora_server.base.batch_invariant import make_batch_invariant
 from swaplora_server.base.compact_embedding import compact_embedding
 from swaplora_server.base.layers import AdaptableLayers
-from swaplora_server.base.proof import Expected, UnsupportedModelError, expected_logits, prove, short_windows
+from swaplora_server.base.proof import (
+    Expected,
+    Proof,
+    UnsupportedModelError,
+    expected_logits,
+    prove,
+    short_windows,
+    stock_forward,
+)
 from swaplora_server.base.quantisation import Quantization, loading_arguments, multiply_dequantised
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.config import EMBEDDED, Settings
 from swaplora_server.embedded import ensure_embedded_base
 from swaplora_server.engine import attention
 from swaplora_server.engine.lora.attach import attach
+from swaplora_server.engine.lora.joined import join, sharing_inputs
 from swaplora_server.engine.lora.modules import LoraEmbedding
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.step import running
@@ -34,6 +43,7 @@ from swaplora_server.kernels.pick import pick_backend, prefers_bf16, torch_backe
 from swaplora_server.kernels.torch.backend import TorchBackend
 
 _log = structlog.get_logger(__name__)
+Proven = TypeVar("Proven")
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +182,7 @@ def prepare(
     """Wrap and prove a model that lies on `device`, in place. Raises UnsupportedModelError naming the reason."""
     with short_windows(model):
         expected = expected_logits(model, backend.products)
+        groups = sharing_inputs(model, lambda: stock_forward(model)) if backend.joins else []
         vocab_size = vocab_size_of(model.get_input_embeddings(), expected.logits[0].shape[-1])
         attention.register()
         model.set_attn_implementation(attention.IMPLEMENTATION)
@@ -189,10 +200,15 @@ def prepare(
         if device.type == "cpu":
             make_batch_invariant(model, model.get_output_embeddings())
         weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-        proof = prove(model, backend, wrapped, expected)
-        layers = AdaptableLayers(wrapped, proof.addressable, tied, backend, dtype, device, model.config.model_type)
-        adapters = adapter_proof(model, backend, wrapped, layers, expected.tolerance)
-        adapters.run(model, backend)
+
+        def proven() -> tuple[Proof, AdaptableLayers, AdapterProof]:
+            proof = prove(model, backend, wrapped, expected)
+            layers = AdaptableLayers(wrapped, proof.addressable, tied, backend, dtype, device, model.config.model_type)
+            adapters = adapter_proof(model, backend, wrapped, layers, expected.tolerance)
+            adapters.run(model, backend)
+            return proof, layers, adapters
+
+        proof, layers, adapters = _with_or_without(join(groups, wrapped), proven)
         _wrap(model, expected, adapters, backend)
     return BaseModel(
         model=model,
@@ -220,6 +236,20 @@ def _tied(model: PreTrainedModel) -> dict[str, str]:
         return {}
     paths = {module: path for path, module in model.named_modules()}
     return {paths[head]: paths[embedding]}
+
+
+def _with_or_without(undo: Callable[[], None] | None, proven: Callable[[], Proven]) -> Proven:
+    """What is proven of linears that are multiplied at once, or of each by itself where that fails."""
+    try:
+        return proven()
+    except UnsupportedModelError as error:
+        if undo is None:
+            raise
+        reason = str(error)
+    undo()
+    found = proven()
+    _log.warning("linears that share their input are multiplied one by one", reason=reason)
+    return found
 
 
 def _wrap(model: PreTrainedModel, expected: Expected, adapters: AdapterProof, backend: Backend) -> None:

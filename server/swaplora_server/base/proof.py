@@ -87,7 +87,18 @@ def _tolerance(rounded: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def _stock_logits(model: PreTrainedModel) -> list[Tensor]:
-    return [model(tokens[None], use_cache=False).logits[0].float() for tokens in _all_tokens(model)]
+    return [_stock_output(model, tokens) for tokens in _all_tokens(model)]
+
+
+def stock_forward(model: PreTrainedModel) -> Tensor:
+    """Logits of one of the proof's sequences, for who looks at what happens in the model meanwhile."""
+    return _stock_output(model, _all_tokens(model)[0])
+
+
+@torch.inference_mode()
+def _stock_output(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    logits: Tensor = model(tokens[None], use_cache=False).logits[0].float()
+    return logits
 
 
 def _padded_logits(model: PreTrainedModel) -> list[Tensor]:

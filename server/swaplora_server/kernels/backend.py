@@ -133,6 +133,10 @@ class Backend(Protocol):
         """What a linear is exchanged for: one that computes the same, its weights in `memory`, or itself."""
 
     @property
+    def joins(self) -> bool:
+        """Whether linears that share their input are to be multiplied at once."""
+
+    @property
     def placement(self) -> Placement | None:
         """How an adapter's factors lie in memory; None: as plain tensors."""
 

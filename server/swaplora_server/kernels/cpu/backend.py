@@ -53,6 +53,11 @@ class CpuBackend:
         return linear.pack(self.library, self.dtype, base, memory)
 
     @property
+    def joins(self) -> bool:
+        """Each has panels of its own."""
+        return False
+
+    @property
     def placement(self) -> Placement:
         """Panels, in the number format of the products where a file has more."""
         return panels.placement(self.library, self.dtype)

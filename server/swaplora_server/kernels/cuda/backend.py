@@ -45,6 +45,11 @@ class CudaBackend:
         return linear
 
     @property
+    def joins(self) -> bool:
+        """See `Backend`."""
+        return True
+
+    @property
     def placement(self) -> None:
         """Plain tensors."""
 

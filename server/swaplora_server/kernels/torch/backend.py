@@ -49,6 +49,11 @@ class TorchBackend:
         return linear
 
     @property
+    def joins(self) -> bool:
+        """Each by itself."""
+        return False
+
+    @property
     def placement(self) -> None:
         """Plain tensors."""
 
