@@ -26,8 +26,9 @@ from swaplora_server.engine.request import AdapterUse, Request, SamplingParams
 from swaplora_server.engine.request import Sequence as Tokens
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduler import Batch, Scheduler, rows_of
-from swaplora_server.kernels.cuda import lora
+from swaplora_server.kernels.cuda import attention, lora
 from swaplora_server.kernels.cuda.attention import CudaStep
+from swaplora_server.kernels.cuda.attention_runs import prefill_tiles
 from swaplora_server.kernels.cuda.backend import CudaBackend
 from swaplora_server.kernels.cuda.graphs import decoding
 from swaplora_server.kernels.cuda.graphs.buckets import bucket_sizes
@@ -236,6 +237,33 @@ def test_steps_that_no_graph_serves_are_launched_one_by_one_and_counted(base: Ba
     assert rows.runner.num_steps[StepForm.PLAIN] == 0
     scored = rows.batch([()]).rows[0]._replace(num_scored=1, scored_stop=1)
     assert rows.runner.replayed(Batch((scored,))) is None
+
+
+def test_a_step_that_is_launched_one_by_one_is_told_in_one_copy(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its prompts are cut into too, once a layer has asked for that; and it says what it did before."""
+    rows = Rows(base, 4)
+    batch = rows.batch([()] * 2)
+    for prompt, table in list(zip(rows.prompts, rows.tables, strict=True))[2:]:
+        batch = Batch((*batch.rows, rows_of(rows.sequence(prompt, table, ()), 1, len(prompt))))
+    rows.runner._kv.tile_shapes.clear()  # type: ignore[attr-defined]  # noqa: SLF001
+    expected = rows.runner.logits(batch)
+    sent: list[Words] = []
+    send = Words.send
+
+    def noted(self: Words, count: int | None = None) -> None:
+        sent.append(self)
+        send(self, count)
+
+    def cut_before_it_is_sent(*given: Any) -> Any:
+        assert not sent
+        return prefill_tiles(*given)
+
+    monkeypatch.setattr(Words, "send", noted)
+    monkeypatch.setattr(attention, "prefill_tiles", cut_before_it_is_sent)
+    assert torch.equal(rows.runner.logits(batch), expected)
+    assert len(sent) == 1
 
 
 def test_without_graphs_all_steps_are_plain(proven: BaseModel) -> None:

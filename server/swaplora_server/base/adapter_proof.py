@@ -167,16 +167,19 @@ def _defined_logits(
     plan = Planner(BLOCK_SIZE).plan(scheduled)
     plan = replace(plan, head_rows=np.arange(plan.runs.num_rows))
     of_base = StepRows(Segments(), None)
-    step = RunningStep(plan, of_base, of_base, backend.paged_kv(num_blocks_of(_CUTS), BLOCK_SIZE).step(plan.runs))
+    inputs, paged = backend.paged_kv(num_blocks_of(_CUTS), BLOCK_SIZE).begin(plan)
+    step = RunningStep(plan, of_base, of_base, paged)
     starts = (plan.runs.starts + _INVOKED_AT).tolist()
     rows = [_Rows(*row) for row in zip(starts, plan.runs.stops.tolist(), terms, strict=True)]
-    ids, positions, head_rows = (
-        torch.from_numpy(values).to(model.device) for values in (plan.token_ids, plan.runs.positions, plan.head_rows)
-    )
     with use(step), ExitStack() as hooks:
         for module in wrapped.values():
             hooks.callback(module.register_forward_hook(_Definition(rows)).remove)
-        output = model(input_ids=ids[None], position_ids=positions[None], logits_to_keep=head_rows, use_cache=False)
+        output = model(
+            input_ids=inputs.token_ids[None],
+            position_ids=inputs.positions[None],
+            logits_to_keep=inputs.head_rows,
+            use_cache=False,
+        )
     return torch.split(output.logits[0].float(), [cuts[-1] for cuts in _CUTS])
 
 

@@ -67,7 +67,7 @@ class BaseModel:
     tolerance: float  # by how much rounding may move a logit, in standard deviations of its row
 
     def runner(self, num_blocks: int, block_size: int) -> Runner:
-        return Runner(self.model, self.backend, self.backend.paged_kv(num_blocks, block_size), self.device)
+        return Runner(self.model, self.backend, self.backend.paged_kv(num_blocks, block_size))
 
     def prepared(self, weights: AdapterWeights) -> AdapterWeights:
         """An adapter as steps take it: on their device, with what kernels read of it. For the thread that loads it."""

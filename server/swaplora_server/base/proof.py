@@ -141,7 +141,7 @@ class Trial:
         self._model = model
         self._all_cuts = all_cuts
         self._pool = BlockPool(num_blocks_of(all_cuts), BLOCK_SIZE)
-        self._runner = Runner(model, backend, self.kv, model.device)
+        self._runner = Runner(model, backend, self.kv)
         self._sequences = [
             Sequence(_request(own, first), index)
             for index, (own, first) in enumerate(zip(uses, invoked_at, strict=True))

@@ -11,8 +11,8 @@ from swaplora_server.engine.sampling.logprobs import scores
 from swaplora_server.engine.sampling.sampler import Sampler
 from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows
 from swaplora_server.engine.step import Planner, use
-from swaplora_server.kernels.backend import Backend, Graphs, PagedKV, RunningStep, StepInputs, StepRows
-from swaplora_server.kernels.step import Ints, Segments, StepForm, StepPlan
+from swaplora_server.kernels.backend import Backend, Graphs, PagedKV, PagedStep, RunningStep, StepInputs, StepRows
+from swaplora_server.kernels.step import Segments, StepForm, StepPlan
 
 
 class Runner:
@@ -21,11 +21,10 @@ class Runner:
     Where decoding steps have been recorded they are replayed; all others are launched one operation at a time.
     """
 
-    def __init__(self, model: torch.nn.Module, backend: Backend, kv: PagedKV, device: torch.device) -> None:
+    def __init__(self, model: torch.nn.Module, backend: Backend, kv: PagedKV) -> None:
         self._model = model
         self._backend = backend
         self._kv = kv
-        self._device = device
         self._planner = Planner(kv.block_size)
         self._sampler = Sampler()
         self._graphs: Graphs | None = None
@@ -75,8 +74,8 @@ class Runner:
         Launched one operation at a time, whatever has been recorded.
         """
         plan = self._planner.plan(batch.rows)
-        token_ids, positions, head_rows = map(self._tensor, (plan.token_ids, plan.runs.positions, plan.head_rows))
-        return self._forward(StepInputs(token_ids, positions, head_rows, self._step(plan)))
+        inputs, paged = self._kv.begin(plan)
+        return self._forward(inputs, self._step(plan, paged))
 
     @torch.inference_mode()
     def replayed(self, batch: Batch) -> RowOutputs | None:
@@ -97,11 +96,11 @@ class Runner:
             return StepForm.PLAIN
         return self._graphs.replay(self._planner.plan(batch.rows)) if batch.is_decoding else StepForm.PROMPT
 
-    def _forward_recorded(self, inputs: StepInputs) -> None:
-        self._recorded.keep(self._forward(inputs))
+    def _forward_recorded(self, inputs: StepInputs, step: RunningStep) -> None:
+        self._recorded.keep(self._forward(inputs, step))
 
-    def _forward(self, inputs: StepInputs) -> Tensor:
-        with use(inputs.step):
+    def _forward(self, inputs: StepInputs, step: RunningStep) -> Tensor:
+        with use(step):
             output = self._model(
                 input_ids=inputs.token_ids[None],
                 position_ids=inputs.positions[None],
@@ -111,17 +110,13 @@ class Runner:
         logits: Tensor = output.logits[0]
         return logits
 
-    def _step(self, plan: StepPlan) -> RunningStep:
+    def _step(self, plan: StepPlan, paged: PagedStep) -> RunningStep:
         if plan.tokens is not self._tokens.segments:
             self._tokens, self._head = self._rows(plan.tokens), self._rows(plan.head)
-        return RunningStep(plan, self._tokens, self._head, self._kv.step(plan.runs))
+        return RunningStep(plan, self._tokens, self._head, paged)
 
     def _rows(self, segments: Segments) -> StepRows:
         return StepRows(segments, self._backend.lora(segments.adding) if len(segments.adding) else None)
-
-    def _tensor(self, values: Ints) -> Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
 
 
 def _scored(rows: ScheduledRows, logits: Tensor, sampled: Sampled) -> Sampled:

@@ -51,6 +51,14 @@ class PagedStep(Protocol):
         """
 
 
+class StepInputs(NamedTuple):
+    """What a forward of the model begins with, on its device."""
+
+    token_ids: Tensor  # [num_rows]
+    positions: Tensor  # [num_rows]
+    head_rows: Tensor | int  # those that reach the output head; 0, as transformers has it: all of them
+
+
 class PagedKV(Protocol):
     """Keys and values of every layer, `block_size` tokens to a block. A layer is allocated when it first writes."""
 
@@ -63,6 +71,9 @@ class PagedKV(Protocol):
 
     def step(self, runs: Runs) -> PagedStep:
         """A step's view of the cache."""
+
+    def begin(self, plan: StepPlan) -> tuple[StepInputs, PagedStep]:
+        """The same of a whole step, and what its forward begins with."""
 
 
 class StepRows(NamedTuple):
@@ -81,16 +92,7 @@ class RunningStep(NamedTuple):
     paged: PagedStep
 
 
-class StepInputs(NamedTuple):
-    """What a forward of the model begins with, on its device."""
-
-    token_ids: Tensor  # [num_rows]
-    positions: Tensor  # [num_rows]
-    head_rows: Tensor | int  # those that reach the output head; 0, as transformers has it: all of them
-    step: RunningStep
-
-
-Forward = Callable[[StepInputs], None]  # leaves what it computes where later steps read it
+Forward = Callable[[StepInputs, RunningStep], None]  # leaves what it computes where later steps read it
 
 
 class Graphs(Protocol):

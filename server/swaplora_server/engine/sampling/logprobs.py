@@ -43,7 +43,7 @@ def scores(logits: Tensor, token_ids: Rows[int], count: int) -> tuple[Logprobs, 
     found: list[Logprobs] = []
     for start in range(0, len(logits), _SCORED_TOGETHER):
         part = logits[start : start + _SCORED_TOGETHER].float()
-        ids = torch.tensor(token_ids[start : start + _SCORED_TOGETHER], device=part.device)
+        ids = send(token_ids[start : start + _SCORED_TOGETHER], torch.int64, part.device)
         chosen = part.gather(1, ids.unsqueeze(-1))
         ranks = (part > chosen).sum(-1, keepdim=True) + 1
         is_finite = part.amax(-1, keepdim=True).isfinite()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from swaplora_adapters.weights.memory import HugePages
-from swaplora_server.kernels.backend import LayerAttention
+from swaplora_server.kernels.backend import LayerAttention, StepInputs
 from swaplora_server.kernels.cpu.abi import LayerCache
-from swaplora_server.kernels.step import Runs
+from swaplora_server.kernels.step import Runs, StepPlan
 from swaplora_server.kernels.torch.attention import TorchKV, TorchStep
 
 _CPU = torch.device("cpu")
@@ -45,6 +45,11 @@ class CpuKV:
         if runs.unwritten:
             raise ValueError("native attention writes the keys and values of every row")
         return CpuStep(self, runs)
+
+    def begin(self, plan: StepPlan) -> "tuple[StepInputs, CpuStep]":
+        """See `PagedKV`."""
+        inputs = map(torch.from_numpy, (plan.token_ids, plan.runs.positions, plan.head_rows))
+        return StepInputs(*inputs), self.step(plan.runs)
 
     def has_code_for(self, query: Tensor, value: Tensor) -> bool:
         """The kernel reads keys and values of one size."""

@@ -6,15 +6,16 @@ The equation and the order of its sums are in `attention_kernels.py`. Importing 
 from dataclasses import dataclass, field
 from math import log2
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from swaplora_server.kernels.backend import LayerAttention
+from swaplora_server.kernels.backend import LayerAttention, StepInputs
 from swaplora_server.kernels.cuda import attention_kernels as kernels
 from swaplora_server.kernels.cuda.attention_runs import Room, prefill_tiles, room_for, write
 from swaplora_server.kernels.cuda.attention_shapes import AHEAD, PROGRAMS_PER_PROCESSOR, Shape, padded, shape_of
 from swaplora_server.kernels.cuda.words import Words
-from swaplora_server.kernels.step import Runs
+from swaplora_server.kernels.step import Runs, StepPlan
 
 _LOG2_E = log2(2.718281828459045)
 _NO_WINDOW = 1 << 30
@@ -30,6 +31,7 @@ class CudaKV:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = device
+        self.tile_shapes: dict[tuple[int, int], None] = {}  # of `prefill_tiles`, that layers have asked for so far
         self._num_slots = (num_blocks + 1) * block_size
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -43,6 +45,23 @@ class CudaKV:
         step = CudaStep(self, room_for(runs))
         step.hold(runs)
         return step
+
+    def begin(self, plan: StepPlan) -> "tuple[StepInputs, CudaStep]":
+        """See `PagedKV`; all that the device is told of it in one copy."""
+        runs, room = plan.runs, room_for(plan.runs)
+        tiles = [prefill_tiles(runs, *shape) for shape in self.tile_shapes]
+        beside = [plan.token_ids, runs.positions, plan.head_rows, *(each.ravel() for each in tiles)]
+        lengths = [len(each) for each in beside]
+        words = Words.zeros(sum(lengths) + room.num_words, self.device)
+        np.concatenate(beside, out=words.writable()[: sum(lengths)])
+        step = CudaStep(self, room, words.part(sum(lengths), room.num_words))
+        step.write(runs)
+        words.send()
+        token_ids, positions, head_rows, *sent = torch.split(words.on_device[: sum(lengths)], lengths)
+        step.tiles |= {
+            shape: flat.view(each.shape) for shape, flat, each in zip(self.tile_shapes, sent, tiles, strict=True)
+        }
+        return StepInputs(token_ids, positions, head_rows), step
 
     def layer(self, layer_idx: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's whole caches, for keys and values like these [num_rows, num_kv_heads, head_dim]."""
@@ -102,10 +121,10 @@ class CudaStep:
     kv: CudaKV
     room: Room
     words: Words | None = None  # `room.num_words`; its own unless given
+    tiles: dict[tuple[int, int], Tensor] = field(init=False, default_factory=dict)  # of prompts, by `tile_shapes`
     _words: Words = field(init=False)
     _parts: tuple[Tensor, ...] = field(init=False)  # count of items, slots, decodes, items, blocks
     _runs: Runs = field(init=False)
-    _tiles: dict[tuple[int, int], Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._words = self.words or Words.zeros(self.room.num_words, self.kv.device)
@@ -120,7 +139,7 @@ class CudaStep:
         """These, once its words are sent. Raises CapacityError, and writes nothing then."""
         write(runs, self._words.writable(), self.room)
         self._runs = runs
-        self._tiles.clear()
+        self.tiles.clear()
 
     def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `PagedStep`. Raises ValueError for what the kernels have no code for."""
@@ -216,11 +235,13 @@ class CudaStep:
         return self._parts[1]
 
     def _tiles_of(self, group: int, queries: int) -> Tensor:
-        if (group, queries) not in self._tiles:
-            tiles = torch.from_numpy(prefill_tiles(self._runs, group, queries))
+        shape = (group, queries)
+        if shape not in self.tiles:
+            self.kv.tile_shapes[shape] = None
+            tiles = torch.from_numpy(prefill_tiles(self._runs, *shape))
             # nothing is copied of nothing: a step that is recorded must not
-            self._tiles[group, queries] = tiles.to(self.kv.device, non_blocking=True) if len(tiles) else tiles
-        return self._tiles[group, queries]
+            self.tiles[shape] = tiles.to(self.kv.device, non_blocking=True) if len(tiles) else tiles
+        return self.tiles[shape]
 
 
 def _numbers(layer: LayerAttention) -> tuple[int, float, float, float]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from swaplora_server.kernels.backend import LayerAttention
-from swaplora_server.kernels.step import Ints, Runs
+from swaplora_server.kernels.backend import LayerAttention, StepInputs
+from swaplora_server.kernels.step import Ints, Runs, StepPlan
 
 
 class TorchKV:
@@ -47,6 +47,11 @@ class TorchKV:
         is_written = runs.slots >= 0
         rows = None if is_written.all() else self._tensor(np.flatnonzero(is_written))
         return TorchStep(self, self._tensor(runs.slots[is_written]), rows, self._decode_groups(decodes), prefills)
+
+    def begin(self, plan: StepPlan) -> "tuple[StepInputs, TorchStep]":
+        """See `PagedKV`."""
+        inputs = map(self._tensor, (plan.token_ids, plan.runs.positions, plan.head_rows))
+        return StepInputs(*inputs), self.step(plan.runs)
 
     def write(self, layer_idx: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store key and value [num_slots, num_kv_heads, head_dim] at `slots` and return the layer's whole caches."""

@@ -4,6 +4,7 @@ Importing this needs triton: see `require_triton`.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -45,7 +46,7 @@ class CudaGraphs:
         self._graphs: dict[tuple[int, bool], tuple[_Bucket, Callable[[], None]]] = {}
         for layout in layouts:
             bucket = _Bucket(layout, words, kv, dtype)
-            replay = recorder.record(lambda bucket=bucket: forward(bucket.inputs))  # type: ignore[misc]
+            replay = recorder.record(partial(forward, bucket.inputs, bucket.step))
             self._graphs[layout.rows, layout.lora is not None] = bucket, replay
         self.forget_adapters()
 
@@ -105,8 +106,13 @@ class _Bucket:
     def inputs(self) -> StepInputs:
         """Of its step."""
         token_ids, positions = self._words.on_device[: 2 * self._layout.rows].view(2, -1)
+        return StepInputs(token_ids, positions, 0)
+
+    @property
+    def step(self) -> RunningStep:
+        """Whatever it holds."""
         rows = StepRows(Segments(), self._lora)
-        return StepInputs(token_ids, positions, 0, RunningStep(self._plan, rows, rows, self._paged))
+        return RunningStep(self._plan, rows, rows, self._paged)
 
     def hold(self, plan: StepPlan, lora: PlannedLora | None) -> None:
         """This step from now on: rows beyond its own are token 0 at position 0. Raises CapacityError."""
