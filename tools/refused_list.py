@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from swaplora_server.http.refusals import ANYWHERE, CHAT, COMPLETION, MESSAGE, UNSERVED, Refusal
+from swaplora_server.http.refusals import ANTHROPIC, ANYWHERE, CHAT, COMPLETION, MESSAGE, RESPONSE, UNSERVED, Refusal
 
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 BEGIN, END = "<!-- refused -->", "<!-- /refused -->"
@@ -17,6 +17,8 @@ def listed() -> str:
         "completions": _fields(_without(COMPLETION, ANYWHERE)),
         "chats": _fields(_without(CHAT, ANYWHERE)),
         "a message": _fields(MESSAGE),
+        "`/v1/responses`, beside those of both": _fields(_without(RESPONSE, ANYWHERE)),
+        "`/v1/messages`, beside those of both": _fields(_without(ANTHROPIC, ANYWHERE)),
         "routes": ", ".join(f"`{path}`" for path in UNSERVED),
     }
     table = "".join(f"| {where} | {what} |\n" for where, what in rows.items())

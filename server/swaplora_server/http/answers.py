@@ -31,6 +31,7 @@ class Choice:
     tokens: list[TextToken] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     ending: TextToken | None = None  # with logprobs, which ended it and is not in its text
+    stopped_by: str | None = None  # the stop string, if it was one
     logprobs: list[float] = field(default_factory=list)  # of all that was generated, where these are wanted
 
     @property
@@ -44,7 +45,7 @@ class Choice:
         if piece.token_id is not None:
             self.token_ids.append(piece.token_id)
         self.tokens += piece.tokens
-        self.ending = piece.ending
+        self.ending, self.stopped_by = piece.ending, piece.stopped_by
         if piece.logprob is not None:
             self.logprobs.append(piece.logprob)
 
@@ -78,12 +79,12 @@ async def answer(
     Of `num_generated` choices for each prompt the n likeliest are given.
     """
     envelope = {"id": f"{form.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
-    headers = _headers(generation.records)
+    headers = adapter_headers(generation.records)
     if body.stream:
         stream = _Stream(body, generation, form, {**envelope, "object": form.chunk_object})
         return EventStreamResponse(stream.events(), headers, at_end=generation.abort)
     try:
-        choices = await until_disconnect(request.receive, _collect(generation))
+        choices = await until_disconnect(request.receive, collected(generation))
     finally:
         generation.abort()
 
@@ -121,7 +122,8 @@ def usage(generation: Generation) -> dict[str, Any]:
     }
 
 
-async def _collect(generation: Generation) -> list[Choice]:
+async def collected(generation: Generation) -> list[Choice]:
+    """All choices, once they have ended. Raises RequestError where that is by an error."""
     choices = [Choice(index) for index in range(generation.num_choices)]
     while generation.outcome is None:
         await generation.arrival()
@@ -130,7 +132,7 @@ async def _collect(generation: Generation) -> list[Choice]:
     return choices
 
 
-def _headers(records: Sequence[VersionRecord]) -> dict[str, str]:
+def adapter_headers(records: Sequence[VersionRecord]) -> dict[str, str]:
     """Which versions answer; of a sum all, in order."""
     if not records:
         return {}

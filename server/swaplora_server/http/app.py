@@ -20,8 +20,10 @@ from swaplora_server.http.routes import (
     health,
     inspection,
     invocations,
+    messages,
     metrics,
     models,
+    responses,
     tokenize,
 )
 from swaplora_server.http.sse import ClientGoneError
@@ -62,6 +64,8 @@ def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
         completions,
         chat,
         invocations,
+        responses,
+        messages,
         tokenize,
         adapters,
         inspection,

@@ -31,9 +31,16 @@ async def _keys(request: Request) -> KeyRing:
 
 
 async def authenticate(request: Request, keys: Annotated[KeyRing, Depends(_keys)]) -> None:
-    """A dependency. Raises RequestError unless the request carries `Authorization: Bearer KEY` with one of the keys."""
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    if not keys.admits(key.strip() if scheme.lower() == "bearer" else None):
+    """A dependency. Raises RequestError unless the request carries `Authorization: Bearer KEY` with one of the keys.
+
+    Anthropic's clients send `x-api-key: KEY`, which counts where there is no Authorization.
+    """
+    if "authorization" not in request.headers:
+        given = request.headers.get("x-api-key")
+    else:
+        scheme, _, key = request.headers["authorization"].partition(" ")
+        given = key.strip() if scheme.lower() == "bearer" else None
+    if not keys.admits(given):
         raise RequestError("invalid_api_key", "send a valid API key as Authorization: Bearer KEY")
 
 

@@ -90,6 +90,36 @@ CHAT: dict[str, Refusal] = ANYWHERE | {
     "documents": Refusal(([],), "put them into a message"),
     "chat_template": Refusal(instead="the base's own is used; /v1/completions takes what you rendered yourself"),
 }
+RESPONSE: dict[str, Refusal] = ANYWHERE | {
+    "previous_response_id": Refusal(instead="no answer is kept here: send the whole conversation as input"),
+    "conversation": Refusal(instead="none is kept here: send the whole conversation as input"),
+    "store": Refusal((True, False)),
+    "background": Refusal((False,), "wait for the answer, or have it streamed"),
+    "prompt": Refusal(instead="send it as instructions"),
+    "tools": Refusal(([],), _NO_TOOLS),
+    "tool_choice": Refusal(("none", "auto")),
+    "parallel_tool_calls": Refusal((True, False)),
+    "max_tool_calls": Refusal(),
+    "text": Refusal(({}, {"format": {"type": "text"}}, {"verbosity": "medium"})),
+    "reasoning": Refusal(({},)),
+    "include": _EMPTY,
+    "top_logprobs": _ZERO,
+    "truncation": Refusal(("disabled",), "send a conversation that fits"),
+    "context_management": _EMPTY,
+    "moderation": Refusal(),
+}
+ANTHROPIC: dict[str, Refusal] = ANYWHERE | {
+    "tools": Refusal(([],), _NO_TOOLS),
+    "tool_choice": Refusal(({"type": "auto"}, {"type": "none"})),
+    "thinking": Refusal(({"type": "disabled"},)),
+    "service_tier": Refusal(("auto", "standard_only")),
+    "container": Refusal(),
+    "mcp_servers": _EMPTY,
+    "context_management": Refusal(),
+    "output_config": Refusal(({},)),
+    "output_format": Refusal(),
+    "speed": Refusal(("standard",)),
+}
 MESSAGE: dict[str, Refusal] = {
     "tool_calls": Refusal(([],), "tools are not supported yet: write the call as content"),
     "tool_call_id": Refusal(instead="tools are not supported yet: write the result as content of a user's message"),
@@ -102,7 +132,7 @@ MESSAGE: dict[str, Refusal] = {
 
 # routes of those APIs that are not served yet
 UNSERVED = (
-    *("/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/moderations", "/v1/audio", "/v1/images", "/v1/videos"),
+    *("/v1/embeddings", "/v1/responses/", "/v1/messages/", "/v1/moderations", "/v1/audio", "/v1/images", "/v1/videos"),
     *("/v1/files", "/v1/uploads", "/v1/batches", "/v1/fine_tuning", "/v1/vector_stores", "/v1/containers"),
     *("/v1/assistants", "/v1/threads", "/v1/conversations", "/v1/realtime", "/v1/evals", "/v1/engines", "/v1/edits"),
     *("/v1/chat/completions/", "/v1/organization", "/v1/score", "/v1/rerank", "/v2/rerank", "/rerank", "/score"),

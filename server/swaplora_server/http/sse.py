@@ -30,6 +30,11 @@ def event(data: Mapping[str, Any]) -> str:
     return f"data: {_to_json(data)}\n\n"
 
 
+def named_event(name: str, data: Mapping[str, Any]) -> str:
+    """The same, of a stream whose events have names."""
+    return f"event: {name}\n{event(data)}"
+
+
 class EventStreamResponse(Response):
     """Sends what `events` yields as it comes, with a comment every 15 silent seconds; the first of either begins it.
 

@@ -93,6 +93,7 @@ class Detokenizer:
         self._num_tokens = self._num_chars = 0
         self._unsettled: deque[_Unsettled] = deque()
         self.is_stopped = False
+        self.stopped_by: str | None = None  # the stop string
 
     def push(self, token_id: int, logprobs: Logprobs | None = None) -> Settled:
         """What is settled by one more token; sets `is_stopped` when a stop string is complete."""
@@ -154,7 +155,7 @@ class Detokenizer:
         self._held += text
         match = finder.read(units, may_stop=self._rules.may_end_at(self._num_tokens))
         if match is not None:
-            self.is_stopped = True
+            self.is_stopped, self.stopped_by = True, match.text
             return self._cut(match, self._num_chars - len(text) + min(match.end, len(text)))
         num_held = finder.num_held
         length = len(self._held) - num_held

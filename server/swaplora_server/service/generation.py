@@ -71,6 +71,7 @@ class Piece(NamedTuple):
     finish_reason: FinishReason | None
     ending: TextToken | None = None
     logprob: float | None = None
+    stopped_by: str | None = None  # the stop string, where one ended the text
 
 
 class Generation:
@@ -241,7 +242,8 @@ class Generation:
             self._open.discard(choice)
             if not self._open:
                 self._end(Outcome.COMPLETED)
-        piece = Piece(choice, settled.text, event.token_id, settled.tokens, reason)
+        stopped_by = self._detokenizers[choice].stopped_by
+        piece = Piece(choice, settled.text, event.token_id, settled.tokens, reason, stopped_by=stopped_by)
         if event.logprobs is None or event.token_id is None:
             return piece
         is_ending = event.finish_reason is FinishReason.STOP and not self._task.include_stop
