@@ -116,10 +116,12 @@ class Engine:
 
     def _loop(self) -> None:
         try:
+            self._runner.claim_thread()
             while not self._is_stopping:
                 self._take_commands()
                 if self._scheduler.has_work:
-                    self._step()
+                    with self._runner.stepping():
+                        self._step()
                 self._last_beat = time.monotonic()
             self._finish("the server is shutting down")
         except Exception as error:  # noqa: BLE001 - the thread's boundary: everyone waiting must be told

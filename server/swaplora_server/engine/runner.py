@@ -1,6 +1,7 @@
 """Running one step: decode rows and prefill chunks, packed into one forward, come back as sampled tokens."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from itertools import accumulate
 
 import torch
@@ -31,6 +32,14 @@ class Runner:
         self._recorded = RecordedOutputs()
         self.num_steps = dict.fromkeys(StepForm, 0)  # that `run` was called for; only grow, any thread may read them
         self.forget_adapters()
+
+    def claim_thread(self) -> None:
+        """Called by the engine's thread before its first step."""
+        self._backend.claim_thread()
+
+    def stepping(self) -> AbstractContextManager[object]:
+        """Around a step, from the decision what is in it to the last of its events."""
+        return self._backend.stepping()
 
     @torch.inference_mode()
     def record(self, sizes: Sequence[int]) -> int:

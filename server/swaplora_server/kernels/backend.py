@@ -4,6 +4,7 @@ There are two: `torch` is the definition and runs on any device, `cpu` is C++. `
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -153,6 +154,12 @@ class Backend(Protocol):
 
     def paged_kv(self, num_blocks: int, block_size: int) -> PagedKV:
         """Room for blocks 1 to `num_blocks`, beside block 0, which is nobody's."""
+
+    def claim_thread(self) -> None:
+        """Called by the thread that is to run all steps, before the first of them."""
+
+    def stepping(self) -> AbstractContextManager[object]:
+        """Around each step of that thread, and what it decides before and after it."""
 
     def graphs(self, kv: PagedKV, forward: Forward, sizes: Sequence[int]) -> Graphs | None:
         """Record `forward` of decoding steps over `kv`, of each of these numbers of rows, ascending.

@@ -2,7 +2,8 @@
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -12,10 +13,11 @@ from swaplora_adapters.weights.memory import HugePages
 from swaplora_adapters.weights.placement import Placement
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.kernels.backend import Forward, Memory, PagedKV, RunningStep
-from swaplora_server.kernels.cpu import build, decoder, linear, panels, quantised_linear
+from swaplora_server.kernels.cpu import build, decoder, linear, panels, quantised_linear, team
 from swaplora_server.kernels.cpu.adapter_tables import AdapterTables
 from swaplora_server.kernels.cpu.attention import CpuKV
 from swaplora_server.kernels.cpu.lora import CpuLora
+from swaplora_server.kernels.cpu.native_window import NativeWindow
 from swaplora_server.kernels.quantised_codes import is_quantised
 from swaplora_server.kernels.step import Segments
 
@@ -26,6 +28,7 @@ class CpuBackend:
 
     library: ctypes.CDLL
     dtype: torch.dtype
+    window: NativeWindow = field(default_factory=NativeWindow)
 
     @property
     def description(self) -> str:
@@ -59,8 +62,8 @@ class CpuBackend:
 
     @property
     def placement(self) -> Placement:
-        """Panels, in the number format of the products where a file has more."""
-        return panels.placement(self.library, self.dtype)
+        """Panels, in the number format of the products where a file has more; written in a step's native parts."""
+        return panels.placement(self.library, self.dtype, self.window)
 
     def tables(self, weights: AdapterWeights, paths: Sequence[str]) -> AdapterTables:
         """See `Backend`."""
@@ -74,9 +77,17 @@ class CpuBackend:
         """See `Backend`."""
         return CpuKV(self.library, num_blocks, block_size, self.dtype)
 
+    def claim_thread(self) -> None:
+        """A processor for each thread of its team."""
+        team.bind_team(self.library)
+
+    def stepping(self) -> AbstractContextManager[None]:
+        """Loads wait for its native code."""
+        return self.window.step()
+
     def graphs(self, _kv: PagedKV, _forward: Forward, _sizes: Sequence[int]) -> None:
         """Nothing is recorded."""
 
     def wrap(self, model: PreTrainedModel, running: Callable[[], RunningStep]) -> Callable[[], None] | None:
         """All layers in one native call."""
-        return decoder.wrap(self.library, self.dtype, model, running)
+        return decoder.wrap(self.library, self.dtype, self.window, model, running)

@@ -18,6 +18,7 @@ from swaplora_server.kernels.cpu.adapter_tables import tables_of
 from swaplora_server.kernels.cpu.attention import CpuStep
 from swaplora_server.kernels.cpu.linear import CpuLinear
 from swaplora_server.kernels.cpu.lora import CpuLora
+from swaplora_server.kernels.cpu.native_window import NativeWindow
 from swaplora_server.kernels.cpu.quantised_linear import QuantisedLinear
 from swaplora_server.kernels.llama_like import Parts, all_parts_of
 from swaplora_server.kernels.step import Segments
@@ -26,18 +27,19 @@ from swaplora_server.kernels.step import Segments
 def wrap(
     library: ctypes.CDLL,
     dtype: torch.dtype,
+    window: NativeWindow,
     model: PreTrainedModel,
     running: Callable[[], RunningStep],
 ) -> Callable[[], None] | None:
     """Exchange the layers of `model` for one native call, if they are of a known kind; what undoes it, or None.
 
-    `dtype` is the number format of products. See `Backend.wrap`.
+    `dtype` is the number format of products; `window` is open during the call. See `Backend.wrap`.
     """
     decoder: Any = model.get_decoder()
     layers, parts = getattr(decoder, "layers", None), all_parts_of(decoder)
     if parts is None or not all(map(_are_packed, parts)):
         return None
-    decoder.layers = nn.ModuleList([CpuDecoder(library, dtype, parts, running)])
+    decoder.layers = nn.ModuleList([CpuDecoder(library, dtype, window, parts, running)])
     return lambda: setattr(decoder, "layers", layers)
 
 
@@ -52,12 +54,14 @@ class CpuDecoder(nn.Module):
         self,
         library: ctypes.CDLL,
         dtype: torch.dtype,
+        window: NativeWindow,
         layers: list[Parts],
         running: Callable[[], RunningStep],
     ) -> None:
         super().__init__()
         self._decode = library.decode
         self._is_bf16 = dtype == torch.bfloat16
+        self._window = window
         self._layers = layers
         self._running = running
         self._entries = (DecoderLayer * len(layers))(*map(_entry, layers))
@@ -75,23 +79,21 @@ class CpuDecoder(nn.Module):
         cos, sin = (angles.contiguous() for angles in position_embeddings)
         runs, head_rows = step.paged.table, step.plan.head_rows
         replaced = [_replaced(rows.segments.replacing) for rows in (step.tokens, step.head)]
-        self._decode(
-            self._entries,
-            len(self._entries),
-            Step(
-                _rows(hidden.shape[1], step.tokens, replaced[0]),
-                _rows(len(head_rows), step.head, replaced[1]),
-                head_rows.ctypes.data,
-                hidden.shape[2],
-                hidden.data_ptr(),
-                cos.data_ptr(),
-                sin.data_ptr(),
-                runs.address,
-                len(runs),
-                torch.get_num_threads(),
-                self._is_bf16,
-            ),
+        native_step = Step(
+            _rows(hidden.shape[1], step.tokens, replaced[0]),
+            _rows(len(head_rows), step.head, replaced[1]),
+            head_rows.ctypes.data,
+            hidden.shape[2],
+            hidden.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            runs.address,
+            len(runs),
+            torch.get_num_threads(),
+            self._is_bf16,
         )
+        with self._window.native():
+            self._decode(self._entries, len(self._entries), native_step)
         return hidden
 
     def _point_at(self, step: CpuStep) -> None:

@@ -1,6 +1,7 @@
 """Triton's kernels as a family. Importing this needs triton: see `require_triton`."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,13 @@ class CudaBackend:
     def paged_kv(self, num_blocks: int, block_size: int) -> CudaKV:
         """See `Backend`."""
         return CudaKV(num_blocks, block_size, self.device)
+
+    def claim_thread(self) -> None:
+        """Any thread will do."""
+
+    def stepping(self) -> AbstractContextManager[None]:
+        """Nothing waits for it."""
+        return nullcontext()
 
     def graphs(self, kv: PagedKV, forward: Forward, sizes: Sequence[int]) -> CudaGraphs:
         """See `Backend`."""

@@ -1,6 +1,7 @@
 """Torch's own operations as a family of kernels, on any device."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,13 @@ class TorchBackend:
     def paged_kv(self, num_blocks: int, block_size: int) -> TorchKV:
         """See `Backend`."""
         return TorchKV(num_blocks, block_size, self.device)
+
+    def claim_thread(self) -> None:
+        """Any thread will do."""
+
+    def stepping(self) -> AbstractContextManager[None]:
+        """Nothing waits for it."""
+        return nullcontext()
 
     def graphs(self, _kv: PagedKV, _forward: Forward, _sizes: Sequence[int]) -> None:
         """Nothing is recorded."""
