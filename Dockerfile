@@ -31,7 +31,8 @@ RUN pip wheel --no-deps --wheel-dir dist . && pip install --no-deps dist/*.whl &
 
 
 FROM python:${PYTHON}-slim
-# the kernels are compiled on first start, for the processor that they will run on
+# the kernels are compiled on first start, for the processor that they will run on. A GPU's are by Triton, whose launcher
+# needs a C compiler, which g++ brings, and Python's headers, which the image has below /usr/local/include
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /cache --shell /usr/sbin/nologin swaplora \

@@ -1,14 +1,18 @@
 """A GPU's own kernels are picked where they can be had; a base that they fail is served by torch's operations."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from structlog.testing import capture_logs
+from transformers import PreTrainedModel
 
 import tiny
 from repository import KERNEL_CACHE
-from swaplora_server.base.base_model import load_base, load_with_either
+from swaplora_server.base import base_model
+from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.kernels.backend import Backend
 from swaplora_server.kernels.cuda.backend import CudaBackend
@@ -24,8 +28,11 @@ def pick(device: torch.device) -> Backend:
     return pick_backend(device, torch.bfloat16, KERNEL_CACHE, lambda _message: None)
 
 
-def test_a_gpus_own_kernels_are_picked() -> None:
+def test_a_gpus_own_kernels_are_picked_and_compiled_into_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # so that it is put back
+    monkeypatch.delenv("TRITON_CACHE_DIR")
     assert pick(CUDA) == CudaBackend(CUDA, torch.bfloat16)
+    assert os.environ["TRITON_CACHE_DIR"] == str(KERNEL_CACHE / "triton")
 
 
 def test_without_triton_a_gpu_runs_torchs_operations_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,29 +47,56 @@ class _Failing(TorchBackend):
         raise RuntimeError("no kernel image is available for execution on the device")
 
 
-def test_a_base_that_the_kernels_fail_is_served_without_them(tmp_path: Path) -> None:
-    folder = tiny.save_tiny_base(tmp_path)
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny.save_tiny_base(tmp_path)
 
-    def load(backend: Backend) -> object:
-        return load_base(folder, device=CPU, dtype=torch.float32, backend=backend)
 
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """How often the base was read."""
+    reads: list[object] = []
+    load = base_model._load_model  # noqa: SLF001
+
+    def noting(*arguments: Any) -> PreTrainedModel:
+        reads.append(arguments[0])
+        return load(*arguments)
+
+    monkeypatch.setattr(base_model, "_load_model", noting)
+    return reads
+
+
+def load(folder: Path, backend: Backend, otherwise: Backend | None = None) -> BaseModel:
+    return load_base(folder, device=CPU, dtype=torch.float32, backend=backend, otherwise=otherwise)
+
+
+def test_a_base_that_the_kernels_fail_is_served_without_them(folder: Path, reads: list[object]) -> None:
     with pytest.raises(UnsupportedModelError, match="no kernel image"):
-        load(_Failing(CPU))
+        load(folder, _Failing(CPU))
     with capture_logs() as logs:
-        base = load_with_either(
-            lambda backend: load_base(folder, device=CPU, dtype=torch.float32, backend=backend),
-            _Failing(CPU),
-            torch_backend(CPU),
-        )
+        base = load(folder, _Failing(CPU), torch_backend(CPU))
     assert base.backend == torch_backend(CPU)
+    assert len(reads) == 3
     (line,) = [entry for entry in logs if entry["log_level"] == "warning"]
     assert "torch's operations" in line["event"]
     assert "no kernel image" in line["reason"]
 
 
-def test_a_base_that_nothing_can_serve_is_refused_for_its_own_reason() -> None:
-    def load(backend: Backend) -> object:
+def test_a_base_that_cannot_be_read_is_read_once_and_kernels_are_not_blamed(folder: Path, reads: list[object]) -> None:
+    (folder / "model.safetensors").unlink()
+    with capture_logs() as logs, pytest.raises(OSError, match="no file named"):
+        load(folder, _Failing(CPU), torch_backend(CPU))
+    assert len(reads) == 1
+    assert [entry for entry in logs if "kernels" in entry["event"]] == []
+
+
+def test_a_base_that_nothing_can_serve_is_refused_for_its_own_reason(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
         raise UnsupportedModelError("gpt-0 is not supported")
 
-    with pytest.raises(UnsupportedModelError, match="gpt-0"):
-        load_with_either(load, _Failing(CPU), torch_backend(CPU))  # type: ignore[arg-type]
+    monkeypatch.setattr(base_model, "expected_logits", refused)
+    with capture_logs() as logs, pytest.raises(UnsupportedModelError, match="gpt-0"):
+        load(folder, _Failing(CPU), torch_backend(CPU))
+    assert [entry for entry in logs if "kernels" in entry["event"]] == []

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import tape
 from swaplora_server.kernels.cuda import attention_kernels, lora_kernels
+from swaplora_server.kernels.cuda import rows as rows_kernels
 from swaplora_server.kernels.cuda.adapter_tables import ADDS, WORDS
 from swaplora_server.kernels.cuda.attention_runs import DECODE_WORDS, ITEM_WORDS, SEGMENT, TILE_WORDS
 from swaplora_server.kernels.cuda.lora_shapes import SLICE
@@ -40,7 +41,7 @@ class PlainKernel:
 
 def put_in_place(patch: pytest.MonkeyPatch) -> None:
     """Have the GPU's kernels be these."""
-    for module, kernels in ((lora_kernels, (lora_shrink, lora_expand)), (attention_kernels, _ATTENTION)):
+    for module, kernels in ((lora_kernels, _LORA), (attention_kernels, _ATTENTION), (rows_kernels, _ROWS)):
         for kernel in kernels:
             patch.setattr(module, kernel.__name__, PlainKernel(kernel))
 
@@ -147,6 +148,43 @@ def attention_fold(
         out[row] = _folded([(sums[item], largest[item], totals[item]) for item in own], unit)
 
 
+def add_norm_kernel(
+    grid: tuple[int, ...], hidden: Tensor, delta: Tensor, weight: Tensor, summed: Tensor, out: Tensor,
+    first: int, eps: float, *, HAS_DELTA: bool, **_: Any,
+) -> None:  # fmt: skip
+    own = slice(first, first + grid[0])
+    x = hidden[own] + delta[own] if HAS_DELTA else hidden[own]
+    if HAS_DELTA:
+        summed[own] = x
+    out[own] = _normed(x, weight, eps)
+
+
+def rope_store_kernel(
+    grid: tuple[int, ...], query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor,
+    query_weight: Tensor, key_weight: Tensor, slots: Tensor, out: Tensor, keys: Tensor, values: Tensor,
+    first: int, eps: float, *, HAS_NORMS: bool, HEAD_DIM: int, **_: Any,
+) -> None:  # fmt: skip
+    def turned(x: Tensor, weight: Tensor, row: int) -> Tensor:
+        heads = x[row].view(-1, HEAD_DIM)
+        low, high = (_normed(heads, weight, eps) if HAS_NORMS else heads).chunk(2, -1)
+        return torch.cat([low, high], -1) * cos[row] + torch.cat([-high, low], -1) * sin[row]
+
+    for row in range(first, first + grid[0]):
+        out[row] = turned(query, query_weight, row)
+        if (slot := int(slots[row])) >= 0:
+            keys[slot], values[slot] = turned(key, key_weight, row), value[row].view(-1, HEAD_DIM)
+
+
+def silu_mul_kernel(_grid: Any, gate: Tensor, up: Tensor, out: Tensor, **_: Any) -> None:
+    out.copy_(torch.nn.functional.silu(gate) * up)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return weight * x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+_LORA = (lora_shrink, lora_expand)
+_ROWS = (add_norm_kernel, rope_store_kernel, silu_mul_kernel)
 _ATTENTION = (attention_write, attention_prefill, attention_decode, attention_fold)
 _Sums = tuple[Tensor, Tensor, Tensor]
 

@@ -9,12 +9,17 @@ from swaplora_server.config import Settings
 
 
 @pytest.fixture(scope="module")
-def service() -> dict[str, Any]:
-    """The one service of the compose file."""
+def services() -> dict[str, dict[str, Any]]:
+    """Those of the compose file, for a CPU and for a GPU."""
     compose = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
-    assert list(compose["services"]) == ["swaplora"]
-    found: dict[str, Any] = compose["services"]["swaplora"]
+    found: dict[str, dict[str, Any]] = compose["services"]
+    assert list(found) == ["swaplora", "gpu"]
     return found
+
+
+@pytest.fixture(scope="module", params=["swaplora", "gpu"])
+def service(services: dict[str, dict[str, Any]], request: pytest.FixtureRequest) -> dict[str, Any]:
+    return services[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +48,24 @@ def test_the_service_can_write_to_its_volumes_only(service: dict[str, Any], stag
 
 def test_the_service_is_given_time_to_drain(service: dict[str, Any]) -> None:
     assert int(service["stop_grace_period"].removesuffix("s")) > Settings.model_fields["drain_seconds"].default
+
+
+def test_the_service_on_a_gpu_is_another_image_and_starts_by_its_profile(services: dict[str, dict[str, Any]]) -> None:
+    cpu, gpu = services["swaplora"], services["gpu"]
+    assert gpu["profiles"] == ["gpu"]
+    assert "profiles" not in cpu
+    assert gpu["image"] != cpu["image"]
+    assert gpu["build"]["args"] == {"VARIANT": "cuda"}
+    (device,) = gpu["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    own = {"profiles", "image", "build", "deploy"}
+    assert {name: value for name, value in gpu.items() if name not in own} == {
+        name: value for name, value in cpu.items() if name not in own
+    }
+
+
+def test_the_image_has_a_compiler_for_its_kernels(stages: list[list[str]]) -> None:
+    assert any(re.search(r"apt-get install [^&]*\bg\+\+", line) for line in stages[-1])
 
 
 def test_the_image_does_not_run_as_root(stages: list[list[str]]) -> None:

@@ -111,21 +111,10 @@ def load_chosen_base(settings: Settings, report: Callable[[str], None]) -> BaseM
     dtype = pick_dtype(settings.dtype, device, AutoConfig.from_pretrained(source).dtype)
     backend = _backend(settings, device, dtype, report)
     rows = torch.float32 if device.type == "cpu" else dtype
-    load = partial(load_base, source, device=device, dtype=rows, quantization=settings.quantization)
-    if device.type == "cpu" or isinstance(backend, TorchBackend):
-        return load(backend=backend)
-    return load_with_either(load, backend, torch_backend(device))
-
-
-def load_with_either(load: Callable[..., BaseModel], backend: Backend, other: Backend) -> BaseModel:
-    """`load` with a GPU's own kernels, or with the other ones for a base, a card or a driver that they fail."""
-    try:
-        return load(backend=backend)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other kernels may do without it
-        reason = str(error)
-    _log.warning(f"serving with {other.description}: the GPU's own kernels failed this base", reason=reason)
-    gc.collect()  # what was loaded of the base, now that the error holds it no more
-    return load(backend=other)
+    is_plain = device.type == "cpu" or isinstance(backend, TorchBackend)
+    otherwise = None if is_plain else torch_backend(device)
+    quantization = settings.quantization
+    return load_base(source, device=device, dtype=rows, backend=backend, otherwise=otherwise, quantization=quantization)
 
 
 def _backend(settings: Settings, device: torch.device, dtype: torch.dtype, report: Callable[[str], None]) -> Backend:
@@ -156,19 +145,32 @@ def load_base(
     device: torch.device,
     dtype: torch.dtype,
     backend: Backend,
+    otherwise: Backend | None = None,
     quantization: Quantization | None = None,
 ) -> BaseModel:
     """Load, wrap and prove a base from a folder or hub id. Raises UnsupportedModelError naming the reason.
 
-    `dtype` is that of its rows, what lies between its products.
+    `dtype` is that of its rows, what lies between its products. `otherwise` is for a base, a card or a driver that
+    `backend` fails.
     """
     try:
-        model = _load_model(source, device, dtype, quantization)
-        return prepare(model, AutoTokenizer.from_pretrained(source), device=device, dtype=dtype, backend=backend)
+        model: PreTrainedModel = _load_model(source, device, dtype, quantization)
+        prepared = partial(prepare, tokenizer=AutoTokenizer.from_pretrained(source), device=device, dtype=dtype)
+        try:
+            return prepared(model, backend=backend)
+        except Exception as error:  # whatever it is, the other kernels may do without it
+            if otherwise is None:
+                raise
+            reason = str(error)
+        del model
+        gc.collect()  # which is changed already, and has to be read again
+        base = prepared(_load_model(source, device, dtype, quantization), backend=otherwise)
     except torch.OutOfMemoryError as error:
         raise UnsupportedModelError(
             "the base does not fit into the GPU's memory: serve a smaller one, or this one with --quantization nf4"
         ) from error
+    _log.warning(f"serving with {otherwise.description}: the GPU's own kernels failed this base", reason=reason)
+    return base
 
 
 def prepare(
