@@ -173,7 +173,7 @@ def test_sagemakers_route_answers_as_the_route_of_its_body(loaded: Running, body
         ([], None),
         (BODY | {"prompt": 5}, "prompt"),
         (CHAT | {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
-        (CHAT | {"tools": [{}]}, "tools"),
+        (CHAT | {"tools": [{}]}, "tools[0].type"),
         (BODY | {"suffix": "x"}, "suffix"),
         ({"prompt": "x"}, "model"),
     ],

@@ -129,7 +129,7 @@ def test_all_that_is_left_out_is_named_at_once_and_of_much_the_first() -> None:
 @pytest.mark.parametrize("text", [KNOWN_ROLES, SYSTEM_FIRST, SYSTEM_INSIDE])
 @given(
     turns=st.lists(
-        st.tuples(st.sampled_from(["user", "assistant", "system", "tool"]), st.text("abc ", max_size=4)),
+        st.tuples(st.sampled_from(["user", "assistant", "system", "developer"]), st.text("abc ", max_size=4)),
         min_size=1,
         max_size=6,
     )

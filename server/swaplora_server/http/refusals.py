@@ -40,7 +40,7 @@ class Refusal:
 
 
 _NAME_IT = "name the adapter in model"
-_NO_TOOLS = "describe them in a message"
+_NO_TOOLS = "/v1/chat/completions has tools"
 _ZERO, _ONE, _OFF, _ON, _EMPTY = Refusal((0,)), Refusal((1,)), Refusal((False,)), Refusal((True,)), Refusal(([],))
 
 ANYWHERE: dict[str, Refusal] = {
@@ -74,11 +74,6 @@ COMPLETION: dict[str, Refusal] = ANYWHERE | {
 CHAT: dict[str, Refusal] = ANYWHERE | {
     "echo": _OFF,
     "best_of": Refusal(same_as="n", instead="ask for n, and choose"),
-    "tools": Refusal(([],), _NO_TOOLS),
-    "tool_choice": Refusal(("none", "auto")),
-    "parallel_tool_calls": Refusal((True, False)),
-    "functions": Refusal(([],), _NO_TOOLS),
-    "function_call": Refusal(("none", "auto")),
     "modalities": Refusal((["text"],), "the answer is text"),
     "audio": Refusal(instead="the answer is text"),
     "prediction": Refusal(),
@@ -121,9 +116,6 @@ ANTHROPIC: dict[str, Refusal] = ANYWHERE | {
     "speed": Refusal(("standard",)),
 }
 MESSAGE: dict[str, Refusal] = {
-    "tool_calls": Refusal(([],), "tools are not supported yet: write the call as content"),
-    "tool_call_id": Refusal(instead="tools are not supported yet: write the result as content of a user's message"),
-    "function_call": Refusal(instead="tools are not supported yet: write the call as content"),
     "audio": Refusal(instead="send text"),
     "refusal": Refusal(("",), "send it as content"),
     "reasoning_content": Refusal(("",), "only content is read"),

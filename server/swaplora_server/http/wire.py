@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError, to_json
 
 from swaplora_server.engine.request import SamplingParams
 from swaplora_server.http.formats import FormatBody
+from swaplora_server.http.tools.wire import FunctionCall, ToolBody, ToolCall, ToolCalls
 from swaplora_server.http.transport.models import BRANCH, ClosedModel, WireModel
 
 MAX_MODEL_CHARACTERS = 512
@@ -249,13 +250,31 @@ class Message(WireModel):
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: Content | None = None  # OpenAI's clients leave it out beside tool calls
     name: str | None = None
+    tool_calls: ToolCalls | None = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+    function_call: FunctionCall | None = None  # OpenAI's before there were tools
 
-    def as_template_input(self) -> dict[str, str]:
+    @property
+    def says_something(self) -> bool:
+        return self.content is not None or bool(self.tool_calls) or self.function_call is not None
+
+    def as_template_input(self) -> dict[str, Any]:
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
-        return {"role": self.role, "content": content} | ({"name": self.name} if self.name else {})
+        role = "tool" if self.role == "function" else self.role
+        calls = list(self.tool_calls or ())
+        if self.function_call is not None:
+            calls.append(ToolCall(function=self.function_call))
+        template_input: dict[str, Any] = {"role": role, "content": content}
+        if self.name:
+            template_input["name"] = self.name
+        if self.tool_call_id is not None:
+            template_input["tool_call_id"] = self.tool_call_id
+        if calls:
+            template_input["tool_calls"] = [call.for_template() for call in calls]
+        return template_input
 
 
-class ChatBody(GenerationBody):
+class ChatBody(GenerationBody, ToolBody):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]

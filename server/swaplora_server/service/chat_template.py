@@ -10,20 +10,22 @@ import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from swaplora_server.service.errors import RequestError
+from swaplora_server.service.tools.prompt import with_tools
 
 _MAX_SHAPES = 256  # remembered
 _MAX_REMEMBERED_MESSAGES = 64
 _MAX_REMEMBERED_CHARACTERS = 1024  # of the variables
 _MAX_NAMED = 8
 _MARK = re.compile(r"zq\d+qz")
-Message = Mapping[str, str]
+_PROBE = "zqtoolqz"
+Message = Mapping[str, Any]
 
 
 class _Part(NamedTuple):
@@ -48,8 +50,16 @@ class ChatTemplate:
         self._options = inspect.signature(tokenizer.apply_chat_template).parameters.keys()
         self._remembered = lru_cache(_MAX_SHAPES)(self._left_out)
 
-    def render(self, messages: Sequence[Message], variables: Mapping[str, Any], **options: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] = (),
+        **options: bool,
+    ) -> str:
         """The text; the template sees `variables` as variables.
+
+        One that knows no tools is given them, their calls and their results as text.
 
         Raises RequestError when the template refuses the conversation or leaves something of it out, and for a variable
         that is really an option of the renderer's.
@@ -60,8 +70,10 @@ class ChatTemplate:
             )
         if self._tokenizer.chat_template is None:
             raise RequestError("invalid_request", "the base has no chat template; use /v1/completions", "messages")
+        if (tools or any("tool_calls" in m or m["role"] == "tool" for m in messages)) and not self._knows_tools:
+            messages, tools = with_tools(messages, tools), ()
         try:
-            text = self._apply(messages, variables, options)
+            text = self._apply(messages, variables, options, tools)
         except TemplateError as error:
             raise RequestError("invalid_request", f"the chat template refuses this: {error}", "messages") from error
         except (TypeError, ValueError) as error:
@@ -73,8 +85,24 @@ class ChatTemplate:
             raise RequestError("unsupported_field", ". ".join(told), left_out[0][0])
         return text
 
-    def _apply(self, messages: Sequence[Message], variables: Mapping[str, Any], options: Mapping[str, bool]) -> str:
-        return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, **options, **variables))
+    @cached_property
+    def _knows_tools(self) -> bool:
+        """Whether it writes what tools there are."""
+        tool = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": {"type": "object"}}}
+        try:
+            return _PROBE in self._apply([{"role": "user", "content": "hi"}], {}, {}, [tool])
+        except (TemplateError, TypeError, ValueError):
+            return False
+
+    def _apply(
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any],
+        options: Mapping[str, bool],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
+        given = {"tools": list(tools)} if tools else {}
+        return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, **given, **options, **variables))
 
     def _look(self, shape: _Shape) -> list[tuple[str, str]]:
         is_small = len(shape.parts) <= _MAX_REMEMBERED_MESSAGES

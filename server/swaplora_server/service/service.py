@@ -157,16 +157,18 @@ class Service:
 
     async def render_chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         template_kwargs: Mapping[str, Any],
         param: Callable[[int], str],
         *,
         add_special_tokens: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
         **options: bool,
     ) -> list[list[int]]:
         """A conversation as the one prompt of its request; see `ChatTemplate.render`."""
-        render = partial(self.chat_template.render, messages, template_kwargs, **options)
+        render = partial(self.chat_template.render, messages, template_kwargs, tools, **options)
         size = sum(_MESSAGE_CHARACTERS + len(message["content"]) for message in messages)
+        size += sum(len(str(tool)) for tool in tools)
         text = await self.when_long(size, render)
         return await self.tokenizer.encode_all([text], param, add_special_tokens=add_special_tokens)
 

@@ -1,6 +1,7 @@
 """POST /v1/chat/completions."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -8,18 +9,19 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from swaplora_server.base.vocabulary import Vocabulary
-from swaplora_server.engine.request import FinishReason
 from swaplora_server.http.answers import AnswerFormat, Choice, answer, check_prompt_logprobs
 from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.logprobs import chat_logprobs
 from swaplora_server.http.refusals import CHAT, refuse_unsupported
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.tasks import task_of
+from swaplora_server.http.tools.answers import ToolAnswers
 from swaplora_server.http.transport.body import body_schema, json_body
 from swaplora_server.http.wire import ChatBody
 from swaplora_server.service.detokenize import TextToken
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.generation import Encode, Piece, generate
+from swaplora_server.service.grammar.source import GrammarSource
 from swaplora_server.service.service import Service
 
 router = APIRouter()
@@ -36,6 +38,7 @@ async def answer_chat(request: Request, service: Service, body: ChatBody) -> Res
     refuse_unsupported(body, CHAT, body.messages)
     _check(body)
     service.check_serving()
+    use = body.tool_use()
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     task = task_of(
         request,
@@ -46,12 +49,24 @@ async def answer_chat(request: Request, service: Service, body: ChatBody) -> Res
         num_logprobs=body.num_logprobs,
         num_prompt_logprobs=body.prompt_logprobs,
     )
+    if use is not None:
+        task = replace(task, format=_one_format(task.format, use.source()))
     generation = await until_disconnect(request.receive, generate(service, task))
-    return await answer(request, body, generation, _format(service.base.vocabulary, has_logprobs=body.logprobs))
+    form = _format(service.base.vocabulary, None if use is None else ToolAnswers(use), has_logprobs=body.logprobs)
+    return await answer(request, body, generation, form)
+
+
+def _one_format(of_text: GrammarSource | None, of_calls: GrammarSource | None) -> GrammarSource | None:
+    """What the text keeps to, where it may also be held to calls. Raises RequestError for both."""
+    if of_text is not None and of_calls is not None:
+        words = f"{of_text.param} and {of_calls.param} exclude each other where calls are strict, required or named"
+        raise RequestError("invalid_request", words, of_text.param)
+    return of_text or of_calls
 
 
 def prompt_of(service: Service, body: ChatBody) -> Encode:
     """What makes the one prompt of the conversation, as the base's template writes it."""
+    use = body.tool_use()
     return partial(
         service.render_chat,
         [message.as_template_input() for message in body.messages],
@@ -60,6 +75,7 @@ def prompt_of(service: Service, body: ChatBody) -> Encode:
         add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
         continue_final_message=body.continue_final_message,
         add_special_tokens=body.add_special_tokens,
+        tools=() if use is None else use.definitions,
     )
 
 
@@ -73,33 +89,40 @@ def _check(body: ChatBody) -> None:
 def check_messages(body: ChatBody) -> None:
     """Raise RequestError for a message that says nothing."""
     for number, message in enumerate(body.messages):
-        if message.content is None:
+        if not message.says_something:
             path = f"messages[{number}].content"
             raise RequestError("invalid_request", f"{path} must be a string, or a list of parts of type text", path)
 
 
-def _format(vocabulary: Vocabulary, *, has_logprobs: bool) -> AnswerFormat:
+def _format(vocabulary: Vocabulary, tools: ToolAnswers | None = None, *, has_logprobs: bool) -> AnswerFormat:
     """Chat's objects; logprobs name tokens, so the vocabulary is needed."""
 
     def logprobs(tokens: Sequence[TextToken]) -> dict[str, Any]:
         return chat_logprobs(vocabulary, tokens)
 
     def choice(choice: Choice) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text}
+        reason: str | None = choice.finish_reason
+        if tools is not None:
+            message, reason = tools.message(choice.text, reason)
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text},
+            "message": message,
             "logprobs": logprobs(choice.tokens) if has_logprobs else None,
-            "finish_reason": choice.finish_reason,
+            "finish_reason": reason,
         }
 
     def chunks(piece: Piece) -> list[dict[str, Any]]:
-        deltas = []
-        if piece.text or piece.tokens or piece.token_id is not None:
-            shown = logprobs(piece.tokens) if piece.tokens else None
-            deltas.append(_delta(piece.choice, {"content": piece.text}, logprobs=shown))
-        if piece.finish_reason is not None:
-            deltas.append(_delta(piece.choice, {}, finish_reason=piece.finish_reason))
-        return deltas
+        reason: str | None = piece.finish_reason
+        deltas = [{"content": piece.text}] if piece.text else []
+        if tools is not None:
+            deltas = tools.deltas(piece.choice, piece.text, is_last=reason is not None)
+            reason = tools.finish_reason(piece.choice, reason)
+        if not deltas and (piece.tokens or piece.token_id is not None):
+            deltas = [{"content": ""}]
+        shown = [logprobs(piece.tokens) if piece.tokens else None, *[None] * len(deltas)]
+        choices = [_delta(piece.choice, delta, logprobs=of) for delta, of in zip(deltas, shown, strict=False)]
+        return choices if reason is None else [*choices, _delta(piece.choice, {}, finish_reason=reason)]
 
     def opening(index: int) -> dict[str, Any]:
         return _delta(index, {"role": "assistant", "content": ""})
@@ -111,9 +134,9 @@ def _format(vocabulary: Vocabulary, *, has_logprobs: bool) -> AnswerFormat:
 
 def _delta(
     index: int,
-    delta: dict[str, str],
+    delta: dict[str, Any],
     *,
     logprobs: dict[str, Any] | None = None,
-    finish_reason: FinishReason | None = None,
+    finish_reason: str | None = None,
 ) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}

@@ -9,7 +9,7 @@ from llguidance import LLMatcher, StructTag, grammar_from
 
 MAX_BYTES = 256 << 10
 # no longer than a line's indentation, so that no answer is made of it
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 
 
 class GrammarKind(StrEnum):
@@ -18,6 +18,7 @@ class GrammarKind(StrEnum):
     JSON_SCHEMA = "json_schema"
     REGEX = "regex"
     CHOICE = "choice"  # a JSON list of the texts that may be chosen
+    LARK = "lark"
     GRAMMAR = "grammar"  # Lark's as llguidance has it, or GBNF
     STRUCTURAL_TAG = "structural_tag"  # JSON: structures and triggers
 
@@ -46,7 +47,7 @@ def _json_schema(text: str) -> str:
     schema = _parsed(text)
     if not isinstance(schema, dict | bool):
         raise ValueError("must be a JSON schema: an object")
-    return LLMatcher.grammar_from_json_schema(text, overrides={"lenient": False, "whitespace_pattern": _WHITESPACE})
+    return LLMatcher.grammar_from_json_schema(text, overrides={"lenient": False, "whitespace_pattern": WHITESPACE})
 
 
 def _choice(text: str) -> str:
@@ -104,6 +105,7 @@ _WRITERS = {
     GrammarKind.JSON_SCHEMA: _json_schema,
     GrammarKind.REGEX: LLMatcher.grammar_from_regex,
     GrammarKind.CHOICE: _choice,
+    GrammarKind.LARK: LLMatcher.grammar_from_lark,
     GrammarKind.GRAMMAR: _grammar,
     GrammarKind.STRUCTURAL_TAG: _structural_tag,
 }
