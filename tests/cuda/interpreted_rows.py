@@ -73,6 +73,7 @@ def test_heads_are_normed_turned_and_stored_as_transformers_does(
     assert torch.equal(trial.caches[1][trial.written], trial.heads_of(2)[trial.kept])
     others = [slot for slot in range(len(trial.caches[0])) if slot not in trial.written]
     assert all(cache[others].isnan().all() for cache in trial.caches)
+    assert all(memory[0].isnan().all() for memory in trial.nobodys)
 
 
 class Trial:
@@ -92,12 +93,15 @@ class Trial:
         self.slots[2] = -1
         self.kept = (self.slots >= 0).nonzero()[:, 0]
         self.written = self.slots[self.kept].tolist()
+        self.nobodys: list[Tensor] = []
         self.caches = self._empty(), self._empty()
 
     def _empty(self) -> Tensor:
-        return torch.full((len(self.slots) + 3, self.heads.kv_heads, self.heads.head_dim), float("nan")).to(
-            self.rows[0].dtype
-        )
+        """Behind as much that is nobody's, where slot -1 would be."""
+        slots = len(self.slots) + 3
+        memory = torch.full((slots + 1, self.heads.kv_heads, self.heads.head_dim), float("nan"))
+        self.nobodys.append(memory.to(self.rows[0].dtype))
+        return self.nobodys[-1][1:]
 
     def heads_of(self, number: int) -> Tensor:
         """[num_rows, heads, head_dim]."""
