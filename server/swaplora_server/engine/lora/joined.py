@@ -79,7 +79,7 @@ class Joined:
         self._x: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}  # of `_x`, by number, until they are called for
         for linear in linears:
-            linear.joined = self
+            linear.joined = self.output
 
     def part(self) -> None:
         """Let each multiply by itself again; the weights stay where they are."""

@@ -1,6 +1,7 @@
 """The wrapped modules: the base's own, with what the running step's adapters add to them or have in their place."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +10,6 @@ from swaplora_adapters.weights.served import EmbeddingWeights
 from swaplora_server.engine.lora.routing import replaced_rows, routed
 from swaplora_server.engine.step import running
 from swaplora_server.kernels.step import Segment
-
-if TYPE_CHECKING:
-    from swaplora_server.engine.lora.joined import Joined
 
 
 class Wrapped(nn.Module):
@@ -46,12 +44,12 @@ class LoraLinear(Wrapped):
         super().__init__(path, number, base)
         self.is_head = is_head
         self.is_transposed = is_transposed
-        self.joined: Joined | None = None
+        self.joined: Callable[[LoraLinear, Tensor], Tensor] | None = None  # its output, multiplied with others'
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., num_rows, in_features] → [..., num_rows, out_features]."""
         if self.joined is not None:
-            return self.joined.output(self, x)
+            return self.joined(self, x)
         rows = running().head if self.is_head else running().tokens
         y: Tensor = routed(self.base, replaced_rows(rows.segments, self.path), x.ndim - 2, (x,))
         if rows.lora is not None:
