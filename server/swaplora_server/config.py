@@ -33,7 +33,19 @@ ENV_PREFIX = "SWAPLORA_"
 CLIENT_VARIABLES = frozenset({"SWAPLORA_URL"})  # read by the client commands, so not a misspelt setting
 FOREIGN_ADAPTER_DIRS = ("NIM_PEFT_SOURCE", "VLLM_LORA_RESOLVER_CACHE_DIR")
 FOREIGN_RESCAN = "NIM_PEFT_REFRESH_INTERVAL"
-ROUTES_BEGIN = ("v1", "adapters", "health", "invocations", "metrics", "openapi.json", "ping", "version")
+ROUTES_BEGIN = (
+    "v1",
+    "adapters",
+    "health",
+    "invocations",
+    "metrics",
+    "openapi.json",
+    "ping",
+    "version",
+    "tokenize",
+    "detokenize",
+    "tokenizer_info",
+)
 ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?", re.IGNORECASE)
 

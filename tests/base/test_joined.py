@@ -56,7 +56,7 @@ def groups_of(base: BaseModel) -> list[set[str]]:
     by_group: dict[int, set[str]] = {}
     for linear in linears:
         if ".0." in linear.path:
-            by_group.setdefault(id(linear.joined.__self__), set()).add(linear.path.rpartition(".")[2])
+            by_group.setdefault(id(getattr(linear.joined, "__self__", None)), set()).add(linear.path.rpartition(".")[2])
     return list(by_group.values())
 
 

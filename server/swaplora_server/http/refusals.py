@@ -58,6 +58,8 @@ ANYWHERE: dict[str, Refusal] = {
     "priority": _ZERO,
     "lora_request": Refusal(instead=_NAME_IT),
     "lora_path": Refusal(instead=_NAME_IT),
+    "lora": Refusal(([],), _NAME_IT),
+    "merged_adapters": Refusal(instead=_NAME_IT),
     "adapter_id": Refusal(instead=_NAME_IT),
     "adapter_source": Refusal(instead=_NAME_IT),
     "mm_processor_kwargs": Refusal(({},)),
