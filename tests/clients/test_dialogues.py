@@ -144,8 +144,11 @@ def test_a_stream_of_a_message_has_its_events_in_anthropics_order(server: Runnin
 
 def test_an_adapter_answers_by_its_name_and_is_told(server: Running, adapters: list[Path]) -> None:
     server.put("tuned", adapters[5])
-    for route, fields in (("/v1/responses", {"input": "hi"}), ("/v1/messages", {"messages": TURNS, "max_tokens": 2})):
-        answer = server.client.post(route, json=FIELDS | {"model": "tuned", "max_tokens": 2} | fields)
+    for route, fields in (
+        ("/v1/responses", {"input": "hi", "max_output_tokens": 2}),
+        ("/v1/messages", {"messages": TURNS, "max_tokens": 2}),
+    ):
+        answer = server.client.post(route, json=FIELDS | {"model": "tuned"} | fields)
         assert answer.status_code == 200, answer.text
         assert (answer.json()["model"], answer.headers["x-swaplora-adapter"]) == ("tuned", "tuned@1")
 
@@ -240,7 +243,8 @@ def test_a_failure_behind_the_first_byte_is_an_event(server: Running, monkeypatc
         told: list[TokenEvent] = []
         with monkeypatch.context() as patch:
             patch.setattr(Request, "tell", failing)
-            events = streamed(server, route, **(fields | {"max_tokens": 9}))
+            length = "max_output_tokens" if fields is RESPONSE else "max_tokens"
+            events = streamed(server, route, **(fields | {length: 9}))
         assert events[-1][0] == name
         assert "it broke" in json.dumps(events[-1][1])
         server.wait_idle()
@@ -253,3 +257,45 @@ def test_a_client_that_goes_ends_its_answer(server: Running) -> None:
     ):
         next(answer.iter_lines())
     server.wait_idle()
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+
+
+def test_an_answer_keeps_to_a_format(server: Running) -> None:
+    format = {"type": "json_schema", "json_schema": {"schema": SCHEMA}}
+    response = post(server, "/v1/responses", input="hi", max_output_tokens=400, response_format=format)
+    message = post(server, "/v1/messages", messages=TURNS, max_tokens=400, response_format=format)
+    for text in (response["output"][0]["content"][0]["text"], message["content"][0]["text"]):
+        assert json.loads(text) in ({"a": 1}, {"a": 2})
+
+
+@pytest.mark.parametrize(
+    ("route", "field", "value"),
+    [
+        ("/v1/responses", "max_tokens", 5),
+        ("/v1/responses", "max_completion_tokens", 5),
+        ("/v1/responses", "messages", TURNS),
+        ("/v1/responses", "logprobs", True),
+        ("/v1/responses", "best_of", 2),
+        ("/v1/messages", "max_completion_tokens", 5),
+        ("/v1/messages", "top_logprobs", 2),
+        ("/v1/messages", "echo", True),
+        ("/v1/messages", "lora", [{"id": 0, "scale": 1.0}]),
+        ("/v1/completions", "max_completion_tokens", 5),
+        ("/v1/completions", "top_logprobs", 2),
+        ("/v1/completions", "merged_adapters", {"ids": ["a"], "weights": [1.0]}),
+        ("/v1/chat/completions", "lora", [{"id": 0, "scale": 1.0}]),
+        ("/v1/chat/completions", "merged_adapters", {"ids": ["a"], "weights": [1.0]}),
+    ],
+)
+def test_what_another_api_calls_so_is_refused_by_name(server: Running, route: str, field: str, value: object) -> None:
+    asked: dict[str, dict[str, Any]] = {
+        "/v1/responses": {"input": "hi"},
+        "/v1/messages": {"messages": TURNS, "max_tokens": 4},
+        "/v1/completions": {"prompt": "hi"},
+        "/v1/chat/completions": {"messages": TURNS},
+    }
+    answer = server.client.post(route, json={"model": BASE, **asked[route], field: value})
+    assert answer.status_code == 400
+    assert field in answer.json()["error"]["message"]

@@ -14,7 +14,7 @@ from swaplora_server.engine.scheduler import Batch, Sampled
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What has run of a step: `sampled` holds one entry for each of `batch.sampling`; and who could not be run."""
+    """What has run of a step: `sampled` holds one entry for each of `batch.asking`; and who could not be run."""
 
     batch: Batch
     sampled: list[Sampled]

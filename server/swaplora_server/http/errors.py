@@ -1,9 +1,11 @@
 """The one error body, and the one table from error to HTTP status."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
 
 import structlog
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -142,3 +144,21 @@ async def on_defect(_request: Request, _error: Exception) -> JSONResponse:
     """Exception handler for what nobody foresaw: the log has the traceback, the client has nothing of it."""
     message = "the server made a mistake; its log says more under this answer's X-Request-Id"
     return JSONResponse(error_body("internal_error", message), 500)
+
+
+def errors_told_by(told: Callable[[JSONResponse], Response]) -> type[APIRoute]:
+    """Routes whose errors, those of their dependencies too, are what `told` makes of ours: another API's shape."""
+
+    class Route(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            answer = super().get_route_handler()
+
+            async def answered(request: Request) -> Response:
+                try:
+                    return await answer(request)
+                except (RequestError, AdapterError) as error:
+                    return told(await on_request_error(request, error))
+
+            return answered
+
+    return Route

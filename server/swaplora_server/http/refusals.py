@@ -72,6 +72,8 @@ ANYWHERE: dict[str, Refusal] = {
 COMPLETION: dict[str, Refusal] = ANYWHERE | {
     "suffix": Refusal(("",), "what comes after the gap is not looked at"),
     "prompt_embeds": Refusal(instead="send text or token ids"),
+    "max_completion_tokens": Refusal(instead="max_tokens says how many here"),
+    "top_logprobs": Refusal(instead="logprobs says how many here"),
 }
 CHAT: dict[str, Refusal] = ANYWHERE | {
     "echo": _OFF,
@@ -87,7 +89,16 @@ CHAT: dict[str, Refusal] = ANYWHERE | {
     "documents": Refusal(([],), "put them into a message"),
     "chat_template": Refusal(instead="the base's own is used; /v1/completions takes what you rendered yourself"),
 }
-RESPONSE: dict[str, Refusal] = ANYWHERE | {
+_DIALOGUE: dict[str, Refusal] = ANYWHERE | {
+    "echo": _OFF,
+    "best_of": _ONE,
+    "logprobs": _OFF,
+    "top_logprobs": _ZERO,
+}
+RESPONSE: dict[str, Refusal] = _DIALOGUE | {
+    "max_tokens": Refusal(instead="max_output_tokens says how many here"),
+    "max_completion_tokens": Refusal(instead="max_output_tokens says how many here"),
+    "messages": Refusal(([],), "send them as input"),
     "previous_response_id": Refusal(instead="no answer is kept here: send the whole conversation as input"),
     "conversation": Refusal(instead="none is kept here: send the whole conversation as input"),
     "store": Refusal((True, False)),
@@ -100,12 +111,12 @@ RESPONSE: dict[str, Refusal] = ANYWHERE | {
     "text": Refusal(({}, {"format": {"type": "text"}}, {"verbosity": "medium"})),
     "reasoning": Refusal(({},)),
     "include": _EMPTY,
-    "top_logprobs": _ZERO,
     "truncation": Refusal(("disabled",), "send a conversation that fits"),
     "context_management": _EMPTY,
     "moderation": Refusal(),
 }
-ANTHROPIC: dict[str, Refusal] = ANYWHERE | {
+ANTHROPIC: dict[str, Refusal] = _DIALOGUE | {
+    "max_completion_tokens": Refusal(instead="max_tokens says how many here"),
     "tools": Refusal(([],), _NO_TOOLS),
     "tool_choice": Refusal(({"type": "auto"}, {"type": "none"})),
     "thinking": Refusal(({"type": "disabled"},)),

@@ -6,12 +6,9 @@ controllers in the field read either.
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.routing import APIRoute
 from pydantic import Field
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
@@ -23,7 +20,7 @@ from swaplora_adapters.sources.uri import uri_of
 from swaplora_adapters.store.conditions import Conditions
 from swaplora_adapters.store.records import Target
 from swaplora_server.http.dependencies import Serving
-from swaplora_server.http.errors import on_request_error
+from swaplora_server.http.errors import errors_told_by
 from swaplora_server.http.refusals import refuse_unsupported
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.transport.body import body_schema, read_json
@@ -32,25 +29,19 @@ from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
 
 _TYPES = {404: "NotFoundError"}
-Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
-class BothWaysRoute(APIRoute):
-    """A route whose errors, those of its dependencies too, are read as either generation of controllers expects."""
-
-    def get_route_handler(self) -> Handler:
-        answer = super().get_route_handler()
-
-        async def told(request: Request) -> Response:
-            try:
-                return await answer(request)
-            except (RequestError, AdapterError) as error:
-                return _both_ways(await on_request_error(request, error))
-
-        return told
+def _both_ways(answer: JSONResponse) -> JSONResponse:
+    """Our error with vLLM's type, and vLLM's own form of it, whose code is the status, around it."""
+    status = answer.status_code
+    kind = _TYPES.get(status, "InvalidUserInput" if status < 500 else "InternalServerError")
+    error = json.loads(bytes(answer.body))["error"] | {"type": kind}
+    flat = {"object": "error", "message": error["message"], "type": kind, "param": None, "code": status}
+    retry = {name: value for name, value in answer.headers.items() if name == "retry-after"}
+    return JSONResponse(flat | {"error": error}, status, headers=retry)
 
 
-router = APIRouter(route_class=BothWaysRoute)
+router = APIRouter(route_class=errors_told_by(_both_ways))
 
 
 class LoadBody(WireModel):
@@ -206,13 +197,3 @@ def _delete(registry: Registry, name: str) -> None:
 
 def _added(name: str) -> Response:
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
-
-
-def _both_ways(answer: JSONResponse) -> JSONResponse:
-    """Our error with vLLM's type, and vLLM's own form of it, whose code is the status, around it."""
-    status = answer.status_code
-    kind = _TYPES.get(status, "InvalidUserInput" if status < 500 else "InternalServerError")
-    error = json.loads(bytes(answer.body))["error"] | {"type": kind}
-    flat = {"object": "error", "message": error["message"], "type": kind, "param": None, "code": status}
-    retry = {name: value for name, value in answer.headers.items() if name == "retry-after"}
-    return JSONResponse(flat | {"error": error}, status, headers=retry)

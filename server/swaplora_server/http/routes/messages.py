@@ -2,15 +2,13 @@
 
 import json
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.routing import APIRoute
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
-from swaplora_adapters.errors import AdapterError
 from swaplora_server.engine.request import FinishReason
 from swaplora_server.http.answers import Choice
 from swaplora_server.http.dependencies import Serving
@@ -24,7 +22,7 @@ from swaplora_server.http.dialogue import (
     prompt_of,
     text_of,
 )
-from swaplora_server.http.errors import error_body, on_request_error
+from swaplora_server.http.errors import error_body, errors_told_by
 from swaplora_server.http.refusals import ANTHROPIC, refuse_unsupported
 from swaplora_server.http.routes.models import check_model
 from swaplora_server.http.sse import until_disconnect
@@ -43,28 +41,20 @@ _TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
-class AnthropicRoute(APIRoute):
-    """A route whose errors, those of its dependencies too, are told as Anthropic tells them."""
-
-    def get_route_handler(self) -> Handler:
-        answer = super().get_route_handler()
-
-        async def told(request: Request) -> Response:
-            try:
-                return await answer(request)
-            except (RequestError, AdapterError) as error:
-                refused = await on_request_error(request, error)
-                kept = {name: value for name, value in refused.headers.items() if name == "retry-after"}
-                message = json.loads(bytes(refused.body))["error"]["message"]
-                return JSONResponse(_error(refused.status_code, message), refused.status_code, headers=kept)
-
-        return told
+def _error(status: int, message: str) -> dict[str, Any]:
+    return {"type": "error", "error": {"type": _TYPES.get(status, "api_error"), "message": message}}
 
 
-router = APIRouter(route_class=AnthropicRoute)
+def _as_anthropic(refused: JSONResponse) -> JSONResponse:
+    """Our error as Anthropic tells it."""
+    kept = {name: value for name, value in refused.headers.items() if name == "retry-after"}
+    message = json.loads(bytes(refused.body))["error"]["message"]
+    return JSONResponse(_error(refused.status_code, message), refused.status_code, headers=kept)
+
+
+router = APIRouter(route_class=errors_told_by(_as_anthropic))
 
 
 class Metadata(WireModel):
@@ -139,10 +129,6 @@ def _turns(body: CountBody) -> Iterator[Turn]:
         yield {"role": "system", "content": text_of(body.system, "system")}
     for number, message in enumerate(body.messages):
         yield {"role": message.role, "content": text_of(message.content, f"messages[{number}].content")}
-
-
-def _error(status: int, message: str) -> dict[str, Any]:
-    return {"type": "error", "error": {"type": _TYPES.get(status, "api_error"), "message": message}}
 
 
 class _Told:
