@@ -50,12 +50,6 @@ def by_name() -> dict[str, int]:
     return {name: niceness(number) for name, number in threads if number is not None}
 
 
-def idle_by_name() -> set[str]:
-    """The names of the threads that run only where no other wants to."""
-    threads = [(re.sub(r"_\d+$", "", each.name), each.native_id) for each in threading.enumerate()]
-    return {name for name, number in threads if number and os.sched_getscheduler(number) == os.SCHED_IDLE}
-
-
 def documented() -> set[str]:
     """Threads whose row of the architecture's table says so."""
     table = (ROOT / "docs/architecture.md").read_text()
@@ -81,12 +75,11 @@ def test_a_server_lowers_the_threads_that_its_documentation_says(
         shutil.copytree(adapters[3], tmp_path / "folder" / "later")
         assert len(server.token_ids("later", PROMPT, 1)) == 1  # looked for, and loaded
         assert server.client.get("/v1/adapters/later/inspect").status_code == 200
-        found, idle = by_name(), idle_by_name()
+        found = by_name()
     assert inspecting == [lowered()]
     low = {name for name, value in found.items() if value == lowered()}
     expected = {"upload", "adapter-load", "adapter-verify", "adapter-fetch", "adapter-look-near", "adapter-folder"}
     assert expected <= low <= documented()
-    assert idle == low
     assert not documented() & (found.keys() - low)
     assert {found["engine"], found["adapter-admission"]} == {niceness(os.getpid())}
 
@@ -96,18 +89,6 @@ def test_jobs_of_workers_run_at_low_priority() -> None:
     assert workers.submit(niceness).result(GUARD_SECONDS) == lowered()
     workers.stop()
     workers.join(time.monotonic() + GUARD_SECONDS)
-
-
-def test_where_the_system_refuses_it_the_niceness_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_arguments: object) -> None:
-        raise PermissionError
-
-    def lower() -> int:
-        lower_priority()
-        return niceness()
-
-    monkeypatch.setattr(os, "sched_setscheduler", refused)
-    assert in_a_thread(lower) == lowered()
 
 
 def test_a_job_runs_after_what_its_thread_begins_with() -> None:
