@@ -1,6 +1,5 @@
 """What many tests share: a tiny base on disk, adapters for it, and a server of them that lives for a module."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,7 +22,6 @@ ROOM_BYTES = 4 << 30  # several times what all tests write, so that small machin
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("patient")
 torch.set_num_threads(2)
-os.environ["OMP_PROC_BIND"] = "false"  # engines of two processes of tests would be bound to the same processor
 transformers.logging.disable_progress_bar()
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM_BYTES:
     tempfile.tempdir = str(MEMORY)  # of tmp_path too; a disk's fsync is what most of these tests would wait for

@@ -116,7 +116,6 @@ class Engine:
 
     def _loop(self) -> None:
         try:
-            self._runner.claim_thread()
             while not self._is_stopping:
                 self._take_commands()
                 if self._scheduler.has_work:

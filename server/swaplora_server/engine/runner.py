@@ -33,10 +33,6 @@ class Runner:
         self.num_steps = dict.fromkeys(StepForm, 0)  # that `run` was called for; only grow, any thread may read them
         self.forget_adapters()
 
-    def claim_thread(self) -> None:
-        """Called by the engine's thread before its first step."""
-        self._backend.claim_thread()
-
     def stepping(self) -> AbstractContextManager[object]:
         """Around a step, from the decision what is in it to the last of its events."""
         return self._backend.stepping()

@@ -155,11 +155,8 @@ class Backend(Protocol):
     def paged_kv(self, num_blocks: int, block_size: int) -> PagedKV:
         """Room for blocks 1 to `num_blocks`, beside block 0, which is nobody's."""
 
-    def claim_thread(self) -> None:
-        """Called by the thread that is to run all steps, before the first of them."""
-
     def stepping(self) -> AbstractContextManager[object]:
-        """Around each step of that thread, and what it decides before and after it."""
+        """Around each step of an engine, and what it decides before and after it."""
 
     def graphs(self, kv: PagedKV, forward: Forward, sizes: Sequence[int]) -> Graphs | None:
         """Record `forward` of decoding steps over `kv`, of each of these numbers of rows, ascending.

@@ -164,7 +164,6 @@ def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
     _declare(library, "bf16_words", [size, size], size)
     _declare(library, "bf16_pack", [pointer, size, size, pointer])
     _declare(library, "has_bf16_instruction", [], number)
-    _declare(library, "bind_team", [ctypes.POINTER(number), number])
     _declare(library, "linear", [pointer, size, size, ctypes.POINTER(LinearJob), size, pointer, size, number])
     jobs = [ctypes.POINTER(Segment), size, ctypes.POINTER(LoraModule), size]
     for name in ("lora_delta_fp32", "lora_delta_bf16"):

@@ -13,7 +13,7 @@ from swaplora_adapters.weights.memory import HugePages
 from swaplora_adapters.weights.placement import Placement
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.kernels.backend import Forward, Memory, PagedKV, RunningStep
-from swaplora_server.kernels.cpu import build, decoder, linear, panels, quantised_linear, team
+from swaplora_server.kernels.cpu import build, decoder, linear, panels, quantised_linear
 from swaplora_server.kernels.cpu.adapter_tables import AdapterTables
 from swaplora_server.kernels.cpu.attention import CpuKV
 from swaplora_server.kernels.cpu.lora import CpuLora
@@ -76,10 +76,6 @@ class CpuBackend:
     def paged_kv(self, num_blocks: int, block_size: int) -> CpuKV:
         """See `Backend`."""
         return CpuKV(self.library, num_blocks, block_size, self.dtype)
-
-    def claim_thread(self) -> None:
-        """A processor for each thread of its team."""
-        team.bind_team(self.library)
 
     def stepping(self) -> AbstractContextManager[None]:
         """Loads wait for its native code."""

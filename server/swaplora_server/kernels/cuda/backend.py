@@ -66,9 +66,6 @@ class CudaBackend:
         """See `Backend`."""
         return CudaKV(num_blocks, block_size, self.device)
 
-    def claim_thread(self) -> None:
-        """Any thread will do."""
-
     def stepping(self) -> AbstractContextManager[None]:
         """Nothing waits for it."""
         return nullcontext()

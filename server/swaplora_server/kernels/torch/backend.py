@@ -70,9 +70,6 @@ class TorchBackend:
         """See `Backend`."""
         return TorchKV(num_blocks, block_size, self.device)
 
-    def claim_thread(self) -> None:
-        """Any thread will do."""
-
     def stepping(self) -> AbstractContextManager[None]:
         """Nothing waits for it."""
         return nullcontext()
