@@ -79,9 +79,10 @@ def test_the_kv_cache_and_the_longest_step_have_their_memory_before_the_first_re
 
     monkeypatch.setattr(TorchKV, "_allocate", noted)
     monkeypatch.setattr("swaplora_server.base.base_model.pick_backend", lambda device, *_: torch_backend(device))
-    with serving(settings(base, tmp_path, max_batch_tokens=40)):
+    with serving(settings(base, tmp_path, max_batch_tokens=40, max_num_seqs=5)):
         assert len(made) == 4 * 2 * 2, "keys and values of both layers, for three runs of the proof and the engine"
-        assert [[rows.num_rows for rows in batch.rows] for batch in steps] == [[40]]
+        [batch] = steps
+        assert [rows.num_rows for rows in batch.rows] == [36, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(("missing", "is_warned"), [(0, False), (1, True)])
@@ -154,15 +155,22 @@ def test_the_server_sizes_its_cache_by_the_largest_step(
 ) -> None:
     on_a_gpu(monkeypatch, free=5 << 20, total=5 << 20, step=0)
     service = Service(
-        settings(base, tmp_path, kv_cache_bytes="auto", adapter_memory_bytes=1 << 20, max_batch_tokens=40)
+        settings(
+            base, tmp_path, kv_cache_bytes="auto", adapter_memory_bytes=1 << 20, max_batch_tokens=40, max_num_seqs=5
+        )
     )
     on_cpu = load_base(base, device=CPU, dtype=torch.float32, backend=torch_backend(CPU))
     steps.clear()
-    on_gpu = SimpleNamespace(device=_CUDA, max_positions=on_cpu.max_positions, runner=on_cpu.runner)
+    known = ("max_positions", "vocab_size", "runner")
+    on_gpu = SimpleNamespace(device=_CUDA, **{name: getattr(on_cpu, name) for name in known})
+    monkeypatch.setattr(service_module, "SCORED_LOGITS", 7 * on_cpu.vocab_size)
     monkeypatch.setattr(service, "base", on_gpu, raising=False)
     kv_bytes = service._kv_bytes()  # noqa: SLF001 - all else of a start needs the device to be there
     assert kv_bytes == (5 << 20) - round((1 - 0.9) * (5 << 20)) - (1 << 20)
-    assert [[rows.num_rows for rows in batch.rows] for batch in steps] == [[40]]
+    [batch] = steps
+    assert [rows.num_rows for rows in batch.rows] == [36, 1, 1, 1, 1]
+    assert [rows.num_scored for rows in batch.rows] == [7, 0, 0, 0, 0]
+    assert len(batch.sampling) == 5
 
 
 @pytest.mark.parametrize(("is_on", "sizes"), [(None, [[6]]), (True, [[6]]), (False, [])])

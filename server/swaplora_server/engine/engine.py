@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import structlog
 
-from swaplora_server.engine.kv_cache import BlockPool
-from swaplora_server.engine.request import FinishReason, Request, SamplingParams, Sequence, TokenEvent
+from swaplora_server.engine.probe import run_probe
+from swaplora_server.engine.request import FinishReason, Request, TokenEvent
 from swaplora_server.engine.row_faults import run_bisecting
 from swaplora_server.engine.runner import Runner
-from swaplora_server.engine.scheduler import Batch, Scheduler, rows_of
+from swaplora_server.engine.scheduler import Scheduler
 from swaplora_server.engine.snapshot import Snapshot
 
 _IDLE_BEAT_SECONDS = 1.0
@@ -39,17 +39,6 @@ class Stop:
 
 
 Command = Submit | Abort | Stop
-
-
-def run_probe(runner: Runner, pool: BlockPool, num_tokens: int) -> None:
-    """Run one step of a prompt of nobody's. Raises what the model does."""
-    request = Request("probe", (0,) * num_tokens, SamplingParams(max_tokens=1), emit=lambda _event: None)
-    sequence = Sequence(request, 0)
-    pool.grow(sequence.block_table, num_tokens)
-    try:
-        runner.run(Batch((rows_of(sequence, 0, num_tokens),)))
-    finally:
-        pool.release(sequence.block_table)
 
 
 class Engine:
@@ -137,11 +126,11 @@ class Engine:
         for request, error in output.failed.items():
             self._scheduler.fail(request, error)
         if output.failed and not output.batch.rows:
-            self.check_model()  # not one request of the step could be run
+            self._check_model()  # not one request of the step could be run
 
-    def check_model(self, num_tokens: int = 1) -> None:
-        """Raise unless the model computes a prompt of nobody's. For the engine's thread, or before it starts."""
-        run_probe(self._runner, self._scheduler.pool, num_tokens)
+    def _check_model(self) -> None:
+        """Raise unless the model computes a prompt of nobody's."""
+        run_probe(self._runner, self._scheduler.pool)
 
     def _take_commands(self) -> None:
         """Obey all that has arrived; with nothing to run, wait for something to."""

@@ -22,8 +22,10 @@ from swaplora_server.base.decode_graphs import RecordedSteps, record_steps
 from swaplora_server.base.device_memory import graph_bytes, left_for_kv, take_kv_cache
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.config import Settings
-from swaplora_server.engine.engine import Engine, run_probe
+from swaplora_server.engine.engine import Engine
 from swaplora_server.engine.kv_cache import BlockPool
+from swaplora_server.engine.probe import run_largest
+from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduler import Scheduler
 from swaplora_server.kernels.cuda.graphs.buckets import bucket_sizes
 from swaplora_server.service.admission import Admissions
@@ -273,12 +275,12 @@ class Service:
             max_batch_tokens=settings.max_batch_tokens,
             max_num_seqs=self._max_rows,
             max_step_ranks=settings.max_step_ranks,
-            max_scored_rows=max(1, SCORED_LOGITS // base.vocab_size),
+            max_scored_rows=self._max_scored_rows,
             prefix_cache=settings.prefix_cache,
         )
         runner = base.runner(pool.num_blocks, settings.block_size)
         engine = Engine(scheduler, runner)
-        run_step = partial(engine.check_model, min(settings.max_batch_tokens, wanted))
+        run_step = partial(self._run_largest, runner, pool, min(settings.max_batch_tokens, wanted))
         take_kv_cache(run_step, base.device, self.kv_cache_bytes, settings.adapter_memory_bytes)
         if self._records_steps:
             self._recorded = record_steps(base, runner, pool, self._max_rows)
@@ -288,6 +290,14 @@ class Service:
     def _max_rows(self) -> int:
         """Of sequences that run at once."""
         return min(self.settings.max_num_seqs, self.settings.max_batch_tokens)
+
+    @property
+    def _max_scored_rows(self) -> int:
+        """Of prompts, in one step."""
+        return max(1, SCORED_LOGITS // self.base.vocab_size)
+
+    def _run_largest(self, runner: Runner, pool: BlockPool, num_tokens: int) -> None:
+        run_largest(runner, pool, num_tokens, min(self._max_rows, num_tokens), self._max_scored_rows)
 
     @property
     def _records_steps(self) -> bool:
@@ -317,7 +327,8 @@ class Service:
         num_blocks = -(-num_tokens // block_size)
 
         def run_step() -> None:
-            run_probe(base.runner(num_blocks, block_size), BlockPool(num_blocks, block_size), num_tokens)
+            runner, pool = base.runner(num_blocks, block_size), BlockPool(num_blocks, block_size)
+            self._run_largest(runner, pool, num_tokens)
 
         def record_largest() -> int:
             return base.runner(num_blocks, block_size).record([self._max_rows])
