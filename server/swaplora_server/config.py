@@ -154,6 +154,7 @@ class Settings(BaseSettings):
     api_key: Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
         (), description="A key that admits a request"
     )
+    key_file: HomePath | None = Field(None, description="File of keys that swaplora keys makes")
     insecure_no_auth: bool = Field(False, description="Listen beyond this machine without a key")
     cors_allow_origin: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
         (), description="Whose web pages may ask: https://HOST, or * for all"
@@ -243,6 +244,11 @@ class Settings(BaseSettings):
         return {name: Path(path).expanduser() for name, _, path in pairs}
 
     @property
+    def has_keys(self) -> bool:
+        """Whether requests need a key."""
+        return bool(self.api_key) or self.key_file is not None
+
+    @property
     def is_loopback(self) -> bool:
         """True if only this machine can reach the address listened on."""
         if self.host == "localhost":
@@ -279,15 +285,15 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_access(self) -> Self:
-        if not (self.is_loopback or self.api_key or self.insecure_no_auth):
+        if not (self.is_loopback or self.has_keys or self.insecure_no_auth):
             raise ValueError(
-                f"host: other machines can reach {self.host}, so requests need a key: set --api-key "
+                f"host: other machines can reach {self.host}, so requests need a key: name a --key-file, set --api-key "
                 "(SWAPLORA_API_KEY), or --insecure-no-auth to let anyone in"
             )
-        if "*" in self.cors_allow_origin and not (self.api_key or self.insecure_no_auth):
+        if "*" in self.cors_allow_origin and not (self.has_keys or self.insecure_no_auth):
             raise ValueError(
-                "cors_allow_origin: * lets every web page ask, so requests need a key: set --api-key "
-                "(SWAPLORA_API_KEY), or --insecure-no-auth to let any page in"
+                "cors_allow_origin: * lets every web page ask, so requests need a key: name a --key-file, set "
+                "--api-key (SWAPLORA_API_KEY), or --insecure-no-auth to let any page in"
             )
         return self
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import typer
 
-from swaplora_server.cli import adapters, aliases, bench, chat, compose, export, inspect, serve, update, validate
+from swaplora_server.cli import adapters, aliases, bench, chat, compose, export, inspect, keys, serve, update, validate
 from swaplora_server.cli.settings import PLAIN_HELP, SettingsCommand
 
 TAKE_SETTINGS = (serve.serve, export.merge, validate.validate)
@@ -59,4 +59,11 @@ app.add_typer(
         {"list": aliases.list_aliases, "set": aliases.set_alias, "delete": aliases.delete_alias},
     ),
     name="aliases",
+)
+app.add_typer(
+    _group(
+        "Manage the keys in the file of a server's --key-file.",
+        {"create": keys.create_key, "list": keys.list_keys, "revoke": keys.revoke_key},
+    ),
+    name="keys",
 )

@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 
 from swaplora_adapters.errors import AdapterError
-from swaplora_server.http.auth import KeyRing, authenticate
+from swaplora_server.access.caller import KeyScope
+from swaplora_server.http.auth import authorise, check_declared, needs
 from swaplora_server.http.errors import on_client_gone, on_defect, on_http_error, on_invalid_parameter, on_request_error
 from swaplora_server.http.routes import (
     adapters,
@@ -46,20 +47,22 @@ _HANDLERS: dict[int | type[Exception], Any] = {
 
 
 def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
-    """The whole HTTP surface over `service`, which may still be starting. Only the health routes need no key."""
+    """The whole HTTP surface over `service`, which may still be starting.
+
+    Raises RuntimeError for a route that does not say whom it is for.
+    """
     root_path = service.settings.root_path
     app = FastAPI(
         title="swaplora",
+        dependencies=[Depends(authorise)],
         exception_handlers=_HANDLERS,
         openapi_url=None,
         redirect_slashes=False,
         servers=[{"url": root_path}] if root_path else None,
     )
     app.state.service = service
-    app.state.keys = KeyRing(service.settings.api_key)
-    app.include_router(health.router)
-    private = APIRouter(dependencies=[Depends(authenticate)])
     for module in (
+        health,
         models,
         completions,
         chat,
@@ -74,9 +77,16 @@ def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
         control,
         metrics,
     ):
-        private.include_router(module.router)
-    private.get("/openapi.json", include_in_schema=False)(app.openapi)
-    app.include_router(private)
+        check_declared(module.router.routes)
+        app.include_router(module.router)
+    app.get("/openapi.json", include_in_schema=False)(_openapi)
     accounted = AccountedBodies(app, bodies)
     counted = metrics.CountedRequests(guard_browsers(accounted, service.settings), service.metrics)
     return RequestIdMiddleware(RequestLine(counted, root_path))  # outermost, so that it sees every failure
+
+
+@needs(*KeyScope)
+def _openapi(request: Request) -> dict[str, Any]:
+    """The OpenAPI document, for whoever has a key."""
+    document: dict[str, Any] = request.app.openapi()
+    return document

@@ -1,48 +1,72 @@
-"""Who may ask: every route but the public ones depends on `authenticate`."""
+"""Who may ask for what: each route says which scope it needs, and one that does not say so is served to nobody."""
 
-import hashlib
-import hmac
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
-from pydantic import SecretStr
+from starlette.routing import BaseRoute
 
+from swaplora_server.access.caller import Caller, KeyScope
+from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.service.errors import RequestError
 
-
-class KeyRing:
-    """The keys of which a request must carry one, kept as hashes. An empty ring lets everyone in."""
-
-    def __init__(self, keys: Sequence[SecretStr]) -> None:
-        self._digests = [_digest(key.get_secret_value()) for key in keys]
-
-    def admits(self, key: str | None) -> bool:
-        """Compared in constant time, against every key."""
-        if not self._digests:
-            return True
-        given = _digest(key or "")
-        return bool(sum(hmac.compare_digest(given, digest) for digest in self._digests)) and key is not None
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
+_needed: dict[Callable[..., Any], frozenset[KeyScope] | None] = {}  # None: no key
 
 
-async def _keys(request: Request) -> KeyRing:
-    keys: KeyRing = request.app.state.keys
-    return keys
+def needs(*scopes: KeyScope) -> Callable[[Endpoint], Endpoint]:
+    """Declare that a route is for keys with one of these scopes; stands between its path and its function."""
+
+    def declare(endpoint: Endpoint) -> Endpoint:
+        _needed[endpoint] = frozenset(scopes)
+        return endpoint
+
+    return declare
 
 
-async def authenticate(request: Request, keys: Annotated[KeyRing, Depends(_keys)]) -> None:
-    """A dependency. Raises RequestError unless the request carries `Authorization: Bearer KEY` with one of the keys.
+def public(endpoint: Endpoint) -> Endpoint:
+    """Declare that a route needs no key."""
+    _needed[endpoint] = None
+    return endpoint
 
-    Anthropic's clients send `x-api-key: KEY`, which counts where there is no Authorization.
+
+def check_declared(routes: Iterable[BaseRoute]) -> None:
+    """Raise RuntimeError for a route that does not say whom it is for."""
+    for route in routes:
+        if getattr(route, "endpoint", None) not in _needed:
+            raise RuntimeError(f"{route} does not say whom it is for: put @needs(KeyScope.…) above it")
+
+
+async def authorise(request: Request) -> None:
+    """A dependency of every route. Notes in `request.state.caller` whom the request comes from.
+
+    Raises RequestError unless it carries `Authorization: Bearer KEY` with a key that is good now and has a scope of
+    those that the route needs. Anthropic's clients send `x-api-key: KEY`, which counts where there is no Authorization.
     """
-    if "authorization" not in request.headers:
-        given = request.headers.get("x-api-key")
-    else:
-        scheme, _, key = request.headers["authorization"].partition(" ")
-        given = key.strip() if scheme.lower() == "bearer" else None
-    if not keys.admits(given):
+    scopes = _needed[request.scope["route"].endpoint]
+    if scopes is None:
+        return
+    keys: KeyRing = request.app.state.service.keys
+    caller = keys.find(_given(request))
+    if caller is None:
         raise RequestError("invalid_api_key", "send a valid API key as Authorization: Bearer KEY")
+    if not caller.may(scopes):
+        wanted = " or ".join(sorted(scopes))
+        raise RequestError("insufficient_scope", f"this needs a key with the scope {wanted}")
+    request.state.caller = caller
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
+def _given(request: Request) -> str | None:
+    """The key that a request carries."""
+    if "authorization" not in request.headers:
+        return request.headers.get("x-api-key")
+    scheme, _, key = request.headers["authorization"].partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else None
+
+
+async def _caller(request: Request) -> Caller:
+    caller: Caller = request.state.caller
+    return caller
+
+
+Asking = Annotated[Caller, Depends(_caller)]

@@ -29,6 +29,7 @@ _STATUS = {
     "invalid_adapter_name": 400,
     "source_not_allowed": 400,
     "invalid_api_key": 401,
+    "insufficient_scope": 403,
     "origin_not_allowed": 403,
     "model_not_found": 404,
     "adapter_not_found": 404,

@@ -17,6 +17,7 @@ from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.sources.watcher import put_folder
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_adapters.store.store import Store
+from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.base.base_model import BaseModel, load_chosen_base
 from swaplora_server.base.decode_graphs import RecordedSteps, record_steps
 from swaplora_server.base.device_memory import graph_bytes, left_for_kv, take_kv_cache
@@ -68,7 +69,10 @@ class Service:
     kv_cache_bytes: int
 
     def __init__(self, settings: Settings) -> None:
+        """Raises KeyFileError for a file of keys that cannot be used."""
         self.settings = settings
+        keys = [key.get_secret_value() for key in settings.api_key]
+        self.keys = KeyRing(keys, settings.key_file, _log.error)
         self.started_at = int(time.time())
         self.is_draining = False
         self.metrics = Metrics(self._state, settings.base_id)
@@ -108,6 +112,8 @@ class Service:
         self.base = load_chosen_base(settings, report)
         report("reading adapters")
         with ExitStack() as opened:
+            self.keys.start()
+            opened.callback(self.keys.stop)
             self.registry = self._open_registry()
             opened.callback(self.registry.close)
             self._take_in_named_adapters()

@@ -11,6 +11,8 @@ from starlette.responses import JSONResponse
 from swaplora_adapters.derive.deriver import DEFAULT_ENERGY
 from swaplora_adapters.registry.card import PutResult
 from swaplora_adapters.store.conditions import Conditions
+from swaplora_server.access.caller import KeyScope
+from swaplora_server.http.auth import needs
 from swaplora_server.http.cards import card_body
 from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
 from swaplora_server.http.sse import until_disconnect
@@ -54,6 +56,7 @@ def _put_schema() -> dict[str, Any]:
 
 
 @router.put("/v1/adapters/{name}", openapi_extra=_put_schema())
+@needs(KeyScope.WRITE)
 async def put_adapter(
     request: Request,
     service: Serving,
@@ -107,6 +110,7 @@ async def _fetch(
 
 
 @router.get("/v1/adapters")
+@needs(KeyScope.READ)
 async def list_adapters(
     service: Serving,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
@@ -125,6 +129,7 @@ async def list_adapters(
 
 
 @router.get("/v1/adapters/{name}")
+@needs(KeyScope.READ)
 async def get_adapter(service: Serving, name: str) -> dict[str, Any]:
     """One card."""
     service.check_serving()
@@ -132,6 +137,7 @@ async def get_adapter(service: Serving, name: str) -> dict[str, Any]:
 
 
 @router.patch("/v1/adapters/{name}", openapi_extra=body_schema(ChangeBody))
+@needs(KeyScope.WRITE)
 async def change_adapter(
     service: Serving, name: str, body: Annotated[ChangeBody, Depends(json_body(ChangeBody))]
 ) -> dict[str, Any]:
@@ -142,6 +148,7 @@ async def change_adapter(
 
 
 @router.post("/v1/adapters/{name}/warm")
+@needs(KeyScope.WRITE)
 async def warm_adapter(request: Request, service: Serving, name: str) -> dict[str, Any]:
     """Load it, or one version as `name@2`, into memory now; answers when it is there, or why it cannot be."""
     service.check_serving()
@@ -150,6 +157,7 @@ async def warm_adapter(request: Request, service: Serving, name: str) -> dict[st
 
 
 @router.delete("/v1/adapters/{name}")
+@needs(KeyScope.WRITE)
 async def delete_adapter(
     service: Serving,
     name: str,

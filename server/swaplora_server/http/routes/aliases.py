@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from swaplora_adapters.files.naming import validate_alias
 from swaplora_adapters.store.records import Target
+from swaplora_server.access.caller import KeyScope
+from swaplora_server.http.auth import needs
 from swaplora_server.http.cards import alias_body
 from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
 from swaplora_server.http.transport.body import body_schema, json_body
@@ -48,6 +50,7 @@ class AliasBody(ClosedModel):
 
 
 @router.get("/v1/aliases")
+@needs(KeyScope.READ)
 async def list_aliases(service: Serving) -> dict[str, Any]:
     """Every alias, in order."""
     service.check_serving()
@@ -56,6 +59,7 @@ async def list_aliases(service: Serving) -> dict[str, Any]:
 
 
 @router.get("/v1/aliases/{alias:path}")
+@needs(KeyScope.READ)
 async def get_alias(service: Serving, alias: str) -> dict[str, Any]:
     """One alias."""
     service.check_serving()
@@ -63,6 +67,7 @@ async def get_alias(service: Serving, alias: str) -> dict[str, Any]:
 
 
 @router.put("/v1/aliases/{alias:path}", openapi_extra=body_schema(AliasBody))
+@needs(KeyScope.WRITE)
 async def put_alias(
     service: Serving, alias: str, body: Annotated[AliasBody, Depends(json_body(AliasBody))]
 ) -> dict[str, Any]:
@@ -73,6 +78,7 @@ async def put_alias(
 
 
 @router.delete("/v1/aliases/{alias:path}")
+@needs(KeyScope.WRITE)
 async def delete_alias(service: Serving, alias: str) -> dict[str, Any]:
     """Unknown for new requests at once; what it led to stays."""
     service.check_serving()

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from swaplora_server.access.caller import KeyScope
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.http.answers import AnswerFormat, Choice, answer, check_prompt_logprobs
+from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.logprobs import chat_logprobs
 from swaplora_server.http.refusals import CHAT, refuse_unsupported
@@ -28,6 +30,7 @@ router = APIRouter()
 
 
 @router.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody))
+@needs(KeyScope.GENERATE)
 async def chat(request: Request, service: Serving, body: Annotated[ChatBody, Depends(json_body(ChatBody))]) -> Response:
     """Answer the conversation."""
     return await answer_chat(request, service, body)

@@ -7,8 +7,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from swaplora_server.access.caller import KeyScope
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.http.answers import AnswerFormat, Choice, answer, check_prompt_logprobs
+from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.logprobs import LegacyLogprobs
 from swaplora_server.http.refusals import COMPLETION, refuse_unsupported
@@ -25,6 +27,7 @@ router = APIRouter()
 
 
 @router.post("/v1/completions", openapi_extra=body_schema(CompletionBody))
+@needs(KeyScope.GENERATE)
 async def complete(
     request: Request, service: Serving, body: Annotated[CompletionBody, Depends(json_body(CompletionBody))]
 ) -> Response:

@@ -13,6 +13,8 @@ from swaplora_adapters.config.parse import MAX_RANK
 from swaplora_adapters.derive.deriver import StoredIngredient
 from swaplora_adapters.derive.recipe import OPTIONAL, REQUIRED, Method, Recipe
 from swaplora_adapters.registry.card import PutResult
+from swaplora_server.access.caller import KeyScope
+from swaplora_server.http.auth import needs
 from swaplora_server.http.cards import card_body
 from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
 from swaplora_server.http.sse import until_disconnect
@@ -52,6 +54,7 @@ class MergedBody(ClosedModel):
 
 
 @router.post("/v1/merged", openapi_extra=body_schema(MergedBody))
+@needs(KeyScope.WRITE)
 async def compose_adapter(
     request: Request, service: Serving, body: Annotated[MergedBody, Depends(json_body(MergedBody))]
 ) -> JSONResponse:

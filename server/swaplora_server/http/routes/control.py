@@ -19,6 +19,8 @@ from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.uri import uri_of
 from swaplora_adapters.store.conditions import Conditions
 from swaplora_adapters.store.records import Target
+from swaplora_server.access.caller import KeyScope
+from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.errors import errors_told_by
 from swaplora_server.http.refusals import refuse_unsupported
@@ -69,6 +71,7 @@ class RegisterBody(ClosedModel):
 
 
 @router.post("/v1/load_lora_adapter", openapi_extra=body_schema(LoadBody))
+@needs(KeyScope.WRITE)
 async def load_lora_adapter(request: Request, service: Serving) -> Response:
     """Take in an adapter from below the adapter folder, or from an enabled source."""
     body = await read_json(request, service, LoadBody)
@@ -78,6 +81,7 @@ async def load_lora_adapter(request: Request, service: Serving) -> Response:
 
 
 @router.post("/v1/unload_lora_adapter", openapi_extra=body_schema(UnloadBody))
+@needs(KeyScope.WRITE)
 async def unload_lora_adapter(request: Request, service: Serving) -> Response:
     """Delete an adapter; requests that run end on it, and are not waited for."""
     body = await read_json(request, service, UnloadBody)
@@ -86,6 +90,7 @@ async def unload_lora_adapter(request: Request, service: Serving) -> Response:
 
 
 @router.post("/adapters", openapi_extra=body_schema(RegisterBody))
+@needs(KeyScope.WRITE)
 async def register_adapter(request: Request, service: Serving) -> Response:
     """Take in an adapter, keep it in memory if asked to, and load it now unless told not to: all of it or nothing."""
     body = await read_json(request, service, RegisterBody)
@@ -94,6 +99,7 @@ async def register_adapter(request: Request, service: Serving) -> Response:
 
 
 @router.delete("/adapters/{name:path}")
+@needs(KeyScope.WRITE)
 async def unregister_adapter(service: Serving, name: str) -> Response:
     """Delete an adapter."""
     return await _unload(service, name)

@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
+from swaplora_server.http.auth import public
 from swaplora_server.http.dependencies import Serving
 
 router = APIRouter()
@@ -13,6 +14,7 @@ _VERSION = version("swaplora")
 
 
 @router.get("/health")
+@public
 async def health(service: Serving) -> JSONResponse:
     """200 while the engine's heart beats, or while the server starts; 503 once it does not."""
     return JSONResponse(
@@ -21,18 +23,21 @@ async def health(service: Serving) -> JSONResponse:
 
 
 @router.get("/health/ready")
+@public
 async def ready(service: Serving) -> JSONResponse:
     """200 while new requests are taken; 503 while starting or shutting down."""
     return JSONResponse({"ready": service.is_ready}, _status(service.is_ready))
 
 
 @router.get("/ping")
+@public
 async def ping(service: Serving) -> Response:
     """SageMaker's question whether to send requests: 200 or 503, as for readiness."""
     return Response(status_code=_status(service.is_ready))
 
 
 @router.get("/version")
+@public
 async def get_version(service: Serving) -> dict[str, Any]:
     """This program's version and what it computes with, which is null while it starts."""
     return {"version": _VERSION, **service.computes_with()}

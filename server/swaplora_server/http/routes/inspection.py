@@ -12,6 +12,8 @@ from swaplora_adapters.derive.inspect_weights import compare_weights, inspect_we
 from swaplora_adapters.registry.leases import Lease
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_adapters.weights.served import AdapterWeights
+from swaplora_server.access.caller import KeyScope
+from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.service.derivations import Count, Counts, Derivations
@@ -22,6 +24,7 @@ router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 
 
 @router.get("/v1/adapters/{name}/inspect")
+@needs(KeyScope.READ)
 async def inspect_adapter(
     request: Request,
     service: Serving,

@@ -6,6 +6,8 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Discriminator, RootModel, Tag
 from starlette.responses import Response
 
+from swaplora_server.access.caller import KeyScope
+from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.routes.chat import answer_chat
 from swaplora_server.http.routes.completions import answer_completion
@@ -41,6 +43,7 @@ class InvocationBody(
 
 
 @router.post("/invocations", openapi_extra=body_schema(InvocationBody))
+@needs(KeyScope.GENERATE)
 async def invoke(
     request: Request, service: Serving, body: Annotated[InvocationBody, Depends(json_body(InvocationBody))]
 ) -> Response:

@@ -9,8 +9,10 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
+from swaplora_server.access.caller import KeyScope
 from swaplora_server.engine.request import FinishReason
 from swaplora_server.http.answers import Choice
+from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.dialogue import (
     DialogueFormat,
@@ -86,6 +88,7 @@ class MessagesBody(CountBody):
 
 
 @router.post("/v1/messages", openapi_extra=body_schema(MessagesBody))
+@needs(KeyScope.GENERATE)
 async def create_message(
     request: Request, service: Serving, body: Annotated[MessagesBody, Depends(json_body(MessagesBody))]
 ) -> Response:
@@ -106,6 +109,7 @@ async def create_message(
 
 
 @router.post("/v1/messages/count_tokens", openapi_extra=body_schema(CountBody))
+@needs(KeyScope.GENERATE)
 async def count_tokens(
     request: Request, service: Serving, body: Annotated[CountBody, Depends(json_body(CountBody))]
 ) -> dict[str, int]:

@@ -7,6 +7,8 @@ from prometheus_client.exposition import choose_encoder
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from swaplora_server.access.caller import KeyScope
+from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
 from swaplora_server.service.metrics import Metrics
 
@@ -14,6 +16,7 @@ router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 
 
 @router.get("/metrics")
+@needs(KeyScope.ADMIN)
 async def metrics(request: Request, service: Serving) -> Response:
     """Prometheus's text format, or OpenMetrics' where that is accepted. Answers while the server starts, too."""
     encode, media_type = choose_encoder(request.headers.get("accept", ""))

@@ -8,6 +8,8 @@ from fastapi import APIRouter
 
 from swaplora_adapters.errors import AdapterNotFoundError, AliasNotFoundError, VersionNotFoundError
 from swaplora_adapters.store.records import Alias, VersionRecord
+from swaplora_server.access.caller import KeyScope
+from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
@@ -16,6 +18,7 @@ router = APIRouter()
 
 
 @router.get("/v1/models")
+@needs(KeyScope.GENERATE, KeyScope.READ)
 async def list_models(service: Serving) -> dict[str, Any]:
     """The base, every adapter that is not known to be damaged, and every alias."""
     service.check_serving()
@@ -25,6 +28,7 @@ async def list_models(service: Serving) -> dict[str, Any]:
 
 
 @router.get("/v1/models/{model:path}")
+@needs(KeyScope.GENERATE, KeyScope.READ)
 async def get_model(service: Serving, model: str) -> dict[str, Any]:
     """One model, by any name that a request may call it."""
     service.check_serving()

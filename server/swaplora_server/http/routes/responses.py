@@ -10,8 +10,10 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Discriminator, Field, Tag
 from starlette.responses import Response
 
+from swaplora_server.access.caller import KeyScope
 from swaplora_server.engine.request import FinishReason
 from swaplora_server.http.answers import Choice
+from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.dialogue import (
     DialogueFormat,
@@ -75,6 +77,7 @@ class ResponseBody(GenerationBody):
 
 
 @router.post("/v1/responses", openapi_extra=body_schema(ResponseBody))
+@needs(KeyScope.GENERATE)
 async def respond(
     request: Request, service: Serving, body: Annotated[ResponseBody, Depends(json_body(ResponseBody))]
 ) -> Response:

@@ -8,6 +8,8 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Discriminator, Field, RootModel, Tag
 from starlette.responses import JSONResponse
 
+from swaplora_server.access.caller import KeyScope
+from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.refusals import ANYWHERE, CHAT, refuse_unsupported
 from swaplora_server.http.routes.chat import check_messages, prompt_of
@@ -72,6 +74,7 @@ class DetokenizeBody(WireModel):
 
 
 @router.post("/tokenize", openapi_extra=body_schema(TokenizeBody))
+@needs(KeyScope.GENERATE)
 async def tokenize(
     request: Request, service: Serving, body: Annotated[TokenizeBody, Depends(json_body(TokenizeBody))]
 ) -> JSONResponse:
@@ -104,6 +107,7 @@ async def _encoded(service: Service, asked: TextBody | ConversationBody) -> Sequ
 
 
 @router.post("/detokenize", openapi_extra=body_schema(DetokenizeBody))
+@needs(KeyScope.GENERATE)
 async def detokenize(
     request: Request, service: Serving, body: Annotated[DetokenizeBody, Depends(json_body(DetokenizeBody))]
 ) -> JSONResponse:
@@ -117,6 +121,7 @@ async def detokenize(
 
 
 @router.get("/tokenizer_info")
+@needs(KeyScope.GENERATE)
 async def tokenizer_info(service: Serving) -> dict[str, Any]:
     """What a client must know of the base's tokenizer to make prompts itself."""
     service.check_serving()

@@ -33,7 +33,7 @@ def guard_browsers(app: ASGIApp, settings: Settings) -> ASGIApp:
         allow_private_network=True,
         expose_headers=EXPOSED_HEADERS,
     )
-    is_open = settings.is_loopback and not settings.api_key
+    is_open = settings.is_loopback and not settings.has_keys
     hosts = (settings.host, *settings.allowed_host) if is_open or settings.allowed_host else ("*",)
     return _Guard(shared, shared.is_allowed_origin, hosts)
 

@@ -1,0 +1,32 @@
+"""Whom a request comes from, and what that key lets it do. Plain data."""
+
+import enum
+from collections.abc import Collection
+from dataclasses import dataclass
+
+DEFAULT_TENANT = "default"
+
+
+class KeyScope(enum.StrEnum):
+    """What a key may be for. ADMIN is for who runs the server, and stands for the others too."""
+
+    GENERATE = "generate"
+    READ = "adapters:read"
+    WRITE = "adapters:write"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The key that a request came with, by its id, and whose it is."""
+
+    key_id: str
+    tenant: str
+    scopes: frozenset[KeyScope]
+
+    def may(self, scopes: Collection[KeyScope]) -> bool:
+        """Whether it has one of these."""
+        return KeyScope.ADMIN in self.scopes or not self.scopes.isdisjoint(scopes)
+
+
+ANYBODY = Caller("none", DEFAULT_TENANT, frozenset({KeyScope.ADMIN}))  # where no key is asked for

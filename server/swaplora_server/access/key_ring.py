@@ -1,0 +1,109 @@
+"""The keys that are good now: those of the settings, and those of a file that is read again when it changes."""
+
+import hmac
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from swaplora_server.access.caller import ANYBODY, DEFAULT_TENANT, Caller, KeyScope
+from swaplora_server.access.key_file import KeyFileError, digest_of, read_keys
+
+LOOK_SECONDS = 1.0
+_Seen = tuple[int, int, int] | None
+
+
+class _Known(NamedTuple):
+    digest: str
+    caller: Caller
+    expires: float | None  # seconds since the epoch
+
+
+class KeyRing:
+    """Finds who comes with a key. Without keys and without a file everybody may do everything.
+
+    Any thread may ask; between `start` and `stop` a thread looks after the file. One that has become unusable changes
+    nothing: what was read last holds.
+    """
+
+    def __init__(
+        self, keys: Sequence[str], file: Path | None = None, report: Callable[[str], None] = lambda _complaint: None
+    ) -> None:
+        """`keys` are for everything, of the default tenant. `report` hears what is wrong with the file, once each time.
+
+        Raises KeyFileError for a file that cannot be used.
+        """
+        admin = frozenset({KeyScope.ADMIN})
+        self._own = [
+            _Known(digest_of(key), Caller(f"setting-{number}", DEFAULT_TENANT, admin), None)
+            for number, key in enumerate(keys, start=1)
+        ]
+        self._file = file
+        self._report = report
+        self._seen = _seen(file)
+        self._known = self._read()
+        self._is_stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no key is asked for."""
+        return self._file is None and not self._own
+
+    def find(self, key: str | None) -> Caller | None:
+        """Whose key it is; None for no key, and for one that is unknown or has expired.
+
+        What is looked up is a hash, of which nobody can choose the beginning, so how long that takes says nothing.
+        """
+        if self.is_open:
+            return ANYBODY
+        if key is None:
+            return None
+        digest = digest_of(key)
+        known = self._known.get(digest)
+        if known is None or not hmac.compare_digest(known.digest, digest):
+            return None
+        return known.caller if known.expires is None or time.time() < known.expires else None
+
+    def refresh(self) -> None:
+        """Read the file again if it is another than the one that was last looked at."""
+        seen = _seen(self._file)
+        if seen == self._seen:
+            return
+        self._seen = seen
+        try:
+            self._known = self._read()  # one assignment: who asks meanwhile sees the keys as they were or as they are
+        except KeyFileError as error:
+            self._report(str(error))
+
+    def start(self) -> None:
+        """Look after the file, if there is one, until `stop`."""
+        if self._file is not None:
+            self._thread = threading.Thread(target=self._watch, name="key-file", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._is_stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._is_stopping.wait(LOOK_SECONDS):
+            self.refresh()
+
+    def _read(self) -> dict[str, _Known]:
+        stored = () if self._file is None else read_keys(self._file).keys
+        found = [_Known(key.sha256, key.caller, key.expires.timestamp() if key.expires else None) for key in stored]
+        return {known.digest: known for known in (*found, *self._own)}
+
+
+def _seen(file: Path | None) -> _Seen:
+    """What tells a file from the one that was there before."""
+    try:
+        status = None if file is None else os.stat(file)
+    except OSError:
+        return None
+    return None if status is None else (status.st_ino, status.st_mtime_ns, status.st_size)
