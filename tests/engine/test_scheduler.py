@@ -72,6 +72,7 @@ def test_when_blocks_run_out_the_youngest_is_computed_again_and_all_finish() -> 
         num_rows += sum(rows.num_rows for rows in run_step(scheduler).rows)
     assert [len(client.events) for client in clients] == [7, 7]
     assert num_rows > 2 * (4 + 6), "nothing was preempted, so this shows nothing"
+    assert scheduler.num_preempted > 0
 
 
 def test_a_broken_pool_is_noticed() -> None:

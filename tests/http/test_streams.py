@@ -24,7 +24,7 @@ from swaplora_server.service.admission import Admissions
 from swaplora_server.service.detokenize import TextToken
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.generation import Generation, Piece
-from swaplora_server.service.metrics import GenerationRecord, Outcome
+from swaplora_server.service.metrics.records import GenerationRecord, Outcome
 from swaplora_server.service.service import Service
 from swaplora_server.service.wakeups import Wakeups
 

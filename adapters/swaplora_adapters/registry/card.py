@@ -32,6 +32,16 @@ class Card:
     last_failure: Failure | None
 
 
+class AdapterState(NamedTuple):
+    """Where one adapter is, as of now."""
+
+    name: str
+    num_bytes: int  # that it takes in memory
+    tier: Tier
+    is_loading: bool  # or waits for memory
+    is_pinned: bool
+
+
 class PutResult(NamedTuple):
     """An upload's outcome."""
 

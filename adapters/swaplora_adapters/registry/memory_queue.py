@@ -26,7 +26,7 @@ From this follows, where no request holds its memory longer than L seconds:
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -107,10 +107,13 @@ class QueueHead:
 class MemoryQueue:
     """Owns the budget and the line of who waits for a part of it. Not thread-safe; times are `time.monotonic()`'s."""
 
-    def __init__(self, budget: int, wait_seconds: float) -> None:
-        """`budget` is in bytes of weights."""
+    def __init__(
+        self, budget: int, wait_seconds: float, on_evict: Callable[[str], None] = lambda _digest: None
+    ) -> None:
+        """`budget` is in bytes of weights; `on_evict` is told which digest gave its room to another."""
         self.budget = budget
         self.wait_seconds = wait_seconds
+        self._on_evict = on_evict
         self.pinned: dict[str, int] = {}
         self.kept: dict[str, int] = {}  # the pinned ones that are never evicted
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
@@ -126,6 +129,17 @@ class MemoryQueue:
         """All that wait, for room or for a load."""
         users = dict.fromkeys(claim for resident in self._residents.values() for claim in resident.users)
         return [*self._line, *(claim for claim in users if not claim.is_loaded)]
+
+    @property
+    def resident_digests(self) -> frozenset[str]:
+        """Of what is in memory."""
+        return frozenset(digest for digest, resident in self._residents.items() if resident.weights is not None)
+
+    @property
+    def awaited_digests(self) -> frozenset[str]:
+        """Of what is wanted and not in memory."""
+        wanted = {digest for claim in self._line for digest in claim.sizes} | self._residents.keys()
+        return frozenset(wanted - self.resident_digests)
 
     def find(self, digest: str) -> Resident | None:
         return self._residents.get(digest)
@@ -277,6 +291,7 @@ class MemoryQueue:
         for resident in [resident for resident in self._residents.values() if self._is_evictable(resident)]:
             if excess > 0 and resident.digest not in claim.sizes:
                 self._remove(resident)
+                self._on_evict(resident.digest)
                 excess -= resident.nbytes
         self._residents.update((digest, Resident(digest, nbytes)) for digest, nbytes in lacking.items())
         claim.residents = tuple(self._residents[digest] for digest in claim.sizes)

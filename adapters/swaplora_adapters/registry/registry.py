@@ -18,12 +18,13 @@ from swaplora_adapters.errors import AdapterError, PreconditionFailedError, Stor
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.intake import inspect_files
 from swaplora_adapters.priority import lower_priority
-from swaplora_adapters.registry.card import Card, Failure, PutResult, Tier
+from swaplora_adapters.registry.card import AdapterState, Card, Failure, PutResult, Tier
 from swaplora_adapters.registry.host_tier import HostTier
 from swaplora_adapters.registry.index import NamedVersions
 from swaplora_adapters.registry.leases import Lease, LeaseCounts, Removal, RequestLeases
 from swaplora_adapters.registry.names import Names
 from swaplora_adapters.registry.residency import Residency
+from swaplora_adapters.registry.usage import Stages, Unheard, UsageByName, UsageListener
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
 from swaplora_adapters.store.records import Alias, Target, VersionRecord
 from swaplora_adapters.store.staging import Staging
@@ -62,13 +63,15 @@ class Registry:
         placement: Placement | None = None,
         prepare: Callable[[AdapterWeights], AdapterWeights] = lambda weights: weights,
         host_budget: int = 0,
+        listener: UsageListener | None = None,
     ) -> None:
         """`layers` are the base's that adapters may change; weights are kept in `dtype`.
 
         No request waits for memory for more than `wait_seconds`. `base_model` is the base's name: an adapter that was
         made for another one is taken with a warning. `placement` lays the factors of linears into memory, and `prepare`
         makes of an adapter's weights what is served, the same on their device with `tables` filled in: both on the
-        thread that loads. `host_budget` is of bytes that are kept of adapters as they were before `prepare`.
+        thread that loads. `host_budget` is of bytes that are kept of adapters as they were before `prepare`. `listener`
+        is told what becomes of adapters in memory.
         """
         self._store = store
         self._sources = sources
@@ -78,7 +81,8 @@ class Registry:
         self._prepare = prepare
         self._base_model = base_model
         self._names = Names(store, base_model=base_model, keep_versions=keep_versions)
-        self._residency = Residency(self._load, memory_budget, wait_seconds)
+        self._usage = UsageByName(Unheard() if listener is None else listener)
+        self._residency = Residency(self._load, memory_budget, wait_seconds, on_evict=self._usage.evicted)
         self._host = HostTier(host_budget)
         self._lease_counts = LeaseCounts()
         self._last_failure: dict[str, Failure] = {}
@@ -111,8 +115,14 @@ class Registry:
 
         The leases are then given back with it.
         """
-        sizes = {lease.record.digest: self._num_bytes(lease.record) for lease in leases}
-        return RequestLeases(leases, self._residency.retain(sizes), self._residency.release)
+        records = [lease.record for lease in leases]
+        for record in records:
+            self._usage.asked(record)
+        claim = self._residency.retain({record.digest: self._num_bytes(record) for record in records})
+        were_there = claim.weights.done()
+        if not (were_there and claim.weights.exception()):  # refused at once: nobody looked
+            self._usage.looked_up(records, were_there=were_there)
+        return RequestLeases(leases, claim, self._residency.release)
 
     def stage(self) -> Staging:
         """A folder to write an upload into."""
@@ -209,6 +219,16 @@ class Registry:
         """Of adapters that are kept in the host's memory beside the device's."""
         return self._host.nbytes
 
+    def states(self) -> list[AdapterState]:
+        """Where each name's current version is at this moment, and how much it takes, in order of name."""
+        resident, loading = self._residency.digests()
+        return [self._state(named, resident, loading) for named in self._names.index.all()]
+
+    @property
+    def memory_budget(self) -> int:
+        """In bytes, for resident adapters."""
+        return self._residency.budget
+
     def check_integrity(self) -> None:
         """Raise RuntimeError if counts are off, or if with no lease out something still waits to be freed."""
         self._residency.check_integrity()
@@ -262,7 +282,9 @@ class Registry:
 
     def _pinned(self) -> dict[str, int]:
         """Digest → bytes of what is to stay in memory."""
-        pinned = (named.current for named in self._names.index.all() if named.is_pinned)
+        pinned = [named.current for named in self._names.index.all() if named.is_pinned]
+        for record in pinned:
+            self._usage.asked(record)
         return {record.digest: self._num_bytes(record) for record in pinned}
 
     def _check_pins(self, name: str, digest: str, nbytes: int) -> None:
@@ -280,7 +302,7 @@ class Registry:
             named.versions,
             state,
             reason,
-            self._tier(record.digest, state),
+            self._tier(record.digest, is_resident=state in {"resident", "draining"}),
             named.is_pinned,
             self._lease_counts.num_in_flight(record.name),
             self._lease_counts.last_used(record.name),
@@ -293,21 +315,39 @@ class Registry:
             if self._lease_counts.give_back(lease.record):
                 self._cleaner.submit(self._finish_removals)
 
-    def _tier(self, digest: str, state: str) -> Tier:
-        if state in {"resident", "draining"}:
+    def _tier(self, digest: str, *, is_resident: bool) -> Tier:
+        if is_resident:
             return "device"
         return "host" if digest in self._host else "disk"
 
-    def _load(self, digest: str) -> AdapterWeights:
-        return self._prepare(self._host.find(digest) or self._read(digest))
+    def _state(self, named: NamedVersions, resident: frozenset[str], loading: frozenset[str]) -> AdapterState:
+        record = named.current
+        return AdapterState(
+            record.name,
+            self._num_bytes(record),
+            self._tier(record.digest, is_resident=record.digest in resident),
+            is_loading=record.digest in loading,
+            is_pinned=named.is_pinned,
+        )
 
-    def _read(self, digest: str) -> AdapterWeights:
+    def _load(self, digest: str) -> AdapterWeights:
+        stages = Stages()
+        try:
+            weights = self._host.find(digest) or self._read(digest, stages)
+            prepared = stages.time("prepare", lambda: self._prepare(weights))
+        except BaseException:
+            self._usage.load_failed(digest)
+            raise
+        self._usage.loaded(digest, stages.seconds)
+        return prepared
+
+    def _read(self, digest: str, stages: Stages) -> AdapterWeights:
         """The files are hashed again beside the load, and what was loaded counts only if they are what they were."""
         verified = self._verifier.submit(self._store.verify, digest)
         try:
-            weights = self._built(digest)
+            weights = stages.time("read", lambda: self._built(digest))
         finally:
-            verified.result()
+            stages.time("verify", verified.result)
         self._host.keep(weights)
         return weights
 
@@ -333,6 +373,7 @@ class Registry:
             for digest in removable:
                 self._residency.drop(digest)
                 self._host.drop(digest)
+                self._usage.forget(digest)
                 with suppress(StorageFailedError):  # what a failing disk keeps is swept at the next start
                     self._store.discard_unreferenced(digest)
             self._lease_counts.settle(removable | elsewhere)

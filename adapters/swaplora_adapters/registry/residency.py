@@ -36,15 +36,16 @@ class Residency:
         budget: int,
         wait_seconds: float,
         report: Callable[[BaseException], None] = _show,
+        on_evict: Callable[[str], None] = lambda _digest: None,
     ) -> None:
         """`load` reads one digest's weights into memory; `budget` is in bytes of weights.
 
         Nobody waits for room for more than `wait_seconds`. `report` is told what went wrong in a load that nobody
-        foresaw.
+        foresaw, and `on_evict`, with the lock held, which digest gave its room to another.
         """
         self._load = load
         self._report = report
-        self._queue = MemoryQueue(budget, wait_seconds)
+        self._queue = MemoryQueue(budget, wait_seconds, on_evict)
         self._reasons: dict[str, str] = {}
         self._is_closed = False
         self._changed = threading.Condition()
@@ -56,6 +57,16 @@ class Residency:
     def resident_bytes(self) -> int:
         with self._changed:
             return self._queue.used_bytes
+
+    @property
+    def budget(self) -> int:
+        """In bytes of weights."""
+        return self._queue.budget
+
+    def digests(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Those that are in memory, and those that are wanted and not there yet, at one moment."""
+        with self._changed:
+            return self._queue.resident_digests, self._queue.awaited_digests
 
     def check_size(self, nbytes: int) -> None:
         """Raise AdapterTooLargeError for what could never be loaded."""

@@ -74,6 +74,8 @@ class Engine:
             num_looked_up_tokens=scheduler.cache.num_looked_up_tokens,
             num_hit_tokens=scheduler.cache.num_hit_tokens,
             num_failed_requests=scheduler.num_failed,
+            num_preempted=scheduler.num_preempted,
+            block_size=pool.block_size,
             num_steps=dict(self._runner.num_steps),
             seconds_since_beat=time.monotonic() - self._last_beat,
         )

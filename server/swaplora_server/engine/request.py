@@ -121,6 +121,7 @@ class Request:
     scores: list[Logprobs] = field(default_factory=list)
     num_unfinished: int = field(init=False)
     num_cached_tokens: int | None = field(default=None, init=False)  # of the prompt; None until it is looked up
+    begun_at: float | None = field(default=None, init=False)  # on the monotonic clock: when the first sequence did
     _held: list[TokenEvent] = field(default_factory=list, init=False)  # until its prompt's scores are there
     _has_first_ended: bool = field(default=False, init=False)  # of its sequences
 

@@ -14,6 +14,7 @@ no more go into a step than may be scored in one: each of them reaches the outpu
 What fails while one sequence is looked at ends its request, and that alone.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -169,6 +170,7 @@ class Scheduler:
         self._max_scored_rows = max_scored_rows
         self._ranks = StepRanks(max_step_ranks)
         self.num_failed = 0  # requests that `fail` ended; only grows, any thread may read it
+        self.num_preempted = 0  # sequences that gave their blocks back; the same
         self._num_steps = 0
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -301,6 +303,8 @@ class Scheduler:
         self._ranks.add(sequence.request.adapter_ranks)
         self.cache.begin(sequence, found)
         sequence.passed_over_since = None
+        if sequence.request.begun_at is None:
+            sequence.request.begun_at = time.monotonic()
         rows = room.take(sequence)
         if rows is None:
             return []
@@ -325,6 +329,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
         self._waiting.appendleft(sequence)
+        self.num_preempted += 1
 
     def _stop(self, sequence: Sequence) -> None:
         """Take a sequence out of those that run, and its blocks from it."""

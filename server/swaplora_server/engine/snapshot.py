@@ -18,6 +18,8 @@ class Snapshot:
     num_looked_up_tokens: int  # of prompts, in the prefix cache
     num_hit_tokens: int  # of those, the ones that were in it
     num_failed_requests: int  # that ended alone, of a fault that was theirs
+    num_preempted: int  # times that a sequence gave its blocks to another and began again
+    block_size: int  # tokens
     num_steps: Mapping[StepForm, int]
     seconds_since_beat: float  # since the engine's thread last came round
 

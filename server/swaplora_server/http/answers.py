@@ -18,7 +18,7 @@ from swaplora_server.http.wire import GenerationBody
 from swaplora_server.service.detokenize import TextToken
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.generation import Generation, Piece
-from swaplora_server.service.metrics import Outcome
+from swaplora_server.service.metrics.records import Outcome
 
 
 @dataclass(slots=True)

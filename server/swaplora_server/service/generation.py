@@ -19,7 +19,7 @@ from swaplora_server.service.detokenize import Detokenizer, Echo, Settled, TextR
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.grammar.grammars import Grammar
 from swaplora_server.service.grammar.source import GrammarSource
-from swaplora_server.service.metrics import GenerationRecord, Outcome
+from swaplora_server.service.metrics.records import GenerationRecord, Outcome
 from swaplora_server.service.service import Service
 
 _log = structlog.get_logger(__name__)
@@ -90,6 +90,7 @@ class Generation:
         began: float,
         echoes: Sequence[Echo] = (),
         grammar: Grammar | None = None,
+        seconds_for_adapters: float = 0.0,
     ) -> None:
         """`began` is the moment, on the monotonic clock, at which the client's wait began."""
         self._service = service
@@ -98,6 +99,7 @@ class Generation:
         self._params = params
         self.records = records  # the versions that answer; of a sum all, in order; none for the base
         self._began = began
+        self._seconds_for_adapters = seconds_for_adapters
         self._grammar = grammar
         self._request_id = structlog.contextvars.get_contextvars().get("request_id", "")  # as its log lines have it
         self._first_at = self._last_at = 0.0
@@ -115,6 +117,7 @@ class Generation:
         self._to_be_echoed = set(self._open) if task.has_echo else set()
         self.outcome: Outcome | None = None  # None while a choice is open
         self.num_generated = [0] * len(self._detokenizers)
+        self._reasons = [FinishReason.ABORT] * len(self._detokenizers)  # until they end otherwise
         self._num_cached_tokens = 0  # of requests that have been let go of
 
     @property
@@ -199,20 +202,32 @@ class Generation:
 
     def _end(self, outcome: Outcome) -> None:
         self.outcome = outcome
-        self._open.clear()
         self._num_cached_tokens = self.num_cached_tokens
+        record = self._record(outcome)
+        self._open.clear()
         self._requests.clear()  # which point back here: weights must not wait for the cycle collector
-        self._service.metrics.observe(self._record(outcome))
+        self._service.metrics.observe(record)
 
     def _record(self, outcome: Outcome) -> GenerationRecord:
-        longest = max(self.num_generated)
+        began, has_first = self._began, any(self.num_generated)
+        begun = [request.begun_at for request in self._requests if request.begun_at is not None]
+        is_failed = outcome is Outcome.FAILED
         return GenerationRecord(
-            outcome,
-            self.num_prompt_tokens,
-            sum(self.num_generated),
-            seconds=time.monotonic() - self._began,
-            seconds_to_first=self._first_at - self._began if longest else None,
-            seconds_per_token=(self._last_at - self._first_at) / (longest - 1) if longest > 1 else None,
+            outcome=outcome,
+            adapters=tuple(record.name for record in self.records),
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_generated=tuple(self.num_generated),
+            finish_reasons=tuple(
+                FinishReason.ERROR if is_failed and choice in self._open else reason
+                for choice, reason in enumerate(self._reasons)
+            ),
+            n=self._task.n,
+            max_tokens=self._params.max_tokens,
+            seconds=time.monotonic() - began,
+            seconds_for_adapters=self._seconds_for_adapters,
+            seconds_queued=min(begun) - began if begun else None,
+            seconds_to_first=self._first_at - began if has_first else None,
+            seconds_to_last=self._last_at - began if has_first else None,
         )
 
     def _post(self, first_choice: int, event: TokenEvent) -> None:
@@ -239,6 +254,7 @@ class Generation:
             reason = FinishReason.STOP
             self._service.engine.abort(self._requests[choice // self._task.n], choice % self._task.n)
         if reason is not None:
+            self._reasons[choice] = reason
             self._open.discard(choice)
             if not self._open:
                 self._end(Outcome.COMPLETED)
@@ -304,9 +320,11 @@ async def generate(service: Service, task: GenerationTask) -> Generation:
     admission = service.admissions.admit(len(prompts) * task.n)
     try:
         mix = await lease_mix(service, task.model, task.adapters, task.asker, admission)
+        asked_at = time.monotonic()
         uses = await mix.uses()
+        seconds = time.monotonic() - asked_at
         starts = [invoked_at(prompt, uses, task.prompt_param(number)) for number, prompt in enumerate(prompts)]
-        generation = Generation(service, task, prompts, params, mix.records, began, echoes, grammar)
+        generation = Generation(service, task, prompts, params, mix.records, began, echoes, grammar, seconds)
     except BaseException:
         admission.release()
         raise

@@ -12,6 +12,7 @@ import structlog
 
 from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.priority import lower_priority
+from swaplora_adapters.registry.index import parse_reference
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.sources.watcher import put_folder
@@ -36,7 +37,8 @@ from swaplora_server.service.errors import RequestError
 from swaplora_server.service.grammar.grammars import Grammars
 from swaplora_server.service.grammar.vocabulary import grammar_tokenizer
 from swaplora_server.service.ingest import Ingest
-from swaplora_server.service.metrics import Metrics, ServerState
+from swaplora_server.service.metrics.metrics import Metrics
+from swaplora_server.service.metrics.records import ServerState
 from swaplora_server.service.offload import Offload
 from swaplora_server.service.prompts import LONG_CHARACTERS, PromptTokenizer
 from swaplora_server.service.wakeups import Wakeups, result_of
@@ -75,7 +77,7 @@ class Service:
         self.keys = KeyRing(keys, settings.key_file, _log.error)
         self.started_at = int(time.time())
         self.is_draining = False
-        self.metrics = Metrics(self._state, settings.base_id)
+        self.metrics = Metrics(self._state, settings.base_id, self._is_adapter)
         self.admissions = Admissions(settings.max_waiting + settings.max_num_seqs)
         # the loop's own threads are for what is short: lists, metrics, changes of names
         self.offload = Offload(settings.tokenizer_threads, settings.max_waiting, "tokenize")
@@ -216,7 +218,20 @@ class Service:
         """The engine and the adapters as they are now; None before there is an engine."""
         if not self._is_ready.is_set():
             return None
-        return ServerState(self.engine.snapshot(), self.registry.resident_bytes, self.registry.host_bytes)
+        registry = self.registry
+        aliases = registry.names.index.aliases()
+        return ServerState(
+            self.engine.snapshot(),
+            registry.resident_bytes,
+            registry.memory_budget,
+            registry.host_bytes,
+            registry.states(),
+            [(alias.alias, [parse_reference(target.reference).name for target in alias.targets]) for alias in aliases],
+        )
+
+    def _is_adapter(self, name: str) -> bool:
+        """While the registry opens only it speaks of names, and knows them."""
+        return "registry" not in vars(self) or name in self.registry.names.index
 
     def _open_registry(self) -> Registry:
         settings = self.settings
@@ -241,6 +256,7 @@ class Service:
                 placement=self.base.backend.placement,
                 prepare=self.base.prepared,
                 host_budget=self._host_budget(),
+                listener=self.metrics.adapters,
             )
         except BaseException:
             store.close()

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
-from swaplora_server.service.metrics import Metrics
+from swaplora_server.service.metrics.metrics import Metrics
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 

@@ -1,0 +1,74 @@
+"""What the server counts, and the registry that a scrape reads."""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, disable_created_metrics
+
+from swaplora_server.service.metrics.adapters import AdapterMetrics
+from swaplora_server.service.metrics.records import GenerationRecord, Outcome, ServerState
+from swaplora_server.service.metrics.state import StateCollector
+from swaplora_server.service.metrics.vllm import VllmMetrics
+
+_TO_FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_PER_TOKEN = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+_WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a third of all series, and few ask when a count began
+
+
+class Metrics:
+    """Owns the registry that a scrape reads. A step of the engine pays nothing; a request pays once, at its end."""
+
+    def __init__(
+        self,
+        read_state: Callable[[], ServerState | None],
+        base: str,
+        is_adapter: Callable[[str], bool] = lambda _name: True,
+    ) -> None:
+        """`read_state` is asked at each scrape; None while there is no engine yet.
+
+        `is_adapter` says whether there is an adapter of a name, at once and without a lock.
+        """
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        adapter_series = CollectorRegistry()
+        self.adapters = AdapterMetrics(adapter_series, is_adapter)
+        self._vllm = VllmMetrics(base)
+        for collector in (StateCollector(read_state, base, self.adapters, self._vllm), adapter_series, self._vllm):
+            self.registry.register(collector)
+        self._requests = Counter(
+            "swaplora_requests", "HTTP requests answered", ["route", "status"], registry=self.registry
+        )
+        self._generations = Counter(
+            "swaplora_generations", "Generations that ended", ["outcome"], registry=self.registry
+        )
+        self._prompt_tokens = Counter("swaplora_prompt_tokens", "Prompt tokens", registry=self.registry)
+        self._generated_tokens = Counter("swaplora_generated_tokens", "Generated tokens", registry=self.registry)
+        self._queued = self._histogram("queue_time", "From the request until its prompt was begun", _TO_FIRST)
+        self._to_first = self._histogram("time_to_first_token", "From the request to the first token", _TO_FIRST)
+        self._per_token = self._histogram("time_per_output_token", "Between tokens, the mean of a request", _PER_TOKEN)
+        self._whole = self._histogram("request_duration", "From the request to the end of its generation", _WHOLE)
+        for outcome in Outcome:
+            self._generations.labels(outcome)  # shown from the start: a rate needs its zero
+
+    def count_request(self, route: str, status: int | None) -> None:
+        """One HTTP request is over. `route` is its template; status None is one whose answer was never begun."""
+        self._requests.labels(route, "none" if status is None else f"{status // 100}xx").inc()
+
+    def observe(self, record: GenerationRecord) -> None:
+        """One generation is over. How fast and how long is told by those that were whole."""
+        self._generations.labels(record.outcome).inc()
+        self._prompt_tokens.inc(record.num_prompt_tokens)
+        self._generated_tokens.inc(record.num_generated_tokens)
+        if record.seconds_queued is not None:
+            self._queued.observe(record.seconds_queued)
+        if record.seconds_to_first is not None:
+            self._to_first.observe(record.seconds_to_first)
+        if record.outcome is Outcome.COMPLETED:
+            self._whole.observe(record.seconds)
+            if record.seconds_per_token is not None:
+                self._per_token.observe(record.seconds_per_token)
+        self.adapters.observe(record)
+        self._vllm.observe(record)
+
+    def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"swaplora_{name}_seconds", documentation, buckets=buckets, registry=self.registry)

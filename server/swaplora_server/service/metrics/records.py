@@ -1,0 +1,63 @@
+"""What is counted: generations as they end, and the server as it stands. Plain data."""
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from swaplora_adapters.registry.card import AdapterState
+from swaplora_server.engine.request import FinishReason
+from swaplora_server.engine.snapshot import Snapshot
+
+
+class Outcome(enum.StrEnum):
+    """How a generation ended: whole, left by its client, or with an error."""
+
+    COMPLETED = "completed"
+    ABANDONED = "abandoned"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRecord:
+    """A generation that has ended. Times are in seconds; None is what did not come to be."""
+
+    outcome: Outcome
+    adapters: tuple[str, ...] = ()  # by name; of a sum all, none for the base
+    num_prompt_tokens: int  # of all prompts
+    num_generated: tuple[int, ...]  # tokens of each choice
+    finish_reasons: tuple[FinishReason, ...]  # of each choice
+    n: int = 1
+    max_tokens: int
+    seconds: float  # from the request to its end
+    seconds_for_adapters: float  # that it waited for them
+    seconds_queued: float | None  # from the request until the first prompt was begun
+    seconds_to_first: float | None  # from the request to the first token
+    seconds_to_last: float | None
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return sum(self.num_generated)
+
+    @property
+    def num_longest(self) -> int:
+        """Tokens of the longest choice."""
+        return max(self.num_generated)
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Between two tokens, the mean of the longest choice."""
+        if self.seconds_to_first is None or self.seconds_to_last is None or self.num_longest < 2:
+            return None
+        return (self.seconds_to_last - self.seconds_to_first) / (self.num_longest - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """The engine and the adapters at one moment."""
+
+    engine: Snapshot
+    resident_bytes: int  # of adapters, where steps read them
+    budget_bytes: int  # for these
+    host_bytes: int  # of adapters, in the host's memory beside a GPU's
+    adapters: Sequence[AdapterState]  # in order of name
+    aliases: Sequence[tuple[str, Sequence[str]]] = ()  # each with the names of the adapters that it stands for
