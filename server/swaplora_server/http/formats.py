@@ -43,14 +43,16 @@ class ResponseFormat(ClosedModel):
                 path = f"response_format.{name}"
                 raise RequestError("invalid_request", f"{path} does not go with the type {self.type!r}", path)
         if self.type == "json_object":
-            return _schema("response_format.schema", ANY_OBJECT if self.schema_ is None else json_text(self.schema_))
+            return schema_source(
+                "response_format.schema", ANY_OBJECT if self.schema_ is None else json_text(self.schema_)
+            )
         if self.type == "text":
             return None
         if self.json_schema is None:
             path = "response_format.json_schema"
             raise RequestError("invalid_request", f"{path} is needed with the type 'json_schema'", path)
-        schema = self.json_schema.schema_
-        return _schema("response_format.json_schema.schema", ANY_OBJECT if schema is None else json_text(schema))
+        named = self.json_schema.schema_
+        return schema_source("response_format.json_schema.schema", ANY_OBJECT if named is None else json_text(named))
 
 
 class StructuredOutputs(ClosedModel):
@@ -67,9 +69,9 @@ class StructuredOutputs(ClosedModel):
         """One for each that is asked for."""
         under = "structured_outputs."
         if self.json_ is not None:
-            yield _schema(f"{under}json", _text(self.json_))
+            yield schema_source(f"{under}json", _text(self.json_))
         if self.json_object:
-            yield _schema(f"{under}json_object", ANY_OBJECT)
+            yield schema_source(f"{under}json_object", ANY_OBJECT)
         if self.regex is not None:
             yield GrammarSource(GrammarKind.REGEX, self.regex, f"{under}regex")
         if self.choice is not None:
@@ -129,7 +131,8 @@ class FormatBody(WireModel):
         yield "structural_tag", GrammarKind.STRUCTURAL_TAG, self.structural_tag
 
 
-def _schema(param: str, text: str) -> GrammarSource:
+def schema_source(param: str, text: str) -> GrammarSource:
+    """What keeps to a JSON schema, given as text in the field `param`."""
     return GrammarSource(GrammarKind.JSON_SCHEMA, text, param)
 
 

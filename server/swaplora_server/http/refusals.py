@@ -40,7 +40,6 @@ class Refusal:
 
 
 _NAME_IT = "name the adapter in model"
-_NO_TOOLS = "/v1/chat/completions has tools"
 _ZERO, _ONE, _OFF, _ON, _EMPTY = Refusal((0,)), Refusal((1,)), Refusal((False,)), Refusal((True,)), Refusal(([],))
 
 ANYWHERE: dict[str, Refusal] = {
@@ -104,11 +103,7 @@ RESPONSE: dict[str, Refusal] = _DIALOGUE | {
     "store": Refusal((True, False)),
     "background": Refusal((False,), "wait for the answer, or have it streamed"),
     "prompt": Refusal(instead="send it as instructions"),
-    "tools": Refusal(([],), _NO_TOOLS),
-    "tool_choice": Refusal(("none", "auto")),
-    "parallel_tool_calls": Refusal((True, False)),
     "max_tool_calls": Refusal(),
-    "text": Refusal(({}, {"format": {"type": "text"}}, {"verbosity": "medium"})),
     "reasoning": Refusal(({},)),
     "include": _EMPTY,
     "truncation": Refusal(("disabled",), "send a conversation that fits"),
@@ -117,15 +112,11 @@ RESPONSE: dict[str, Refusal] = _DIALOGUE | {
 }
 ANTHROPIC: dict[str, Refusal] = _DIALOGUE | {
     "max_completion_tokens": Refusal(instead="max_tokens says how many here"),
-    "tools": Refusal(([],), _NO_TOOLS),
-    "tool_choice": Refusal(({"type": "auto"}, {"type": "none"})),
     "thinking": Refusal(({"type": "disabled"},)),
     "service_tier": Refusal(("auto", "standard_only")),
     "container": Refusal(),
     "mcp_servers": _EMPTY,
     "context_management": Refusal(),
-    "output_config": Refusal(({},)),
-    "output_format": Refusal(),
     "speed": Refusal(("standard",)),
 }
 MESSAGE: dict[str, Refusal] = {

@@ -18,12 +18,12 @@ from swaplora_server.http.refusals import CHAT, refuse_unsupported
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.tasks import task_of
 from swaplora_server.http.tools.answers import ToolAnswers
+from swaplora_server.http.tools.wire import one_format
 from swaplora_server.http.transport.body import body_schema, json_body
 from swaplora_server.http.wire import ChatBody
 from swaplora_server.service.detokenize import TextToken
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.generation import Encode, Piece, generate
-from swaplora_server.service.grammar.source import GrammarSource
 from swaplora_server.service.service import Service
 
 router = APIRouter()
@@ -52,19 +52,10 @@ async def answer_chat(request: Request, service: Service, body: ChatBody) -> Res
         num_logprobs=body.num_logprobs,
         num_prompt_logprobs=body.prompt_logprobs,
     )
-    if use is not None:
-        task = replace(task, format=_one_format(task.format, use.source()))
+    task = replace(task, format=one_format(task.format, use))
     generation = await until_disconnect(request.receive, generate(service, task))
     form = _format(service.base.vocabulary, None if use is None else ToolAnswers(use), has_logprobs=body.logprobs)
     return await answer(request, body, generation, form)
-
-
-def _one_format(of_text: GrammarSource | None, of_calls: GrammarSource | None) -> GrammarSource | None:
-    """What the text keeps to, where it may also be held to calls. Raises RequestError for both."""
-    if of_text is not None and of_calls is not None:
-        words = f"{of_text.param} and {of_calls.param} exclude each other where calls are strict, required or named"
-        raise RequestError("invalid_request", words, of_text.param)
-    return of_text or of_calls
 
 
 def prompt_of(service: Service, body: ChatBody) -> Encode:

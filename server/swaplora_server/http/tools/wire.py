@@ -1,13 +1,16 @@
-"""Tools, calls and results in the bodies of chats, as OpenAI defines them. Imports no torch."""
+"""Tools, calls and results in the bodies of chats, as OpenAI defines them, and what a body may have called.
+
+Imports no torch.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 
-from swaplora_server.http.transport.models import WireModel
+from swaplora_server.http.transport.models import BRANCH, WireModel
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.grammar.source import GrammarSource
 from swaplora_server.service.tools.reader import CallReader
@@ -18,6 +21,14 @@ MAX_CALLS = 128
 MAX_DESCRIPTION_CHARACTERS = 65_536
 MAX_ARGUMENT_CHARACTERS = 2**20
 
+WORD, OBJECT = f"{BRANCH}word", f"{BRANCH}object"
+
+
+def _choice_form(value: object) -> str | None:
+    return WORD if isinstance(value, str) else OBJECT if isinstance(value, Mapping) else None
+
+
+CHOICE_FORM = Discriminator(_choice_form, "form", "must be none, auto, required, or a function by its name")
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
 
 
@@ -45,6 +56,15 @@ class NamedTool(WireModel):
     function: Named
 
 
+def arguments_in(text: str) -> dict[str, Any] | None:
+    """The object that a call's arguments are, or None for what is none."""
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 class FunctionCall(WireModel):
     name: ToolName
     arguments: Annotated[str, Field(max_length=MAX_ARGUMENT_CHARACTERS)] = "{}"
@@ -52,17 +72,13 @@ class FunctionCall(WireModel):
     @field_validator("arguments")
     @classmethod
     def _arguments_are_an_object(cls, value: str) -> str:
-        try:
-            is_object = isinstance(json.loads(value or "{}"), dict)
-        except (ValueError, RecursionError):
-            is_object = False
-        if not is_object:
+        if arguments_in(value) is None:
             raise ValueError("must be a JSON object, as text")
         return value
 
     def for_template(self) -> dict[str, Any]:
         """With its arguments as an object, as templates want them."""
-        return {"name": self.name, "arguments": json.loads(self.arguments or "{}")}
+        return {"name": self.name, "arguments": arguments_in(self.arguments)}
 
 
 class ToolCall(WireModel):
@@ -78,8 +94,9 @@ class ToolCall(WireModel):
 Tools = Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 Functions = Annotated[list[Function], Field(max_length=MAX_TOOLS, fail_fast=True)]
 ToolCalls = Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)]
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
-FunctionChoice = Literal["none", "auto"] | Named
+ToolMode = Annotated[Literal["none", "auto", "required"], Tag(WORD)]
+ToolChoice = Annotated[ToolMode | Annotated[NamedTool, Tag(OBJECT)], CHOICE_FORM]
+FunctionChoice = Annotated[Annotated[Literal["none", "auto"], Tag(WORD)] | Annotated[Named, Tag(OBJECT)], CHOICE_FORM]
 
 
 class ToolBody(WireModel):
@@ -95,22 +112,42 @@ class ToolBody(WireModel):
         """What may be called; None where nothing is to be. Raises RequestError for fields that do not go together."""
         if self.functions and self.tools:
             raise _refusal("functions", "are what tools were called before: send one of them")
-        param, choice_param = ("functions", "function_call") if self.functions else ("tools", "tool_choice")
-        given = [tool.function for tool in self.tools or ()] or self.functions or []
-        names = [function.name for function in given]
-        if len(set(names)) < len(names):
-            raise _refusal(param, "has two functions of one name")
-        choice = self.function_call if self.functions else self.tool_choice
-        named = _name_in(choice)
-        if (named or choice == "required") and not given:
-            raise _refusal(choice_param, f"needs {param}")
-        if named is not None and named not in names:
-            raise _refusal(choice_param, f"names {named!r}, which is not among {param}")
-        if choice == "none" or not given:
-            return None
-        is_one = bool(self.functions) or self.parallel_tool_calls is False
-        tools = tuple(function.tool() for function in given)
-        return ToolUse(tools, named, choice == "required", is_one, bool(self.functions))
+        if self.functions:
+            tools = [function.tool() for function in self.functions]
+            return use_of(tools, _choice(self.function_call), is_one=True, is_legacy=True)
+        tools = [tool.function.tool() for tool in self.tools or ()]
+        return use_of(tools, _choice(self.tool_choice), is_one=self.parallel_tool_calls is False)
+
+
+class Choice(NamedTuple):
+    """Whether something is to be called: none, auto or required; or what, by its name."""
+
+    mode: Literal["none", "auto", "required"] = "auto"
+    named: str | None = None
+
+
+def use_of(tools: Sequence[Tool], choice: Choice, *, is_one: bool = False, is_legacy: bool = False) -> "ToolUse | None":
+    """What may be called; None where nothing is to be. Raises RequestError where these do not go together."""
+    param, choice_param = ("functions", "function_call") if is_legacy else ("tools", "tool_choice")
+    names = [tool.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise _refusal(param, "has two functions of one name")
+    if (choice.named or choice.mode == "required") and not tools:
+        raise _refusal(choice_param, f"needs {param}")
+    if choice.named is not None and choice.named not in names:
+        raise _refusal(choice_param, f"names {choice.named!r}, which is not among {param}")
+    if choice.mode == "none" or not tools:
+        return None
+    return ToolUse(tuple(tools), choice.named, choice.mode == "required", is_one, is_legacy)
+
+
+def one_format(of_text: GrammarSource | None, use: "ToolUse | None") -> GrammarSource | None:
+    """What the text keeps to, where it may also be held to calls. Raises RequestError for both."""
+    of_calls = None if use is None else use.source()
+    if of_text is not None and of_calls is not None:
+        words = f"{of_text.param} and {of_calls.param} exclude each other where calls are strict, required or named"
+        raise RequestError("invalid_request", words, of_text.param)
+    return of_text or of_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +182,14 @@ class ToolUse:
         return "function_call" if self.is_legacy else "tool_calls"
 
 
-def _name_in(choice: object) -> str | None:
-    if isinstance(choice, NamedTool):
-        return choice.function.name
-    return choice.name if isinstance(choice, Named) else None
+def _choice(value: str | NamedTool | Named | None) -> Choice:
+    match value:
+        case NamedTool(function=Named(name=name)) | Named(name=name):
+            return Choice(named=name)
+        case "none" | "auto" | "required":
+            return Choice(value)
+        case _:
+            return Choice()
 
 
 def _refusal(field: str, words: str) -> RequestError:
