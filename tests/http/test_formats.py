@@ -279,6 +279,10 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"guided_json": {"$ref": "file:///etc/passwd"}}, "guided_json", "file:///etc/passwd"),
     ({"guided_json": {"$ref": "#/$defs/gone"}}, "guided_json", "gone"),
     ({"guided_json": {"const": "x" * 300_000}}, "guided_json", "bytes"),
+    ({"guided_choice": ["x" * 99_999] * 3}, "guided_choice", "bytes"),
+    ({"structural_tag": {"x": "x" * 300_000}}, "structural_tag", "bytes"),
+    ({"response_format": {"type": "json_object", "schema": "{}"}}, "response_format.schema", "an object"),
+    ({"grammar": "\n" * 9999}, "grammar", "neither"),
     ({"guided_json": {"$ref": "#"}}, "guided_json", "followed"),
     ({"grammar": "nonsense"}, "grammar", "neither"),
     ({"grammar": 'root ::= "a'}, "grammar", "neither"),
@@ -311,6 +315,12 @@ def test_rules_that_name_each_other_one_by_one_are_followed_however_many(server:
     assert choices(complete(server, grammar=f'start: a0\n{rules}a12000: "x"\n')) == [("x", "stop")]
     chained = {f"a{number}": {"$ref": f"#/$defs/a{number + 1}"} for number in range(4000)} | {"a4000": {"const": 1}}
     assert choices(complete(server, guided_json={"$ref": "#/$defs/a0", "$defs": chained})) == [("1", "stop")]
+
+
+def test_one_of_many_thousands_is_chosen(server: Running) -> None:
+    many = [f"{number:05d} of {number % 7}" for number in range(10_000)]
+    for text, reason in choices(complete(server, guided_choice=many, n=3)):
+        assert (text in many, reason) == (True, "stop")
 
 
 def test_a_format_that_fails_on_the_way_ends_its_request_alone(server: Running) -> None:

@@ -1,32 +1,38 @@
 """Grammars: compiled once, their masks computed in the time that the engine's thread has for it."""
 
 import asyncio
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from llguidance.gbnf_to_lark import is_lark_syntax
 
 import tiny
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.sampling.constraint import ConstraintPendingError, TokenBits
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.grammar import grammars as module
-from swaplora_server.service.grammar.desk import Allowance, MaskThreads
+from swaplora_server.service.grammar.desk import NUM_THREADS, Allowance
+from swaplora_server.service.grammar.gbnf import is_lark, lark_of
 from swaplora_server.service.grammar.grammars import Grammar, Grammars
 from swaplora_server.service.grammar.matcher import GrammarConstraint
 from swaplora_server.service.grammar.source import GrammarKind, GrammarSource
 from swaplora_server.service.grammar.vocabulary import grammar_tokenizer
+from swaplora_server.service.offload import Turns
 
 ENDS = frozenset({tiny.EOS, tiny.PAD})
 DIGITS = {15 + digit for digit in range(10)}  # the byte tokenizer's ids
 
 
 @pytest.fixture
-def grammars() -> Grammars:
+def grammars() -> Iterator[Grammars]:
     backend = tiny.byte_tokenizer().backend_tokenizer
-    return Grammars(grammar_tokenizer(backend, Vocabulary(backend), tiny.VOCAB_SIZE, {tiny.EOS}), 4)
+    made = Grammars(grammar_tokenizer(backend, Vocabulary(backend), tiny.VOCAB_SIZE, {tiny.EOS}), 4, Turns())
+    yield made
+    made.close(60.0)
 
 
 def of_regex(text: str) -> GrammarSource:
@@ -64,7 +70,7 @@ async def test_sequences_of_one_grammar_know_nothing_of_each_other(grammars: Gra
 @pytest.mark.parametrize("vocab_size", [259, 287, 288, 320])
 async def test_the_end_has_a_bit_of_its_own_behind_any_number_of_tokens(vocab_size: int) -> None:
     backend = tiny.byte_tokenizer().backend_tokenizer
-    padded = Grammars(grammar_tokenizer(backend, Vocabulary(backend), vocab_size, {tiny.EOS}), 4)
+    padded = Grammars(grammar_tokenizer(backend, Vocabulary(backend), vocab_size, {tiny.EOS}), 4, Turns())
     constraint = await constraint_of(padded, "(.|\n)*")
     bits = constraint.allowed()
     assert bits.shape == (-(-vocab_size // 32),)
@@ -145,8 +151,8 @@ def test_no_more_time_is_spent_than_the_share_and_a_few_milliseconds(turns: list
         assert spent <= 0.008 + 0.5 * now + longest + 1e-9
 
 
-def test_what_took_least_before_is_done_first() -> None:
-    threads, done, all_done = MaskThreads(), list[float](), threading.Semaphore(0)
+def test_what_took_least_before_is_done_first(grammars: Grammars) -> None:
+    threads, done, all_done = grammars.threads, list[float](), threading.Semaphore(0)
     are_busy, may_go_on = threading.Barrier(3), threading.Event()
 
     def hold() -> None:
@@ -171,3 +177,47 @@ def test_what_took_least_before_is_done_first() -> None:
         all_done.acquire()
     assert sorted(done[:2]) == [0.1, 0.3]  # by two threads, side by side
     assert sorted(done) == [0.1, 0.3, 0.5]
+
+
+async def test_no_thread_is_left_when_it_is_closed(grammars: Grammars) -> None:
+    before = {*threading.enumerate()}
+    constraint, late = [await constraint_of(grammars, "[0-9]+") for _ in range(2)]
+    grammars.allowance.spend(1e6)
+    constraint.append(16)
+    begun = {*threading.enumerate()} - before
+    assert "mask" in {thread.name for thread in begun}
+    grammars.close(60.0)
+    assert not any(thread.is_alive() for thread in begun)
+    late.append(16)
+    assert {*threading.enumerate()} <= before
+
+
+async def test_an_end_leaves_what_waits_undone(grammars: Grammars) -> None:
+    threads, begun, may_go_on, done = grammars.threads, threading.Semaphore(0), threading.Event(), list[int]()
+
+    def hold() -> None:
+        begun.release()
+        may_go_on.wait()
+
+    for _ in range(NUM_THREADS):
+        threads.do(0.0, hold)
+        begun.acquire()
+    threads.do(0.0, lambda: done.append(1))
+    closing = threading.Thread(target=threads.close, args=[60.0])
+    closing.start()
+    may_go_on.set()
+    closing.join()
+    assert not done
+
+
+@given(st.text("start: \n\r\t%llguidance\x0b\x85\u2028x", max_size=30))
+def test_lark_is_told_from_gbnf_as_llguidance_does(text: str) -> None:
+    assert is_lark(text) == is_lark_syntax(text)
+
+
+def test_gbnf_is_read_in_the_time_that_it_is_given() -> None:
+    assert re.sub(r"\s", "", lark_of('root ::= "é" [a-z]', 60.0)) == '%llguidance{}start:"é"/[a-z]/'
+    with pytest.raises(ValueError, match="too long"):
+        lark_of('root ::= "a"', 0.0)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        lark_of("root ::= " + "(" * 900 + '"a"' + ")" * 900, 60.0)

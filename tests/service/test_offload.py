@@ -5,6 +5,7 @@ import itertools
 import subprocess
 import sys
 import threading
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.offload import PATIENCE, Offload, WorkQueue, in_own_thread
+from swaplora_server.service.offload import PATIENCE, Offload, Turns, WorkQueue, in_own_thread
 
 GUARD_SECONDS = 60
 
@@ -208,3 +209,32 @@ def test_a_thread_that_cannot_be_had_or_panics_costs_no_place(monkeypatch: pytes
         offload.join(GUARD_SECONDS)
 
     asyncio.run(main())
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=20))
+def test_turns_come_one_after_the_other_with_as_long_between_two(asked: list[tuple[float, float]]) -> None:
+    now, free_at = 0.0, 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def job(took: float) -> float:
+        began = now
+        sleep(took)
+        return began
+
+    turns = Turns(lambda: now, sleep)
+    for passed, took in asked:
+        now += passed
+        expected = max(now, free_at)
+        began = turns.do(partial(job, took))
+        assert began == pytest.approx(expected)
+        free_at = began + 2 * took
+
+
+def test_a_turn_that_fails_is_over() -> None:
+    turns = Turns()
+    with pytest.raises(ZeroDivisionError):
+        turns.do(lambda: 1 // 0)
+    assert turns.do(lambda: 1) == 1

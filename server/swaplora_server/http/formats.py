@@ -3,19 +3,46 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, PlainValidator
 
 from swaplora_server.http.transport.models import ClosedModel, WireModel
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.grammar.source import MAX_BYTES, GrammarKind, GrammarSource, json_text
+from swaplora_server.service.grammar.source import MAX_BYTES, GrammarKind, GrammarSource, check_size, json_text
 
 MAX_CHOICES = 16_384
 MAX_NAME_CHARACTERS = 64
 MAX_DESCRIPTION_CHARACTERS = 16_384
 
-JsonValue = dict[str, Any] | bool | str
+
+def _text_of_schema(value: object) -> str:
+    """Raises ValueError for what is none."""
+    if not isinstance(value, dict | bool):
+        raise ValueError("must be a JSON schema: an object")
+    text = json_text(value)
+    check_size(text)
+    return text
+
+
+def _text_of_value(value: object) -> str:
+    """Raises ValueError for what is neither a JSON schema nor one that is written as a text."""
+    if not isinstance(value, str):
+        return _text_of_schema(value)
+    check_size(value)
+    return value
+
+
+def _checked(choices: list[str]) -> list[str]:
+    """Raises ValueError for more than are compiled."""
+    if sum(map(len, choices)) > MAX_BYTES:
+        raise ValueError(f"may have {MAX_BYTES} bytes")
+    return choices
+
+
 Text = Annotated[str, Field(max_length=MAX_BYTES)]
-Choices = Annotated[list[Text], Field(max_length=MAX_CHOICES, fail_fast=True)]
+Choices = Annotated[list[Text], Field(max_length=MAX_CHOICES, fail_fast=True), AfterValidator(_checked)]
+# values of bodies become texts while these are read, which for large ones is not on the event loop
+SchemaText = Annotated[str, PlainValidator(_text_of_schema, json_schema_input_type=dict[str, Any] | bool)]
+JsonText = Annotated[str, PlainValidator(_text_of_value, json_schema_input_type=dict[str, Any] | bool | str)]
 ANY_OBJECT = '{"type":"object"}'
 
 
@@ -24,7 +51,7 @@ class NamedSchema(ClosedModel):
 
     name: Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)] | None = None
     description: Annotated[str, Field(max_length=MAX_DESCRIPTION_CHARACTERS)] | None = None
-    schema_: Annotated[dict[str, Any] | bool | None, Field(alias="schema")] = None
+    schema_: Annotated[SchemaText | None, Field(alias="schema")] = None
     strict: bool | None = None
 
 
@@ -33,7 +60,7 @@ class ResponseFormat(ClosedModel):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
-    schema_: Annotated[dict[str, Any] | bool | None, Field(alias="schema")] = None
+    schema_: Annotated[SchemaText | None, Field(alias="schema")] = None
 
     def source(self) -> GrammarSource | None:
         """None for plain text. Raises RequestError for what belongs to another type."""
@@ -43,33 +70,31 @@ class ResponseFormat(ClosedModel):
                 path = f"response_format.{name}"
                 raise RequestError("invalid_request", f"{path} does not go with the type {self.type!r}", path)
         if self.type == "json_object":
-            return schema_source(
-                "response_format.schema", ANY_OBJECT if self.schema_ is None else json_text(self.schema_)
-            )
+            return schema_source("response_format.schema", ANY_OBJECT if self.schema_ is None else self.schema_)
         if self.type == "text":
             return None
         if self.json_schema is None:
             path = "response_format.json_schema"
             raise RequestError("invalid_request", f"{path} is needed with the type 'json_schema'", path)
-        named = self.json_schema.schema_
-        return schema_source("response_format.json_schema.schema", ANY_OBJECT if named is None else json_text(named))
+        schema = self.json_schema.schema_
+        return schema_source("response_format.json_schema.schema", ANY_OBJECT if schema is None else schema)
 
 
 class StructuredOutputs(ClosedModel):
     """vLLM's: exactly one of them."""
 
-    json_: Annotated[JsonValue | None, Field(alias="json")] = None
+    json_: Annotated[JsonText | None, Field(alias="json")] = None
     json_object: bool | None = None
     regex: Text | None = None
     choice: Annotated[Choices, Field(min_length=1)] | None = None
     grammar: Text | None = None
-    structural_tag: JsonValue | None = None
+    structural_tag: JsonText | None = None
 
     def sources(self) -> Iterator[GrammarSource]:
         """One for each that is asked for."""
         under = "structured_outputs."
         if self.json_ is not None:
-            yield schema_source(f"{under}json", _text(self.json_))
+            yield schema_source(f"{under}json", self.json_)
         if self.json_object:
             yield schema_source(f"{under}json_object", ANY_OBJECT)
         if self.regex is not None:
@@ -79,7 +104,7 @@ class StructuredOutputs(ClosedModel):
         if self.grammar is not None:
             yield GrammarSource(GrammarKind.GRAMMAR, self.grammar, f"{under}grammar")
         if self.structural_tag is not None:
-            yield GrammarSource(GrammarKind.STRUCTURAL_TAG, _text(self.structural_tag), f"{under}structural_tag")
+            yield GrammarSource(GrammarKind.STRUCTURAL_TAG, self.structural_tag, f"{under}structural_tag")
 
 
 class FormatBody(WireModel):
@@ -87,15 +112,15 @@ class FormatBody(WireModel):
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: JsonValue | None = None
+    guided_json: JsonText | None = None
     guided_regex: Text | None = None
     guided_choice: Choices | None = None
     guided_grammar: Text | None = None
-    json_schema: JsonValue | None = None
+    json_schema: JsonText | None = None
     regex: Text | None = None
     ebnf: Text | None = None
     grammar: Text | None = None
-    structural_tag: JsonValue | None = None
+    structural_tag: JsonText | None = None
 
     def format_source(self) -> GrammarSource | None:
         """What the text keeps to. Raises RequestError where two fields say so."""
@@ -134,7 +159,3 @@ class FormatBody(WireModel):
 def schema_source(param: str, text: str) -> GrammarSource:
     """What keeps to a JSON schema, given as text in the field `param`."""
     return GrammarSource(GrammarKind.JSON_SCHEMA, text, param)
-
-
-def _text(value: JsonValue) -> str:
-    return value if isinstance(value, str) else json_text(value)

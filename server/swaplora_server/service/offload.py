@@ -133,6 +133,31 @@ class Offload:
         self._begin_waiting()
 
 
+class Turns:
+    """For what holds the interpreter for long without a break: one at a time, and as long a time between two.
+
+    So whatever needs the interpreter now and then is held up by one of them at most, however many want a turn.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._lock = threading.Lock()
+        self._clock, self._sleep = clock, sleep
+        self._free_at = 0.0
+
+    def do(self, job: Callable[[], T]) -> T:
+        """What `job` returns or raises. For threads that may wait; one that has a turn takes no other."""
+        with self._lock:
+            self._sleep(max(0.0, self._free_at - self._clock()))
+            began = self._clock()
+            try:
+                return job()
+            finally:
+                now = self._clock()
+                self._free_at = 2 * now - began
+
+
 async def in_own_thread(job: Callable[[], T]) -> T:
     """What `job` returns or raises; no other work can be in its way."""
     return await Offload(1, 0, "alone").do(0, job)

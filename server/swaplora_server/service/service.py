@@ -39,7 +39,7 @@ from swaplora_server.service.grammar.vocabulary import grammar_tokenizer
 from swaplora_server.service.ingest import Ingest
 from swaplora_server.service.metrics.metrics import Metrics
 from swaplora_server.service.metrics.records import ServerState
-from swaplora_server.service.offload import Offload
+from swaplora_server.service.offload import Offload, Turns
 from swaplora_server.service.prompts import LONG_CHARACTERS, PromptTokenizer
 from swaplora_server.service.wakeups import Wakeups, result_of
 
@@ -81,6 +81,7 @@ class Service:
         self.admissions = Admissions(settings.max_waiting + settings.max_num_seqs)
         # the loop's own threads are for what is short: lists, metrics, changes of names
         self.offload = Offload(settings.tokenizer_threads, settings.max_waiting, "tokenize")
+        self.turns = Turns()
         self.inspections = Offload(NUM_INSPECTORS, MAX_INSPECTIONS, "inspect", begin=lower_priority)
         self.upload_threads = ThreadPoolExecutor(NUM_UPLOAD_THREADS, "upload", initializer=lower_priority)
         self._recorded: RecordedSteps | None = None
@@ -130,6 +131,7 @@ class Service:
             self.engine = self._make_engine()
             self.tokenizer = PromptTokenizer(self.base.tokenizer, self.max_model_len, self.offload)
             self.grammars = self._make_grammars()
+            opened.callback(self.grammars.close, _JOIN_SECONDS)
             self.engine.start()
             opened.callback(self.engine.stop)
             opened.callback(self.offload.join, _JOIN_SECONDS)
@@ -332,7 +334,7 @@ class Service:
         base = self.base
         backend = base.tokenizer.backend_tokenizer
         tokenizer = grammar_tokenizer(backend, base.vocabulary, base.vocab_size, base.eos_token_ids)
-        return Grammars(tokenizer, self.settings.max_waiting)
+        return Grammars(tokenizer, self.settings.max_waiting, self.turns)
 
     def _kv_bytes(self) -> int:
         """As the settings say, or what there is room for."""

@@ -13,20 +13,20 @@ from swaplora_server.service.errors import RequestError
 from swaplora_server.service.grammar.desk import Allowance, MaskThreads
 from swaplora_server.service.grammar.matcher import GrammarConstraint, Mask, told
 from swaplora_server.service.grammar.source import GrammarKind, GrammarSource
-from swaplora_server.service.offload import Offload
+from swaplora_server.service.offload import Offload, Turns
 
 NUM_THREADS = 2
 MAX_SECONDS = 10.0  # for one grammar
 MAX_KEPT = 256
-MAX_KEPT_BYTES = 4 << 20  # of their texts
+MAX_KEPT_BYTES = 1 << 20  # of their texts: compiled they take up to a hundred times as much
 _STACK_BYTES = 256 << 20  # a grammar of rules that each name the next is descended into rule by rule
-# per mask some milliseconds, per sequence some megabytes
+# per mask some milliseconds, per sequence some megabytes, and a grammar is let go in a few milliseconds
 _LIMITS = LLParserLimits(
     initial_lexer_fuel=1_000_000,
     step_lexer_fuel=100_000,
-    step_max_items=50_000,
+    step_max_items=20_000,
     max_lexer_states=20_000,
-    max_grammar_size=200_000,
+    max_grammar_size=50_000,
     verbose_errors=False,
 )
 
@@ -50,11 +50,12 @@ class Grammar:
 class Grammars:
     """Compiles, and keeps what was asked for lately. `grammar` belongs to the event loop."""
 
-    def __init__(self, tokenizer: LLTokenizer, max_waiting: int) -> None:
+    def __init__(self, tokenizer: LLTokenizer, max_waiting: int, turns: Turns) -> None:
         """`tokenizer` is a `grammar_tokenizer`."""
         self.vocab_size = vocab_size = tokenizer.vocab_size - 1
         self.allowance = Allowance()
-        self.threads = MaskThreads()
+        self.threads = MaskThreads(tokenizer)
+        self.turns = turns
         self.bits = lru_cache(MAX_KEPT)(partial(_bits, vocab_size))
         self._tokenizer = tokenizer
         self._offload = Offload(NUM_THREADS, max_waiting, "grammar", begin=lower_priority, stack_bytes=_STACK_BYTES)
@@ -74,6 +75,11 @@ class Grammars:
             raise job.too_long() from None
         self._keep(key, grammar)
         return grammar
+
+    def close(self, seconds: float) -> None:
+        """End the threads, and wait so long for what they have begun. For whoever has ended the engine."""
+        self.threads.close(seconds)
+        self._offload.join(seconds)
 
     def _keep(self, key: tuple[GrammarKind, str], grammar: Grammar) -> None:
         self._kept[key] = grammar
@@ -95,7 +101,7 @@ class _Job:
         """Raises RequestError."""
         self._has_begun = True
         try:
-            written = self._source.written()
+            written = self._source.written(self._owner.turns)
         except ValueError as error:
             raise self._refusal(told(str(error))) from error
         matcher = LLMatcher(self._tokenizer, written, log_level=0, limits=_LIMITS)

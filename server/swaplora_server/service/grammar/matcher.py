@@ -108,7 +108,7 @@ class GrammarConstraint:
     def _catch_up(self) -> None:
         """On another thread; is_busy goes last, since the engine's thread looks at it first."""
         self._seconds = 0.0
-        self._measured(self._read)
+        self._measured(self._read_beside_others)
         if not self.is_complete and self._failure is None:
             self._measured(self._compute)
         self.is_busy = False
@@ -123,7 +123,15 @@ class GrammarConstraint:
         self._seconds += time.thread_time() - began
 
     def _read(self) -> None:
-        if self._unread is not None and not self._matcher.consume_token(self._unread):
+        if self._unread is not None:
+            self._note(self._matcher.consume_token(self._unread))
+
+    def _read_beside_others(self) -> None:
+        if self._unread is not None:
+            self._note(self._threads.consume(self._matcher, self._unread))
+
+    def _note(self, is_consumed: bool) -> None:
+        if not is_consumed:
             raise UnmetConstraintError(f"the grammar cannot be followed: {reason_of(self._matcher)}")
         self._unread = None
         self.is_complete = self._matcher.is_stopped()

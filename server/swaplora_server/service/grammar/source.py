@@ -3,11 +3,16 @@
 import json
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
-from llguidance import LLMatcher, StructTag, grammar_from
+from llguidance import LLMatcher, StructTag
+
+from swaplora_server.service.grammar.gbnf import is_lark, lark_of
+from swaplora_server.service.offload import Turns
 
 MAX_BYTES = 256 << 10
+GBNF_SECONDS = 5.0
 # no longer than a line's indentation, so that no answer is made of it
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 
@@ -31,11 +36,18 @@ class GrammarSource:
     text: str
     param: str
 
-    def written(self) -> str:
+    def written(self, turns: Turns) -> str:
         """As llguidance takes it. Raises ValueError for what is none; the rest is found when it is compiled."""
-        if len(self.text.encode(errors="surrogatepass")) > MAX_BYTES:
-            raise ValueError(f"may have {MAX_BYTES} bytes")
-        return _WRITERS[self.kind](self.text)
+        check_size(self.text)
+        if self.kind is GrammarKind.GRAMMAR:
+            return self.text if is_lark(self.text) else lark_of(self.text, GBNF_SECONDS)
+        return turns.do(partial(_WRITERS[self.kind], self.text))
+
+
+def check_size(text: str) -> None:
+    """Raise ValueError for a text that is larger than any that is compiled."""
+    if len(text) > MAX_BYTES or len(text.encode(errors="surrogatepass")) > MAX_BYTES:
+        raise ValueError(f"may have {MAX_BYTES} bytes")
 
 
 def json_text(value: Any) -> str:
@@ -51,17 +63,9 @@ def _json_schema(text: str) -> str:
 
 
 def _choice(text: str) -> str:
+    """A terminal, which however many choices are one item of a parser's row."""
     choices = " | ".join(_literal(choice) for choice in json.loads(text))
-    return LLMatcher.grammar_from_lark(f"start: {choices}")
-
-
-def _grammar(text: str) -> str:
-    try:
-        return grammar_from("grammar", text)
-    except RecursionError as error:
-        raise ValueError("is nested too deeply") from error
-    except ValueError as error:
-        raise ValueError(f"is neither Lark nor GBNF: {error.__context__ or error}") from error
+    return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
 
 
 def _structural_tag(text: str) -> str:
@@ -106,6 +110,5 @@ _WRITERS = {
     GrammarKind.REGEX: LLMatcher.grammar_from_regex,
     GrammarKind.CHOICE: _choice,
     GrammarKind.LARK: LLMatcher.grammar_from_lark,
-    GrammarKind.GRAMMAR: _grammar,
     GrammarKind.STRUCTURAL_TAG: _structural_tag,
 }
