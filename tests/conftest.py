@@ -1,9 +1,14 @@
 """What many tests share: a tiny base on disk, adapters for it, and a server of them that lives for a module."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+# read when torch is loaded, and by programs that tests start: threads that wait for each other in native code sleep.
+# Those of two processes would else keep each other from the processors that both wait for.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import hypothesis
 import pytest

@@ -17,7 +17,7 @@ def run_python(variant: dict[str, str], code: str) -> str:
 
 
 def run(variant: dict[str, str], *arguments: str) -> str:
-    environment = {**os.environ, **variant, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, **variant, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout

@@ -41,18 +41,19 @@ def make_layer(name: str, num_heads: int, head_dim: int) -> LayerAttention:
     return LayerAttention(0, head_dim**-0.5, fields.get("softcap"), sinks, fields.get("window"))
 
 
-def attend_plainly(query: Tensor, keys: Tensor, values: Tensor, layer: LayerAttention) -> Tensor:
-    """In float64: query [num_heads, head_dim] at the last of keys, values [length, num_kv_heads, head_dim]."""
-    length, heads_per_kv_head = len(keys), query.shape[0] // keys.shape[1]
-    keys, values = (t.double().repeat_interleave(heads_per_kv_head, 1) for t in (keys, values))
-    scores = torch.einsum("hd,lhd->hl", query.double(), keys) * layer.scaling
+def attend_plainly(query: Tensor, keys: Tensor, values: Tensor, layer: LayerAttention, first: int = 0) -> Tensor:
+    """In float64: query [num_rows, num_heads, head_dim] at `first` and on of keys, values [length, num_kv_heads, …]."""
+    group = query.shape[1] // keys.shape[1]
+    keys, values = (rows.double().repeat_interleave(group, 1) for rows in (keys, values))
+    scores = torch.einsum("rhd,lhd->rhl", query.double(), keys) * layer.scaling
     if layer.softcap:
         scores = torch.tanh(scores / layer.softcap) * layer.softcap
-    if layer.window:
-        scores[:, : max(0, length - layer.window)] = float("-inf")
+    behind = torch.arange(first, first + len(query))[:, None] - torch.arange(len(keys))
+    is_seen = (behind >= 0) & (behind < (layer.window or len(keys)))
+    scores = scores.masked_fill(~is_seen[:, None], float("-inf"))
     if layer.sinks is not None:
-        scores = torch.cat([scores, layer.sinks[:, None].double()], 1)
-    return torch.einsum("hl,lhd->hd", scores.softmax(-1)[:, :length], values)
+        scores = torch.cat([scores, layer.sinks.double()[None, :, None].expand(*scores.shape[:2], 1)], -1)
+    return torch.einsum("rhl,lhd->rhd", scores.softmax(-1)[..., : len(keys)], values)
 
 
 def cache_dtype(form: str) -> torch.dtype:
@@ -103,11 +104,8 @@ class Sequences:
     def expected(self, chunk: tuple[int, int, int], layer: LayerAttention, form: str) -> Tensor:
         """Over keys and values as the form's cache holds them."""
         number, first, stop = chunk
-        query = self.query[number]
-        keys, values = (rows[number].to(cache_dtype(form)) for rows in (self.keys, self.values))
-        return torch.stack(
-            [attend_plainly(query[at], keys[: at + 1], values[: at + 1], layer) for at in range(first, stop)]
-        )
+        keys, values = (rows[number][:stop].to(cache_dtype(form)) for rows in (self.keys, self.values))
+        return attend_plainly(self.query[number][first:stop], keys, values, layer, first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -260,9 +258,7 @@ def test_a_layer_that_the_cpu_has_no_code_for_is_counted_as_torch_stores_it() ->
     kv = make_kv("cpu, bf16 cache", 2, 4)
     query, key, value = torch.randn(3, 4, 8), torch.randn(3, 2, 8), torch.randn(3, 2, 6)
     out = kv.step(Runs([0], [3], [[1]], 4)).attend(make_layer("plain", 4, 8), query, key, value)
-    expected = torch.stack(
-        [attend_plainly(query[at], key[: at + 1], value[: at + 1], make_layer("plain", 4, 8)) for at in range(3)]
-    )
+    expected = attend_plainly(query, key, value, make_layer("plain", 4, 8))
     assert (out - expected).abs().max() <= 1e-5
     assert kv.bytes_per_token == 2 * (8 + 6) * 4
 
