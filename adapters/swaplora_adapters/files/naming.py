@@ -7,6 +7,8 @@ from swaplora_adapters.errors import InvalidAdapterNameError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_NAME_CHARS = 128
+TENANT_MARK = "~"  # behind the tenant, in what its names are stored as; in no name itself
+_TENANT = re.compile(rf"[a-z0-9][a-z0-9-]{{0,62}}{TENANT_MARK}")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)+")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -37,3 +39,9 @@ def is_repository(name: str) -> bool:
 def stored_name(name: str) -> str:
     """What an adapter that others call `org/name` is called here, as in the hub's own cache. Two may share it."""
     return name.replace("/", "--")
+
+
+def without_tenant(stored: str) -> str:
+    """What a name or an alias is called by whose it is."""
+    match = _TENANT.match(stored)
+    return stored if match is None else stored[match.end() :]

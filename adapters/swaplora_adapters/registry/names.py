@@ -50,10 +50,14 @@ class Names:
 
     def check_is_free(self, name: str) -> None:
         """Raise InvalidAdapterNameError for what the base or an alias is called."""
-        if name == self._base_model:
-            raise InvalidAdapterNameError(f"{name} is what the base is called; choose another name")
+        self.check_is_not_base(name)
         if self.index.is_alias(name):
             raise InvalidAdapterNameError(f"{name} is an alias; choose another name, or delete the alias first")
+
+    def check_is_not_base(self, name: str) -> None:
+        """Raise InvalidAdapterNameError for what the base is called."""
+        if name == self._base_model:
+            raise InvalidAdapterNameError(f"{name} is what the base is called; choose another name")
 
     def state(self, name: str) -> NameState:
         """What the name is now, to be compared with what it is when something that took long is to be published."""

@@ -29,7 +29,7 @@ from swaplora_adapters.errors import (
     VersionNotFoundError,
 )
 from swaplora_adapters.files.disk import StoreError
-from swaplora_adapters.files.naming import validate_alias, validate_name
+from swaplora_adapters.files.naming import validate_alias, validate_name, without_tenant
 from swaplora_adapters.store.blobs import BlobPaths, Blobs
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
 from swaplora_adapters.store.data_dir import DataDir, unusable
@@ -95,7 +95,7 @@ class Store:
         StorageFullError; then the store is as before. After StorageFailedError, too, but the next start may find the
         change made.
         """
-        validate_name(name)
+        validate_name(without_tenant(name))
         with self._mutex:
             had_files, is_committing = self._blobs.has(details.digest), False
             try:
@@ -186,7 +186,7 @@ class Store:
 
     def put_alias(self, alias: Alias) -> None:
         """Make an alias, or let it stand for something else; InvalidAdapterNameError, StorageFullError."""
-        validate_alias(alias.alias)
+        validate_alias(without_tenant(alias.alias))
         with self._mutex, self._change():
             self._catalogue.put_alias(alias, self._next_revision())
             self._aliases.put(alias.alias, self._catalogue.manifest_of_alias(alias.alias))

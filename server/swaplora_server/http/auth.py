@@ -1,9 +1,9 @@
 """Who may ask for what: each route says which scope it needs, and one that does not say so is served to nobody."""
 
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from fastapi import Depends, Request
+from fastapi import Request
 from starlette.routing import BaseRoute
 
 from swaplora_server.access.caller import Caller, KeyScope
@@ -64,9 +64,7 @@ def _given(request: Request) -> str | None:
     return key.strip() if scheme.lower() == "bearer" else None
 
 
-async def _caller(request: Request) -> Caller:
+def caller_of(request: Request) -> Caller:
+    """Whom a request to a route that needs a key comes from."""
     caller: Caller = request.state.caller
     return caller
-
-
-Asking = Annotated[Caller, Depends(_caller)]

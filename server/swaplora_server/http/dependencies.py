@@ -4,13 +4,16 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from swaplora_server.access.caller import Caller
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
 
 
 async def _service(request: Request) -> Service:
+    """With the caller's adapters alone, where there is a caller; public routes look at none."""
     service: Service = request.app.state.service
-    return service
+    caller: Caller | None = getattr(request.state, "caller", None)
+    return service if caller is None else service.seen_by(caller.tenant)
 
 
 Serving = Annotated[Service, Depends(_service)]  # it may still be starting: see `Service.check_serving`

@@ -2,6 +2,8 @@
 
 from starlette.requests import Request
 
+from swaplora_server.access.caller import DEFAULT_TENANT
+from swaplora_server.http.auth import caller_of
 from swaplora_server.http.wire import GenerationBody
 from swaplora_server.service.adapter_mix import Asker, MixTerm
 from swaplora_server.service.generation import Encode, GenerationTask
@@ -42,9 +44,16 @@ def task_of(
         skip_special_tokens=body.skip_special_tokens,
         has_echo=has_echo,
         is_streamed=body.stream,
-        cache_salt=body.cache_salt,
+        cache_salt=_salt(caller_of(request).tenant, body.cache_salt),
         format=body.format_source(),
         asker=Asker(client, peer),
         prompt_param=body.prompt_param,
         length_param=body.length_param,
     )
+
+
+def _salt(tenant: str, given: str | None) -> str | None:
+    """What keeps tenants' prompts apart in the prefix cache, and clients' that ask for it; no two pairs have one."""
+    if tenant == DEFAULT_TENANT:
+        return given and f"\0{given}"
+    return f"{tenant}\0{given or ''}"

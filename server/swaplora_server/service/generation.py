@@ -214,7 +214,7 @@ class Generation:
         is_failed = outcome is Outcome.FAILED
         return GenerationRecord(
             outcome=outcome,
-            adapters=tuple(record.name for record in self.records),
+            adapters=tuple(self._service.stored_name(record.name) for record in self.records),
             num_prompt_tokens=self.num_prompt_tokens,
             num_generated=tuple(self.num_generated),
             finish_reasons=tuple(

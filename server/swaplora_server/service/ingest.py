@@ -12,11 +12,13 @@ from swaplora_adapters.errors import (
     InvalidAdapterError,
     InvalidAdapterNameError,
     PreconditionFailedError,
+    SourceNotAllowedError,
 )
 from swaplora_adapters.registry.card import PutResult
 from swaplora_adapters.registry.index import parse_reference
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.resolver import Resolver
+from swaplora_adapters.sources.uri import FOLDER
 from swaplora_adapters.sources.watcher import FolderWatcher
 from swaplora_adapters.sources.workers import Workers
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions, NameState
@@ -76,8 +78,9 @@ class Ingest:
         *,
         conditions: Conditions = UNCONDITIONAL,
         make: CancellableMake | None = None,
+        registry: Registry | None = None,
     ) -> PutResult:
-        """See `Registry.put_source`; whoever is cancelled takes the fetch with it.
+        """See `Registry.put_source`, of `registry` if it is another; whoever is cancelled takes the fetch with it.
 
         Raises RequestError when more would wait than is good.
         """
@@ -85,7 +88,7 @@ class Ingest:
             raise RequestError("overloaded", f"{MAX_FETCHES} adapters are being fetched; try again in a moment")
         cancellation = Cancellation()
         put = partial(
-            self._registry.put_source,
+            (registry or self._registry).put_source,
             name,
             uri,
             conditions=conditions,
@@ -132,3 +135,26 @@ class Ingest:
                 self._registry.put_source(
                     name, uri, conditions=conditions, is_operators=True, cancellation=cancellation
                 )
+
+
+class TenantIngest:
+    """What comes for a tenant without an upload: it is fetched from the sources that all may name, or not at all."""
+
+    def __init__(self, ingest: Ingest, registry: Registry) -> None:
+        """`registry` is the tenant's."""
+        self._ingest = ingest
+        self._registry = registry
+
+    async def fetch(
+        self, name: str, uri: str, *, conditions: Conditions = UNCONDITIONAL, make: CancellableMake | None = None
+    ) -> PutResult:
+        """See `Ingest.fetch`. Raises SourceNotAllowedError for the adapter folder, which is the default tenant's."""
+        if uri.startswith(FOLDER):
+            raise SourceNotAllowedError(
+                "the adapter folder is the default tenant's; upload the files, or name a source"
+            )
+        return await self._ingest.fetch(name, uri, conditions=conditions, make=make, registry=self._registry)
+
+    async def resolve(self, _reference: str, _peer: str) -> bool:
+        """Nothing is looked for."""
+        return False

@@ -14,10 +14,12 @@ from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.priority import lower_priority
 from swaplora_adapters.registry.index import parse_reference
 from swaplora_adapters.registry.registry import Registry
+from swaplora_adapters.registry.tenant import Naming, TenantRegistry
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.sources.watcher import put_folder
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_adapters.store.store import Store
+from swaplora_server.access.caller import DEFAULT_TENANT
 from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.base.base_model import BaseModel, load_chosen_base
 from swaplora_server.base.decode_graphs import RecordedSteps, record_steps
@@ -36,7 +38,7 @@ from swaplora_server.service.derivations import Derivations
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.grammar.grammars import Grammars
 from swaplora_server.service.grammar.vocabulary import grammar_tokenizer
-from swaplora_server.service.ingest import Ingest
+from swaplora_server.service.ingest import Ingest, TenantIngest
 from swaplora_server.service.metrics.metrics import Metrics
 from swaplora_server.service.metrics.records import ServerState
 from swaplora_server.service.offload import Offload, Turns
@@ -62,8 +64,6 @@ class Service:
 
     base: BaseModel
     engine: Engine
-    registry: Registry
-    ingest: Ingest
     derivations: Derivations
     tokenizer: PromptTokenizer
     grammars: Grammars
@@ -88,6 +88,24 @@ class Service:
         self._is_ready = threading.Event()
         self._lock = threading.Lock()
         self._opened = ExitStack()  # what is to be ended and closed, from the last to the first
+
+    @property
+    def registry(self) -> Registry:
+        """All that there is."""
+        return self._registry
+
+    @property
+    def ingest(self) -> Ingest | TenantIngest:
+        """What comes without an upload."""
+        return self._ingest
+
+    def stored_name(self, name: str) -> str:
+        """What an adapter is called where there are those of all tenants: in the metrics."""
+        return name
+
+    def seen_by(self, tenant: str) -> "Service":
+        """The same service, with that tenant's adapters and no others."""
+        return TenantService(self, tenant)
 
     @property
     def is_ready(self) -> bool:
@@ -117,13 +135,13 @@ class Service:
         with ExitStack() as opened:
             self.keys.start()
             opened.callback(self.keys.stop)
-            self.registry = self._open_registry()
-            opened.callback(self.registry.close)
+            self._registry = self._open_registry()
+            opened.callback(self._registry.close)
             self._take_in_named_adapters()
-            self.ingest = Ingest(self.registry, settings.adapter_dir, settings.resolver, _report_ingest)
-            opened.callback(self.ingest.join)
-            opened.callback(self.ingest.stop)
-            self.ingest.start(settings.adapter_rescan_seconds)
+            self._ingest = Ingest(self.registry, settings.adapter_dir, settings.resolver, _report_ingest)
+            opened.callback(self._ingest.join)
+            opened.callback(self._ingest.stop)
+            self._ingest.start(settings.adapter_rescan_seconds)
             self.derivations = Derivations(settings, self.base.layers.linears)
             opened.callback(self.derivations.stop)
             for name in self.registry.pins_not_kept():
@@ -144,7 +162,7 @@ class Service:
         with self._lock:
             if self._is_ready.is_set():
                 self._sources.stop()
-                self.ingest.stop()
+                self._ingest.stop()
                 self._opened.close()
 
     def check_serving(self) -> None:
@@ -220,7 +238,7 @@ class Service:
         """The engine and the adapters as they are now; None before there is an engine."""
         if not self._is_ready.is_set():
             return None
-        registry = self.registry
+        registry = self._registry
         aliases = registry.names.index.aliases()
         return ServerState(
             self.engine.snapshot(),
@@ -233,7 +251,7 @@ class Service:
 
     def _is_adapter(self, name: str) -> bool:
         """While the registry opens only it speaks of names, and knows them."""
-        return "registry" not in vars(self) or name in self.registry.names.index
+        return "_registry" not in vars(self) or name in self._registry.names.index
 
     def _open_registry(self) -> Registry:
         settings = self.settings
@@ -361,6 +379,30 @@ class Service:
         sizes = bucket_sizes(self._max_rows)
         for_graphs = graph_bytes(record_largest, base.device, len(sizes)) if self._records_steps else 0
         return left_for_kv(run_step, base.device, fraction, settings.adapter_memory_bytes, for_graphs)
+
+
+class TenantService(Service):
+    """One service in all its parts, but for the adapters, of which it has one tenant's."""
+
+    __slots__ = ("_tenant",)  # the rest is shared, what comes to be later too
+
+    def __init__(self, whole: Service, tenant: str) -> None:
+        self.__dict__ = whole.__dict__
+        self._tenant = "" if tenant == DEFAULT_TENANT else tenant
+
+    def stored_name(self, name: str) -> str:
+        """With the tenant."""
+        return Naming(self._tenant).stored(name)
+
+    @property
+    def registry(self) -> Registry:
+        """What the tenant sees of it."""
+        return TenantRegistry(self._registry, self._tenant)
+
+    @property
+    def ingest(self) -> Ingest | TenantIngest:
+        """The adapter folder and what is found by being asked for are the default tenant's."""
+        return TenantIngest(self._ingest, self.registry) if self._tenant else self._ingest
 
 
 def _report_ingest(name: str, error: Exception) -> None:

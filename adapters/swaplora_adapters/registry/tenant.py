@@ -1,0 +1,258 @@
+"""What one tenant has of the registry: its own names and aliases, as if there were no others.
+
+What it calls `sql` is stored as `acme~sql`, which nobody can ask for: no name and no alias has the mark. Those of the
+default tenant, "", are stored as they are. Here names are made longer on their way in and shorter on their way out, in
+answers and in what errors say; the registry, the store and the engine know nothing of it. What is not defined here
+cannot be reached: the names of others are neither found, nor told, nor in anybody's way.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from swaplora_adapters.cancellation import Cancellation
+from swaplora_adapters.errors import (
+    AdapterError,
+    AdapterNotFoundError,
+    AliasNotFoundError,
+    InvalidAdapterError,
+    InvalidAdapterNameError,
+)
+from swaplora_adapters.files.naming import TENANT_MARK, validate_name
+from swaplora_adapters.registry.card import Card, PutResult
+from swaplora_adapters.registry.index import Index, NamedVersions
+from swaplora_adapters.registry.leases import Lease, Removal, RequestLeases
+from swaplora_adapters.registry.names import Names
+from swaplora_adapters.registry.registry import Make, Registry
+from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
+from swaplora_adapters.store.records import Alias, Target, VersionRecord
+from swaplora_adapters.store.staging import Staging
+
+
+class Naming:
+    """One tenant's names: as it says them, and as they are stored."""
+
+    def __init__(self, tenant: str) -> None:
+        """`tenant` is "" for the default one."""
+        self._prefix = tenant + TENANT_MARK if tenant else ""
+
+    def stored(self, reference: str) -> str:
+        """A name, or a reference to a version. Raises AdapterNotFoundError for one that nobody may say."""
+        if TENANT_MARK in reference:
+            raise AdapterNotFoundError(f"there is no adapter called {reference[:128]!r}")
+        return self._prefix + reference.removeprefix("base:") if self._prefix else reference
+
+    def stored_alias(self, alias: str) -> str:
+        """Raises AliasNotFoundError."""
+        if TENANT_MARK in alias:
+            raise AliasNotFoundError(f"there is no alias called {alias[:128]!r}")
+        return self._prefix + alias
+
+    def is_own(self, stored: str) -> bool:
+        """Whether what is stored so is this tenant's."""
+        return stored.startswith(self._prefix) if self._prefix else TENANT_MARK not in stored
+
+    def said(self, stored: str) -> str:
+        return stored.removeprefix(self._prefix)
+
+    def record(self, record: VersionRecord) -> VersionRecord:
+        """As the tenant knows it."""
+        return replace(record, name=self.said(record.name)) if self._prefix else record
+
+    def alias(self, alias: Alias) -> Alias:
+        """As the tenant knows it."""
+        targets = tuple(Target(self.said(target.reference), target.weight) for target in alias.targets)
+        return Alias(self.said(alias.alias), targets)
+
+    def named(self, named: NamedVersions) -> NamedVersions:
+        """As the tenant knows it."""
+        return replace(
+            named, current=self.record(named.current), versions=tuple(self.record(each) for each in named.versions)
+        )
+
+    def card(self, card: Card) -> Card:
+        """As the tenant knows it."""
+        failure = card.last_failure and card.last_failure._replace(reason=self.unsaid(card.last_failure.reason))
+        return replace(
+            card,
+            record=self.record(card.record),
+            versions=[self.record(version) for version in card.versions],
+            last_failure=failure,
+        )
+
+    def unsaid(self, message: str) -> str:
+        """A message without what the tenant's names are stored with."""
+        return message.replace(self._prefix, "") if self._prefix else message
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Errors of the body say names as the tenant says them."""
+        try:
+            yield
+        except InvalidAdapterError as error:
+            error.reasons = tuple(map(self.unsaid, error.reasons))
+            error.args = ("; ".join(error.reasons),)
+            raise
+        except AdapterError as error:
+            error.args = tuple(self.unsaid(part) if isinstance(part, str) else part for part in error.args)
+            raise
+
+
+class TenantIndex(Index):
+    """What each of its names stands for."""
+
+    def __init__(self, index: Index, naming: Naming) -> None:
+        self._index = index
+        self._naming = naming
+
+    def __contains__(self, name: str) -> bool:
+        return TENANT_MARK not in name and self._naming.stored(name) in self._index
+
+    def is_alias(self, name: str) -> bool:
+        return TENANT_MARK not in name and self._index.is_alias(self._naming.stored_alias(name))
+
+    def all(self) -> list[NamedVersions]:
+        """In order of name."""
+        return [self._naming.named(named) for named in self._index.all() if self._naming.is_own(named.current.name)]
+
+    def aliases(self) -> list[Alias]:
+        """In order of alias."""
+        return [self._naming.alias(alias) for alias in self._index.aliases() if self._naming.is_own(alias.alias)]
+
+    def get(self, name: str) -> NamedVersions:
+        """Raises AdapterNotFoundError."""
+        with self._naming.told():
+            return self._naming.named(self._index.get(self._naming.stored(name)))
+
+    def alias(self, alias: str) -> Alias:
+        """Raises AliasNotFoundError."""
+        with self._naming.told():
+            return self._naming.alias(self._index.alias(self._naming.stored_alias(alias)))
+
+    def resolve(self, reference: str, client: str | None = None) -> VersionRecord:
+        """See `Index.resolve`."""
+        with self._naming.told():
+            return self._naming.record(self._index.resolve(self._naming.stored(reference), client))
+
+    def resolve_name(self, reference: str) -> VersionRecord:
+        """See `Index.resolve_name`."""
+        with self._naming.told():
+            return self._naming.record(self._index.resolve_name(self._naming.stored(reference)))
+
+
+class TenantNames(Names):
+    """Who is called what, of its names."""
+
+    def __init__(self, names: Names, naming: Naming) -> None:
+        self._names = names
+        self._naming = naming
+        self.index: Index = TenantIndex(names.index, naming)
+        self.changes: threading.RLock = names.changes
+
+    def check_adapter_name(self, name: str) -> None:
+        """See `Names.check_adapter_name`: what the base is called is nobody's name."""
+        validate_name(name)
+        self.check_is_free(name)
+
+    def check_is_free(self, name: str) -> None:
+        """See `Names.check_is_free`."""
+        self._names.check_is_not_base(name)
+        with self._naming.told():
+            self._names.check_is_free(self._naming.stored(name))
+
+    def link_files(self, reference: str, folder: Path) -> VersionRecord:
+        """See `Names.link_files`."""
+        with self._naming.told():
+            return self._naming.record(self._names.link_files(self._naming.stored(reference), folder))
+
+
+class TenantRegistry(Registry):
+    """What a tenant may do with its adapters; each method is the registry's of that name. Thread-safe."""
+
+    def __init__(self, registry: Registry, tenant: str) -> None:
+        """`tenant` is "" for the default one."""
+        self._registry = registry
+        self._naming = Naming(tenant)
+
+    @property
+    def names(self) -> Names:
+        return TenantNames(self._registry.names, self._naming)
+
+    def lease(self, reference: str, client: str | None = None) -> Lease:
+        """Its record has the name that the tenant knows."""
+        with self._naming.told():
+            lease = self._registry.lease(self._naming.stored(reference), client)
+        return Lease(self._naming.record(lease.record), lambda _own: lease.release())
+
+    def lease_weights(self, leases: Sequence[Lease]) -> RequestLeases:
+        return self._registry.lease_weights(leases)
+
+    def stage(self) -> Staging:
+        return self._registry.stage()
+
+    def put(
+        self,
+        name: str,
+        staging: Staging,
+        *,
+        source: str,
+        conditions: Conditions = UNCONDITIONAL,
+        make: Make | None = None,
+    ) -> PutResult:
+        stored = self._new(name)
+        with self._naming.told():
+            put = self._registry.put(stored, staging, source=source, conditions=conditions, make=make)
+            return put._replace(card=self._naming.card(put.card))
+
+    def put_source(
+        self,
+        name: str,
+        uri: str,
+        *,
+        conditions: Conditions = UNCONDITIONAL,
+        is_operators: bool = False,
+        make: Make | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> PutResult:
+        stored = self._new(name)
+        with self._naming.told():
+            put = self._registry.put_source(
+                stored, uri, conditions=conditions, is_operators=is_operators, make=make, cancellation=cancellation
+            )
+            return put._replace(card=self._naming.card(put.card))
+
+    def change(self, name: str, *, current: int | None = None, is_pinned: bool | None = None) -> Card:
+        return self._card_of(lambda stored: self._registry.change(stored, current=current, is_pinned=is_pinned), name)
+
+    def delete(self, name: str, version: int | None = None) -> Removal:
+        with self._naming.told():
+            return self._registry.delete(self._naming.stored(name), version)
+
+    def put_alias(self, alias: str, targets: Sequence[Target]) -> Alias:
+        if not self._naming.is_own(alias):  # what it is stored as, the base is not called
+            self._registry.names.check_is_not_base(alias)
+        with self._naming.told():
+            stored = [Target(self._naming.stored(target.reference), target.weight) for target in targets]
+            return self._naming.alias(self._registry.put_alias(self._naming.stored_alias(alias), stored))
+
+    def delete_alias(self, alias: str) -> None:
+        with self._naming.told():
+            self._registry.delete_alias(self._naming.stored_alias(alias))
+
+    def cards(self) -> list[Card]:
+        return [self._naming.card(card) for card in self._registry.cards() if self._naming.is_own(card.record.name)]
+
+    def card(self, name: str) -> Card:
+        return self._card_of(self._registry.card, name)
+
+    def _card_of(self, find: Callable[[str], Card], name: str) -> Card:
+        with self._naming.told():
+            return self._naming.card(find(self._naming.stored(name)))
+
+    def _new(self, name: str) -> str:
+        """Raises InvalidAdapterNameError, as the store does for what it is not to hold."""
+        if TENANT_MARK in name:
+            raise InvalidAdapterNameError(f"{name[:128]!r} is no adapter's name")
+        return self._naming.stored(name)
