@@ -145,6 +145,12 @@ class Settings(BaseSettings):
         "auto", description="Number format of the base: auto is what this machine is faster with, and loses nothing"
     )
     quantization: Literal["int8", "nf4"] | None = Field(None, description="Keep the base's linears in 8 or 4 bits")
+    tool_call_format: Literal["auto", "hermes", "llama3_json", "mistral"] = Field(
+        "auto", description="How the base writes calls of tools: auto is as its chat template does"
+    )
+    reasoning_format: Literal["auto", "think", "none"] = Field(
+        "auto", description="How the base marks its reasoning: auto is as its chat template does; none leaves it in"
+    )
     max_model_len: int | None = Field(
         None, ge=1, le=2**24, description="Longest context in tokens (default: the base's)"
     )

@@ -172,8 +172,8 @@ def test_special_tokens_are_added_to_a_conversation_if_they_are_wanted(
 
 def test_all_that_is_refused_is_named_at_once_with_what_to_do(server: Running) -> None:
     spoken = {"role": "assistant", "content": "x", "audio": {"id": "a"}}
-    thought = {"role": "assistant", "content": "y", "reasoning_content": "z"}
-    messages = [USER, spoken, thought, spoken, thought]
+    refused = {"role": "assistant", "content": "y", "refusal": "z"}
+    messages = [USER, spoken, refused, spoken, refused]
     error = refusal(chat(server, messages=messages, mirostat=2, modalities=["audio"], bad_words=["b"], colour=1))
     assert (error["code"], error["param"]) == ("unsupported_field", "mirostat")
     complaints = error["message"].split(". ")
@@ -182,7 +182,7 @@ def test_all_that_is_refused_is_named_at_once_with_what_to_do(server: Running) -
         "modalities",
         "bad_words",
         "messages[1].audio",
-        "messages[2].reasoning_content",
+        "messages[2].refusal",
     ]
     assert complaints[0].endswith("leave it out or send 0")
     assert all("leave it out" in complaint for complaint in complaints)

@@ -26,7 +26,7 @@ def ids(text: str) -> list[int]:
     return list(TOKENIZER.encode(text, add_special_tokens=False))
 
 
-def detokenizer(*stop: str, min_tokens: int = 0, **options: bool) -> Detokenizer:
+def detokenizer(*stop: str, min_tokens: int = 0, **options: Any) -> Detokenizer:
     params = SamplingParams(max_tokens=100, min_tokens=min_tokens)
     return Detokenizer(TextRules(VOCABULARY, stop, params.may_end_at, **options))
 

@@ -80,7 +80,6 @@ CHAT: dict[str, Refusal] = ANYWHERE | {
     "modalities": Refusal((["text"],), "the answer is text"),
     "audio": Refusal(instead="the answer is text"),
     "prediction": Refusal(),
-    "include_reasoning": _ON,
     "reasoning_effort": Refusal(("none",), "chat_template_kwargs may know a switch of the base's"),
     "verbosity": Refusal(("medium",)),
     "web_search_options": Refusal(),
@@ -104,7 +103,6 @@ RESPONSE: dict[str, Refusal] = _DIALOGUE | {
     "background": Refusal((False,), "wait for the answer, or have it streamed"),
     "prompt": Refusal(instead="send it as instructions"),
     "max_tool_calls": Refusal(),
-    "reasoning": Refusal(({},)),
     "include": _EMPTY,
     "truncation": Refusal(("disabled",), "send a conversation that fits"),
     "context_management": _EMPTY,
@@ -112,7 +110,6 @@ RESPONSE: dict[str, Refusal] = _DIALOGUE | {
 }
 ANTHROPIC: dict[str, Refusal] = _DIALOGUE | {
     "max_completion_tokens": Refusal(instead="max_tokens says how many here"),
-    "thinking": Refusal(({"type": "disabled"},)),
     "service_tier": Refusal(("auto", "standard_only")),
     "container": Refusal(),
     "mcp_servers": _EMPTY,
@@ -122,8 +119,6 @@ ANTHROPIC: dict[str, Refusal] = _DIALOGUE | {
 MESSAGE: dict[str, Refusal] = {
     "audio": Refusal(instead="send text"),
     "refusal": Refusal(("",), "send it as content"),
-    "reasoning_content": Refusal(("",), "only content is read"),
-    "reasoning": Refusal(("",), "only content is read"),
 }
 
 # routes of those APIs that are not served yet

@@ -253,6 +253,8 @@ class Message(WireModel):
     tool_calls: ToolCalls | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
     function_call: FunctionCall | None = None  # OpenAI's before there were tools
+    reasoning_content: str | None = None  # of the assistant's, which templates read
+    reasoning: str | None = None  # its newer name
 
     @property
     def says_something(self) -> bool:
@@ -269,6 +271,8 @@ class Message(WireModel):
             template_input["name"] = self.name
         if self.tool_call_id is not None:
             template_input["tool_call_id"] = self.tool_call_id
+        if reasoning := self.reasoning_content or self.reasoning:
+            template_input["reasoning_content"] = reasoning
         if calls:
             template_input["tool_calls"] = [call.for_template() for call in calls]
         return template_input
@@ -282,6 +286,7 @@ class ChatBody(GenerationBody, ToolBody):
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool = False
     top_logprobs: NumLogprobs | None = None
+    include_reasoning: bool = True
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_KWARGS)] | None = None
     add_special_tokens: bool = False  # the template has written them
     add_generation_prompt: bool = True

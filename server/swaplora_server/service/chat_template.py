@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from swaplora_server.service.errors import RequestError
+from swaplora_server.service.tools.call_format import HERMES, CallFormat
 from swaplora_server.service.tools.prompt import with_tools
 
 _MAX_SHAPES = 256  # remembered
@@ -45,8 +46,10 @@ class _Shape(NamedTuple):
 class ChatTemplate:
     """Renders for any thread."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, calls: CallFormat = HERMES) -> None:
+        """`calls`: how calls are written where the template does not know how."""
         self._tokenizer = tokenizer
+        self._calls = calls
         self._options = inspect.signature(tokenizer.apply_chat_template).parameters.keys()
         self._remembered = lru_cache(_MAX_SHAPES)(self._left_out)
 
@@ -71,7 +74,7 @@ class ChatTemplate:
         if self._tokenizer.chat_template is None:
             raise RequestError("invalid_request", "the base has no chat template; use /v1/completions", "messages")
         if (tools or any("tool_calls" in m or m["role"] == "tool" for m in messages)) and not self._knows_tools:
-            messages, tools = with_tools(messages, tools), ()
+            messages, tools = with_tools(messages, tools, self._calls), ()
         try:
             text = self._apply(messages, variables, options, tools)
         except TemplateError as error:

@@ -4,7 +4,7 @@ import codecs
 import itertools
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -42,11 +42,14 @@ class TextRules:
     may_end_at: Callable[[int], bool] = lambda _number: True  # of the token by which a stop string is complete
     include_stop: bool = False
     skip_special_tokens: bool = True
+    shown: Collection[str] = ()  # the names of special tokens that are shown all the same
     hidden: Mapping[int, str] = field(init=False)  # the special tokens that are left out
     stops: StopStrings = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden", self.vocabulary.special if self.skip_special_tokens else {})
+        special = self.vocabulary.special if self.skip_special_tokens else {}
+        hidden = {token_id: name for token_id, name in special.items() if name not in self.shown}
+        object.__setattr__(self, "hidden", hidden if self.shown else special)
         object.__setattr__(self, "stops", StopStrings(self.stop, self.hidden))
 
     def end_of(self, prompt_ids: Sequence[int]) -> list[int]:

@@ -27,6 +27,7 @@ Encode = Callable[[], Awaitable[Sequence[Sequence[int]]]]  # what makes token id
 MAX_SCORES = 2**19  # numbers that one answer has of its prompts
 MAX_STREAMED_SCORES = 2**16
 LONG_ECHO_TOKENS = 4096
+_NUM_LAST_TOKENS = 32  # of a prompt, in which a mark of its end stands
 _PATIENCE = 32  # events that may lie unread where nobody needs them one by one
 
 
@@ -48,6 +49,7 @@ class GenerationTask:
     stops: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    shown: frozenset[str] = frozenset()  # special tokens that are shown all the same, so that the text can be read
     has_echo: bool = False  # whether each choice begins with its prompt
     is_streamed: bool = False  # whether each piece is wanted as soon as it is there
     cache_salt: str | None = None
@@ -140,6 +142,10 @@ class Generation:
 
     def prompt_ids(self, choice: int) -> Sequence[int]:
         return self._prompts[choice // self._task.n]
+
+    def prompt_end(self, choice: int) -> str:
+        """The last words of its prompt."""
+        return self.vocabulary.text_of(self.prompt_ids(choice)[-_NUM_LAST_TOKENS:])
 
     def prompt_scores(self, choice: int) -> Sequence[Logprobs]:
         """Of each token of its prompt but the first, where they are wanted, once something has come."""
@@ -298,6 +304,7 @@ def _text_rules(service: Service, task: GenerationTask) -> TextRules:
         task.sampling.may_end_at,
         include_stop=task.include_stop,
         skip_special_tokens=task.skip_special_tokens,
+        shown=task.shown,
     )
 
 

@@ -43,6 +43,7 @@ from swaplora_server.service.metrics.metrics import Metrics
 from swaplora_server.service.metrics.records import ServerState
 from swaplora_server.service.offload import Offload, Turns
 from swaplora_server.service.prompts import LONG_CHARACTERS, PromptTokenizer
+from swaplora_server.service.tools.dialect import Dialect, dialect_of
 from swaplora_server.service.wakeups import Wakeups, result_of
 
 KV_CACHE_BYTES = 2**30  # on a CPU, unless the settings say otherwise
@@ -179,7 +180,13 @@ class Service:
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
-        return ChatTemplate(self.base.tokenizer)
+        return ChatTemplate(self.base.tokenizer, self.dialect.calls)
+
+    @cached_property
+    def dialect(self) -> Dialect:
+        """How the base writes calls and reasoning."""
+        settings, base = self.settings, self.base
+        return dialect_of(base.tokenizer, base.vocabulary, settings.tool_call_format, settings.reasoning_format)
 
     async def when_long(self, size: int, job: Callable[[], Result]) -> Result:
         """What `job` returns or raises, off the event loop if it is long, of about `size` characters' cost."""

@@ -3,7 +3,7 @@
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,14 @@ from swaplora_server.engine.request import FinishReason
 from swaplora_server.http.answers import adapter_headers
 from swaplora_server.http.sse import EventStreamResponse, named_event, until_disconnect
 from swaplora_server.http.tasks import task_of
-from swaplora_server.http.tools.wire import ToolUse, one_format
+from swaplora_server.http.tools.reading import as_read
+from swaplora_server.http.tools.wire import ToolUse
 from swaplora_server.http.wire import GenerationBody
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.generation import Encode, Generation, Piece, generate
 from swaplora_server.service.service import Service
-from swaplora_server.service.tools.reader import Argued, Called, CallReader, Part, Said
+from swaplora_server.service.tools.dialect import TextReader
+from swaplora_server.service.tools.reader import Argued, Called, Part, Said, Thought
 
 Event = tuple[str, dict[str, Any]]  # its name, and its object
 
@@ -36,14 +38,15 @@ def prompt_of(
     body: GenerationBody,
     turns: Sequence[Mapping[str, Any]],
     use: ToolUse | None,
+    variables: Mapping[str, Any],
     *,
     is_begun: bool = False,
 ) -> Encode:
-    """What makes the prompt; `is_begun`: the last turn is the beginning of the answer."""
+    """What makes the prompt; the template sees `variables`. `is_begun`: the last turn is how the answer begins."""
     return partial(
         service.render_chat,
         turns,
-        {},
+        variables,
         body.prompt_param,
         add_generation_prompt=not is_begun,
         continue_final_message=is_begun,
@@ -54,20 +57,29 @@ def prompt_of(
 
 @dataclass(slots=True)
 class AnswerBlock:
-    """Text, or a call and its arguments as text."""
+    """Text, reasoning, or a call and its arguments as text."""
 
     number: int
     call: Called | None
+    is_thought: bool = False
     text: str = ""
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def holds(self, part: Part) -> bool:
+        """Whether a part that begins no call goes on with it."""
+        if isinstance(part, Argued):
+            return self.call is not None
+        return self.call is None and self.is_thought == isinstance(part, Thought)
 
 
 class Answer:
     """One answer as it grows."""
 
-    def __init__(self, use: ToolUse | None) -> None:
-        self._reader = CallReader(()) if use is None else use.reader()
-        self._reads_calls = use is not None
+    def __init__(self, reader: TextReader, *, tells_thoughts: bool = True) -> None:
+        self._reader = reader
+        self._tells_thoughts = tells_thoughts
+        self._is_thinking = False
+        self.num_thought_tokens = 0
         self.blocks: list[AnswerBlock] = []
         self.finish_reason: FinishReason | None = None
         self.stopped_by: str | None = None  # the stop string, where one ended it
@@ -88,35 +100,32 @@ class Answer:
     def read(self, piece: Piece) -> list[Part]:
         """What is known by one more piece, to be added. One that ends has a block, if only an empty one."""
         self.finish_reason, self.stopped_by = piece.finish_reason, piece.stopped_by
-        if not self._reads_calls:
-            return [Said(piece.text)] if piece.text or self._ends_empty else []
         parts = self._reader.push(piece.text)
         parts += [] if self.finish_reason is None else self._reader.flush()
-        return parts or ([Said("")] if self._ends_empty else [])
-
-    @property
-    def _ends_empty(self) -> bool:
-        return self.finish_reason is not None and not self.blocks
+        if parts:
+            self._is_thinking = isinstance(parts[-1], Thought)
+        self.num_thought_tokens += self._is_thinking and piece.token_id is not None
+        told = [part for part in parts if self._tells_thoughts or not isinstance(part, Thought)]
+        return told or ([Said("")] if self.finish_reason is not None and not self.blocks else [])
 
     def add(self, part: Part) -> AnswerBlock:
         """The block that it belongs to: the last, or a new one."""
-        if isinstance(part, Called) or (isinstance(part, Said) and not self._goes_on_in_text):
-            self.blocks.append(AnswerBlock(len(self.blocks), part if isinstance(part, Called) else None))
+        if isinstance(part, Called) or not (self.blocks and self.blocks[-1].holds(part)):
+            call = part if isinstance(part, Called) else None
+            self.blocks.append(AnswerBlock(len(self.blocks), call, is_thought=isinstance(part, Thought)))
         self.blocks[-1].text += text_in(part)
         return self.blocks[-1]
-
-    @property
-    def _goes_on_in_text(self) -> bool:
-        return bool(self.blocks) and self.blocks[-1].call is None
 
 
 def text_in(part: Part) -> str:
     """What it adds to its block."""
-    return part.text if isinstance(part, Said | Argued) else ""
+    return "" if isinstance(part, Called) else part.text
 
 
 class Teller(ABC):
     """How one API writes its one answer."""
+
+    tells_thoughts: bool = True  # whether reasoning is told at all
 
     @abstractmethod
     def whole(self, generation: Generation, answer: Answer) -> dict[str, Any]:
@@ -159,10 +168,10 @@ async def answer_dialogue(
     """One answer, whole or as a stream of named events. It is aborted when the client goes before it has ended."""
     service.check_serving()
     task = task_of(request, body, encode, num_prompts=1, max_tokens=max_tokens)
-    task = replace(task, format=one_format(task.format, use))
+    task, reading = as_read(task, service.dialect, use)
     generation = await until_disconnect(request.receive, generate(service, task))
     headers = adapter_headers(generation.records)
-    answer = Answer(use)
+    answer = Answer(reading.new_reader(generation)(), tells_thoughts=teller.tells_thoughts)
     if body.stream:
         return EventStreamResponse(_events(generation, answer, teller), headers, at_end=generation.abort)
     try:

@@ -31,8 +31,9 @@ def anthropic_error(status: int, message: str) -> dict[str, Any]:
 class MessageTeller(Teller):
     """Of one message."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, tells_thoughts: bool) -> None:
         self._model = model
+        self.tells_thoughts = tells_thoughts
         self._id = f"msg_{uuid.uuid4().hex}"
 
     def whole(self, generation: Generation, answer: Answer) -> dict[str, Any]:
@@ -47,12 +48,13 @@ class MessageTeller(Teller):
 
     def begun(self, block: AnswerBlock) -> Iterator[Event]:
         """A block of content; the input of a call comes as the text that it is in JSON."""
-        empty = {"type": "text", "text": ""} if block.call is None else {**_call(block.call), "input": {}}
+        empty = {**_call(block.call), "input": {}} if block.call else _text(block, "")
         yield _event("content_block_start", index=block.number, content_block=empty)
 
     def grown(self, block: AnswerBlock, text: str) -> Iterator[Event]:
         """Its text or its input goes on."""
-        kind, name = ("input_json_delta", "partial_json") if block.call else ("text_delta", "text")
+        own = ("thinking_delta", "thinking") if block.is_thought else ("text_delta", "text")
+        kind, name = ("input_json_delta", "partial_json") if block.call else own
         yield _event("content_block_delta", index=block.number, delta={"type": kind, name: text})
 
     def ended(self, block: AnswerBlock, *, is_whole: bool = True) -> Iterator[Event]:
@@ -80,8 +82,14 @@ def _event(name: str, /, **fields: Any) -> Event:
 
 def _content(block: AnswerBlock) -> dict[str, Any]:
     if block.call is None:
-        return {"type": "text", "text": block.text}
+        return _text(block, block.text)
     return {**_call(block.call), "input": _input(block.text)}
+
+
+def _text(block: AnswerBlock, text: str) -> dict[str, Any]:
+    if block.is_thought:
+        return {"type": "thinking", "thinking": text, "signature": ""}
+    return {"type": "text", "text": text}
 
 
 def _input(text: str) -> dict[str, Any]:

@@ -52,7 +52,14 @@ class ToolResultBlock(WireModel):
     is_error: bool | None = None
 
 
-_KINDS = ("tool_use", "tool_result")
+class ThinkingBlock(WireModel):
+    """How the model reasoned. Its signature is none of ours."""
+
+    type: Literal["thinking"]
+    thinking: str
+
+
+_KINDS = ("tool_use", "tool_result", "thinking")
 
 
 def _kind(value: object) -> str | None:
@@ -65,7 +72,8 @@ def _kind(value: object) -> str | None:
 AnyBlock = Annotated[
     Annotated[Block, Tag(f"{BRANCH}block")]
     | Annotated[ToolUseBlock, Tag(f"{BRANCH}tool_use")]
-    | Annotated[ToolResultBlock, Tag(f"{BRANCH}tool_result")],
+    | Annotated[ToolResultBlock, Tag(f"{BRANCH}tool_result")]
+    | Annotated[ThinkingBlock, Tag(f"{BRANCH}thinking")],
     Discriminator(_kind, "form", "must be a block: an object with a type"),
 ]
 Content = Annotated[
@@ -115,6 +123,12 @@ class OutputConfig(ClosedModel):
     effort: Literal["high"] | None = None  # what Anthropic does by itself
 
 
+class Thinking(WireModel):
+    """Whether it is told; `budget_tokens` is a wish that no model here is held to."""
+
+    type: Literal["enabled", "adaptive", "disabled"]
+
+
 class CountBody(GenerationBody):
     """POST /v1/messages/count_tokens, and what it has in common with the answer to it."""
 
@@ -122,8 +136,18 @@ class CountBody(GenerationBody):
     system: Said | None = None
     tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: AnthropicChoice | None = None
+    thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # where it stood before
+
+    @property
+    def tells_thoughts(self) -> bool:
+        return self.thinking is not None and self.thinking.type != "disabled"
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Of the chat template."""
+        return {} if self.thinking is None else {"enable_thinking": self.tells_thoughts}
 
     def prompt_param(self, _number: int) -> str:
         """The messages make the one prompt."""
@@ -165,7 +189,7 @@ def _take(turns: Turns, message: AnthropicMessage, path: str) -> None:
     if isinstance(message.content, str):
         turns.say(message.role, message.content)
         return
-    text, num_results = "", 0
+    text, thought, num_results = "", "", 0
     calls: list[tuple[str, ToolUseBlock]] = []
     for number, block in enumerate(message.content):
         place = f"{path}[{number}]"
@@ -173,12 +197,16 @@ def _take(turns: Turns, message: AnthropicMessage, path: str) -> None:
             case ToolResultBlock(), "user":
                 turns.give(block.tool_use_id, _result(block, place), f"{place}.tool_use_id")
                 num_results += 1
+            case ThinkingBlock(), "assistant":
+                thought += block.thinking
             case ToolUseBlock(), "assistant":
                 calls.append((place, block))
             case Block(), _:
                 text += text_of([block], path) if block.type == "text" else _refuse(block, place, message.role)
             case _:
                 _refuse(block, place, message.role)
+    if thought:
+        turns.think(thought)
     if text or not (calls or num_results):
         turns.say(message.role, text)
     elif calls:
@@ -187,8 +215,8 @@ def _take(turns: Turns, message: AnthropicMessage, path: str) -> None:
         turns.call(call.id, call.name, call.input, f"{place}.id")
 
 
-def _refuse(block: Block | ToolUseBlock | ToolResultBlock, path: str, role: str) -> str:
-    own = {"user": ["tool_result"], "assistant": ["tool_use"]}.get(role, [])
+def _refuse(block: Block | ToolUseBlock | ToolResultBlock | ThinkingBlock, path: str, role: str) -> str:
+    own = {"user": ["tool_result"], "assistant": ["tool_use", "thinking"]}.get(role, [])
     raise unread(path, block.type, ["text", *own])
 
 

@@ -28,7 +28,7 @@ class ResponseTeller(Teller):
             _status(is_whole=not answer.is_cut),
             output=[_item(block, _status(is_whole=answer.is_whole(block))) for block in answer.blocks],
             incomplete_details={"reason": "max_output_tokens"} if answer.is_cut else None,
-            usage=_usage(generation),
+            usage=_usage(generation, answer),
         )
 
     def opening(self, _generation: Generation) -> Iterator[Event]:
@@ -41,11 +41,13 @@ class ResponseTeller(Teller):
         item = _item(block, "in_progress") | ({} if block.call else {"content": []})
         yield self._event("response.output_item.added", output_index=block.number, item=item)
         if block.call is None:
-            yield self._event("response.content_part.added", **_place(block), part=_part(""))
+            yield self._event("response.content_part.added", **_place(block), part=_part(block, ""))
 
     def grown(self, block: AnswerBlock, text: str) -> Iterator[Event]:
         """Its text or its arguments go on."""
-        if block.call is None:
+        if block.is_thought:
+            yield self._event("response.reasoning_text.delta", **_place(block), delta=text)
+        elif block.call is None:
             yield self._event("response.output_text.delta", **_place(block), delta=text, logprobs=[])
         else:
             place = {"item_id": _id(block), "output_index": block.number}
@@ -54,8 +56,11 @@ class ResponseTeller(Teller):
     def ended(self, block: AnswerBlock, *, is_whole: bool = True) -> Iterator[Event]:
         """All of its text or arguments, then all of it."""
         if block.call is None:
-            yield self._event("response.output_text.done", **_place(block), text=block.text, logprobs=[])
-            yield self._event("response.content_part.done", **_place(block), part=_part(block.text))
+            done: dict[str, Any] = {"text": block.text} | ({} if block.is_thought else {"logprobs": []})
+            yield self._event(
+                f"response.{'reasoning' if block.is_thought else 'output'}_text.done", **_place(block), **done
+            )
+            yield self._event("response.content_part.done", **_place(block), part=_part(block, block.text))
         else:
             told = {"item_id": _id(block), "arguments": block.text}
             yield self._event("response.function_call_arguments.done", output_index=block.number, **told)
@@ -109,7 +114,7 @@ def _status(*, is_whole: bool) -> str:
 
 
 def _id(block: AnswerBlock) -> str:
-    return f"{'msg' if block.call is None else 'fc'}_{block.key}"
+    return f"{'fc' if block.call else 'rs' if block.is_thought else 'msg'}_{block.key}"
 
 
 def _place(block: AnswerBlock) -> dict[str, Any]:
@@ -117,14 +122,19 @@ def _place(block: AnswerBlock) -> dict[str, Any]:
 
 
 def _item(block: AnswerBlock, status: str) -> dict[str, Any]:
+    if block.is_thought:
+        own: dict[str, Any] = {"id": _id(block), "type": "reasoning", "status": status, "summary": []}
+        return {**own, "content": [_part(block, block.text)]}
     if block.call is None:
         own = {"id": _id(block), "type": "message", "role": "assistant", "status": status}
-        return {**own, "content": [_part(block.text)]}
+        return {**own, "content": [_part(block, block.text)]}
     call = {"call_id": block.call.call_id, "name": block.call.name, "arguments": block.text}
     return {"id": _id(block), "type": "function_call", "status": status, **call}
 
 
-def _part(text: str) -> dict[str, Any]:
+def _part(block: AnswerBlock, text: str) -> dict[str, Any]:
+    if block.is_thought:
+        return {"type": "reasoning_text", "text": text}
     return {"type": "output_text", "text": text, "annotations": []}
 
 
@@ -138,12 +148,12 @@ def _told_tool(tool: Any) -> dict[str, Any]:
     return {"type": "function", **own, "strict": bool(tool.strict)}
 
 
-def _usage(generation: Generation) -> dict[str, Any]:
+def _usage(generation: Generation, answer: Answer) -> dict[str, Any]:
     generated = sum(generation.num_generated)
     return {
         "input_tokens": generation.num_prompt_tokens,
         "input_tokens_details": {"cached_tokens": generation.num_cached_tokens, "cache_write_tokens": 0},
         "output_tokens": generated,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": answer.num_thought_tokens},
         "total_tokens": generation.num_prompt_tokens + generated,
     }

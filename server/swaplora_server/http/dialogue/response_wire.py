@@ -10,6 +10,7 @@ from swaplora_server.http.dialogue.turns import (
     ITEMS,
     MAX_ITEMS,
     TEXT,
+    Block,
     CallId,
     Said,
     Turn,
@@ -69,13 +70,21 @@ class ResultItem(WireModel):
     output: Said
 
 
+class ReasoningItem(WireModel):
+    """How the model reasoned: what it wrote, or else a summary of it."""
+
+    type: Literal["reasoning"]
+    summary: Annotated[list[Block], Field(max_length=MAX_ITEMS, fail_fast=True)] | None = None
+    content: Annotated[list[Block], Field(max_length=MAX_ITEMS, fail_fast=True)] | None = None
+
+
 class OtherItem(WireModel):
     """Refused by its type."""
 
     type: Type
 
 
-_KINDS = {"message": MessageItem, "function_call": CallItem, "function_call_output": ResultItem}
+_KINDS = ("message", "function_call", "function_call_output", "reasoning")
 
 
 def _kind(value: object) -> str | None:
@@ -89,6 +98,7 @@ Item = Annotated[
     Annotated[MessageItem, Tag(f"{BRANCH}message")]
     | Annotated[CallItem, Tag(f"{BRANCH}function_call")]
     | Annotated[ResultItem, Tag(f"{BRANCH}function_call_output")]
+    | Annotated[ReasoningItem, Tag(f"{BRANCH}reasoning")]
     | Annotated[OtherItem, Tag(f"{BRANCH}other")],
     Discriminator(_kind, "form", "must be an object: a message, a call or its output"),
 ]
@@ -136,6 +146,14 @@ class TextConfig(ClosedModel):
     verbosity: Literal["medium"] | None = None
 
 
+class Reasoning(ClosedModel):
+    """Whether there is to be any; a summary is not made, the reasoning itself is told."""
+
+    effort: Literal["none"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+
+
 class ResponseBody(GenerationBody):
     """POST /v1/responses."""
 
@@ -147,6 +165,12 @@ class ResponseBody(GenerationBody):
     tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Annotated[ToolMode | Annotated[NamedChoice, Tag(OBJECT)], CHOICE_FORM] | None = None
     parallel_tool_calls: bool | None = None
+    reasoning: Reasoning | None = None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Of the chat template."""
+        return {"enable_thinking": False} if self.reasoning and self.reasoning.effort == "none" else {}
 
     def prompt_param(self, _number: int) -> str:
         """The one prompt is made of it."""
@@ -196,7 +220,7 @@ class ResponseBody(GenerationBody):
             yield source
 
 
-def _take(turns: Turns, item: MessageItem | CallItem | ResultItem | OtherItem, path: str) -> None:
+def _take(turns: Turns, item: MessageItem | CallItem | ResultItem | ReasoningItem | OtherItem, path: str) -> None:
     match item:
         case MessageItem(role=str(role), content=content) if content is not None:
             turns.say(_ROLES.get(role, role), text_of(content, f"{path}.content", _PARTS))
@@ -207,6 +231,8 @@ def _take(turns: Turns, item: MessageItem | CallItem | ResultItem | OtherItem, p
             turns.call(item.call_id, item.name, arguments_in(item.arguments) or {}, f"{path}.call_id")
         case ResultItem():
             turns.give(item.call_id, text_of(item.output, f"{path}.output", _PARTS), f"{path}.call_id")
+        case ReasoningItem(content=content, summary=summary):
+            turns.think(text_of(content or summary or [], path, ("reasoning_text", "summary_text")))
         case OtherItem():
             words = f"items of type {item.type!r} are not supported yet: send {', '.join(_KINDS)}"
             raise RequestError("unsupported_field", f"{path}.type: {words}", f"{path}.type")

@@ -59,7 +59,15 @@ class Turns:
         self._unanswered: dict[str, str] = {}  # the path of each call by its id
 
     def say(self, role: str, content: str) -> None:
-        self._turns.append({"role": role, "content": content})
+        last = self._turns[-1] if self._turns else {}
+        if role == "assistant" and last.keys() == {"role", "content", "reasoning_content"} and not last["content"]:
+            last["content"] = content
+        else:
+            self._turns.append({"role": role, "content": content})
+
+    def think(self, text: str) -> None:
+        """Before what the assistant says and calls next; templates leave it out where it is of no use any more."""
+        self._turns.append({"role": "assistant", "content": "", "reasoning_content": text})
 
     def call(self, call_id: str, name: str, arguments: dict[str, Any], path: str) -> None:
         """Raises RequestError for an id that waits for its result already."""

@@ -1,7 +1,6 @@
 """POST /v1/chat/completions."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -17,8 +16,8 @@ from swaplora_server.http.logprobs import chat_logprobs
 from swaplora_server.http.refusals import CHAT, refuse_unsupported
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.tasks import task_of
-from swaplora_server.http.tools.answers import ToolAnswers
-from swaplora_server.http.tools.wire import one_format
+from swaplora_server.http.tools.answers import ChatAnswers
+from swaplora_server.http.tools.reading import as_read
 from swaplora_server.http.transport.body import body_schema, json_body
 from swaplora_server.http.wire import ChatBody
 from swaplora_server.service.detokenize import TextToken
@@ -41,7 +40,6 @@ async def answer_chat(request: Request, service: Service, body: ChatBody) -> Res
     refuse_unsupported(body, CHAT, body.messages)
     _check(body)
     service.check_serving()
-    use = body.tool_use()
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     task = task_of(
         request,
@@ -52,9 +50,12 @@ async def answer_chat(request: Request, service: Service, body: ChatBody) -> Res
         num_logprobs=body.num_logprobs,
         num_prompt_logprobs=body.prompt_logprobs,
     )
-    task = replace(task, format=one_format(task.format, use))
+    task, reading = as_read(task, service.dialect, body.tool_use())
     generation = await until_disconnect(request.receive, generate(service, task))
-    form = _format(service.base.vocabulary, None if use is None else ToolAnswers(use), has_logprobs=body.logprobs)
+    read = None
+    if not reading.is_plain:
+        read = ChatAnswers(reading.use, reading.new_reader(generation), tells_thoughts=body.include_reasoning)
+    form = _format(service.base.vocabulary, read, has_logprobs=body.logprobs)
     return await answer(request, body, generation, form)
 
 
@@ -88,7 +89,7 @@ def check_messages(body: ChatBody) -> None:
             raise RequestError("invalid_request", f"{path} must be a string, or a list of parts of type text", path)
 
 
-def _format(vocabulary: Vocabulary, tools: ToolAnswers | None = None, *, has_logprobs: bool) -> AnswerFormat:
+def _format(vocabulary: Vocabulary, read: ChatAnswers | None = None, *, has_logprobs: bool) -> AnswerFormat:
     """Chat's objects; logprobs name tokens, so the vocabulary is needed."""
 
     def logprobs(tokens: Sequence[TextToken]) -> dict[str, Any]:
@@ -97,8 +98,8 @@ def _format(vocabulary: Vocabulary, tools: ToolAnswers | None = None, *, has_log
     def choice(choice: Choice) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": choice.text}
         reason: str | None = choice.finish_reason
-        if tools is not None:
-            message, reason = tools.message(choice.text, reason)
+        if read is not None:
+            message, reason = read.message(choice.text, reason)
         return {
             "index": choice.index,
             "message": message,
@@ -109,9 +110,9 @@ def _format(vocabulary: Vocabulary, tools: ToolAnswers | None = None, *, has_log
     def chunks(piece: Piece) -> list[dict[str, Any]]:
         reason: str | None = piece.finish_reason
         deltas = [{"content": piece.text}] if piece.text else []
-        if tools is not None:
-            deltas = tools.deltas(piece.choice, piece.text, is_last=reason is not None)
-            reason = tools.finish_reason(piece.choice, reason)
+        if read is not None:
+            deltas = read.deltas(piece.choice, piece.text, is_last=reason is not None)
+            reason = read.finish_reason(piece.choice, reason)
         if not deltas and (piece.tokens or piece.token_id is not None):
             deltas = [{"content": ""}]
         shown = [logprobs(piece.tokens) if piece.tokens else None, *[None] * len(deltas)]

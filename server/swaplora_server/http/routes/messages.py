@@ -50,7 +50,13 @@ async def create_message(
         raise RequestError("invalid_request", message, "stop_sequences")
     encode = _prompt_of(service, body)
     return await answer_dialogue(
-        request, service, named, encode, body.max_tokens, body.tool_use(), MessageTeller(body.model)
+        request,
+        service,
+        named,
+        encode,
+        body.max_tokens,
+        body.tool_use(),
+        MessageTeller(body.model, tells_thoughts=body.tells_thoughts),
     )
 
 
@@ -72,4 +78,4 @@ def _prompt_of(service: Service, body: CountBody) -> Encode:
     refuse_unsupported(body, ANTHROPIC)
     check_one_answer(body)
     turns = body.turns()
-    return prompt_of(service, body, turns, body.tool_use(), is_begun=turns[-1]["role"] == "assistant")
+    return prompt_of(service, body, turns, body.tool_use(), body.variables, is_begun=turns[-1]["role"] == "assistant")

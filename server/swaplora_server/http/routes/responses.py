@@ -26,5 +26,5 @@ async def respond(
     refuse_unsupported(body, RESPONSE)
     check_one_answer(body)
     use = body.tool_use()
-    encode = prompt_of(service, body, body.turns(), use)
+    encode = prompt_of(service, body, body.turns(), use, body.variables)
     return await answer_dialogue(request, service, body, encode, body.max_output_tokens, use, ResponseTeller(body))

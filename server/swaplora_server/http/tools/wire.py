@@ -13,8 +13,9 @@ from pydantic import Discriminator, Field, Tag, field_validator
 from swaplora_server.http.transport.models import BRANCH, WireModel
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.grammar.source import GrammarSource
+from swaplora_server.service.tools.call_format import CallFormat
 from swaplora_server.service.tools.reader import CallReader
-from swaplora_server.service.tools.tool import Tool, calls_only, text_with_calls
+from swaplora_server.service.tools.tool import Tool
 
 MAX_TOOLS = 128
 MAX_CALLS = 128
@@ -141,15 +142,6 @@ def use_of(tools: Sequence[Tool], choice: Choice, *, is_one: bool = False, is_le
     return ToolUse(tuple(tools), choice.named, choice.mode == "required", is_one, is_legacy)
 
 
-def one_format(of_text: GrammarSource | None, use: "ToolUse | None") -> GrammarSource | None:
-    """What the text keeps to, where it may also be held to calls. Raises RequestError for both."""
-    of_calls = None if use is None else use.source()
-    if of_text is not None and of_calls is not None:
-        words = f"{of_text.param} and {of_calls.param} exclude each other where calls are strict, required or named"
-        raise RequestError("invalid_request", words, of_text.param)
-    return of_text or of_calls
-
-
 @dataclass(frozen=True, slots=True)
 class ToolUse:
     """What one chat may call, and how its calls are written."""
@@ -164,16 +156,21 @@ class ToolUse:
     def definitions(self) -> list[dict[str, Any]]:
         return [tool.definition for tool in self.tools]
 
-    def source(self) -> GrammarSource | None:
+    @property
+    def is_held(self) -> bool:
+        """Whether the text is calls and nothing else."""
+        return self.is_required or self.named is not None
+
+    def source(self, form: CallFormat) -> GrammarSource | None:
         """What the text must keep to so that calls are what they are to be."""
         if self.named is not None:
-            return calls_only([tool for tool in self.tools if tool.name == self.named], is_one=True)
+            return form.calls_only([tool for tool in self.tools if tool.name == self.named], is_one=True)
         if self.is_required:
-            return calls_only(self.tools, is_one=self.is_one)
-        return text_with_calls(self.tools) if any(tool.is_strict for tool in self.tools) else None
+            return form.calls_only(self.tools, is_one=self.is_one)
+        return form.text_with_calls(self.tools) if any(tool.is_strict for tool in self.tools) else None
 
-    def reader(self) -> CallReader:
-        return CallReader({tool.name for tool in self.tools}, is_one=self.is_one)
+    def reader(self, form: CallFormat) -> CallReader:
+        return CallReader({tool.name for tool in self.tools}, form=form, is_one=self.is_one)
 
     def finish_reason(self, reason: str | None, num_calls: int) -> str | None:
         """OpenAI's, of a text with so many calls that ended by `reason`: a call asked for by name is no news."""

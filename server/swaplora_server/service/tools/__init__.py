@@ -1,4 +1,5 @@
-"""Tools: how a model is told of them, what it may be held to, and how its calls are read out of its text.
+"""What a text has beside plain words: calls of tools, of which a model is told and which it may be held to; reasoning.
 
-Calls are written as Hermes has them: `<tool_call>`, an object with `name` and `arguments`, `</tool_call>`.
+`call_format.py` has the ways in which bases write calls; `dialect.py` says which of them is a base's own, and how it
+marks its reasoning.
 """

@@ -6,16 +6,21 @@ import uuid
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import cache
 from typing import NamedTuple
 
 from swaplora_server.service.grammar.source import json_text
-from swaplora_server.service.tools.tool import BEGIN, END
-
-_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)', re.DOTALL)
+from swaplora_server.service.tools.call_format import HERMES, CallFormat
 
 
 class Said(NamedTuple):
     """Text that is in no call."""
+
+    text: str
+
+
+class Thought(NamedTuple):
+    """Text by which the model reasons before it answers."""
 
     text: str
 
@@ -35,14 +40,16 @@ class Argued(NamedTuple):
     text: str
 
 
-Part = Said | Called | Argued
+Part = Said | Thought | Called | Argued
 
 
 class _State(Enum):
+    START = auto()  # where a call may stand without a mark
     TEXT = auto()
     HEAD = auto()  # of a call, until its arguments begin
     ARGUMENTS = auto()
-    TAIL = auto()  # what stands behind them, up to the mark that ends the call
+    REST = auto()  # of the call's object, behind them
+    BEHIND = auto()  # a call: here another may follow, or what closes them
 
 
 @dataclass(slots=True)
@@ -54,7 +61,7 @@ class _ObjectEnd:
     is_escaped: bool = False
 
     def find(self, text: str) -> int | None:
-        """How much of `text` belongs to it, if it ends there."""
+        """How much of `text`, which goes on where the last one ended, belongs to it, if it ends there."""
         for place, character in enumerate(text):
             if self.is_in_string:
                 self._within_string(character)
@@ -76,13 +83,18 @@ class _ObjectEnd:
 class CallReader:
     """The parts of one text. What is no well-formed call of one of the tools stays text; nothing is lost but marks."""
 
-    def __init__(self, names: Collection[str], *, is_one: bool = False) -> None:
+    def __init__(self, names: Collection[str], *, form: CallFormat = HERMES, is_one: bool = False) -> None:
         """With `is_one`, only the first call is told."""
         self._names = names
+        self._form = form
         self._is_one = is_one
-        self._state = _State.TEXT
+        self._state = _State.START if form.is_bare else _State.TEXT
         self._held = ""
+        self._before = ""  # a call that is not known for one yet: what is text if it is none
+        self._opening = ""  # what is still to come before its object
+        self._num_scanned = 0  # characters of that object, in which its end is not
         self._end = _ObjectEnd()
+        self._is_behind_call = False
         self.num_calls = 0
 
     def push(self, text: str) -> list[Part]:
@@ -95,87 +107,148 @@ class CallReader:
 
     def flush(self) -> list[Part]:
         """What is left at the end: a call whose last mark is missing is one all the same."""
-        state, held = self._state, self._held
-        self._state, self._held = _State.TEXT, ""
-        if state is _State.TEXT:
-            parts = list(self._text(held))
-        elif state is _State.HEAD:
-            parts = self._whole(held, "")
-        else:
-            parts = []
-        return [part for part in parts if self._is_told(part)]
+        state, text = self._state, self._before + self._held
+        self._enter(_State.TEXT, "")
+        return list(self._text(text)) if state in (_State.START, _State.TEXT, _State.HEAD) else []
 
     def _is_told(self, part: Part) -> bool:
-        return isinstance(part, Said) or not (self._is_one and part.number)
+        return not (self._is_one and isinstance(part, Called | Argued) and part.number)
 
     def _step(self) -> list[Part] | None:
         """The parts up to the next change of state, or None when more text is needed for one."""
         match self._state:
+            case _State.START:
+                return self._at_start()
             case _State.TEXT:
                 return self._in_text()
             case _State.HEAD:
                 return self._in_head()
             case _State.ARGUMENTS:
                 return self._in_arguments()
-            case _State.TAIL:
-                _, mark, rest = self._held.partition(END)
-                if mark:
-                    self._enter(_State.TEXT, rest)
-                return [] if mark else None
+            case _State.REST:
+                return self._in_rest()
+            case _State.BEHIND:
+                return self._behind()
 
-    def _enter(self, state: _State, held: str) -> None:
-        self._state, self._held = state, held
+    def _enter(self, state: _State, held: str, before: str = "") -> list[Part]:
+        self._state, self._held, self._before = state, held, before
+        self._opening = ""
+        return []
+
+    def _enter_head(self, held: str, before: str, opening: str = "") -> list[Part]:
+        self._enter(_State.HEAD, held, before)
+        self._opening, self._num_scanned, self._end = opening, 0, _ObjectEnd()
+        return []
+
+    def _at_start(self) -> list[Part] | None:
+        rest = self._held.lstrip()
+        if not rest:
+            return None
+        if rest.startswith("{"):
+            return self._enter_head(rest, self._held[: -len(rest)])
+        return self._enter(_State.TEXT, self._held)
 
     def _in_text(self) -> list[Part] | None:
-        before, mark, rest = self._held.partition(BEGIN)
+        before, mark, rest = self._held.partition(self._form.mark)
         if mark:
-            self._enter(_State.HEAD, rest)
+            self._enter_head(rest, mark, self._form.opening)
             return list(self._text(before))
-        length = len(before) - _num_held(before)
-        if self.num_calls and not before[:length].strip():
+        length = len(before) - num_held(before, self._form.mark)
+        if self._is_behind_call and not before[:length].strip():
             return None  # perhaps nothing but what stands between two calls
         self._held = before[length:]
         return list(self._text(before[:length])) or None
 
     def _in_head(self) -> list[Part] | None:
-        match = _HEAD.match(self._held)
+        rest = self._held.lstrip()
+        if not rest:
+            return None
+        if self._opening:
+            if not rest.startswith(self._opening):
+                return self._no_call(self._held)
+            length = len(self._held) - len(rest) + len(self._opening)
+            return self._enter_head(self._held[length:], self._before + self._held[:length])
+        if not rest.startswith("{") or not self._may_be_call(rest):
+            return self._no_call(self._held)
+        match = _head(self._form.arguments).match(rest)
         name = _name(match[1]) if match else None
         if match and name in self._names:
-            self._enter(_State.ARGUMENTS, self._held[match.end() :])
+            self._enter(_State.ARGUMENTS, rest[match.end() :])
             self._end = _ObjectEnd()
             return [self._called(str(name))]
-        block, mark, rest = self._held.partition(END)
-        if not mark:
+        end = self._end.find(rest[self._num_scanned :])
+        if end is None:
+            self._num_scanned = len(rest)
             return None
-        self._enter(_State.TEXT, rest)
-        return self._whole(block, END)
+        length = self._num_scanned + end
+        return self._whole(rest[:length], self._held[: len(self._held) - len(rest)], rest[length:])
+
+    def _may_be_call(self, text: str) -> bool:
+        """An object without a mark may be an answer, which is not held back for longer than its first name."""
+        first = _FIRST_NAME.match(text) if self._form.is_bare else None
+        return first is None or first[1] in ("name", "type", self._form.arguments)
 
     def _in_arguments(self) -> list[Part] | None:
         length = self._end.find(self._held)
         text, rest = self._held[:length], "" if length is None else self._held[length:]
-        self._enter(_State.ARGUMENTS if length is None else _State.TAIL, rest)
+        self._enter(_State.ARGUMENTS if length is None else _State.REST, rest)
+        if length is not None:
+            self._end = _ObjectEnd(depth=1)
         return [Argued(self.num_calls - 1, text)] if text else None
 
-    def _whole(self, block: str, mark: str) -> list[Part]:
+    def _in_rest(self) -> list[Part] | None:
+        length = self._end.find(self._held)
+        if length is None:
+            self._held = ""
+            return None
+        return self._enter(_State.BEHIND, self._held[length:])
+
+    def _behind(self) -> list[Part] | None:
+        rest = self._held.lstrip()
+        form = self._form
+        if not rest or (form.closing.startswith(rest) and rest != form.closing):
+            return None
+        if form.separator and rest.startswith(form.separator):
+            length = len(self._held) - len(rest) + len(form.separator)
+            return self._enter_head(self._held[length:], self._held[:length])
+        return self._enter(_State.TEXT, rest[len(form.closing) :] if rest.startswith(form.closing) else self._held)
+
+    def _whole(self, block: str, space: str, rest: str) -> list[Part]:
         """A call that came as a whole, or the text that it is not."""
         try:
             call = json.loads(block)
         except (ValueError, RecursionError):
             call = None
-        match call:
-            case {"name": str(name), "arguments": dict() as arguments} if name in self._names:
-                return [self._called(name), Argued(self.num_calls - 1, json_text(arguments))]
-            case _:
-                return [Said(f"{BEGIN}{block}{mark}")]
+        name = call.get("name") if isinstance(call, dict) else None
+        arguments = call.get(self._form.arguments) if isinstance(call, dict) else None
+        if not isinstance(name, str) or name not in self._names or not isinstance(arguments, dict):
+            return self._no_call(rest, space + block)
+        self._enter(_State.BEHIND, rest)
+        return [self._called(name), Argued(self.num_calls - 1, json_text(arguments))]
+
+    def _no_call(self, rest: str, block: str = "") -> list[Part]:
+        text = self._before + block
+        self._enter(_State.TEXT, rest)
+        return list(self._text(text))
 
     def _called(self, name: str) -> Called:
         self.num_calls += 1
+        self._is_behind_call = True
         return Called(self.num_calls - 1, f"call_{uuid.uuid4().hex[:24]}", name)
 
     def _text(self, text: str) -> Iterator[Part]:
         """White space behind a call is not text by itself."""
-        if text and not (self.num_calls and not text.strip()):
+        if text and not (self._is_behind_call and not text.strip()):
+            self._is_behind_call = False
             yield Said(text)
+
+
+_FIRST_NAME = re.compile(r'\{\s*"((?:[^"\\]|\\.)*)"', re.DOTALL)
+
+
+@cache
+def _head(arguments: str) -> re.Pattern[str]:
+    return re.compile(rf'\{{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"{arguments}"\s*:\s*(?=\{{)', re.DOTALL)
 
 
 def _name(literal: str) -> object:
@@ -185,6 +258,6 @@ def _name(literal: str) -> object:
         return None
 
 
-def _num_held(text: str) -> int:
-    """How many of its last characters may be the beginning of a call's mark."""
-    return next((n for n in range(min(len(BEGIN) - 1, len(text)), 0, -1) if text.endswith(BEGIN[:n])), 0)
+def num_held(text: str, mark: str) -> int:
+    """How many of its last characters may be the beginning of `mark`."""
+    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
