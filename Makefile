@@ -26,12 +26,13 @@ serve: $(VENV)/.runtime ## serve the embedded base and the demo adapters on 127.
 test: $(VENV)/.dev ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-check: $(VENV)/.dev ## lint, format check, types, who imports whom, Dockerfile
+check: $(VENV)/.dev ## lint, format check, types, who imports whom, Dockerfile, compose file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy server adapters tests tools demo
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
 
 isolation: $(VENV)/.dev ## the proof that no request is answered with another's weights
 	$(TOOL) tools/isolation.py $(ARGS)

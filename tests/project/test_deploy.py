@@ -10,10 +10,10 @@ from swaplora_server.config import Settings
 
 @pytest.fixture(scope="module")
 def services() -> dict[str, dict[str, Any]]:
-    """Those of the compose file, for a CPU and for a GPU."""
+    """Those of the compose file: for a CPU, for a GPU, and what observes either."""
     compose = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
     found: dict[str, dict[str, Any]] = compose["services"]
-    assert list(found) == ["swaplora", "gpu"]
+    assert list(found) == ["swaplora", "gpu", "prometheus", "grafana"]
     return found
 
 
@@ -58,10 +58,21 @@ def test_the_service_on_a_gpu_is_another_image_and_starts_by_its_profile(service
     assert gpu["build"]["args"] == {"VARIANT": "cuda"}
     (device,) = gpu["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
-    own = {"profiles", "image", "build", "deploy"}
+    assert gpu["networks"] == {"default": {"aliases": ["swaplora"]}}  # where it is scraped
+    own = {"profiles", "image", "build", "deploy", "networks"}
     assert {name: value for name, value in gpu.items() if name not in own} == {
         name: value for name, value in cpu.items() if name not in own
     }
+
+
+@pytest.mark.parametrize("name", ["prometheus", "grafana"])
+def test_what_observes_is_on_this_machine_only_and_starts_by_its_profile(
+    services: dict[str, dict[str, Any]], name: str
+) -> None:
+    assert services[name]["profiles"] == ["observability"]
+    assert all(port.startswith("127.0.0.1:") for port in services[name]["ports"])
+    assert services[name]["cap_drop"] == ["ALL"]
+    assert ":" in services[name]["image"]
 
 
 def test_the_image_has_a_compiler_for_its_kernels(stages: list[list[str]]) -> None:

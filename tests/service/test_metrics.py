@@ -317,6 +317,7 @@ def test_what_is_deleted_is_gone_at_the_next_scrape_and_its_label_goes_to_anothe
     found = read(metrics)
     assert of_adapter(found, "adapter-7") == {}
     assert of_adapter(found, "late")["evictions_total"] == 1
+    assert of_adapter(found, "adapter-8")["load_failures_total"] == 0  # a rate needs its zero
     assert of_adapter(found, OTHER)["evictions_total"] == 2
 
 

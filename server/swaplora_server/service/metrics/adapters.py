@@ -54,6 +54,7 @@ class AdapterMetrics:
         """`is_there` says whether there is an adapter of a name. It is called with a lock held, and takes none."""
         self._limit = limit
         self._labels = AdapterLabels(is_there, limit)
+        self._shown: set[str] = set()  # labels whose counts have begun
         self._lock = threading.Lock()  # what is deleted gets no series after its own were taken away
 
         def counter(name: str, documentation: str, *labels: str) -> Counter:
@@ -88,7 +89,7 @@ class AdapterMetrics:
         """One generation is over. Each adapter of a sum counts it whole."""
         with self._lock:
             for name in record.adapters:
-                self._observe(self._labels.used(name), record)
+                self._observe(self._used(name), record)
 
     def looked_up(self, names: Sequence[str], *, were_there: bool) -> None:
         """See `UsageListener`."""
@@ -98,7 +99,7 @@ class AdapterMetrics:
     def loaded(self, name: str, stages: dict[str, float]) -> None:
         """See `UsageListener`."""
         with self._lock:
-            label = self._labels.used(name)
+            label = self._used(name)
             for stage, seconds in stages.items():
                 self._loading.labels(label, stage).observe(seconds)
 
@@ -114,13 +115,14 @@ class AdapterMetrics:
         """Take away the series of adapters that are no more."""
         with self._lock:
             for name in self._labels.take_back():
+                self._shown.discard(name)
                 for metric in self._all:
                     metric.remove_by_labels({"adapter": name})
 
     def families(self, states: Sequence[AdapterState]) -> Iterator[GaugeMetricFamily]:
         """Where they are and what they take; those that share a label are added up."""
         with self._lock:
-            label = self._labels.used if len(states) <= self._limit else self._labels.of
+            label = self._used if len(states) <= self._limit else self._labels.of
             labelled = [(label(state.name), state) for state in states]
         yield _sums("bytes", "What it takes in memory", ["adapter"], (((label,), s.num_bytes) for label, s in labelled))
         yield _sums("pinned", "Whether it is pinned", ["adapter"], (((label,), s.is_pinned) for label, s in labelled))
@@ -134,7 +136,18 @@ class AdapterMetrics:
     def _count(self, counter: Counter, names: Iterable[str]) -> None:
         with self._lock:
             for name in names:
-                counter.labels(self._labels.used(name)).inc()
+                counter.labels(self._used(name)).inc()
+
+    def _used(self, name: str) -> str:
+        """Its label, whose counts begin at zero: a rate needs that."""
+        label = self._labels.used(name)
+        if label not in self._shown:
+            self._shown.add(label)
+            for outcome in Outcome:
+                self._generations.labels(label, outcome)
+            for counter in (self._hits, self._misses, self._load_failures, self._evictions):
+                counter.labels(label)
+        return label
 
     def _observe(self, label: str, record: GenerationRecord) -> None:
         self._generations.labels(label, record.outcome).inc()
