@@ -17,6 +17,7 @@ from uvicorn.loops.auto import auto_loop_factory
 
 from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.store.store import StoreError
+from swaplora_server.access.audit import AuditLogError
 from swaplora_server.access.key_file import KeyFileError
 from swaplora_server.banner import Progress, show_banner
 from swaplora_server.base.proof import UnsupportedModelError
@@ -44,7 +45,7 @@ def run(settings: Settings) -> None:
     _allow_files(settings)
     try:
         service = Service(settings)
-    except KeyFileError as error:
+    except (KeyFileError, AuditLogError) as error:
         raise StartError(str(error)) from error
     with _listen(settings) as listener, asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
         runner.run(_serve(service, listener))

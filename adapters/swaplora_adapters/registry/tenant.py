@@ -9,7 +9,7 @@ cannot be reached: the names of others are neither found, nor told, nor in anybo
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from swaplora_adapters.cancellation import Cancellation
@@ -29,6 +29,21 @@ from swaplora_adapters.registry.registry import Make, Registry
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
 from swaplora_adapters.store.records import Alias, Target, VersionRecord
 from swaplora_adapters.store.staging import Staging
+
+
+@dataclass(slots=True)
+class Change:
+    """A change that was asked for: of what, and what came of it."""
+
+    kind: str
+    name: str  # an adapter's or an alias
+    version: int | None = None
+    digest: str | None = None
+    outcome: str = "done"  # or an error's code
+
+    def came_to(self, record: VersionRecord) -> None:
+        """What the name stands for now, or what it has lost."""
+        self.version, self.digest = record.version, record.digest
 
 
 class Naming:
@@ -171,10 +186,11 @@ class TenantNames(Names):
 class TenantRegistry(Registry):
     """What a tenant may do with its adapters; each method is the registry's of that name. Thread-safe."""
 
-    def __init__(self, registry: Registry, tenant: str) -> None:
-        """`tenant` is "" for the default one."""
+    def __init__(self, registry: Registry, tenant: str, note: Callable[[Change], None] = lambda _change: None) -> None:
+        """`tenant` is "" for the default one. `note` hears of every change once it is made or has failed."""
         self._registry = registry
         self._naming = Naming(tenant)
+        self._note = note
 
     @property
     def names(self) -> Names:
@@ -201,9 +217,10 @@ class TenantRegistry(Registry):
         conditions: Conditions = UNCONDITIONAL,
         make: Make | None = None,
     ) -> PutResult:
-        stored = self._new(name)
-        with self._naming.told():
+        with self._changing("adapter.put", name) as change:
+            stored = self._new(name)
             put = self._registry.put(stored, staging, source=source, conditions=conditions, make=make)
+            change.came_to(put.card.record)
             return put._replace(card=self._naming.card(put.card))
 
     def put_source(
@@ -216,40 +233,57 @@ class TenantRegistry(Registry):
         make: Make | None = None,
         cancellation: Cancellation | None = None,
     ) -> PutResult:
-        stored = self._new(name)
-        with self._naming.told():
+        with self._changing("adapter.fetch", name) as change:
+            stored = self._new(name)
             put = self._registry.put_source(
                 stored, uri, conditions=conditions, is_operators=is_operators, make=make, cancellation=cancellation
             )
+            change.came_to(put.card.record)
             return put._replace(card=self._naming.card(put.card))
 
     def change(self, name: str, *, current: int | None = None, is_pinned: bool | None = None) -> Card:
-        return self._card_of(lambda stored: self._registry.change(stored, current=current, is_pinned=is_pinned), name)
+        kinds = {"adapter.current": current is not None, "adapter.pin": is_pinned, "adapter.unpin": is_pinned is False}
+        with self._changing(" ".join(kind for kind, is_asked in kinds.items() if is_asked), name) as change:
+            card = self._registry.change(self._naming.stored(name), current=current, is_pinned=is_pinned)
+            change.came_to(card.record)
+            return self._naming.card(card)
 
     def delete(self, name: str, version: int | None = None) -> Removal:
-        with self._naming.told():
-            return self._registry.delete(self._naming.stored(name), version)
+        with self._changing("adapter.delete", name) as change:
+            removal = self._registry.delete(self._naming.stored(name), version)
+            change.came_to(removal.records[-1])
+            return removal
 
     def put_alias(self, alias: str, targets: Sequence[Target]) -> Alias:
         if not self._naming.is_own(alias):  # what it is stored as, the base is not called
             self._registry.names.check_is_not_base(alias)
-        with self._naming.told():
+        with self._changing("alias.put", alias):
             stored = [Target(self._naming.stored(target.reference), target.weight) for target in targets]
             return self._naming.alias(self._registry.put_alias(self._naming.stored_alias(alias), stored))
 
     def delete_alias(self, alias: str) -> None:
-        with self._naming.told():
+        with self._changing("alias.delete", alias):
             self._registry.delete_alias(self._naming.stored_alias(alias))
 
     def cards(self) -> list[Card]:
         return [self._naming.card(card) for card in self._registry.cards() if self._naming.is_own(card.record.name)]
 
     def card(self, name: str) -> Card:
-        return self._card_of(self._registry.card, name)
-
-    def _card_of(self, find: Callable[[str], Card], name: str) -> Card:
         with self._naming.told():
-            return self._naming.card(find(self._naming.stored(name)))
+            return self._naming.card(self._registry.card(self._naming.stored(name)))
+
+    @contextmanager
+    def _changing(self, kind: str, name: str) -> Iterator[Change]:
+        """The body makes a change, which is noted however it ends."""
+        change = Change(kind, name)
+        try:
+            with self._naming.told():
+                yield change
+        except BaseException as error:
+            change.outcome = error.code if isinstance(error, AdapterError) else "failed"
+            raise
+        finally:
+            self._note(change)
 
     def _new(self, name: str) -> str:
         """Raises InvalidAdapterNameError, as the store does for what it is not to hold."""

@@ -2,6 +2,7 @@
 
 from typing import Annotated
 
+import structlog
 from fastapi import Depends, Request
 
 from swaplora_server.access.caller import Caller
@@ -13,7 +14,13 @@ async def _service(request: Request) -> Service:
     """With the caller's adapters alone, where there is a caller; public routes look at none."""
     service: Service = request.app.state.service
     caller: Caller | None = getattr(request.state, "caller", None)
-    return service if caller is None else service.seen_by(caller.tenant)
+    return service if caller is None else service.seen_by(caller, _request_id())
+
+
+def _request_id() -> str:
+    """As the answer and the log have it."""
+    request_id: str = structlog.contextvars.get_contextvars().get("request_id", "")
+    return request_id
 
 
 Serving = Annotated[Service, Depends(_service)]  # it may still be starting: see `Service.check_serving`

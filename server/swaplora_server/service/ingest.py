@@ -138,23 +138,24 @@ class Ingest:
 
 
 class TenantIngest:
-    """What comes for a tenant without an upload: it is fetched from the sources that all may name, or not at all."""
+    """What comes for a tenant without an upload. The adapter folder, and what is looked for, is the default one's."""
 
-    def __init__(self, ingest: Ingest, registry: Registry) -> None:
+    def __init__(self, ingest: Ingest, registry: Registry, *, is_default: bool) -> None:
         """`registry` is the tenant's."""
         self._ingest = ingest
         self._registry = registry
+        self._is_default = is_default
 
     async def fetch(
         self, name: str, uri: str, *, conditions: Conditions = UNCONDITIONAL, make: CancellableMake | None = None
     ) -> PutResult:
         """See `Ingest.fetch`. Raises SourceNotAllowedError for the adapter folder, which is the default tenant's."""
-        if uri.startswith(FOLDER):
+        if uri.startswith(FOLDER) and not self._is_default:
             raise SourceNotAllowedError(
                 "the adapter folder is the default tenant's; upload the files, or name a source"
             )
         return await self._ingest.fetch(name, uri, conditions=conditions, make=make, registry=self._registry)
 
-    async def resolve(self, _reference: str, _peer: str) -> bool:
-        """Nothing is looked for."""
-        return False
+    async def resolve(self, reference: str, peer: str) -> bool:
+        """See `Ingest.resolve`: looked for by the default tenant alone."""
+        return self._is_default and await self._ingest.resolve(reference, peer)

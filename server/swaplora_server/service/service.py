@@ -14,12 +14,13 @@ from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.priority import lower_priority
 from swaplora_adapters.registry.index import parse_reference
 from swaplora_adapters.registry.registry import Registry
-from swaplora_adapters.registry.tenant import Naming, TenantRegistry
+from swaplora_adapters.registry.tenant import Change, Naming, TenantRegistry
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.sources.watcher import put_folder
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_adapters.store.store import Store
-from swaplora_server.access.caller import DEFAULT_TENANT
+from swaplora_server.access.audit import AuditLog
+from swaplora_server.access.caller import DEFAULT_TENANT, Caller
 from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.base.base_model import BaseModel, load_chosen_base
 from swaplora_server.base.decode_graphs import RecordedSteps, record_steps
@@ -72,10 +73,11 @@ class Service:
     kv_cache_bytes: int
 
     def __init__(self, settings: Settings) -> None:
-        """Raises KeyFileError for a file of keys that cannot be used."""
+        """Raises KeyFileError for a file of keys that cannot be used, and AuditLogError."""
         self.settings = settings
         keys = [key.get_secret_value() for key in settings.api_key]
         self.keys = KeyRing(keys, settings.key_file, _log.error)
+        self.audit = AuditLog(settings.audit_log, _log.error)
         self.started_at = int(time.time())
         self.is_draining = False
         self.metrics = Metrics(self._state, settings.base_id, self._is_adapter)
@@ -104,9 +106,9 @@ class Service:
         """What an adapter is called where there are those of all tenants: in the metrics."""
         return name
 
-    def seen_by(self, tenant: str) -> "Service":
-        """The same service, with that tenant's adapters and no others."""
-        return TenantService(self, tenant)
+    def seen_by(self, caller: Caller, request_id: str = "") -> "Service":
+        """The same service, with the adapters of the caller's tenant and no others; its changes are the caller's."""
+        return TenantService(self, caller, request_id)
 
     @property
     def is_ready(self) -> bool:
@@ -391,11 +393,13 @@ class Service:
 class TenantService(Service):
     """One service in all its parts, but for the adapters, of which it has one tenant's."""
 
-    __slots__ = ("_tenant",)  # the rest is shared, what comes to be later too
+    __slots__ = ("_caller", "_request_id", "_tenant")  # the rest is shared, what comes to be later too
 
-    def __init__(self, whole: Service, tenant: str) -> None:
+    def __init__(self, whole: Service, caller: Caller, request_id: str) -> None:
         self.__dict__ = whole.__dict__
-        self._tenant = "" if tenant == DEFAULT_TENANT else tenant
+        self._caller = caller
+        self._request_id = request_id
+        self._tenant = "" if caller.tenant == DEFAULT_TENANT else caller.tenant
 
     def stored_name(self, name: str) -> str:
         """With the tenant."""
@@ -404,12 +408,17 @@ class TenantService(Service):
     @property
     def registry(self) -> Registry:
         """What the tenant sees of it."""
-        return TenantRegistry(self._registry, self._tenant)
+        return TenantRegistry(self._registry, self._tenant, self._note)
 
     @property
     def ingest(self) -> Ingest | TenantIngest:
         """The adapter folder and what is found by being asked for are the default tenant's."""
-        return TenantIngest(self._ingest, self.registry) if self._tenant else self._ingest
+        return TenantIngest(self._ingest, self.registry, is_default=not self._tenant)
+
+    def _note(self, change: Change) -> None:
+        self.audit.write(
+            self._caller, self._request_id, change.kind, change.name, change.version, change.digest, change.outcome
+        )
 
 
 def _report_ingest(name: str, error: Exception) -> None:
