@@ -36,15 +36,10 @@ THREAD = re.compile(r"(?:Thread|Executor|Workers|Offload)\(.*?['\"]([a-z][a-z-]+
 TARGET = re.compile(r"\bmake ([a-z-]+)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 SETTING = re.compile(r"^\| `(\w+)` \| (?:`(.+?)`)? *\|", re.MULTILINE)
+# of docker, helm, mypy and all
 FOREIGN_FLAGS = {
-    "--build-arg",
-    "--detach",
-    "--file",
-    "--help",
-    "--profile",
-    "--strict",
-    "--wait",
-}  # of docker, mypy and all
+    *("--build-arg", "--detach", "--file", "--from-literal", "--help", "--profile", "--set", "--strict", "--wait")
+}
 METRIC = ("swaplora_", "vllm:")
 FOREIGN_NAMES = {"BitsAndBytesConfig", "Upgrade", "adapter_names", "track_order"}  # of others, a header, an answer
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
