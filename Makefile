@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check isolation soak bench bench-life tables gpu-check demo-adapters clean
+.PHONY: help serve test check isolation soak bench bench-life clients tables gpu-check demo-adapters clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -46,6 +46,9 @@ bench: $(VENV)/.dev ## measure throughput on this machine, base against adapters
 bench-life: $(VENV)/.dev ## measure what loads, uploads and a working set beyond the memory cost
 	$(TOOL) tools/bench_life.py $(ARGS)
 
+clients: $(VENV)/.dev ## run other people's clients against a server, and write the table of docs/clients.md (some minutes)
+	$(TOOL) tools/clients $(ARGS)
+
 tables: $(VENV)/.dev ## write the measured tables of the docs (some minutes)
 	$(TOOL) tools/kinds_table.py
 	$(TOOL) tools/refused_list.py
@@ -58,7 +61,7 @@ demo-adapters: $(VENV)/.dev ## train the demo adapters again (about half an hour
 	$(BIN)/python demo/train.py $(ARGS)
 
 clean: ## remove the environment and all caches
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .clients
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and stays pinned beside everything else: the build chosen here (a CPU one where pip is set up with
