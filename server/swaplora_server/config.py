@@ -38,6 +38,7 @@ ROUTES_BEGIN = (
     "adapters",
     "health",
     "invocations",
+    "lora-adapters",
     "metrics",
     "openapi.json",
     "ping",

@@ -283,11 +283,11 @@ def test_an_answer_keeps_to_a_format(server: Running) -> None:
         ("/v1/messages", "max_completion_tokens", 5),
         ("/v1/messages", "top_logprobs", 2),
         ("/v1/messages", "echo", True),
-        ("/v1/messages", "lora", [{"id": 0, "scale": 1.0}]),
+        ("/v1/messages", "lora_name", "tuned"),
         ("/v1/completions", "max_completion_tokens", 5),
         ("/v1/completions", "top_logprobs", 2),
         ("/v1/completions", "merged_adapters", {"ids": ["a"], "weights": [1.0]}),
-        ("/v1/chat/completions", "lora", [{"id": 0, "scale": 1.0}]),
+        ("/v1/chat/completions", "lora_name", "tuned"),
         ("/v1/chat/completions", "merged_adapters", {"ids": ["a"], "weights": [1.0]}),
     ],
 )

@@ -11,6 +11,7 @@ from swaplora_adapters.errors import AdapterError
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import authorise, check_declared, needs
 from swaplora_server.http.errors import on_client_gone, on_defect, on_http_error, on_invalid_parameter, on_request_error
+from swaplora_server.http.foreign import lora_adapters
 from swaplora_server.http.routes import (
     adapters,
     aliases,
@@ -75,6 +76,7 @@ def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
         compose,
         aliases,
         control,
+        lora_adapters,
         metrics,
     ):
         check_declared(module.router.routes)

@@ -4,6 +4,7 @@ This table is the one place; the list in docs/api.md is made of it. Imports no t
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,8 @@ class Refusal:
 
 
 _NAME_IT = "name the adapter in model"
+_NAMES_ADAPTER = re.compile("lora|adapter", re.IGNORECASE)
+_UNKNOWN_ADAPTER = Refusal(("", [], {}, False), _NAME_IT)  # left unread, the base would answer
 _ZERO, _ONE, _OFF, _ON, _EMPTY = Refusal((0,)), Refusal((1,)), Refusal((False,)), Refusal((True,)), Refusal(([],))
 
 ANYWHERE: dict[str, Refusal] = {
@@ -56,11 +59,9 @@ ANYWHERE: dict[str, Refusal] = {
     "mirostat": _ZERO,
     "priority": _ZERO,
     "lora_request": Refusal(instead=_NAME_IT),
-    "lora_path": Refusal(instead=_NAME_IT),
-    "lora": Refusal(([],), _NAME_IT),
-    "merged_adapters": Refusal(instead=_NAME_IT),
-    "adapter_id": Refusal(instead=_NAME_IT),
-    "adapter_source": Refusal(instead=_NAME_IT),
+    "merged_adapters": Refusal(instead="adapters adds deltas, and POST /v1/merged makes one adapter of several"),
+    "adapter_source": Refusal(("local",), "PUT /v1/adapters/NAME takes the source, and model the name"),
+    "parameters": Refusal(({},), "send what it holds beside model, which names the adapter"),
     "mm_processor_kwargs": Refusal(({},)),
     "thinking_token_budget": Refusal(),
     "kv_transfer_params": Refusal(),
@@ -140,9 +141,9 @@ def refuse_unsupported(
 
     What nobody defines is logged and ignored.
     """
-    found = [(name, name, refused[name]) for name in _refused(body, refused)]
+    found = [(name, name, refusal) for name, refusal in _refused(body, refused)]
     for number, message in enumerate(messages):
-        found += [(f"messages[{number}].{name}", name, MESSAGE[name]) for name in _refused(message, MESSAGE)]
+        found += [(f"messages[{number}].{name}", name, refusal) for name, refusal in _refused(message, MESSAGE)]
     if not found:
         return
     first_paths: dict[tuple[bool, str], tuple[str, Refusal]] = {}
@@ -163,12 +164,20 @@ def what_is_there(path: str) -> str:
     return f"there is no route {shown}; {_SERVED}, and GET /openapi.json describes all routes"
 
 
-def _refused(body: BaseModel, refused: Mapping[str, Refusal]) -> Iterator[str]:
+def _refused(body: BaseModel, refused: Mapping[str, Refusal]) -> Iterator[tuple[str, Refusal]]:
     extra = body.model_extra or {}
     if len(extra) > _MAX_UNKNOWN_FIELDS:
         raise RequestError("invalid_request", f"the body has {len(extra)} fields that are not known here")
     for name, value in extra.items():
-        if name not in refused:
+        refusal = _refusal(name, refused)
+        if refusal is None:
             _log.debug("ignored an unknown field", field=name[:64])
-        elif not refused[name].allows(value, body):
-            yield name
+        elif not refusal.allows(value, body):
+            yield name, refusal
+
+
+def _refusal(name: str, refused: Mapping[str, Refusal]) -> Refusal | None:
+    """Why a field that nobody reads is refused, if it is. A body of which none is refused only manages."""
+    if name in refused:
+        return refused[name]
+    return _UNKNOWN_ADAPTER if refused and _NAMES_ADAPTER.search(name) else None

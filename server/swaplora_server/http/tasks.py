@@ -4,9 +4,11 @@ from starlette.requests import Request
 
 from swaplora_server.access.caller import DEFAULT_TENANT
 from swaplora_server.http.auth import caller_of
+from swaplora_server.http.foreign.names import terms_of
 from swaplora_server.http.wire import GenerationBody
-from swaplora_server.service.adapter_mix import Asker, MixTerm
+from swaplora_server.service.adapter_mix import Asker
 from swaplora_server.service.generation import Encode, GenerationTask
+from swaplora_server.service.service import Service
 
 _SESSION_HEADER = "x-session-id"
 
@@ -30,12 +32,14 @@ def task_of(
     """
     client = request.headers.get(_SESSION_HEADER) or body.user or None  # an empty one names nobody
     peer, _ = request.scope.get("client") or ("", 0)
+    service: Service = request.app.state.service
+    caller = caller_of(request)
     return GenerationTask(
         model=body.model,
         encode=encode,
         sampling=body.sampling(max_tokens or 1, num_logprobs, num_prompt_logprobs),
         num_prompts=num_prompts,
-        adapters=tuple(MixTerm(term.name, term.scale) for term in body.adapters or ()),
+        adapters=terms_of(service.seen_by(caller), body),
         max_tokens=max_tokens,
         ignore_eos=body.ignore_eos,
         n=num_choices or body.n,
@@ -44,7 +48,7 @@ def task_of(
         skip_special_tokens=body.skip_special_tokens,
         has_echo=has_echo,
         is_streamed=body.stream,
-        cache_salt=_salt(caller_of(request).tenant, body.cache_salt),
+        cache_salt=_salt(caller.tenant, body.cache_salt),
         format=body.format_source(),
         asker=Asker(client, peer),
         prompt_param=body.prompt_param,

@@ -8,11 +8,11 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 from pydantic_core import PydanticCustomError, to_json
 
 from swaplora_server.engine.request import SamplingParams
+from swaplora_server.http.foreign.names import NamingBody
 from swaplora_server.http.formats import FormatBody
 from swaplora_server.http.tools.wire import FunctionCall, ToolBody, ToolCall, ToolCalls
-from swaplora_server.http.transport.models import BRANCH, ClosedModel, WireModel
+from swaplora_server.http.transport.models import BRANCH, WireModel
 
-MAX_MODEL_CHARACTERS = 512
 MAX_N = 128
 MAX_PROMPTS = 2048
 MAX_STOPS = 128
@@ -24,8 +24,6 @@ MAX_PROMPT_TOKENS = 2**22
 MAX_LOGPROBS = 20
 DEFAULT_MAX_TOKENS = 16
 MAX_SALT_CHARACTERS = 1024
-MAX_TERMS = 16
-MAX_SCALE = 1000.0
 MAX_SEED = 2**63 - 1
 NO_SEED = -1  # as vLLM and llama.cpp have it
 MAX_INT = 2**31 - 1
@@ -86,7 +84,6 @@ _TEXT, _TEXTS, _ITEMS, _LISTS = (f"{BRANCH}{name}" for name in ("text", "texts",
 Whole = Annotated[int, BeforeValidator(_whole)]
 # a list stops at its first complaint: a long one of bad items must not cost more than a good one
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
-ModelName = Annotated[str, Field(min_length=1, max_length=MAX_MODEL_CHARACTERS)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 LogitBias = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_by_token_ids)]
@@ -110,20 +107,11 @@ class StreamOptions(WireModel):
     continuous_usage_stats: bool = False
 
 
-class AdapterTerm(ClosedModel):
-    """One adapter of a weighted sum."""
-
-    name: ModelName
-    scale: Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE)] = 1.0
-
-
-class GenerationBody(FormatBody):
-    """What completions and chat completions share. `adapters` are added to the base, which is then the model."""
+class GenerationBody(NamingBody, FormatBody):
+    """What all that generates has in common."""
 
     has_content: ClassVar[bool] = True
 
-    model: ModelName
-    adapters: Annotated[list[AdapterTerm], Field(max_length=MAX_TERMS, fail_fast=True)] | None = None
     n: Annotated[Whole, Field(ge=1, le=MAX_N)] = 1
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -222,6 +210,10 @@ class CompletionBody(GenerationBody):
         if isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompts)
 
     def prompt_param(self, number: int) -> str:
         """One of many stands at its place in the list."""

@@ -15,10 +15,11 @@ from swaplora_server.service.wakeups import result_of
 
 
 class MixTerm(NamedTuple):
-    """An adapter, by any name that leads to it, and how much of it."""
+    """An adapter, by any name that leads to it, how much of it, and the field of the request that names it."""
 
     name: str
     scale: float = 1.0
+    param: str = "model"
 
 
 class Asker(NamedTuple):
@@ -89,9 +90,9 @@ async def lease_mix(
     Raises RequestError, and AdapterError for an adapter that cannot be had.
     """
     named = _named(service, model, terms)
-    for term, param in named:
-        admission.hold(await _lease(service, term.name, asker, param))
-    scales, params = tuple(term.scale for term, _ in named), tuple(param for _, param in named)
+    for term in named:
+        admission.hold(await _lease(service, term, asker))
+    scales, params = tuple(term.scale for term in named), tuple(term.param for term in named)
     return AdapterMix(admission.claim_memory(service.registry), scales, params)
 
 
@@ -107,35 +108,33 @@ def invoked_at(prompt: Sequence[int], uses: Sequence[AdapterUse], param: str = "
     return 0
 
 
-def _named(service: Service, model: str, terms: Sequence[MixTerm]) -> Sequence[tuple[MixTerm, str]]:
-    """Each term, and the field of the request that names it."""
+def _named(service: Service, model: str, terms: Sequence[MixTerm]) -> Sequence[MixTerm]:
     is_base = service.is_base(model)
     if terms and not is_base:
         message = f"adapters are added to the base: with them, model is {service.settings.base_id}"
         raise RequestError("invalid_request", message, "model")
-    if not is_base:
-        return [(MixTerm(model), "model")]
-    for number, term in enumerate(terms):
+    for term in terms:
         if service.is_base(term.name):
-            raise RequestError("invalid_request", "the base is in every sum already", f"adapters[{number}].name")
-    return [(term, f"adapters[{number}].name") for number, term in enumerate(terms)]
+            raise RequestError("invalid_request", "the base is in every sum already", term.param)
+    return terms if is_base else [MixTerm(model)]
 
 
-async def _lease(service: Service, model: str, asker: Asker, param: str) -> Lease:
-    """A lease on who `model` stands for, looked for where the operator says if it is not here yet.
+async def _lease(service: Service, term: MixTerm, asker: Asker) -> Lease:
+    """A lease on who it stands for, looked for where the operator says if it is not here yet.
 
     Raises RequestError model_not_found, and VersionNotFoundError.
     """
+    reference = service.reference(term.name)
     try:
         try:
-            return service.registry.lease(model, asker.client)
+            return service.registry.lease(reference, asker.client)
         except AdapterNotFoundError:
-            if not await service.ingest.resolve(model, asker.peer):
+            if not await service.ingest.resolve(reference, asker.peer):
                 raise
-            return service.registry.lease(model, asker.client)
+            return service.registry.lease(reference, asker.client)
     except AdapterNotFoundError as error:
-        message = f"there is no model {model[:128]!r}; GET /v1/models lists what there is"
-        raise RequestError("model_not_found", message, param) from error
+        message = f"there is no model {term.name[:128]!r}; GET /v1/models lists what there is"
+        raise RequestError("model_not_found", message, term.param) from error
 
 
 def _last(prompt: Sequence[int], invocation: Sequence[int], param: str) -> int:

@@ -180,6 +180,11 @@ class Service:
     def is_base(self, model: str) -> bool:
         return model == self.settings.base_id
 
+    def reference(self, model: str) -> str:
+        """`model` as the registry knows it: clients of SGLang and Ray write the base's id and a colon before a name."""
+        prefix = f"{self.settings.base_id}:"
+        return f"base:{model.removeprefix(prefix)}" if model.startswith(prefix) else model
+
     @cached_property
     def chat_template(self) -> ChatTemplate:
         return ChatTemplate(self.base.tokenizer, self.dialect.calls)

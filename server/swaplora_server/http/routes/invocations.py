@@ -9,16 +9,18 @@ from starlette.responses import Response
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
+from swaplora_server.http.foreign.names import MAX_MODEL_CHARACTERS
 from swaplora_server.http.routes.chat import answer_chat
 from swaplora_server.http.routes.completions import answer_completion
 from swaplora_server.http.transport.body import body_schema, json_body
 from swaplora_server.http.transport.models import BRANCH, Body
-from swaplora_server.http.wire import MAX_MODEL_CHARACTERS, ChatBody, CompletionBody, GenerationBody
+from swaplora_server.http.wire import ChatBody, CompletionBody, GenerationBody
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
 
 router = APIRouter()
 ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
+SESSION_HEADER = "X-Amzn-SageMaker-Session-Id"
 _CHAT, _COMPLETION = f"{BRANCH}chat", f"{BRANCH}completion"
 
 
@@ -32,7 +34,7 @@ class InvocationBody(
     RootModel[
         Annotated[
             Annotated[ChatBody, Tag(_CHAT)] | Annotated[CompletionBody, Tag(_COMPLETION)],
-            Discriminator(_kind, "body", "give either messages, for a chat, or prompt, for a completion"),
+            Discriminator(_kind, "body", "give either messages, for a chat, or prompt, for a text; no session is kept"),
         ]
     ],
     Body,
@@ -48,6 +50,9 @@ async def invoke(
     request: Request, service: Serving, body: Annotated[InvocationBody, Depends(json_body(InvocationBody))]
 ) -> Response:
     """Answer a conversation, or continue prompts; an adapter may be named by SageMaker's header too."""
+    if SESSION_HEADER in request.headers:
+        message = f"no session is kept here: leave {SESSION_HEADER} out; X-Session-Id keeps to one side of a split"
+        raise RequestError("unsupported_field", message, SESSION_HEADER)
     named = _named(service, body.root, request.headers.get(ADAPTER_HEADER))
     if isinstance(named, ChatBody):
         return await answer_chat(request, service, named)

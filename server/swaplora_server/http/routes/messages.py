@@ -14,7 +14,7 @@ from swaplora_server.http.dialogue.message_told import MessageTeller, anthropic_
 from swaplora_server.http.dialogue.message_wire import CountBody, MessagesBody
 from swaplora_server.http.errors import errors_told_by
 from swaplora_server.http.refusals import ANTHROPIC, refuse_unsupported
-from swaplora_server.http.routes.models import check_model
+from swaplora_server.http.routes.models import check_named
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.transport.body import body_schema, json_body
 from swaplora_server.http.wire import MAX_STOP_CHARACTERS
@@ -68,7 +68,7 @@ async def count_tokens(
     """How many tokens the conversation is."""
     encode = _prompt_of(service, body)
     service.check_serving()
-    check_model(service, body.model)
+    check_named(service, body)
     (token_ids,) = await until_disconnect(request.receive, encode())
     return {"input_tokens": len(token_ids)}
 

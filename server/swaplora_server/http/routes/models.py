@@ -11,6 +11,7 @@ from swaplora_adapters.store.records import Alias, VersionRecord
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
+from swaplora_server.http.foreign.names import NamingBody, terms_of
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
 
@@ -41,17 +42,25 @@ def check_model(service: Service, model: str | None) -> None:
         _model(service, model)
 
 
-def _model(service: Service, model: str) -> dict[str, Any]:
+def check_named(service: Service, body: NamingBody) -> None:
+    """Raise RequestError unless everybody whom `body` names is there."""
+    check_model(service, body.model)
+    for term in terms_of(service, body):
+        _model(service, term.name, term.param)
+
+
+def _model(service: Service, model: str, param: str = "model") -> dict[str, Any]:
     """Raises RequestError for a name that nobody has."""
     if service.is_base(model):
         return _base(service)
-    index, alias = service.registry.names.index, model.removeprefix("base:")
+    index, reference = service.registry.names.index, service.reference(model)
+    alias = reference.removeprefix("base:")
     try:
         if index.is_alias(alias):
             return _alias(service, index.alias(alias)) | {"id": model}
-        return _adapter(service, index.resolve_name(model)) | {"id": model}
+        return _adapter(service, index.resolve_name(reference)) | {"id": model}
     except (AdapterNotFoundError, AliasNotFoundError) as error:
-        raise RequestError("model_not_found", f"there is no model {model[:128]!r}", "model") from error
+        raise RequestError("model_not_found", f"there is no model {model[:128]!r}", param) from error
 
 
 def _base(service: Service) -> dict[str, Any]:

@@ -11,13 +11,14 @@ from starlette.responses import JSONResponse
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
+from swaplora_server.http.foreign.names import MAX_MODEL_CHARACTERS
 from swaplora_server.http.refusals import ANYWHERE, CHAT, refuse_unsupported
 from swaplora_server.http.routes.chat import check_messages, prompt_of
-from swaplora_server.http.routes.models import check_model
+from swaplora_server.http.routes.models import check_model, check_named
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.transport.body import body_schema, json_body
 from swaplora_server.http.transport.models import BRANCH, Body, WireModel
-from swaplora_server.http.wire import MAX_MODEL_CHARACTERS, MAX_PROMPT_TOKENS, ChatBody, TokenId
+from swaplora_server.http.wire import MAX_PROMPT_TOKENS, ChatBody, TokenId
 from swaplora_server.service.generation import check_ids
 from swaplora_server.service.service import Service
 
@@ -86,7 +87,10 @@ async def tokenize(
     else:
         refuse_unsupported(asked, ANYWHERE)
     service.check_serving()
-    check_model(service, asked.model)
+    if isinstance(asked, ConversationBody):
+        check_named(service, asked)
+    else:
+        check_model(service, asked.model)
     (token_ids,) = await until_disconnect(request.receive, _encoded(service, asked))
     told: dict[str, Any] = {
         "count": len(token_ids),

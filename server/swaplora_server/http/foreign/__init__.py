@@ -1,0 +1,1 @@
+"""What other servers call things: adapters in the fields of a body, and lists of them."""
