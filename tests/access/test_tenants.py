@@ -75,6 +75,24 @@ def models(client: httpx.Client) -> list[str]:
     return [model["id"] for model in client.get("/v1/models").json()["data"]]
 
 
+def test_ids_of_other_servers_lead_to_ones_own_alone(shared: Running, keys: dict[str, str]) -> None:
+    client = become(shared, keys["acme"])
+    listed = {one["path"]: one["id"] for one in client.get("/lora-adapters").json()}
+    assert listed.keys() == {"only", "sql"}
+    body = {"model": BASE, "prompt": PROMPT, "max_tokens": 1, "lora": [{"id": listed["only"], "scale": 1}]}
+    mine = client.post("/v1/completions", json=body)
+    assert mine.headers["x-swaplora-adapter"] == "only@1"
+    for field in ({"lora": body["lora"]}, {"lora_path": "only"}, {"adapter_id": "only"}):
+        asked = {key: value for key, value in body.items() if key != "lora"} | field
+        assert client.post("/v1/completions", json=asked).status_code == 200
+        refused = become(shared, keys["zeta"]).post("/v1/completions", json=asked)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
+        become(shared, keys["acme"])
+    become(shared, keys["zeta"])
+    assert [one["path"] for one in client.get("/lora-adapters").json()] == ["sql"]
+    assert client.post("/lora-adapters", json=[{"id": listed["only"], "scale": 0}]).status_code == 404
+
+
 def test_each_has_its_own_lists(shared: Running, keys: dict[str, str]) -> None:
     folder = [f"a{number}" for number in range(8)]
     for key, own, aliases in (

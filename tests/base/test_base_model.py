@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import masking_utils
+from transformers import AutoModelForCausalLM, AutoTokenizer, masking_utils
 from transformers.models.gptj import modeling_gptj
 from transformers.models.llama import modeling_llama
 
@@ -15,6 +15,7 @@ from architectures import ARCHITECTURES
 from repository import KERNEL_CACHE
 from swaplora_server.base import base_model, proof
 from swaplora_server.base.base_model import BaseModel, load_base, pick_dtype
+from swaplora_server.base.fingerprint import fingerprint_of
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.engine import attention
 from swaplora_server.engine.request import Request, SamplingParams, Sequence
@@ -39,6 +40,33 @@ def load(folder: Path, backend: Backend = CPU_BACKEND, dtype: torch.dtype = torc
 def strict(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the proof allow a ten-thousandth of a standard deviation of the logits, and no more."""
     monkeypatch.setattr(proof, "_TOLERANCE", 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_base_of_which_anything_differs_has_another_fingerprint(tmp_path: Path, dtype: torch.dtype) -> None:
+    folders = [tiny.save_tiny_base(tmp_path / name) for name in ("here", "there")]
+
+    def read(folder: Path) -> tuple[Any, Any]:
+        return (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
+            AutoTokenizer.from_pretrained(folder),
+        )
+
+    model, tokenizer = read(folders[0])
+    seen = {fingerprint_of(model, tokenizer)}
+    assert seen == {fingerprint_of(*read(folders[1]))}  # wherever it lies
+    for tensor in list(model.parameters())[:6]:
+        with torch.no_grad():
+            tensor.view(-1)[-1].add_(0.5)
+            seen.add(fingerprint_of(model, tokenizer))
+            if tensor.dim() > 1:
+                tensor[[0, 1]] = tensor[[1, 0]]
+                seen.add(fingerprint_of(model, tokenizer))
+    assert len(seen) == 1 + sum(min(2, tensor.dim()) for tensor in list(model.parameters())[:6])
+    tokenizer.chat_template = "{{ messages }}"
+    model.config.rope_theta_of_a_test = 7
+    seen |= {fingerprint_of(model, tokenizer), fingerprint_of(read(folders[0])[0], tokenizer)}
+    assert len(seen) == 3 + sum(min(2, tensor.dim()) for tensor in list(model.parameters())[:6])
 
 
 @pytest.mark.usefixtures("strict")

@@ -1,6 +1,7 @@
 """The HTTP contract: shapes, streams, refusals by name, and no input that makes the server fail."""
 
 import json
+import re
 import socket
 from contextlib import suppress
 from importlib.metadata import version
@@ -41,6 +42,38 @@ def test_the_list_of_models_is_what_can_be_called(loaded: Running) -> None:
         assert complete(loaded, model=model["id"]).status_code == 200
         assert loaded.client.get(f"/v1/models/{model['id']}").json() == model
     assert models[1]["root"].startswith("sha256:")
+
+
+def fingerprints(server: Running, **fields: Any) -> set[str]:
+    """Of both routes, whole and in every chunk."""
+    found = set()
+    for post in (complete, chat):
+        found.add(post(server, **fields).json()["system_fingerprint"])
+        found |= {json.loads(said)["system_fingerprint"] for said in events(post(server, **fields, stream=True))[:-1]}
+    return found
+
+
+def test_a_fingerprint_is_anothers_wherever_an_answer_may_be(
+    loaded: Running, base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    (ours,), (tuned,) = fingerprints(loaded), fingerprints(loaded, model="tuned")
+    terms = [{"name": "tuned", "scale": 0.5}]
+    assert ours != tuned
+    assert fingerprints(loaded, adapters=terms, model=BASE) == {tuned}  # the scale is the request's own
+    assert complete(loaded, seed=5, temperature=0, max_tokens=1).json()["system_fingerprint"] == ours
+    others: list[str] = []
+    changes: list[dict[str, Any]] = [{}, {"max_batch_tokens": 64}, {"max_model_len": 64, "log_level": "error"}]
+    for number, fields in enumerate(changes):
+        with serving(settings(base, tmp_path / str(number), **fields)) as other:
+            others += fingerprints(other)
+            if not fields:
+                other.put("tuned", adapters[4])
+                assert fingerprints(other, model="tuned") == {tuned}
+                other.put("tuned", adapters[3])
+                assert fingerprints(other, model="tuned").isdisjoint({tuned, ours})
+    assert others[0] == ours
+    assert len({*others, tuned}) == 4
+    assert all(re.fullmatch("fp_[0-9a-f]{16}", one) for one in others)
 
 
 @pytest.mark.parametrize("model", ["tuned", "tuned@1", "base:tuned"])

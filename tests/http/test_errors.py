@@ -4,13 +4,16 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
+import openai
 import pytest
 
 import swaplora_adapters
 import swaplora_server
 from serving import Running
 from swaplora_adapters.errors import AdapterError
-from swaplora_server.http.errors import _HTTP_CODES, _STATUS
+from swaplora_server.http.errors import _HTTP_CODES, _STATUS, error_response
+from swaplora_server.service.errors import RequestError
 
 RAISING = ("RequestError", "error_body")  # whose first argument is a code
 
@@ -35,6 +38,20 @@ def spoken_codes() -> set[str]:
 def test_every_code_of_the_table_can_be_answered_and_every_code_that_can_be_raised_is_in_it() -> None:
     of_classes = {kind.code for kind in subclasses(AdapterError)}
     assert of_classes | spoken_codes() | set(_HTTP_CODES.values()) == _STATUS.keys()
+
+
+@pytest.mark.parametrize("code", sorted(_STATUS))
+def test_openais_client_asks_again_where_that_may_help_and_when_it_is_told_to(code: str) -> None:
+    told = error_response(RequestError(code, "words")).headers
+    answer = httpx2.Response(_STATUS[code], headers=dict(told))
+    client = openai.OpenAI(base_url="http://localhost", api_key="key")
+    asks_again = client._should_retry(answer)  # noqa: SLF001 - what is asked of it is its own rule
+    in_vain = {"adapter_busy", "adapter_failed", "storage_full", "storage_failed"}
+    by_itself = _STATUS[code] in (408, 409, 429) or _STATUS[code] >= 500
+    assert asks_again == (by_itself and code not in in_vain)
+    if "retry-after" in told:
+        waited = client._calculate_retry_timeout(1, openai._models.FinalRequestOptions(method="get", url="/"), told)  # type: ignore[arg-type]  # noqa: SLF001
+        assert (waited, asks_again) == (float(told["retry-after"]), True)
 
 
 def test_every_kind_of_adapter_error_has_a_code() -> None:

@@ -1,5 +1,6 @@
 """The OpenAPI document is whole in itself, and nothing that is sent after it, or against it, makes the server fail."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,15 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from schemathesis import APIOperation, Case, GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.core.result import Ok
 
-from serving import BASE, Running
+from serving import BASE, Running, serving, settings
+from swaplora_server.http.pages.routes_page import page_of
 
 STORED = "tuned"
 ALIAS = "prod"
@@ -108,6 +111,40 @@ def test_a_model_inside_a_body_is_described_where_it_stands(document: dict[str, 
     assert "$defs" not in str(schemas)
 
 
+def test_the_page_has_every_route_and_field_and_needs_no_other_server(
+    server: Running, document: dict[str, Any]
+) -> None:
+    answer = server.client.get("/docs")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    for path, operations in document["paths"].items():
+        for method in operations:
+            assert f"<code>{method.upper()} {path}</code>" in answer.text
+    for _, _, schema in json_schemas(document):
+        for field in schema.get("properties", {}):
+            assert f"<code>{field}</code>" in answer.text
+    assert not re.search(r"(src|href)=.?(https?:)?//|<script|@import|url\(", answer.text)
+
+
+def test_the_page_says_nothing_that_is_not_escaped() -> None:
+    evil = "<script>"
+    field = {"enum": [evil], "title": evil}
+    body = {"content": {evil: {"schema": {"properties": {evil: field}, "required": [evil]}}}}
+    parameter = {"name": evil, "in": "query", "schema": {"type": evil, "default": evil}}
+    operation = {"description": evil, "parameters": [parameter], "requestBody": body}
+    page = page_of({"info": {"title": evil}, "servers": [{"url": evil}], "paths": {evil: {"get": operation}}})
+    assert evil not in page
+    assert page.count("&lt;script&gt;") >= 8
+
+
+def test_the_page_is_behind_the_key_and_below_the_proxys_path(base: Path, tmp_path: Path) -> None:
+    with serving(settings(base, tmp_path, api_key=("secret",), root_path="/models")) as locked:
+        assert locked.client.get("/docs").status_code == 401
+        page = locked.client.get("/models/docs", headers={"Authorization": "Bearer secret"})
+        assert "<code>GET /models/v1/models</code>" in page.text
+        assert 'href="/models/openapi.json"' in page.text
+
+
 @pytest.mark.parametrize("mode", GenerationMode)
 def test_what_the_document_gives_rise_to_is_answered(
     server: Running, adapters: list[Path], document: dict[str, Any], mode: GenerationMode
@@ -126,7 +163,7 @@ def send_examples(server: Running, operation: APIOperation[Any, Any, Any, Any], 
     """Half of the cases name what is there, and so come further than a 404."""
 
     @given(case=operation.as_strategy(mode), names_what_is_there=st.booleans())
-    @settings(max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @examples(max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     def send(case: Case[Any], names_what_is_there: bool) -> None:
         if names_what_is_there:
             case.path_parameters = {key: ALIAS if key == "alias" else STORED for key in case.path_parameters or {}}
@@ -144,7 +181,7 @@ def test_no_value_in_any_field_of_any_body_makes_the_server_fail(
     for method, path, schema in json_schemas(document):
         store(server, adapters[4])
         url = path.format(name=STORED, alias=ALIAS)
-        for field in schema["properties"]:
+        for field in schema.get("properties", ()):
             for raw in HOSTILE:
                 answer = server.client.request(method, url, **body(schema, field, raw))
                 error = ANTHROPICS if path.startswith("/v1/messages") else OURS

@@ -25,7 +25,10 @@ PROMPT = list(range(30, 50))
 USER = {"role": "user", "content": "hi"}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 # of OpenAI's fields those that ask for nothing that the answer would show
-TAGS = {"metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"}
+TAGS = {
+    *("metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
+    "prediction",
+}
 
 
 def complete(server: Running, **fields: Any) -> httpx.Response:
@@ -72,6 +75,7 @@ NEUTRAL: list[dict[str, Any]] = [
     {"response_format": {"type": "text"}},
     {"use_beam_search": False, "detokenize": True, "skip_special_tokens": True, "spaces_between_special_tokens": True},
     {"store": False, "metadata": {"a": "b"}, "service_tier": "auto", "user": "me"},
+    {"store": True, "prediction": {"type": "content", "content": "hi"}, "prompt_cache_retention": "24h"},
     {"service_tier": "default", "prompt_cache_key": "k", "safety_identifier": "s"},
     {"stream": None, "stream_options": None, "temperature": None, "truncate_prompt_tokens": None},
     {"prompt_logprobs": None, "structured_outputs": None, "guided_json": None},
@@ -106,10 +110,27 @@ def test_a_value_that_asks_for_nothing_is_taken_in_a_completion(server: Running,
     assert complete(server, **fields).status_code == 200
 
 
-@pytest.mark.parametrize("fields", [{"suffix": "x", "best_of": 3}, {"store": True}, {"service_tier": "flex"}])
+@pytest.mark.parametrize("fields", [{"suffix": "x", "best_of": 3}, {"store": "yes"}, {"service_tier": "free"}])
 def test_a_value_that_asks_for_something_is_refused(server: Running, fields: dict[str, Any]) -> None:
     error = refusal(complete(server, **fields))
     assert (error["code"], error["param"]) == ("unsupported_field", next(iter(fields)))
+
+
+@pytest.mark.parametrize("tier", ["auto", "default", "flex", "scale", "priority"])
+def test_who_asks_for_a_tier_is_told_which_it_was(server: Running, tier: str) -> None:
+    for post in (complete, chat):
+        assert post(server, service_tier=tier).json()["service_tier"] == "default"
+        assert '"service_tier":"default"' in post(server, service_tier=tier, stream=True).text
+        assert "service_tier" not in post(server).json()
+    answer = server.client.post("/v1/responses", json={"model": BASE, "input": "hi", "service_tier": tier})
+    assert answer.json()["service_tier"] == "default"
+
+
+def test_who_looks_for_a_stored_answer_is_told_that_there_is_none(server: Running) -> None:
+    stored = chat(server, store=True).json()["id"]
+    missing = server.client.get(f"/v1/chat/completions/{stored}")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
+    assert "not served yet" in missing.json()["error"]["message"]
 
 
 def test_a_seed_of_minus_one_is_none(server: Running) -> None:

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raw_http import connected, read_to_end, request
 from serving import BASE, Running, serving, settings
 from swaplora_server.http.transport.browsers import EXPOSED_HEADERS, is_own_host
+from swaplora_server.http.transport.protocol import MAX_HEAD_BYTES
 
 EVIL = "https://evil.example"
 LISTED = "https://app.example"
@@ -85,6 +87,38 @@ def test_this_machines_own_pages_may_ask_a_server_on_loopback(stocked: Running, 
     assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == headers["Origin"]
     assert "x-stainless-os" in preflight.headers["access-control-allow-headers"]
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        ("Content-Length: 3", 400),
+        ("Transfer-Encoding: gzip", 400),
+        ("X-Long: " + "a" * MAX_HEAD_BYTES, 431),
+    ],
+)
+@pytest.mark.parametrize("origin", ["http://localhost:5173", EVIL])
+def test_a_refusal_that_comes_before_all_routes_can_be_read_by_whom_it_is_for(
+    stocked: Running, head: str, status: int, origin: str
+) -> None:
+    whole = request("/v1/completions", WANTED, Origin=origin)
+    with connected(stocked.url) as connection:
+        connection.sendall(whole.replace(b"\r\n\r\n", f"\r\n{head}\r\n\r\n".encode(), 1))
+        told = read_to_end(connection).partition(b"\r\n\r\n")[0].decode().lower().split("\r\n")
+    assert told[0].startswith(f"http/1.1 {status} ")
+    shared = [
+        f"access-control-allow-origin: {origin}",
+        "vary: origin",
+        f"access-control-expose-headers: {', '.join(EXPOSED_HEADERS)}",
+    ]
+    assert [line in told for line in shared] == [origin != EVIL] * 3
+
+
+def test_a_refused_host_is_told_to_a_page_that_may_ask(stocked: Running) -> None:
+    headers = {"Host": "evil.example", "Origin": "http://localhost:5173"}
+    answer = stocked.client.get("/health", headers=headers)
+    assert code(answer) == (421, "host_not_allowed")
+    assert answer.headers["access-control-allow-origin"] == headers["Origin"]
 
 
 def test_a_preflight_of_another_site_is_not_granted(stocked: Running) -> None:

@@ -17,6 +17,7 @@ from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.base.adapter_proof import AdapterProof, adapter_proof
 from swaplora_server.base.batch_invariant import make_batch_invariant
 from swaplora_server.base.compact_embedding import compact_embedding
+from swaplora_server.base.fingerprint import fingerprint_of
 from swaplora_server.base.layers import AdaptableLayers
 from swaplora_server.base.proof import (
     Expected,
@@ -64,6 +65,7 @@ class BaseModel:
     kv_bytes_per_token: int
     weight_bytes: int
     copier: DeviceCopier | None  # None on a CPU
+    fingerprint: str  # of all that it computes and reads with
     tolerance: float  # by how much rounding may move a logit, in standard deviations of its row
 
     def runner(self, num_blocks: int, block_size: int) -> Runner:
@@ -182,6 +184,7 @@ def prepare(
     backend: Backend,
 ) -> BaseModel:
     """Wrap and prove a model that lies on `device`, in place. Raises UnsupportedModelError naming the reason."""
+    fingerprint = fingerprint_of(model, tokenizer)  # before its linears are laid out anew
     with short_windows(model):
         expected = expected_logits(model, backend.products)
         groups = sharing_inputs(model, lambda: stock_forward(model)) if backend.joins else []
@@ -227,6 +230,7 @@ def prepare(
         kv_bytes_per_token=proof.kv_bytes_per_token,
         weight_bytes=weight_bytes,
         copier=None if device.type == "cpu" else DeviceCopier(device),
+        fingerprint=fingerprint,
         tolerance=expected.tolerance,
     )
 

@@ -78,7 +78,13 @@ async def answer(
 
     Of `num_generated` choices for each prompt the n likeliest are given.
     """
-    envelope = {"id": f"{form.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+    envelope = {
+        "id": f"{form.id_prefix}-{uuid.uuid4().hex}",
+        "created": int(time.time()),
+        "model": body.model,
+        "system_fingerprint": generation.fingerprint,
+        **served_tier(body),
+    }
     headers = adapter_headers(generation.records)
     if body.stream:
         stream = _Stream(body, generation, form, {**envelope, "object": form.chunk_object})
@@ -98,6 +104,11 @@ async def answer(
         return JSONResponse(content, headers=headers)
 
     return await asyncio.to_thread(written) if generation.has_long_prompts else written()
+
+
+def served_tier(body: GenerationBody) -> dict[str, str]:
+    """What a client is told that asked for one of OpenAI's tiers: there is one."""
+    return {"service_tier": "default"} if (body.model_extra or {}).get("service_tier") else {}
 
 
 def _likeliest(choices: Sequence[Choice], num_generated: int, n: int) -> list[Choice]:

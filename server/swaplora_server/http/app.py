@@ -12,6 +12,7 @@ from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import authorise, check_declared, needs
 from swaplora_server.http.errors import on_client_gone, on_defect, on_http_error, on_invalid_parameter, on_request_error
 from swaplora_server.http.foreign import lora_adapters
+from swaplora_server.http.pages import routes_page
 from swaplora_server.http.routes import (
     adapters,
     aliases,
@@ -78,6 +79,7 @@ def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
         control,
         lora_adapters,
         metrics,
+        routes_page,
     ):
         check_declared(module.router.routes)
         app.include_router(module.router)

@@ -69,6 +69,8 @@ _RETRY_AFTER = {
     "memory_full": "5",
     "source_failed": "5",
 }
+_FINAL = frozenset({"adapter_busy", "adapter_failed", "storage_full", "storage_failed"})  # asking again is in vain
+RETRY_HEADERS = ("retry-after", "x-should-retry")
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -83,9 +85,15 @@ def error_body(code: str, message: str, param: str | None = None) -> dict[str, d
 def error_response(error: RequestError | AdapterError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The answer to a request that failed with `error`."""
     param = error.param if isinstance(error, RequestError) else None
-    retry = {"Retry-After": _RETRY_AFTER[error.code]} if error.code in _RETRY_AFTER else {}
     body = error_body(error.code, _message(error), param)
-    return JSONResponse(body, _STATUS[error.code], headers={**retry, **(headers or {})})
+    return JSONResponse(body, _STATUS[error.code], headers={**_retry(error.code), **(headers or {})})
+
+
+def _retry(code: str) -> dict[str, str]:
+    """What tells a client when to ask again, and OpenAI's and Anthropic's not to where they would by the status."""
+    if code in _RETRY_AFTER:
+        return {"Retry-After": _RETRY_AFTER[code]}
+    return {"x-should-retry": "false"} if code in _FINAL else {}
 
 
 def _message(error: RequestError | AdapterError) -> str:

@@ -66,8 +66,8 @@ ANYWHERE: dict[str, Refusal] = {
     "thinking_token_budget": Refusal(),
     "kv_transfer_params": Refusal(),
     "vllm_xargs": Refusal(({},)),
-    "store": Refusal((False,), "no answer is kept here"),
-    "service_tier": Refusal(("auto", "default")),
+    "store": Refusal((True, False)),  # no answer is kept: whoever looks for one is told so
+    "service_tier": Refusal(("auto", "default", "flex", "scale", "priority")),  # answers say which it was
 }
 COMPLETION: dict[str, Refusal] = ANYWHERE | {
     "suffix": Refusal(("",), "what comes after the gap is not looked at"),
@@ -80,7 +80,6 @@ CHAT: dict[str, Refusal] = ANYWHERE | {
     "best_of": Refusal(same_as="n", instead="ask for n, and choose"),
     "modalities": Refusal((["text"],), "the answer is text"),
     "audio": Refusal(instead="the answer is text"),
-    "prediction": Refusal(),
     "reasoning_effort": Refusal(("none",), "chat_template_kwargs may know a switch of the base's"),
     "verbosity": Refusal(("medium",)),
     "web_search_options": Refusal(),
@@ -100,7 +99,6 @@ RESPONSE: dict[str, Refusal] = _DIALOGUE | {
     "messages": Refusal(([],), "send them as input"),
     "previous_response_id": Refusal(instead="no answer is kept here: send the whole conversation as input"),
     "conversation": Refusal(instead="none is kept here: send the whole conversation as input"),
-    "store": Refusal((True, False)),
     "background": Refusal((False,), "wait for the answer, or have it streamed"),
     "prompt": Refusal(instead="send it as instructions"),
     "max_tool_calls": Refusal(),

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import structlog
 
 from swaplora_adapters.store.records import VersionRecord
+from swaplora_server.base.fingerprint import digest_of
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.request import AdapterUse, FinishReason, Logprobs, Request, SamplingParams, TokenEvent
 from swaplora_server.service.adapter_mix import NOBODY, Asker, MixTerm, invoked_at, lease_mix
@@ -130,6 +131,11 @@ class Generation:
     def vocabulary(self) -> Vocabulary:
         """Of the base, by which tokens have names."""
         return self._service.base.vocabulary
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides the answer to its request: what computes it, and the versions that take part."""
+        return f"fp_{digest_of([self._service.fingerprint, [record.digest for record in self.records]])[:16]}"
 
     @property
     def num_prompt_tokens(self) -> int:

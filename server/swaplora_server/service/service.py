@@ -25,6 +25,7 @@ from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.base.base_model import BaseModel, load_chosen_base
 from swaplora_server.base.decode_graphs import RecordedSteps, record_steps
 from swaplora_server.base.device_memory import graph_bytes, left_for_kv, take_kv_cache
+from swaplora_server.base.fingerprint import digest_of, programs
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.config import Settings
 from swaplora_server.engine.engine import Engine
@@ -56,6 +57,16 @@ SCORED_LOGITS = 2**25  # of prompts whose log-probabilities are wanted, in one s
 NUM_UPLOAD_THREADS = 4  # each writes what has come of one upload, or checks a whole one
 NUM_INSPECTORS = 1
 MAX_INSPECTIONS = 16  # waiting
+# settings that decide what lies in a step together, and with what it is computed
+ANSWERS_DEPEND_ON = (
+    "quantization",
+    "cuda_graphs",
+    "max_num_seqs",
+    "max_batch_tokens",
+    "max_step_ranks",
+    "block_size",
+    "prefix_cache",
+)
 _MESSAGE_CHARACTERS = 64  # a message costs a template about as much as so many characters more
 _log = structlog.get_logger(__name__)
 Result = TypeVar("Result")
@@ -71,6 +82,7 @@ class Service:
     grammars: Grammars
     max_model_len: int
     kv_cache_bytes: int
+    fingerprint: str  # of all that answers depend on, requests and adapters aside
 
     def __init__(self, settings: Settings) -> None:
         """Raises KeyFileError for a file of keys that cannot be used, and AuditLogError."""
@@ -153,6 +165,7 @@ class Service:
             self.tokenizer = PromptTokenizer(self.base.tokenizer, self.max_model_len, self.offload)
             self.grammars = self._make_grammars()
             opened.callback(self.grammars.close, _JOIN_SECONDS)
+            self.fingerprint = self._fingerprint()
             self.engine.start()
             opened.callback(self.engine.stop)
             opened.callback(self.offload.join, _JOIN_SECONDS)
@@ -247,6 +260,13 @@ class Service:
         base = self.base
         dtype = str(base.dtype).removeprefix("torch.")
         return {"device": base.device.type, "dtype": dtype, "kernels": base.backend.description}
+
+    def _fingerprint(self) -> str:
+        """Another one wherever the same request may be answered otherwise: for where a step ends decides roundings."""
+        base, settings = self.base, self.settings
+        chosen = {name: getattr(settings, name) for name in ANSWERS_DEPEND_ON}
+        computes = [str(base.device), str(base.dtype), base.backend.description, self.max_model_len]
+        return digest_of([base.fingerprint, programs(), chosen, computes])
 
     def _state(self) -> ServerState | None:
         """The engine and the adapters as they are now; None before there is an engine."""

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+from swaplora_server.http.answers import served_tier
 from swaplora_server.http.dialogue.answers import Answer, AnswerBlock, Event, Teller
 from swaplora_server.http.dialogue.response_wire import ResponseBody
 from swaplora_server.http.errors import error_body
@@ -105,6 +106,7 @@ class ResponseTeller(Teller):
             "top_p": body.top_p,
             "truncation": "disabled",
             "usage": None,
+            **served_tier(body),
             **fields,
         }
 

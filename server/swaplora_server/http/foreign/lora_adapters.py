@@ -6,6 +6,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from pydantic import Field, RootModel
 
+from swaplora_server.access.caller import KeyScope
+from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.foreign.names import MAX_SCALED_IDS, ScaledId, id_of, names_of
 from swaplora_server.http.transport.body import body_schema, json_body
@@ -20,6 +22,7 @@ class ScalesBody(RootModel[Annotated[list[ScaledId], Field(max_length=MAX_SCALED
 
 
 @router.get("/lora-adapters")
+@needs(KeyScope.GENERATE, KeyScope.READ)
 async def list_lora_adapters(service: Serving) -> list[dict[str, Any]]:
     """Every adapter that is not known to be damaged. `path` is its name, `scale` what a request is given unasked."""
     service.check_serving()
@@ -29,6 +32,7 @@ async def list_lora_adapters(service: Serving) -> list[dict[str, Any]]:
 
 
 @router.post("/lora-adapters", openapi_extra=body_schema(ScalesBody))
+@needs(KeyScope.GENERATE)
 async def set_scales(service: Serving, body: Annotated[ScalesBody, Depends(json_body(ScalesBody))]) -> dict[str, bool]:
     """Taken where all scales are 0, as they are. Others would change who answers everybody else."""
     service.check_serving()

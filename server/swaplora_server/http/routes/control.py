@@ -22,7 +22,7 @@ from swaplora_adapters.store.records import Target
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
-from swaplora_server.http.errors import errors_told_by
+from swaplora_server.http.errors import RETRY_HEADERS, errors_told_by
 from swaplora_server.http.refusals import refuse_unsupported
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.transport.body import body_schema, read_json
@@ -39,7 +39,7 @@ def _both_ways(answer: JSONResponse) -> JSONResponse:
     kind = _TYPES.get(status, "InvalidUserInput" if status < 500 else "InternalServerError")
     error = json.loads(bytes(answer.body))["error"] | {"type": kind}
     flat = {"object": "error", "message": error["message"], "type": kind, "param": None, "code": status}
-    retry = {name: value for name, value in answer.headers.items() if name == "retry-after"}
+    retry = {name: value for name, value in answer.headers.items() if name in RETRY_HEADERS}
     return JSONResponse(flat | {"error": error}, status, headers=retry)
 
 

@@ -12,7 +12,7 @@ from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.dialogue.answers import answer_dialogue, check_one_answer, prompt_of
 from swaplora_server.http.dialogue.message_told import MessageTeller, anthropic_error
 from swaplora_server.http.dialogue.message_wire import CountBody, MessagesBody
-from swaplora_server.http.errors import errors_told_by
+from swaplora_server.http.errors import RETRY_HEADERS, errors_told_by
 from swaplora_server.http.refusals import ANTHROPIC, refuse_unsupported
 from swaplora_server.http.routes.models import check_named
 from swaplora_server.http.sse import until_disconnect
@@ -25,7 +25,7 @@ from swaplora_server.service.service import Service
 
 def _as_anthropic(refused: JSONResponse) -> JSONResponse:
     """Our error as Anthropic tells it."""
-    kept = {name: value for name, value in refused.headers.items() if name == "retry-after"}
+    kept = {name: value for name, value in refused.headers.items() if name in RETRY_HEADERS}
     message = json.loads(bytes(refused.body))["error"]["message"]
     return JSONResponse(anthropic_error(refused.status_code, message), refused.status_code, headers=kept)
 

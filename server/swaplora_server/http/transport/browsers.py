@@ -10,10 +10,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from swaplora_server.config import Settings
-from swaplora_server.http.errors import error_response
+from swaplora_server.http.errors import RETRY_HEADERS, error_response
 from swaplora_server.service.errors import RequestError
 
-EXPOSED_HEADERS = ("x-request-id", "x-swaplora-adapter", "x-swaplora-digest", "retry-after")
+EXPOSED_HEADERS = ("x-request-id", "x-swaplora-adapter", "x-swaplora-digest", *RETRY_HEADERS)
 _LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?"
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]*))(?::\d*)?")
 _SHOWN_CHARS = 128
@@ -24,7 +24,29 @@ def guard_browsers(app: ASGIApp, settings: Settings) -> ASGIApp:
 
     On loopback the pages of this machine may ask too: what serves them could ask without a browser.
     """
-    shared = CORSMiddleware(
+    shared = _shared(app, settings)
+    is_open = settings.is_loopback and not settings.has_keys
+    hosts = (settings.host, *settings.allowed_host) if is_open or settings.allowed_host else ("*",)
+    return _Guard(shared, shared.is_allowed_origin, hosts)
+
+
+def early_headers(settings: Settings) -> Callable[[str | None], dict[str, str]]:
+    """What an answer to a page of some origin needs that no route gives, so that the page may read it."""
+    shared = _shared(_no_app, settings)
+    return lambda origin: _sharing(origin) if origin and shared.is_allowed_origin(origin) else {}
+
+
+def _sharing(origin: str) -> dict[str, str]:
+    exposed = ", ".join(EXPOSED_HEADERS)
+    return {"access-control-allow-origin": origin, "vary": "Origin", "access-control-expose-headers": exposed}
+
+
+async def _no_app(_scope: Scope, _receive: Receive, _send: Send) -> None:
+    """Of which only who may ask is wanted."""
+
+
+def _shared(app: ASGIApp, settings: Settings) -> CORSMiddleware:
+    return CORSMiddleware(
         app,
         allow_origins=settings.cors_allow_origin,
         allow_origin_regex=_LOOPBACK_ORIGIN if settings.is_loopback else None,
@@ -33,9 +55,6 @@ def guard_browsers(app: ASGIApp, settings: Settings) -> ASGIApp:
         allow_private_network=True,
         expose_headers=EXPOSED_HEADERS,
     )
-    is_open = settings.is_loopback and not settings.has_keys
-    hosts = (settings.host, *settings.allowed_host) if is_open or settings.allowed_host else ("*",)
-    return _Guard(shared, shared.is_allowed_origin, hosts)
 
 
 class _Guard:
@@ -51,7 +70,9 @@ class _Guard:
             try:
                 self._check(scope["method"], Headers(scope=scope))
             except RequestError as error:
-                await error_response(error)(scope, receive, send)
+                origin = Headers(scope=scope).get("origin", "")
+                headers = _sharing(origin) if self._is_allowed_origin(origin) else {}
+                await error_response(error, headers)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

@@ -4,6 +4,7 @@ import asyncio
 import re
 import socket
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
@@ -16,6 +17,7 @@ from uvicorn.server import ServerState
 
 from swaplora_server.config import Settings
 from swaplora_server.http.errors import error_response
+from swaplora_server.http.transport.browsers import early_headers
 from swaplora_server.http.transport.connections import Connections, Pace
 from swaplora_server.service.errors import RequestError
 
@@ -44,6 +46,7 @@ class HttpConfig(uvicorn.Config):
         )
         self.settings = settings
         self.connections = Connections(settings)
+        self.early_headers = early_headers(settings)
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -59,6 +62,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         settings = config.settings
         self._connections = config.connections
+        self._early_headers = config.early_headers
         self._max_unread_bytes = settings.max_unread_bytes
         self._sending = Pace(settings.min_bytes_per_second, settings.stall_seconds)
         self._reading = Pace(settings.min_bytes_per_second, settings.stall_seconds)
@@ -189,7 +193,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.headers[:] = [header for header in self.headers if header[0] != b"host"] + [(b"host", authority)]
 
     def _header(self, name: bytes) -> bytes:
-        return b",".join(value for found, value in self.headers if found == name)
+        return b",".join(value for found, value in self.headers or () if found == name)
 
     # What is answered.
 
@@ -283,7 +287,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.transport.abort()
             return
         self._end_running()
-        self.transport.write(_whole_answer(error))
+        origin = self._header(b"origin").decode("latin-1")
+        self.transport.write(_whole_answer(error, self._early_headers(origin)))
         self.transport.close()
 
     def _end_running(self) -> None:
@@ -296,8 +301,8 @@ def _too_large(limit: str) -> RequestError:
     return RequestError("headers_too_large", f"the request's line and headers are more than {limit}")
 
 
-def _whole_answer(error: RequestError) -> bytes:
-    answer = error_response(error, {"connection": "close", "x-request-id": uuid.uuid4().hex})
+def _whole_answer(error: RequestError, headers: Mapping[str, str]) -> bytes:
+    answer = error_response(error, {"connection": "close", "x-request-id": uuid.uuid4().hex, **headers})
     first = f"HTTP/1.1 {answer.status_code} {HTTPStatus(answer.status_code).phrase}\r\n".encode()
     return b"".join([first, *(b"%b: %b\r\n" % header for header in answer.raw_headers), b"\r\n", answer.body])
 

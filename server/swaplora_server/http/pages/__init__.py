@@ -1,0 +1,1 @@
+"""What a person looks at in a browser: nothing in it comes from another server."""
