@@ -1,6 +1,11 @@
-"""The HTTP client of the command line: one method per thing a person asks a running server for."""
+"""A client for a running server's adapters and aliases, which the command line uses as well.
+
+One method for each thing a person asks for; generating stays with OpenAI's own client. Calls block: asynchronous code
+has `asyncio.to_thread`. Several threads may share a Client.
+"""
 
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -9,29 +14,55 @@ from urllib.parse import quote
 
 import httpx
 
-Card = Mapping[str, Any]  # an adapter as the server describes it
+Card = Mapping[str, Any]  # an adapter as the server describes it: docs/api.md lists what it has
 Message = Mapping[str, str]  # {"role": …, "content": …}
 
 # An upload is answered when it is durable, a delete when its memory is free, a token when its turn comes: all may take
 # long. A server that is not there should show at once.
-TIMEOUT = httpx.Timeout(600, connect=5)
+TIMEOUT_SECONDS = 600.0
+CONNECT_SECONDS = 5.0
+MAX_WAIT_SECONDS = 60.0  # before a further try
 
 
 class ClientError(Exception):
-    """What went wrong, in one line that says what to do about it."""
+    """What went wrong, in one line that says what to do about it.
+
+    `status`, `code` and `param` are the server's: decide by the code, never by the words. All are None where no server
+    answered, or something else than swaplora did.
+    """
+
+    def __init__(
+        self, message: str, *, status: int | None = None, code: str | None = None, param: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
 
 
 class Client:
-    """A connection to the server at `url`. Every method raises ClientError when the server refuses or is not there."""
+    """A connection to the server at `url`. Every method raises ClientError when the server refuses or is not there.
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
+    A context manager, or ended by `close`.
+    """
+
+    def __init__(
+        self, url: str, api_key: str | None = None, *, timeout: float = TIMEOUT_SECONDS, retries: int = 2
+    ) -> None:
+        """`timeout` is how many seconds the server may be silent. A server that says when to ask again is asked again.
+
+        It is waited for as long as it says, and asked `retries` more times at most. Raises ClientError for what is no
+        address and for a key that no header can carry.
+        """
         if not url.startswith(("http://", "https://")):
             raise ClientError(f"{url} is not a server's address: it must begin with http:// or https://")
         headers = {"Authorization": f"Bearer {_for_header('the API key', api_key)}"} if api_key else {}
         self._url = url
+        self._retries = retries
+        limits = httpx.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS))
         try:
             httpx.URL(url).host.encode("idna")  # which connecting does, too late to tell whose fault it is
-            self._http = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT)
+            self._http = httpx.Client(base_url=url, headers=headers, timeout=limits)
         except (httpx.InvalidURL, UnicodeError) as error:
             raise ClientError(f"{url} is not a server's address: {error}") from error
 
@@ -41,6 +72,10 @@ class Client:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the connections; no method can be called any more."""
         self._http.close()
 
     def models(self) -> list[Card]:
@@ -122,6 +157,10 @@ class Client:
         """Every alias with its targets."""
         return list(self._json("GET", "/v1/aliases")["data"])
 
+    def alias(self, alias: str) -> Mapping[str, Any]:
+        """One alias with its targets."""
+        return self._json("GET", _alias_path(alias))
+
     def set_alias(self, alias: str, targets: Mapping[str, Any]) -> Mapping[str, Any]:
         """Make or change an alias. `targets` is `{"target": …}` or `{"targets": [{"target": …, "weight": …}, …]}`."""
         return self._json("PUT", _alias_path(alias), json=targets)
@@ -150,8 +189,13 @@ class Client:
         return content
 
     def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
-        with _explained(self._url):
-            response = self._http.request(method, path, **request)
+        for num_left in range(self._retries, -1, -1):
+            with _explained(self._url):
+                response = self._http.request(method, path, **request)
+            wait = _seconds_to_wait(response)
+            if wait is None or not num_left or not _can_be_sent_again(request):
+                break
+            time.sleep(wait)
         _check(response)
         return response
 
@@ -176,6 +220,17 @@ class Conversation:
     def reset(self) -> None:
         """Forget what was said."""
         self._messages = []
+
+
+def _seconds_to_wait(response: httpx.Response) -> float | None:
+    """Before the same may be asked again, where the server did nothing and says so."""
+    told = response.headers.get("retry-after", "") if response.is_error else ""
+    return min(float(told), MAX_WAIT_SECONDS) if told.isascii() and told.isdecimal() else None
+
+
+def _can_be_sent_again(request: Mapping[str, Any]) -> bool:
+    """Files are read from their beginning once more."""
+    return all(file.seekable() for file in request.get("files", {}).values())
 
 
 def _path(name: str) -> str:
@@ -226,9 +281,11 @@ def _check(response: httpx.Response) -> None:
         content = response.json()
     except ValueError:
         content = None
+    status = response.status_code
     if isinstance(content, dict) and isinstance(content.get("error"), dict):
-        raise ClientError(_explanation(content["error"]))
-    raise ClientError(f"{response.url} answered {response.status_code} {response.reason_phrase}")
+        error = content["error"]
+        raise ClientError(_explanation(error), status=status, code=error.get("code"), param=error.get("param"))
+    raise ClientError(f"{response.url} answered {status} {response.reason_phrase}", status=status)
 
 
 def _explanation(error: Mapping[str, Any]) -> str:
@@ -248,6 +305,7 @@ def _pieces(lines: Iterable[str]) -> Iterator[str]:
             return
         chunk = json.loads(data)
         if "error" in chunk:
-            raise ClientError(_explanation(chunk["error"]))
+            error = chunk["error"]
+            raise ClientError(_explanation(error), code=error.get("code"), param=error.get("param"))
         yield from (text for choice in chunk["choices"] if (text := choice["delta"].get("content")))
     raise ClientError("the answer broke off: the server ended the stream early")

@@ -43,6 +43,7 @@ class FakeServer:
     url: str = ""
     answers: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
+    retry_after: list[str] = field(default_factory=list)  # what the first answers say, each a 429
 
     def answer(self, method: str, path: str, content: object, status: int = 200) -> None:
         self.answers[method, path] = status, content if isinstance(content, str) else json.dumps(content)
@@ -66,7 +67,10 @@ def run_fake_server() -> Iterator[FakeServer]:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
             fake.calls.append(Call(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body))
             status, content = fake.answers.get((self.command, self.path), (404, "no such page"))
-            self.send_response(status)
+            wait = fake.retry_after.pop(0) if fake.retry_after else None
+            self.send_response(status if wait is None else 429)
+            if wait is not None:
+                self.send_header("Retry-After", wait)
             self.end_headers()
             self.wfile.write(content.encode())
 

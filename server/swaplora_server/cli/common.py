@@ -70,7 +70,7 @@ def connected(url: str, api_key: str | None) -> "Iterator[Client]":
     from swaplora_server.client import Client, ClientError
 
     try:
-        with Client(url, api_key and api_key.split(",")[0].strip()) as client:
+        with Client(url, api_key and api_key.split(",")[0].strip(), retries=0) as client:
             yield client
     except ClientError as error:
         fail(str(error))
