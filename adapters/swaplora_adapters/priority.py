@@ -1,15 +1,117 @@
-"""How work beside the steps of a model gives way to them."""
+"""How work beside the steps of a model gives way to them: threads that come last, and turns between two steps."""
 
 import os
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 NICENESS = 10  # beside a busy engine it gets a tenth of a core
+_SHARE = 1 / 4  # of a step's time, that follows it where somebody waits
+_LONGEST_WAIT_SECONDS = 1.0
+_LEAST_WORK_SECONDS = 0.001  # of the processor's time between two waits, however short of it a thread is
+_IDLE_SECONDS = 0.002  # who has not paused for so long has done, or is at something without pauses
+
+
+class Turns:
+    """Between the thread that runs steps and those that load and check adapters beside it.
+
+    A step takes all processors, and between its native parts Python's lock. Whoever works beside it, however low, makes
+    it wait: the system leaves two of its threads on one processor, or the lock with a thread that it does not run. So
+    the others work off pieces of less than a millisecond between two steps, and wait at a `pause` while there is one.
+    """
+
+    def __init__(self) -> None:
+        self._is_open = threading.Event()
+        self._is_open.set()
+        self._lock = threading.Lock()
+        self._num_steps = self._num_waiting = 0
+        self._last_pause = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody would wait."""
+        return self._is_open.is_set()
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits."""
+        return self._num_waiting > 0
+
+    def wait(self) -> None:
+        """Return when no step runs, or after a second."""
+        self._count(1)
+        self._is_open.wait(_LONGEST_WAIT_SECONDS)
+        self._count(-1)
+
+    def note_pause(self) -> None:
+        """Somebody is at work."""
+        self._last_pause = time.monotonic()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """A step, and behind it a turn for those who wait: a quarter of its time, or until they have done."""
+        began = time.monotonic()
+        self._begin()
+        try:
+            yield
+        finally:
+            is_wanted = self.is_wanted
+            self._end()
+        if is_wanted:
+            ended = time.monotonic()
+            self._give_turn(ended + _SHARE * (ended - began))
+
+    def _count(self, number: int) -> None:
+        with self._lock:
+            self._num_waiting += number
+
+    def _begin(self) -> None:
+        with self._lock:
+            self._num_steps += 1
+            self._is_open.clear()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._num_steps -= 1
+            if not self._num_steps:
+                self._is_open.set()
+
+    def _give_turn(self, end: float) -> None:
+        self.note_pause()
+        while (now := time.monotonic()) < min(end, self._last_pause + _IDLE_SECONDS):
+            time.sleep(min(end - now, _IDLE_SECONDS))
+
+
+TURNS = Turns()  # of this process, whose threads share its processors and Python's lock
+
+
+class _Low(threading.local):
+    """What a thread knows of itself."""
+
+    is_low = False
+    waited = -1.0  # its processor time when it last waited
+
+
+_mine = _Low()
 
 
 def lower_priority() -> None:
-    """Have this thread come after the process's first one, where threads have a priority of their own."""
+    """Have this thread `pause`, and come after the process's first one, where threads have a priority of their own."""
+    _mine.is_low = True
     if sys.platform == "linux":
         come_after(os.getpid())
+
+
+def pause() -> None:
+    """Between two pieces of work: where this thread is of low priority, have it wait for its turn."""
+    if not _mine.is_low:
+        return
+    if not TURNS.is_open and time.thread_time() - _mine.waited >= _LEAST_WORK_SECONDS:
+        TURNS.wait()
+        _mine.waited = time.thread_time()
+    TURNS.note_pause()
 
 
 def come_after(process: int) -> None:

@@ -18,12 +18,14 @@ from adapter_files import CONFIG, LAYERS, SHAPES, config_bytes, factors, write_a
 from swaplora_adapters import intake
 from swaplora_adapters.config.parse import parse_spec
 from swaplora_adapters.config.patterns import MAX_WORK
+from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.errors import InvalidAdapterError
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.files.tensorfile import read_header
-from swaplora_adapters.fit.base import LayerShapes, LinearShape
-from swaplora_adapters.fit.fit import fitted
-from swaplora_adapters.weights.load import Survey, build_weights, check_fit, load_weights, survey_values
+from swaplora_adapters.files.tensorfile import Header, read_header
+from swaplora_adapters.fit.base import BaseLayers, LayerShapes, LinearShape
+from swaplora_adapters.fit.fit import Layout, fitted
+from swaplora_adapters.weights import load
+from swaplora_adapters.weights.load import Fits, Survey, build_weights, check_fit, load_weights, survey_values
 from swaplora_adapters.weights.served import AdapterWeights
 
 CPU = torch.device("cpu")
@@ -286,6 +288,39 @@ def test_what_patterns_may_cost_is_judged_alike_every_time_and_only_as_a_file_co
     with pytest.raises(InvalidAdapterError, match="its patterns are too much work"):
         intake.inspect_files(*paths, LAYERS)
     assert load_weights("d", *paths, LAYERS, torch.float32, CPU).modules
+
+
+def test_files_of_the_same_header_and_config_are_fitted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str] = []
+
+    def checked(spec: AdapterSpec, header: Header, layers: BaseLayers) -> Layout:
+        found.append(spec.base_model_name_or_path or "")
+        return check_fit(spec, header, layers)
+
+    monkeypatch.setattr(load, "check_fit", checked)
+    fits = Fits(LAYERS)
+
+    def loaded(name: str, tensors: Tensors, **fields: Any) -> AdapterWeights:
+        folder = write_adapter(tmp_path / name, tensors, base_model_name_or_path=name, **fields)
+        paths = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+        return load_weights("d", *paths, LAYERS, torch.float32, CPU, None, fits)
+
+    one, other = factors(), {name: 2 * tensor for name, tensor in factors().items()}
+    weights = loaded("a", one), loaded("a2", other), loaded("a", other), loaded("a", other, lora_alpha=1)
+    assert found == ["a", "a2", "a"]
+    for own, expected in zip(
+        weights, (build(one), build(other), build(other), build(other, lora_alpha=1)), strict=True
+    ):
+        for path, module in expected.modules.items():
+            assert torch.equal(own.modules[path].lora_B, module.lora_B)
+    wider = {name: torch.cat([tensor, tensor], -1) for name, tensor in one.items()}
+    for _ in range(2):
+        with pytest.raises(InvalidAdapterError):
+            loaded("a", wider)
+    assert len(found) == 5
+    monkeypatch.setattr(load, "_LONGEST_KEPT", 1)
+    loaded("a", one)
+    assert len(found) == 6
 
 
 def test_loading_is_building(tmp_path: Path) -> None:

@@ -31,13 +31,12 @@ from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 from swaplora_server.base.base_model import load_base
 from swaplora_server.kernels.cpu import abi, panels
 from swaplora_server.kernels.cpu.backend import CpuBackend
-from swaplora_server.kernels.cpu.native_window import NativeWindow
 from swaplora_server.kernels.pick import torch_backend
 from swaplora_server.kernels.step import Segment, Segments
 
 CPU = torch.device("cpu")
 LIBRARY = abi.load_library(KERNEL_CACHE, lambda _message: None)
-BACKEND, PLACEMENT = CpuBackend(LIBRARY, torch.float32), panels.placement(LIBRARY, torch.float32, NativeWindow())
+BACKEND, PLACEMENT = CpuBackend(LIBRARY, torch.float32), panels.placement(LIBRARY, torch.float32)
 HALF = CpuBackend(LIBRARY, torch.bfloat16)
 Tensors = dict[str, Tensor]
 SPECIAL = [0.0, -0.0, 1e-45, 1e-40, 6e-8, 65504.0, 3e38, 3.3e38, float("inf"), float("nan")]
@@ -79,7 +78,7 @@ def test_panels_hold_what_plain_tensors_would(
     lora_A = random_factor(rng, (rank, in_features), stored, num_special)
     lora_B = random_factor(rng, (out_features, rank), stored, num_special)
     expected = as_built(lora_A, lora_B, scaling, served)
-    found = panels.placement(LIBRARY, served, NativeWindow())(HugePages(0))(lora_A, lora_B, scaling, torch.float32)
+    found = panels.placement(LIBRARY, served)(HugePages(0))(lora_A, lora_B, scaling, torch.float32)
     assert (found.of_A, found.of_B) == (expected.of_A, expected.of_B)
     assert found.weights.rank == rank
     assert [t.nbytes for t in found.weights.tensors] == [t.nbytes for t in expected.weights.tensors]
@@ -245,7 +244,7 @@ def test_what_would_not_load_does_not_come_in(tmp_path: Path, products: torch.dt
     files = tmp_path / CONFIG_FILE, tmp_path / WEIGHTS_FILE
     files[0].write_bytes(config_bytes())
     safetensors.torch.save_file(with_value(value, part)(factors()), files[1])
-    placement = panels.placement(LIBRARY, products, NativeWindow())
+    placement = panels.placement(LIBRARY, products)
     outcomes = [
         refusal(partial(load_weights, "d", *files, LAYERS, torch.float32, CPU, placement)),
         refusal(partial(inspect_files, *files, LAYERS, torch.float32, placement=placement)),

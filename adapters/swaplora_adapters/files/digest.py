@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 from swaplora_adapters.files.disk import open_regular
+from swaplora_adapters.priority import pause
 
 _PREFIX = "sha256:"
 _DIGEST = re.compile(_PREFIX + "[0-9a-f]{64}")
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 18
 
 
 def digest_of(canonical: bytes, weights_path: Path) -> str:
@@ -18,6 +19,7 @@ def digest_of(canonical: bytes, weights_path: Path) -> str:
     with open_regular(weights_path) as file:
         sha256.update(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
         while chunk := file.read(_CHUNK_BYTES):
+            pause()
             sha256.update(chunk)
     return _PREFIX + sha256.hexdigest()
 

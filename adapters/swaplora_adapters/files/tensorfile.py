@@ -20,6 +20,7 @@ from swaplora_adapters.files.complaints import capped, quoted
 from swaplora_adapters.files.disk import open_regular
 from swaplora_adapters.files.naming import WEIGHTS_FILE
 from swaplora_adapters.files.strict_json import loads
+from swaplora_adapters.priority import pause
 
 LENGTH_BYTES = 8
 MAX_HEADER_DEPTH = 4
@@ -63,15 +64,36 @@ class Header:
         return sum(math.prod(info.shape) for info in self.tensors.values())
 
 
-def read_header(path: Path, limits: Limits = DEFAULT_LIMITS) -> Header:
-    """Read and check the header of a weights file, allocating no more than its bounded length.
+class RawHeader(NamedTuple):
+    """A header as it is written, before it is looked at."""
 
-    Raises InvalidAdapterError with every complaint about the first thing that is wrong: the file, the JSON, the
-    entries, or the layout.
+    content: bytes
+    file_bytes: int  # of the whole file
+
+
+def read_header(path: Path, limits: Limits = DEFAULT_LIMITS) -> Header:
+    """`read_raw_header`, then `parse_header`; raises what they do."""
+    return parse_header(read_raw_header(path, limits), limits)
+
+
+def read_raw_header(path: Path, limits: Limits = DEFAULT_LIMITS) -> RawHeader:
+    """Read the header of a weights file, allocating no more than its bounded length.
+
+    Raises InvalidAdapterError for a file that cannot have one.
     """
+    pause()
     with open_regular(path) as file:
         file_bytes = os.fstat(file.fileno()).st_size
-        raw = _read_header_bytes(file, file_bytes, limits)
+        return RawHeader(_read_header_bytes(file, file_bytes, limits), file_bytes)
+
+
+def parse_header(header: RawHeader, limits: Limits = DEFAULT_LIMITS) -> Header:
+    """Check what a header says.
+
+    Raises InvalidAdapterError with every complaint about the first thing that is wrong: the JSON, the entries, or the
+    layout.
+    """
+    raw, file_bytes = header
     if (count := raw.count(b'"data_offsets"')) > limits.max_tensors:  # before any object is made of them
         raise _refusal(f"the file holds {count} tensors, more than {limits.max_tensors}")
     document = loads(
@@ -90,6 +112,7 @@ def iter_tensors(path: Path, header: Header) -> Iterator[tuple[str, Tensor]]:
             raise _refusal("the file changed while it was read")
         file.seek(header.data_offset)
         for name, info in header.tensors.items():
+            pause()
             content = bytearray(info.end - info.begin)
             _fill(file, memoryview(content))
             flat = torch.frombuffer(content, dtype=info.dtype) if content else torch.empty(0, dtype=info.dtype)

@@ -17,7 +17,7 @@ from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.errors import AdapterError, PreconditionFailedError, StorageFailedError, StorageFullError
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.intake import inspect_files
-from swaplora_adapters.priority import lower_priority
+from swaplora_adapters.priority import lower_priority, pause
 from swaplora_adapters.registry.card import AdapterState, Card, Failure, PutResult, Tier
 from swaplora_adapters.registry.host_tier import HostTier
 from swaplora_adapters.registry.index import NamedVersions
@@ -29,7 +29,7 @@ from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
 from swaplora_adapters.store.records import Alias, Target, VersionRecord
 from swaplora_adapters.store.staging import Staging
 from swaplora_adapters.store.store import Store
-from swaplora_adapters.weights.load import load_weights
+from swaplora_adapters.weights.load import Fits, load_weights
 from swaplora_adapters.weights.placement import Placement
 from swaplora_adapters.weights.served import AdapterWeights
 
@@ -76,6 +76,7 @@ class Registry:
         self._store = store
         self._sources = sources
         self._layers = layers
+        self._fits = Fits(layers)
         self._dtype = dtype
         self._placement = placement
         self._prepare = prepare
@@ -334,6 +335,7 @@ class Registry:
         stages = Stages()
         try:
             weights = self._host.find(digest) or self._read(digest, stages)
+            pause()
             prepared = stages.time("prepare", lambda: self._prepare(weights))
         except BaseException:
             self._usage.load_failed(digest)
@@ -354,7 +356,9 @@ class Registry:
     def _built(self, digest: str) -> AdapterWeights:
         paths = self._store.blob_paths(digest)
         host = torch.device("cpu")
-        return load_weights(digest, paths.config, paths.weights, self._layers, self._dtype, host, self._placement)
+        return load_weights(
+            digest, paths.config, paths.weights, self._layers, self._dtype, host, self._placement, self._fits
+        )
 
     def _remove(self, name: str, version: int | None) -> Removal:
         """Needs `Names.changes`."""

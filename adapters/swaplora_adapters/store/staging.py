@@ -10,6 +10,7 @@ from typing import Literal, Self
 from swaplora_adapters.errors import AdapterTooLargeError, InvalidAdapterError
 from swaplora_adapters.files.disk import raising_storage_errors, remove
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.priority import pause
 
 Part = Literal["config", "weights"]
 FILE_NAMES: dict[Part, str] = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE}
@@ -64,6 +65,7 @@ class Writer:
 
     def write(self, chunk: bytes | bytearray | memoryview) -> None:
         """Append all of `chunk`."""
+        pause()
         rest = memoryview(chunk).cast("B")
         self.num_bytes += len(rest)
         if self.num_bytes > self._max_bytes:

@@ -5,7 +5,7 @@ Files name tensors as PEFT's `save_pretrained` does: `base_model.model.<module p
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -17,9 +17,10 @@ from swaplora_adapters.config.parse import read_spec
 from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.errors import InvalidAdapterError
 from swaplora_adapters.files.complaints import capped
-from swaplora_adapters.files.tensorfile import Header, iter_tensors, read_header
+from swaplora_adapters.files.tensorfile import Header, RawHeader, iter_tensors, parse_header, read_raw_header
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.fit.fit import Layout, fitted
+from swaplora_adapters.priority import pause
 from swaplora_adapters.weights.embeddings import build_embedding
 from swaplora_adapters.weights.linears import build_linear
 from swaplora_adapters.weights.materialise import materialise
@@ -30,6 +31,7 @@ from swaplora_adapters.weights.replacements import build_replacement
 from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, LinearWeights
 
 Content = LinearWeights | EmbeddingWeights | nn.Module
+_NUM_KEPT, _LONGEST_KEPT = 8, 1 << 20  # headers, and bytes of one; a layout takes several times as many
 
 
 def check_fit(spec: AdapterSpec, header: Header, layers: BaseLayers, max_work: int | None = None) -> Layout:
@@ -38,7 +40,24 @@ def check_fit(spec: AdapterSpec, header: Header, layers: BaseLayers, max_work: i
     `max_work` bounds what patterns may cost; what was let in is never asked again whether it keeps to that. Raises
     InvalidAdapterError with every complaint.
     """
+    pause()
     return fitted(spec, layers, {name: info.shape for name, info in header.tensors.items()}, max_work)
+
+
+class Fits:
+    """How files fit a base. The last ones are kept: adapters that were trained alike have the same header."""
+
+    def __init__(self, layers: BaseLayers) -> None:
+        self._layers = layers
+        self._kept = lru_cache(_NUM_KEPT)(self._find)
+
+    def find(self, spec: AdapterSpec, raw: RawHeader) -> tuple[Header, Layout]:
+        """What `parse_header` and `check_fit` make of both; raises what they do. Any thread may ask."""
+        return self._find(spec, raw) if len(raw.content) > _LONGEST_KEPT else self._kept(spec, raw)
+
+    def _find(self, spec: AdapterSpec, raw: RawHeader) -> tuple[Header, Layout]:
+        header = parse_header(raw)
+        return header, check_fit(spec, header, self._layers)
 
 
 def build_weights(
@@ -70,11 +89,10 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     placement: Placement | None = None,
+    fits: Fits | None = None,
 ) -> AdapterWeights:
-    """`build_weights` from the two files, checked as if for the first time; holds one module's tensors raw."""
-    spec = read_spec(config_path)
-    header = read_header(weights_path)
-    layout = check_fit(spec, header, layers)
+    """`build_weights` from the two files; holds one module's tensors raw. `fits` are of these `layers`."""
+    header, layout = (fits or Fits(layers)).find(read_spec(config_path), read_raw_header(weights_path))
     num_bytes = mapping_bytes(_num_bytes(math.prod(info.shape), info.dtype, dtype) for info in header.tensors.values())
     return _assemble(digest, layout, iter_tensors(weights_path, header), num_bytes, dtype, device, placement)
 

@@ -3,12 +3,13 @@
 import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from swaplora_adapters.priority import TURNS
 from swaplora_adapters.weights.memory import HugePages
 from swaplora_adapters.weights.placement import Placement
 from swaplora_adapters.weights.served import AdapterWeights
@@ -17,7 +18,6 @@ from swaplora_server.kernels.cpu import build, decoder, linear, panels, quantise
 from swaplora_server.kernels.cpu.adapter_tables import AdapterTables
 from swaplora_server.kernels.cpu.attention import CpuKV
 from swaplora_server.kernels.cpu.lora import CpuLora
-from swaplora_server.kernels.cpu.native_window import NativeWindow
 from swaplora_server.kernels.quantised_codes import is_quantised
 from swaplora_server.kernels.step import Segments
 
@@ -28,7 +28,6 @@ class CpuBackend:
 
     library: ctypes.CDLL
     dtype: torch.dtype
-    window: NativeWindow = field(default_factory=NativeWindow)
 
     @property
     def description(self) -> str:
@@ -62,8 +61,8 @@ class CpuBackend:
 
     @property
     def placement(self) -> Placement:
-        """Panels, in the number format of the products where a file has more; written in a step's native parts."""
-        return panels.placement(self.library, self.dtype, self.window)
+        """Panels, in the number format of the products where a file has more."""
+        return panels.placement(self.library, self.dtype)
 
     def tables(self, weights: AdapterWeights, paths: Sequence[str]) -> AdapterTables:
         """See `Backend`."""
@@ -78,12 +77,12 @@ class CpuBackend:
         return CpuKV(self.library, num_blocks, block_size, self.dtype)
 
     def stepping(self) -> AbstractContextManager[None]:
-        """Loads wait for its native code."""
-        return self.window.step()
+        """It takes all processors: work of low priority waits for its end, and has a turn before the next."""
+        return TURNS.step()
 
     def graphs(self, _kv: PagedKV, _forward: Forward, _sizes: Sequence[int]) -> None:
         """Nothing is recorded."""
 
     def wrap(self, model: PreTrainedModel, running: Callable[[], RunningStep]) -> Callable[[], None] | None:
         """All layers in one native call."""
-        return decoder.wrap(self.library, self.dtype, self.window, model, running)
+        return decoder.wrap(self.library, self.dtype, model, running)

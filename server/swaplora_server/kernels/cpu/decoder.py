@@ -18,28 +18,23 @@ from swaplora_server.kernels.cpu.adapter_tables import tables_of
 from swaplora_server.kernels.cpu.attention import CpuStep
 from swaplora_server.kernels.cpu.linear import CpuLinear
 from swaplora_server.kernels.cpu.lora import CpuLora
-from swaplora_server.kernels.cpu.native_window import NativeWindow
 from swaplora_server.kernels.cpu.quantised_linear import QuantisedLinear
 from swaplora_server.kernels.llama_like import Parts, all_parts_of
 from swaplora_server.kernels.step import Segments
 
 
 def wrap(
-    library: ctypes.CDLL,
-    dtype: torch.dtype,
-    window: NativeWindow,
-    model: PreTrainedModel,
-    running: Callable[[], RunningStep],
+    library: ctypes.CDLL, dtype: torch.dtype, model: PreTrainedModel, running: Callable[[], RunningStep]
 ) -> Callable[[], None] | None:
     """Exchange the layers of `model` for one native call, if they are of a known kind; what undoes it, or None.
 
-    `dtype` is the number format of products; `window` is open during the call. See `Backend.wrap`.
+    `dtype` is the number format of products. See `Backend.wrap`.
     """
     decoder: Any = model.get_decoder()
     layers, parts = getattr(decoder, "layers", None), all_parts_of(decoder)
     if parts is None or not all(map(_are_packed, parts)):
         return None
-    decoder.layers = nn.ModuleList([CpuDecoder(library, dtype, window, parts, running)])
+    decoder.layers = nn.ModuleList([CpuDecoder(library, dtype, parts, running)])
     return lambda: setattr(decoder, "layers", layers)
 
 
@@ -54,14 +49,12 @@ class CpuDecoder(nn.Module):
         self,
         library: ctypes.CDLL,
         dtype: torch.dtype,
-        window: NativeWindow,
         layers: list[Parts],
         running: Callable[[], RunningStep],
     ) -> None:
         super().__init__()
         self._decode = library.decode
         self._is_bf16 = dtype == torch.bfloat16
-        self._window = window
         self._layers = layers
         self._running = running
         self._entries = (DecoderLayer * len(layers))(*map(_entry, layers))
@@ -92,8 +85,7 @@ class CpuDecoder(nn.Module):
             torch.get_num_threads(),
             self._is_bf16,
         )
-        with self._window.native():
-            self._decode(self._entries, len(self._entries), native_step)
+        self._decode(self._entries, len(self._entries), native_step)
         return hidden
 
     def _point_at(self, step: CpuStep) -> None:

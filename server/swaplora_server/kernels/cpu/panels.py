@@ -13,7 +13,6 @@ from swaplora_adapters.weights.memory import HugePages
 from swaplora_adapters.weights.placement import Place, Placed, Placement, Seen
 from swaplora_adapters.weights.served import LinearWeights
 from swaplora_adapters.weights.values import storage_dtype
-from swaplora_server.kernels.cpu.native_window import NativeWindow
 
 RANKS, COLUMNS = 16, 48  # rows of a panel of lora_A, and of lora_B
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/lora/factors.cpp
@@ -53,16 +52,15 @@ class PanelWeights:
         return replace(self, column_scale=column_scale, shift=shift)
 
 
-def placement(library: ctypes.CDLL, dtype: torch.dtype, window: NativeWindow) -> Placement:
+def placement(library: ctypes.CDLL, dtype: torch.dtype) -> Placement:
     """Panels cut from an adapter's pages, written in one native pass over what the file has.
 
     `dtype` is the number format of the base's products: where that is bfloat16, what is stored in more is rounded to it
-    once, and a step reads half the bytes. Each module waits for `window`.
+    once, and a step reads half the bytes.
     """
 
     def into(pages: HugePages) -> Place:
         def place(lora_A: Tensor, lora_B: Tensor, scaling: float, rows: torch.dtype) -> Placed:
-            window.wait()
             served = rows if dtype == torch.float32 else dtype
             lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
             rank, in_features = lora_A.shape
@@ -82,7 +80,7 @@ def in_panels(library: ctypes.CDLL, dtype: torch.dtype, weights: LinearWeights) 
     """The same weights with their factors in panels, for products of `dtype`; copied unless they are in them."""
     if isinstance(weights, PanelWeights):
         return weights
-    place = placement(library, dtype, NativeWindow())(HugePages(0))
+    place = placement(library, dtype)(HugePages(0))
     laid, _, _ = place(weights.lora_A, weights.lora_B, 1.0, torch.float32)
     assert isinstance(laid, PanelWeights)
     return laid.with_vectors(weights.column_scale, weights.shift)
