@@ -3,7 +3,9 @@
 import ctypes
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ def test_a_library_that_was_cut_or_damaged_is_made_again(source: Path, tmp_path:
     reports: list[str] = []
     cache = tmp_path / "cache"
     assert build.load("answer", [source], cache, reports.append).answer() == 42
-    (library,) = cache.iterdir()
+    (library,) = (path for path in cache.iterdir() if path.suffix != ".lock")
     whole = library.read_bytes()
     for broken in (b"", whole[: len(whole) // 2], whole[:-1], whole[:100] + b"\0\1" + whole[102:], b"no library"):
         library.unlink()  # what this process has loaded stays as it is
@@ -36,6 +38,20 @@ def test_a_library_that_was_cut_or_damaged_is_made_again(source: Path, tmp_path:
         assert library.read_bytes() == whole
     assert build.load("answer", [source], cache, reports.append).answer() == 42
     assert reports == ["compiling answer"] * 6
+
+
+def test_who_comes_while_it_is_compiled_waits_for_that(source: Path, tmp_path: Path) -> None:
+    reports: list[str] = []
+    both = Barrier(2)
+
+    def answer(_number: int) -> int:
+        both.wait()
+        found: int = build.load("answer", [source], tmp_path / "cache", reports.append).answer()
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(answer, range(2))) == [42, 42]
+    assert reports == ["compiling answer"]
 
 
 @pytest.mark.parametrize("lanes", [8, 16])

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from filelock import FileLock
+
 CSRC = Path(__file__).parent / "csrc"
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-fPIC")
 _LANES, _ORDER, _PLAIN = "SWAPLORA_KERNEL_LANES", "SWAPLORA_KERNEL_ORDER", "SWAPLORA_KERNEL_PLAIN"
@@ -31,8 +33,11 @@ def load(name: str, sources: Sequence[Path], cache_dir: Path, report: Callable[[
     """
     library = cache_dir / f"{name}-{_fingerprint(sources)}.so"
     if not _is_whole(library):
-        report(f"compiling {name}")
-        _compile(sources, library)
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(library.with_suffix(".lock")):  # whoever comes meanwhile, of any process, waits for what is made
+            if not _is_whole(library):
+                report(f"compiling {name}")
+                _compile(sources, library)
     return ctypes.CDLL(str(library))
 
 
@@ -44,7 +49,6 @@ def _compiler() -> str:
 
 
 def _compile(sources: Sequence[Path], library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         unfinished = Path(folder) / library.name
         compiler = _compiler()
