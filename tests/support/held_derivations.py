@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 GUARD_SECONDS = 600  # what is computed runs at low priority
-# Python imports this in every process that finds it; it does something in the worker alone.
+# Python imports this in every process that finds it; it does something in the worker alone. What a job does without is
+# not imported for it.
 _SITECUSTOMIZE = """
 import sys
 if "swaplora_adapters.derive.worker" in sys.orig_argv:
     import os, pathlib, time
-    from swaplora_adapters.derive import compose, convert, intruders
+    from importlib.machinery import PathFinder
 
     folder = pathlib.Path(__file__).parent
 
@@ -25,10 +26,24 @@ if "swaplora_adapters.derive.worker" in sys.orig_argv:
             return function(*arguments, **options)
         return hold
 
-    for module in (compose, convert):
-        name = module.__name__.rpartition(".")[2]
-        setattr(module, name, held(getattr(module, name)))
-    intruders.count_intruders = held(intruders.count_intruders)
+    class Holding:
+        functions = {"compose": "compose", "convert": "convert", "intruders": "count_intruders"}
+
+        def find_spec(self, name, path, target=None):
+            package, _, module_name = name.rpartition(".")
+            if package != "swaplora_adapters.derive" or module_name not in self.functions:
+                return None
+            function, spec = self.functions[module_name], PathFinder.find_spec(name, path)
+            execute = spec.loader.exec_module
+
+            def execute_and_hold(module):
+                execute(module)
+                setattr(module, function, held(getattr(module, function)))
+
+            spec.loader.exec_module = execute_and_hold
+            return spec
+
+    sys.meta_path.insert(0, Holding())
 """
 
 
