@@ -32,7 +32,7 @@ PERSON = {
 LARK = 'start: "<" WORD ("," WORD)? ">"\nWORD: /[a-c]{1,3}/'
 GBNF = 'root ::= "<" word ("," word)? ">"\nword ::= [a-c] [a-c]? [a-c]?'
 IN_ANGLES = "<[a-c]{1,3}(,[a-c]{1,3})?>"
-TAG = {"structures": [{"begin": "<f>", "schema": PERSON, "end": "</f>"}], "triggers": ["<f"]}
+TAG: dict[str, Any] = {"structures": [{"begin": "<f>", "schema": PERSON, "end": "</f>"}], "triggers": ["<f"]}
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +280,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"guided_json": {"$ref": "#/$defs/gone"}}, "guided_json", "gone"),
     ({"guided_json": {"const": "x" * 300_000}}, "guided_json", "bytes"),
     ({"guided_choice": ["x" * 99_999] * 3}, "guided_choice", "bytes"),
+    ({"structural_tag": TAG | {"structures": TAG["structures"] * 257}}, "structural_tag", "256"),
     ({"structural_tag": {"x": "x" * 300_000}}, "structural_tag", "bytes"),
     ({"response_format": {"type": "json_object", "schema": "{}"}}, "response_format.schema", "an object"),
     ({"grammar": "\n" * 9999}, "grammar", "neither"),

@@ -6,10 +6,13 @@ import sys
 
 from llguidance import gbnf_to_lark
 
+from swaplora_adapters.priority import NICENESS
+
 # as llguidance tells them apart, but in a time that grows with the text's length alone
 _LARK = re.compile(r"(?m)^[^\S\n]*(%llguidance\b|start\s*:)")
 _PROGRAM = """
-import importlib.util, sys
+import importlib.util, os, sys
+os.nice(int(sys.argv[2]))
 spec = importlib.util.spec_from_file_location("gbnf_to_lark", sys.argv[1])
 module = sys.modules["gbnf_to_lark"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
@@ -31,7 +34,7 @@ def is_lark(text: str) -> bool:
 
 def lark_of(gbnf: str, seconds: float) -> str:
     """The same grammar in Lark. Raises ValueError for what is no GBNF, or takes longer than that to be read."""
-    command = [sys.executable, "-I", "-S", "-c", _PROGRAM, gbnf_to_lark.__file__]
+    command = [sys.executable, "-I", "-S", "-c", _PROGRAM, gbnf_to_lark.__file__, str(NICENESS)]
     try:
         done = subprocess.run(
             command, input=gbnf.encode(errors="replace"), capture_output=True, timeout=seconds, check=False

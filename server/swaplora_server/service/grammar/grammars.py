@@ -58,7 +58,7 @@ class Grammars:
         self.turns = turns
         self.bits = lru_cache(MAX_KEPT)(partial(_bits, vocab_size))
         self._tokenizer = tokenizer
-        self._offload = Offload(NUM_THREADS, max_waiting, "grammar", begin=lower_priority, stack_bytes=_STACK_BYTES)
+        self._offload = Offload(NUM_THREADS, max_waiting, "grammar", stack_bytes=_STACK_BYTES)
         self._kept: OrderedDict[tuple[GrammarKind, str], Grammar] = OrderedDict()
 
     async def grammar(self, source: GrammarSource) -> Grammar:
@@ -104,6 +104,7 @@ class _Job:
             written = self._source.written(self._owner.turns)
         except ValueError as error:
             raise self._refusal(told(str(error))) from error
+        lower_priority()  # not before: what held the interpreter would be kept from going on, and others with it
         matcher = LLMatcher(self._tokenizer, written, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise self._refusal(f"cannot be kept to: {told(matcher.get_error())}")

@@ -13,6 +13,7 @@ from swaplora_server.service.offload import Turns
 
 MAX_BYTES = 256 << 10
 GBNF_SECONDS = 5.0
+MAX_TAGS = 256
 # no longer than a line's indentation, so that no answer is made of it
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 
@@ -74,6 +75,8 @@ def _structural_tag(text: str) -> str:
     triggers = value.get("triggers") if isinstance(value, dict) else None
     if not (isinstance(structures, list) and structures and isinstance(triggers, list)):
         raise ValueError('must be an object with "structures" and "triggers"')
+    if len(structures) > MAX_TAGS:
+        raise ValueError(f"may have {MAX_TAGS} structures")
     tags = [_tag(structure, triggers) for structure in structures]
     return LLMatcher.grammar_from_lark(StructTag.to_grammar(tags, assume_special=False))
 
