@@ -360,6 +360,23 @@ def _foreign_environment() -> dict[str, Any]:
     return ({"adapter_dir": folders[0]} if folders else {}) | ({"adapter_rescan_seconds": rescan} if rescan else {})
 
 
+def origins(settings: Settings, flags: Mapping[str, Any]) -> dict[str, str]:
+    """Setting → where its value is from. `flags` are those that the settings were made with."""
+    from_file = _read_yaml(settings.config) if settings.config else {}
+
+    def origin(name: str) -> str:
+        variable = f"{ENV_PREFIX}{name.upper()}"
+        if name in flags:
+            return "flag"
+        if os.environ.get(variable):
+            return variable
+        if name in from_file:
+            return str(settings.config)
+        return "default" if name not in _foreign_environment() else "another server's variable"
+
+    return {name: origin(name) for name in Settings.model_fields}
+
+
 def complaints(error: ValidationError) -> list[str]:
     """One line for each thing wrong, saying what to change. Never shows a value, which may be a key."""
     return [_complaint(detail) for detail in error.errors(include_input=False, include_url=False)]

@@ -25,6 +25,7 @@ NO_TORCH = (
     "swaplora_adapters.sources.source",
     "swaplora_server.bench.load",
     "swaplora_server.client",
+    "swaplora_server.doctor.machine",
 )
 
 

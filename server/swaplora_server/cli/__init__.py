@@ -8,10 +8,23 @@ from collections.abc import Callable, Mapping
 
 import typer
 
-from swaplora_server.cli import adapters, aliases, bench, chat, compose, export, inspect, keys, serve, update, validate
+from swaplora_server.cli import (
+    adapters,
+    aliases,
+    bench,
+    chat,
+    compose,
+    doctor,
+    export,
+    inspect,
+    keys,
+    serve,
+    update,
+    validate,
+)
 from swaplora_server.cli.settings import PLAIN_HELP, SettingsCommand
 
-TAKE_SETTINGS = (serve.serve, export.merge, validate.validate)
+TAKE_SETTINGS = (serve.serve, export.merge, doctor.doctor, validate.validate)
 
 
 def main() -> None:
@@ -32,7 +45,7 @@ def _group(description: str, commands: Mapping[str, Callable[..., None]]) -> typ
 
 app = _group(
     "One frozen base model, any number of LoRA adapters, one batch, over HTTP.",
-    {"serve": serve.serve, "chat": chat.chat, "bench": bench.bench, "merge": export.merge},
+    {"serve": serve.serve, "chat": chat.chat, "bench": bench.bench, "merge": export.merge, "doctor": doctor.doctor},
 )
 app.add_typer(
     _group(
