@@ -107,7 +107,7 @@ def main() -> int:
             if not names or client.name in names:
                 rows.append(row_of(client, tap, server))
                 console.print(rows[-1].told)
-    write_page(rows)
+                write_page(rows[-1:])
     return int(any(cell.word == FAILED for row in rows for cell in row.cells.values()))
 
 

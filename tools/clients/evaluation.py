@@ -27,9 +27,12 @@ class Peft:
         self._oracle = Oracle(base, DEMO / model if (DEMO / model).is_dir() else None)
 
     def logprobs(self, context: str, choice: str) -> tuple[list[float], bool]:
-        """Of each token of `choice` behind `context`, and whether all of them were the likeliest."""
+        """Of each token of `choice` behind `context`, and whether all of them were the likeliest.
+
+        White space that ends the context is the choice's, as lm-eval has it.
+        """
         ids = self._encode(context + choice)
-        num_context = len(self._encode(context))
+        num_context = len(self._encode(context.rstrip()))
         expected = self._oracle.logprobs(ids)[num_context - 1 : -1]
         chosen = expected.gather(1, torch.tensor(ids[num_context:])[:, None])[:, 0]
         return chosen.tolist(), bool((chosen == expected.max(-1).values).all())
