@@ -204,7 +204,7 @@ def test_what_a_response_cannot_be_is_refused_by_its_field(
         (MESSAGE | {"stop_sequences": [""]}, 400, "invalid_request_error", "stop_sequences"),
         (MESSAGE | {"stop_sequences": ["x" * 9000]}, 400, "invalid_request_error", "stop_sequences"),
         (MESSAGE | {"tools": [{"name": "x"}]}, 400, "invalid_request_error", "tools"),
-        (MESSAGE | {"thinking": {"type": "enabled"}}, 400, "invalid_request_error", "thinking"),
+        (MESSAGE | {"thinking": {"type": "much"}}, 400, "invalid_request_error", "thinking"),
         (MESSAGE | {"max_tokens": 10**6}, 400, "invalid_request_error", "maximum context length"),
         (MESSAGE | {"stream": True, "n": 3}, 400, "invalid_request_error", "n is not supported"),
     ],

@@ -55,7 +55,7 @@ async def answer_chat(request: Request, service: Service, body: ChatBody) -> Res
     read = None
     if not reading.is_plain:
         read = ChatAnswers(reading.use, reading.new_reader(generation), tells_thoughts=body.include_reasoning)
-    form = _format(service.base.vocabulary, read, has_logprobs=body.logprobs)
+    form = _format(service.base.vocabulary, read, has_logprobs=body.logprobs, has_ids=body.return_token_ids)
     return await answer(request, body, generation, form)
 
 
@@ -89,7 +89,9 @@ def check_messages(body: ChatBody) -> None:
             raise RequestError("invalid_request", f"{path} must be a string, or a list of parts of type text", path)
 
 
-def _format(vocabulary: Vocabulary, read: ChatAnswers | None = None, *, has_logprobs: bool) -> AnswerFormat:
+def _format(
+    vocabulary: Vocabulary, read: ChatAnswers | None = None, *, has_logprobs: bool, has_ids: bool = False
+) -> AnswerFormat:
     """Chat's objects; logprobs name tokens, so the vocabulary is needed."""
 
     def logprobs(tokens: Sequence[TextToken]) -> dict[str, Any]:
@@ -113,8 +115,9 @@ def _format(vocabulary: Vocabulary, read: ChatAnswers | None = None, *, has_logp
         if read is not None:
             deltas = read.deltas(piece.choice, piece.text, is_last=reason is not None)
             reason = read.finish_reason(piece.choice, reason)
-        if not deltas and (piece.tokens or piece.token_id is not None):
-            deltas = [{"content": ""}]
+        has_token = piece.token_id is not None and (read is None or has_ids)
+        if not deltas and (piece.tokens or has_token):
+            deltas = [{"content": ""}]  # what is said of a token has no other place
         shown = [logprobs(piece.tokens) if piece.tokens else None, *[None] * len(deltas)]
         choices = [_delta(piece.choice, delta, logprobs=of) for delta, of in zip(deltas, shown, strict=False)]
         return choices if reason is None else [*choices, _delta(piece.choice, {}, finish_reason=reason)]
