@@ -103,7 +103,7 @@ def askers(model: BaseModel) -> list[Asker]:
 
 def engine_of(model: BaseModel) -> Engine:
     pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE)
-    limits = {"max_batch_tokens": 64, "max_num_seqs": 32, "max_step_ranks": 4096}
+    limits: dict[str, Any] = {"max_batch_tokens": 64, "max_num_seqs": 32, "max_step_ranks": 4096}
     return Engine(Scheduler(pool, prefix_cache=True, **limits), model.runner(NUM_BLOCKS, BLOCK_SIZE))
 
 

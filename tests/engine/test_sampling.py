@@ -178,6 +178,9 @@ class Evens:
     def __init__(self, vocab: int = VOCAB) -> None:
         self.vocab, self.said = vocab, [0]
 
+    def forced(self) -> int | None:
+        return None
+
     def allowed(self) -> TokenBits:
         return token_bits(range(self.said[-1] + 1, self.vocab, 2), self.vocab)
 

@@ -191,12 +191,27 @@ class Held:
     def __init__(self) -> None:
         self.is_busy = self.is_complete = False
         self.said: list[int] = []
+        self.to_come: list[int] = []  # of which each is the only one that may come next
+
+    def forced(self) -> int | None:
+        return self.to_come.pop(0) if self.to_come else None
 
     def allowed(self) -> TokenBits:
         raise NotImplementedError
 
     def append(self, token_id: int) -> None:
         self.said.append(token_id)
+
+
+def test_forced_tokens_are_appended_at_once_and_computed_together() -> None:
+    scheduler, held = make(), Held()
+    held.to_come = [7, 8, 9]
+    client = submit(scheduler, max_tokens=9, constrain=lambda: held)
+    run_step(scheduler)
+    assert held.said[-3:] == [7, 8, 9]
+    assert [event.token_id for event in client.events][-3:] == [7, 8, 9]
+    [rows] = scheduler.schedule().rows
+    assert (rows.num_rows, rows.is_sampling) == (4, True)
 
 
 def test_one_that_is_held_lets_the_others_go_on_and_then_goes_on_itself() -> None:

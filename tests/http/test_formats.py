@@ -231,6 +231,39 @@ def test_a_seed_gives_one_text_alone_in_company_and_after_preemption(
     assert preempted, "there was room for all"
 
 
+FORCING: list[dict[str, Any]] = [
+    {"regex": "abcdefghijkl[0-9]mnopqr[a-f]{2}stu"},
+    {"guided_json": PERSON},
+    {"guided_json": PERSON, "n": 3, "temperature": 1.3, "top_k": 20},
+    {"guided_json": PERSON, "stop": ['"age']},
+    {"guided_json": PERSON, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
+    {"regex": "abcdefghijkl[0-9]", "max_tokens": 7},
+    {"regex": "abcdefghijkl[0-9]", "min_tokens": 20},
+    {"regex": "abcdefghijkl", "stop_token_ids": tiny.byte_tokenizer().encode("f")},
+    {"guided_choice": ["ab" * 60, "cd" * 60]},
+    {"model": "a", "guided_json": PERSON},
+]
+
+
+@pytest.mark.parametrize("fields", FORCING, ids=str)
+def test_tokens_that_nothing_can_replace_take_no_step_and_change_none(server: Running, fields: dict[str, Any]) -> None:
+    """Where log-probabilities are asked for, each token has a step of its own."""
+    took = []
+    answers = []
+    for more in ({}, {"logprobs": 1}):
+        before = server.service.engine.snapshot().num_steps
+        answers.append(complete(server, return_token_ids=True, **fields, **more).json())
+        after = server.service.engine.snapshot().num_steps
+        took.append(sum(after.values()) - sum(before.values()))
+    skipping, stepping = [
+        [(choice["text"], choice["token_ids"], choice["finish_reason"]) for choice in answer["choices"]]
+        for answer in answers
+    ]
+    assert skipping == stepping
+    assert answers[0]["usage"] == answers[1]["usage"]
+    assert took[0] < took[1]
+
+
 NO_OBJECT: list[Any] = [1, True, "json", [], [{}]]
 NO_SCHEMA: list[Any] = [1, 1.5, []]
 NO_TEXT: list[Any] = [1, {}, []]

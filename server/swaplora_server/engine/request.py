@@ -246,6 +246,15 @@ class Sequence:
         return self.constraint is not None and self.constraint.is_complete
 
     @property
+    def forced(self) -> int | None:
+        """Its next token, where nothing else can come and nobody asks how likely it was."""
+        params = self.request.params
+        if self.constraint is None or params.num_logprobs is not None or params.allowed_token_ids is not None:
+            return None
+        token_id = self.constraint.forced()
+        return None if token_id in params.stop_token_ids else token_id
+
+    @property
     def late_finish_reason(self) -> FinishReason | None:
         """Why it had ended already, now that what it keeps to has found that out."""
         if self.constraint is None:

@@ -151,6 +151,7 @@ class Scheduler:
 
     max_step_ranks bounds the sum of the ranks of the distinct adapters that run, unless one request alone is beyond it;
     max_scored_rows the rows of a step that are scored, and so the logits of prompts that are in memory at once.
+    With appends_forced, tokens that alone may come next are appended without a step, and computed together in the next.
     """
 
     def __init__(
@@ -162,12 +163,14 @@ class Scheduler:
         max_step_ranks: int,
         prefix_cache: bool,
         max_scored_rows: int = 256,
+        appends_forced: bool = True,
     ) -> None:
         self.pool = pool
         self.cache = PrefixCache(pool, is_on=prefix_cache)
         self._max_batch_tokens = max_batch_tokens
         self._max_num_seqs = max_num_seqs
         self._max_scored_rows = max_scored_rows
+        self._appends_forced = appends_forced
         self._ranks = StepRanks(max_step_ranks)
         self.num_failed = 0  # requests that `fail` ended; only grows, any thread may read it
         self.num_preempted = 0  # sequences that gave their blocks back; the same
@@ -370,13 +373,20 @@ class Scheduler:
         if sampled.token_id is None:
             self._fail_not_finite(sequence)
             return
-        sequence.append(sampled.token_id)
-        reason = sequence.finish_reason_after(sampled.token_id)
-        event = TokenEvent(sequence.index, sampled.token_id, sampled.logprobs, reason)
+        goes_on = self._append_token(sequence, sampled.token_id, sampled.logprobs)
+        while goes_on and self._appends_forced and (token_id := sequence.forced) is not None:
+            goes_on = self._append_token(sequence, token_id)
+
+    def _append_token(self, sequence: Sequence, token_id: int, logprobs: Logprobs | None = None) -> bool:
+        """Whether it goes on after that token."""
+        sequence.append(token_id)
+        reason = sequence.finish_reason_after(token_id)
+        event = TokenEvent(sequence.index, token_id, logprobs, reason)
         if reason is None:
             sequence.request.tell(event)
         else:
             self._finish(sequence, event)
+        return reason is None
 
     def _finish(self, sequence: Sequence, event: TokenEvent) -> None:
         if sequence in self._running:

@@ -353,6 +353,7 @@ class Service:
             max_step_ranks=settings.max_step_ranks,
             max_scored_rows=self._max_scored_rows,
             prefix_cache=settings.prefix_cache,
+            appends_forced=not self._records_steps,  # what is recorded computes one token of each sequence
         )
         runner = base.runner(pool.num_blocks, settings.block_size)
         engine = Engine(scheduler, runner)

@@ -32,6 +32,9 @@ class Constraint(Protocol):
     def is_complete(self) -> bool:
         """Whether nothing may come after the tokens that it knows: its sequence has ended."""
 
+    def forced(self) -> int | None:
+        """The only token that may come next, where that is known now and the sequence may not end instead."""
+
     def allowed(self) -> TokenBits:
         """The tokens that may come next. Raises ConstraintPendingError in a step that is to go without one."""
 

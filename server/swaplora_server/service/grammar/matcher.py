@@ -32,6 +32,7 @@ class Mask:
         words[-1] &= ~end
         self.tokens: TokenBits = words[: -(-vocab_size // WORD_BITS)]
         self.has_tokens = not is_failed and bool(self.tokens.any())
+        self.only = None if self.may_end else _only(self.tokens)
         if is_failed or not (self.has_tokens or self.may_end):
             raise UnmetConstraintError(f"the grammar cannot be followed: {reason_of(matcher)}")
 
@@ -60,19 +61,27 @@ class GrammarConstraint:
         self._seconds = first.seconds  # that the last token took
         self._unread: int | None = None  # the newest token, while the matcher does not know it
         self._allowed: TokenBits | None = None
+        self._only: int | None = None
         self._failure: Exception | None = None
         self.is_busy = False
         self.is_complete = False
         self._take(first)
 
+    def forced(self) -> int | None:
+        self._find_out()
+        return None if self._allowed is None or self.is_complete else self._only
+
     def allowed(self) -> TokenBits:
-        if self._allowed is None and self._may_go_on:
-            self._do_here(self._compute)
+        self._find_out()
         if self._failure is not None:
             raise self._failure
         if self._allowed is None or self.is_complete:
             raise ConstraintPendingError
         return self._allowed
+
+    def _find_out(self) -> None:
+        if self._allowed is None and self._may_go_on:
+            self._do_here(self._compute)
 
     def append(self, token_id: int) -> None:
         """Take note of the next token; one that ends the text is none of the grammar's."""
@@ -141,7 +150,17 @@ class GrammarConstraint:
 
     def _take(self, mask: Mask) -> None:
         self.is_complete = not mask.has_tokens
+        self._only = mask.only
         self._allowed = mask.tokens | self._ends if mask.may_end else mask.tokens
+
+
+def _only(tokens: TokenBits) -> int | None:
+    """The one token in a set, if there is no more."""
+    [words] = tokens.nonzero()
+    if len(words) != 1:
+        return None
+    bits = int(tokens[words[0]]) & (2**WORD_BITS - 1)
+    return int(words[0]) * WORD_BITS + bits.bit_length() - 1 if bits.bit_count() == 1 else None
 
 
 def reason_of(matcher: LLMatcher) -> str:
