@@ -85,6 +85,12 @@ class OverloadedError(AdapterError):
     code = "overloaded"
 
 
+class QuotaExceededError(AdapterError):
+    """Whose it would be has as much as it may have."""
+
+    code = "quota_exceeded"
+
+
 class PreconditionFailedError(AdapterError):
     """A condition of the sender's does not hold for the name as it is now."""
 

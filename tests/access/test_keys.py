@@ -7,6 +7,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import hypothesis
 import pytest
 import yaml
 from hypothesis import given
@@ -148,6 +149,7 @@ def test_two_keys_of_one_id_or_one_hash_are_refused(file: Path) -> None:
             read_keys(file)
 
 
+@hypothesis.settings(max_examples=30)
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
 def test_any_bytes_are_a_file_of_keys_or_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     file = tmp_path_factory.getbasetemp() / "any-keys"

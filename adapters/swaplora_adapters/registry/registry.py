@@ -37,6 +37,14 @@ from swaplora_adapters.weights.served import AdapterWeights
 Make = Callable[[Staging], str]
 
 
+# Raises if whoever asks may not have so much: a name, its digest, and the bytes of both files.
+Admit = Callable[[str, str, int], None]
+
+
+def admit_all(_name: str, _digest: str, _nbytes: int) -> None:
+    """For whom there is no bound."""
+
+
 class Fetcher(Protocol):
     """Where adapters are fetched from; `sources` implements it."""
 
@@ -137,15 +145,17 @@ class Registry:
         source: str,
         conditions: Conditions = UNCONDITIONAL,
         make: Make | None = None,
+        admit: Admit = admit_all,
     ) -> PutResult:
         """Check staged files whole and make them the current version of `name`, durably.
 
-        `make` makes them first, or makes them into others. Raises what that does, InvalidAdapterError with every
-        reason, AdapterTooLargeError, PreconditionFailedError, StorageFullError, and MemoryFullError for a pinned name
-        whose new version does not fit beside the others. The old version then serves on, and its card says why.
+        `make` makes them first, or makes them into others; `admit` is asked when they are known. Raises what these do,
+        InvalidAdapterError with every reason, AdapterTooLargeError, PreconditionFailedError, StorageFullError, and
+        MemoryFullError for a pinned name whose new version does not fit beside the others. The old version then serves
+        on, and its card says why.
         """
         with self._told_on_the_card(name):
-            return self._put(name, staging, source, conditions, make)
+            return self._put(name, staging, source, conditions, make, admit)
 
     def put_source(
         self,
@@ -156,6 +166,7 @@ class Registry:
         is_operators: bool = False,
         make: Make | None = None,
         cancellation: Cancellation | None = None,
+        admit: Admit = admit_all,
     ) -> PutResult:
         """Fetch an adapter from a source that the operator enabled, or wrote (`is_operators`), and `put` it.
 
@@ -166,7 +177,7 @@ class Registry:
             raise PreconditionFailedError(f"adapter {name} exists already")
         with self._store.stage() as staging, self._told_on_the_card(name):
             pinned_uri = self._sources.fetch(uri, staging, is_operators=is_operators, cancellation=cancellation)
-            return self._put(name, staging, pinned_uri, conditions, make)
+            return self._put(name, staging, pinned_uri, conditions, make, admit)
 
     def change(self, name: str, *, current: int | None = None, is_pinned: bool | None = None) -> Card:
         """Roll `name` back or forward to one of its versions, keep it in memory or no longer, or both at once.
@@ -252,7 +263,9 @@ class Registry:
                 self._last_failure[name] = Failure(time.time(), str(error))
             raise
 
-    def _put(self, name: str, staging: Staging, source: str, conditions: Conditions, make: Make | None) -> PutResult:
+    def _put(
+        self, name: str, staging: Staging, source: str, conditions: Conditions, make: Make | None, admit: Admit
+    ) -> PutResult:
         provenance = None if make is None else make(staging)
         found = inspect_files(
             staging.config_path,
@@ -265,7 +278,9 @@ class Registry:
         details = replace(found.details, provenance=provenance)
         nbytes = details.num_parameters * self._dtype.itemsize
         self._residency.check_size(nbytes)
+        file_bytes = staging.config_path.stat().st_size + staging.weights_path.stat().st_size
         with self._names.changes:
+            admit(name, details.digest, file_bytes)
             if name in self._names.index and self._names.index.get(name).is_pinned:
                 self._check_pins(name, details.digest, nbytes)
             published = self._names.publish(name, staging, details, source=source, conditions=conditions)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.errors import (
@@ -19,13 +20,14 @@ from swaplora_adapters.errors import (
     AliasNotFoundError,
     InvalidAdapterError,
     InvalidAdapterNameError,
+    QuotaExceededError,
 )
 from swaplora_adapters.files.naming import TENANT_MARK, validate_name
 from swaplora_adapters.registry.card import Card, PutResult
 from swaplora_adapters.registry.index import Index, NamedVersions
 from swaplora_adapters.registry.leases import Lease, Removal, RequestLeases
 from swaplora_adapters.registry.names import Names
-from swaplora_adapters.registry.registry import Make, Registry
+from swaplora_adapters.registry.registry import Admit, Make, Registry, admit_all
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
 from swaplora_adapters.store.records import Alias, Target, VersionRecord
 from swaplora_adapters.store.staging import Staging
@@ -44,6 +46,16 @@ class Change:
     def came_to(self, record: VersionRecord) -> None:
         """What the name stands for now, or what it has lost."""
         self.version, self.digest = record.version, record.digest
+
+
+class Room(NamedTuple):
+    """How many adapters a tenant may have, and bytes of the files of all their versions; None is no bound."""
+
+    adapters: int | None = None
+    nbytes: int | None = None
+
+
+ANY_ROOM = Room()
 
 
 class Naming:
@@ -186,11 +198,18 @@ class TenantNames(Names):
 class TenantRegistry(Registry):
     """What a tenant may do with its adapters; each method is the registry's of that name. Thread-safe."""
 
-    def __init__(self, registry: Registry, tenant: str, note: Callable[[Change], None] = lambda _change: None) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        tenant: str,
+        note: Callable[[Change], None] = lambda _change: None,
+        room: Room = ANY_ROOM,
+    ) -> None:
         """`tenant` is "" for the default one. `note` hears of every change once it is made or has failed."""
         self._registry = registry
         self._naming = Naming(tenant)
         self._note = note
+        self._room = room
 
     @property
     def names(self) -> Names:
@@ -216,10 +235,13 @@ class TenantRegistry(Registry):
         source: str,
         conditions: Conditions = UNCONDITIONAL,
         make: Make | None = None,
+        admit: Admit = admit_all,
     ) -> PutResult:
         with self._changing("adapter.put", name) as change:
             stored = self._new(name)
-            put = self._registry.put(stored, staging, source=source, conditions=conditions, make=make)
+            put = self._registry.put(
+                stored, staging, source=source, conditions=conditions, make=make, admit=self._admit
+            )
             change.came_to(put.card.record)
             return put._replace(card=self._naming.card(put.card))
 
@@ -232,11 +254,18 @@ class TenantRegistry(Registry):
         is_operators: bool = False,
         make: Make | None = None,
         cancellation: Cancellation | None = None,
+        admit: Admit = admit_all,
     ) -> PutResult:
         with self._changing("adapter.fetch", name) as change:
             stored = self._new(name)
             put = self._registry.put_source(
-                stored, uri, conditions=conditions, is_operators=is_operators, make=make, cancellation=cancellation
+                stored,
+                uri,
+                conditions=conditions,
+                is_operators=is_operators,
+                make=make,
+                cancellation=cancellation,
+                admit=self._admit,
             )
             change.came_to(put.card.record)
             return put._replace(card=self._naming.card(put.card))
@@ -271,6 +300,22 @@ class TenantRegistry(Registry):
     def card(self, name: str) -> Card:
         with self._naming.told():
             return self._naming.card(self._registry.card(self._naming.stored(name)))
+
+    def _admit(self, stored: str, digest: str, nbytes: int) -> None:
+        """Raise QuotaExceededError for more than the tenant may have; nobody else changes names meanwhile."""
+        own = [named for named in self._registry.names.index.all() if self._naming.is_own(named.current.name)]
+        same = next((named for named in own if named.current.name == stored), None)
+        if same is not None and same.current.digest == digest:
+            return  # nothing is added
+        most, most_bytes = self._room
+        if most is not None and same is None and len(own) >= most:
+            raise QuotaExceededError(f"this tenant may have {most} adapters: delete one first")
+        has = sum(version.nbytes for named in own for version in named.versions)
+        if most_bytes is not None and has + nbytes > most_bytes:
+            raise QuotaExceededError(
+                f"this tenant may have {most_bytes} bytes of adapters, has {has}, and this one has {nbytes}: "
+                "delete adapters or versions first"
+            )
 
     @contextmanager
     def _changing(self, kind: str, name: str) -> Iterator[Change]:

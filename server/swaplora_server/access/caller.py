@@ -4,6 +4,8 @@ import enum
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from swaplora_server.access.limits import NO_LIMITS, Limits, TenantLimits
+
 DEFAULT_TENANT = "default"
 
 
@@ -23,6 +25,13 @@ class Caller:
     key_id: str
     tenant: str
     scopes: frozenset[KeyScope]
+    limits: Limits = NO_LIMITS
+    tenant_limits: TenantLimits = NO_LIMITS  # of all keys of the tenant together
+
+    @property
+    def limited(self) -> dict[str, Limits]:
+        """Whom a request is counted for, in the words that its sender reads."""
+        return {f"key {self.key_id}": self.limits, f"tenant {self.tenant}": self.tenant_limits}
 
     def may(self, scopes: Collection[KeyScope]) -> bool:
         """Whether it has one of these."""

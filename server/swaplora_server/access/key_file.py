@@ -20,6 +20,7 @@ from filelock import FileLock
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from swaplora_server.access.caller import DEFAULT_TENANT, Caller, KeyScope
+from swaplora_server.access.limits import NO_LIMITS, Limits, TenantLimits
 
 KEY_BEGINS = "sk-"
 MAX_FILE_BYTES = 16 << 20
@@ -43,18 +44,15 @@ class StoredKey(_Closed):
     tenant: Annotated[str, Field(pattern=TENANT)] = DEFAULT_TENANT
     scopes: Annotated[tuple[KeyScope, ...], Field(min_length=1)]
     expires: AwareDatetime | None = None
+    limits: Limits = Limits()
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-    @property
-    def caller(self) -> Caller:
-        """Whom a request with it comes from."""
-        return Caller(self.id, self.tenant, frozenset(self.scopes))
 
 
 class KeyFile(_Closed):
-    """All of a file's keys."""
+    """All of a file's keys, and the limits of tenants."""
 
     keys: tuple[StoredKey, ...] = ()
+    tenants: dict[Annotated[str, Field(pattern=TENANT)], TenantLimits] = {}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -63,6 +61,11 @@ class KeyFile(_Closed):
             if len(set(values)) < len(values):
                 raise ValueError(f"two keys have the same {name}")
         return self
+
+    def caller(self, key: StoredKey) -> Caller:
+        """Whom a request with one of these keys comes from."""
+        limits = self.tenants.get(key.tenant, NO_LIMITS)
+        return Caller(key.id, key.tenant, frozenset(key.scopes), key.limits, limits)
 
 
 def digest_of(key: str) -> str:
@@ -121,7 +124,7 @@ def _changing(path: Path) -> Iterator[Callable[[Change], None]]:
 
     def change(to: Change) -> None:
         found = read_keys(path) if path.exists() else KeyFile()
-        _replace(real, KeyFile(keys=to(found.keys)))
+        _replace(real, KeyFile(keys=to(found.keys), tenants=found.tenants))
 
     try:
         with FileLock(real.with_name(f".{real.name}.lock"), timeout=_LOCK_SECONDS, mode=0o600):
@@ -134,7 +137,7 @@ def _changing(path: Path) -> Iterator[Callable[[Change], None]]:
 
 def _replace(path: Path, content: KeyFile) -> None:
     """Durably, for its owner's eyes; what is there is replaced whole, or not at all."""
-    text = yaml.safe_dump(content.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    text = yaml.safe_dump(content.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
     descriptor, staged = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # of mode 0600
     try:
         with os.fdopen(descriptor, "w") as file:

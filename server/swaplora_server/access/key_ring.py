@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from swaplora_server.access.caller import ANYBODY, DEFAULT_TENANT, Caller, KeyScope
-from swaplora_server.access.key_file import KeyFileError, digest_of, read_keys
+from swaplora_server.access.key_file import KeyFile, KeyFileError, digest_of, read_keys
 
 LOOK_SECONDS = 1.0
 _Seen = tuple[int, int, int] | None
@@ -95,8 +95,11 @@ class KeyRing:
             self.refresh()
 
     def _read(self) -> dict[str, _Known]:
-        stored = () if self._file is None else read_keys(self._file).keys
-        found = [_Known(key.sha256, key.caller, key.expires.timestamp() if key.expires else None) for key in stored]
+        stored = KeyFile() if self._file is None else read_keys(self._file)
+        found = [
+            _Known(key.sha256, stored.caller(key), key.expires.timestamp() if key.expires else None)
+            for key in stored.keys
+        ]
         return {known.digest: known for known in (*found, *self._own)}
 
 

@@ -76,4 +76,4 @@ def revoke_key(
 
 def _shown(key: Any) -> dict[str, Any]:
     shown: dict[str, Any] = key.model_dump(mode="json", exclude_none=True, exclude={"sha256"})
-    return shown
+    return {name: value for name, value in shown.items() if value != {}}

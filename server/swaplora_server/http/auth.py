@@ -1,16 +1,19 @@
 """Who may ask for what: each route says which scope it needs, and one that does not say so is served to nobody."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.routing import BaseRoute
 
 from swaplora_server.access.caller import Caller, KeyScope
-from swaplora_server.access.key_ring import KeyRing
+from swaplora_server.access.limits import LimitReachedError
 from swaplora_server.service.errors import RequestError
+from swaplora_server.service.service import Service
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
+COUNT_OUT = "swaplora.count_out"  # of a request's scope: what counts it out
+_NEVER_SECONDS = 60  # who may send nothing is not to ask all the time
 _needed: dict[Callable[..., Any], frozenset[KeyScope] | None] = {}  # None: no key
 
 
@@ -37,23 +40,33 @@ def check_declared(routes: Iterable[BaseRoute]) -> None:
             raise RuntimeError(f"{route} does not say whom it is for: put @needs(KeyScope.…) above it")
 
 
-async def authorise(request: Request) -> None:
-    """A dependency of every route. Notes in `request.state.caller` whom the request comes from.
+async def authorise(request: Request) -> AsyncIterator[None]:
+    """A dependency of every route. Notes in `request.state.caller` whom the request comes from, and counts it.
 
     Raises RequestError unless it carries `Authorization: Bearer KEY` with a key that is good now and has a scope of
     those that the route needs. Anthropic's clients send `x-api-key: KEY`, which counts where there is no Authorization.
     """
     scopes = _needed[request.scope["route"].endpoint]
     if scopes is None:
+        yield
         return
-    keys: KeyRing = request.app.state.service.keys
-    caller = keys.find(_given(request))
+    service: Service = request.app.state.service
+    caller = service.keys.find(_given(request))
     if caller is None:
         raise RequestError("invalid_api_key", "send a valid API key as Authorization: Bearer KEY")
     if not caller.may(scopes):
         wanted = " or ".join(sorted(scopes))
         raise RequestError("insufficient_scope", f"this needs a key with the scope {wanted}")
     request.state.caller = caller
+    try:
+        end = service.meter.begin(caller.limited, is_change=scopes == {KeyScope.WRITE})
+    except LimitReachedError as error:
+        raise RequestError("rate_limited", str(error), retry_seconds=error.retry_seconds or _NEVER_SECONDS) from error
+    request.scope[COUNT_OUT] = end
+    try:
+        yield
+    finally:
+        end()  # if no answer was begun, or none ended
 
 
 def _given(request: Request) -> str | None:

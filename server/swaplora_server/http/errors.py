@@ -50,6 +50,8 @@ _STATUS = {
     "unsupported_adapter": 422,
     "derivation_failed": 422,
     "overloaded": 429,
+    "rate_limited": 429,
+    "quota_exceeded": 429,
     "headers_too_large": 431,
     "internal_error": 500,
     "source_failed": 502,
@@ -63,6 +65,7 @@ _STATUS = {
 }
 _RETRY_AFTER = {
     "overloaded": "1",
+    "quota_exceeded": "60",
     "too_many_connections": "1",
     "not_ready": "5",
     "draining": "5",
@@ -86,14 +89,16 @@ def error_response(error: RequestError | AdapterError, headers: Mapping[str, str
     """The answer to a request that failed with `error`."""
     param = error.param if isinstance(error, RequestError) else None
     body = error_body(error.code, _message(error), param)
-    return JSONResponse(body, _STATUS[error.code], headers={**_retry(error.code), **(headers or {})})
+    return JSONResponse(body, _STATUS[error.code], headers={**_retry(error), **(headers or {})})
 
 
-def _retry(code: str) -> dict[str, str]:
+def _retry(error: RequestError | AdapterError) -> dict[str, str]:
     """What tells a client when to ask again, and OpenAI's and Anthropic's not to where they would by the status."""
-    if code in _RETRY_AFTER:
-        return {"Retry-After": _RETRY_AFTER[code]}
-    return {"x-should-retry": "false"} if code in _FINAL else {}
+    if isinstance(error, RequestError) and error.retry_seconds is not None:
+        return {"Retry-After": str(error.retry_seconds)}
+    if error.code in _RETRY_AFTER:
+        return {"Retry-After": _RETRY_AFTER[error.code]}
+    return {"x-should-retry": "false"} if error.code in _FINAL else {}
 
 
 def _message(error: RequestError | AdapterError) -> str:

@@ -2,10 +2,14 @@
 
 
 class RequestError(Exception):
-    """A request that is refused, or that fails. `code` is stable, for programs; `param` names the field at fault."""
+    """A request that is refused, or that fails. `code` is stable, for programs; `param` names the field at fault.
 
-    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+    `retry_seconds` is when trying again may help, where that is known.
+    """
+
+    def __init__(self, code: str, message: str, param: str | None = None, *, retry_seconds: int | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.param = param
+        self.retry_seconds = retry_seconds

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import structlog
 
 from swaplora_adapters.store.records import VersionRecord
+from swaplora_server.access.limits import NOTHING, Reservation
 from swaplora_server.base.fingerprint import digest_of
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.request import AdapterUse, FinishReason, Logprobs, Request, SamplingParams, TokenEvent
@@ -94,6 +95,7 @@ class Generation:
         echoes: Sequence[Echo] = (),
         grammar: Grammar | None = None,
         seconds_for_adapters: float = 0.0,
+        reservation: Reservation = NOTHING,
     ) -> None:
         """`began` is the moment, on the monotonic clock, at which the client's wait began."""
         self._service = service
@@ -103,6 +105,7 @@ class Generation:
         self.records = records  # the versions that answer; of a sum all, in order; none for the base
         self._began = began
         self._seconds_for_adapters = seconds_for_adapters
+        self._reservation = reservation
         self._grammar = grammar
         self._request_id = structlog.contextvars.get_contextvars().get("request_id", "")  # as its log lines have it
         self._first_at = self._last_at = 0.0
@@ -218,6 +221,7 @@ class Generation:
         record = self._record(outcome)
         self._open.clear()
         self._requests.clear()  # which point back here: weights must not wait for the cycle collector
+        self._reservation.settle(self.num_prompt_tokens + sum(self.num_generated))
         self._service.metrics.observe(record)
 
     def _record(self, outcome: Outcome) -> GenerationRecord:
@@ -330,15 +334,20 @@ async def generate(service: Service, task: GenerationTask) -> Generation:
     echoes = await _echoes(service, task, prompts)
     grammar = None if task.format is None else await service.grammars.grammar(task.format)
     service.check_serving()
-    admission = service.admissions.admit(len(prompts) * task.n)
+    admission, reservation = service.admissions.admit(len(prompts) * task.n), NOTHING
     try:
+        most = sum(map(len, prompts)) + len(prompts) * task.n * params.max_tokens
+        reservation = service.reserve_tokens(most, task.length_param)
         mix = await lease_mix(service, task.model, task.adapters, task.asker, admission)
         asked_at = time.monotonic()
         uses = await mix.uses()
         seconds = time.monotonic() - asked_at
         starts = [invoked_at(prompt, uses, task.prompt_param(number)) for number, prompt in enumerate(prompts)]
-        generation = Generation(service, task, prompts, params, mix.records, began, echoes, grammar, seconds)
+        generation = Generation(
+            service, task, prompts, params, mix.records, began, echoes, grammar, seconds, reservation
+        )
     except BaseException:
+        reservation.settle(0)
         admission.release()
         raise
     generation.submit(uses, starts, admission)

@@ -14,7 +14,7 @@ from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.priority import lower_priority
 from swaplora_adapters.registry.index import parse_reference
 from swaplora_adapters.registry.registry import Registry
-from swaplora_adapters.registry.tenant import Change, Naming, TenantRegistry
+from swaplora_adapters.registry.tenant import Change, Naming, Room, TenantRegistry
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.sources.watcher import put_folder
 from swaplora_adapters.store.records import VersionRecord
@@ -22,6 +22,7 @@ from swaplora_adapters.store.store import Store
 from swaplora_server.access.audit import AuditLog
 from swaplora_server.access.caller import DEFAULT_TENANT, Caller
 from swaplora_server.access.key_ring import KeyRing
+from swaplora_server.access.limits import LimitReachedError, Meter, Reservation
 from swaplora_server.base.base_model import BaseModel, load_chosen_base
 from swaplora_server.base.decode_graphs import RecordedSteps, record_steps
 from swaplora_server.base.device_memory import graph_bytes, left_for_kv, take_kv_cache
@@ -89,6 +90,7 @@ class Service:
         self.settings = settings
         keys = [key.get_secret_value() for key in settings.api_key]
         self.keys = KeyRing(keys, settings.key_file, _log.error)
+        self.meter = Meter()
         self.audit = AuditLog(settings.audit_log, _log.error)
         self.started_at = int(time.time())
         self.is_draining = False
@@ -113,6 +115,13 @@ class Service:
     def ingest(self) -> Ingest | TenantIngest:
         """What comes without an upload."""
         return self._ingest
+
+    def reserve_tokens(self, num_tokens: int, param: str) -> Reservation:
+        """Take what a request may come to from what its key and its tenant may have; `param` says how much that is.
+
+        Raises RequestError.
+        """
+        return Reservation(num_tokens)
 
     def stored_name(self, name: str) -> str:
         """What an adapter is called where there are those of all tenants: in the metrics."""
@@ -427,6 +436,15 @@ class TenantService(Service):
         self._request_id = request_id
         self._tenant = "" if caller.tenant == DEFAULT_TENANT else caller.tenant
 
+    def reserve_tokens(self, num_tokens: int, param: str) -> Reservation:
+        """See `Service.reserve_tokens`."""
+        try:
+            return self.meter.reserve(self._caller.limited, num_tokens)
+        except LimitReachedError as error:
+            if error.retry_seconds is None:
+                raise RequestError("invalid_request", f"{error}: ask for fewer", param) from error
+            raise RequestError("rate_limited", str(error), retry_seconds=error.retry_seconds) from error
+
     def stored_name(self, name: str) -> str:
         """With the tenant."""
         return Naming(self._tenant).stored(name)
@@ -434,7 +452,9 @@ class TenantService(Service):
     @property
     def registry(self) -> Registry:
         """What the tenant sees of it."""
-        return TenantRegistry(self._registry, self._tenant, self._note)
+        limits = self._caller.tenant_limits
+        room = Room(limits.adapters, limits.adapter_bytes)
+        return TenantRegistry(self._registry, self._tenant, self._note, room)
 
     @property
     def ingest(self) -> Ingest | TenantIngest:

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from swaplora_server.access.caller import KeyScope
-from swaplora_server.http.auth import needs
+from swaplora_server.http.auth import COUNT_OUT, needs
 from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
 from swaplora_server.service.metrics.metrics import Metrics
 
@@ -41,6 +41,8 @@ class CountedRequests:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif not message.get("more_body") and (count_out := scope.get(COUNT_OUT)):
+                count_out()  # before the last of the answer: who has read it may ask again
             await send(message)
 
         try:
