@@ -88,4 +88,5 @@ CLIENTS = (
     Client("litellm", "ask_litellm.py", ("litellm==1.110.2",)),
     Client("pydantic-ai", "ask_pydantic_ai.py", ("pydantic-ai-slim[openai]==2.68.0",)),
     Client("instructor", "ask_instructor.py", ("instructor==1.17.0",)),
+    Client("anthropic", "ask_anthropic.py", ("anthropic==2.14.0",)),
 )
