@@ -13,6 +13,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.types import Message
 
 import tiny
+from swaplora_server.access.caller import ANYBODY
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.request import FinishReason, Logprobs, TokenEvent
 from swaplora_server.http import answers, sse
@@ -29,7 +30,6 @@ from swaplora_server.service.service import Service
 from swaplora_server.service.wakeups import Wakeups
 
 TOKENIZER = tiny.byte_tokenizer()
-SCOPE = {"type": "http", "headers": []}
 VOCABULARY = Vocabulary(TOKENIZER.backend_tokenizer)
 HEAD = {"id": "some-id", "created": 1700000000, "model": 'a "model" of Ω', "object": "chunk"}
 LOGPROBS = st.builds(
@@ -270,7 +270,10 @@ def generation(body: GenerationBody) -> tuple[Generation, list[GenerationRecord]
         metrics=SimpleNamespace(observe=records.append),
         engine=SimpleNamespace(submit=lambda _request: None, abort=lambda _request, _index=None: None),
     )
-    task = task_of(HttpRequest(SCOPE), body, encode, num_prompts=1, max_tokens=100)
+    service.seen_by, service.is_base = (lambda _caller: service), (lambda _model: True)
+    app = SimpleNamespace(state=SimpleNamespace(service=service))
+    request = HttpRequest({"type": "http", "headers": [], "app": app, "state": {"caller": ANYBODY}})
+    task = task_of(request, body, encode, num_prompts=1, max_tokens=100)
     made = Generation(cast(Service, service), task, [[1, 2, 3]], task.sampling, (), began=0.0)
     made.submit((), [0], Admissions(1).admit(1))
     return made, records
