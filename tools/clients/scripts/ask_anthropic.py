@@ -7,7 +7,7 @@ import anthropic
 
 from asked import KEY, MAX_TOKENS, MESSAGES, PARAMETERS, SCHEMA, TOOL_DESCRIPTION, TOOL_NAME, URL, answer
 
-client = anthropic.Anthropic(base_url=URL, api_key=KEY)
+client: Any = anthropic.Anthropic(base_url=URL, api_key=KEY)
 FIELDS: dict[str, Any] = {"messages": MESSAGES, "max_tokens": MAX_TOKENS, "extra_body": {"temperature": 0}}
 TOOL = {"name": TOOL_NAME, "description": TOOL_DESCRIPTION, "input_schema": PARAMETERS}
 
