@@ -89,4 +89,5 @@ CLIENTS = (
     Client("pydantic-ai", "ask_pydantic_ai.py", ("pydantic-ai-slim[openai]==2.68.0",)),
     Client("instructor", "ask_instructor.py", ("instructor==1.17.0",)),
     Client("anthropic", "ask_anthropic.py", ("anthropic==2.14.0",)),
+    Client("lm-eval", "ask_lm_eval.py", ("lm-eval==0.4.13", TORCH, "requests", "tenacity", "tqdm", "aiohttp")),
 )
