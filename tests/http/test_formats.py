@@ -322,7 +322,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"grammar": 'root ::= "a'}, "grammar", "neither"),
     ({"ebnf": "start: gone"}, "ebnf", "gone"),
     ({"grammar": "start: " + "(" * 5000 + '"a"' + ")" * 5000}, "grammar", "nested"),
-    ({"structured_outputs": {"structural_tag": {"format": {}}}}, "structured_outputs.structural_tag", "structures"),
+    ({"structured_outputs": {"structural_tag": {"format": {}}}}, "structured_outputs.structural_tag", "format"),
     (
         {"structural_tag": {"structures": [{"begin": "a", "schema": {}, "end": ""}], "triggers": ["b"]}},
         "structural_tag",

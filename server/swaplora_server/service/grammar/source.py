@@ -6,14 +6,14 @@ from enum import StrEnum
 from functools import partial
 from typing import Any
 
-from llguidance import LLMatcher, StructTag
+from llguidance import LLMatcher
 
 from swaplora_server.service.grammar.gbnf import is_lark, lark_of
+from swaplora_server.service.grammar.tags import lark_of_tags, quoted
 from swaplora_server.service.offload import Turns
 
 MAX_BYTES = 256 << 10
 GBNF_SECONDS = 5.0
-MAX_TAGS = 256
 # no longer than a line's indentation, so that no answer is made of it
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 
@@ -26,7 +26,7 @@ class GrammarKind(StrEnum):
     CHOICE = "choice"  # a JSON list of the texts that may be chosen
     LARK = "lark"
     GRAMMAR = "grammar"  # Lark's as llguidance has it, or GBNF
-    STRUCTURAL_TAG = "structural_tag"  # JSON: structures and triggers
+    STRUCTURAL_TAG = "structural_tag"  # JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,26 +70,7 @@ def _choice(text: str) -> str:
 
 
 def _structural_tag(text: str) -> str:
-    value = _parsed(text)
-    structures = value.get("structures") if isinstance(value, dict) else None
-    triggers = value.get("triggers") if isinstance(value, dict) else None
-    if not (isinstance(structures, list) and structures and isinstance(triggers, list)):
-        raise ValueError('must be an object with "structures" and "triggers"')
-    if len(structures) > MAX_TAGS:
-        raise ValueError(f"may have {MAX_TAGS} structures")
-    tags = [_tag(structure, triggers) for structure in structures]
-    return LLMatcher.grammar_from_lark(StructTag.to_grammar(tags, assume_special=False))
-
-
-def _tag(structure: Any, triggers: list[Any]) -> StructTag:
-    match structure:
-        case {"begin": str(begin), "schema": dict() | bool() as schema, "end": str(end)} if len(structure) == 3:
-            for trigger in triggers:
-                if isinstance(trigger, str) and trigger and begin.startswith(trigger):
-                    return StructTag(trigger=trigger, begin=begin, grammar=json_text(schema), end=end)
-            raise ValueError('has a "begin" that starts with none of the triggers')
-        case _:
-            raise ValueError('has a structure that is not {"begin": TEXT, "schema": {…}, "end": TEXT}')
+    return LLMatcher.grammar_from_lark(lark_of_tags(_parsed(text)))
 
 
 def _parsed(text: str) -> Any:
@@ -102,10 +83,9 @@ def _parsed(text: str) -> Any:
 
 
 def _literal(text: str) -> str:
-    """A text in Lark, which takes JSON's strings, but for the one control character that JSON lets stand."""
     if not text:
         raise ValueError("may not have an empty text")
-    return json.dumps(text).replace("\x7f", r"\u007f")
+    return quoted(text)
 
 
 _WRITERS = {
