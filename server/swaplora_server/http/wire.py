@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 from pydantic_core import PydanticCustomError, to_json
 
 from swaplora_server.engine.request import SamplingParams
-from swaplora_server.http.foreign.names import NamingBody
+from swaplora_server.http.foreign.fields import NamingBody
 from swaplora_server.http.formats import FormatBody
 from swaplora_server.http.tools.wire import FunctionCall, ToolBody, ToolCall, ToolCalls
 from swaplora_server.http.transport.models import BRANCH, WireModel

@@ -9,7 +9,8 @@ from pydantic import Field, RootModel
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
-from swaplora_server.http.foreign.names import MAX_SCALED_IDS, ScaledId, id_of, names_of
+from swaplora_server.http.foreign.fields import MAX_SCALED_IDS, ScaledId
+from swaplora_server.http.foreign.names import id_of, names_of
 from swaplora_server.http.transport.body import body_schema, json_body
 from swaplora_server.http.transport.models import Body
 from swaplora_server.service.errors import RequestError

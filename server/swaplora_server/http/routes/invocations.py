@@ -9,7 +9,7 @@ from starlette.responses import Response
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
-from swaplora_server.http.foreign.names import MAX_MODEL_CHARACTERS
+from swaplora_server.http.foreign.fields import MAX_MODEL_CHARACTERS
 from swaplora_server.http.routes.chat import answer_chat
 from swaplora_server.http.routes.completions import answer_completion
 from swaplora_server.http.transport.body import body_schema, json_body

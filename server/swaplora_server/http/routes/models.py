@@ -11,7 +11,8 @@ from swaplora_adapters.store.records import Alias, VersionRecord
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
-from swaplora_server.http.foreign.names import NamingBody, terms_of
+from swaplora_server.http.foreign.fields import NamingBody
+from swaplora_server.http.foreign.names import terms_of
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
 

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
-from swaplora_server.http.foreign.names import MAX_MODEL_CHARACTERS
+from swaplora_server.http.foreign.fields import MAX_MODEL_CHARACTERS
 from swaplora_server.http.refusals import ANYWHERE, CHAT, refuse_unsupported
 from swaplora_server.http.routes.chat import check_messages, prompt_of
 from swaplora_server.http.routes.models import check_model, check_named
