@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 NICENESS = 10  # beside a busy engine it gets a tenth of a core
 _SHARE = 1 / 4  # of a step's time, that follows it where somebody waits
-_LONGEST_WAIT_SECONDS = 1.0
+_LONGEST_WAIT_SECONDS = 0.1  # a step that takes longer computes prompts: what comes of it is late already
 _LEAST_WORK_SECONDS = 0.001  # of the processor's time between two waits, however short of it a thread is
+_WORK_IN_LONG_STEPS_SECONDS = _SHARE * _LONGEST_WAIT_SECONDS  # the same, after a wait that no step's end has ended
 _IDLE_SECONDS = 0.002  # who has not paused for so long has done, or is at something without pauses
 
 
@@ -39,11 +40,12 @@ class Turns:
         """Whether somebody waits."""
         return self._num_waiting > 0
 
-    def wait(self) -> None:
-        """Return when no step runs, or after a second."""
+    def wait(self) -> bool:
+        """Return when no step runs, or after a tenth of a second; says which."""
         self._count(1)
-        self._is_open.wait(_LONGEST_WAIT_SECONDS)
+        is_open = self._is_open.wait(_LONGEST_WAIT_SECONDS)
         self._count(-1)
+        return is_open
 
     def note_pause(self) -> None:
         """Somebody is at work."""
@@ -91,7 +93,7 @@ class _Low(threading.local):
     """What a thread knows of itself."""
 
     is_low = False
-    waited = -1.0  # its processor time when it last waited
+    works_until = 0.0  # on its processor time, before it waits again
 
 
 _mine = _Low()
@@ -108,9 +110,9 @@ def pause() -> None:
     """Between two pieces of work: where this thread is of low priority, have it wait for its turn."""
     if not _mine.is_low:
         return
-    if not TURNS.is_open and time.thread_time() - _mine.waited >= _LEAST_WORK_SECONDS:
-        TURNS.wait()
-        _mine.waited = time.thread_time()
+    if not TURNS.is_open and time.thread_time() >= _mine.works_until:
+        work = _LEAST_WORK_SECONDS if TURNS.wait() else _WORK_IN_LONG_STEPS_SECONDS
+        _mine.works_until = time.thread_time() + work
     TURNS.note_pause()
 
 
