@@ -18,8 +18,8 @@ _IDLE_SECONDS = 0.002  # who has not paused for so long has done, or is at somet
 class Turns:
     """Between the thread that runs steps and those that load and check adapters beside it.
 
-    A step takes all processors, and between its native parts Python's lock. Whoever works beside it, however low, makes
-    it wait: the system leaves two of its threads on one processor, or the lock with a thread that it does not run. So
+    A step takes all processors, and between its native parts the GIL. Whoever works beside it, however low, makes it
+    wait: the system leaves two of its threads on one processor, or the GIL with a thread that it does not run. So
     the others work off pieces of less than a millisecond between two steps, and wait at a `pause` while there is one.
     """
 
@@ -86,7 +86,7 @@ class Turns:
             time.sleep(min(end - now, _IDLE_SECONDS))
 
 
-TURNS = Turns()  # of this process, whose threads share its processors and Python's lock
+TURNS = Turns()  # of this process, whose threads share its processors and the GIL
 
 
 class _Low(threading.local):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from serving import Running, serving, settings
+from serving import BASE, Running, serving, settings
 from swaplora_server.access.audit import AuditLog, AuditLogError
 from swaplora_server.access.caller import ANYBODY, KeyScope
 from swaplora_server.access.key_file import create_key
@@ -49,6 +49,7 @@ def test_each_change_is_noted_and_nothing_else(audited: Running, file: Path, ada
     client.put("/v1/adapters/sql", json={"source": "hf://org/repo"})
     client.patch("/v1/adapters/sql", json={"current": 1, "pinned": True})
     client.patch("/v1/adapters/sql", json={"pinned": False})
+    client.put(f"/v1/aliases/{BASE}", json={"target": "sql"})
     client.put("/v1/aliases/prod", json={"target": "sql"})
     client.delete("/v1/adapters/sql")  # an alias leads there
     client.post("/v1/merged", json={"name": "two", "from": [{"name": "sql"}]})
@@ -66,6 +67,7 @@ def test_each_change_is_noted_and_nothing_else(audited: Running, file: Path, ada
         (key, "acme", "adapter.fetch", "sql", None, "source_not_allowed"),
         (key, "acme", "adapter.current adapter.pin", "sql", 1, "done"),
         (key, "acme", "adapter.unpin", "sql", 1, "done"),
+        (key, "acme", "alias.put", BASE, None, "invalid_adapter_name"),
         (key, "acme", "alias.put", "prod", None, "done"),
         (key, "acme", "adapter.delete", "sql", None, "adapter_busy"),
         (key, "acme", "adapter.put", "two", 1, "done"),

@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import pytest
 
 import tiny
 from serving import BASE, serving, settings
-
-anthropic: Any = pytest.importorskip("anthropic")
 
 CITY = {
     "type": "object",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from anthropic.types import Message, RawMessageStreamEvent
 from openai.types import Completion, ErrorObject
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseStreamEvent
@@ -161,14 +162,12 @@ TYPES: dict[str, tuple[Any, Any]] = {
     COMPLETIONS: (Completion, Completion),
     CHAT: (ChatCompletion, ChatCompletionChunk),
     RESPONSES: (Response, ResponseStreamEvent),
+    MESSAGES: (Message, RawMessageStreamEvent),
 }
 
 
 def types_of(route: str) -> tuple[TypeAdapter[Any], TypeAdapter[Any]]:
     """Of what is whole, and of an event."""
-    if route == MESSAGES:
-        types = pytest.importorskip("anthropic").types
-        return TypeAdapter(types.Message), TypeAdapter(types.RawMessageStreamEvent)
     whole, event = TYPES[route]
     return TypeAdapter(whole), TypeAdapter(event)
 

@@ -21,7 +21,7 @@ from swaplora_server.service.grammar.grammars import Grammar, Grammars
 from swaplora_server.service.grammar.matcher import GrammarConstraint
 from swaplora_server.service.grammar.source import GrammarKind, GrammarSource
 from swaplora_server.service.grammar.vocabulary import grammar_tokenizer
-from swaplora_server.service.offload import Turns
+from swaplora_server.service.offload import GilTurns
 
 ENDS = frozenset({tiny.EOS, tiny.PAD})
 DIGITS = {15 + digit for digit in range(10)}  # the byte tokenizer's ids
@@ -30,7 +30,7 @@ DIGITS = {15 + digit for digit in range(10)}  # the byte tokenizer's ids
 @pytest.fixture
 def grammars() -> Iterator[Grammars]:
     backend = tiny.byte_tokenizer().backend_tokenizer
-    made = Grammars(grammar_tokenizer(backend, Vocabulary(backend), tiny.VOCAB_SIZE, {tiny.EOS}), 4, Turns())
+    made = Grammars(grammar_tokenizer(backend, Vocabulary(backend), tiny.VOCAB_SIZE, {tiny.EOS}), 4, GilTurns())
     yield made
     made.close(60.0)
 
@@ -70,7 +70,7 @@ async def test_sequences_of_one_grammar_know_nothing_of_each_other(grammars: Gra
 @pytest.mark.parametrize("vocab_size", [259, 287, 288, 320])
 async def test_the_end_has_a_bit_of_its_own_behind_any_number_of_tokens(vocab_size: int) -> None:
     backend = tiny.byte_tokenizer().backend_tokenizer
-    padded = Grammars(grammar_tokenizer(backend, Vocabulary(backend), vocab_size, {tiny.EOS}), 4, Turns())
+    padded = Grammars(grammar_tokenizer(backend, Vocabulary(backend), vocab_size, {tiny.EOS}), 4, GilTurns())
     constraint = await constraint_of(padded, "(.|\n)*")
     bits = constraint.allowed()
     assert bits.shape == (-(-vocab_size // 32),)

@@ -265,15 +265,14 @@ def generation(body: GenerationBody) -> tuple[Generation, list[GenerationRecord]
     """A generation of one prompt on nothing, and what it reports when it ends."""
     records: list[GenerationRecord] = []
     service = SimpleNamespace(
+        is_base=lambda _model: True,
         wakeups=Wakeups(),
         base=SimpleNamespace(vocabulary=VOCABULARY),
         metrics=SimpleNamespace(observe=records.append),
         engine=SimpleNamespace(submit=lambda _request: None, abort=lambda _request, _index=None: None),
     )
-    service.seen_by, service.is_base = (lambda _caller: service), (lambda _model: True)
-    app = SimpleNamespace(state=SimpleNamespace(service=service))
-    request = HttpRequest({"type": "http", "headers": [], "app": app, "state": {"caller": ANYBODY}})
-    task = task_of(request, body, encode, num_prompts=1, max_tokens=100)
+    request = HttpRequest({"type": "http", "headers": [], "state": {"caller": ANYBODY}})
+    task = task_of(request, cast(Service, service), body, encode, num_prompts=1, max_tokens=100)
     made = Generation(cast(Service, service), task, [[1, 2, 3]], task.sampling, (), began=0.0)
     made.submit((), [0], Admissions(1).admit(1))
     return made, records

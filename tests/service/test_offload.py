@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.offload import PATIENCE, Offload, Turns, WorkQueue, in_own_thread
+from swaplora_server.service.offload import PATIENCE, GilTurns, Offload, WorkQueue, in_own_thread
 
 GUARD_SECONDS = 60
 
@@ -224,7 +224,7 @@ def test_turns_come_one_after_the_other_with_as_long_between_two(asked: list[tup
         sleep(took)
         return began
 
-    turns = Turns(lambda: now, sleep)
+    turns = GilTurns(lambda: now, sleep)
     for passed, took in asked:
         now += passed
         expected = max(now, free_at)
@@ -234,7 +234,7 @@ def test_turns_come_one_after_the_other_with_as_long_between_two(asked: list[tup
 
 
 def test_a_turn_that_fails_is_over() -> None:
-    turns = Turns()
+    turns = GilTurns()
     with pytest.raises(ZeroDivisionError):
         turns.do(lambda: 1 // 0)
     assert turns.do(lambda: 1) == 1

@@ -7,8 +7,9 @@ from swaplora_adapters.errors import InvalidAdapterNameError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_NAME_CHARS = 128
+TENANT = "[a-z0-9][a-z0-9-]{0,62}"
 TENANT_MARK = "~"  # behind the tenant, in what its names are stored as; in no name itself
-_TENANT = re.compile(rf"[a-z0-9][a-z0-9-]{{0,62}}{TENANT_MARK}")
+_TENANT = re.compile(TENANT + TENANT_MARK)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)+")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 

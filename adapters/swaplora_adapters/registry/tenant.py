@@ -240,7 +240,7 @@ class TenantRegistry(Registry):
         with self._changing("adapter.put", name) as change:
             stored = self._new(name)
             put = self._registry.put(
-                stored, staging, source=source, conditions=conditions, make=make, admit=self._admit
+                stored, staging, source=source, conditions=conditions, make=make, admit=self._admitting(admit)
             )
             change.came_to(put.card.record)
             return put._replace(card=self._naming.card(put.card))
@@ -265,7 +265,7 @@ class TenantRegistry(Registry):
                 is_operators=is_operators,
                 make=make,
                 cancellation=cancellation,
-                admit=self._admit,
+                admit=self._admitting(admit),
             )
             change.came_to(put.card.record)
             return put._replace(card=self._naming.card(put.card))
@@ -284,9 +284,8 @@ class TenantRegistry(Registry):
             return removal
 
     def put_alias(self, alias: str, targets: Sequence[Target]) -> Alias:
-        if not self._naming.is_own(alias):  # what it is stored as, the base is not called
-            self._registry.names.check_is_not_base(alias)
         with self._changing("alias.put", alias):
+            self._registry.names.check_is_not_base(alias)  # which what it is stored as may not be
             stored = [Target(self._naming.stored(target.reference), target.weight) for target in targets]
             return self._naming.alias(self._registry.put_alias(self._naming.stored_alias(alias), stored))
 
@@ -301,7 +300,18 @@ class TenantRegistry(Registry):
         with self._naming.told():
             return self._naming.card(self._registry.card(self._naming.stored(name)))
 
-    def _admit(self, stored: str, digest: str, nbytes: int) -> None:
+    def _admitting(self, admit: Admit) -> Admit:
+        """Whom `admit` lets in, where the tenant has room for it."""
+        if self._room == ANY_ROOM:
+            return admit
+
+        def both(stored: str, digest: str, nbytes: int) -> None:
+            admit(stored, digest, nbytes)
+            self._check_room(stored, digest, nbytes)
+
+        return both
+
+    def _check_room(self, stored: str, digest: str, nbytes: int) -> None:
         """Raise QuotaExceededError for more than the tenant may have; nobody else changes names meanwhile."""
         own = [named for named in self._registry.names.index.all() if self._naming.is_own(named.current.name)]
         same = next((named for named in own if named.current.name == stored), None)

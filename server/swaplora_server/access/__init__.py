@@ -1,4 +1,4 @@
 """Who may do what: keys, the file that they lie in, and whom a request comes from.
 
-Knows no HTTP, no adapters and no torch. Imports nothing of the server.
+Knows no HTTP and no torch, and of adapters only how names of a tenant are stored. Imports nothing of the server.
 """

@@ -19,12 +19,12 @@ import yaml
 from filelock import FileLock
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from swaplora_adapters.files.naming import TENANT
 from swaplora_server.access.caller import DEFAULT_TENANT, Caller, KeyScope
 from swaplora_server.access.limits import NO_LIMITS, Limits, TenantLimits
 
 KEY_BEGINS = "sk-"
 MAX_FILE_BYTES = 16 << 20
-TENANT = r"^[a-z0-9][a-z0-9-]{0,62}$"
 _KEY_BYTES = 32
 _LOCK_SECONDS = 10.0
 
@@ -41,7 +41,7 @@ class StoredKey(_Closed):
     """A key, as its file has it."""
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-    tenant: Annotated[str, Field(pattern=TENANT)] = DEFAULT_TENANT
+    tenant: Annotated[str, Field(pattern=f"^{TENANT}$")] = DEFAULT_TENANT
     scopes: Annotated[tuple[KeyScope, ...], Field(min_length=1)]
     expires: AwareDatetime | None = None
     limits: Limits = Limits()
@@ -52,7 +52,7 @@ class KeyFile(_Closed):
     """All of a file's keys, and the limits of tenants."""
 
     keys: tuple[StoredKey, ...] = ()
-    tenants: dict[Annotated[str, Field(pattern=TENANT)], TenantLimits] = {}
+    tenants: dict[Annotated[str, Field(pattern=f"^{TENANT}$")], TenantLimits] = {}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -8,13 +8,14 @@ from fastapi import Depends, Request
 from swaplora_server.access.caller import Caller
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
+from swaplora_server.service.tenant import TenantService
 
 
 async def _service(request: Request) -> Service:
     """With the caller's adapters alone, where there is a caller; public routes look at none."""
     service: Service = request.app.state.service
     caller: Caller | None = getattr(request.state, "caller", None)
-    return service if caller is None else service.seen_by(caller, _request_id())
+    return service if caller is None else TenantService(service, caller, _request_id())
 
 
 def _request_id() -> str:

@@ -15,6 +15,7 @@ _SESSION_HEADER = "x-session-id"
 
 def task_of(
     request: Request,
+    service: Service,
     body: GenerationBody,
     encode: Encode,
     *,
@@ -32,14 +33,12 @@ def task_of(
     """
     client = request.headers.get(_SESSION_HEADER) or body.user or None  # an empty one names nobody
     peer, _ = request.scope.get("client") or ("", 0)
-    service: Service = request.app.state.service
-    caller = caller_of(request)
     return GenerationTask(
         model=body.model,
         encode=encode,
         sampling=body.sampling(max_tokens or 1, num_logprobs, num_prompt_logprobs),
         num_prompts=num_prompts,
-        adapters=terms_of(service.seen_by(caller), body),
+        adapters=terms_of(service, body),
         max_tokens=max_tokens,
         ignore_eos=body.ignore_eos,
         n=num_choices or body.n,
@@ -48,7 +47,7 @@ def task_of(
         skip_special_tokens=body.skip_special_tokens,
         has_echo=has_echo,
         is_streamed=body.stream,
-        cache_salt=_salt(caller.tenant, body.cache_salt),
+        cache_salt=_salt(caller_of(request).tenant, body.cache_salt),
         format=body.format_source(),
         asker=Asker(client, peer),
         prompt_param=body.prompt_param,

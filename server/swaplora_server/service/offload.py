@@ -133,8 +133,8 @@ class Offload:
         self._begin_waiting()
 
 
-class Turns:
-    """For what holds the interpreter for long without a break: one at a time, and as long a time between two.
+class GilTurns:
+    """For what holds the interpreter's lock, the GIL, for long: one at a time, and as long a time between two.
 
     So whatever needs the interpreter now and then is held up by one of them at most, however many want a turn.
     """

@@ -14,15 +14,13 @@ from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.priority import lower_priority
 from swaplora_adapters.registry.index import parse_reference
 from swaplora_adapters.registry.registry import Registry
-from swaplora_adapters.registry.tenant import Change, Naming, Room, TenantRegistry
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.sources.watcher import put_folder
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_adapters.store.store import Store
 from swaplora_server.access.audit import AuditLog
-from swaplora_server.access.caller import DEFAULT_TENANT, Caller
 from swaplora_server.access.key_ring import KeyRing
-from swaplora_server.access.limits import LimitReachedError, Meter, Reservation
+from swaplora_server.access.limits import Meter, Reservation
 from swaplora_server.base.base_model import BaseModel, load_chosen_base
 from swaplora_server.base.decode_graphs import RecordedSteps, record_steps
 from swaplora_server.base.device_memory import graph_bytes, left_for_kv, take_kv_cache
@@ -44,7 +42,7 @@ from swaplora_server.service.grammar.vocabulary import grammar_tokenizer
 from swaplora_server.service.ingest import Ingest, TenantIngest
 from swaplora_server.service.metrics.metrics import Metrics
 from swaplora_server.service.metrics.records import ServerState
-from swaplora_server.service.offload import Offload, Turns
+from swaplora_server.service.offload import GilTurns, Offload
 from swaplora_server.service.prompts import LONG_CHARACTERS, PromptTokenizer
 from swaplora_server.service.tools.dialect import Dialect, dialect_of
 from swaplora_server.service.wakeups import Wakeups, result_of
@@ -98,7 +96,7 @@ class Service:
         self.admissions = Admissions(settings.max_waiting + settings.max_num_seqs)
         # the loop's own threads are for what is short: lists, metrics, changes of names
         self.offload = Offload(settings.tokenizer_threads, settings.max_waiting, "tokenize")
-        self.turns = Turns()
+        self.gil_turns = GilTurns()
         self.inspections = Offload(NUM_INSPECTORS, MAX_INSPECTIONS, "inspect", begin=lower_priority)
         self.upload_threads = ThreadPoolExecutor(NUM_UPLOAD_THREADS, "upload", initializer=lower_priority)
         self._recorded: RecordedSteps | None = None
@@ -126,10 +124,6 @@ class Service:
     def stored_name(self, name: str) -> str:
         """What an adapter is called where there are those of all tenants: in the metrics."""
         return name
-
-    def seen_by(self, caller: Caller, request_id: str = "") -> "Service":
-        """The same service, with the adapters of the caller's tenant and no others; its changes are the caller's."""
-        return TenantService(self, caller, request_id)
 
     @property
     def is_ready(self) -> bool:
@@ -396,7 +390,7 @@ class Service:
         base = self.base
         backend = base.tokenizer.backend_tokenizer
         tokenizer = grammar_tokenizer(backend, base.vocabulary, base.vocab_size, base.eos_token_ids)
-        return Grammars(tokenizer, self.settings.max_waiting, self.turns)
+        return Grammars(tokenizer, self.settings.max_waiting, self.gil_turns)
 
     def _kv_bytes(self) -> int:
         """As the settings say, or what there is room for."""
@@ -423,48 +417,6 @@ class Service:
         sizes = bucket_sizes(self._max_rows)
         for_graphs = graph_bytes(record_largest, base.device, len(sizes)) if self._records_steps else 0
         return left_for_kv(run_step, base.device, fraction, settings.adapter_memory_bytes, for_graphs)
-
-
-class TenantService(Service):
-    """One service in all its parts, but for the adapters, of which it has one tenant's."""
-
-    __slots__ = ("_caller", "_request_id", "_tenant")  # the rest is shared, what comes to be later too
-
-    def __init__(self, whole: Service, caller: Caller, request_id: str) -> None:
-        self.__dict__ = whole.__dict__
-        self._caller = caller
-        self._request_id = request_id
-        self._tenant = "" if caller.tenant == DEFAULT_TENANT else caller.tenant
-
-    def reserve_tokens(self, num_tokens: int, param: str) -> Reservation:
-        """See `Service.reserve_tokens`."""
-        try:
-            return self.meter.reserve(self._caller.limited, num_tokens)
-        except LimitReachedError as error:
-            if error.retry_seconds is None:
-                raise RequestError("invalid_request", f"{error}: ask for fewer", param) from error
-            raise RequestError("rate_limited", str(error), retry_seconds=error.retry_seconds) from error
-
-    def stored_name(self, name: str) -> str:
-        """With the tenant."""
-        return Naming(self._tenant).stored(name)
-
-    @property
-    def registry(self) -> Registry:
-        """What the tenant sees of it."""
-        limits = self._caller.tenant_limits
-        room = Room(limits.adapters, limits.adapter_bytes)
-        return TenantRegistry(self._registry, self._tenant, self._note, room)
-
-    @property
-    def ingest(self) -> Ingest | TenantIngest:
-        """The adapter folder and what is found by being asked for are the default tenant's."""
-        return TenantIngest(self._ingest, self.registry, is_default=not self._tenant)
-
-    def _note(self, change: Change) -> None:
-        self.audit.write(
-            self._caller, self._request_id, change.kind, change.name, change.version, change.digest, change.outcome
-        )
 
 
 def _report_ingest(name: str, error: Exception) -> None:

@@ -167,7 +167,7 @@ async def answer_dialogue(
 ) -> Response:
     """One answer, whole or as a stream of named events. It is aborted when the client goes before it has ended."""
     service.check_serving()
-    task = task_of(request, body, encode, num_prompts=1, max_tokens=max_tokens)
+    task = task_of(request, service, body, encode, num_prompts=1, max_tokens=max_tokens)
     task, reading = as_read(task, service.dialect, use)
     generation = await until_disconnect(request.receive, generate(service, task))
     headers = adapter_headers(generation.records)

@@ -43,6 +43,7 @@ async def answer_chat(request: Request, service: Service, body: ChatBody) -> Res
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     task = task_of(
         request,
+        service,
         body,
         prompt_of(service, body),
         num_prompts=1,

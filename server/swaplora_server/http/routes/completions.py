@@ -46,6 +46,7 @@ async def answer_completion(request: Request, service: Service, body: Completion
     num_choices = body.best_of or body.n
     task = task_of(
         request,
+        service,
         body,
         encode,
         num_prompts=len(body.prompts),

@@ -40,7 +40,7 @@ async def read_json(request: Request, service: Service, model: type[Model]) -> M
     parse = partial(_parse, model, raw)
     if len(raw) <= SMALL_BYTES:
         return parse()
-    return await until_disconnect(request.receive, service.offload.do(len(raw), partial(service.turns.do, parse)))
+    return await until_disconnect(request.receive, service.offload.do(len(raw), partial(service.gil_turns.do, parse)))
 
 
 def _parse(model: type[Model], raw: bytearray) -> Model:

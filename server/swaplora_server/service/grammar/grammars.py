@@ -13,7 +13,7 @@ from swaplora_server.service.errors import RequestError
 from swaplora_server.service.grammar.desk import Allowance, MaskThreads
 from swaplora_server.service.grammar.matcher import GrammarConstraint, Mask, told
 from swaplora_server.service.grammar.source import GrammarKind, GrammarSource
-from swaplora_server.service.offload import Offload, Turns
+from swaplora_server.service.offload import GilTurns, Offload
 
 NUM_THREADS = 2
 MAX_SECONDS = 10.0  # for one grammar
@@ -50,7 +50,7 @@ class Grammar:
 class Grammars:
     """Compiles, and keeps what was asked for lately. `grammar` belongs to the event loop."""
 
-    def __init__(self, tokenizer: LLTokenizer, max_waiting: int, turns: Turns) -> None:
+    def __init__(self, tokenizer: LLTokenizer, max_waiting: int, turns: GilTurns) -> None:
         """`tokenizer` is a `grammar_tokenizer`."""
         self.vocab_size = vocab_size = tokenizer.vocab_size - 1
         self.allowance = Allowance()

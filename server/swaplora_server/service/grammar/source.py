@@ -10,7 +10,7 @@ from llguidance import LLMatcher
 
 from swaplora_server.service.grammar.gbnf import is_lark, lark_of
 from swaplora_server.service.grammar.tags import lark_of_tags, quoted
-from swaplora_server.service.offload import Turns
+from swaplora_server.service.offload import GilTurns
 
 MAX_BYTES = 256 << 10
 GBNF_SECONDS = 5.0
@@ -37,7 +37,7 @@ class GrammarSource:
     text: str
     param: str
 
-    def written(self, turns: Turns) -> str:
+    def written(self, turns: GilTurns) -> str:
         """As llguidance takes it. Raises ValueError for what is none; the rest is found when it is compiled."""
         check_size(self.text)
         if self.kind is GrammarKind.GRAMMAR:

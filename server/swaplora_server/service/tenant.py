@@ -1,0 +1,52 @@
+"""The service as one caller sees it: all of its parts, but of the adapters the caller's tenant's alone."""
+
+from swaplora_adapters.registry.registry import Registry
+from swaplora_adapters.registry.tenant import Change, Naming, Room, TenantRegistry
+from swaplora_server.access.caller import DEFAULT_TENANT, Caller
+from swaplora_server.access.limits import LimitReachedError, Reservation
+from swaplora_server.service.errors import RequestError
+from swaplora_server.service.ingest import Ingest, TenantIngest
+from swaplora_server.service.service import Service
+
+
+class TenantService(Service):
+    """What a route works with. The changes that are asked of it are the caller's, in the audit log too."""
+
+    __slots__ = ("_caller", "_request_id", "_tenant")  # the rest is shared, what comes to be later too
+
+    def __init__(self, whole: Service, caller: Caller, request_id: str) -> None:
+        """`request_id` is that of the request, as its answer and the log have it."""
+        self.__dict__ = whole.__dict__
+        self._caller = caller
+        self._request_id = request_id
+        self._tenant = "" if caller.tenant == DEFAULT_TENANT else caller.tenant
+
+    def reserve_tokens(self, num_tokens: int, param: str) -> Reservation:
+        """See `Service.reserve_tokens`."""
+        try:
+            return self.meter.reserve(self._caller.limited, num_tokens)
+        except LimitReachedError as error:
+            if error.retry_seconds is None:
+                raise RequestError("invalid_request", f"{error}: ask for fewer", param) from error
+            raise RequestError("rate_limited", str(error), retry_seconds=error.retry_seconds) from error
+
+    def stored_name(self, name: str) -> str:
+        """With the tenant."""
+        return Naming(self._tenant).stored(name)
+
+    @property
+    def registry(self) -> Registry:
+        """What the tenant sees of it."""
+        limits = self._caller.tenant_limits
+        room = Room(limits.adapters, limits.adapter_bytes)
+        return TenantRegistry(self._registry, self._tenant, self._note, room)
+
+    @property
+    def ingest(self) -> Ingest | TenantIngest:
+        """The adapter folder and what is found by being asked for are the default tenant's."""
+        return TenantIngest(self._ingest, self.registry, is_default=not self._tenant)
+
+    def _note(self, change: Change) -> None:
+        self.audit.write(
+            self._caller, self._request_id, change.kind, change.name, change.version, change.digest, change.outcome
+        )
