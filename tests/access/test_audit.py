@@ -76,7 +76,7 @@ def test_each_change_is_noted_and_nothing_else(audited: Running, file: Path, ada
         (key, "acme", "adapter.delete", "gone", None, "adapter_not_found"),
     ]
     assert (told[0]["digest"], told[0]["request"]) == (put.json()["digest"], "trace-me")
-    assert told[9]["digest"] == put.json()["digest"]
+    assert told[10]["digest"] == put.json()["digest"]
 
 
 def test_a_line_is_on_the_disk_before_the_change_is_answered(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

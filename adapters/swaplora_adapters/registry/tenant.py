@@ -285,7 +285,8 @@ class TenantRegistry(Registry):
 
     def put_alias(self, alias: str, targets: Sequence[Target]) -> Alias:
         with self._changing("alias.put", alias):
-            self._registry.names.check_is_not_base(alias)  # which what it is stored as may not be
+            if not self._naming.is_own(alias):  # what it is stored as, the base is not called
+                self._registry.names.check_is_not_base(alias)
             stored = [Target(self._naming.stored(target.reference), target.weight) for target in targets]
             return self._naming.alias(self._registry.put_alias(self._naming.stored_alias(alias), stored))
 
