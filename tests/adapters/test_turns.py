@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,9 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     wait = Turns.wait
 
-    def waited(turns: Turns) -> bool:
+    def waited(turns: Turns, share: float) -> bool:
         names.append(threading.current_thread().name)
-        return wait(turns)
+        return wait(turns, share)
 
     monkeypatch.setattr(Turns, "wait", waited)
     monkeypatch.setattr(priority, "_LONGEST_WAIT_SECONDS", GUARD_SECONDS)
@@ -104,10 +105,11 @@ class Clock:
 
 
 @pytest.mark.parametrize(
-    ("is_wanted", "is_at_work", "turn"), [(False, True, 0), (True, True, 0.1), (True, False, 0.002)]
+    ("shares", "is_at_work", "turn"),
+    [([], True, 0), ([1 / 8], True, 0.05), ([1 / 8, 1 / 4, 1 / 8], True, 0.1), ([1 / 4], False, 0.002)],
 )
-def test_a_step_is_followed_by_a_quarter_of_its_time_or_as_much_of_it_as_is_used(
-    is_wanted: bool, is_at_work: bool, turn: float, monkeypatch: pytest.MonkeyPatch
+def test_a_step_is_followed_by_the_largest_share_of_its_time_that_is_asked_for_or_as_much_of_it_as_is_used(
+    shares: list[float], is_at_work: bool, turn: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turns, clock = Turns(), Clock()
     monkeypatch.setattr(priority, "time", clock)
@@ -122,9 +124,9 @@ def test_a_step_is_followed_by_a_quarter_of_its_time_or_as_much_of_it_as_is_used
 
     monkeypatch.setattr(clock, "sleep", slept)
     with turns.step():
-        if is_wanted:
-            begun(turns.wait)
-            until(lambda: turns.is_wanted)
+        for share in shares:
+            begun(partial(turns.wait, share))
+        until(lambda: turns.num_waiting == len(shares))
         clock.now += 0.4
     assert clock.now == pytest.approx(100.4 + turn)
 
@@ -136,9 +138,9 @@ def test_who_waits_in_vain_goes_on_and_works_a_while(monkeypatch: pytest.MonkeyP
     number = [0]
     wait = Turns.wait
 
-    def waited(turns: Turns) -> bool:
+    def waited(turns: Turns, share: float) -> bool:
         number[0] += 1
-        return wait(turns)
+        return wait(turns, share)
 
     monkeypatch.setattr(Turns, "wait", waited)
     with TURNS.step():
@@ -200,10 +202,12 @@ def test_each_part_of_an_upload_and_of_a_load_has_pauses(
 ) -> None:
     """On threads of its own, none of which has anything left of the time that it had after a wait in vain."""
     names: list[str] = []
+    shares: set[tuple[str, float]] = set()
     monkeypatch.setattr(priority, "_LEAST_WORK_SECONDS", 0.0)
 
-    def waited(_turns: Turns) -> bool:
+    def waited(_turns: Turns, share: float) -> bool:
         names.append(threading.current_thread().name.rpartition("_")[0])
+        shares.add((names[-1], share))
         return True
 
     monkeypatch.setattr(Turns, "wait", waited)
@@ -217,3 +221,4 @@ def test_each_part_of_an_upload_and_of_a_load_has_pauses(
     assert len(of_upload) >= num_tensors + 4  # the body's parts, the header, the fit, the digest
     assert names.count("adapter-load") == num_tensors + 3
     assert names.count("adapter-verify") >= 1
+    assert shares == {("upload", 1 / 8), ("adapter-load", 1 / 4), ("adapter-verify", 1 / 4)}

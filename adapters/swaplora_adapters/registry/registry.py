@@ -17,7 +17,7 @@ from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.errors import AdapterError, PreconditionFailedError, StorageFailedError, StorageFullError
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.intake import inspect_files
-from swaplora_adapters.priority import lower_priority, pause
+from swaplora_adapters.priority import SHARE_OF_LOADS, lower_priority, pause
 from swaplora_adapters.registry.card import AdapterState, Card, Failure, PutResult, Tier
 from swaplora_adapters.registry.host_tier import HostTier
 from swaplora_adapters.registry.index import NamedVersions
@@ -95,7 +95,7 @@ class Registry:
         self._host = HostTier(host_budget)
         self._lease_counts = LeaseCounts()
         self._last_failure: dict[str, Failure] = {}
-        self._verifier = ThreadPoolExecutor(1, thread_name_prefix="adapter-verify", initializer=lower_priority)
+        self._verifier = ThreadPoolExecutor(1, "adapter-verify", initializer=lower_priority, initargs=(SHARE_OF_LOADS,))
         self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-free")
         self._residency.pin(self._pinned())
 

@@ -18,7 +18,7 @@ from swaplora_adapters.errors import (
     InvalidAdapterError,
     MemoryFullError,
 )
-from swaplora_adapters.priority import lower_priority
+from swaplora_adapters.priority import SHARE_OF_LOADS, lower_priority
 from swaplora_adapters.registry.memory_queue import Claim, MemoryQueue, Resident
 from swaplora_adapters.weights.served import AdapterWeights
 
@@ -49,7 +49,7 @@ class Residency:
         self._reasons: dict[str, str] = {}
         self._is_closed = False
         self._changed = threading.Condition()
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-load", initializer=lower_priority)
+        self._loader = ThreadPoolExecutor(1, "adapter-load", initializer=lower_priority, initargs=(SHARE_OF_LOADS,))
         self._dispatcher = threading.Thread(target=self._dispatch, name="adapter-admission", daemon=True)
         self._dispatcher.start()
 
