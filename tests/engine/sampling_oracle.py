@@ -4,7 +4,6 @@ Only the softmax is torch's: what is kept of a row is defined on its probabiliti
 """
 
 import math
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -34,17 +33,19 @@ def filtered_probs(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def kept_tokens(logits: Tensor, params: SamplingParams) -> set[int]:
-    """The same filters in exact arithmetic."""
-    probs = [Fraction(p) for p in ((logits - logits.max()) / params.temperature).softmax(-1).tolist()]
+    """The same filters in exact sums, of probabilities cut to multiples of 2^-60: what is less than that is nothing."""
+    probs: list[float] = ((logits - logits.max()) / params.temperature).softmax(-1).tolist()
+    masses = [int(p * 2**60) for p in probs]
     order = sorted(range(len(probs)), key=lambda token_id: (-probs[token_id], token_id))
     order = order[: params.top_k or None]
-    total, before = sum(probs[token_id] for token_id in order), Fraction(0)
+    wanted = math.ceil(params.top_p * float(sum(masses[token_id] for token_id in order)))
+    before = 0
     kept: list[int] = []
     for token_id in order:
-        if kept and params.top_p < 1.0 and before >= Fraction(params.top_p) * total:
+        if kept and params.top_p < 1.0 and before >= wanted:
             break
         kept.append(token_id)
-        before += probs[token_id]
+        before += masses[token_id]
     least = float(torch.tensor(params.min_p) * float(max(probs)))
     return {token_id for token_id in kept if not params.min_p or probs[token_id] >= least}
 

@@ -1,6 +1,7 @@
 """Tokens that rows must not choose, since they are not among those that the request or its constraint allows."""
 
 from collections.abc import Sequence as Rows
+from functools import cache
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -36,9 +37,20 @@ class AllowedTokens:
         return bits
 
 
-def forbid_others(logits: Tensor, rows: Tensor, allowed: Rows[TokenBits]) -> None:
-    """Set to -inf, in these rows of `logits` [rows, vocab_size], every token that is not in its row of `allowed`."""
-    words = torch.from_numpy(np.stack(allowed)).to(logits.device, non_blocking=True)
-    bits = words.unsqueeze(-1) >> torch.arange(WORD_BITS, dtype=torch.int32, device=logits.device) & 1
-    is_forbidden = bits.flatten(1)[:, : logits.shape[-1]] == 0
-    logits[rows] = logits[rows].masked_fill_(is_forbidden, float("-inf"))
+def forbid_others(logits: Tensor, allowed: Rows[TokenBits | None]) -> None:
+    """Set to -inf, in each row of `logits` [rows, vocab_size], every token that is not in its part of `allowed`.
+
+    A row of None is left as it is. A NaN stays one.
+    """
+    everything = np.full(-(-logits.shape[-1] // WORD_BITS), -1, np.int32)
+    words = np.concatenate([everything if row is None else row for row in allowed])
+    of_eight = torch.from_numpy(words.view(np.uint8)).to(logits.device, non_blocking=True)
+    limits = torch.index_select(_limits_of_bytes(logits.device), 0, of_eight.int()).view(len(logits), -1)
+    logits.clamp_(max=limits[:, : logits.shape[-1]])
+
+
+@cache
+def _limits_of_bytes(device: torch.device) -> Tensor:
+    """[256, 8]: how large the logits of eight tokens may be, by the byte that has their bits."""
+    is_allowed = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return torch.from_numpy(np.where(is_allowed, np.inf, -np.inf).astype(np.float32)).to(device)

@@ -94,9 +94,8 @@ class Sampler:
     def _shape(self, x: Tensor, rows: abc.Sequence[Row]) -> None:
         """Bias, then what is forbidden, then penalties, as vLLM has it."""
         self._biases.add_to(x, [row.sequence for row in rows])
-        if constrained := [(number, row.allowed) for number, row in enumerate(rows) if row.allowed is not None]:
-            numbers, allowed = zip(*constrained, strict=True)
-            forbid_others(x, _numbers(numbers, x), allowed)
+        if any(row.allowed is not None for row in rows):
+            forbid_others(x, [row.allowed for row in rows])
         if penalised := [number for number, row in enumerate(rows) if row.params.is_penalised]:
             sequences = [rows[number].sequence for number in penalised]
             penalise(x, _numbers(penalised, x), sequences, self._counts)
