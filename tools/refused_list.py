@@ -4,7 +4,17 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from swaplora_server.http.refusals import ANTHROPIC, ANYWHERE, CHAT, COMPLETION, MESSAGE, RESPONSE, UNSERVED, Refusal
+from swaplora_server.http.refusals import (
+    ANTHROPIC,
+    ANYWHERE,
+    CHAT,
+    COMPLETION,
+    EMBEDDING,
+    MESSAGE,
+    RESPONSE,
+    UNSERVED,
+    Refusal,
+)
 
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 BEGIN, END = "<!-- refused -->", "<!-- /refused -->"
@@ -19,6 +29,7 @@ def listed() -> str:
         "a message": _fields(MESSAGE),
         "`/v1/responses`, beside those of both": _fields(_without(RESPONSE, ANYWHERE)),
         "`/v1/messages`, beside those of both": _fields(_without(ANTHROPIC, ANYWHERE)),
+        "`/v1/embeddings`": _fields(EMBEDDING),
         "routes": ", ".join(f"`{path}`" for path in UNSERVED),
     }
     table = "".join(f"| {where} | {what} |\n" for where, what in rows.items())

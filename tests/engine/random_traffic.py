@@ -36,6 +36,7 @@ submissions = st.fixed_dictionaries(
         "max_tokens": st.integers(0, 9),
         "n": st.integers(1, 3),
         "num_prompt_logprobs": st.sampled_from((None, None, 0)),
+        "wants_hidden": st.booleans(),
         "owner": st.sampled_from(OWNERS),
     }
 )

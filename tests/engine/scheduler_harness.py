@@ -5,10 +5,13 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Logprobs, Request, SamplingParams, TokenEvent
 from swaplora_server.engine.sampling.constraint import Constraint
 from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows, Scheduler
+from swaplora_server.kernels.step import Wants
 
 EOS = 9
 
@@ -73,6 +76,7 @@ def submit(
     adapters: tuple[AdapterUse, ...] = (),
     salt: str | None = None,
     constrain: Callable[[], Constraint] | None = None,
+    wants_hidden: bool = False,
     **params: Any,
 ) -> Client:
     client = Client()
@@ -86,15 +90,21 @@ def submit(
         release=client.released,
         cache_salt=salt,
         new_constraint=constrain,
+        wants_hidden=wants_hidden,
     )
     scheduler.add(client.request)
     return client
 
 
 def said_of(rows: ScheduledRows, token_id: int | None) -> Sampled:
-    """A token, where one is sampled; the score of a prompt's token is its position, which nobody else's is."""
+    """A token, where one is sampled; the score of a prompt's token is its position, which nobody else's is.
+
+    The hidden state of a token is all tokens up to it.
+    """
     scored = range(rows.scored_stop - rows.num_scored + 1, rows.scored_stop + 1)
-    return Sampled(token_id if rows.is_sampling else None, scores=tuple(score_at(position) for position in scored))
+    hidden = np.array(rows.sequence.token_ids[: rows.stop], np.float32) if rows.wants is Wants.HIDDEN else None
+    scores = tuple(score_at(position) for position in scored)
+    return Sampled(token_id if rows.is_sampling else None, scores=scores, hidden=hidden)
 
 
 def score_at(position: int) -> Logprobs:

@@ -8,6 +8,7 @@ import pytest
 MODULES = (
     *(f"engine.{name}" for name in ("scheduler", "request", "kv_cache", "prefix_cache", "block_keys", "row_faults")),
     "engine.snapshot",
+    "http.pooling.wire",
     "http.wire",
     "http.refusals",
 )

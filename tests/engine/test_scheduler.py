@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from random_traffic import MAX_STEPS, Traffic, events, limits
-from scheduler_harness import EOS, adapter, make, run_all, run_step, score_at, submit
+from scheduler_harness import EOS, Client, adapter, make, run_all, run_step, said_of, score_at, submit
 from swaplora_server.engine.request import FinishReason
 from swaplora_server.engine.sampling.constraint import ConstraintPendingError, TokenBits, UnmetConstraintError
 from swaplora_server.engine.scheduler import MAX_STEPS_PASSED_OVER, Sampled
@@ -95,6 +95,15 @@ def test_whatever_happens_every_sequence_ends_exactly_once(limits: dict[str, Any
         assert client.num_released == 1
         tokens = Counter(event.index for event in client.events if event.token_id is not None)
         assert all(count <= client.request.params.max_tokens for count in tokens.values())
+        check_hidden(client)
+
+
+def check_hidden(client: Client) -> None:
+    """A hidden state is there where it was asked for and the prompt was computed, and is its last token's."""
+    request = client.request
+    has_stopped = any(event.finish_reason is FinishReason.STOP for event in client.events)
+    is_there = request.wants_hidden and not request.params.max_tokens and has_stopped
+    assert (None if request.hidden is None else tuple(request.hidden)) == (request.prompt_ids if is_there else None)
 
 
 @settings(max_examples=200, deadline=None)
@@ -126,6 +135,22 @@ def test_of_a_prompt_no_more_rows_are_scored_in_a_step_than_may_be_and_others_go
     run_all(scheduler)
     assert [len(client.request.scores) for client in (scored, next_one, plain)] == [8, 8, 0]
     assert all(len(client.events) == 1 for client in (scored, next_one, plain))
+
+
+def test_a_hidden_state_that_is_not_finite_fails_its_request_alone_and_is_not_found_again() -> None:
+    scheduler = make(max_batch_tokens=100)
+    clients = [submit(scheduler, [number] * 9, max_tokens=0, wants_hidden=True) for number in range(2)]
+    batch = scheduler.schedule()
+    said = [said_of(rows, None) for rows in batch.asking]
+    scheduler.commit(batch, [said[0]._replace(hidden=None), said[1]])
+    scheduler.check_integrity()
+    assert [[event.error_code for event in client.events if event.error] for client in clients] == [
+        ["adapter_failed"],
+        [],
+    ]
+    assert clients[0].request.hidden is None
+    assert scheduler.pool.num_cached_blocks == 2  # of the one that is sound
+    check_hidden(clients[1])
 
 
 def test_where_no_tokens_are_wanted_a_prompt_is_computed_and_ends() -> None:

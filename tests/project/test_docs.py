@@ -17,7 +17,8 @@ from repository import ROOT
 from serving import Running
 from swaplora_server.cli import app
 from swaplora_server.config import Settings
-from swaplora_server.http import errors, routes
+from swaplora_server.http import errors, pooling, routes
+from swaplora_server.http.pooling.wire import EmbeddingBody
 from swaplora_server.http.wire import ChatBody, CompletionBody
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -124,7 +125,9 @@ def test_every_route_is_in_the_api() -> None:
 
 
 def test_every_field_that_is_honoured_is_in_the_api() -> None:
-    assert _missing_in("api.md", {*CompletionBody.model_fields, *ChatBody.model_fields}) == []
+    assert (
+        _missing_in("api.md", {*CompletionBody.model_fields, *ChatBody.model_fields, *EmbeddingBody.model_fields}) == []
+    )
 
 
 def test_the_metrics_are_those_of_the_operations(server: Running) -> None:
@@ -227,7 +230,9 @@ def _commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def _routes() -> Iterator[str]:
     """As `GET /v1/models`."""
-    for module in iter_modules(routes.__path__, f"{routes.__name__}."):
-        for route in import_module(module.name).router.routes:
-            assert isinstance(route, APIRoute)
-            yield from (f"{method} {route.path.replace(':path', '')}" for method in route.methods or ())
+    for package in (routes, pooling):
+        for module in iter_modules(package.__path__, f"{package.__name__}."):
+            router = getattr(import_module(module.name), "router", None)
+            for route in router.routes if router else ():
+                assert isinstance(route, APIRoute)
+                yield from (f"{method} {route.path.replace(':path', '')}" for method in route.methods or ())

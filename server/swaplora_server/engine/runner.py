@@ -1,19 +1,21 @@
 """Running one step: decode rows and prefill chunks, packed into one forward, come back as sampled tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from itertools import accumulate
+from itertools import accumulate, repeat
 
 import torch
 from torch import Tensor
 
 from swaplora_server.engine.outputs import RecordedOutputs, RowOutputs
+from swaplora_server.engine.pooling.hidden import noting_hidden_states, wanted_vectors
+from swaplora_server.engine.request import Vector
 from swaplora_server.engine.sampling.logprobs import scores
 from swaplora_server.engine.sampling.sampler import Sampler
 from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows
 from swaplora_server.engine.step import Planner, use
 from swaplora_server.kernels.backend import Backend, Graphs, PagedKV, PagedStep, RunningStep, StepInputs, StepRows
-from swaplora_server.kernels.step import Segments, StepForm, StepPlan
+from swaplora_server.kernels.step import Segments, StepForm, StepPlan, Wants
 
 
 class Runner:
@@ -61,16 +63,34 @@ class Runner:
         if form is StepForm.GRAPH:
             logits, greedy = self._recorded.rows(len(sampling))
             return self._sampler.sample(logits, sampling, greedy)
-        logits, asking = self.logits(batch), batch.asking
-        if not any(rows.num_scored for rows in asking):
-            return self._sampler.sample(logits[: len(sampling)], sampling)
+        asking = batch.asking
+        if len(sampling) == len(asking) and not any(rows.num_scored for rows in asking):
+            return self._sampler.sample(self.logits(batch)[: len(sampling)], sampling)
+        return self._run_asking(batch, asking)
+
+    def _run_asking(self, batch: Batch, asking: Sequence[ScheduledRows]) -> list[Sampled]:
+        """Where some ask for other than a next token."""
+        logits, vectors = self._logits_and_vectors(batch)
         stops = list(accumulate(rows.num_heads for rows in asking))
         ends = [stop - 1 for stop, rows in zip(stops, asking, strict=True) if rows.is_sampling]
-        sampled = iter(self._sampler.sample(logits[ends], sampling) if ends else ())
+        sampled = iter(self._sampler.sample(logits[ends], batch.sampling) if ends else ())
+        hidden = (Sampled(None, hidden=vector) for vector in vectors)
+        answers: dict[Wants, Iterator[Sampled]] = {
+            Wants.SAMPLE: sampled,
+            Wants.HIDDEN: hidden,
+            Wants.NOTHING: repeat(Sampled(None)),
+        }
         return [
-            _scored(rows, logits[stop - rows.num_heads : stop], next(sampled) if rows.is_sampling else Sampled(None))
+            _scored(rows, logits[stop - rows.num_heads : stop], next(answers[rows.wants]))
             for stop, rows in zip(stops, asking, strict=True)
         ]
+
+    def _logits_and_vectors(self, batch: Batch) -> tuple[Tensor, list[Vector | None]]:
+        if not any(rows.wants is Wants.HIDDEN for rows in batch.rows):
+            return self.logits(batch), []
+        with noting_hidden_states(self._model) as noted:
+            logits = self.logits(batch)
+        return logits, wanted_vectors(noted[-1], batch)
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:

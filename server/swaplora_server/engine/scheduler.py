@@ -25,7 +25,7 @@ import structlog
 
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.prefix_cache import PrefixCache
-from swaplora_server.engine.request import FinishReason, Logprobs, Request, Sequence, TokenEvent
+from swaplora_server.engine.request import FinishReason, Logprobs, Request, Sequence, TokenEvent, Vector
 from swaplora_server.engine.sampling.constraint import ConstraintPendingError, UnmetConstraintError
 from swaplora_server.kernels.step import Wants
 
@@ -56,8 +56,8 @@ class ScheduledRows(NamedTuple):
 
     @property
     def num_heads(self) -> int:
-        """Rows that reach the output head."""
-        return self.num_scored + self.is_sampling
+        """Rows that reach the output head, or whose hidden state does as much."""
+        return self.num_scored + (self.wants is not Wants.NOTHING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,20 +77,22 @@ class Batch:
 
     @property
     def asking(self) -> tuple[ScheduledRows, ...]:
-        """Those of which the model is asked something: of sequences that sample, and of prompts that are scored."""
+        """Those of which the model is asked something: a next token, scores of a prompt, or a hidden state."""
         return tuple(rows for rows in self.rows if rows.num_heads)
 
 
 class Sampled(NamedTuple):
     """What the model said for one sequence that asked: the next token if it samples, and a score for each scored row.
 
-    `token_id` is None when its logits were not finite, or where choosing raised `error`; `scores` when some were not.
+    `token_id` is None when its logits were not finite, or where choosing raised `error`; `scores` when some were not,
+    and `hidden`, of one that wants it.
     """
 
     token_id: int | None
     logprobs: Logprobs | None = None
     error: Exception | None = None
     scores: tuple[Logprobs, ...] | None = ()
+    hidden: Vector | None = None
 
 
 @dataclass(slots=True)
@@ -358,8 +360,17 @@ class Scheduler:
             return
         if sampled is not None and rows.is_sampling:
             self._append(sequence, sampled)
+        elif sampled is not None and rows.wants is Wants.HIDDEN:
+            self._finish_hidden(sequence, sampled.hidden)
         elif rows.stop == sequence.num_tokens:
             self._finish(sequence, TokenEvent(sequence.index, finish_reason=FinishReason.LENGTH))
+
+    def _finish_hidden(self, sequence: Sequence, hidden: Vector | None) -> None:
+        if hidden is None:
+            self._fail_not_finite(sequence)
+            return
+        sequence.request.hidden = hidden
+        self._finish(sequence, TokenEvent(sequence.index, finish_reason=FinishReason.STOP))
 
     def _fail_not_finite(self, sequence: Sequence) -> None:
         message = "the output is not finite: the adapter's weights are too large for this prompt"
@@ -399,12 +410,19 @@ class Scheduler:
 def rows_of(sequence: Sequence, start: int, stop: int) -> ScheduledRows:
     """Tokens [start, stop) of `sequence`, which samples when they end with its newest token, if it is to have more.
 
-    Those before the last of a prompt that is to be scored are scored, unless they were before.
+    It is asked for its hidden state instead where that is wanted. Those before the last of a prompt that is to be
+    scored are scored, unless they were before.
     """
     request = sequence.request
-    wants = Wants.SAMPLE if stop == sequence.num_tokens and request.params.max_tokens else Wants.NOTHING
+    wants = _wanted_of_last(request) if stop == sequence.num_tokens else Wants.NOTHING
     if not sequence.num_unscored:
         return ScheduledRows(sequence, start, stop, wants)
     scored_stop = min(stop, len(request.prompt_ids) - 1)
     num_scored = max(0, scored_stop - max(start, sequence.num_scored))
     return ScheduledRows(sequence, start, stop, wants, num_scored, scored_stop)
+
+
+def _wanted_of_last(request: Request) -> Wants:
+    if request.params.max_tokens:
+        return Wants.SAMPLE
+    return Wants.HIDDEN if request.wants_hidden else Wants.NOTHING

@@ -55,6 +55,7 @@ class _Span(NamedTuple):
     stop: int
     head_start: int
     head_stop: int
+    wants: Wants  # of its last row
     scored: tuple[int, int]  # its rows that are scored: how many, and where among the step's rows they end
 
 
@@ -125,6 +126,7 @@ def _spans(scheduled: Sequence[ScheduledRows]) -> list[_Span]:
                 start + stop - first,
                 head_start + num_scored_of_base,
                 head_stop,
+                wants,
                 (num_scored, start + scored_stop - first),
             )
         )

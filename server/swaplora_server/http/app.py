@@ -13,6 +13,7 @@ from swaplora_server.http.auth import authorise, check_declared, needs
 from swaplora_server.http.errors import on_client_gone, on_defect, on_http_error, on_invalid_parameter, on_request_error
 from swaplora_server.http.foreign import lora_adapters
 from swaplora_server.http.pages import routes_page
+from swaplora_server.http.pooling import embeddings
 from swaplora_server.http.routes import (
     adapters,
     aliases,
@@ -72,6 +73,7 @@ def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
         responses,
         messages,
         tokenize,
+        embeddings,
         adapters,
         inspection,
         compose,

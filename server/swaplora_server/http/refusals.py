@@ -115,6 +115,18 @@ ANTHROPIC: dict[str, Refusal] = _DIALOGUE | {
     "context_management": Refusal(),
     "speed": Refusal(("standard",)),
 }
+EMBEDDING: dict[str, Refusal] = {
+    "messages": Refusal(([],), "send the text as input"),
+    "embed_dtype": Refusal(("float32",), "numbers are float32"),
+    "endianness": Refusal(("native", "little"), "base64 holds little-endian numbers"),
+    "priority": _ZERO,
+    "lora_request": Refusal(instead=_NAME_IT),
+    "merged_adapters": Refusal(instead="adapters adds deltas, and POST /v1/merged makes one adapter of several"),
+    "adapter_source": Refusal(("local",), "PUT /v1/adapters/NAME takes the source, and model the name"),
+    "parameters": Refusal(({},), "send what it holds beside model, which names the adapter"),
+    "mm_processor_kwargs": Refusal(({},)),
+    "vllm_xargs": Refusal(({},)),
+}
 MESSAGE: dict[str, Refusal] = {
     "audio": Refusal(instead="send text"),
     "refusal": Refusal(("",), "send it as content"),
@@ -122,7 +134,7 @@ MESSAGE: dict[str, Refusal] = {
 
 # routes of those APIs that are not served yet
 UNSERVED = (
-    *("/v1/embeddings", "/v1/responses/", "/v1/messages/", "/v1/moderations", "/v1/audio", "/v1/images", "/v1/videos"),
+    *("/v1/responses/", "/v1/messages/", "/v1/moderations", "/v1/audio", "/v1/images", "/v1/videos"),
     *("/v1/files", "/v1/uploads", "/v1/batches", "/v1/fine_tuning", "/v1/vector_stores", "/v1/containers"),
     *("/v1/assistants", "/v1/threads", "/v1/conversations", "/v1/realtime", "/v1/evals", "/v1/engines", "/v1/edits"),
     *("/v1/chat/completions/", "/v1/organization", "/v1/score", "/v1/rerank", "/v2/rerank", "/rerank", "/score"),

@@ -31,8 +31,6 @@ def task_of(
     `num_choices` of each prompt are made, if not n. Of each token of the prompts
     `num_prompt_logprobs` are wanted.
     """
-    client = request.headers.get(_SESSION_HEADER) or body.user or None  # an empty one names nobody
-    peer, _ = request.scope.get("client") or ("", 0)
     return GenerationTask(
         model=body.model,
         encode=encode,
@@ -47,16 +45,24 @@ def task_of(
         skip_special_tokens=body.skip_special_tokens,
         has_echo=has_echo,
         is_streamed=body.stream,
-        cache_salt=_salt(caller_of(request).tenant, body.cache_salt),
+        cache_salt=salt_of(request, body.cache_salt),
         format=body.format_source(),
-        asker=Asker(client, peer),
+        asker=asker_of(request, body.user),
         prompt_param=body.prompt_param,
         length_param=body.length_param,
     )
 
 
-def _salt(tenant: str, given: str | None) -> str | None:
+def asker_of(request: Request, user: str | None) -> Asker:
+    """Whoever wants an answer; a session's name goes before a user's."""
+    client = request.headers.get(_SESSION_HEADER) or user or None  # an empty one names nobody
+    peer, _ = request.scope.get("client") or ("", 0)
+    return Asker(client, peer)
+
+
+def salt_of(request: Request, given: str | None) -> str | None:
     """What keeps tenants' prompts apart in the prefix cache, and clients' that ask for it; no two pairs have one."""
+    tenant = caller_of(request).tenant
     if tenant == DEFAULT_TENANT:
         return given and f"\0{given}"
     return f"{tenant}\0{given or ''}"

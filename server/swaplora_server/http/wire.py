@@ -11,7 +11,7 @@ from swaplora_server.engine.request import SamplingParams
 from swaplora_server.http.foreign.fields import NamingBody
 from swaplora_server.http.formats import FormatBody
 from swaplora_server.http.tools.wire import FunctionCall, ToolBody, ToolCall, ToolCalls
-from swaplora_server.http.transport.models import BRANCH, WireModel
+from swaplora_server.http.transport.models import BRANCH, NullMeansDefault, WireModel
 
 MAX_N = 128
 MAX_PROMPTS = 2048
@@ -102,12 +102,19 @@ Prompt = Annotated[
 ]
 
 
+def prompts_of(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """One entry per prompt, whichever of the four forms they came in."""
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        return [prompt]
+    return list(prompt)
+
+
 class StreamOptions(WireModel):
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
-class GenerationBody(NamingBody, FormatBody):
+class GenerationBody(NamingBody, FormatBody, NullMeansDefault):
     """What all that generates has in common."""
 
     has_content: ClassVar[bool] = True
@@ -137,13 +144,6 @@ class GenerationBody(NamingBody, FormatBody):
     prompt_logprobs: NumLogprobs | None = None
     user: Annotated[str, Field(max_length=MAX_USER_CHARACTERS)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _null_means_default(cls, value: object, info: Any) -> object:
-        """OpenAI's clients send null for what they leave open."""
-        field = cls.model_fields[info.field_name]
-        return field.default if value is None and not field.is_required() else value
 
     @field_validator("stop")
     @classmethod
@@ -205,11 +205,7 @@ class CompletionBody(GenerationBody):
     @cached_property
     def prompts(self) -> list[str | list[int]]:
         """One entry per prompt, whichever of the four forms it came in."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)
+        return prompts_of(self.prompt)
 
     @property
     def num_prompts(self) -> int:

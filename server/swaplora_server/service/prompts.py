@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
@@ -10,6 +11,14 @@ from swaplora_server.service.offload import Offload
 
 LONG_CHARACTERS = 4096
 PIECE_CHARACTERS = 1 << 16
+LOOKED_AT = 8  # times as many characters as a text of the tokens that are kept can have
+
+
+class Truncation(NamedTuple):
+    """How many tokens are kept of a prompt, special ones among them, and from which end."""
+
+    num_tokens: int
+    keeps_end: bool = False
 
 
 class PromptTokenizer:
@@ -32,12 +41,22 @@ class PromptTokenizer:
         return self._max_model_len * self._max_token_characters
 
     async def encode_all(
-        self, prompts: Sequence[str | list[int]], param: Callable[[int], str], *, add_special_tokens: bool
+        self,
+        prompts: Sequence[str | list[int]],
+        param: Callable[[int], str],
+        *,
+        add_special_tokens: bool,
+        truncation: Truncation | None = None,
     ) -> list[list[int]]:
-        """The token ids of each prompt, in the order given; those of ids are left alone.
+        """The token ids of each prompt, in the order given; those of ids are left alone, but for a truncation.
 
         Raises RequestError for a text that cannot fit, whose field `param` names by the prompt's number.
         """
+        if truncation is not None:
+            return [
+                await self._encode_truncated(prompt, param(number), add_special_tokens, truncation)
+                for number, prompt in enumerate(prompts)
+            ]
         texts = {number: prompt for number, prompt in enumerate(prompts) if isinstance(prompt, str)}
         for number, text in texts.items():
             self._check_length(text, param(number))
@@ -58,6 +77,31 @@ class PromptTokenizer:
         if len(text) > PIECE_CHARACTERS:
             await self._check_pieces(text, param)
         return await self._offload.do(len(text), encode)
+
+    async def _encode_truncated(
+        self, prompt: str | list[int], param: str, add_special_tokens: bool, truncation: Truncation
+    ) -> list[int]:
+        """What is kept of `prompt`. Of a text no more is looked at than may matter; RequestError where it did."""
+        if not isinstance(prompt, str):
+            return _kept(prompt, truncation)
+        num_characters = truncation.num_tokens * self._max_token_characters * LOOKED_AT
+        text = prompt[-num_characters:] if truncation.keeps_end else prompt[:num_characters]
+        encode = partial(self._truncated, text, add_special_tokens, truncation)
+        token_ids = encode() if len(text) <= LONG_CHARACTERS else await self._offload.do(len(text), encode)
+        if len(text) < len(prompt) and len(token_ids) < truncation.num_tokens:
+            reason = f"{param} has {len(prompt)} characters, of which {num_characters} are looked at"
+            raise self._too_long(param, f"{reason}, and these are {len(token_ids)} tokens")
+        return token_ids
+
+    def _truncated(self, text: str, add_special_tokens: bool, truncation: Truncation) -> list[int]:
+        """The special tokens stay, around fewer others."""
+        backend = self._tokenizer.backend_tokenizer
+        num_special = backend.num_special_tokens_to_add(False) if add_special_tokens else 0
+        encoding = backend.encode(text, add_special_tokens=False)
+        encoding.truncate(
+            max(0, truncation.num_tokens - num_special), direction="left" if truncation.keeps_end else "right"
+        )
+        return _kept(backend.post_process(encoding, None, add_special_tokens).ids, truncation)
 
     def _check_length(self, text: str, param: str) -> None:
         if len(text) > self.max_characters:
@@ -82,3 +126,8 @@ class PromptTokenizer:
     def _too_long(self, param: str, reason: str) -> RequestError:
         message = f"This model's maximum context length is {self._max_model_len} tokens. However, {reason}. Shorten it."
         return RequestError("context_length_exceeded", message, param)
+
+
+def _kept(token_ids: Sequence[int], truncation: Truncation) -> list[int]:
+    start = max(0, len(token_ids) - truncation.num_tokens) if truncation.keeps_end else 0
+    return list(token_ids[start : start + truncation.num_tokens])

@@ -352,7 +352,7 @@ class Service:
         scheduler = Scheduler(
             pool,
             max_batch_tokens=settings.max_batch_tokens,
-            max_num_seqs=self._max_rows,
+            max_num_seqs=self.max_rows,
             max_step_ranks=settings.max_step_ranks,
             max_scored_rows=self._max_scored_rows,
             prefix_cache=settings.prefix_cache,
@@ -363,11 +363,11 @@ class Service:
         run_step = partial(self._run_largest, runner, pool, min(settings.max_batch_tokens, wanted))
         take_kv_cache(run_step, base.device, self.kv_cache_bytes, settings.adapter_memory_bytes)
         if self._records_steps:
-            self._recorded = record_steps(base, runner, pool, self._max_rows)
+            self._recorded = record_steps(base, runner, pool, self.max_rows)
         return engine
 
     @property
-    def _max_rows(self) -> int:
+    def max_rows(self) -> int:
         """Of sequences that run at once."""
         return min(self.settings.max_num_seqs, self.settings.max_batch_tokens)
 
@@ -377,7 +377,7 @@ class Service:
         return max(1, SCORED_LOGITS // self.base.vocab_size)
 
     def _run_largest(self, runner: Runner, pool: BlockPool, num_tokens: int) -> None:
-        run_largest(runner, pool, num_tokens, min(self._max_rows, num_tokens), self._max_scored_rows)
+        run_largest(runner, pool, num_tokens, min(self.max_rows, num_tokens), self._max_scored_rows)
 
     @property
     def _records_steps(self) -> bool:
@@ -411,10 +411,10 @@ class Service:
             self._run_largest(runner, pool, num_tokens)
 
         def record_largest() -> int:
-            return base.runner(num_blocks, block_size).record([self._max_rows])
+            return base.runner(num_blocks, block_size).record([self.max_rows])
 
         fraction = settings.gpu_memory_fraction or GPU_MEMORY_FRACTION
-        sizes = bucket_sizes(self._max_rows)
+        sizes = bucket_sizes(self.max_rows)
         for_graphs = graph_bytes(record_largest, base.device, len(sizes)) if self._records_steps else 0
         return left_for_kv(run_step, base.device, fraction, settings.adapter_memory_bytes, for_graphs)
 

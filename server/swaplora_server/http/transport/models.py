@@ -1,8 +1,8 @@
 """What bodies are read as: numbers finite, unknown fields kept to be looked at, or refused. Imports no torch."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 BRANCH = "|"  # what the tag of a union's branch begins with: no part of a path for clients
 
@@ -17,6 +17,16 @@ class WireModel(Body):
     """A JSON object. Numbers are finite and of their own type; unknown fields are kept, to be looked at."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True, hide_input_in_errors=True)
+
+
+class NullMeansDefault(WireModel):
+    """OpenAI's clients send null for what they leave open."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _null_means_default(cls, value: object, info: Any) -> object:
+        field = cls.model_fields[info.field_name]
+        return field.default if value is None and not field.is_required() else value
 
 
 class ClosedModel(WireModel):

@@ -1,0 +1,1 @@
+"""Prompts of which a vector is wanted and no token."""
