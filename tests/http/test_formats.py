@@ -33,6 +33,11 @@ LARK = 'start: "<" WORD ("," WORD)? ">"\nWORD: /[a-c]{1,3}/'
 GBNF = 'root ::= "<" word ("," word)? ">"\nword ::= [a-c] [a-c]? [a-c]?'
 IN_ANGLES = "<[a-c]{1,3}(,[a-c]{1,3})?>"
 TAG: dict[str, Any] = {"structures": [{"begin": "<f>", "schema": PERSON, "end": "</f>"}], "triggers": ["<f"]}
+FORMAT = {
+    "type": "triggered_tags",
+    "triggers": ["<f"],
+    "tags": [{"begin": "<f>", "content": {"type": "json_schema", "json_schema": PERSON}, "end": "</f>"}],
+}
 
 
 @pytest.fixture(scope="module")
@@ -138,14 +143,17 @@ def test_text_goes_on_around_a_structural_tag_and_within_it_is_of_its_schema(ser
     tagged = {str(token_id): 30 for token_id in tiny.byte_tokenizer().encode("<f")}
     texts = [
         text
-        for sent in (TAG, json.dumps(TAG))
-        for text, _ in choices(
-            complete(server, n=4, logit_bias=tagged | SPACES, structured_outputs={"structural_tag": sent})
+        for fields in (
+            {"structured_outputs": {"structural_tag": TAG}},
+            {"structural_tag": json.dumps(TAG)},
+            {"response_format": TAG | {"type": "structural_tag"}},
+            {"response_format": {"type": "structural_tag", "format": FORMAT}},
         )
+        for text, _ in choices(complete(server, n=4, logit_bias=tagged | SPACES, **fields))
     ]
-    found = [inside for text in texts for inside in re.findall("<f>(.*?)</f>", text, re.DOTALL)]
-    assert found
-    for inside in found:
+    found = [re.findall("<f>(.*?)</f>", text, re.DOTALL) for text in texts]
+    assert all(any(found[start : start + 4]) for start in range(0, len(found), 4))
+    for inside in [inside for insides in found for inside in insides]:
         jsonschema.validate(json.loads(inside), PERSON)
 
 
@@ -288,6 +296,13 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
         "response_format.json_schema.schema",
         "schema",
     ),
+    ({"response_format": {"type": "structural_tag"}}, "response_format", "structures"),
+    ({"response_format": {"type": "structural_tag", "format": "text"}}, "response_format.format", "an object"),
+    ({"response_format": {"type": "structural_tag", "format": {}}}, "response_format", "format: "),
+    ({"response_format": {"type": "structural_tag", "schema": {}}}, "response_format.schema", "structural_tag"),
+    ({"response_format": {"type": "json_object", "triggers": []}}, "response_format.triggers", "json_object"),
+    ({"response_format": {"type": "structural_tag"} | TAG | {"format": FORMAT}}, "response_format", "Extra"),
+    ({"response_format": {"type": "structural_tag", "x": 1}}, "response_format.x", "Extra"),
     ({"guided_regex": "a", "guided_json": {}}, "guided_regex", "guided_json and guided_regex"),
     (
         {"response_format": {"type": "json_object"}, "regex": "a"},

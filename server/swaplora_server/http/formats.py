@@ -31,6 +31,15 @@ def _text_of_value(value: object) -> str:
     return value
 
 
+def _text_of_part(value: object) -> str:
+    """Raises ValueError for what no structural tag has."""
+    if not isinstance(value, dict | list):
+        raise ValueError("must be an object or a list")
+    text = json_text(value)
+    check_size(text)
+    return text
+
+
 def _checked(choices: list[str]) -> list[str]:
     """Raises ValueError for more than are compiled."""
     if sum(map(len, choices)) > MAX_BYTES:
@@ -43,6 +52,7 @@ Choices = Annotated[list[Text], Field(max_length=MAX_CHOICES, fail_fast=True), A
 # values of bodies become texts while these are read, which for large ones is not on the event loop
 SchemaText = Annotated[str, PlainValidator(_text_of_schema, json_schema_input_type=dict[str, Any] | bool)]
 JsonText = Annotated[str, PlainValidator(_text_of_value, json_schema_input_type=dict[str, Any] | bool | str)]
+PartText = Annotated[str, PlainValidator(_text_of_part, json_schema_input_type=dict[str, Any] | list[Any])]
 ANY_OBJECT = '{"type":"object"}'
 
 
@@ -56,28 +66,46 @@ class NamedSchema(ClosedModel):
 
 
 class ResponseFormat(ClosedModel):
-    """`schema` beside json_object is llama.cpp's."""
+    """`schema` beside json_object is llama.cpp's, and structural_tag is vLLM's, in its newer form and in its older."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: NamedSchema | None = None
     schema_: Annotated[SchemaText | None, Field(alias="schema")] = None
+    format: PartText | None = None
+    structures: PartText | None = None
+    triggers: PartText | None = None
 
     def source(self) -> GrammarSource | None:
         """None for plain text. Raises RequestError for what belongs to another type."""
-        own = {"json_object": "schema", "json_schema": "json_schema"}.get(self.type)
-        for name, value in (("json_schema", self.json_schema), ("schema", self.schema_)):
-            if value is not None and name != own:
+        self._check_parts()
+        match self.type:
+            case "text":
+                return None
+            case "json_object":
+                return schema_source("response_format.schema", ANY_OBJECT if self.schema_ is None else self.schema_)
+            case "json_schema":
+                schema = self.json_schema.schema_ if self.json_schema else None
+                return schema_source("response_format.json_schema.schema", ANY_OBJECT if schema is None else schema)
+            case "structural_tag":
+                parts = [f'"{name}":{value}' for name, value in self._tag_parts().items() if value is not None]
+                return GrammarSource(GrammarKind.STRUCTURAL_TAG, f"{{{','.join(parts)}}}", "response_format")
+
+    def _tag_parts(self) -> dict[str, str | None]:
+        return {"format": self.format, "structures": self.structures, "triggers": self.triggers}
+
+    def _check_parts(self) -> None:
+        """Raise RequestError for a part that does not go with the type, or the one that it needs and has not."""
+        of_tag = self._tag_parts()
+        own = {"json_object": ["schema"], "json_schema": ["json_schema"], "structural_tag": [*of_tag]}.get(
+            self.type, []
+        )
+        for name, value in {"json_schema": self.json_schema, "schema": self.schema_, **of_tag}.items():
+            if value is not None and name not in own:
                 path = f"response_format.{name}"
                 raise RequestError("invalid_request", f"{path} does not go with the type {self.type!r}", path)
-        if self.type == "json_object":
-            return schema_source("response_format.schema", ANY_OBJECT if self.schema_ is None else self.schema_)
-        if self.type == "text":
-            return None
-        if self.json_schema is None:
+        if self.type == "json_schema" and self.json_schema is None:
             path = "response_format.json_schema"
             raise RequestError("invalid_request", f"{path} is needed with the type 'json_schema'", path)
-        schema = self.json_schema.schema_
-        return schema_source("response_format.json_schema.schema", ANY_OBJECT if schema is None else schema)
 
 
 class StructuredOutputs(ClosedModel):
