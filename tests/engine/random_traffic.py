@@ -38,6 +38,8 @@ submissions = st.fixed_dictionaries(
         "num_prompt_logprobs": st.sampled_from((None, None, 0)),
         "wants_hidden": st.booleans(),
         "owner": st.sampled_from(OWNERS),
+        "tenant": st.sampled_from(("", "", "other")),
+        "priority": st.sampled_from((0, 0, 1)),
     }
 )
 events = st.one_of(
@@ -69,6 +71,7 @@ class Traffic:
     submitted: dict[Request, int] = field(default_factory=dict)
     begun: dict[Sequence, ScheduledRows] = field(default_factory=dict)
     begun_in: dict[Sequence, int] = field(default_factory=dict)
+    lacked: set[Sequence] = field(default_factory=set)  # those that ever waited for blocks
     num_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -105,11 +108,14 @@ class Traffic:
         self.scheduler.check_integrity()
 
     def steps_passed_over(self) -> list[list[int]]:
-        """For every sequence that ran, the steps in which others began that had come later."""
+        """For every sequence that ran and never waited for blocks, the steps in which others of its line began that had
+        come later.
+        """
         passed: dict[Sequence, list[int]] = defaultdict(list)
         for waiting, other in product(self.begun_in, self.begun_in):
             step = self.begun_in[other]
-            if waiting.arrival < other.arrival and self.submitted[waiting.request] <= step < self.begun_in[waiting]:
+            is_later = waiting.arrival < other.arrival and waiting not in self.lacked and _line(waiting) == _line(other)
+            if is_later and self.submitted[waiting.request] <= step < self.begun_in[waiting]:
                 passed[waiting].append(step)
         return list(passed.values())
 
@@ -147,6 +153,7 @@ class Traffic:
             self.begun.setdefault(rows.sequence, rows)
         for sequence in self.scheduler._running:  # noqa: SLF001 - some have no rows yet, where enough are scored
             self.begun_in.setdefault(sequence, self.num_steps)
+        self.lacked.update(sequence for sequence in self.scheduler._waiting if sequence.lacking_since is not None)  # noqa: SLF001
         self.num_steps += 1
 
     def _check_limits(self, batch: Batch) -> None:
@@ -157,6 +164,12 @@ class Traffic:
         together = {digest: rank for own in ranks for digest, rank in own.items()}
         is_alone = together in ranks
         assert is_alone or sum(together.values()) <= self.limits["max_step_ranks"]
+
+
+def _line(sequence: Sequence) -> tuple[object, ...]:
+    """Those for which this is the same begin in the order in which they come."""
+    request = sequence.request
+    return request.tenant, request.digests, request.priority
 
 
 def _token(sequence: Sequence) -> int:

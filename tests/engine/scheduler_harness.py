@@ -75,6 +75,8 @@ def submit(
     *,
     adapters: tuple[AdapterUse, ...] = (),
     salt: str | None = None,
+    tenant: str = "",
+    priority: int = 0,
     constrain: Callable[[], Constraint] | None = None,
     wants_hidden: bool = False,
     **params: Any,
@@ -89,6 +91,8 @@ def submit(
         num_sequences=n,
         release=client.released,
         cache_salt=salt,
+        tenant=tenant,
+        priority=priority,
         new_constraint=constrain,
         wants_hidden=wants_hidden,
     )

@@ -122,6 +122,8 @@ class Request:
     num_sequences: int = 1
     release: Callable[[], None] = lambda: None
     cache_salt: str | None = None  # only requests with the same salt share cached blocks
+    tenant: str = ""  # whose it is: what there is, is shared between tenants first
+    priority: int = 0  # among the tenant's own: the lower goes first
     invoked_at: int = 0  # the token of the prompt from which on its adapter applies; the base computes those before
     new_constraint: Callable[[], Constraint] | None = None  # what each of its sequences must keep to
     scores: list[Logprobs] = field(default_factory=list)
@@ -175,6 +177,11 @@ class Request:
         return tuple((use.digest, use.scale) for use in self.adapters)
 
     @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """Of its adapters, whatever their scales."""
+        return tuple(use.digest for use in self.adapters)
+
+    @cached_property
     def adapter_ranks(self) -> dict[str, int]:
         """The largest rank of each of its adapters, by digest."""
         return {use.digest: use.weights.rank for use in self.adapters}
@@ -209,14 +216,26 @@ class Sequence:
     arrival: int = field(default_factory=lambda: next(_arrivals))
     awaited_key: bytes | None = None  # of a block that another sequence was computing when this one was looked at
     passed_over_since: int | None = None  # the step in which it first had to let others go before it
+    lacking_since: int | None = None  # the step in which there were first too few blocks for it
+    num_lacking: int = 0  # how many it takes, as it last turned out
+    begun_in: int | None = None  # the step in which it last began
     _block_keys: list[bytes] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
 
     @property
+    def priority(self) -> int:
+        return self.request.priority
+
+    @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def max_num_tokens(self) -> int:
+        """What it may come to."""
+        return len(self.request.prompt_ids) + self.request.params.max_tokens
 
     @property
     def num_generated(self) -> int:

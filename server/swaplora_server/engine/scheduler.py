@@ -2,11 +2,14 @@
 
 Scheduling is iteration-level (Orca): sequences join and leave between any two steps. Decoding sequences come first, one
 row each; what is left of the token budget goes to prefill, in chunks (chunked prefill), in order of arrival. What the
-prefix cache holds of a prompt is not computed again. When KV blocks run out, the youngest running sequence is
-preempted: it gives its blocks back and is recomputed later, but for what the cache then still holds.
+prefix cache holds of a prompt is not computed again. When KV blocks run out, the youngest running sequence of whoever
+holds most of them is preempted: it gives its blocks back and is recomputed later, but for what the cache then still
+holds. The oldest of all is spared, so that something always comes to its end.
 
-A waiting sequence lets later ones go before it while its adapters do not fit beside those that run, and while another
-sequence is computing the very block it needs next, which it then shares. It does so for a bounded number of steps.
+Waiting sequences begin in the order of the waiting line. One lets later ones go before it while its adapters do not fit
+beside those that run, and while another sequence is computing the very block it needs next, which it then shares. It
+does so for a bounded number of steps. One that lacks blocks lets those pass that fit beside it: it begins at the latest
+when all that ran before it have ended.
 
 A prompt whose log-probabilities are wanted takes as few blocks from the cache as it has scored tokens, and of its rows
 no more go into a step than may be scored in one: each of them reaches the output head.
@@ -15,10 +18,9 @@ What fails while one sequence is looked at ends its request, and that alone.
 """
 
 import time
-from collections import deque
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import NamedTuple
 
 import structlog
@@ -27,9 +29,11 @@ from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.prefix_cache import PrefixCache
 from swaplora_server.engine.request import FinishReason, Logprobs, Request, Sequence, TokenEvent, Vector
 from swaplora_server.engine.sampling.constraint import ConstraintPendingError, UnmetConstraintError
+from swaplora_server.engine.waiting_line import GENERATED_WEIGHT, PROMPT_WEIGHT, StepRanks, WaitingLine
 from swaplora_server.kernels.step import Wants
 
 _log = structlog.get_logger(__name__)
+Standing = tuple[bool, int, int, int]
 MAX_STEPS_PASSED_OVER = 64  # some seconds; then nothing begins before the one that waits
 
 
@@ -115,39 +119,6 @@ class StepRoom:
         self.num_scored -= rows.num_scored
 
 
-class StepRanks:
-    """The adapters of the sequences that run, by digest, and the sum of their ranks against `limit`.
-
-    What adapters add to a step grows with the sum of their ranks, each counted once however many rows it has: a step
-    reads every one of its adapters whole. Rows of the base, and of adapters in the step already, add nothing.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._num_users: dict[str, int] = {}
-        self.total = 0
-
-    def fits(self, ranks: Mapping[str, int]) -> bool:
-        """Whether these adapters, rank by digest, may join. One that is too large by itself may run alone."""
-        added = sum(rank for digest, rank in ranks.items() if digest not in self._num_users)
-        return not added or not self.total or self.total + added <= self._limit
-
-    def add(self, ranks: Mapping[str, int]) -> None:
-        """Count in one sequence with these adapters, until `remove`."""
-        for digest, rank in ranks.items():
-            if digest not in self._num_users:
-                self.total += rank
-            self._num_users[digest] = self._num_users.get(digest, 0) + 1
-
-    def remove(self, ranks: Mapping[str, int]) -> None:
-        """Count out what `add` counted in. Raises KeyError for an adapter that it did not."""
-        for digest, rank in ranks.items():
-            self._num_users[digest] -= 1
-            if not self._num_users[digest]:
-                del self._num_users[digest]
-                self.total -= rank
-
-
 class Scheduler:
     """Owns every live sequence and the block pool. Only the engine's thread calls it.
 
@@ -177,7 +148,7 @@ class Scheduler:
         self.num_failed = 0  # requests that `fail` ended; only grows, any thread may read it
         self.num_preempted = 0  # sequences that gave their blocks back; the same
         self._num_steps = 0
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = WaitingLine()
         self._running: list[Sequence] = []
 
     @property
@@ -190,23 +161,25 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(len(self._waiting) or self._running)
 
     def add(self, request: Request) -> None:
         """Queue every sequence of `request`. The caller has checked that one of them fits the pool by itself."""
-        self._waiting.extend(Sequence(request, index) for index in range(request.num_sequences))
+        for index in range(request.num_sequences):
+            self._waiting.add(Sequence(request, index))
 
     def schedule(self) -> Batch:
         """Choose the next step's rows and give them blocks."""
         self._num_steps += 1
         room = StepRoom(self._max_batch_tokens, self._max_scored_rows)
         chosen: list[ScheduledRows] = []
-        for sequence in sorted(self._running, key=lambda sequence: (sequence.num_uncomputed > 1, sequence.arrival)):
+        standing = self._standing()
+        for sequence in sorted(self._running, key=lambda sequence: (sequence.num_uncomputed > 1, standing[sequence])):
             try:
                 if reason := sequence.late_finish_reason:
                     self._finish(sequence, TokenEvent(sequence.index, finish_reason=reason))
                 rows = None if sequence.is_held else room.take(sequence)
-                if rows and sequence in self._running and self._make_room(rows, chosen):
+                if rows and sequence in self._running and self._make_room(rows, chosen, standing):
                     chosen.append(rows)
                     room.count(rows)
             except Exception as error:  # noqa: BLE001 - one request's boundary
@@ -261,26 +234,30 @@ class Scheduler:
     def _admit(self, room: StepRoom) -> list[ScheduledRows]:
         """Begin waiting sequences while they fit, in their order but for those that can let others go first."""
         begun: list[ScheduledRows] = []
-        num_passed_over = 0
-        while room.num_rows and num_passed_over < len(self._waiting) and len(self._running) < self._max_num_seqs:
-            sequence = self._waiting[num_passed_over]
+        lacking: Sequence | None = None  # the first for which there are too few blocks
+        for sequence in self._waiting.turns():
+            if not room.num_rows or not self._has_place:
+                break
             try:
+                if lacking is not None and not self._fits_beside(lacking, sequence):
+                    continue
                 if self._should_wait(sequence):
                     if self._is_overdue(sequence):
                         break
-                    num_passed_over += 1
                     continue
                 found = self.cache.find(sequence)
-                if not self._can_admit(sequence, found):
-                    break
-                del self._waiting[num_passed_over]
-                begun += self._begin(sequence, found, room)
+                if self._can_admit(sequence, found):
+                    begun += self._begin(sequence, found, room)
+                elif lacking is None:
+                    lacking = sequence
             except Exception as error:  # noqa: BLE001 - one request's boundary
-                num_passed_over -= sum(
-                    passed.request is sequence.request for passed in islice(self._waiting, num_passed_over)
-                )
                 self.fail(sequence.request, error)
         return begun
+
+    @property
+    def _has_place(self) -> bool:
+        """Whether one more may run, and has a block to begin with."""
+        return len(self._running) < self._max_num_seqs and len(self._running) < self.pool.num_free
 
     def _should_wait(self, sequence: Sequence) -> bool:
         """Whether its adapters do not fit beside those that run, or its next block will soon be there to share."""
@@ -297,17 +274,41 @@ class Scheduler:
 
     def _can_admit(self, sequence: Sequence, found: list[int]) -> bool:
         """Whether its whole prompt fits and leaves each running sequence a block, lest one be preempted at once."""
-        return self.pool.num_taken(found, sequence.num_tokens) + len(self._running) <= self.pool.num_free
+        sequence.num_lacking = self.pool.num_taken(found, sequence.num_tokens)
+        return self._has_enough(sequence, sequence.num_lacking + len(self._running) <= self.pool.num_free)
+
+    def _fits_beside(self, lacking: Sequence, sequence: Sequence) -> bool:
+        """Whether all that began since the first came to lack blocks, and the second, leave it as many as it takes.
+
+        The others are counted as long as they may get. One that was found to take more blocks than there are is not
+        looked at again.
+        """
+        if sequence.num_lacking + len(self._running) > self.pool.num_free:
+            return False
+        since = [other for other in self._running if (other.begun_in or 0) >= (lacking.lacking_since or 0)]
+        num_blocks = sum(self.pool.blocks_for(other.max_num_tokens) for other in [*since, sequence])
+        num_blocks += self.pool.blocks_for(lacking.num_tokens) + len(since) + 1
+        return self._has_enough(sequence, num_blocks <= self.pool.num_blocks)
+
+    def _has_enough(self, sequence: Sequence, has_enough: bool) -> bool:
+        """Take note of when there were first too few blocks for it."""
+        if not has_enough and sequence.lacking_since is None:
+            sequence.lacking_since = self._num_steps
+        return has_enough
 
     def _begin(self, sequence: Sequence, found: list[int], room: StepRoom) -> list[ScheduledRows]:
         """Let a sequence that fits run from the end of the blocks that were found for it.
 
         It has no rows yet where the step scores as many as it may.
         """
+        self._waiting.remove(sequence)
         self._running.append(sequence)
         self._ranks.add(sequence.request.adapter_ranks)
         self.cache.begin(sequence, found)
-        sequence.passed_over_since = None
+        if sequence.begun_in is None:  # who was preempted has paid
+            self._waiting.charge(sequence, sequence.num_uncomputed, PROMPT_WEIGHT)
+        sequence.begun_in = self._num_steps
+        sequence.passed_over_since = sequence.lacking_since = None
         if sequence.request.begun_at is None:
             sequence.request.begun_at = time.monotonic()
         rows = room.take(sequence)
@@ -317,14 +318,32 @@ class Scheduler:
         room.count(rows)
         return [rows]
 
-    def _make_room(self, rows: ScheduledRows, chosen: list[ScheduledRows]) -> bool:
-        """Grow a sequence for its next rows, preempting the youngest others; False when it was itself the youngest."""
+    def _standing(self) -> dict[Sequence, Standing]:
+        """Of those that run: the least goes first, and the greatest gives its blocks back first.
+
+        That is the youngest of whoever holds most blocks, tenant and then adapter; the oldest of all is spared. While
+        no step can use up all blocks, age alone counts.
+        """
+        num_held: Counter[Hashable] = Counter()
+        if self.pool.num_free < self.pool.blocks_for(self._max_batch_tokens) + len(self._running):
+            for sequence in self._running:
+                num_held.update(dict.fromkeys(_sharers(sequence), len(sequence.block_table)))
+        oldest = min((sequence.arrival for sequence in self._running), default=0)
+
+        def standing(sequence: Sequence) -> Standing:
+            tenant, line = _sharers(sequence)
+            return sequence.arrival > oldest, num_held[tenant], num_held[line], sequence.arrival
+
+        return {sequence: standing(sequence) for sequence in self._running}
+
+    def _make_room(
+        self, rows: ScheduledRows, chosen: list[ScheduledRows], standing: Mapping[Sequence, Standing]
+    ) -> bool:
+        """Grow a sequence for its next rows, preempting others; False when it was its own turn to be."""
         sequence = rows.sequence
         while not self.pool.can_grow(sequence.block_table, rows.stop):
             scheduled = {id(rows.sequence) for rows in chosen}
-            victim = max(
-                (other for other in self._running if id(other) not in scheduled), key=lambda other: other.arrival
-            )
+            victim = max((other for other in self._running if id(other) not in scheduled), key=standing.__getitem__)
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -333,7 +352,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
-        self._waiting.appendleft(sequence)
+        self._waiting.add(sequence)
         self.num_preempted += 1
 
     def _stop(self, sequence: Sequence) -> None:
@@ -391,6 +410,7 @@ class Scheduler:
     def _append_token(self, sequence: Sequence, token_id: int, logprobs: Logprobs | None = None) -> bool:
         """Whether it goes on after that token."""
         sequence.append(token_id)
+        self._waiting.charge(sequence, 1, GENERATED_WEIGHT)
         reason = sequence.finish_reason_after(token_id)
         event = TokenEvent(sequence.index, token_id, logprobs, reason)
         if reason is None:
@@ -405,6 +425,12 @@ class Scheduler:
         else:
             self._waiting.remove(sequence)
         sequence.request.finish(event)
+
+
+def _sharers(sequence: Sequence) -> tuple[Hashable, Hashable]:
+    """Its tenant, and its adapter among the tenant's."""
+    request = sequence.request
+    return request.tenant, (request.tenant, request.digests)
 
 
 def rows_of(sequence: Sequence, start: int, stop: int) -> ScheduledRows:

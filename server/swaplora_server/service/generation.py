@@ -183,6 +183,7 @@ class Generation:
                 num_sequences=self._task.n,
                 release=release,
                 cache_salt=self._task.cache_salt,
+                tenant=self._service.tenant,
                 invoked_at=start,
                 scores=self._scores[number],
                 new_constraint=constraint,

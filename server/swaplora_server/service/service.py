@@ -114,6 +114,11 @@ class Service:
         """What comes without an upload."""
         return self._ingest
 
+    @property
+    def tenant(self) -> str:
+        """Whose requests these are; "" for the default one."""
+        return ""
+
     def reserve_tokens(self, num_tokens: int, param: str) -> Reservation:
         """Take what a request may come to from what its key and its tenant may have; `param` says how much that is.
 

@@ -21,6 +21,11 @@ class TenantService(Service):
         self._request_id = request_id
         self._tenant = "" if caller.tenant == DEFAULT_TENANT else caller.tenant
 
+    @property
+    def tenant(self) -> str:
+        """Whose requests these are; the default one is nameless."""
+        return self._tenant
+
     def reserve_tokens(self, num_tokens: int, param: str) -> Reservation:
         """See `Service.reserve_tokens`."""
         try:

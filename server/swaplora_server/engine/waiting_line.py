@@ -1,0 +1,212 @@
+"""Who waits, and in which order they may begin: fair between tenants, then between the adapters of each, then by age.
+
+Virtual token counters (Sheng et al., Fairness in Serving Large Language Models, 2024) at both levels: every tenant, and
+every adapter of a tenant, has an account of what it was served, and whose account is lowest begins next. A prompt is
+charged when it begins, as far as the cache does not hold it, and each token that is generated when it comes. Whoever
+has had nobody waiting is lifted to the lowest of those who have: time in which one asked for nothing is no credit.
+So of any two who always have somebody waiting, neither gets ahead by more than what runs at once.
+
+Within a tenant a lower `priority` goes first, whatever the adapter; what others of the tenant are served is charged all
+the same, so that no tenant gains by it. Pure decisions: imports no torch.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from heapq import heapify, heappop, heapreplace
+from typing import Generic, TypeVar
+
+from swaplora_server.engine.request import Sequence
+
+PROMPT_WEIGHT = 1  # of a token; generated ones are dearer, as in the paper and in the price lists of the trade
+GENERATED_WEIGHT = 2
+
+
+class Account:
+    """What one of those who share was served, in weighted tokens, and how many of its sequences wait."""
+
+    def __init__(self) -> None:
+        self.served = 0
+        self.num_waiting = 0
+
+
+A = TypeVar("A", bound=Account)
+
+
+class Accounts(Generic[A]):
+    """Those among whom something is shared. Who is not among them was served no more than any who waits."""
+
+    def __init__(self, make: Callable[[], A]) -> None:
+        self._make = make
+        self._accounts: dict[Hashable, A] = {}
+        self._last: Account = Account()  # of those who have nobody waiting any more, the last to come to that
+
+    def __len__(self) -> int:
+        return len(self._accounts)
+
+    def waiting(self) -> Iterable[A]:
+        """Those who have somebody waiting."""
+        return (account for account in self._accounts.values() if account.num_waiting)
+
+    def account(self, key: Hashable) -> A:
+        """That of `key`, opened if there is none."""
+        account = self._accounts.get(key)
+        if account is None:
+            account = self._accounts[key] = self._make()
+            account.served = self._least()
+        return account
+
+    def enter(self, key: Hashable) -> A:
+        """One more of its sequences waits."""
+        account = self.account(key)
+        if not account.num_waiting:
+            least = self._least()
+            account.served = max(account.served, least)
+            self._accounts = {
+                key: other
+                for key, other in self._accounts.items()
+                if other.num_waiting or other.served > least or other is account
+            }
+        account.num_waiting += 1
+        return account
+
+    def leave(self, key: Hashable) -> A:
+        """One of its sequences waits no more."""
+        account = self._accounts[key]
+        account.num_waiting -= 1
+        if not account.num_waiting:
+            self._last = account
+        return account
+
+    def _least(self) -> int:
+        """What those who wait were served at least; if nobody does, what the last who did has been."""
+        return min((account.served for account in self.waiting()), default=self._last.served)
+
+
+class AdapterLine(Account):
+    """The sequences of one adapter that wait: those of one priority in the order in which they came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sequences: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self._sequences, sequence, key=_place)
+
+    def remove(self, sequence: Sequence) -> None:
+        del self._sequences[bisect_left(self._sequences, _place(sequence), key=_place)]
+
+    def turns(self) -> Iterator[Sequence]:
+        """As it is now."""
+        return iter(tuple(self._sequences))
+
+
+class TenantLines(Account):
+    """The lines of one tenant's adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines = Accounts(AdapterLine)
+
+    def turns(self) -> Iterator[Sequence]:
+        return _by_turns({line: line.turns() for line in self.lines.waiting()}, lambda line, first: first.priority)
+
+
+class WaitingLine:
+    """Every sequence that waits. One that has to wait once more goes before those of its adapter that came later."""
+
+    def __init__(self) -> None:
+        self._tenants = Accounts(TenantLines)
+        self._sequences: dict[Sequence, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """In no order that means anything."""
+        return iter(self._sequences)
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence in self._sequences
+
+    def add(self, sequence: Sequence) -> None:
+        request = sequence.request
+        self._sequences[sequence] = None
+        self._tenants.enter(request.tenant).lines.enter(request.digests).add(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Raises KeyError for one that does not wait."""
+        request = sequence.request
+        del self._sequences[sequence]
+        self._tenants.leave(request.tenant).lines.leave(request.digests).remove(sequence)
+
+    def charge(self, sequence: Sequence, num_tokens: int, weight: int) -> None:
+        """Say that so many tokens were computed for it, or will be at once."""
+        tenant = self._tenants.account(sequence.request.tenant)
+        for account in (tenant, tenant.lines.account(sequence.request.digests)):
+            account.served += weight * num_tokens
+
+    def turns(self) -> Iterator[Sequence]:
+        """All that wait, each once, in the order in which they may begin.
+
+        Whom the last one is charged with counts at once. Those that come meanwhile are not among them.
+        """
+        turns = _by_turns({tenant: tenant.turns() for tenant in self._tenants.waiting()}, lambda _tenant, _first: 0)
+        return (sequence for sequence in turns if sequence in self._sequences)
+
+
+class StepRanks:
+    """The adapters of the sequences that run, by digest, and the sum of their ranks against `limit`.
+
+    What adapters add to a step grows with the sum of their ranks, each counted once however many rows it has: a step
+    reads every one of its adapters whole. Rows of the base, and of adapters in the step already, add nothing.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._num_users: dict[str, int] = {}
+        self.total = 0
+
+    def fits(self, ranks: Mapping[str, int]) -> bool:
+        """Whether these adapters, rank by digest, may join. One that is too large by itself may run alone."""
+        added = sum(rank for digest, rank in ranks.items() if digest not in self._num_users)
+        return not added or not self.total or self.total + added <= self._limit
+
+    def add(self, ranks: Mapping[str, int]) -> None:
+        """Count in one sequence with these adapters, until `remove`."""
+        for digest, rank in ranks.items():
+            if digest not in self._num_users:
+                self.total += rank
+            self._num_users[digest] = self._num_users.get(digest, 0) + 1
+
+    def remove(self, ranks: Mapping[str, int]) -> None:
+        """Count out what `add` counted in. Raises KeyError for an adapter that it did not."""
+        for digest, rank in ranks.items():
+            self._num_users[digest] -= 1
+            if not self._num_users[digest]:
+                del self._num_users[digest]
+                self.total -= rank
+
+
+def _place(sequence: Sequence) -> tuple[int, int]:
+    return sequence.priority, sequence.arrival
+
+
+def _by_turns(
+    turns_of: Mapping[A, Iterator[Sequence]], before_share: Callable[[A, Sequence], int]
+) -> Iterator[Sequence]:
+    """Of what each would have begin next that of the account which was served least, over and over; ties by age."""
+
+    def rank(account: A, first: Sequence) -> tuple[int, int, int]:
+        return before_share(account, first), account.served, first.arrival
+
+    firsts = ((account, next(turns, None)) for account, turns in turns_of.items())
+    heap = [(rank(account, first), first, account) for account, first in firsts if first is not None]
+    heapify(heap)
+    while heap:
+        _, first, account = heap[0]
+        yield first
+        following = next(turns_of[account], None)
+        if following is None:
+            heappop(heap)
+        else:
+            heapreplace(heap, (rank(account, following), following, account))
