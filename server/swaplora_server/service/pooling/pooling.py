@@ -148,6 +148,7 @@ class _Pooling:
             emit=partial(self._post, number),
             adapters=uses,
             cache_salt=self._task.cache_salt,
+            tenant=self._service.tenant,
             invoked_at=starts[number],
             wants_hidden=True,
         )
