@@ -13,9 +13,10 @@ from transformers.models.llama import modeling_llama
 import tiny
 from architectures import ARCHITECTURES
 from repository import KERNEL_CACHE
-from swaplora_server.base import base_model, proof
-from swaplora_server.base.base_model import BaseModel, load_base, pick_dtype
+from swaplora_server.base import loading, proof
+from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.base.fingerprint import fingerprint_of
+from swaplora_server.base.loading import pick_dtype
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.engine import attention
 from swaplora_server.engine.request import Request, SamplingParams, Sequence
@@ -39,7 +40,7 @@ def load(folder: Path, backend: Backend = CPU_BACKEND, dtype: torch.dtype = torc
 @pytest.fixture
 def strict(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the proof allow a ten-thousandth of a standard deviation of the logits, and no more."""
-    monkeypatch.setattr(proof, "_TOLERANCE", 1e-4)
+    monkeypatch.setattr(proof, "TOLERANCE", 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -204,7 +205,7 @@ def test_layers_that_fail_the_proof_in_one_call_run_by_themselves(
 
 @pytest.mark.parametrize("is_faster", [True, False])
 def test_auto_is_the_format_that_is_faster_and_loses_nothing(is_faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_model, "prefers_bf16", lambda: is_faster)
+    monkeypatch.setattr(loading, "prefers_bf16", lambda: is_faster)
     for stored in (torch.bfloat16, torch.float32, torch.float16, None):
         is_bf16 = is_faster and stored == torch.bfloat16
         assert pick_dtype("auto", CPU, stored) == (torch.bfloat16 if is_bf16 else torch.float32)

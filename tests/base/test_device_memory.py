@@ -78,7 +78,7 @@ def test_the_kv_cache_and_the_longest_step_have_their_memory_before_the_first_re
         return made[-1]
 
     monkeypatch.setattr(TorchKV, "_allocate", noted)
-    monkeypatch.setattr("swaplora_server.base.base_model.pick_backend", lambda device, *_: torch_backend(device))
+    monkeypatch.setattr("swaplora_server.base.loading.pick_backend", lambda device, *_: torch_backend(device))
     with serving(settings(base, tmp_path, max_batch_tokens=40, max_num_seqs=5)):
         assert len(made) == 4 * 2 * 2, "keys and values of both layers, for three runs of the proof and the engine"
         [batch] = steps

@@ -178,7 +178,7 @@ def test_all_layers_run_in_one_native_call(kind: Quantization, base: Path) -> No
 @pytest.fixture
 def strict(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the proof allow a ten-thousandth of a standard deviation of the logits, and no more."""
-    monkeypatch.setattr(proof, "_TOLERANCE", 1e-4)
+    monkeypatch.setattr(proof, "TOLERANCE", 1e-4)
 
 
 @pytest.mark.usefixtures("strict")

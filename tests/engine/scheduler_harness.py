@@ -94,7 +94,7 @@ def submit(
         tenant=tenant,
         priority=priority,
         new_constraint=constrain,
-        wants_hidden=wants_hidden,
+        reads=(lambda states: states) if wants_hidden else None,
     )
     scheduler.add(client.request)
     return client

@@ -102,7 +102,7 @@ def check_hidden(client: Client) -> None:
     """A hidden state is there where it was asked for and the prompt was computed, and is its last token's."""
     request = client.request
     has_stopped = any(event.finish_reason is FinishReason.STOP for event in client.events)
-    is_there = request.wants_hidden and not request.params.max_tokens and has_stopped
+    is_there = request.reads is not None and not request.params.max_tokens and has_stopped
     assert (None if request.hidden is None else tuple(request.hidden)) == (request.prompt_ids if is_there else None)
 
 

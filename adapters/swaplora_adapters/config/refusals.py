@@ -18,6 +18,7 @@ _NOT_ADALORAS = (
 HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 # Those of which PEFT makes plain LoRA again (`LoraModel._convert_state_dict_for_initial_model`).
 CONVERTED_INITS = ("pissa", "corda", "olora", "lora_ga")
+TASK_TYPES = ("CAUSAL_LM", "FEATURE_EXTRACTION")
 BIASES = ("none", "lora_only", "all")
 # What PEFT does not compute, or computes before an aLoRA's invocation too, though that adapter is not at work there.
 _EXCLUSIVE = (
@@ -50,8 +51,9 @@ def _check_targets(fields: ConfigFields, spec: AdapterSpec) -> None:
 
 def _refuse_values(fields: ConfigFields, spec: AdapterSpec) -> None:
     """Note the values of known fields that are not served."""
-    if spec.task_type not in (None, "CAUSAL_LM"):
-        fields.unsupported.append(f"task_type {quoted(spec.task_type)} is not supported, only CAUSAL_LM is")
+    if spec.task_type not in (None, *TASK_TYPES):
+        known = " and ".join(TASK_TYPES)
+        fields.unsupported.append(f"task_type {quoted(spec.task_type)} is not supported, {known} are")
     init = fields.get("init_lora_weights", True)
     if not (isinstance(init, bool) or init is None or (isinstance(init, str) and init.lower() in HARMLESS_INITS)):
         fields.unsupported.append(

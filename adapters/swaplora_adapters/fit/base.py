@@ -71,6 +71,10 @@ class BaseLayers(Protocol):
         """
 
     @property
+    def root(self) -> str:
+        """The path of the module that all but the heads lie in, and that may be trained by itself: such as `model`."""
+
+    @property
     def legacy_names(self) -> LegacyNames | None:
         """None where nothing has another name than it had."""
 
@@ -97,6 +101,7 @@ class LayerShapes:
     tied: Mapping[str, str] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
     legacy_names: LegacyNames | None = None
+    root: str = ""
 
     def read(self, name: str) -> Tensor:
         """Raises TypeError, as all that needs weights does."""

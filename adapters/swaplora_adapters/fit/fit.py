@@ -10,6 +10,7 @@ from swaplora_adapters.config.spec import ADALORA, AdapterSpec
 from swaplora_adapters.errors import InvalidAdapterError
 from swaplora_adapters.files.complaints import capped, quoted
 from swaplora_adapters.fit.base import BaseLayers
+from swaplora_adapters.fit.headless import with_whole_paths
 from swaplora_adapters.fit.legacy_names import probes, with_current_names
 from swaplora_adapters.fit.slots import Slot, find_slots, parameter_shapes, pieces_of, pooled
 from swaplora_adapters.fit.spellings import misspelling, with_current_spelling
@@ -54,6 +55,7 @@ def fitted(spec: AdapterSpec, layers: BaseLayers, found: Shapes, max_work: int |
     Raises InvalidAdapterError with every complaint.
     """
     spelled = with_current_spelling(found, layers.legacy_names)
+    spec, spelled = with_whole_paths(spec, spelled, layers)
     found = {name: found[written] for name, written in spelled.items()}
     matcher = Matcher([*paths_of(layers), *probes(layers)], max_work)
     spec = with_current_names(spec, layers, found, matcher)

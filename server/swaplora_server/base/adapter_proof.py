@@ -50,7 +50,7 @@ def adapter_proof(
     model: PreTrainedModel, backend: Backend, wrapped: Mapping[str, Wrapped], layers: AdaptableLayers, tolerance: float
 ) -> AdapterProof:
     """Make adapters, and what they must come to, while the layers of `model` run one operation at a time."""
-    maker = _Maker(model, layers)
+    maker = AdapterMaker(model, layers)
     plain, other, scaled, replacing = maker.plain(), maker.plain(), maker.scaled(), maker.replacing(wrapped)
     terms = [(scaled, 1.0)], [(plain, 0.5), (other, -1.0)], [(replacing, 1.0)]
     paths = tuple(wrapped)
@@ -67,11 +67,11 @@ def adapter_proof(
 
 def adding_adapters(model: PreTrainedModel, layers: AdaptableLayers) -> list[AdapterWeights]:
     """Three that add to all linears, without the tables that kernels read; the last as DoRA and biases do."""
-    maker = _Maker(model, layers)
+    maker = AdapterMaker(model, layers)
     return [maker.plain(), maker.plain(), maker.scaled()]
 
 
-class _Maker:
+class AdapterMaker:
     """Draws adapters, the same at every start."""
 
     def __init__(self, model: PreTrainedModel, layers: AdaptableLayers) -> None:
@@ -144,7 +144,7 @@ class _Maker:
 Terms = Sequence[tuple[AdapterWeights, float]]
 
 
-class _Rows(NamedTuple):
+class DefinedRows(NamedTuple):
     """Rows `start` to `stop` of a forward use `terms`."""
 
     start: int
@@ -170,10 +170,10 @@ def _defined_logits(
     inputs, paged = backend.paged_kv(num_blocks_of(_CUTS), BLOCK_SIZE).begin(plan)
     step = RunningStep(plan, of_base, of_base, paged)
     starts = (plan.runs.starts + _INVOKED_AT).tolist()
-    rows = [_Rows(*row) for row in zip(starts, plan.runs.stops.tolist(), terms, strict=True)]
+    rows = [DefinedRows(*row) for row in zip(starts, plan.runs.stops.tolist(), terms, strict=True)]
     with use(step), ExitStack() as hooks:
         for module in wrapped.values():
-            hooks.callback(module.register_forward_hook(_Definition(rows)).remove)
+            hooks.callback(module.register_forward_hook(Definition(rows)).remove)
         output = model(
             input_ids=inputs.token_ids[None],
             position_ids=inputs.positions[None],
@@ -183,10 +183,10 @@ def _defined_logits(
     return torch.split(output.logits[0].float(), [cuts[-1] for cuts in _CUTS])
 
 
-class _Definition:
+class Definition:
     """A hook: what adapters make of a module's output, the definition word for word."""
 
-    def __init__(self, rows: Sequence[_Rows]) -> None:
+    def __init__(self, rows: Sequence[DefinedRows]) -> None:
         self._rows = rows
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import structlog
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from swaplora_adapters.weights.device_copy import DeviceCopier
@@ -30,18 +29,14 @@ from swaplora_server.base.proof import (
 )
 from swaplora_server.base.quantisation import Quantization, loading_arguments, multiply_dequantised
 from swaplora_server.base.vocabulary import Vocabulary
-from swaplora_server.config import EMBEDDED, Settings
-from swaplora_server.embedded import ensure_embedded_base
 from swaplora_server.engine import attention
 from swaplora_server.engine.lora.attach import attach
 from swaplora_server.engine.lora.joined import join, sharing_inputs
 from swaplora_server.engine.lora.modules import LoraEmbedding
+from swaplora_server.engine.pooling.kinds import LAST_TOKEN, Pooling
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.step import running
 from swaplora_server.kernels.backend import Backend
-from swaplora_server.kernels.cpu.build import NoCompilerError
-from swaplora_server.kernels.pick import pick_backend, prefers_bf16, torch_backend
-from swaplora_server.kernels.torch.backend import TorchBackend
 
 _log = structlog.get_logger(__name__)
 Proven = TypeVar("Proven")
@@ -67,6 +62,7 @@ class BaseModel:
     copier: DeviceCopier | None  # None on a CPU
     fingerprint: str  # of all that it computes and reads with
     tolerance: float  # by how much rounding may move a logit, in standard deviations of its row
+    pooling: Pooling = LAST_TOKEN  # how a vector is made of an input's hidden states
 
     def runner(self, num_blocks: int, block_size: int) -> Runner:
         return Runner(self.model, self.backend, self.backend.paged_kv(num_blocks, block_size))
@@ -75,70 +71,6 @@ class BaseModel:
         """An adapter as steps take it: on their device, with what kernels read of it. For the thread that loads it."""
         weights = weights if self.copier is None else self.copier.copy(weights)
         return replace(weights, tables=self.backend.tables(weights, self.paths))
-
-
-def pick_device(wanted: str) -> torch.device:
-    """auto takes a GPU where there is one. Raises UnsupportedModelError when cuda is wanted and absent."""
-    has_cuda = torch.cuda.is_available()
-    if wanted == "cuda" and not has_cuda:
-        raise UnsupportedModelError("no CUDA device was found: start with --device cpu, or check the driver")
-    return torch.device("cuda" if has_cuda and wanted != "cpu" else "cpu")
-
-
-def pick_dtype(wanted: str, device: torch.device, stored: torch.dtype | None) -> torch.dtype:
-    """The number format of a base that is `stored` in one. auto is bfloat16 on a GPU, and on a CPU what is faster.
-
-    Raises UnsupportedModelError when float16 is wanted of a CPU.
-    """
-    if wanted == "auto":
-        is_faster = device.type != "cpu" or (stored == torch.bfloat16 and prefers_bf16())
-        return torch.bfloat16 if is_faster else torch.float32
-    if wanted == "float16" and device.type == "cpu":
-        raise UnsupportedModelError(
-            "processors have no products of float16: start with --dtype float32, or with bfloat16 or auto"
-        )
-    dtype: torch.dtype = getattr(torch, wanted)
-    return dtype
-
-
-def load_chosen_base(settings: Settings, report: Callable[[str], None]) -> BaseModel:
-    """Load the base on its device, in its number format, with this machine's backend. `report` hears each step.
-
-    Raises UnsupportedModelError, EmbeddedBaseError, OSError and ValueError, each with a message for the operator.
-    """
-    transformers.logging.disable_progress_bar()
-    source = source_of(settings, report)
-    report(f"loading {settings.base_id}")
-    device = pick_device(settings.device)
-    dtype = pick_dtype(settings.dtype, device, AutoConfig.from_pretrained(source).dtype)
-    backend = _backend(settings, device, dtype, report)
-    rows = torch.float32 if device.type == "cpu" else dtype
-    is_plain = device.type == "cpu" or isinstance(backend, TorchBackend)
-    otherwise = None if is_plain else torch_backend(device)
-    quantization = settings.quantization
-    return load_base(source, device=device, dtype=rows, backend=backend, otherwise=otherwise, quantization=quantization)
-
-
-def _backend(settings: Settings, device: torch.device, dtype: torch.dtype, report: Callable[[str], None]) -> Backend:
-    """This machine's. Without a compiler, auto is float32."""
-    cache = settings.cache_dir / "native"
-    try:
-        return pick_backend(device, dtype, cache, report)
-    except NoCompilerError as error:
-        if settings.dtype == "auto":
-            return pick_backend(device, torch.float32, cache, report)
-        raise UnsupportedModelError(
-            f"--dtype bfloat16 needs native kernels on a CPU: install a C++ compiler, or leave it out ({error})"
-        ) from error
-
-
-def source_of(settings: Settings, report: Callable[[str], None]) -> str | Path:
-    """What transformers loads from. A path that leads nowhere would be taken for a hub id, and refused as a bad one."""
-    if settings.base == EMBEDDED:
-        return ensure_embedded_base(settings.cache_dir, report)
-    if settings.base.startswith(("/", ".")) and not Path(settings.base).is_dir():
-        raise NotADirectoryError(f"{settings.base} is no folder: name a folder with a model, a hub id, or {EMBEDDED}")
-    return settings.base
 
 
 def load_base(
@@ -208,7 +140,8 @@ def prepare(
 
         def proven() -> tuple[Proof, AdaptableLayers, AdapterProof]:
             proof = prove(model, backend, wrapped, expected)
-            layers = AdaptableLayers(wrapped, proof.addressable, tied, backend, dtype, device, model.config.model_type)
+            config, root = model.config, model.base_model_prefix
+            layers = AdaptableLayers(wrapped, proof.addressable, tied, backend, dtype, device, config.model_type, root)
             adapters = adapter_proof(model, backend, wrapped, layers, expected.tolerance)
             adapters.run(model, backend)
             return proof, layers, adapters

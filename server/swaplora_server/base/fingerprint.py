@@ -27,7 +27,7 @@ def programs() -> dict[str, str]:
 def fingerprint_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
     """The same for the same base wherever it lies; another, as good as surely, for one of which any bit differs."""
     sha256 = hashlib.sha256()
-    for config in (model.config, model.generation_config):
+    for config in (model.config, getattr(model, "generation_config", None)):
         known = {} if config is None else config.to_dict()
         sha256.update(digest_of({key: known[key] for key in known.keys() - _PLACES}).encode())
     sha256.update(digest_of([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]).encode())

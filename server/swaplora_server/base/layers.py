@@ -32,8 +32,13 @@ class AdaptableLayers:
         dtype: torch.dtype,
         device: torch.device,
         model_type: str,
+        root: str,
     ) -> None:
-        """`addressable` are the paths of those that see one row per token; `dtype` is that of the model's rows."""
+        """`addressable` are the paths of those that see one row per token; `dtype` is that of the model's rows.
+
+        `root` is the path of what all but the heads lie in.
+        """
+        self.root = root
         chosen = {path: module for path, module in wrapped.items() if path in addressable}
         self.linears = {
             path: shape_of(module.base) for path, module in chosen.items() if isinstance(module, LoraLinear)
@@ -82,7 +87,8 @@ class AdaptableLayers:
         if isinstance(wrapped.base, Bf16Embedding | TiedEmbedding):
             return compact_embedding(_embedding(own["weight"]), None)
         like = copy.copy(wrapped.base)
-        like._parameters = dict(own)  # noqa: SLF001 - a shallow copy would share the dictionary
+        # a shallow copy would share the dictionary, in which a norm without a bias has one that is None
+        like._parameters = dict.fromkeys(wrapped.base._parameters) | own  # noqa: SLF001
         return like
 
     def _rest(self, path: str, given: Collection[str]) -> Iterator[tuple[str, Tensor]]:

@@ -32,9 +32,9 @@ _CUTS = ((0, 4, 7, 8, 9), (0, 13, 14), (0, 1, 2, 3))
 BLOCK_SIZE = 4
 _SHORT_WINDOW = 5  # which the longest outgrows while it is a prompt, and the second one while it decodes
 # the largest difference of a logit, in standard deviations of a row's logits, that rounding explains in float32
-_TOLERANCE = 0.01
+TOLERANCE = 0.01
 # in half precision: times the stock model's own largest difference from float32
-_NOISE = 3.0
+NOISE = 3.0
 
 
 class UnsupportedModelError(ValueError):
@@ -66,7 +66,7 @@ def expected_logits(model: PreTrainedModel, products: torch.dtype | None = None)
     """
     stock = _stock_logits(model)
     if model.dtype == torch.float32:
-        return Expected(stock, _TOLERANCE if products is None else _tolerance(_rounded_logits(model, products), stock))
+        return Expected(stock, TOLERANCE if products is None else _tolerance(_rounded_logits(model, products), stock))
     try:
         with upcast(model):
             exact = _padded_logits(model)
@@ -83,7 +83,7 @@ def _rounded_logits(model: PreTrainedModel, products: torch.dtype) -> list[Tenso
 
 
 def _tolerance(rounded: list[Tensor], exact: list[Tensor]) -> float:
-    return max(_TOLERANCE, _NOISE * float(deviations(torch.cat(rounded), torch.cat(exact)).max()))
+    return max(TOLERANCE, NOISE * float(deviations(torch.cat(rounded), torch.cat(exact)).max()))
 
 
 def _stock_logits(model: PreTrainedModel) -> list[Tensor]:
@@ -115,7 +115,7 @@ def _all_tokens(model: PreTrainedModel) -> list[Tensor]:
 def prove(model: PreTrainedModel, backend: Backend, wrapped: Mapping[str, Wrapped], expected: Expected) -> Proof:
     """Run the proof's sequences. Raises UnsupportedModelError when their logits disagree with `expected`."""
     trial = Trial(model, backend)
-    with _watching(wrapped) as seen:
+    with watching(wrapped) as seen:
         batches = trial.run(expected)
     tokens = [sum(rows.num_rows for rows in batch.rows) for batch in batches]
     sampled = [len(batch.rows) for batch in batches]
@@ -223,7 +223,7 @@ def _is_head(module: Wrapped) -> bool:
 
 
 @contextmanager
-def _watching(wrapped: Mapping[str, Wrapped]) -> Iterator[dict[str, list[int]]]:
+def watching(wrapped: Mapping[str, Wrapped]) -> Iterator[dict[str, list[int]]]:
     """How many rows each module turns into as many rows, step by step, filled in as the model runs."""
     seen: dict[str, list[int]] = {path: [] for path in wrapped}
 

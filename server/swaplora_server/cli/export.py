@@ -28,7 +28,7 @@ def merge(
     settings = read_settings({} if base is None else {"base": base})
     from swaplora_adapters.derive.export import export_model
     from swaplora_adapters.errors import InvalidAdapterError
-    from swaplora_server.base.base_model import source_of
+    from swaplora_server.base.loading import source_of
     from swaplora_server.embedded import EmbeddedBaseError
     from swaplora_server.serve import configure_logging
 

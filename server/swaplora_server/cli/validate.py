@@ -43,7 +43,7 @@ def validate(
 def _load(settings: "Settings") -> "BaseModel":
     """The base as the server loads it; ends the command if that cannot be done."""
     from swaplora_server.banner import Progress
-    from swaplora_server.base.base_model import load_chosen_base
+    from swaplora_server.base.loading import load_chosen_base
     from swaplora_server.embedded import EmbeddedBaseError
     from swaplora_server.serve import configure_logging
 

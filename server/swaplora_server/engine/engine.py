@@ -11,7 +11,7 @@ import structlog
 from swaplora_server.engine.probe import run_probe
 from swaplora_server.engine.request import FinishReason, Request, TokenEvent
 from swaplora_server.engine.row_faults import run_bisecting
-from swaplora_server.engine.runner import Runner
+from swaplora_server.engine.runner import StepRunner
 from swaplora_server.engine.scheduler import Scheduler
 from swaplora_server.engine.snapshot import Snapshot
 
@@ -48,7 +48,7 @@ class Engine:
     request makes fail ends that request; the engine itself ends only of what fails without any.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+    def __init__(self, scheduler: Scheduler, runner: StepRunner) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()

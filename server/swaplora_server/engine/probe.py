@@ -2,7 +2,7 @@
 
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import Request, SamplingParams, Sequence
-from swaplora_server.engine.runner import Runner
+from swaplora_server.engine.runner import Runner, StepRunner
 from swaplora_server.engine.scheduler import Batch, rows_of
 
 _ONE_TOKEN = SamplingParams(max_tokens=1)
@@ -10,7 +10,7 @@ _ONE_TOKEN = SamplingParams(max_tokens=1)
 _COSTLY_TOKEN = SamplingParams(max_tokens=1, top_p=0.999, num_logprobs=0, num_prompt_logprobs=0)
 
 
-def run_probe(runner: Runner, pool: BlockPool) -> None:
+def run_probe(runner: StepRunner, pool: BlockPool) -> None:
     """Run one step of one row. Raises what the model does."""
     _run(runner, pool, 1, 1, 0, _ONE_TOKEN)
 
@@ -24,7 +24,7 @@ def run_largest(runner: Runner, pool: BlockPool, num_tokens: int, num_sequences:
 
 
 def _run(
-    runner: Runner, pool: BlockPool, num_tokens: int, num_sequences: int, num_scored: int, params: SamplingParams
+    runner: StepRunner, pool: BlockPool, num_tokens: int, num_sequences: int, num_scored: int, params: SamplingParams
 ) -> None:
     first = _sequence(num_tokens - num_sequences + 1, params)
     pool.grow(first.block_table, first.num_tokens)

@@ -16,6 +16,8 @@ from swaplora_server.engine.block_keys import block_key, invoked_key, root_key
 from swaplora_server.engine.sampling.constraint import Constraint
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from swaplora_adapters.weights.served import AdapterWeights
 
 
@@ -110,8 +112,8 @@ class Request:
     """Something to generate. On the engine's thread, `emit` receives every event, and `release` is called once.
 
     Where log-probabilities of its prompt are wanted, they are in `scores` before `emit` hears of a token, or of an end
-    that is no error: one of each of its tokens but the first, which nothing foretells. With `wants_hidden`, and
-    max_tokens 0, nothing is generated: what becomes of its prompt's last token is in `hidden` by then.
+    that is no error: one of each of its tokens but the first, which nothing foretells. With max_tokens 0 nothing is
+    generated, and what it `reads` of its prompt's last hidden state, of an encoder's of all of them, is in `hidden`.
     """
 
     request_id: str
@@ -127,8 +129,9 @@ class Request:
     invoked_at: int = 0  # the token of the prompt from which on its adapter applies; the base computes those before
     new_constraint: Callable[[], Constraint] | None = None  # what each of its sequences must keep to
     scores: list[Logprobs] = field(default_factory=list)
-    wants_hidden: bool = False
-    hidden: Vector | None = field(default=None, init=False)  # [hidden_size]
+    reads: "Callable[[Tensor], Tensor] | None" = None  # of hidden states [num_rows, hidden_size]
+    token_types: tuple[int, ...] | None = None  # of each token of an encoder's input, the segment that it is of
+    hidden: Vector | None = field(default=None, init=False)
     num_unfinished: int = field(init=False)
     num_cached_tokens: int | None = field(default=None, init=False)  # of the prompt; None until it is looked up
     begun_at: float | None = field(default=None, init=False)  # on the monotonic clock: when the first sequence did

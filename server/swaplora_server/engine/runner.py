@@ -1,14 +1,15 @@
 """Running one step: decode rows and prefill chunks, packed into one forward, come back as sampled tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import accumulate, repeat
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from swaplora_server.engine.outputs import RecordedOutputs, RowOutputs
-from swaplora_server.engine.pooling.hidden import noting_hidden_states, wanted_vectors
+from swaplora_server.engine.pooling.hidden import noting_hidden_states, read_last
 from swaplora_server.engine.request import Vector
 from swaplora_server.engine.sampling.logprobs import scores
 from swaplora_server.engine.sampling.sampler import Sampler
@@ -16,6 +17,23 @@ from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows
 from swaplora_server.engine.step import Planner, use
 from swaplora_server.kernels.backend import Backend, Graphs, PagedKV, PagedStep, RunningStep, StepInputs, StepRows
 from swaplora_server.kernels.step import Segments, StepForm, StepPlan, Wants
+
+
+class StepRunner(Protocol):
+    """What an engine has its batches run by. Only the engine's thread calls it."""
+
+    @property
+    def num_steps(self) -> Mapping[StepForm, int]:
+        """That `run` was called for; they only grow, any thread may read them."""
+
+    def stepping(self) -> AbstractContextManager[object]:
+        """Around a step, from the decision what is in it to the last of its events."""
+
+    def run(self, batch: Batch) -> list[Sampled]:
+        """What each of `batch.asking` asked for, in that order."""
+
+    def forget_adapters(self) -> None:
+        """Drop what is kept of the last step, so that an idle engine keeps no adapter alive."""
 
 
 class Runner:
@@ -90,7 +108,7 @@ class Runner:
             return self.logits(batch), []
         with noting_hidden_states(self._model) as noted:
             logits = self.logits(batch)
-        return logits, wanted_vectors(noted[-1], batch)
+        return logits, read_last(noted[-1], batch)
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:

@@ -105,10 +105,13 @@ class StepRoom:
 
     num_rows: int
     num_scored: int
+    takes_whole: bool = False  # prompts, or nothing of them
 
     def take(self, sequence: Sequence) -> ScheduledRows | None:
         """The next rows of `sequence` that there is room for, if any. They count when `count` is told."""
         num_rows = min(sequence.num_uncomputed, self.num_rows)
+        if self.takes_whole and num_rows < sequence.num_uncomputed:
+            return None
         if sequence.num_unscored > self.num_scored:
             num_rows = min(num_rows, sequence.num_scored - sequence.num_computed + self.num_scored)
         return rows_of(sequence, sequence.num_computed, sequence.num_computed + num_rows) if num_rows else None
@@ -124,6 +127,7 @@ class Scheduler:
 
     max_step_ranks bounds the sum of the ranks of the distinct adapters that run, unless one request alone is beyond it;
     max_scored_rows the rows of a step that are scored, and so the logits of prompts that are in memory at once.
+    With takes_whole, a prompt is computed in one step or not yet, and max_batch_tokens must hold the longest.
     With appends_forced, tokens that alone may come next are appended without a step, and computed together in the next.
     """
 
@@ -137,6 +141,7 @@ class Scheduler:
         prefix_cache: bool,
         max_scored_rows: int = 256,
         appends_forced: bool = True,
+        takes_whole: bool = False,
     ) -> None:
         self.pool = pool
         self.cache = PrefixCache(pool, is_on=prefix_cache)
@@ -144,6 +149,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_scored_rows = max_scored_rows
         self._appends_forced = appends_forced
+        self._takes_whole = takes_whole
         self._ranks = StepRanks(max_step_ranks)
         self.num_failed = 0  # requests that `fail` ended; only grows, any thread may read it
         self.num_preempted = 0  # sequences that gave their blocks back; the same
@@ -171,7 +177,7 @@ class Scheduler:
     def schedule(self) -> Batch:
         """Choose the next step's rows and give them blocks."""
         self._num_steps += 1
-        room = StepRoom(self._max_batch_tokens, self._max_scored_rows)
+        room = StepRoom(self._max_batch_tokens, self._max_scored_rows, self._takes_whole)
         chosen: list[ScheduledRows] = []
         standing = self._standing()
         for sequence in sorted(self._running, key=lambda sequence: (sequence.num_uncomputed > 1, standing[sequence])):
@@ -451,4 +457,4 @@ def rows_of(sequence: Sequence, start: int, stop: int) -> ScheduledRows:
 def _wanted_of_last(request: Request) -> Wants:
     if request.params.max_tokens:
         return Wants.SAMPLE
-    return Wants.HIDDEN if request.wants_hidden else Wants.NOTHING
+    return Wants.HIDDEN if request.reads is not None else Wants.NOTHING

@@ -15,7 +15,7 @@ from swaplora_adapters.derive.deriver import Deriver
 from swaplora_adapters.derive.process import DerivationProcess
 from swaplora_adapters.fit.base import LinearShape
 from swaplora_adapters.sources.workers import Workers
-from swaplora_server.base.base_model import source_of
+from swaplora_server.base.loading import source_of
 from swaplora_server.config import Settings
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.wakeups import ended, result_of

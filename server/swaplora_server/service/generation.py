@@ -326,6 +326,7 @@ async def generate(service: Service, task: GenerationTask) -> Generation:
     """
     began = time.monotonic()
     service.check_serving()
+    service.check_generating()
     service.admissions.check_number(task.n, task.num_prompts)
     prompts = await task.encode()
     service.check_serving()

@@ -21,10 +21,12 @@ from swaplora_adapters.store.store import Store
 from swaplora_server.access.audit import AuditLog
 from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.access.limits import Meter, Reservation
-from swaplora_server.base.base_model import BaseModel, load_chosen_base
+from swaplora_server.base.base_model import BaseModel
 from swaplora_server.base.decode_graphs import RecordedSteps, record_steps
 from swaplora_server.base.device_memory import graph_bytes, left_for_kv, take_kv_cache
+from swaplora_server.base.encoder.encoder_base import EncoderBase
 from swaplora_server.base.fingerprint import digest_of, programs
+from swaplora_server.base.loading import load_chosen_base
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.config import Settings
 from swaplora_server.engine.engine import Engine
@@ -43,6 +45,7 @@ from swaplora_server.service.ingest import Ingest, TenantIngest
 from swaplora_server.service.metrics.metrics import Metrics
 from swaplora_server.service.metrics.records import ServerState
 from swaplora_server.service.offload import GilTurns, Offload
+from swaplora_server.service.pooling.encoder_engine import encoder_engine, max_input_len
 from swaplora_server.service.prompts import LONG_CHARACTERS, PromptTokenizer
 from swaplora_server.service.tools.dialect import Dialect, dialect_of
 from swaplora_server.service.wakeups import Wakeups, result_of
@@ -171,8 +174,9 @@ class Service:
                 _log.warning("not all pinned adapters fit in memory: this one may leave it", adapter=name)
             self.engine = self._make_engine()
             self.tokenizer = PromptTokenizer(self.base.tokenizer, self.max_model_len, self.offload)
-            self.grammars = self._make_grammars()
-            opened.callback(self.grammars.close, _JOIN_SECONDS)
+            if self.generates:
+                self.grammars = self._make_grammars()
+                opened.callback(self.grammars.close, _JOIN_SECONDS)
             self.fingerprint = self._fingerprint()
             self.engine.start()
             opened.callback(self.engine.stop)
@@ -255,7 +259,7 @@ class Service:
         host_bytes, recorded = self._host_budget(), self._recorded
         return [
             ("base weights", self.base.weight_bytes),
-            ("KV cache, at most", self.kv_cache_bytes),
+            *([("KV cache, at most", self.kv_cache_bytes)] if self.generates else []),
             ("adapters, at most", self.settings.adapter_memory_bytes),
             *([(f"{recorded.num_graphs} recorded steps", recorded.num_bytes)] if recorded else []),
             *([("adapters in the host's memory, at most", host_bytes)] if host_bytes else []),
@@ -344,6 +348,9 @@ class Service:
 
     def _make_engine(self) -> Engine:
         settings, base = self.settings, self.base
+        if isinstance(base, EncoderBase):
+            self.kv_cache_bytes, self.max_model_len = 0, max_input_len(base, settings)
+            return encoder_engine(base, settings, self.max_rows, self.max_model_len)
         block_bytes = base.kv_bytes_per_token * settings.block_size
         self.kv_cache_bytes = self._kv_bytes()
         pool = BlockPool(max(0, self.kv_cache_bytes // block_bytes - 1), settings.block_size)
@@ -370,6 +377,17 @@ class Service:
         if self._records_steps:
             self._recorded = record_steps(base, runner, pool, self.max_rows)
         return engine
+
+    @property
+    def generates(self) -> bool:
+        """Whether the base goes on with what it reads."""
+        return not isinstance(self.base, EncoderBase)
+
+    def check_generating(self) -> None:
+        """Raise RequestError where the base generates nothing."""
+        if not self.generates:
+            message = f"{self.settings.base_id} is an encoder, which generates nothing: ask it for embeddings"
+            raise RequestError("invalid_request", message, "model")
 
     @property
     def max_rows(self) -> int:

@@ -1,15 +1,16 @@
-"""Last hidden states: what a decoder's layers and its last norm leave of a row, before the output head reads it."""
+"""Last hidden states: what a model's layers and its last norm leave of a row, and what requests read of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from swaplora_server.engine.request import Vector
-from swaplora_server.engine.scheduler import Batch
+from swaplora_server.engine.scheduler import Batch, ScheduledRows
 from swaplora_server.kernels.step import Wants
 
 
@@ -32,12 +33,32 @@ def noting_hidden_states(model: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def wanted_vectors(states: Tensor, batch: Batch) -> list[Vector | None]:
-    """The last hidden state of each of the batch's rows that want it, in order; None for one that is not finite.
+def read_last(states: Tensor, batch: Batch) -> list[Vector | None]:
+    """What each request that wants hidden states reads of the last of its rows, in order.
 
-    states: [num_rows, hidden_size].
+    states: [num_rows, hidden_size]. None for what is not finite.
     """
     stops = accumulate(rows.num_rows for rows in batch.rows)
-    last_rows = [stop - 1 for stop, rows in zip(stops, batch.rows, strict=True) if rows.wants is Wants.HIDDEN]
-    vectors: Vector = states[last_rows].float().cpu().numpy()
+    reading = [(rows, states[stop - 1 : stop]) for rows, stop in zip(batch.rows, stops, strict=True) if _wants(rows)]
+    return _read(reading)
+
+
+def read_whole(states: Tensor, batch: Batch) -> list[Vector | None]:
+    """The same of all of its rows, which are its whole input."""
+    parts = torch.split(states, [rows.num_rows for rows in batch.rows])
+    return _read([(rows, part) for rows, part in zip(batch.rows, parts, strict=True) if _wants(rows)])
+
+
+def _wants(rows: ScheduledRows) -> bool:
+    return rows.wants is Wants.HIDDEN
+
+
+def _read(reading: Sequence[tuple[ScheduledRows, Tensor]]) -> list[Vector | None]:
+    """Brought to the host together."""
+    read = [rows.sequence.request.reads(states) for rows, states in reading if rows.sequence.request.reads is not None]
+    if not read:
+        return []
+    numbers: Vector = torch.cat([numbers.float().reshape(-1) for numbers in read]).cpu().numpy()
+    ends = np.cumsum([part.numel() for part in read])[:-1]
+    vectors = [part.reshape(own.shape) for part, own in zip(np.split(numbers, ends), read, strict=True)]
     return [vector if np.isfinite(vector).all() else None for vector in vectors]

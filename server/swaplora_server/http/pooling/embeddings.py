@@ -43,7 +43,7 @@ async def embed(
     _check(body)
     check_dimensions(service, body.dimensions)
     pooled = await until_disconnect(request.receive, pool(service, _task(request, service, body)))
-    write = partial(_written, body, pooled)
+    write = partial(_written, service, body, pooled)
     is_long = sum(map(len, pooled.vectors)) > _LONG_NUMBERS
     content = await asyncio.to_thread(write) if is_long else write()
     return Response(content, headers=adapter_headers(pooled.records), media_type="application/json")
@@ -79,6 +79,7 @@ def _task(request: Request, service: Service, body: EmbeddingBody) -> PoolingTas
         model=body.model,
         encode=encode,
         num_inputs=len(body.inputs),
+        reads=service.base.pooling,
         adapters=terms_of(service, body),
         cache_salt=salt_of(request, body.cache_salt),
         asker=asker_of(request, body.user),
@@ -86,8 +87,9 @@ def _task(request: Request, service: Service, body: EmbeddingBody) -> PoolingTas
     )
 
 
-def _written(body: EmbeddingBody, pooled: Pooled) -> bytes:
-    vectors = embeddings(pooled.vectors, body.dimensions, normalises=body.normalize)
+def _written(service: Service, body: EmbeddingBody, pooled: Pooled) -> bytes:
+    normalises = service.base.pooling.normalises if body.normalize is None else body.normalize
+    vectors = embeddings(pooled.vectors, body.dimensions, normalises=normalises)
     written = _base64 if body.encoding_format == "base64" else _floats
     return to_json(
         {

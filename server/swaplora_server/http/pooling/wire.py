@@ -38,7 +38,7 @@ class EmbeddingBody(PoolingBody):
     input: Prompt
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[Whole, Field(ge=1, le=MAX_INT)] | None = None
-    normalize: bool = True
+    normalize: bool | None = None
 
     @cached_property
     def inputs(self) -> list[str | list[int]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import structlog
+from torch import Tensor
 
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_server.access.limits import NOTHING, Reservation
@@ -29,6 +30,7 @@ class PoolingTask:
     encode: Encode
     num_inputs: int
     adapters: tuple[MixTerm, ...] = ()  # added to the base, which is then the model
+    reads: Callable[[Tensor], Tensor]  # what an input's hidden states are made into
     cache_salt: str | None = None
     asker: Asker = NOBODY
     input_param: Callable[[int], str] = lambda _number: "input"  # of the input of this number
@@ -150,7 +152,7 @@ class _Pooling:
             cache_salt=self._task.cache_salt,
             tenant=self._service.tenant,
             invoked_at=starts[number],
-            wants_hidden=True,
+            reads=self._task.reads,
         )
 
     def _begin_next(self) -> None:

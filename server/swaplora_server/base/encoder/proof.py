@@ -1,0 +1,130 @@
+"""The start-up proof of an encoder: packed inputs of several lengths, base and adapters, as stock transformers has it.
+
+What adapters must come to is computed by hooks around the modules of the base, as for decoders.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from swaplora_server.base.adapter_proof import AdapterMaker, DefinedRows, Definition
+from swaplora_server.base.layers import AdaptableLayers
+from swaplora_server.base.proof import NOISE, TOLERANCE, UnsupportedModelError, deviations, tokens_of, watching
+from swaplora_server.base.upcast import upcast
+from swaplora_server.engine.attention import UnsupportedAttentionError
+from swaplora_server.engine.lora.modules import Wrapped
+from swaplora_server.engine.pooling.encoder_runner import EncoderRunner
+from swaplora_server.engine.request import AdapterUse, Request, SamplingParams
+from swaplora_server.engine.request import Sequence as Tokens
+from swaplora_server.engine.scheduler import Batch, rows_of
+from swaplora_server.kernels.backend import Backend
+
+_LENGTHS = (9, 14, 3)
+_BEYOND = 8  # a window, and tokens that one more input has than that
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedStates:
+    """What is right, each input alone, and how far from it rounding may lead."""
+
+    inputs: Sequence[Sequence[int]]
+    states: Sequence[Tensor]  # float32 [length, hidden_size] of each
+    tolerance: float  # in standard deviations of a row's numbers
+
+
+@torch.inference_mode()
+def expected_states(model: PreTrainedModel, max_positions: int, products: torch.dtype | None) -> ExpectedStates:
+    """Run the proof's inputs through the model as transformers made it.
+
+    `products`: what the linears that stand in will round a float32 model's rows to, if they do.
+    """
+    windows = [vars(module).get("sliding_window") for module in model.modules()]
+    longest = max([window for window in windows if isinstance(window, int)], default=0) + _BEYOND
+    lengths = [min(length, max_positions) for length in (*_LENGTHS, longest)]
+    inputs = [tokens_of(index, length, model) for index, length in enumerate(lengths)]
+    stock = _stock_states(model, inputs)
+    if model.dtype != torch.float32:
+        with upcast(model):
+            exact = _stock_states(model, inputs)
+        return ExpectedStates(inputs, exact, _tolerance(stock, exact))
+    if products is None:
+        return ExpectedStates(inputs, stock, TOLERANCE)
+    with torch.autocast("cpu", dtype=products):
+        rounded = _stock_states(model, inputs)
+    return ExpectedStates(inputs, stock, _tolerance(rounded, stock))
+
+
+def _stock_states(model: PreTrainedModel, inputs: Iterable[Sequence[int]]) -> list[Tensor]:
+    tensors = [torch.tensor([tokens], device=model.device) for tokens in inputs]
+    return [model(tokens).last_hidden_state[0].float() for tokens in tensors]
+
+
+def _tolerance(rounded: list[Tensor], exact: list[Tensor]) -> float:
+    return max(TOLERANCE, NOISE * float(deviations(torch.cat(rounded), torch.cat(exact)).max()))
+
+
+class InputTrial:
+    """The proof's inputs in a runner of their own, all in one step."""
+
+    def __init__(self, model: PreTrainedModel, backend: Backend, max_positions: int, expected: ExpectedStates) -> None:
+        self._model = model
+        self._backend = backend
+        self._runner = EncoderRunner(model, backend, max_positions, model.device)
+        self._expected = expected
+
+    def prove(self, wrapped: Mapping[str, Wrapped]) -> frozenset[str]:
+        """The paths of modules that see one row per token. Raises UnsupportedModelError where the states are off."""
+        with watching(wrapped) as seen:
+            states = self._states([()] * len(self._expected.inputs))
+        self._compare(states, self._expected.states, "when inputs are packed")
+        return frozenset(path for path in seen if seen[path] == [len(states)])
+
+    @torch.inference_mode()
+    def prove_adapters(self, wrapped: Mapping[str, Wrapped], layers: AdaptableLayers) -> None:
+        """Raises UnsupportedModelError where the model does not add what adapters are."""
+        maker = AdapterMaker(self._model, layers)
+        plain, other, scaled, replacing = maker.plain(), maker.plain(), maker.scaled(), maker.replacing(wrapped)
+        terms = [[(scaled, 1.0)], [(plain, 0.5), (other, -1.0)], [(replacing, 1.0)], [(other, 1.0)]]
+        paths = tuple(wrapped)
+        uses = [
+            tuple(
+                AdapterUse(replace(weights, tables=self._backend.tables(weights, paths)), scale, weights.digest)
+                for weights, scale in own
+            )
+            for own in terms
+        ]
+        stop, rows = 0, []
+        for tokens, own in zip(self._expected.inputs, terms, strict=True):
+            rows.append(DefinedRows(stop, stop + len(tokens), own))
+            stop += len(tokens)
+        with ExitStack() as hooks:
+            for module in wrapped.values():
+                hooks.callback(module.register_forward_hook(Definition(rows)).remove)
+            defined = self._states([()] * len(terms))
+        lengths = [len(tokens) for tokens in self._expected.inputs]
+        self._compare(self._states(uses), torch.split(defined, lengths), "with adapters")
+
+    def _states(self, uses: Sequence[tuple[AdapterUse, ...]]) -> Tensor:
+        """[num_rows, hidden_size]"""
+        scheduled = []
+        for number, (tokens, own) in enumerate(zip(self._expected.inputs, uses, strict=True)):
+            request = Request("proof", tuple(tokens), SamplingParams(0), lambda _event: None, own)
+            sequence = Tokens(request, number)
+            sequence.block_table = [1]
+            scheduled.append(rows_of(sequence, 0, len(tokens)))
+        try:
+            return self._runner.states(Batch(tuple(scheduled))).float()
+        except (TypeError, AttributeError, RuntimeError, IndexError, UnsupportedAttentionError) as error:
+            raise UnsupportedModelError(f"{self._model.config.model_type} does not run packed: {error}") from error
+
+    def _compare(self, states: Tensor, right: Sequence[Tensor], case: str) -> None:
+        deviation = float(deviations(states, torch.cat(list(right))).max())
+        if not deviation <= self._expected.tolerance:
+            raise UnsupportedModelError(
+                f"{self._model.config.model_type} computes something else {case}: "
+                f"its states are off by {deviation:.2g} standard deviations"
+            )

@@ -1,0 +1,117 @@
+"""Running one step of an encoder: whole inputs, packed without padding, each of which attends to itself alone."""
+
+import inspect
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+
+from swaplora_server.engine.pooling.hidden import read_whole
+from swaplora_server.engine.scheduler import Batch, Sampled
+from swaplora_server.engine.step import Planner, use
+from swaplora_server.kernels.backend import Backend, LayerAttention, RunningStep, StepRows
+from swaplora_server.kernels.step import Ints, Runs, StepForm, StepPlan
+
+
+class EncoderRunner:
+    """Turns batches of whole inputs into forwards of one encoder. Only the engine's thread calls it."""
+
+    def __init__(self, model: PreTrainedModel, backend: Backend, max_positions: int, device: torch.device) -> None:
+        """`max_positions` is the length of the longest input."""
+        self._model = model
+        self._backend = backend
+        self._device = device
+        self._planner = Planner(max_positions)
+        self._padding_id = padding_id_of(model)
+        self._has_types = "token_type_ids" in inspect.signature(model.forward).parameters
+        self.num_steps = dict.fromkeys(StepForm, 0)  # see `Runner`
+
+    def stepping(self) -> AbstractContextManager[object]:
+        """See `Runner.stepping`."""
+        return self._backend.stepping()
+
+    def run(self, batch: Batch) -> list[Sampled]:
+        """One forward over all of `batch`, then what each of its requests reads of its input, in that order."""
+        self.num_steps[StepForm.PLAIN] += 1
+        return [Sampled(None, hidden=vector) for vector in read_whole(self.states(batch), batch)]
+
+    @torch.inference_mode()
+    def states(self, batch: Batch) -> Tensor:
+        """[num_rows, hidden_size]: the last hidden state of each token."""
+        plan = self._planner.plan(batch.rows)
+        rows = StepRows(plan.tokens, self._backend.lora(plan.tokens.adding) if len(plan.tokens.adding) else None)
+        step = RunningStep(plan, rows, rows, WholeInputs(plan.runs))
+        inputs = {"input_ids": plan.token_ids, "position_ids": self._positions(plan)}
+        if self._has_types:
+            inputs["token_type_ids"] = _types(batch, plan)
+        with use(step):
+            output = self._model(**{name: self._tensor(ids)[None] for name, ids in inputs.items()})
+        states: Tensor = output.last_hidden_state[0]
+        return states
+
+    def forget_adapters(self) -> None:
+        """Drop what is kept of the last step, so that an idle engine keeps no adapter alive."""
+        self._planner.forget_adapters()
+
+    def _positions(self, plan: StepPlan) -> Ints:
+        """RoBERTa and those of its kind count from behind the padding's id, and count no padding."""
+        if self._padding_id is None:
+            return plan.runs.positions
+        counts = plan.token_ids != self._padding_id
+        counted = np.cumsum(counts)
+        starts = plan.runs.starts
+        before = np.repeat(counted[starts] - counts[starts], plan.runs.stops - starts)
+        positions: Ints = self._padding_id + (counted - before) * counts
+        return positions
+
+    def _tensor(self, ids: Ints) -> Tensor:
+        return torch.from_numpy(ids).to(self._device, non_blocking=True)
+
+
+def padding_id_of(model: PreTrainedModel) -> int | None:
+    """The id from behind which the model counts positions, if it does."""
+    embeddings: Any = getattr(model, "embeddings", None)
+    makes_own = hasattr(embeddings, "create_position_ids_from_input_ids")
+    return int(embeddings.padding_idx) if makes_own else None
+
+
+def _types(batch: Batch, plan: StepPlan) -> Ints:
+    """The segment that each token is of: 0, unless its request says otherwise."""
+    types = np.zeros(plan.runs.num_rows, np.int64)
+    for rows, start, stop in zip(batch.rows, plan.runs.starts, plan.runs.stops, strict=True):
+        if rows.sequence.request.token_types is not None:
+            types[start:stop] = rows.sequence.request.token_types
+    return types
+
+
+class WholeInputs:
+    """A step of inputs that keep no keys and values: every row attends to all rows of its own input.
+
+    Each input attends by itself, so its numbers do not depend on what lies beside it.
+    """
+
+    def __init__(self, runs: Runs) -> None:
+        self._bounds = list(zip(runs.starts.tolist(), runs.stops.tolist(), strict=True))
+        self._masks: dict[tuple[int, int], Tensor] = {}
+
+    def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `PagedStep`, but for what a row sees: with a window, those fewer rows away on either side."""
+        out = query.new_empty(*query.shape[:2], value.shape[-1])
+        for start, stop in self._bounds:
+            q, k, v = (part[start:stop].transpose(0, 1)[None] for part in (query, key, value))
+            mask = self._mask(stop - start, layer.window, query.device)
+            attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scaling)
+            out[start:stop] = attended[0].transpose(0, 1)
+        return out
+
+    def _mask(self, length: int, window: int | None, device: torch.device) -> Tensor | None:
+        if window is None or length <= window:
+            return None
+        if (length, window) not in self._masks:
+            positions = torch.arange(length, device=device)
+            self._masks[length, window] = (positions[:, None] - positions).abs() < window
+        return self._masks[length, window]
