@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check isolation soak bench bench-life clients tables gpu-check demo-adapters clean
+.PHONY: help serve test check isolation fuzz soak bench bench-life clients tables gpu-check demo-adapters clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -36,6 +36,9 @@ check: $(VENV)/.dev ## lint, format check, types, who imports whom, Dockerfile, 
 
 isolation: $(VENV)/.dev ## the proof that no request is answered with another's weights
 	$(TOOL) tools/isolation.py $(ARGS)
+
+fuzz: $(VENV)/.dev ## what the API makes of requests of every shape (ARGS="--cases 50000 --seed 1" for many, about an hour)
+	$(TOOL) tools/fuzz_api.py $(ARGS)
 
 soak: $(VENV)/.dev ## the long forms of the tests that have one (an hour or more on two cores)
 	SWAPLORA_SOAK=1 $(BIN)/python -m pytest -s $(SOAK_TESTS) $(ARGS)

@@ -7,19 +7,12 @@ from typing import Any
 
 import httpx
 import pytest
-import schemathesis
-from hypothesis import HealthCheck, given
-from hypothesis import settings as examples
-from hypothesis import strategies as st
-from schemathesis import APIOperation, Case, GenerationMode
-from schemathesis.checks import not_a_server_error
-from schemathesis.core.result import Ok
 
+from fuzz_api import ALIAS, KEY, STORED, Fuzzer, fuzzed
 from serving import BASE, Running, serving, settings
 from swaplora_server.http.pages.routes_page import page_of
 
-STORED = "tuned"
-ALIAS = "prod"
+NUM_CASES, NUM_EDGES = 2000, 80  # of the cases at most so many edges an operation
 # what the fields beside the one under test are, as JSON, so that it is that one which is looked at
 SOUND = {
     "model": f'"{STORED}"',
@@ -94,7 +87,7 @@ def json_schemas(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str,
 
 def test_every_reference_leads_somewhere_in_the_document(document: dict[str, Any]) -> None:
     references = [node["$ref"] for node in nodes(document) if "$ref" in node]
-    assert references
+    assert document["paths"]
     for reference in references:
         root, *keys = reference.split("/")
         assert root == "#"
@@ -145,34 +138,37 @@ def test_the_page_is_behind_the_key_and_below_the_proxys_path(base: Path, tmp_pa
         assert 'href="/models/openapi.json"' in page.text
 
 
-@pytest.mark.parametrize("mode", GenerationMode)
-def test_what_the_document_gives_rise_to_is_answered(
-    server: Running, adapters: list[Path], document: dict[str, Any], mode: GenerationMode
+def test_every_answer_is_as_the_document_says_whatever_is_asked(
+    base: Path, adapters: list[Path], tmp_path: Path
 ) -> None:
-    api = schemathesis.openapi.from_dict(document)
-    operations = [found.ok() for found in api.get_all_operations() if isinstance(found, Ok)]
-    assert len(operations) == sum(map(len, document["paths"].values()))
-    for operation in operations:
-        store(server, adapters[4])
-        can_be_wrong = operation.query or operation.body  # any text is a path's parameter
-        if mode is GenerationMode.POSITIVE or can_be_wrong:
-            send_examples(server, operation, mode)
+    """`make fuzz` asks more."""
+    with serving(fuzzed(base, tmp_path)) as locked:
+        fuzzer = Fuzzer(locked, adapters[4])
+        paths = locked.client.get("/openapi.json").json()["paths"]
+        assert len(fuzzer.operations) == sum(map(len, paths.values()))
+        fuzzer.cover(NUM_EDGES)
+        fuzzer.draw(NUM_CASES, seed=0)
+        assert fuzzer.findings.num_cases == NUM_CASES
+        assert not fuzzer.findings.wrong, str(fuzzer.findings)
+        assert {200, 400, 404, 405} <= set(fuzzer.findings.statuses)
 
 
-def send_examples(server: Running, operation: APIOperation[Any, Any, Any, Any], mode: GenerationMode) -> None:
-    """Half of the cases name what is there, and so come further than a 404."""
+def test_the_document_asks_for_a_key_where_one_is_needed(base: Path, tmp_path: Path, document: dict[str, Any]) -> None:
+    assert not [node for node in nodes(document) if "security" in node or "securitySchemes" in node]
+    with serving(fuzzed(base, tmp_path)) as locked:
+        found = locked.client.get("/openapi.json", headers={"Authorization": f"Bearer {KEY}"}).json()
+        assert {*found["components"]["securitySchemes"]} == {"key", "x-api-key"}
+        for path, operations in found["paths"].items():
+            for method, operation in operations.items():
+                answer = locked.client.request(method, path.format(name=STORED, model=STORED, alias=ALIAS))
+                assert (answer.status_code == 401) == bool(operation["security"]), (method, path)
 
-    @given(case=operation.as_strategy(mode), names_what_is_there=st.booleans())
-    @examples(max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-    def send(case: Case[Any], names_what_is_there: bool) -> None:
-        if names_what_is_there:
-            case.path_parameters = {key: ALIAS if key == "alias" else STORED for key in case.path_parameters or {}}
-            if isinstance(case.body, dict) and "model" in case.body:
-                case.body["model"] = STORED
-        (case.query or {}).pop("intruders", None)  # each count starts a process; test_inspection does
-        case.call_and_validate(base_url=server.url, checks=[not_a_server_error])
 
-    send()
+def test_a_method_that_is_not_served_is_told_all_that_are(server: Running, document: dict[str, Any]) -> None:
+    for path, operations in document["paths"].items():
+        answer = server.client.request("TRACE", path.format(name=STORED, model=STORED, alias=ALIAS))
+        assert answer.status_code == 405
+        assert answer.headers["Allow"] == ", ".join(sorted(method.upper() for method in operations)), path
 
 
 def test_no_value_in_any_field_of_any_body_makes_the_server_fail(

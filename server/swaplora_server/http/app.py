@@ -1,15 +1,19 @@
 """The application: its routes, who may use which, and how errors are answered."""
 
+from collections import defaultdict
+from collections.abc import Callable, Collection
 from typing import Any
 
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from swaplora_adapters.errors import AdapterError
 from swaplora_server.access.caller import KeyScope
-from swaplora_server.http.auth import authorise, check_declared, needs
+from swaplora_server.http.auth import authorise, check_declared, is_public, needs
+from swaplora_server.http.described import REFUSED, with_keys
 from swaplora_server.http.errors import on_client_gone, on_defect, on_http_error, on_invalid_parameter, on_request_error
 from swaplora_server.http.foreign import lora_adapters
 from swaplora_server.http.pages import routes_page
@@ -61,9 +65,12 @@ def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
         exception_handlers=_HANDLERS,
         openapi_url=None,
         redirect_slashes=False,
+        responses=REFUSED,
         servers=[{"url": root_path}] if root_path else None,
     )
     app.state.service = service
+    public: set[str] = set()
+    methods: defaultdict[str, set[str]] = defaultdict(set)
     for module in (
         health,
         models,
@@ -85,10 +92,26 @@ def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
     ):
         check_declared(module.router.routes)
         app.include_router(module.router)
+        for route in module.router.routes:
+            assert isinstance(route, APIRoute)
+            methods[route.path] |= set(route.methods or ())
+            if is_public(route):
+                public.add(route.path)
+    app.state.methods = methods
+    app.openapi = _described(app, service, public)  # type: ignore[method-assign]  # FastAPI's own way to change it
     app.get("/openapi.json", include_in_schema=False)(_openapi)
     accounted = AccountedBodies(app, bodies)
     counted = metrics.CountedRequests(guard_browsers(accounted, service.settings), service.metrics)
     return RequestIdMiddleware(RequestLine(counted, root_path))  # outermost, so that it sees every failure
+
+
+def _described(app: FastAPI, service: Service, public: Collection[str]) -> Callable[[], dict[str, Any]]:
+    document = app.openapi
+
+    def described() -> dict[str, Any]:
+        return document() if service.keys.is_open else with_keys(document(), public)
+
+    return described
 
 
 @needs(*KeyScope)

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, TypeVar
 
 from fastapi import Request
+from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute
 
 from swaplora_server.access.caller import Caller, KeyScope
@@ -38,6 +39,11 @@ def check_declared(routes: Iterable[BaseRoute]) -> None:
     for route in routes:
         if getattr(route, "endpoint", None) not in _needed:
             raise RuntimeError(f"{route} does not say whom it is for: put @needs(KeyScope.…) above it")
+
+
+def is_public(route: APIRoute) -> bool:
+    """Whether it needs no key."""
+    return _needed[route.endpoint] is None
 
 
 async def authorise(request: Request) -> AsyncIterator[None]:

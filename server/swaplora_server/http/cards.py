@@ -5,7 +5,10 @@ from typing import Any
 
 from swaplora_adapters.registry.card import Card
 from swaplora_adapters.store.records import Alias
+from swaplora_server.http.described import NUMBER, OBJECTS, TEXT, object_of
 from swaplora_server.service.service import Service
+
+CARD = object_of(object=TEXT, name=TEXT, version=NUMBER, digest=TEXT, base=TEXT, state=TEXT, versions=OBJECTS)
 
 
 def card_body(service: Service, card: Card) -> dict[str, Any]:

@@ -127,6 +127,8 @@ async def on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     code = _HTTP_CODES.get(error.status_code, "invalid_request")
     headers = dict(error.headers or {})
+    if error.status_code == 405 and (methods := request.app.state.methods.get(request.scope["route"].path)):
+        headers["Allow"] = ", ".join(sorted(methods))  # of all routes at the path: the framework names one route's
     return JSONResponse(error_body(code, _words(request, error, headers)), error.status_code, headers=headers)
 
 

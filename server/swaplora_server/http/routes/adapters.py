@@ -13,8 +13,9 @@ from swaplora_adapters.registry.card import PutResult
 from swaplora_adapters.store.conditions import Conditions
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
-from swaplora_server.http.cards import card_body
+from swaplora_server.http.cards import CARD, card_body
 from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
+from swaplora_server.http.described import TEXT, answers, object_of
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.transport.body import body_schema, is_json, json_body, read_json
 from swaplora_server.http.transport.models import ClosedModel
@@ -55,7 +56,7 @@ def _put_schema() -> dict[str, Any]:
     return schema
 
 
-@router.put("/v1/adapters/{name}", openapi_extra=_put_schema())
+@router.put("/v1/adapters/{name}", openapi_extra=_put_schema(), responses=answers(CARD, 200, 201))
 @needs(KeyScope.WRITE)
 async def put_adapter(
     request: Request,
@@ -156,7 +157,7 @@ async def warm_adapter(request: Request, service: Serving, name: str) -> dict[st
     return card_body(service, service.registry.card(warmed.name))
 
 
-@router.delete("/v1/adapters/{name}")
+@router.delete("/v1/adapters/{name}", responses=answers(object_of(object=TEXT, name=TEXT, state=TEXT), 200, 202))
 @needs(KeyScope.WRITE)
 async def delete_adapter(
     service: Serving,

@@ -12,6 +12,7 @@ from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.http.answers import AnswerFormat, Choice, answer, check_prompt_logprobs
 from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
+from swaplora_server.http.described import GENERATED
 from swaplora_server.http.logprobs import chat_logprobs
 from swaplora_server.http.refusals import CHAT, refuse_unsupported
 from swaplora_server.http.sse import until_disconnect
@@ -28,7 +29,7 @@ from swaplora_server.service.service import Service
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody))
+@router.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody), responses=GENERATED)
 @needs(KeyScope.GENERATE)
 async def chat(request: Request, service: Serving, body: Annotated[ChatBody, Depends(json_body(ChatBody))]) -> Response:
     """Answer the conversation."""

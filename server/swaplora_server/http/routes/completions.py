@@ -12,6 +12,7 @@ from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.http.answers import AnswerFormat, Choice, answer, check_prompt_logprobs
 from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
+from swaplora_server.http.described import GENERATED
 from swaplora_server.http.logprobs import LegacyLogprobs
 from swaplora_server.http.refusals import COMPLETION, refuse_unsupported
 from swaplora_server.http.sse import until_disconnect
@@ -26,7 +27,7 @@ from swaplora_server.service.service import Service
 router = APIRouter()
 
 
-@router.post("/v1/completions", openapi_extra=body_schema(CompletionBody))
+@router.post("/v1/completions", openapi_extra=body_schema(CompletionBody), responses=GENERATED)
 @needs(KeyScope.GENERATE)
 async def complete(
     request: Request, service: Serving, body: Annotated[CompletionBody, Depends(json_body(CompletionBody))]

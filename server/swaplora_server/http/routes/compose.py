@@ -15,8 +15,9 @@ from swaplora_adapters.derive.recipe import OPTIONAL, REQUIRED, Method, Recipe
 from swaplora_adapters.registry.card import PutResult
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
-from swaplora_server.http.cards import card_body
+from swaplora_server.http.cards import CARD, card_body
 from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
+from swaplora_server.http.described import answers
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.transport.body import body_schema, json_body
 from swaplora_server.http.transport.models import ClosedModel
@@ -53,7 +54,7 @@ class MergedBody(ClosedModel):
     materialise: bool = False
 
 
-@router.post("/v1/merged", openapi_extra=body_schema(MergedBody))
+@router.post("/v1/merged", openapi_extra=body_schema(MergedBody), responses=answers(CARD, 200, 201))
 @needs(KeyScope.WRITE)
 async def compose_adapter(
     request: Request, service: Serving, body: Annotated[MergedBody, Depends(json_body(MergedBody))]

@@ -22,6 +22,7 @@ from swaplora_adapters.store.records import Target
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
+from swaplora_server.http.described import ERROR, NUMBER, TEXT, object_of, refused_as
 from swaplora_server.http.errors import RETRY_HEADERS, errors_told_by
 from swaplora_server.http.refusals import refuse_unsupported
 from swaplora_server.http.sse import until_disconnect
@@ -43,7 +44,9 @@ def _both_ways(answer: JSONResponse) -> JSONResponse:
     return JSONResponse(flat | {"error": error}, status, headers=retry)
 
 
-router = APIRouter(route_class=errors_told_by(_both_ways))
+_BOTH_WAYS = object_of(message=TEXT, type=TEXT, code=NUMBER, error=object_of(message=TEXT, type=TEXT))
+_REFUSED = refused_as({"anyOf": [_BOTH_WAYS, ERROR]})  # a name with a line break leads to no route
+router = APIRouter(route_class=errors_told_by(_both_ways), responses=_REFUSED, default_response_class=PlainTextResponse)
 
 
 class LoadBody(WireModel):

@@ -8,12 +8,13 @@ from starlette.responses import JSONResponse, Response
 
 from swaplora_server.http.auth import public
 from swaplora_server.http.dependencies import Serving
+from swaplora_server.http.described import TEXT, answers, object_of
 
 router = APIRouter()
 _VERSION = version("swaplora")
 
 
-@router.get("/health")
+@router.get("/health", responses=answers(object_of(status=TEXT), 200, 503))
 @public
 async def health(service: Serving) -> JSONResponse:
     """200 while the engine's heart beats, or while the server starts; 503 once it does not."""
@@ -22,14 +23,14 @@ async def health(service: Serving) -> JSONResponse:
     )
 
 
-@router.get("/health/ready")
+@router.get("/health/ready", responses=answers(object_of(ready={"type": "boolean"}), 200, 503))
 @public
 async def ready(service: Serving) -> JSONResponse:
     """200 while new requests are taken; 503 while starting or shutting down."""
     return JSONResponse({"ready": service.is_ready}, _status(service.is_ready))
 
 
-@router.get("/ping")
+@router.get("/ping", response_class=Response, responses={503: {}})
 @public
 async def ping(service: Serving) -> Response:
     """SageMaker's question whether to send requests: 200 or 503, as for readiness."""

@@ -9,6 +9,7 @@ from starlette.responses import Response
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
+from swaplora_server.http.described import GENERATED
 from swaplora_server.http.foreign.fields import MAX_MODEL_CHARACTERS
 from swaplora_server.http.routes.chat import answer_chat
 from swaplora_server.http.routes.completions import answer_completion
@@ -44,7 +45,7 @@ class InvocationBody(
     has_content = True
 
 
-@router.post("/invocations", openapi_extra=body_schema(InvocationBody))
+@router.post("/invocations", openapi_extra=body_schema(InvocationBody), responses=GENERATED)
 @needs(KeyScope.GENERATE)
 async def invoke(
     request: Request, service: Serving, body: Annotated[InvocationBody, Depends(json_body(InvocationBody))]

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
+from swaplora_server.http.described import OBJECT, OBJECTS, TEXT, object_of, refused_as, streamed
 from swaplora_server.http.dialogue.answers import answer_dialogue, check_one_answer, prompt_of
 from swaplora_server.http.dialogue.message_told import MessageTeller, anthropic_error
 from swaplora_server.http.dialogue.message_wire import CountBody, MessagesBody
@@ -30,10 +31,12 @@ def _as_anthropic(refused: JSONResponse) -> JSONResponse:
     return JSONResponse(anthropic_error(refused.status_code, message), refused.status_code, headers=kept)
 
 
-router = APIRouter(route_class=errors_told_by(_as_anthropic))
+_REFUSED = refused_as(object_of(type={"const": "error"}, error=object_of(type=TEXT, message=TEXT)))
+_MESSAGE = object_of(id=TEXT, type=TEXT, role=TEXT, model=TEXT, content=OBJECTS, usage=OBJECT)
+router = APIRouter(route_class=errors_told_by(_as_anthropic), responses=_REFUSED)
 
 
-@router.post("/v1/messages", openapi_extra=body_schema(MessagesBody))
+@router.post("/v1/messages", openapi_extra=body_schema(MessagesBody), responses=streamed(_MESSAGE))
 @needs(KeyScope.GENERATE)
 async def create_message(
     request: Request, service: Serving, body: Annotated[MessagesBody, Depends(json_body(MessagesBody))]

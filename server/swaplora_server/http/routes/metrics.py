@@ -4,18 +4,23 @@ import asyncio
 
 from fastapi import APIRouter, Depends, Request
 from prometheus_client.exposition import choose_encoder
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import COUNT_OUT, needs
 from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
+from swaplora_server.http.described import TEXT
 from swaplora_server.service.metrics.metrics import Metrics
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 
 
-@router.get("/metrics")
+@router.get(
+    "/metrics",
+    response_class=PlainTextResponse,
+    responses={200: {"content": {"application/openmetrics-text": {"schema": TEXT}}}},
+)
 @needs(KeyScope.ADMIN)
 async def metrics(request: Request, service: Serving) -> Response:
     """Prometheus's text format, or OpenMetrics' where that is accepted. Answers while the server starts, too."""

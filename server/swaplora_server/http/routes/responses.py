@@ -8,6 +8,7 @@ from starlette.responses import Response
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
+from swaplora_server.http.described import NUMBER, OBJECTS, TEXT, object_of, streamed
 from swaplora_server.http.dialogue.answers import answer_dialogue, check_one_answer, prompt_of
 from swaplora_server.http.dialogue.response_told import ResponseTeller
 from swaplora_server.http.dialogue.response_wire import ResponseBody
@@ -15,9 +16,10 @@ from swaplora_server.http.refusals import RESPONSE, refuse_unsupported
 from swaplora_server.http.transport.body import body_schema, json_body
 
 router = APIRouter()
+_RESPONSE = object_of(id=TEXT, object=TEXT, created_at=NUMBER, model=TEXT, status=TEXT, output=OBJECTS)
 
 
-@router.post("/v1/responses", openapi_extra=body_schema(ResponseBody))
+@router.post("/v1/responses", openapi_extra=body_schema(ResponseBody), responses=streamed(_RESPONSE))
 @needs(KeyScope.GENERATE)
 async def respond(
     request: Request, service: Serving, body: Annotated[ResponseBody, Depends(json_body(ResponseBody))]

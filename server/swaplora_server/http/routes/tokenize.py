@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
+from swaplora_server.http.described import NUMBER, TEXT, answers, object_of
 from swaplora_server.http.foreign.fields import MAX_MODEL_CHARACTERS
 from swaplora_server.http.refusals import ANYWHERE, CHAT, refuse_unsupported
 from swaplora_server.http.routes.chat import check_messages, prompt_of
@@ -23,6 +24,7 @@ from swaplora_server.service.generation import check_ids
 from swaplora_server.service.service import Service
 
 router = APIRouter()
+_TOKENS = object_of(count=NUMBER, max_model_len=NUMBER, tokens={"type": "array", "items": NUMBER})
 _CHAT, _TEXT = f"{BRANCH}chat", f"{BRANCH}text"
 
 
@@ -74,7 +76,7 @@ class DetokenizeBody(WireModel):
     tokens: Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 
 
-@router.post("/tokenize", openapi_extra=body_schema(TokenizeBody))
+@router.post("/tokenize", openapi_extra=body_schema(TokenizeBody), responses=answers(_TOKENS, 200))
 @needs(KeyScope.GENERATE)
 async def tokenize(
     request: Request, service: Serving, body: Annotated[TokenizeBody, Depends(json_body(TokenizeBody))]
@@ -110,7 +112,7 @@ async def _encoded(service: Service, asked: TextBody | ConversationBody) -> Sequ
     return await service.tokenizer.encode_all([asked.prompt], lambda _number: "prompt", add_special_tokens=has_special)
 
 
-@router.post("/detokenize", openapi_extra=body_schema(DetokenizeBody))
+@router.post("/detokenize", openapi_extra=body_schema(DetokenizeBody), responses=answers(object_of(prompt=TEXT), 200))
 @needs(KeyScope.GENERATE)
 async def detokenize(
     request: Request, service: Serving, body: Annotated[DetokenizeBody, Depends(json_body(DetokenizeBody))]
