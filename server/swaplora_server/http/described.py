@@ -29,7 +29,7 @@ def answers(schema: Schema, *statuses: int) -> Responses:
 def streamed(schema: Schema) -> Responses:
     """JSON, or a stream of events where that is asked for."""
     described = answers(schema, 200)
-    described[200]["content"]["text/event-stream"] = {"schema": TEXT}
+    described[200]["content"]["text/event-stream"] = {"itemSchema": object_of(data=TEXT)}  # as FastAPI has it
     return described
 
 
