@@ -79,6 +79,16 @@ class SourceFailedError(AdapterError):
     code = "source_failed"
 
 
+class StoppingError(AdapterError):
+    """Everything here ends; what was asked for may be had elsewhere, or when this is back."""
+
+    code = "draining"
+
+    def __init__(self, step: object = None) -> None:
+        """`step` is what it came upon, if the reader would want to know."""
+        super().__init__("the server is stopping" if step is None else f"{step}: the server is stopping")
+
+
 class OverloadedError(AdapterError):
     """More is asked for at once than is good; trying again in a moment helps."""
 

@@ -202,6 +202,9 @@ class Settings(BaseSettings):
     max_step_ranks: int = Field(
         4096, ge=1, le=2**30, description="Most ranks of distinct adapters in one step (default 4096: 64 of rank 64)"
     )
+    max_step_seconds: float = Field(
+        300, gt=0, le=86_400, description="Longest step; the engine is stuck then, and all that runs ends with an error"
+    )
     kv_cache_bytes: SizeOrAuto = Field(
         None, description="Memory for the KV cache (default: 1GiB, and on a GPU what is left of it)"
     )

@@ -3,11 +3,13 @@
 import asyncio
 import gc
 import logging
+import os
 import resource
 import socket
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from types import FrameType
 
 import structlog
@@ -31,7 +33,8 @@ from swaplora_server.log_lines import LineFormatter, indented_traceback, show_va
 from swaplora_server.service.offload import in_own_thread
 from swaplora_server.service.service import Service
 
-# beyond the time that running requests get, for their last bytes to go out
+# beyond the time that running requests get, for what they are told at its end, and for the last bytes to go out
+_LAST_ANSWERS_SECONDS = 1
 _LAST_BYTES_SECONDS = 5
 
 
@@ -48,7 +51,17 @@ def run(settings: Settings) -> None:
     except (KeyFileError, AuditLogError) as error:
         raise StartError(str(error)) from error
     with _listen(settings) as listener, asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
-        runner.run(_serve(service, listener))
+        has_ended = runner.run(_serve(service, listener))
+    if not has_ended:
+        _leave()
+
+
+def _leave() -> None:
+    """End the process under a thread that is still at work: the interpreter's own end could crash within a library."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _allow_files(settings: Settings) -> None:
@@ -64,13 +77,18 @@ def _allow_files(settings: Settings) -> None:
         )
 
 
-async def _serve(service: Service, listener: socket.socket) -> None:
+async def _serve(service: Service, listener: socket.socket) -> bool:
+    """Whether all has ended with it: not so a start that takes longer than was waited for, or a step that hangs."""
     began = time.monotonic()
     server = _Server(service)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         with Progress() as progress:
-            await asyncio.to_thread(service.start, progress.step)
+            starting = asyncio.create_task(in_own_thread(partial(service.start, progress.step)))
+            await asyncio.wait({starting, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():  # told to stop before it was done: nothing is lost with it
+            return False
+        starting.result()
         gc.freeze()  # the collector need not go through what stays for good: a step would wait for it
     except (UnsupportedModelError, EmbeddedBaseError, AdapterError, StoreError, OSError, ValueError) as error:
         raise StartError(str(error)) from error
@@ -82,15 +100,17 @@ async def _serve(service: Service, listener: socket.socket) -> None:
         server.should_exit = True
         await serving
         await in_own_thread(service.stop)
+    return service.has_ended
 
 
 class _Server(uvicorn.Server):
     """uvicorn's server, which on a first signal lets requests end and on a second does not."""
 
     def __init__(self, service: Service) -> None:
-        drain_seconds = service.settings.drain_seconds
+        grace_seconds = int(service.settings.drain_seconds) + _LAST_BYTES_SECONDS + 1
         app = create_app(service, BodyMemory(service.settings.body_memory_bytes))
-        super().__init__(HttpConfig(app, service.settings, grace_seconds=int(drain_seconds) + _LAST_BYTES_SECONDS))
+        self._http = HttpConfig(app, service.settings, grace_seconds)
+        super().__init__(self._http)
         self._service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -105,8 +125,12 @@ class _Server(uvicorn.Server):
         deadline.cancel()
 
     async def _end_in_time(self) -> None:
+        """Tell all whose request runs or waits, and then those whose request is not here yet."""
         await asyncio.sleep(self._service.settings.drain_seconds)
-        await in_own_thread(self._service.stop)
+        stopping = asyncio.create_task(in_own_thread(self._service.stop))
+        await asyncio.sleep(_LAST_ANSWERS_SECONDS)
+        self._http.connections.refuse_unanswered()
+        await stopping
 
 
 def configure_logging(settings: Settings) -> None:

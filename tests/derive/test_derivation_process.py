@@ -21,7 +21,7 @@ from serving import Running
 from swaplora_adapters.cancellation import Cancellation, WorkCancelledError
 from swaplora_adapters.derive import process
 from swaplora_adapters.derive.process import DerivationProcess
-from swaplora_adapters.errors import AdapterTooLargeError, DerivationFailedError, InvalidAdapterError
+from swaplora_adapters.errors import AdapterTooLargeError, DerivationFailedError, InvalidAdapterError, StoppingError
 from swaplora_adapters.sources.workers import Workers
 from test_faults import check_refused, leave_free, small_disk, why_no_mount
 
@@ -77,7 +77,7 @@ def test_a_stop_ends_the_job_that_runs_and_begins_no_other(tmp_path: Path) -> No
     def work() -> None:
         try:
             derivations.run("compose", compose(folder, tmp_path / "never"))
-        except DerivationFailedError as error:
+        except StoppingError as error:
             failures.append(error)
 
     thread = threading.Thread(target=work)
@@ -89,7 +89,7 @@ def test_a_stop_ends_the_job_that_runs_and_begins_no_other(tmp_path: Path) -> No
     derivations.stop()
     thread.join(GUARD_SECONDS)
     assert len(failures) == 1
-    with pytest.raises(DerivationFailedError, match="the server is stopping"):
+    with pytest.raises(StoppingError, match="the server is stopping"):
         derivations.run("compose", compose(folder, tmp_path / "never"))
 
 

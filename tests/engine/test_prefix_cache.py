@@ -137,7 +137,7 @@ def test_a_block_that_was_scheduled_but_never_computed_is_not_found() -> None:
     scheduler = make()
     submit(scheduler, PROMPT)
     scheduler.schedule()
-    scheduler.fail_all("the engine has failed")
+    scheduler.fail_all("the engine has failed", "engine_failed")
     assert scheduler.pool.num_cached_blocks == 0
 
 

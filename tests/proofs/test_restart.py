@@ -32,26 +32,6 @@ def test_acknowledged_adapters_survive_kill_nine(base: Path, adapters: list[Path
         assert [card["versions"][-1]["version"] for card in again] == [2, 1]
 
 
-def test_a_signal_ends_the_process_cleanly(base: Path, tmp_path: Path) -> None:
-    with process(base, tmp_path, *SMALL) as (server, client):
-        assert client.get("/health").status_code == 200
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=60) == 0
-
-
-def test_streams_that_outlive_the_time_to_drain_end_with_an_error(base: Path, tmp_path: Path) -> None:
-    with process(base, tmp_path, *SMALL, "--drain-seconds", "0.2") as (server, client):
-        body = {"model": base.name, "prompt": PROMPT, "max_tokens": 400, "n": 16, "ignore_eos": True, "stream": True}
-        with client.stream("POST", "/v1/completions", json=body) as response:
-            lines = response.iter_lines()
-            next(lines)
-            server.send_signal(signal.SIGTERM)
-            events = [line for line in lines if line]
-        assert '"engine_failed"' in events[-2]
-        assert events[-1] == "data: [DONE]"
-        assert server.wait(timeout=60) == 0
-
-
 def test_two_servers_on_one_data_folder_is_one_line(base: Path, tmp_path: Path) -> None:
     with process(base, tmp_path, *SMALL):
         command = [

@@ -16,6 +16,7 @@ from swaplora_adapters.errors import (
     AdapterTooLargeError,
     InvalidAdapterError,
     MemoryFullError,
+    StoppingError,
     StorageFailedError,
 )
 from swaplora_adapters.priority import NICENESS
@@ -263,7 +264,7 @@ def test_closing_leaves_nobody_waiting_and_no_thread(make: Make, loader: Loader)
     residency.close()
     assert loading.weights.result(0)["b"].digest == "b"
     for each in [*waiting, claim(residency, "late")]:
-        with pytest.raises(MemoryFullError, match="stopping"):
+        with pytest.raises(StoppingError, match="stopping"):
             each.weights.result(0)
     assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("adapter-")]
 

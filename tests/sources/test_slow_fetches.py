@@ -263,5 +263,5 @@ def test_a_signal_ends_the_process_though_a_source_is_silent(
             assert server.wait(GUARD_SECONDS) == 0
             print(f"ended {time.monotonic() - began:.1f} s after the signal")  # noqa: T201 - measured, not asserted
             answer = asked.result(GUARD_SECONDS)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "source_failed")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
     assert "stopping" in answer.json()["error"]["message"]

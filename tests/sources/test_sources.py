@@ -15,6 +15,7 @@ from swaplora_adapters.errors import (
     SourceFailedError,
     SourceNotAllowedError,
     SourceNotFoundError,
+    StoppingError,
 )
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.sources.folder import ReplacedMeanwhileError
@@ -225,7 +226,7 @@ def test_a_pair_of_which_one_file_is_replaced_meanwhile_is_not_taken(
 def test_nothing_is_fetched_once_the_server_stops(root: Path, staging: Staging) -> None:
     sources = of_folder(root)
     sources.stop()
-    with pytest.raises(SourceFailedError, match="the server is stopping"):
+    with pytest.raises(StoppingError, match="the server is stopping"):
         sources.fetch("file:team/one", staging)
 
 

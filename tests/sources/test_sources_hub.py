@@ -14,6 +14,7 @@ from swaplora_adapters.errors import (
     SourceFailedError,
     SourceNotAllowedError,
     SourceNotFoundError,
+    StoppingError,
 )
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.sources import transfer
@@ -294,8 +295,9 @@ def test_a_hub_that_drips_is_let_go_of_in_the_end(
         hub.once_dripping(sources.stop)
     else:
         monkeypatch.setattr(transfer, "time", hub.clock())
-    with pytest.raises(
-        SourceFailedError, match=READING + ("the server is stopping" if is_stopped else "not done after 600 s")
-    ):
+    error, reason = (
+        (StoppingError, "the server is stopping") if is_stopped else (SourceFailedError, "not done after 600 s")
+    )
+    with pytest.raises(error, match=READING + reason):
         sources.fetch(URI, staging)
     assert hub.count(WEIGHTS_FILE) == 1

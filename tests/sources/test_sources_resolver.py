@@ -16,6 +16,7 @@ from swaplora_adapters.errors import (
     SourceFailedError,
     SourceNotAllowedError,
     SourceNotFoundError,
+    StoppingError,
 )
 from swaplora_adapters.sources import resolver as module
 from swaplora_adapters.sources.resolver import Look, Resolver
@@ -282,7 +283,7 @@ def test_stopping_ends_every_wait_and_waits_for_no_slow_look() -> None:
     resolver.stop()
     resolver.join(time.monotonic())
     for look in (*looks, resolver.find("d")):
-        with pytest.raises(SourceFailedError, match="stopping"):
+        with pytest.raises(StoppingError, match="stopping"):
             outcome(look)
     bringer.gate.set()
     resolver.join(time.monotonic() + GUARD_SECONDS)

@@ -16,6 +16,7 @@ from swaplora_adapters.errors import (
     SourceFailedError,
     SourceNotAllowedError,
     SourceNotFoundError,
+    StoppingError,
 )
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.sources import transfer
@@ -277,7 +278,9 @@ def test_a_store_that_drips_is_let_go_of_in_the_end(
         broken_store.once_dripping(sources.stop)
     else:
         monkeypatch.setattr(transfer, "time", broken_store.clock())
-    reason = "the server is stopping" if is_stopped else "not done after 600 s"
-    with pytest.raises(SourceFailedError, match=READING + reason):
+    error, reason = (
+        (StoppingError, "the server is stopping") if is_stopped else (SourceFailedError, "not done after 600 s")
+    )
+    with pytest.raises(error, match=READING + reason):
         sources.fetch(URI, staging)
     assert broken_store.count(WEIGHTS_FILE) == 1

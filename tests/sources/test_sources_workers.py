@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from swaplora_adapters.cancellation import Cancellation, WorkCancelledError
-from swaplora_adapters.errors import SourceFailedError
+from swaplora_adapters.errors import StoppingError
 from swaplora_adapters.sources.workers import Workers
 
 GUARD_SECONDS = 60
@@ -130,7 +130,7 @@ def test_a_stop_answers_all_who_wait_and_joins_no_longer_than_told(workers: Work
     workers.stop()
     workers.join(time.monotonic())
     for stopped in (*jobs, workers.submit(job)):
-        with pytest.raises(SourceFailedError, match="stopping"):
+        with pytest.raises(StoppingError, match="stopping"):
             stopped.result(GUARD_SECONDS)
     gate.set()
     workers.join(time.monotonic() + GUARD_SECONDS)

@@ -27,15 +27,22 @@ def free_port() -> Iterator[int]:
 
 @contextmanager
 def process(base: Path, data_dir: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
-    """`swaplora serve` as a user starts it, on a free port."""
+    """`swaplora serve` as a user starts it, on a free port; ready."""
+    with starting(str(base), data_dir, *flags) as (server, client):
+        wait_ready(server, client)
+        yield server, client
+
+
+@contextmanager
+def starting(base: str, data_dir: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+    """The same, from its first moment on."""
     cache = ROOT / ".cache"
-    command = [sys.executable, "-m", "swaplora_server", "serve", str(base)]
+    command = [sys.executable, "-m", "swaplora_server", "serve", base]
     command += ["--data-dir", str(data_dir), "--cache-dir", str(cache), *flags]
     with free_port() as port:
         server = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL)
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
-                wait_ready(server, client)
                 yield server, client
         finally:
             server.kill()

@@ -36,6 +36,9 @@ class Noted:
     def check(self, seconds: float) -> None:
         pass
 
+    def refuse_unanswered(self) -> None:
+        self.is_gone = True
+
 
 class StillConnections(Connections):
     """Time goes on when a test says so."""

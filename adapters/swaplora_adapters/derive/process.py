@@ -17,6 +17,7 @@ from swaplora_adapters.errors import (
     AdapterTooLargeError,
     DerivationFailedError,
     InvalidAdapterError,
+    StoppingError,
     StorageFailedError,
     StorageFullError,
     UnsupportedAdapterError,
@@ -41,7 +42,7 @@ class DerivationProcess:
     def run(self, job: str, arguments: Mapping[str, Any], cancellation: Cancellation | None = None) -> Any:
         """What the job answers, as JSON has it.
 
-        Raises the job's AdapterError, DerivationFailedError when it passes its bounds or `stop` ends it, and
+        Raises the job's AdapterError, DerivationFailedError when it passes its bounds, StoppingError after `stop`, and
         WorkCancelledError when `cancellation` comes, which ends it too.
         """
         request = json.dumps({"job": job, "arguments": arguments}).encode() + b"\n"
@@ -51,6 +52,8 @@ class DerivationProcess:
             answer = _exchange(process, request, answers)
             status = process.wait()
         cancellation.check()
+        if self._is_stopped:
+            raise StoppingError
         return read_answer(status, answer)
 
     @property
@@ -73,7 +76,7 @@ class DerivationProcess:
             self._changed.wait_for(lambda: cancellation.is_cancelled or self._is_stopped or not self._is_taken)
             cancellation.check()
             if self._is_stopped:
-                raise DerivationFailedError("the server is stopping")
+                raise StoppingError()
             self._is_taken = True
         try:
             yield
@@ -112,7 +115,7 @@ class DerivationProcess:
     ) -> "subprocess.Popen[bytes]":
         with self._changed:
             if self._is_stopped:
-                raise DerivationFailedError("the server is stopping")
+                raise StoppingError()
             try:
                 self._running = subprocess.Popen(
                     command,

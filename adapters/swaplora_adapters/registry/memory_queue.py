@@ -125,6 +125,11 @@ class MemoryQueue:
         return sum(resident.nbytes for resident in self._residents.values())
 
     @property
+    def line(self) -> list[Claim]:
+        """All that wait for room, the first of them first."""
+        return list(self._line)
+
+    @property
     def claims(self) -> list[Claim]:
         """All that wait, for room or for a load."""
         users = dict.fromkeys(claim for resident in self._residents.values() for claim in resident.users)

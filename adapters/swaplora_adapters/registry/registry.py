@@ -247,6 +247,10 @@ class Registry:
         self._cleaner.submit(self._finish_removals).result()
         self._lease_counts.check_integrity()
 
+    def stop(self) -> None:
+        """Refuse whoever waits for memory, or asks for it from now on, with StoppingError."""
+        self._residency.stop()
+
     def close(self) -> None:
         self._cleaner.shutdown()
         self._residency.close()

@@ -17,6 +17,7 @@ from swaplora_adapters.errors import (
     AdapterTooLargeError,
     InvalidAdapterError,
     MemoryFullError,
+    StoppingError,
 )
 from swaplora_adapters.priority import SHARE_OF_LOADS, lower_priority
 from swaplora_adapters.registry.memory_queue import Claim, MemoryQueue, Resident
@@ -151,16 +152,22 @@ class Residency:
                 self._fail(claim, AdapterFailedError("the adapter was deleted"))
             self._changed.notify_all()
 
-    def close(self) -> None:
-        """Let the load that runs end, and fail all others."""
+    def stop(self) -> None:
+        """Refuse all who wait for room, and whoever comes from now on; what is loaded, or being loaded, is."""
         with self._changed:
             self._is_closed = True
+            for claim in self._queue.line:
+                self._fail(claim, StoppingError())
             self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let the load that runs end, and fail all others."""
+        self.stop()
         self._dispatcher.join()
         self._loader.shutdown(wait=True, cancel_futures=True)
         with self._changed:
             for claim in self._queue.claims:
-                self._fail(claim, MemoryFullError("the server is stopping"))
+                self._fail(claim, StoppingError())
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if a count went below zero, the budget is exceeded, or what retired stays for nobody."""
@@ -170,7 +177,7 @@ class Residency:
     def _refusal(self, claim: Claim) -> AdapterError | None:
         """Why nobody needs to try to load it."""
         if self._is_closed:
-            return MemoryFullError("the server is stopping")
+            return StoppingError()
         for digest, nbytes in claim.sizes.items():
             try:
                 self.check_size(nbytes)

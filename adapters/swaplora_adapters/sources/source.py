@@ -26,7 +26,7 @@ class Sources:
         self._is_stopping = threading.Event()
 
     def stop(self) -> None:
-        """Let no fetch succeed from now on: those that run end with SourceFailedError at the next bytes that come."""
+        """Let no fetch succeed from now on: those that run end with StoppingError at the next bytes that come."""
         self._is_stopping.set()
 
     def fetch(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from swaplora_adapters.cancellation import Cancellation
-from swaplora_adapters.errors import AdapterTooLargeError, SourceFailedError, SourceNotFoundError
+from swaplora_adapters.errors import AdapterTooLargeError, SourceFailedError, SourceNotFoundError, StoppingError
 from swaplora_adapters.files.naming import WEIGHTS_FILE
 from swaplora_adapters.store.staging import FILE_NAMES, Part, Staging
 
@@ -15,7 +15,6 @@ CONNECT_SECONDS, READ_SECONDS = 10.0, 30.0
 FETCH_SECONDS = 600.0  # for all of it, so that a host that sends a byte now and then is let go of
 BACKOFF_SECONDS = (0.5, 2.0)  # before the second try and the third
 NUM_TRIES = 1 + len(BACKOFF_SECONDS)
-STOPPING = "the server is stopping"
 Result = TypeVar("Result")
 
 
@@ -32,10 +31,10 @@ class Deadline:
         self._end = time.monotonic() + FETCH_SECONDS
 
     def check(self, step: object) -> None:
-        """Raise SourceFailedError if that is now, WorkCancelledError if nobody is left to hear of it."""
+        """Raise SourceFailedError or StoppingError if that is now, WorkCancelledError if nobody waits for it."""
         self._cancellation.check()
         if self._is_stopping.is_set():
-            raise SourceFailedError(f"{step}: {STOPPING}")
+            raise StoppingError(step)
         if time.monotonic() > self._end:
             raise SourceFailedError(f"{step}: not done after {FETCH_SECONDS:g} seconds")
 

@@ -9,9 +9,8 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from swaplora_adapters.cancellation import Cancellation, WorkCancelledError
-from swaplora_adapters.errors import SourceFailedError
+from swaplora_adapters.errors import StoppingError
 from swaplora_adapters.priority import lower_priority
-from swaplora_adapters.sources.transfer import STOPPING
 
 T = TypeVar("T")
 
@@ -49,7 +48,7 @@ class Workers:
     def submit(
         self, job: Callable[[], T], *, cancellation: Cancellation | None = None, owner: Hashable = None
     ) -> Future[T]:
-        """What `job` returns or raises; SourceFailedError if `stop` comes first, WorkCancelledError if a cancellation.
+        """What `job` returns or raises; StoppingError if `stop` comes first, WorkCancelledError if a cancellation.
 
         A job that is cancelled is not begun; one that runs has to look itself. Any number may wait for the future: none
         of them can cancel it.
@@ -58,7 +57,7 @@ class Workers:
         future.set_running_or_notify_cancel()
         with self._changed:
             if self._is_stopped:
-                future.set_exception(SourceFailedError(STOPPING))
+                future.set_exception(StoppingError())
                 return future
             try:
                 self._begin_thread()
@@ -81,7 +80,7 @@ class Workers:
             self._waiting.clear()
             self._changed.notify_all()
         for future in failed:
-            future.set_exception(SourceFailedError(STOPPING))
+            future.set_exception(StoppingError())
 
     def join(self, until: float) -> None:
         """After `stop`: wait for what runs, to the moment `until` of the monotonic clock at most."""

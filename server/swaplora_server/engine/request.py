@@ -132,14 +132,19 @@ class Request:
     reads: "Callable[[Tensor], Tensor] | None" = None  # of hidden states [num_rows, hidden_size]
     token_types: tuple[int, ...] | None = None  # of each token of an encoder's input, the segment that it is of
     hidden: Vector | None = field(default=None, init=False)
-    num_unfinished: int = field(init=False)
+    _unfinished: set[int] = field(init=False)  # sequences, by index
+    _num_finished: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1), init=False)
     num_cached_tokens: int | None = field(default=None, init=False)  # of the prompt; None until it is looked up
     begun_at: float | None = field(default=None, init=False)  # on the monotonic clock: when the first sequence did
     _held: list[TokenEvent] = field(default_factory=list, init=False)  # until its prompt's scores are there
     _has_first_ended: bool = field(default=False, init=False)  # of its sequences
 
     def __post_init__(self) -> None:
-        self.num_unfinished = self.num_sequences
+        self._unfinished = set(range(self.num_sequences))
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._unfinished)
 
     @cached_property
     def draw_seed(self) -> int:
@@ -162,11 +167,28 @@ class Request:
                 self.emit(one)
 
     def finish(self, event: TokenEvent) -> None:
-        """Say how one of its sequences ended, and call `release` after the last. What these raise ends nothing else."""
-        self.num_unfinished -= 1
-        if not self.num_unfinished:
+        """Say how one of its sequences ended, and call `release` after the last. What these raise ends nothing else.
+
+        The first end of a sequence is the one that counts: `give_up` may come between, on another thread.
+        """
+        if self._end(event.index):
+            self._call(partial(self.tell, event))
+
+    def give_up(self, message: str, code: str) -> None:
+        """End what is unfinished with an error, on any thread, whatever the engine's is at."""
+        for index in sorted(self._unfinished.copy()):
+            if self._end(index):
+                self._call(partial(self.emit, TokenEvent(index, None, None, FinishReason.ERROR, message, code)))
+
+    def _end(self, index: int) -> bool:
+        """Whether nobody else has ended it. Each of the two steps is taken once, however threads interleave."""
+        try:
+            self._unfinished.remove(index)
+        except KeyError:
+            return False
+        if next(self._num_finished) == self.num_sequences:
             self._call(self.release)
-        self._call(partial(self.tell, event))
+        return True
 
     def _call(self, told: Callable[[], None]) -> None:
         try:

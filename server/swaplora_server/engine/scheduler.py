@@ -223,10 +223,10 @@ class Scheduler:
             if sequence.request is request:
                 self._finish(sequence, TokenEvent(sequence.index, None, None, FinishReason.ERROR, message, code))
 
-    def fail_all(self, message: str) -> None:
+    def fail_all(self, message: str, code: str) -> None:
         """End everything with an error: the engine cannot go on."""
         for sequence in [*self._running, *self._waiting]:
-            self._finish(sequence, TokenEvent(sequence.index, finish_reason=FinishReason.ERROR, error=message))
+            self._finish(sequence, TokenEvent(sequence.index, None, None, FinishReason.ERROR, message, code))
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless the pool is whole and held by exactly the running sequences."""

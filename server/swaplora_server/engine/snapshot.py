@@ -21,7 +21,6 @@ class Snapshot:
     num_preempted: int  # times that a sequence gave its blocks to another and began again
     block_size: int  # tokens
     num_steps: Mapping[StepForm, int]
-    seconds_since_beat: float  # since the engine's thread last came round
 
     @property
     def is_at_rest(self) -> bool:

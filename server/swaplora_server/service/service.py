@@ -53,7 +53,6 @@ from swaplora_server.service.wakeups import Wakeups, result_of
 KV_CACHE_BYTES = 2**30  # on a CPU, unless the settings say otherwise
 GPU_MEMORY_FRACTION = 0.9
 HOST_ADAPTER_BYTES = 4 * 2**30  # beside a GPU, unless the settings say otherwise
-_HEARTBEAT_LIMIT_SECONDS = 60.0
 _JOIN_SECONDS = 3.0
 SCORED_LOGITS = 2**25  # of prompts whose log-probabilities are wanted, in one step
 NUM_UPLOAD_THREADS = 4  # each writes what has come of one upload, or checks a whole one
@@ -139,10 +138,13 @@ class Service:
 
     @property
     def is_healthy(self) -> bool:
-        """Starting, or with an engine whose heart beats."""
-        if not self._is_ready.is_set():
-            return True
-        return self.engine.is_alive and self.engine.snapshot().seconds_since_beat < _HEARTBEAT_LIMIT_SECONDS
+        """Starting, or with an engine that has neither failed nor hangs."""
+        return not self._is_ready.is_set() or self.engine.is_alive
+
+    @property
+    def has_ended(self) -> bool:
+        """After `stop`: whether nothing is left that would have to be waited for."""
+        return not self._is_ready.is_set() or self.engine.has_ended
 
     @cached_property
     def wakeups(self) -> Wakeups:
@@ -179,18 +181,22 @@ class Service:
                 opened.callback(self.grammars.close, _JOIN_SECONDS)
             self.fingerprint = self._fingerprint()
             self.engine.start()
-            opened.callback(self.engine.stop)
             opened.callback(self.offload.join, _JOIN_SECONDS)
+            opened.callback(self.engine.stop, _JOIN_SECONDS)
             self._opened = opened.pop_all()
         self._is_ready.set()
 
     def stop(self) -> None:
-        """End the engine and close the registry, if they came to be; whoever asks a second time waits for the first."""
+        """End the engine and close the registry, if they came to be; whoever asks a second time waits for the first.
+
+        All who wait for anything are told so first.
+        """
         self.is_draining = True
         with self._lock:
             if self._is_ready.is_set():
                 self._sources.stop()
                 self._ingest.stop()
+                self._registry.stop()
                 self._opened.close()
 
     def check_serving(self) -> None:
@@ -371,7 +377,7 @@ class Service:
             appends_forced=not self._records_steps,  # what is recorded computes one token of each sequence
         )
         runner = base.runner(pool.num_blocks, settings.block_size)
-        engine = Engine(scheduler, runner)
+        engine = Engine(scheduler, runner, settings.max_step_seconds)
         run_step = partial(self._run_largest, runner, pool, min(settings.max_batch_tokens, wanted))
         take_kv_cache(run_step, base.device, self.kv_cache_bytes, settings.adapter_memory_bytes)
         if self._records_steps:

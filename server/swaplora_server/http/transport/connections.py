@@ -30,6 +30,9 @@ class Connection(Protocol):
     def check(self, seconds: float) -> None:
         """See what has moved, `seconds` after the last look."""
 
+    def refuse_unanswered(self) -> None:
+        """Answer that the server is stopping, where a request has no answer yet."""
+
 
 class Connections:
     """Each is in one of three states: a head is due, it is idle between requests, or a request is being worked on.
@@ -85,6 +88,11 @@ class Connections:
         self._heads_due.pop(connection, None)
         self._idle.pop(connection, None)
         self._busy.discard(connection)
+
+    def refuse_unanswered(self) -> None:
+        """Leave none without an answer, at the server's end."""
+        for connection in list(self._busy):
+            connection.refuse_unanswered()
 
     def _make_room(self) -> bool:
         waiting = self._heads_due or self._idle

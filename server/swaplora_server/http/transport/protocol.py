@@ -261,6 +261,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         else:
             self.transport.close()
 
+    def refuse_unanswered(self) -> None:
+        if self._running is not None and not self._running.response_started:
+            self._refuse(RequestError("draining", "the server is shutting down"))
+
     def check(self, seconds: float) -> None:
         num_unread = self.transport.get_write_buffer_size()
         num_read = self._num_written_bytes - num_unread
