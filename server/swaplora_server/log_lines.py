@@ -3,12 +3,26 @@
 import io
 import logging
 from collections.abc import MutableMapping
+from contextvars import ContextVar
 from typing import Any, TextIO
 
 from structlog.dev import plain_traceback
 from structlog.typing import ExcInfo
 
 _INDENT = "    "  # of what follows a line's first: no line of ours begins so
+_notes: ContextVar[dict[str, Any]] = ContextVar("notes")
+
+
+def begin_notes() -> dict[str, Any]:
+    """What the one line about a request will say, empty yet; `notes` is the same to all that runs for it."""
+    notes: dict[str, Any] = {}
+    _notes.set(notes)
+    return notes
+
+
+def notes() -> dict[str, Any]:
+    """Of the request that this runs for, to be added to. Never a prompt or an answer. Nobody's outside of one."""
+    return _notes.get({})
 
 
 def visible(text: str) -> str:

@@ -21,7 +21,7 @@ from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.config import Settings
 from swaplora_server.serve import StartError, run
 
-GENERATE, READ, WRITE, ADMIN = KeyScope
+GENERATE, READ, WRITE, _, ADMIN = KeyScope
 HASH = "ab" * 32
 
 
@@ -57,7 +57,7 @@ def test_a_key_of_a_file_is_found_by_nothing_but_itself(file: Path) -> None:
     found = ring.find(key)
     assert found is not None
     assert (found.key_id, found.tenant, found.scopes) == (stored.id, "acme", frozenset({GENERATE, WRITE}))
-    assert [found.may([scope]) for scope in KeyScope] == [True, False, True, False]
+    assert [found.may([scope]) for scope in KeyScope] == [True, False, True, False, False]
     assert found.may([READ, WRITE])
     assert [ring.find(wrong) for wrong in (stored.sha256, stored.id, key[:-1], key + "=", "\udc80")] == [None] * 5
 

@@ -19,10 +19,11 @@ from swaplora_server.http import routes
 from swaplora_server.http.auth import check_declared
 from swaplora_server.http.foreign import lora_adapters
 from swaplora_server.http.pages import routes_page
+from swaplora_server.http.pooling import embeddings
 
 PUBLIC = {"/health", "/health/ready", "/version", "/ping"}
 EACH = {scope: frozenset({scope}) for scope in KeyScope}
-GENERATE, READ, WRITE, ADMIN = KeyScope
+GENERATE, READ, WRITE, METRICS, ADMIN = KeyScope
 ANY = frozenset(KeyScope)
 # by the beginning of the path; what changes something needs to write
 FOR = {
@@ -32,7 +33,7 @@ FOR = {
     "/v1/load_lora_adapter": {},
     "/v1/unload_lora_adapter": {},
     "/adapters": {},
-    "/metrics": {"GET": ADMIN},
+    "/metrics": {"GET": METRICS},
 }
 
 
@@ -57,7 +58,7 @@ def _scopes(method: str, path: str) -> frozenset[KeyScope]:
 
 def _routes() -> Iterator[Route]:
     modules = [import_module(module.name) for module in iter_modules(routes.__path__, f"{routes.__name__}.")]
-    for module in (*modules, lora_adapters, routes_page):
+    for module in (*modules, lora_adapters, embeddings, routes_page):
         for route in module.router.routes:
             assert isinstance(route, APIRoute)
             yield from (Route(method, route.path, _scopes(method, route.path)) for method in route.methods or ())

@@ -15,6 +15,7 @@ class KeyScope(enum.StrEnum):
     GENERATE = "generate"
     READ = "adapters:read"
     WRITE = "adapters:write"
+    METRICS = "metrics:read"  # of all tenants, for Prometheus
     ADMIN = "admin"
 
 

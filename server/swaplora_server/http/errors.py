@@ -19,6 +19,7 @@ from swaplora_adapters.errors import (
     VersionMismatchError,
 )
 from swaplora_server.http.refusals import what_is_there
+from swaplora_server.log_lines import notes
 from swaplora_server.service.errors import RequestError
 
 _log = structlog.get_logger(__name__)
@@ -88,6 +89,7 @@ def error_body(code: str, message: str, param: str | None = None) -> dict[str, d
 def error_response(error: RequestError | AdapterError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The answer to a request that failed with `error`."""
     param = error.param if isinstance(error, RequestError) else None
+    notes()["error"] = error.code
     body = error_body(error.code, _message(error), param)
     return JSONResponse(body, _STATUS[error.code], headers={**_retry(error), **(headers or {})})
 

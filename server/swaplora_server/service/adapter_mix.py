@@ -8,6 +8,7 @@ from swaplora_adapters.errors import AdapterFailedError, AdapterNotFoundError, A
 from swaplora_adapters.registry.leases import Lease, RequestLeases
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_server.engine.request import AdapterUse
+from swaplora_server.log_lines import notes
 from swaplora_server.service.admission import Admission
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
@@ -93,7 +94,9 @@ async def lease_mix(
     for term in named:
         admission.hold(await _lease(service, term, asker))
     scales, params = tuple(term.scale for term in named), tuple(term.param for term in named)
-    return AdapterMix(admission.claim_memory(service.registry), scales, params)
+    mix = AdapterMix(admission.claim_memory(service.registry), scales, params)
+    _note(mix.records)
+    return mix
 
 
 def invoked_at(prompt: Sequence[int], uses: Sequence[AdapterUse], param: str = "prompt") -> int:
@@ -106,6 +109,13 @@ def invoked_at(prompt: Sequence[int], uses: Sequence[AdapterUse], param: str = "
         if invocation := use.weights.invocation:
             return _last(prompt, invocation, param)
     return 0
+
+
+def _note(records: Sequence[VersionRecord]) -> None:
+    """For the log's line: who answers; of a sum all, in order, and nobody for the base."""
+    if records:
+        adapter, version = (", ".join(each) for each in zip(*((r.name, str(r.version)) for r in records), strict=True))
+        notes().update(adapter=adapter, version=version)
 
 
 def _named(service: Service, model: str, terms: Sequence[MixTerm]) -> Sequence[MixTerm]:

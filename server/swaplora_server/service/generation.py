@@ -15,6 +15,7 @@ from swaplora_server.access.limits import NOTHING, Reservation
 from swaplora_server.base.fingerprint import digest_of
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.request import AdapterUse, FinishReason, Logprobs, Request, SamplingParams, TokenEvent
+from swaplora_server.log_lines import notes
 from swaplora_server.service.adapter_mix import NOBODY, Asker, MixTerm, invoked_at, lease_mix
 from swaplora_server.service.admission import Admission
 from swaplora_server.service.detokenize import Detokenizer, Echo, Settled, TextRules, TextToken, echo_of
@@ -107,6 +108,7 @@ class Generation:
         self._seconds_for_adapters = seconds_for_adapters
         self._reservation = reservation
         self._grammar = grammar
+        self._notes = notes()
         self._request_id = structlog.contextvars.get_contextvars().get("request_id", "")  # as its log lines have it
         self._first_at = self._last_at = 0.0
         self._wakeups = service.wakeups
@@ -224,6 +226,7 @@ class Generation:
         self._requests.clear()  # which point back here: weights must not wait for the cycle collector
         self._reservation.settle(self.num_prompt_tokens + sum(self.num_generated))
         self._service.metrics.observe(record)
+        self._notes.update(record.told())
 
     def _record(self, outcome: Outcome) -> GenerationRecord:
         began, has_first = self._began, any(self.num_generated)
@@ -257,6 +260,7 @@ class Generation:
 
     def _piece(self, choice: int, event: TokenEvent) -> Piece:
         if event.finish_reason is FinishReason.ERROR:
+            self._notes["error"] = event.error_code
             self._abort(Outcome.FAILED)
             raise RequestError(event.error_code, event.error)
         try:

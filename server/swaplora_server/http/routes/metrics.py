@@ -1,6 +1,7 @@
 """GET /metrics, and the count of what is asked and answered."""
 
 import asyncio
+import time
 
 from fastapi import APIRouter, Depends, Request
 from prometheus_client.exposition import choose_encoder
@@ -11,6 +12,8 @@ from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import COUNT_OUT, needs
 from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
 from swaplora_server.http.described import TEXT
+from swaplora_server.http.transport.request_log import log_request
+from swaplora_server.log_lines import begin_notes
 from swaplora_server.service.metrics.metrics import Metrics
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
@@ -21,7 +24,7 @@ router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
     response_class=PlainTextResponse,
     responses={200: {"content": {"application/openmetrics-text": {"schema": TEXT}}}},
 )
-@needs(KeyScope.ADMIN)
+@needs(KeyScope.METRICS)
 async def metrics(request: Request, service: Serving) -> Response:
     """Prometheus's text format, or OpenMetrics' where that is accepted. Answers while the server starts, too."""
     encode, media_type = choose_encoder(request.headers.get("accept", ""))
@@ -30,7 +33,7 @@ async def metrics(request: Request, service: Serving) -> Response:
 
 
 class CountedRequests:
-    """Plain ASGI: counts each request at its end, by the route that took it and the class of its status."""
+    """Plain ASGI: counts each request at its end, by its route and the class of its status, and logs it."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -41,6 +44,7 @@ class CountedRequests:
             await self._app(scope, receive, send)
             return
         status: int | None = None
+        began, notes = time.monotonic(), begin_notes()
 
         async def send_seen(message: Message) -> None:
             nonlocal status
@@ -53,5 +57,7 @@ class CountedRequests:
         try:
             await self._app(scope, receive, send_seen)
         finally:
-            route = scope.get("route")  # absent for a path that nothing answers to
-            self._metrics.count_request("none" if route is None else route.path, status)
+            found = scope.get("route")  # absent for a path that nothing answers to
+            route = "none" if found is None else found.path
+            self._metrics.count_request(route, status)
+            log_request(scope, route, status, time.monotonic() - began, notes)

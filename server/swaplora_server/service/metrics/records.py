@@ -38,6 +38,16 @@ class GenerationRecord:
     def num_generated_tokens(self) -> int:
         return sum(self.num_generated)
 
+    def told(self) -> dict[str, int | float | str]:
+        """What the log says of it; what did not come to be is left out."""
+        times = {"queue_seconds": self.seconds_queued, "first_token_seconds": self.seconds_to_first}
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "output_tokens": self.num_generated_tokens,
+            "finish_reason": ", ".join(dict.fromkeys(self.finish_reasons)),
+            **{name: round(seconds, 4) for name, seconds in times.items() if seconds is not None},
+        }
+
     @property
     def num_longest(self) -> int:
         """Tokens of the longest choice."""

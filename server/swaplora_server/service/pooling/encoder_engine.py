@@ -26,4 +26,4 @@ def encoder_engine(base: EncoderBase, settings: Settings, max_rows: int, max_len
         prefix_cache=False,
         takes_whole=True,
     )
-    return Engine(scheduler, base.input_runner())
+    return Engine(scheduler, base.input_runner(), settings.max_step_seconds)

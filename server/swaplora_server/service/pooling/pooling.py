@@ -12,6 +12,7 @@ from torch import Tensor
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_server.access.limits import NOTHING, Reservation
 from swaplora_server.engine.request import AdapterUse, FinishReason, Request, SamplingParams, TokenEvent, Vector
+from swaplora_server.log_lines import notes
 from swaplora_server.service.adapter_mix import NOBODY, AdapterMix, Asker, MixTerm, invoked_at, lease_mix
 from swaplora_server.service.admission import Admission
 from swaplora_server.service.errors import RequestError
@@ -108,6 +109,7 @@ class _Pooling:
         self._began = began
         self._seconds_for_adapters = seconds_for_adapters
         self._reservation = reservation
+        self._notes = notes()
         self._wakeups = service.wakeups
         self._running: dict[int, Request] = {}
         self._num_begun = 0
@@ -186,7 +188,9 @@ class _Pooling:
     def _finish(self) -> None:
         del self._request_of  # which holds weights
         self._reservation.settle(sum(len(self._inputs[number]) for number in range(self._num_begun)))
-        self._service.metrics.observe(self._record())
+        record = self._record()
+        self._service.metrics.observe(record)
+        self._notes.update(record.told())
         self._admission.release()
         self._has_ended.set()
 
