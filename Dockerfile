@@ -20,8 +20,8 @@ RUN case "$VARIANT" in \
 
 # the dependencies have a layer of their own, which a change of the source leaves in the cache
 COPY pyproject.toml ./
-RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
-        > requirements.txt \
+RUN python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+        print(*project["dependencies"], *project["optional-dependencies"]["quantized"], sep="\n")' > requirements.txt \
     && pip install "torch==$TORCH" -r requirements.txt
 
 COPY README.md LICENSE ./

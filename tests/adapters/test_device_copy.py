@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from swaplora_adapters.errors import MemoryFullError
-from swaplora_adapters.weights.device_copy import DeviceCopier
+from swaplora_adapters.weights.device_copy import DeviceCopier, _Piece
+from swaplora_adapters.weights.memory import aligned
 from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, ModuleWeights
 
 # the same memory by another name, so that what is copied "to" it is copied, and can be read
@@ -17,6 +18,13 @@ DEVICE = torch.device("cpu", 0)
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def own_module() -> nn.Module:
+    """With a buffer, and with others inside it, as a router or a scaled embedding has them."""
+    module = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
+    module.register_buffer("scale", random(1))
+    return module
 
 
 def adapter() -> AdapterWeights:
@@ -33,7 +41,7 @@ def adapter() -> AdapterWeights:
             "plain": EmbeddingWeights(random(20, 2), random(6, 2)),
             "with tokens": EmbeddingWeights(random(20, 0), random(6, 0), torch.tensor([3, 9]), random(2, 6)),
         },
-        {"own": nn.Linear(4, 5)},
+        {"own": own_module()},
         invocation=(7,),
     )
 
@@ -57,15 +65,44 @@ def test_every_tensor_is_the_same_and_lies_the_same_way(piece_bytes: int) -> Non
             assert (after[name].dtype, after[name].shape) == (tensor.dtype, tensor.shape)
             assert tensor.numel() <= 1 or after[name].stride() == tensor.stride() or 1 in tensor.shape
     assert (copied.digest, copied.invocation, copied.nbytes) == (weights.digest, (7,), weights.nbytes)
-    assert torch.equal(copied.replaced["own"].weight, weights.replaced["own"].weight)  # type: ignore[arg-type]
+    own, of_host = (each.replaced["own"].state_dict() for each in (copied, weights))
+    assert own.keys() == of_host.keys()
+    assert all(torch.equal(own[name], tensor) for name, tensor in of_host.items())
+
+
+def test_the_adapter_that_is_copied_stays_where_it_was() -> None:
+    """Its modules too, and their tensors: else the host's tier would hold what lies on the device."""
+    weights = adapter()
+    before = dict(weights.replaced["own"].named_buffers()), dict(weights.replaced["own"].named_parameters())
+    copied = DeviceCopier(DEVICE, 128).copy(weights)
+    after = dict(weights.replaced["own"].named_buffers()), dict(weights.replaced["own"].named_parameters())
+    for old, new in zip(before, after, strict=True):
+        assert all(new[name] is tensor for name, tensor in old.items())
+    places = [{tensor.data_ptr() for tensor in each.all_tensors if tensor.numel()} for each in (weights, copied)]
+    assert not places[0] & places[1]
+
+
+def test_tensors_that_lie_side_by_side_are_sent_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    sends: list[int] = []
+    send = _Piece.send
+
+    def noted(piece: _Piece, chunks: Any, to: Tensor) -> None:
+        sends.append(sum(len(chunk) for _, chunk in chunks))
+        send(piece, chunks, to)
+
+    monkeypatch.setattr(_Piece, "send", noted)
+    weights = adapter()
+    DeviceCopier(DEVICE, 4096).copy(weights)
+    assert sum(sends) == weights.nbytes
+    assert len(sends) <= -(-sum(aligned(tensor.nbytes) for tensor in weights.all_tensors) // 4096) + 1
 
 
 def test_all_of_it_is_one_allocation_that_is_not_the_hosts() -> None:
     weights = adapter()
     copied = DeviceCopier(DEVICE, 128).copy(weights)
-    spans = {tensor.untyped_storage().data_ptr() for tensor in copied.tensors if tensor.numel()}
+    spans = {tensor.untyped_storage().data_ptr() for tensor in copied.all_tensors if tensor.numel()}
     assert len(spans) == 1
-    assert not spans & {tensor.untyped_storage().data_ptr() for tensor in weights.tensors}
+    assert not spans & {tensor.untyped_storage().data_ptr() for tensor in weights.all_tensors}
     assert all(tensor.data_ptr() % 64 == 0 for tensor in copied.tensors if tensor.numel())
 
 

@@ -200,7 +200,7 @@ def test_a_gpus_server_records_steps_of_as_many_rows_as_run_at_once(
         return made
 
     known = ("weight_bytes", "kv_bytes_per_token", "max_positions", "vocab_size")
-    on_gpu = SimpleNamespace(device=_CUDA, runner=runner, **{name: getattr(on_cpu, name) for name in known})
+    on_gpu = SimpleNamespace(device=_CUDA, runner=runner, model=on_cpu.model, **{n: getattr(on_cpu, n) for n in known})
     fields = {"kv_cache_bytes": "auto", "adapter_memory_bytes": 1 << 20, "host_adapter_bytes": 0, "max_num_seqs": 6}
     service = Service(settings(base, tmp_path, cuda_graphs=is_on, **fields))
     monkeypatch.setattr(service, "base", on_gpu, raising=False)
@@ -211,6 +211,21 @@ def test_a_gpus_server_records_steps_of_as_many_rows_as_run_at_once(
     assert service.kv_cache_bytes == left - (2 * 4 * (16 << 20) if sizes else 0)
     assert [(given[1], given[3]) for given in asked] == ([(engine._runner, 6)] if sizes else [])  # noqa: SLF001
     assert (("8 recorded steps", 99) in service.memory_plan()) == bool(sizes)
+
+
+@pytest.mark.parametrize("is_on", [None, True])
+def test_an_int8_base_is_never_recorded_and_who_asks_for_it_is_told(
+    is_on: bool | None, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its products waits for the GPU, which no recording can have."""
+    service = Service(settings(base, tmp_path, cuda_graphs=is_on))
+    on_gpu = SimpleNamespace(device=_CUDA, model=SimpleNamespace(is_loaded_in_8bit=True))
+    monkeypatch.setattr(service, "base", on_gpu, raising=False)
+    if is_on:
+        with pytest.raises(UnsupportedModelError, match="leave --cuda-graphs out"):
+            _ = service._records_steps  # noqa: SLF001 - all else of a start needs the device to be there
+    else:
+        assert not service._records_steps  # noqa: SLF001 - as above
 
 
 @pytest.mark.parametrize("is_on", [True, False])

@@ -1,7 +1,7 @@
 """An adapter that was built on the host, copied to a device: one span of its memory each, through pinned pieces."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from swaplora_adapters.errors import MemoryFullError
 from swaplora_adapters.weights.memory import aligned
+from swaplora_adapters.weights.module_copy import with_tensors
 from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, LinearWeights
 
 PIECE_BYTES = 64 << 20  # of pinned memory, of which there are two: one is filled while the other is copied
@@ -33,28 +34,37 @@ class DeviceCopier:
     def copy(self, weights: AdapterWeights) -> AdapterWeights:
         """The same adapter on the device, complete when this returns; what lies there already is left where it is.
 
-        Raises MemoryFullError where the device has no room.
+        The one that is given stays as it is, for the host's tier. Raises MemoryFullError where the device has no room.
         """
-        try:
-            span = _Span([tensor for tensor in weights.tensors if tensor.device != self._device], self._device)
-        except torch.OutOfMemoryError as error:
-            raise MemoryFullError(
-                f"the GPU has no room for an adapter of {weights.nbytes} bytes: lower --kv-cache-bytes, or "
-                "--adapter-memory-bytes to what it can hold"
-            ) from error
+        with told_when_full(weights):
+            span = _Span([tensor for tensor in weights.all_tensors if tensor.device != self._device], self._device)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.default_stream(self._device))
-        for at, chunk in span.chunks(self._pieces[0].size):
+        for start, chunks in span.pieces(self._pieces[0].size):
             self._pieces.reverse()
-            self._pieces[0].send(chunk, span.memory[at : at + len(chunk)])
+            self._pieces[0].send(chunks, span.memory[start:])
         for piece in self._pieces:
             piece.wait()
         return replace(
             weights,
             modules=_moved(weights.modules, span),
             embeddings=_moved(weights.embeddings, span),
-            replaced=MappingProxyType({path: own.to(self._device) for path, own in weights.replaced.items()}),
+            replaced=MappingProxyType(
+                {path: with_tensors(own, span.on_device) for path, own in weights.replaced.items()}
+            ),
         )
+
+
+@contextmanager
+def told_when_full(weights: AdapterWeights) -> Iterator[None]:
+    """Raise MemoryFullError for `weights` where a device has no room for what is made in the block."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryFullError(
+            f"the GPU has no room for an adapter of {weights.nbytes} bytes: lower --kv-cache-bytes, or "
+            "--adapter-memory-bytes to what it can hold"
+        ) from error
 
 
 class _Piece:
@@ -66,15 +76,17 @@ class _Piece:
         self._memory: Tensor | None = None
         self._sent: torch.cuda.Event | None = None
 
-    def send(self, chunk: Tensor, to: Tensor) -> None:
-        """Start copying bytes; `to` has as many."""
+    def send(self, chunks: Sequence[tuple[int, Tensor]], to: Tensor) -> None:
+        """Start copying bytes, each chunk to its place in `to`, in one go. What is between them may be of any value."""
         self.wait()
         if self._memory is None:
             self._memory = torch.empty(self.size, dtype=torch.uint8, pin_memory=self._stream is not None)
-        pinned = self._memory[: len(chunk)]
-        pinned.copy_(chunk)
+        for start, chunk in chunks:
+            self._memory[start : start + len(chunk)].copy_(chunk)
+        last_start, last = chunks[-1]
+        num_bytes = last_start + len(last)
         with self._on_stream():
-            to.copy_(pinned, non_blocking=True)
+            to[:num_bytes].copy_(self._memory[:num_bytes], non_blocking=True)
             self._sent = None if self._stream is None else self._stream.record_event()
 
     def wait(self) -> None:
@@ -96,11 +108,20 @@ class _Span:
         self._starts = dict(zip(self._tensors, _running_sums(sizes), strict=True))
         self.memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
 
-    def chunks(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """Every tensor's bytes, at most `size` at a time, and where they start in the span."""
+    def pieces(self, size: int) -> Iterator[tuple[int, list[tuple[int, Tensor]]]]:
+        """The span in pieces of at most `size` bytes: where each starts, and the bytes of tensors at places in it."""
+        start, chunks = 0, list[tuple[int, Tensor]]()
         for key, tensor in self._tensors.items():
-            for number, chunk in enumerate(torch.split(_flat(tensor).view(torch.uint8), size)):
-                yield self._starts[key] + number * size, chunk
+            at, rest = self._starts[key], _flat(tensor).view(torch.uint8)
+            while len(rest):
+                if at >= start + size:
+                    yield start, chunks
+                    start, chunks = at, []
+                chunk = rest[: start + size - at]
+                chunks.append((at - start, chunk))
+                at, rest = at + len(chunk), rest[len(chunk) :]
+        if chunks:
+            yield start, chunks
 
     def on_device(self, tensor: Tensor) -> Tensor:
         """The copy of one of the tensors; any other tensor itself."""

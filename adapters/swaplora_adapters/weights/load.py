@@ -25,6 +25,7 @@ from swaplora_adapters.weights.embeddings import build_embedding
 from swaplora_adapters.weights.linears import build_linear
 from swaplora_adapters.weights.materialise import materialise
 from swaplora_adapters.weights.memory import HugePages, Scratch, mapping_bytes
+from swaplora_adapters.weights.module_copy import with_tensors
 from swaplora_adapters.weights.parts import Parts, gather
 from swaplora_adapters.weights.placement import Place, Placement, as_built, placed, plain
 from swaplora_adapters.weights.replacements import build_replacement
@@ -163,7 +164,7 @@ def _assemble(
         if isinstance(content, EmbeddingWeights):
             embeddings[parts.path] = _placed_embedding(content, put)
         elif isinstance(content, nn.Module):
-            replaced[parts.path] = content.to(device)
+            replaced[parts.path] = with_tensors(content, lambda tensor: tensor.to(device))
         else:
             modules[parts.path] = _placed_linear(content, put)
     weights = AdapterWeights(

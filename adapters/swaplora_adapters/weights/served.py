@@ -115,7 +115,8 @@ class AdapterWeights:
             yield from embedding.tensors
 
     @property
-    def _tensors(self) -> Iterator[Tensor]:
+    def all_tensors(self) -> Iterator[Tensor]:
+        """Of all that is held in memory."""
         yield from self.tensors
         for module in self.replaced.values():
             yield from (*module.parameters(), *module.buffers())
@@ -123,12 +124,12 @@ class AdapterWeights:
     @property
     def nbytes(self) -> int:
         """Bytes of all that is held in memory."""
-        return sum(tensor.nbytes for tensor in self._tensors)
+        return sum(tensor.nbytes for tensor in self.all_tensors)
 
     @property
     def num_parameters(self) -> int:
         """Elements of all that is held in memory."""
-        return sum(tensor.numel() for tensor in self._tensors)
+        return sum(tensor.numel() for tensor in self.all_tensors)
 
     @property
     def rank(self) -> int:

@@ -129,7 +129,8 @@ class AdapterMaker:
     def _changed(self, path: str) -> nn.Module:
         weight = self._layers.read(f"{path}.weight")
         scale = self._draw(len(weight)).cpu()
-        return self._layers.rebuild(path, {"weight": weight * (1 + scale.view(-1, *[1] * (weight.dim() - 1)))})
+        changed = weight * (1 + scale.view(-1, *[1] * (weight.dim() - 1)))
+        return self._layers.rebuild(path, {"weight": changed}).to(self._device)
 
     def _embedding(self, module: Wrapped) -> EmbeddingWeights:
         """Rows of other tokens for two of the third sequence's."""

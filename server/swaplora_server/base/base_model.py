@@ -11,7 +11,7 @@ import structlog
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from swaplora_adapters.weights.device_copy import DeviceCopier
+from swaplora_adapters.weights.device_copy import DeviceCopier, told_when_full
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.base.adapter_proof import AdapterProof, adapter_proof
 from swaplora_server.base.batch_invariant import make_batch_invariant
@@ -70,7 +70,8 @@ class BaseModel:
     def prepared(self, weights: AdapterWeights) -> AdapterWeights:
         """An adapter as steps take it: on their device, with what kernels read of it. For the thread that loads it."""
         weights = weights if self.copier is None else self.copier.copy(weights)
-        return replace(weights, tables=self.backend.tables(weights, self.paths))
+        with told_when_full(weights):
+            return replace(weights, tables=self.backend.tables(weights, self.paths))
 
 
 def load_base(
@@ -141,7 +142,7 @@ def prepare(
         def proven() -> tuple[Proof, AdaptableLayers, AdapterProof]:
             proof = prove(model, backend, wrapped, expected)
             config, root = model.config, model.base_model_prefix
-            layers = AdaptableLayers(wrapped, proof.addressable, tied, backend, dtype, device, config.model_type, root)
+            layers = AdaptableLayers(wrapped, proof.addressable, tied, backend, dtype, config.model_type, root)
             adapters = adapter_proof(model, backend, wrapped, layers, expected.tolerance)
             adapters.run(model, backend)
             return proof, layers, adapters

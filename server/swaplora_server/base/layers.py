@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from swaplora_adapters.fit.base import EmbeddingShape, Rebuild
 from swaplora_adapters.fit.legacy_names import legacy_names_of
 from swaplora_adapters.fit.module_shape import shape_of
+from swaplora_adapters.weights.module_copy import with_tensors
 from swaplora_server.base.compact_embedding import Bf16Embedding, TiedEmbedding, compact_embedding
 from swaplora_server.engine.lora.modules import LoraEmbedding, LoraLinear, Replaceable, Wrapped
 from swaplora_server.kernels.backend import Backend, Memory
@@ -30,7 +31,6 @@ class AdaptableLayers:
         tied: Mapping[str, str],
         backend: Backend,
         dtype: torch.dtype,
-        device: torch.device,
         model_type: str,
         root: str,
     ) -> None:
@@ -55,7 +55,6 @@ class AdaptableLayers:
         self._wrapped = chosen
         self._backend = backend
         self._dtype = dtype
-        self._device = device
 
     def read(self, name: str) -> Tensor:
         """A parameter as a float32 copy on the CPU; a linear's is [out_features, in_features]. Raises KeyError."""
@@ -68,7 +67,7 @@ class AdaptableLayers:
         return value.detach().to("cpu", torch.float32, copy=True)
 
     def rebuild(self, path: str, parameters: Mapping[str, Tensor]) -> nn.Module:
-        """A module that computes as the base's at `path` does, with these parameters and the rest its own."""
+        """A module on the host that computes as the base's at `path` does, with these parameters, the rest its own."""
         return self._rebuild(path, parameters, self._backend.memory(0))
 
     def rebuilder(self) -> Rebuild:
@@ -78,10 +77,7 @@ class AdaptableLayers:
     def _rebuild(self, path: str, parameters: Mapping[str, Tensor], memory: Memory) -> nn.Module:
         wrapped = self._wrapped[path]
         given = {**dict(self._rest(path, parameters)), **parameters}
-        own = {
-            name: nn.Parameter(tensor.to(self._device, self._dtype), requires_grad=False)
-            for name, tensor in given.items()
-        }
+        own = {name: nn.Parameter(tensor.to("cpu", self._dtype), requires_grad=False) for name, tensor in given.items()}
         if isinstance(wrapped, LoraLinear):
             return self._backend.linear(_linear(own), memory)
         if isinstance(wrapped.base, Bf16Embedding | TiedEmbedding):
@@ -89,7 +85,7 @@ class AdaptableLayers:
         like = copy.copy(wrapped.base)
         # a shallow copy would share the dictionary, in which a norm without a bias has one that is None
         like._parameters = dict.fromkeys(wrapped.base._parameters) | own  # noqa: SLF001
-        return like
+        return with_tensors(like, Tensor.cpu)
 
     def _rest(self, path: str, given: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         for name in ("weight", "bias", *dict(self._wrapped[path].base.named_parameters())):

@@ -86,7 +86,7 @@ def prepare_encoder(
     trial = InputTrial(model, backend, max_positions, expected)
     addressable = trial.prove(wrapped)
     root = model.base_model_prefix
-    layers = AdaptableLayers(wrapped, addressable, {}, backend, dtype, device, model.config.model_type, root)
+    layers = AdaptableLayers(wrapped, addressable, {}, backend, dtype, model.config.model_type, root)
     trial.prove_adapters(wrapped, layers)
     return EncoderBase(
         model=model,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from swaplora_server.engine.request import Request, Sequence
-from swaplora_server.engine.sampling.transfers import send
+from swaplora_server.engine.sampling.transfers import send, send_tensor
 
 Addition = tuple[Tensor, Tensor]  # token ids, and what is added to the logit of each
 
@@ -26,7 +26,7 @@ class Biases:
         if added:
             counts = torch.tensor([len(token_ids) for _, (token_ids, _) in added])
             rows = torch.tensor([row for row, _ in added]).repeat_interleave(counts)
-            places = rows.to(logits.device, non_blocking=True)
+            places = send_tensor(rows, logits.device)
             token_ids, values = (torch.cat(parts) for parts in zip(*(addition for _, addition in added), strict=True))
             logits.index_put_((places, token_ids), values, accumulate=True)
 

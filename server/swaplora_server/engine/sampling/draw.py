@@ -12,6 +12,7 @@ from torch import Tensor
 
 from swaplora_server.engine.sampling.groups import group_sum, members
 from swaplora_server.engine.sampling.noise import DrawKey, exponentials
+from swaplora_server.engine.sampling.transfers import send_tensor
 
 _GROUP = 256
 
@@ -19,7 +20,7 @@ _GROUP = 256
 def draw(probs: Tensor, keys: Sequence[DrawKey]) -> Tensor:
     """One place of each row, [rows]. probs: [rows, vocab_size], not below 0; a row need not sum to 1, but not to 0."""
     of_groups = group_sum(probs, _GROUP)
-    noise = torch.from_numpy(exponentials(keys, _GROUP + of_groups.shape[-1])).to(probs.device, non_blocking=True)
+    noise = send_tensor(torch.from_numpy(exponentials(keys, _GROUP + of_groups.shape[-1])), probs.device)
     group = _winner(of_groups, noise[:, _GROUP:])
     places, is_within = members(group, _GROUP, probs.shape[-1])
     within = probs.gather(1, places).masked_fill(~is_within, 0.0)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from swaplora_server.engine.request import Request, Sequence
 from swaplora_server.engine.sampling.constraint import WORD_BITS, TokenBits, token_bits
+from swaplora_server.engine.sampling.transfers import send_tensor
 
 
 class AllowedTokens:
@@ -44,7 +45,7 @@ def forbid_others(logits: Tensor, allowed: Rows[TokenBits | None]) -> None:
     """
     everything = np.full(-(-logits.shape[-1] // WORD_BITS), -1, np.int32)
     words = np.concatenate([everything if row is None else row for row in allowed])
-    of_eight = torch.from_numpy(words.view(np.uint8)).to(logits.device, non_blocking=True)
+    of_eight = send_tensor(torch.from_numpy(words.view(np.uint8)), logits.device)
     limits = torch.index_select(_limits_of_bytes(logits.device), 0, of_eight.int()).view(len(logits), -1)
     logits.clamp_(max=limits[:, : logits.shape[-1]])
 

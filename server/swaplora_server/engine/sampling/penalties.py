@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from swaplora_server.engine.request import Sequence
+from swaplora_server.engine.sampling.transfers import send_tensor
 
 
 class TokenCounts:
@@ -41,15 +42,15 @@ def penalise(logits: Tensor, rows: Tensor, sequences: Rows[Sequence], counts: To
     lengths = torch.tensor([len(each) for each in counted])
     tokens = torch.tensor([(token, count) for each in counted for token, count in each.items()])
     tokens = tokens.long().view(-1, 2)
-    token_ids, num_generated = tokens.to(logits.device, non_blocking=True).unbind(1)
+    token_ids, num_generated = send_tensor(tokens, logits.device).unbind(1)
     asked = [sequence.request.params for sequence in sequences]
     repetition, frequency, presence = (
-        torch.tensor(values, dtype=logits.dtype).repeat_interleave(lengths).to(logits.device, non_blocking=True)
+        send_tensor(torch.tensor(values, dtype=logits.dtype).repeat_interleave(lengths), logits.device)
         for values in zip(
             *((each.repetition_penalty, each.frequency_penalty, each.presence_penalty) for each in asked), strict=True
         )
     )
-    counts_of = lengths.to(rows.device, non_blocking=True)
+    counts_of = send_tensor(lengths, rows.device)
     places = rows.repeat_interleave(counts_of, output_size=len(tokens)), token_ids
     x = logits[places]
     x = torch.where(x > 0, x / repetition, x * repetition).clamp_(max=torch.finfo(x.dtype).max)

@@ -10,7 +10,13 @@ from torch import Tensor
 
 def send(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """[len(values)]."""
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    return send_tensor(torch.tensor(values, dtype=dtype), device)
+
+
+def send_tensor(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same on `device`. From memory that is not pinned a copy may wait for what the device is at."""
+    pinned = tensor if device.type == "cpu" else tensor.pin_memory()
+    return pinned.to(device, non_blocking=True)
 
 
 def bring(*tensors: Tensor) -> list[Any]:

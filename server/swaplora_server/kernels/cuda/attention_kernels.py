@@ -126,7 +126,7 @@ def attention_prefill(
     tl.store(to, _over(folded, total[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=("blocks", "counts", "items", *_QUERY, *_LAYER))
+@triton.jit(do_not_specialize=("totals", "blocks", "counts", "items", *_QUERY, *_LAYER))
 def attention_decode(
     query: tl.tensor,
     keys: tl.tensor,
@@ -186,7 +186,7 @@ def attention_decode(
             tl.store(totals + to, one_total, mask=is_row)
 
 
-@triton.jit(do_not_specialize=("decodes", "window", "unit"))
+@triton.jit(do_not_specialize=("totals", "decodes", "window", "unit"))
 def attention_fold(
     sums: tl.tensor,
     largest: tl.tensor,

@@ -49,7 +49,7 @@ def add_norm_kernel(
     tl.store(out + at, (scale * normed).to(dtype), mask=dims < WIDTH)
 
 
-@triton.jit(do_not_specialize=("first",))
+@triton.jit(do_not_specialize=("slots", "first"))
 def rope_store_kernel(
     query: tl.tensor,
     key: tl.tensor,

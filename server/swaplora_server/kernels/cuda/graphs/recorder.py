@@ -1,6 +1,7 @@
 """What records launches: CUDA, or in tests what stands in for it."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -20,16 +21,29 @@ class CudaRecorder:
     """Graphs of one memory pool, on a stream of their own."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """See `Recorder`. Other threads may use the device meanwhile, as those that load adapters do."""
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream):  # which is left behind where recording fails
             run()  # compiles, loads and sets up what cannot be while recording
-        self._stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            run()
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                    run()
+            except RuntimeError:
+                self._end_pool()
+                raise
         return graph.replay
+
+    def _end_pool(self) -> None:
+        """Have the allocator know that nothing is recorded.
+
+        Where a capture fails, torch before 2.13 leaves it in the belief, and the next `empty_cache` fails an assertion.
+        """
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)  # noqa: SLF001
