@@ -161,7 +161,7 @@ def test_the_server_sizes_its_cache_by_the_largest_step(
     )
     on_cpu = load_base(base, device=CPU, dtype=torch.float32, backend=torch_backend(CPU))
     steps.clear()
-    known = ("max_positions", "vocab_size", "runner")
+    known = ("max_positions", "vocab_size", "runner", "model")
     on_gpu = SimpleNamespace(device=_CUDA, **{name: getattr(on_cpu, name) for name in known})
     monkeypatch.setattr(service_module, "SCORED_LOGITS", 7 * on_cpu.vocab_size)
     monkeypatch.setattr(service, "base", on_gpu, raising=False)
