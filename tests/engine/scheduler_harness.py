@@ -77,6 +77,7 @@ def submit(
     salt: str | None = None,
     tenant: str = "",
     priority: int = 0,
+    deadline: float | None = None,
     constrain: Callable[[], Constraint] | None = None,
     wants_hidden: bool = False,
     **params: Any,
@@ -93,6 +94,7 @@ def submit(
         cache_salt=salt,
         tenant=tenant,
         priority=priority,
+        deadline=deadline,
         new_constraint=constrain,
         reads=(lambda states: states) if wants_hidden else None,
     )
