@@ -29,6 +29,7 @@ def show_banner(
     console: Console,
     *,
     url: str,
+    page: str | None,
     base: str,
     device: str,
     kernels: str,
@@ -36,11 +37,16 @@ def show_banner(
     adapters: Sequence[str],
     seconds: float,
 ) -> None:
-    """Print where the server listens and what it serves. `memory` is (what for, bytes); `seconds` the start took."""
+    """Print where the server listens and what it serves.
+
+    `page` is the address for a browser, if there is one; `memory` is (what for, bytes); `seconds` the start took.
+    """
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim")
     rows.add_column(overflow="fold")
     rows.add_row("URL", Text(url, style="bold"))
+    if page is not None:
+        rows.add_row("page", Text(page, style="bold"))
     rows.add_row("base", Text(printable(f"{base} ({device}, {kernels})")))
     rows.add_row("memory", Text(" · ".join(f"{purpose} {human_bytes(size)}" for purpose, size in memory)))
     rows.add_row("adapters", Text(printable(_names(adapters))))

@@ -47,6 +47,7 @@ ROUTES_BEGIN = (
     "tokenize",
     "detokenize",
     "tokenizer_info",
+    "ui",
 )
 ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?", re.IGNORECASE)
@@ -172,6 +173,7 @@ class Settings(BaseSettings):
         (), description="A name this server is called by: api.example.com"
     )
     root_path: RootPath = Field("", description="Path below which a proxy serves this: /models")
+    ui: bool = Field(True, description="Serve the page for browsers, at /ui")
 
     adapter: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
         (), description="An adapter folder"

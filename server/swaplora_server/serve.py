@@ -157,9 +157,11 @@ def configure_logging(settings: Settings) -> None:
 def _show(service: Service, listener: socket.socket, seconds: float) -> None:
     settings = service.settings
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = f"http://{host}:{listener.getsockname()[1]}"
     show_banner(
         Console(stderr=True),
-        url=f"http://{host}:{listener.getsockname()[1]}",
+        url=url,
+        page=f"{url}/ui" if settings.ui else None,
         base=settings.base_id,
         device=service.base.device.type,
         kernels=service.base.backend.description,

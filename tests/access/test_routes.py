@@ -21,7 +21,7 @@ from swaplora_server.http.foreign import lora_adapters
 from swaplora_server.http.pages import routes_page
 from swaplora_server.http.pooling import embeddings
 
-PUBLIC = {"/health", "/health/ready", "/version", "/ping"}
+PUBLIC = {"/health", "/health/ready", "/version", "/ping", "/ui", "/ui/app.js"}
 EACH = {scope: frozenset({scope}) for scope in KeyScope}
 GENERATE, READ, WRITE, METRICS, ADMIN = KeyScope
 ANY = frozenset(KeyScope)

@@ -254,6 +254,7 @@ def test_the_banner_says_where_and_what() -> None:
     show_banner(
         Console(file=shown, width=100),
         url="http://127.0.0.1:8000",
+        page="http://127.0.0.1:8000/ui",
         base="smol",
         device="cpu",
         kernels="bf16",
@@ -262,7 +263,8 @@ def test_the_banner_says_where_and_what() -> None:
         seconds=2.34,
     )
     text = shown.getvalue()
-    assert "http://127.0.0.1:8000" in text
+    assert "URL       http://127.0.0.1:8000 " in text
+    assert "page      http://127.0.0.1:8000/ui " in text
     assert "smol (cpu, bf16)" in text
     assert "base 256 MiB · KV cache 1 GiB" in text
     assert "[sql], 0, 1, 2" in text

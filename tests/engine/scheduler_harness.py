@@ -77,7 +77,6 @@ def submit(
     salt: str | None = None,
     tenant: str = "",
     priority: int = 0,
-    deadline: float | None = None,
     constrain: Callable[[], Constraint] | None = None,
     wants_hidden: bool = False,
     **params: Any,
@@ -94,7 +93,6 @@ def submit(
         cache_salt=salt,
         tenant=tenant,
         priority=priority,
-        deadline=deadline,
         new_constraint=constrain,
         reads=(lambda states: states) if wants_hidden else None,
     )

@@ -241,4 +241,4 @@ def test_a_method_that_is_not_served_is_told_which_is(server: Running) -> None:
 
 def test_a_root_path_can_hide_no_route(server: Running) -> None:
     paths = server.client.get("/openapi.json").json()["paths"]
-    assert {path.split("/")[1] for path in [*paths, "/openapi.json", "/docs"]} == set(ROUTES_BEGIN)
+    assert {path.split("/")[1] for path in [*paths, "/openapi.json", "/docs", "/ui"]} == set(ROUTES_BEGIN)

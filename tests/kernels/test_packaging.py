@@ -26,4 +26,4 @@ def test_the_wheel_leaves_nothing_of_the_packages_out() -> None:
     files = [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file()]
     left_out = {path for path in files if is_ignored(path)}
     assert {path for path in left_out if "__pycache__" not in path.parts} == set()
-    assert {path.suffix for path in files} >= {".cpp", ".h"}
+    assert {path.suffix for path in files} >= {".cpp", ".h", ".html", ".css", ".js"}

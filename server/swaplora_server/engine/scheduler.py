@@ -1,11 +1,10 @@
 """Continuous batching: who runs in the next step, and what becomes of its tokens. Pure decisions: imports no torch.
 
 Scheduling is iteration-level (Orca): sequences join and leave between any two steps. Decoding sequences come first, one
-row each; what is left of the token budget goes to prefill, in chunks (chunked prefill), in order of arrival. A prompt
-that would take all of it leaves half to those who wait. What the prefix cache holds of a prompt is not computed again.
-When KV blocks run out, the youngest running sequence of whoever holds most of them is preempted: it gives its blocks
-back and is recomputed later, but for what the cache then still holds. The oldest of all is spared, so that something
-always comes to its end. A place is taken likewise where nobody who waits has begun for long.
+row each; what is left of the token budget goes to prefill, in chunks (chunked prefill), in order of arrival. What the
+prefix cache holds of a prompt is not computed again. When KV blocks run out, the youngest running sequence of whoever
+holds most of them is preempted: it gives its blocks back and is recomputed later, but for what the cache then still
+holds. The oldest of all is spared, so that something always comes to its end.
 
 Waiting sequences begin in the order of the waiting line. One lets later ones go before it while its adapters do not fit
 beside those that run, and while another sequence is computing the very block it needs next, which it then shares. It
@@ -18,9 +17,9 @@ no more go into a step than may be scored in one: each of them reaches the outpu
 What fails while one sequence is looked at ends its request, and that alone.
 """
 
-import math
 import time
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,18 +27,9 @@ import structlog
 
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.prefix_cache import PrefixCache
-from swaplora_server.engine.request import (
-    OVERDUE,
-    OVERDUE_CODE,
-    FinishReason,
-    Logprobs,
-    Request,
-    Sequence,
-    TokenEvent,
-    Vector,
-)
+from swaplora_server.engine.request import FinishReason, Logprobs, Request, Sequence, TokenEvent, Vector
 from swaplora_server.engine.sampling.constraint import ConstraintPendingError, UnmetConstraintError
-from swaplora_server.engine.waiting_line import GENERATED_WEIGHT, PROMPT_WEIGHT, Holdings, StepRanks, WaitingLine
+from swaplora_server.engine.waiting_line import GENERATED_WEIGHT, PROMPT_WEIGHT, StepRanks, WaitingLine
 from swaplora_server.kernels.step import Wants
 
 _log = structlog.get_logger(__name__)
@@ -117,16 +107,11 @@ class StepRoom:
     num_scored: int
     takes_whole: bool = False  # prompts, or nothing of them
 
-    def take(self, sequence: Sequence, *, leaves_half: bool = False) -> ScheduledRows | None:
-        """The next rows of `sequence` that there is room for, if any. They count when `count` is told.
-
-        One that leaves half takes no more than the other half, unless all that it needs is there.
-        """
+    def take(self, sequence: Sequence) -> ScheduledRows | None:
+        """The next rows of `sequence` that there is room for, if any. They count when `count` is told."""
         num_rows = min(sequence.num_uncomputed, self.num_rows)
         if self.takes_whole and num_rows < sequence.num_uncomputed:
             return None
-        if leaves_half and num_rows < sequence.num_uncomputed:
-            num_rows -= num_rows // 2
         if sequence.num_unscored > self.num_scored:
             num_rows = min(num_rows, sequence.num_scored - sequence.num_computed + self.num_scored)
         return rows_of(sequence, sequence.num_computed, sequence.num_computed + num_rows) if num_rows else None
@@ -135,11 +120,6 @@ class StepRoom:
         """Give room to rows that `take` found."""
         self.num_rows -= rows.num_rows
         self.num_scored -= rows.num_scored
-
-    def take_back(self, rows: ScheduledRows) -> None:
-        """Have the room again that `count` gave."""
-        self.num_rows += rows.num_rows
-        self.num_scored += rows.num_scored
 
 
 class Scheduler:
@@ -174,8 +154,6 @@ class Scheduler:
         self.num_failed = 0  # requests that `fail` ended; only grows, any thread may read it
         self.num_preempted = 0  # sequences that gave their blocks back; the same
         self._num_steps = 0
-        self._last_begun_in = 0  # the step in which anybody did, or nobody waited
-        self._next_deadline = math.inf  # of those that are here, or were
         self._waiting = WaitingLine()
         self._running: list[Sequence] = []
 
@@ -193,17 +171,12 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue every sequence of `request`. The caller has checked that one of them fits the pool by itself."""
-        if not len(self._waiting):
-            self._last_begun_in = self._num_steps
         for index in range(request.num_sequences):
             self._waiting.add(Sequence(request, index))
-        self._next_deadline = min(self._next_deadline, request.deadline or math.inf)
 
     def schedule(self) -> Batch:
         """Choose the next step's rows and give them blocks."""
         self._num_steps += 1
-        self._end_overdue(time.monotonic())
-        self._make_place()
         room = StepRoom(self._max_batch_tokens, self._max_scored_rows, self._takes_whole)
         chosen: list[ScheduledRows] = []
         standing = self._standing()
@@ -211,7 +184,7 @@ class Scheduler:
             try:
                 if reason := sequence.late_finish_reason:
                     self._finish(sequence, TokenEvent(sequence.index, finish_reason=reason))
-                rows = None if sequence.is_held else room.take(sequence, leaves_half=len(self._waiting) > 0)
+                rows = None if sequence.is_held else room.take(sequence)
                 if rows and sequence in self._running and self._make_room(rows, chosen, standing):
                     chosen.append(rows)
                     room.count(rows)
@@ -219,7 +192,6 @@ class Scheduler:
                 self.fail(sequence.request, error)
         chosen += self._admit(room)
         chosen = [rows for rows in chosen if rows.sequence.block_table]  # a sibling may have failed since
-        chosen = [self._with_rest(rows, room) for rows in chosen]
         return Batch(tuple(sorted(chosen, key=lambda rows: (rows.sequence.request.adapter_key, rows.sequence.arrival))))
 
     def commit(self, batch: Batch, outputs: Iterable[Sampled]) -> None:
@@ -264,32 +236,6 @@ class Scheduler:
         ranks = {digest: rank for sequence in self._running for digest, rank in sequence.request.adapter_ranks.items()}
         if self._ranks.total != sum(ranks.values()):
             raise RuntimeError("the ranks that are counted are not those of the adapters that run")
-
-    def _with_rest(self, rows: ScheduledRows, room: StepRoom) -> ScheduledRows:
-        """`rows`, or as many more of their prompt as nobody else took the room of."""
-        if not room.num_rows or rows.stop == rows.sequence.num_tokens:
-            return rows
-        room.take_back(rows)
-        more = room.take(rows.sequence)
-        if more is None or not self.pool.can_grow(rows.sequence.block_table, more.stop):
-            more = rows
-        self.pool.grow(rows.sequence.block_table, more.stop)
-        room.count(more)
-        return more
-
-    def _end_overdue(self, now: float) -> None:
-        """End what was not done in its time, whether it runs or waits."""
-        if now < self._next_deadline:
-            return
-        self._next_deadline = math.inf
-        for sequence in [*self._running, *self._waiting]:
-            deadline = sequence.request.deadline or math.inf
-            if deadline <= now:
-                self._finish(
-                    sequence, TokenEvent(sequence.index, None, None, FinishReason.ERROR, OVERDUE, OVERDUE_CODE)
-                )
-            else:
-                self._next_deadline = min(self._next_deadline, deadline)
 
     def _admit(self, room: StepRoom) -> list[ScheduledRows]:
         """Begin waiting sequences while they fit, in their order but for those that can let others go first."""
@@ -367,7 +313,7 @@ class Scheduler:
         self.cache.begin(sequence, found)
         if sequence.begun_in is None:  # who was preempted has paid
             self._waiting.charge(sequence, sequence.num_uncomputed, PROMPT_WEIGHT)
-        sequence.begun_in = self._last_begun_in = self._num_steps
+        sequence.begun_in = self._num_steps
         sequence.passed_over_since = sequence.lacking_since = None
         if sequence.request.begun_at is None:
             sequence.request.begun_at = time.monotonic()
@@ -384,28 +330,17 @@ class Scheduler:
         That is the youngest of whoever holds most blocks, tenant and then adapter; the oldest of all is spared. While
         no step can use up all blocks, age alone counts.
         """
-        is_scarce = self.pool.num_free < self.pool.blocks_for(self._max_batch_tokens) + len(self._running)
-        holdings = Holdings(self._running if is_scarce else (), lambda sequence: len(sequence.block_table))
+        num_held: Counter[Hashable] = Counter()
+        if self.pool.num_free < self.pool.blocks_for(self._max_batch_tokens) + len(self._running):
+            for sequence in self._running:
+                num_held.update(dict.fromkeys(_sharers(sequence), len(sequence.block_table)))
         oldest = min((sequence.arrival for sequence in self._running), default=0)
-        return {
-            sequence: (sequence.arrival > oldest, *holdings.of(sequence), sequence.arrival)
-            for sequence in self._running
-        }
 
-    def _make_place(self) -> None:
-        """Where for long nobody has begun who waits, take a place for the first in line, if its like have fewer.
+        def standing(sequence: Sequence) -> Standing:
+            tenant, line = _sharers(sequence)
+            return sequence.arrival > oldest, num_held[tenant], num_held[line], sequence.arrival
 
-        It is the youngest's of whoever has most, tenant and then adapter: a flood of long answers has no more of all
-        places than its share for longer than that.
-        """
-        if self._num_steps - self._last_begun_in < MAX_STEPS_PASSED_OVER or not self._running:
-            return
-        first = next(self._waiting.turns(), None)
-        places = Holdings(self._running, lambda _sequence: 1)
-        most = max(self._running, key=lambda sequence: (*places.of(sequence), sequence.arrival))
-        if first is not None and places.is_behind(first, most):
-            self._preempt(most)
-        self._last_begun_in = self._num_steps
+        return {sequence: standing(sequence) for sequence in self._running}
 
     def _make_room(
         self, rows: ScheduledRows, chosen: list[ScheduledRows], standing: Mapping[Sequence, Standing]
@@ -496,6 +431,12 @@ class Scheduler:
         else:
             self._waiting.remove(sequence)
         sequence.request.finish(event)
+
+
+def _sharers(sequence: Sequence) -> tuple[Hashable, Hashable]:
+    """Its tenant, and its adapter among the tenant's."""
+    request = sequence.request
+    return request.tenant, (request.tenant, request.digests)
 
 
 def rows_of(sequence: Sequence, start: int, stop: int) -> ScheduledRows:

@@ -16,7 +16,7 @@ from swaplora_server.http.auth import authorise, check_declared, is_public, need
 from swaplora_server.http.described import REFUSED, with_keys
 from swaplora_server.http.errors import on_client_gone, on_defect, on_http_error, on_invalid_parameter, on_request_error
 from swaplora_server.http.foreign import lora_adapters
-from swaplora_server.http.pages import routes_page
+from swaplora_server.http.pages import routes_page, ui_page
 from swaplora_server.http.pooling import embeddings
 from swaplora_server.http.routes import (
     adapters,
@@ -89,6 +89,7 @@ def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
         lora_adapters,
         metrics,
         routes_page,
+        *([ui_page] if service.settings.ui else []),
     ):
         check_declared(module.router.routes)
         app.include_router(module.router)

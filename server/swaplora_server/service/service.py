@@ -48,7 +48,6 @@ from swaplora_server.service.offload import GilTurns, Offload
 from swaplora_server.service.pooling.encoder_engine import encoder_engine, max_input_len
 from swaplora_server.service.prompts import LONG_CHARACTERS, PromptTokenizer
 from swaplora_server.service.tools.dialect import Dialect, dialect_of
-from swaplora_server.service.tools.tool import Tool
 from swaplora_server.service.wakeups import Wakeups, result_of
 
 KV_CACHE_BYTES = 2**30  # on a CPU, unless the settings say otherwise
@@ -96,7 +95,7 @@ class Service:
         self.started_at = int(time.time())
         self.is_draining = False
         self.metrics = Metrics(self._state, settings.base_id, self._is_adapter)
-        self.admissions = Admissions(settings.max_waiting, settings.max_num_seqs)
+        self.admissions = Admissions(settings.max_waiting + settings.max_num_seqs)
         # the loop's own threads are for what is short: lists, metrics, changes of names
         self.offload = Offload(settings.tokenizer_threads, settings.max_waiting, "tokenize")
         self.gil_turns = GilTurns()
@@ -238,14 +237,13 @@ class Service:
         param: Callable[[int], str],
         *,
         add_special_tokens: bool,
-        tools: Sequence[Tool] = (),
+        tools: Sequence[Mapping[str, Any]] = (),
         **options: bool,
     ) -> list[list[int]]:
         """A conversation as the one prompt of its request; see `ChatTemplate.render`."""
-        told = [tool.definition for tool in tools]
-        render = partial(self.chat_template.render, messages, template_kwargs, told, **options)
+        render = partial(self.chat_template.render, messages, template_kwargs, tools, **options)
         size = sum(_MESSAGE_CHARACTERS + len(message["content"]) for message in messages)
-        size += sum(tool.num_characters for tool in tools)
+        size += sum(len(str(tool)) for tool in tools)
         text = await self.when_long(size, render)
         return await self.tokenizer.encode_all([text], param, add_special_tokens=add_special_tokens)
 

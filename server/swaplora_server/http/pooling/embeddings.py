@@ -20,7 +20,7 @@ from swaplora_server.http.foreign.names import terms_of
 from swaplora_server.http.pooling.wire import WHAT_FITS, EmbeddingBody, PoolingBody
 from swaplora_server.http.refusals import EMBEDDING, refuse_unsupported
 from swaplora_server.http.sse import until_disconnect
-from swaplora_server.http.tasks import asker_of, salt_of, urgency_of
+from swaplora_server.http.tasks import asker_of, salt_of
 from swaplora_server.http.transport.body import body_schema, json_body
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.pooling.embeddings import check_dimensions, embeddings
@@ -82,7 +82,6 @@ def _task(request: Request, service: Service, body: EmbeddingBody) -> PoolingTas
         reads=service.base.pooling,
         adapters=terms_of(service, body),
         cache_salt=salt_of(request, body.cache_salt),
-        urgency=urgency_of(request, body.priority),
         asker=asker_of(request, body.user),
         input_param=body.input_param,
     )

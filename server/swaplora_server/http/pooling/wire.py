@@ -12,7 +12,6 @@ from swaplora_server.http.wire import (
     MAX_PROMPT_TOKENS,
     MAX_SALT_CHARACTERS,
     MAX_USER_CHARACTERS,
-    Priority,
     Prompt,
     Whole,
     prompts_of,
@@ -31,7 +30,6 @@ class PoolingBody(NamingBody, NullMeansDefault):
     truncation_side: Literal["left", "right"] = "right"
     user: Annotated[str, Field(max_length=MAX_USER_CHARACTERS)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
-    priority: Priority = 0
 
 
 class EmbeddingBody(PoolingBody):

@@ -1,0 +1,75 @@
+"""The page where a key is wanted, below a path that a proxy puts before it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from playwright.sync_api import expect
+
+from chromium import chromium, opened
+from serving import Running, serving, settings
+from swaplora_server.access.caller import KeyScope
+from swaplora_server.access.key_file import create_key
+
+
+class Locked(NamedTuple):
+    """A server that wants a key, and one that may ask and read, and no more."""
+
+    server: Running
+    reader: str
+
+
+@pytest.fixture(scope="module")
+def locked(base: Path, adapters: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Locked]:
+    folder = tmp_path_factory.mktemp("data")
+    reader, _ = create_key(folder / "keys.yaml", "default", (KeyScope.GENERATE, KeyScope.READ))
+    config = settings(base, folder, api_key=("all",), key_file=folder / "keys.yaml", root_path="/models")
+    with serving(config) as running:
+        running.client.headers["Authorization"] = "Bearer all"
+        assert running.put("one", adapters[3]).status_code == 201
+        yield Locked(running, reader)
+
+
+def test_a_key_is_asked_for_and_kept_in_the_tab_alone(locked: Locked) -> None:
+    asked: list[str] = []
+    with chromium() as browser, opened(browser) as shown:
+        page = shown.page
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"{locked.server.url}/models/ui")
+        dialog = page.get_by_role("dialog", name="API key")
+        expect(dialog).to_contain_text("This server wants a key.")
+        for key in ("wrong", locked.reader):
+            page.get_by_label("Key", exact=True).fill(key)
+            page.keyboard.press("Enter")
+            if key == "wrong":
+                expect(dialog).to_contain_text("The server does not take that key.")
+        expect(dialog).to_be_hidden()
+        expect(page.locator("#base")).to_have_text("base")
+        stored = page.evaluate("[JSON.stringify(localStorage), JSON.stringify(sessionStorage)]")
+        assert [locked.reader in each for each in stored] == [False, True]
+
+        page.get_by_label("Prompt").fill("hi")
+        page.get_by_role("button", name="Run").click()
+        expect(page.locator("#compare-said")).to_contain_text("2 of 2 have answered")
+        page.get_by_role("button", name="curl").first.click()
+        code = page.locator("#code-text").text_content() or ""
+        assert f"{locked.server.url}/models/v1/chat/completions" in code
+        assert "$SWAPLORA_API_KEY" in code
+        assert locked.reader not in code
+        page.get_by_role("button", name="Close").click()
+
+        page.get_by_role("tab", name="Live").click()
+        expect(page.locator("#live-said")).to_have_text("Only a key with the scope admin may see the metrics.")
+        page.get_by_role("tab", name="Adapters").click()
+        page.get_by_role("button", name="one", exact=True).click()
+        page.get_by_role("button", name="Pin", exact=True).click()
+        expect(page.locator("#card .told")).to_have_text("this needs a key with the scope adapters:write")
+
+        page.get_by_role("button", name="Key", exact=True).click()
+        page.get_by_role("button", name="Forget it").click()
+        expect(dialog).to_contain_text("This server wants a key.")
+        page.get_by_role("button", name="Cancel").click()
+        expect(page.locator("#adapter-list")).to_contain_text("send a valid API key")
+        shown.refusals(401, 403)
+        assert {url for url in asked if not url.startswith(f"{locked.server.url}/models/")} == set()
