@@ -1,5 +1,7 @@
 """JSON schemas of many kinds, by a number: such that what keeps to one of them ends soon."""
 
+import itertools
+import json
 import random
 from typing import Any
 
@@ -7,6 +9,15 @@ Schema = dict[str, Any]
 _MAX_DEPTH = 2
 _FORMATS = ("date", "uuid", "ipv4")
 _PATTERNS = ("^[a-c]{2,4}$", "^(yes|no)$", r"^\d{3}-\d{2}$", "^x?y$")
+
+
+def distinct_cases(count: int) -> list[Schema]:
+    """So many, no two of them alike."""
+    found: dict[str, Schema] = {}
+    for number in itertools.takewhile(lambda _: len(found) < count, itertools.count()):
+        schema = schema_case(number)
+        found[json.dumps(schema)] = schema
+    return [*found.values()]
 
 
 def schema_case(number: int) -> Schema:

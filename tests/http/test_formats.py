@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 
 import tiny
-from schema_cases import schema_case
+from schema_cases import distinct_cases, schema_case
 from serving import BASE, Running, serving, settings
 from swaplora_server.engine.request import Sequence
 from swaplora_server.engine.scheduler import Scheduler
@@ -70,6 +70,7 @@ def refusal(answer: httpx.Response) -> dict[str, Any]:
 
 
 async def test_what_a_model_that_would_say_anything_answers_is_of_the_schema(server: Running) -> None:
+    cases = distinct_cases(NUM_CASES)
     async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
         few = asyncio.Semaphore(32)
 
@@ -81,13 +82,13 @@ async def test_what_a_model_that_would_say_anything_answers_is_of_the_schema(ser
                 "seed": number,
                 "temperature": 1.0 if number % 4 else 0,
                 "logit_bias": SPACES,
-                "response_format": {"type": "json_schema", "json_schema": {"schema": schema_case(number)}},
+                "response_format": {"type": "json_schema", "json_schema": {"schema": cases[number]}},
             }
             async with few:  # no more than may wait to be compiled
                 return number, await client.post("/v1/completions", json=body)
 
         for number, answer in await asyncio.gather(*map(ask, range(NUM_CASES))):
-            schema = schema_case(number)
+            schema = cases[number]
             [(text, reason)] = choices(answer)
             assert reason == "stop", f"{schema} {text}"
             jsonschema.validate(json.loads(text), schema, format_checker=jsonschema.FormatChecker())
