@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 
 from swaplora_server.service.errors import RequestError
 
+GIL_PAUSE = 3
 PATIENCE = 16  # a job lets later ones before it that are together this many times as large, and no more
 T = TypeVar("T")
 
@@ -134,9 +135,10 @@ class Offload:
 
 
 class GilTurns:
-    """For what holds the interpreter's lock, the GIL, for long: one at a time, and as long a time between two.
+    """For what holds the interpreter's lock, the GIL, for long: one at a time, and three times as long between two.
 
-    So whatever needs the interpreter now and then is held up by one of them at most, however many want a turn.
+    So whatever needs the interpreter now and then has it for most of the time, however many want a turn: a step, which
+    needs it between its parts, is held up by one or two of them.
     """
 
     def __init__(
@@ -155,7 +157,7 @@ class GilTurns:
                 return job()
             finally:
                 now = self._clock()
-                self._free_at = 2 * now - began
+                self._free_at = now + GIL_PAUSE * (now - began)
 
 
 async def in_own_thread(job: Callable[[], T]) -> T:
