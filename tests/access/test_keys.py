@@ -6,6 +6,7 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fake_server import swaplora
+from serving import serving, settings
 from swaplora_server.access.caller import ANYBODY, KeyScope
-from swaplora_server.access.key_file import KeyFileError, create_key, digest_of, read_keys, revoke_key
+from swaplora_server.access.key_file import KeyFile, KeyFileError, create_key, digest_of, read_keys, revoke_key
 from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.config import Settings
 from swaplora_server.serve import StartError, run
@@ -217,6 +219,79 @@ def test_commands_at_once_lose_no_key(file: Path) -> None:
         thread.join()
     assert sorted(key.tenant for key in read_keys(file).keys) == [f"t{n}" for n in range(8)]
     assert sorted(path.name for path in file.parent.iterdir()) == [".keys.yaml.lock", "keys.yaml"]
+
+
+def test_an_administrator_makes_and_revokes_keys(
+    base: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each holds from its answer on, not from the next look at the file on."""
+    monkeypatch.setattr("swaplora_server.access.key_ring.LOOK_SECONDS", 600)
+    _, other = create_key(file, "zeta", (GENERATE,))
+    noted = tmp_path / "audit"
+    config = settings(base, tmp_path / "data", api_key=("own",), key_file=file, audit_log=noted)
+    with serving(config) as server:
+        client = server.client
+        own = {"Authorization": "Bearer own"}
+        made = client.post("/v1/keys", json={"tenant": "acme", "scopes": ["adapters:read"], "days": 1}, headers=own)
+        assert (made.status_code, made.headers["cache-control"]) == (201, "no-store")
+        key, key_id = made.json()["key"], made.json()["id"]
+        with_key = {"Authorization": f"Bearer {key}"}
+        assert client.get("/v1/adapters", headers=with_key).status_code == 200
+        assert client.get("/v1/keys", headers=with_key).json()["error"]["code"] == "insufficient_scope"
+        listed = client.get("/v1/keys", headers=own)
+        assert [(one["id"], one["tenant"]) for one in listed.json()["data"]] == [(other.id, "zeta"), (key_id, "acme")]
+        assert "expires" in listed.json()["data"][1]
+        assert key not in listed.text
+        assert digest_of(key) not in listed.text
+        assert client.delete(f"/v1/keys/{key_id}", headers=own).status_code == 200
+        assert client.get("/v1/adapters", headers=with_key).status_code == 401
+        assert client.delete(f"/v1/keys/{key_id}", headers=own).json()["error"]["code"] == "not_found"
+        refusals: list[dict[str, Any]] = [
+            {"tenant": "A b"},
+            {"scopes": []},
+            {"scopes": ["all"]},
+            {"days": 0},
+            {"day": 1},
+        ]
+        for wrong in refusals:
+            refused = client.post("/v1/keys", json=wrong, headers=own).json()["error"]
+            assert (refused["code"], refused["param"].partition("[")[0]) == ("invalid_request", *wrong)
+        file.write_text("keys: 1")
+        broken = client.post("/v1/keys", json={}, headers=own)
+        assert (broken.status_code, broken.json()["error"]["code"]) == (507, "storage_failed")
+        assert str(tmp_path) not in broken.text
+    told = [json.loads(line) for line in noted.read_text().splitlines()]
+    assert [(line["key"], line["change"], line["name"]) for line in told] == [
+        ("setting-1", "key.create", key_id),
+        ("setting-1", "key.revoke", key_id),
+    ]
+    assert key not in noted.read_text()
+
+
+def test_what_was_read_before_a_revocation_is_not_taken_after_it(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, stored = create_key(file, "acme", (GENERATE,))
+    ring = KeyRing([], file)
+    create_key(file, "acme", (GENERATE,))
+    has_read, goes_on = threading.Event(), threading.Event()
+
+    def slowly(path: Path) -> KeyFile:
+        found = read_keys(path)
+        if not has_read.is_set():
+            has_read.set()
+            assert goes_on.wait(60)
+        return found
+
+    monkeypatch.setattr("swaplora_server.access.key_ring.read_keys", slowly)
+    looking = threading.Thread(target=ring.refresh)
+    revoking = threading.Thread(target=ring.revoke, args=(stored.id,))
+    looking.start()
+    assert has_read.wait(60)
+    revoking.start()
+    revoking.join(0.1)  # it would be done, were there no order between the two
+    goes_on.set()
+    for thread in (looking, revoking):
+        thread.join(60)
+    assert ring.find(key) is None
 
 
 def test_a_link_is_followed_to_the_file(file: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from raw_http import connected, read_answer, request
 from serving import Running, serving, settings
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.access.key_file import create_key, revoke_key
-from swaplora_server.http import routes
+from swaplora_server.http import operations, routes
 from swaplora_server.http.auth import check_declared
 from swaplora_server.http.foreign import lora_adapters
 from swaplora_server.http.pages import routes_page
@@ -33,6 +33,7 @@ FOR = {
     "/v1/load_lora_adapter": {},
     "/v1/unload_lora_adapter": {},
     "/adapters": {},
+    "/v1/keys": dict.fromkeys(("GET", "POST", "DELETE"), ADMIN),
     "/metrics": {"GET": METRICS},
 }
 
@@ -44,7 +45,7 @@ class Route(NamedTuple):
 
     @property
     def url(self) -> str:
-        return self.path.replace(":path", "").format(name="x", model="x", alias="x")
+        return self.path.replace(":path", "").format(name="x", model="x", alias="x", key_id="x")
 
 
 def _scopes(method: str, path: str) -> frozenset[KeyScope]:
@@ -57,7 +58,8 @@ def _scopes(method: str, path: str) -> frozenset[KeyScope]:
 
 
 def _routes() -> Iterator[Route]:
-    modules = [import_module(module.name) for module in iter_modules(routes.__path__, f"{routes.__name__}.")]
+    found = [module for room in (routes, operations) for module in iter_modules(room.__path__, f"{room.__name__}.")]
+    modules = [import_module(module.name) for module in found]
     for module in (*modules, lora_adapters, embeddings, routes_page):
         for route in module.router.routes:
             assert isinstance(route, APIRoute)

@@ -17,7 +17,7 @@ from repository import ROOT
 from serving import Running
 from swaplora_server.cli import app
 from swaplora_server.config import Settings
-from swaplora_server.http import errors, pooling, routes
+from swaplora_server.http import errors, operations, pooling, routes
 from swaplora_server.http.pooling.wire import EmbeddingBody
 from swaplora_server.http.wire import ChatBody, CompletionBody
 
@@ -230,7 +230,7 @@ def _commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def _routes() -> Iterator[str]:
     """As `GET /v1/models`."""
-    for package in (routes, pooling):
+    for package in (routes, operations, pooling):
         for module in iter_modules(package.__path__, f"{package.__name__}."):
             router = getattr(import_module(module.name), "router", None)
             for route in router.routes if router else ():

@@ -49,7 +49,7 @@ def requests(server: Running) -> Iterator[tuple[str, str]]:
     paths = server.client.get("/openapi.json").json()["paths"]
     for path, operations in paths.items():
         for method in operations:
-            yield method.upper(), path.format(name="sql", model="sql", alias="x")
+            yield method.upper(), path.format(name="sql", model="sql", alias="x", key_id="x")
 
 
 def code(answer: httpx.Response) -> tuple[int, str]:

@@ -33,6 +33,14 @@ class KeyFileError(RuntimeError):
     """The file of keys cannot be used; the message is for the operator, and holds nothing of a key."""
 
 
+class UnknownKeyError(KeyFileError):
+    """The file has no key of that id."""
+
+    def __init__(self, path: Path, key_id: str) -> None:
+        super().__init__(f"the key file {path} has no key {key_id}")
+        self.key_id = key_id
+
+
 class _Closed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -107,10 +115,10 @@ def create_key(
 
 
 def revoke_key(path: Path, key_id: str) -> None:
-    """Take a key out of the file. Raises KeyFileError, also for one that is not there."""
+    """Take a key out of the file. Raises KeyFileError; UnknownKeyError for one that is not there."""
     with _changing(path) as change:
         if all(key.id != key_id for key in read_keys(path).keys):
-            raise KeyFileError(f"the key file {path} has no key {key_id}")
+            raise UnknownKeyError(path, key_id)
         change(lambda keys: tuple(key for key in keys if key.id != key_id))
 
 

@@ -5,11 +5,20 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from swaplora_server.access.caller import ANYBODY, DEFAULT_TENANT, Caller, KeyScope
-from swaplora_server.access.key_file import KeyFile, KeyFileError, digest_of, read_keys
+from swaplora_server.access.key_file import (
+    KeyFile,
+    KeyFileError,
+    StoredKey,
+    create_key,
+    digest_of,
+    read_keys,
+    revoke_key,
+)
 
 LOOK_SECONDS = 1.0
 _Seen = tuple[int, int, int] | None
@@ -44,6 +53,7 @@ class KeyRing:
         self._report = report
         self._seen = _seen(file)
         self._known = self._read()
+        self._lock = threading.Lock()
         self._is_stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -69,14 +79,36 @@ class KeyRing:
 
     def refresh(self) -> None:
         """Read the file again if it is another than the one that was last looked at."""
-        seen = _seen(self._file)
-        if seen == self._seen:
-            return
-        self._seen = seen
-        try:
-            self._known = self._read()  # one assignment: who asks meanwhile sees the keys as they were or as they are
-        except KeyFileError as error:
-            self._report(str(error))
+        with self._lock:  # or what was read before a change could be taken after it
+            seen = _seen(self._file)
+            if seen == self._seen:
+                return
+            self._seen = seen
+            try:
+                self._known = self._read()  # one assignment: who asks meanwhile sees the keys as they were or are
+            except KeyFileError as error:
+                self._report(str(error))
+
+    def stored(self) -> tuple[StoredKey, ...]:
+        """The keys of the file. Raises KeyFileError, and FileNotFoundError where there is none for keys."""
+        return read_keys(self._path).keys
+
+    def create(self, tenant: str, scopes: tuple[KeyScope, ...], expires: datetime | None) -> tuple[str, StoredKey]:
+        """See `create_key`: one that is known at once. Raises FileNotFoundError as well."""
+        created = create_key(self._path, tenant, scopes, expires)
+        self.refresh()
+        return created
+
+    def revoke(self, key_id: str) -> None:
+        """See `revoke_key`: one that is unknown at once. Raises FileNotFoundError as well."""
+        revoke_key(self._path, key_id)
+        self.refresh()
+
+    @property
+    def _path(self) -> Path:
+        if self._file is None:
+            raise FileNotFoundError
+        return self._file
 
     def start(self) -> None:
         """Look after the file, if there is one, until `stop`."""

@@ -16,6 +16,7 @@ from swaplora_server.http.auth import authorise, check_declared, is_public, need
 from swaplora_server.http.described import REFUSED, with_keys
 from swaplora_server.http.errors import on_client_gone, on_defect, on_http_error, on_invalid_parameter, on_request_error
 from swaplora_server.http.foreign import lora_adapters
+from swaplora_server.http.operations import health, keys, metrics
 from swaplora_server.http.pages import routes_page, ui_page
 from swaplora_server.http.pooling import embeddings
 from swaplora_server.http.routes import (
@@ -25,11 +26,9 @@ from swaplora_server.http.routes import (
     completions,
     compose,
     control,
-    health,
     inspection,
     invocations,
     messages,
-    metrics,
     models,
     responses,
     tokenize,
@@ -88,6 +87,7 @@ def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
         control,
         lora_adapters,
         metrics,
+        keys,
         routes_page,
         *([ui_page] if service.settings.ui else []),
     ):

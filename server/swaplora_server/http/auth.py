@@ -60,10 +60,10 @@ async def authorise(request: Request) -> AsyncIterator[None]:
     caller = service.keys.find(_given(request))
     if caller is None:
         raise RequestError("invalid_api_key", "send a valid API key as Authorization: Bearer KEY")
+    request.state.caller = caller
     if not caller.may(scopes):
         wanted = " or ".join(sorted(scopes))
         raise RequestError("insufficient_scope", f"this needs a key with the scope {wanted}")
-    request.state.caller = caller
     try:
         end = service.meter.begin(caller.limited, is_change=scopes == {KeyScope.WRITE})
     except LimitReachedError as error:

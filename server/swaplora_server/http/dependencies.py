@@ -15,13 +15,13 @@ async def _service(request: Request) -> Service:
     """With the caller's adapters alone, where there is a caller; public routes look at none."""
     service: Service = request.app.state.service
     caller: Caller | None = getattr(request.state, "caller", None)
-    return service if caller is None else TenantService(service, caller, _request_id())
+    return service if caller is None else TenantService(service, caller, request_id())
 
 
-def _request_id() -> str:
-    """As the answer and the log have it."""
-    request_id: str = structlog.contextvars.get_contextvars().get("request_id", "")
-    return request_id
+def request_id() -> str:
+    """Of the running request, as the answer and the log have it."""
+    found: str = structlog.contextvars.get_contextvars().get("request_id", "")
+    return found
 
 
 Serving = Annotated[Service, Depends(_service)]  # it may still be starting: see `Service.check_serving`
