@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -15,6 +16,8 @@ from openai.types.chat import ChatCompletionMessageFunctionToolCall
 import tiny
 from serving import BASE, Running, serving, settings
 from swaplora_server.service.chat_template import ChatTemplate
+from swaplora_server.service.tools import reader as reader_module
+from swaplora_server.service.tools.call_format import HERMES, LLAMA3_JSON, MISTRAL, CallFormat
 from swaplora_server.service.tools.reader import Argued, Called, CallReader, Part, Said
 
 SPACES = {str(token_id): -100 for token_id in tiny.byte_tokenizer().encode(" \n\r\t")}
@@ -127,6 +130,51 @@ def test_it_matters_nothing_in_which_pieces_a_text_comes(texts: list[str], data:
     assert read([whole[start:stop] for start, stop in pairwise(cuts)]) == read([whole])
 
 
+@pytest.mark.parametrize(
+    ("form", "begin", "more"),
+    [
+        (HERMES, '<tool_call>{"name": "', "x"),
+        (HERMES, "<tool_call>", " "),
+        (HERMES, '<tool_call>{"arguments": {"k": "', "x"),
+        (HERMES, "", "<tool_call>"),
+        (HERMES, "", written("a", "{}")),
+        (LLAMA3_JSON, '{"', "x"),
+        (LLAMA3_JSON, "{", " "),
+        (LLAMA3_JSON, '{"name": "', "x"),
+        (MISTRAL, '[TOOL_CALLS][{"name": "', "x"),
+    ],
+)
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_each_character_is_looked_at_a_few_times_however_long_a_text_is(
+    form: CallFormat, begin: str, more: str, *, is_whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at = 0
+
+    def counting(function: Any) -> Any:
+        def count(*arguments: Any) -> Any:
+            nonlocal looked_at
+            looked_at += sum(len(argument) for argument in arguments if isinstance(argument, str))
+            return function(*arguments)
+
+        return count
+
+    head = reader_module._head(form.arguments)  # noqa: SLF001 - what looks at a text
+    monkeypatch.setattr(reader_module._ObjectEnd, "find", counting(reader_module._ObjectEnd.find))  # noqa: SLF001
+    monkeypatch.setattr(CallReader, "_enter", counting(CallReader._enter))  # noqa: SLF001
+    monkeypatch.setattr(reader_module, "_head", lambda _: SimpleNamespace(match=counting(head.match)))
+
+    def work(count: int) -> int:
+        nonlocal looked_at
+        looked_at = 0
+        reader = CallReader({"a"}, form=form)
+        for text in [begin + more * count] if is_whole else [begin, *[more] * count]:
+            reader.push(text)
+        reader.flush()
+        return looked_at
+
+    assert work(6000) < 2.5 * work(3000) + 500
+
+
 def test_with_one_call_wanted_the_others_are_left_out() -> None:
     text = f"{written('a', '{}')}\n{written('b', '{}')}"
     assert read([text], is_one=True) == [Called(0, "", "a"), Argued(0, "{}")]
@@ -225,6 +273,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": [tool("a"), tool("a")]}, "tools"),
     ({"tools": [tool("a", {"type": "strin"})], "tool_choice": "required"}, "tools"),
     ({"tools": [tool("a", {"not": {}}, strict=True)]}, "tools"),
+    ({"tools": [tool("a", {"not": {}, "x-guidance": {"lenient": True}}, strict=True)]}, "tools"),
     ({"tool_choice": "always"}, "tool_choice"),
     ({"tool_choice": {"type": "function", "function": {"name": "gone"}}}, "tool_choice"),
     ({"tools": [], "tool_choice": "required"}, "tool_choice"),

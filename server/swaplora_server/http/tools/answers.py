@@ -26,7 +26,7 @@ class ChatAnswers:
         parts = [*reader.push(text), *reader.flush()]
         said = "".join(part.text for part in parts if isinstance(part, Said))
         thought = "".join(part.text for part in parts if isinstance(part, Thought))
-        calls = [_call(part, parts) for part in parts if isinstance(part, Called)]
+        calls = _calls(parts)
         message: dict[str, Any] = {"role": "assistant", "content": said or (None if calls else "")}
         if thought and self._tells_thoughts:
             message |= _reasoning(thought)
@@ -55,9 +55,16 @@ def _reasoning(text: str) -> dict[str, Any]:
     return {"reasoning_content": text, "reasoning": text}
 
 
-def _call(called: Called, parts: Sequence[Part]) -> dict[str, Any]:
-    arguments = "".join(part.text for part in parts if isinstance(part, Argued) and part.number == called.number)
-    return {"id": called.call_id, "type": "function", "function": {"name": called.name, "arguments": arguments}}
+def _calls(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    arguments: defaultdict[int, str] = defaultdict(str)
+    for part in parts:
+        if isinstance(part, Argued):
+            arguments[part.number] += part.text
+    return [
+        {"id": part.call_id, "type": "function", "function": {"name": part.name, "arguments": arguments[part.number]}}
+        for part in parts
+        if isinstance(part, Called)
+    ]
 
 
 def _delta(part: Part) -> dict[str, Any]:

@@ -43,6 +43,9 @@ class Argued(NamedTuple):
 Part = Said | Thought | Called | Argued
 
 
+_PIECE = 4096  # characters
+
+
 class _State(Enum):
     START = auto()  # where a call may stand without a mark
     TEXT = auto()
@@ -57,6 +60,7 @@ class _ObjectEnd:
     """Finds where a JSON object ends."""
 
     depth: int = 0
+    is_nested: bool = False  # whether something has begun within it
     is_in_string: bool = False
     is_escaped: bool = False
 
@@ -69,6 +73,7 @@ class _ObjectEnd:
                 self.is_in_string = True
             else:
                 self.depth += (character in "{[") - (character in "}]")
+                self.is_nested |= self.depth > 1
                 if not self.depth:
                     return place + 1
         return None
@@ -93,16 +98,18 @@ class CallReader:
         self._before = ""  # a call that is not known for one yet: what is text if it is none
         self._opening = ""  # what is still to come before its object
         self._num_scanned = 0  # characters of that object, in which its end is not
+        self._first_quote = -1  # where its first string begins, if it has one
         self._end = _ObjectEnd()
         self._is_behind_call = False
         self.num_calls = 0
 
     def push(self, text: str) -> list[Part]:
         """What is known by so much more text."""
-        self._held += text
         found: list[Part] = []
-        while (parts := self._step()) is not None:
-            found += parts
+        for start in range(0, len(text), _PIECE):  # each step copies what it leaves
+            self._held += text[start : start + _PIECE]
+            while (parts := self._step()) is not None:
+                found += parts
         return [part for part in found if self._is_told(part)]
 
     def flush(self) -> list[Part]:
@@ -137,7 +144,7 @@ class CallReader:
 
     def _enter_head(self, held: str, before: str, opening: str = "") -> list[Part]:
         self._enter(_State.HEAD, held, before)
-        self._opening, self._num_scanned, self._end = opening, 0, _ObjectEnd()
+        self._opening, self._num_scanned, self._first_quote, self._end = opening, 0, -1, _ObjectEnd()
         return []
 
     def _at_start(self) -> list[Part] | None:
@@ -160,33 +167,48 @@ class CallReader:
         return list(self._text(before[:length])) or None
 
     def _in_head(self) -> list[Part] | None:
+        """Each character is looked at once, however long the head grows."""
         rest = self._held.lstrip()
+        self._before += self._held[: len(self._held) - len(rest)]
+        self._held = rest
         if not rest:
             return None
         if self._opening:
             if not rest.startswith(self._opening):
-                return self._no_call(self._held)
-            length = len(self._held) - len(rest) + len(self._opening)
-            return self._enter_head(self._held[length:], self._before + self._held[:length])
+                return self._no_call(rest)
+            return self._enter_head(rest.removeprefix(self._opening), self._before + self._opening)
         if not rest.startswith("{") or not self._may_be_call(rest):
-            return self._no_call(self._held)
-        match = _head(self._form.arguments).match(rest)
-        name = _name(match[1]) if match else None
-        if match and name in self._names:
-            self._enter(_State.ARGUMENTS, rest[match.end() :])
-            self._end = _ObjectEnd()
-            return [self._called(str(name))]
+            return self._no_call(rest)
+        was_nested = self._end.is_nested
         end = self._end.find(rest[self._num_scanned :])
+        if self._end.is_nested and not was_nested and (called := self._begun(rest)):
+            return called
         if end is None:
             self._num_scanned = len(rest)
             return None
         length = self._num_scanned + end
-        return self._whole(rest[:length], self._held[: len(self._held) - len(rest)], rest[length:])
+        return self._whole(rest[:length], rest[length:])
 
     def _may_be_call(self, text: str) -> bool:
-        """An object without a mark may be an answer, which is not held back for longer than its first name."""
-        first = _FIRST_NAME.match(text) if self._form.is_bare else None
-        return first is None or first[1] in ("name", "type", self._form.arguments)
+        """An object without a mark may be an answer, which is not held back once its first name is none of a call's."""
+        if not self._form.is_bare:
+            return True
+        if self._first_quote < 0:
+            self._first_quote = text.find('"', self._num_scanned)
+        if self._first_quote < 0:
+            return True
+        names = [f'"{name}"' for name in ("name", "type", self._form.arguments)]
+        return any(name.startswith(text[self._first_quote : self._first_quote + len(name)]) for name in names)
+
+    def _begun(self, text: str) -> list[Part]:
+        """The call that an object begins, when something has begun within it: if it is one, its arguments."""
+        match = _head(self._form.arguments).match(text)
+        name = _name(match[1]) if match else None
+        if match is None or name not in self._names:
+            return []
+        self._enter(_State.ARGUMENTS, text[match.end() :])
+        self._end = _ObjectEnd()
+        return [self._called(str(name))]
 
     def _in_arguments(self) -> list[Part] | None:
         length = self._end.find(self._held)
@@ -213,7 +235,7 @@ class CallReader:
             return self._enter_head(self._held[length:], self._held[:length])
         return self._enter(_State.TEXT, rest[len(form.closing) :] if rest.startswith(form.closing) else self._held)
 
-    def _whole(self, block: str, space: str, rest: str) -> list[Part]:
+    def _whole(self, block: str, rest: str) -> list[Part]:
         """A call that came as a whole, or the text that it is not."""
         try:
             call = json.loads(block)
@@ -222,7 +244,7 @@ class CallReader:
         name = call.get("name") if isinstance(call, dict) else None
         arguments = call.get(self._form.arguments) if isinstance(call, dict) else None
         if not isinstance(name, str) or name not in self._names or not isinstance(arguments, dict):
-            return self._no_call(rest, space + block)
+            return self._no_call(rest, block)
         self._enter(_State.BEHIND, rest)
         return [self._called(name), Argued(self.num_calls - 1, json_text(arguments))]
 
@@ -241,9 +263,6 @@ class CallReader:
         if text and not (self._is_behind_call and not text.strip()):
             self._is_behind_call = False
             yield Said(text)
-
-
-_FIRST_NAME = re.compile(r'\{\s*"((?:[^"\\]|\\.)*)"', re.DOTALL)
 
 
 @cache
