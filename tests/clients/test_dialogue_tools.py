@@ -1,5 +1,6 @@
 """Tools and formats in OpenAI's responses and Anthropic's messages: as chats have them, in their own shapes."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
+from pydantic_core import to_json
 
 import tiny
 from serving import BASE, Running, serving, settings
+from swaplora_server.service.grammar import source
 
 SPACES = {str(token_id): -100 for token_id in tiny.byte_tokenizer().encode(" \n\r\t")}
 CITY: dict[str, Any] = {
@@ -280,6 +283,30 @@ def test_a_text_s_format_is_kept_to_and_told(server: Running) -> None:
     for fields in of_messages:
         [(_, text)] = blocks_of(MESSAGES, ask(server, MESSAGES, tools=None, **fields))
         jsonschema.validate(json.loads(text), CITY)
+
+
+def test_a_large_schema_is_written_where_its_body_is_read_and_not_on_the_event_loop(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = {"type": "object", "description": "x" * 40_000}
+    form = {"type": "json_schema", "schema": large}
+    asked: list[tuple[str, dict[str, Any]]] = [
+        (RESPONSES, {"tools": [{"type": "function", "name": "f", "parameters": large, "strict": True}]}),
+        (MESSAGES, {"tools": [{"name": "f", "input_schema": large, "strict": True}]}),
+        (RESPONSES, {"tools": None, "text": {"format": form | {"name": "x"}}}),
+        (MESSAGES, {"tools": None, "output_config": {"format": form}}),
+    ]
+    are_on_loop: list[bool] = []
+
+    def noting(value: Any) -> bytes:
+        are_on_loop.append(asyncio._get_running_loop() is not None)  # noqa: SLF001 - the other way raises
+        return to_json(value)
+
+    monkeypatch.setattr(source, "to_json", noting)
+    for route, fields in asked:
+        server.client.post(route, json=body(route, max_tokens=1, **fields))
+        assert are_on_loop == [False], fields
+        are_on_loop.clear()
 
 
 CALL = {"type": "function_call", "call_id": "c", "name": "now", "arguments": "{}"}

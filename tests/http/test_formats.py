@@ -108,6 +108,8 @@ FORMS: list[tuple[dict[str, Any], str | None]] = [
     ({"structured_outputs": {"grammar": GBNF}}, IN_ANGLES),
     ({"guided_json": PERSON}, None),
     ({"guided_json": json.dumps(PERSON)}, None),
+    ({"guided_json": f" {json.dumps(PERSON, indent=1)} \n"}, None),
+    ({"guided_json": PERSON | {"x-guidance": {"item_separator": ","}}}, None),
     ({"guided_regex": "^a+$"}, "a+"),
     ({"guided_choice": ["left"]}, "left"),
     ({"guided_grammar": GBNF}, IN_ANGLES),
@@ -357,6 +359,7 @@ def test_a_format_that_cannot_be_kept_to_is_refused_by_name(
     assert words in error["message"]
     assert len(error["message"]) < 1500
     assert "/work" not in error["message"]
+    assert "%json" not in error["message"], "which is none of the client's"
 
 
 def test_rules_that_name_each_other_one_by_one_are_followed_however_many(server: Running) -> None:

@@ -7,7 +7,14 @@ from pydantic import AfterValidator, Field, PlainValidator
 
 from swaplora_server.http.transport.models import ClosedModel, WireModel
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.grammar.source import MAX_BYTES, GrammarKind, GrammarSource, check_size, json_text
+from swaplora_server.service.grammar.source import (
+    MAX_BYTES,
+    GrammarKind,
+    GrammarSource,
+    body_text,
+    check_size,
+    json_text,
+)
 
 MAX_CHOICES = 16_384
 MAX_NAME_CHARACTERS = 64
@@ -18,9 +25,7 @@ def _text_of_schema(value: object) -> str:
     """Raises ValueError for what is none."""
     if not isinstance(value, dict | bool):
         raise ValueError("must be a JSON schema: an object")
-    text = json_text(value)
-    check_size(text)
-    return text
+    return _text_of_body(value)
 
 
 def _text_of_value(value: object) -> str:
@@ -35,7 +40,12 @@ def _text_of_part(value: object) -> str:
     """Raises ValueError for what no structural tag has."""
     if not isinstance(value, dict | list):
         raise ValueError("must be an object or a list")
-    text = json_text(value)
+    return _text_of_body(value)
+
+
+def _text_of_body(value: object) -> str:
+    """Raises ValueError for what is too large."""
+    text = body_text(value)
     check_size(text)
     return text
 

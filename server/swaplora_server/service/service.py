@@ -48,6 +48,7 @@ from swaplora_server.service.offload import GilTurns, Offload
 from swaplora_server.service.pooling.encoder_engine import encoder_engine, max_input_len
 from swaplora_server.service.prompts import LONG_CHARACTERS, PromptTokenizer
 from swaplora_server.service.tools.dialect import Dialect, dialect_of
+from swaplora_server.service.tools.tool import Tool
 from swaplora_server.service.wakeups import Wakeups, result_of
 
 KV_CACHE_BYTES = 2**30  # on a CPU, unless the settings say otherwise
@@ -237,13 +238,14 @@ class Service:
         param: Callable[[int], str],
         *,
         add_special_tokens: bool,
-        tools: Sequence[Mapping[str, Any]] = (),
+        tools: Sequence[Tool] = (),
         **options: bool,
     ) -> list[list[int]]:
         """A conversation as the one prompt of its request; see `ChatTemplate.render`."""
-        render = partial(self.chat_template.render, messages, template_kwargs, tools, **options)
+        told = [tool.definition for tool in tools]
+        render = partial(self.chat_template.render, messages, template_kwargs, told, **options)
         size = sum(_MESSAGE_CHARACTERS + len(message["content"]) for message in messages)
-        size += sum(len(str(tool)) for tool in tools)
+        size += sum(tool.num_characters for tool in tools)
         text = await self.when_long(size, render)
         return await self.tokenizer.encode_all([text], param, add_special_tokens=add_special_tokens)
 

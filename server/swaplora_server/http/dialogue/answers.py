@@ -51,7 +51,7 @@ def prompt_of(
         add_generation_prompt=not is_begun,
         continue_final_message=is_begun,
         add_special_tokens=False,
-        tools=() if use is None else use.definitions,
+        tools=() if use is None else use.tools,
     )
 
 

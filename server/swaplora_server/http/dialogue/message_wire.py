@@ -18,11 +18,12 @@ from swaplora_server.http.dialogue.turns import (
     text_of,
     unread,
 )
-from swaplora_server.http.formats import schema_source
+from swaplora_server.http.formats import SchemaText, schema_source
 from swaplora_server.http.tools.wire import (
     MAX_DESCRIPTION_CHARACTERS,
     MAX_TOOLS,
     Choice,
+    Schema,
     ToolName,
     ToolUse,
     use_of,
@@ -30,7 +31,7 @@ from swaplora_server.http.tools.wire import (
 from swaplora_server.http.transport.models import BRANCH, ClosedModel, WireModel
 from swaplora_server.http.wire import MAX_STOPS, MAX_USER_CHARACTERS, GenerationBody, MaxTokens
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.grammar.source import GrammarSource, json_text
+from swaplora_server.service.grammar.source import GrammarSource
 from swaplora_server.service.tools.tool import Tool
 
 
@@ -95,7 +96,7 @@ class AnthropicTool(WireModel):
     type: Literal["custom"] | None = None
     name: ToolName
     description: Annotated[str, Field(max_length=MAX_DESCRIPTION_CHARACTERS)] | None = None
-    input_schema: dict[str, Any]
+    input_schema: Schema
     strict: bool | None = None
 
 
@@ -115,7 +116,7 @@ class AnthropicChoice(WireModel):
 
 class OutputFormat(ClosedModel):
     type: Literal["json_schema"]
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    schema_: Annotated[SchemaText, Field(alias="schema")]
 
 
 class OutputConfig(ClosedModel):
@@ -173,7 +174,7 @@ class CountBody(GenerationBody):
         of_config = self.output_config.format if self.output_config else None
         for path, format in (("output_config.format", of_config), ("output_format", self.output_format)):
             if format is not None:
-                yield schema_source(f"{path}.schema", json_text(format.schema_))
+                yield schema_source(f"{path}.schema", format.schema_)
 
 
 class MessagesBody(CountBody):

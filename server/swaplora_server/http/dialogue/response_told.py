@@ -146,7 +146,7 @@ def _told_choice(body: ResponseBody) -> Any:
 
 
 def _told_tool(tool: Any) -> dict[str, Any]:
-    own = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+    own = {"name": tool.name, "description": tool.description, "parameters": tool.parameters and tool.parameters.value}
     return {"type": "function", **own, "strict": bool(tool.strict)}
 
 

@@ -23,6 +23,7 @@ from swaplora_server.http.formats import (
     ANY_OBJECT,
     MAX_DESCRIPTION_CHARACTERS,
     MAX_NAME_CHARACTERS,
+    SchemaText,
     schema_source,
 )
 from swaplora_server.http.tools.wire import (
@@ -41,7 +42,7 @@ from swaplora_server.http.tools.wire import (
 from swaplora_server.http.transport.models import BRANCH, ClosedModel, WireModel
 from swaplora_server.http.wire import GenerationBody, MaxTokens
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.grammar.source import GrammarKind, GrammarSource, json_text
+from swaplora_server.service.grammar.source import GrammarKind, GrammarSource
 
 _PARTS = ("input_text", "output_text", "text")
 _ROLES = {"developer": "system"}  # the newer name of the same role
@@ -127,7 +128,7 @@ class TextFormat(ClosedModel):
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)] | None = None
     description: Annotated[str, Field(max_length=MAX_DESCRIPTION_CHARACTERS)] | None = None
-    schema_: Annotated[dict[str, Any] | bool | None, Field(alias="schema")] = None
+    schema_: Annotated[SchemaText | None, Field(alias="schema")] = None
     strict: bool | None = None
 
     def source(self) -> GrammarSource | None:
@@ -138,7 +139,7 @@ class TextFormat(ClosedModel):
             raise RequestError("invalid_request", f"{path} {words} the type {self.type!r}", path)
         if self.type == "text":
             return None
-        return schema_source(path, ANY_OBJECT if self.schema_ is None else json_text(self.schema_))
+        return schema_source(path, ANY_OBJECT if self.schema_ is None else self.schema_)
 
 
 class TextConfig(ClosedModel):

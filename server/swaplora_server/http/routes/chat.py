@@ -72,7 +72,7 @@ def prompt_of(service: Service, body: ChatBody) -> Encode:
         add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
         continue_final_message=body.continue_final_message,
         add_special_tokens=body.add_special_tokens,
-        tools=() if use is None else use.definitions,
+        tools=() if use is None else use.tools,
     )
 
 

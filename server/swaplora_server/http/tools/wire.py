@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, PlainValidator, Tag, field_validator
 
 from swaplora_server.http.transport.models import BRANCH, WireModel
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.grammar.source import GrammarSource
+from swaplora_server.service.grammar.source import GrammarSource, body_text
 from swaplora_server.service.tools.call_format import CallFormat
 from swaplora_server.service.tools.reader import CallReader
-from swaplora_server.service.tools.tool import Tool
+from swaplora_server.service.tools.tool import Parameters, Tool
 
 MAX_TOOLS = 128
 MAX_CALLS = 128
@@ -33,10 +33,21 @@ CHOICE_FORM = Discriminator(_choice_form, "form", "must be none, auto, required,
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
 
 
+def _parameters(value: object) -> Parameters:
+    """Raises ValueError for what is no schema."""
+    if not isinstance(value, dict):
+        raise ValueError("must be a JSON schema: an object")
+    return Parameters(value, body_text(value))
+
+
+# a schema becomes a text while its body is read, which for large ones is not on the event loop
+Schema = Annotated[Parameters, PlainValidator(_parameters, json_schema_input_type=dict[str, Any])]
+
+
 class Function(WireModel):
     name: ToolName
     description: Annotated[str, Field(max_length=MAX_DESCRIPTION_CHARACTERS)] | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Schema | None = None
     strict: bool | None = None
 
     def tool(self) -> Tool:
@@ -151,10 +162,6 @@ class ToolUse:
     is_required: bool
     is_one: bool  # whether no more than one call is wanted
     is_legacy: bool
-
-    @property
-    def definitions(self) -> list[dict[str, Any]]:
-        return [tool.definition for tool in self.tools]
 
     @property
     def is_held(self) -> bool:

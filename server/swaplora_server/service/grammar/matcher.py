@@ -1,5 +1,6 @@
 """A sequence's own state of a grammar, and what the grammar allows next."""
 
+import re
 import time
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ from swaplora_server.engine.sampling.constraint import (
 from swaplora_server.service.grammar.desk import SLOW_SECONDS, Allowance, MaskThreads
 
 _MAX_REASON = 300
+_OF_SCHEMA = re.compile(r"at \d+\(\d+\): failed to compile JSON schema: (.*)")
 
 
 class Mask:
@@ -169,8 +171,9 @@ def reason_of(matcher: LLMatcher) -> str:
 
 
 def told(error: str) -> str:
-    """What llguidance says is wrong, in a line: of a regular expression what its parser says."""
-    error = error.partition("\n<")[0]
+    """What llguidance says is wrong, in a line: of a regular expression or a schema what its own parser says."""
+    of_schema = _OF_SCHEMA.match(error)
+    error = (of_schema[1] if of_schema else error).partition("\n<")[0]
     _, _, of_expression = error.partition("\nerror: ")
     words = " ".join((of_expression.partition("\n")[0] or error).partition(". Enable ")[0].split())
     return words[:_MAX_REASON]
