@@ -46,6 +46,7 @@ MEANING: dict[str, dict[str, Any]] = {
     "ensure_weight_tying": {"ensure_weight_tying": True},
     "peft_type": {"peft_type": "ADALORA"},
     "materialise": {"materialise": True},
+    "id2label": {"task_type": "SEQ_CLS", "id2label": {"0": "a", "1": "b"}},
 }
 # Read, without a meaning of their own: how the base stores weights, what a warning compares, what is only checked.
 CHECKED = {"fan_in_fan_out", "base_model_name_or_path", "task_type", "init_lora_weights"}
@@ -217,7 +218,7 @@ def test_malformed(fields: dict[str, Any], complaint: str) -> None:
 
 UNSUPPORTED: dict[str, dict[str, Any]] = {
     "LoHa": {"peft_type": "LOHA"},
-    "task": {"task_type": "SEQ_CLS"},
+    "task": {"task_type": "SEQ_2_SEQ_LM"},
     "layers twice": {"layer_replication": [[0, 1], [0, 1]]},
 }
 

@@ -57,7 +57,7 @@ def test_warnings_are_told_as_the_server_tells_them(
 @pytest.mark.parametrize(
     ("fields", "factor"),
     [
-        ({"layer_replication": [[0, 1]], "task_type": "SEQ_CLS"}, 1.0),
+        ({"layer_replication": [[0, 1]], "task_type": "SEQ_2_SEQ_LM"}, 1.0),
         ({"r": 0, "lora_alpha": "much"}, 1.0),
         ({"target_modules": ["q_proj", "k_proj"]}, 1.0),
         ({}, float("nan")),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from swaplora_server.engine.kv_cache import BlockPool
+from swaplora_server.engine.pooling.kinds import LAST_TOKEN
 from swaplora_server.engine.request import AdapterUse, Logprobs, Request, SamplingParams, TokenEvent
 from swaplora_server.engine.sampling.constraint import Constraint
 from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows, Scheduler
@@ -94,7 +95,7 @@ def submit(
         tenant=tenant,
         priority=priority,
         new_constraint=constrain,
-        reads=(lambda states: states) if wants_hidden else None,
+        reads=LAST_TOKEN if wants_hidden else None,
     )
     scheduler.add(client.request)
     return client

@@ -84,7 +84,7 @@ async def test_a_file_that_does_not_apply_whole_is_refused_by_name_beside_good_s
 
 def test_all_reasons_come_in_one_answer(server: Running, base: Path, tmp_path: Path) -> None:
     folder = damaged(tmp_path / "bad", base, missing_half)
-    tiny.edit_config(folder, layer_replication=[[0, 1]], task_type="SEQ_CLS", velora_config={"rank": 1})
+    tiny.edit_config(folder, layer_replication=[[0, 1]], task_type="SEQ_2_SEQ_LM", velora_config={"rank": 1})
     message = server.put("damaged", folder).json()["error"]["message"]
     assert all(field in message for field in ("layer_replication", "task_type", "velora_config"))
 

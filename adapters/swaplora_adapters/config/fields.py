@@ -10,6 +10,7 @@ from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterErro
 from swaplora_adapters.files.complaints import capped, quoted
 
 MAX_NAME_CHARS = 512
+MAX_LABELS = 4096
 MAX_LAYER_INDEX = 1_000_000
 MAX_TOKEN_ID = 2**31 - 1
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]+")
@@ -71,6 +72,15 @@ class ConfigFields:
         value = self.get(field)
         strings = self._strings(field, [value] if isinstance(value, str) and value else value)
         return tuple(self._pattern(field, pattern, is_part=True) for pattern in strings)
+
+    def labels(self, field: str) -> tuple[str, ...]:
+        """Names by number, `{"0": "no", "1": "yes"}`, as transformers writes them; nothing given is none."""
+        value = self.get(field) or {}
+        names = list(value.values()) if isinstance(value, dict) else [None]
+        is_named = all(isinstance(name, str) and name.isprintable() and len(name) <= MAX_NAME_CHARS for name in names)
+        if is_named and len(names) <= MAX_LABELS and {str(number) for number in range(len(names))} == value.keys():
+            return tuple(value[str(number)] for number in range(len(names)))
+        return self._wrong(field, f"must name at most {MAX_LABELS} labels by number, from 0 on", ())
 
     def layers(self, field: str) -> frozenset[int]:
         """A list of layer numbers, or one alone; nothing given is the empty set."""

@@ -98,6 +98,7 @@ def _spec_of(fields: ConfigFields) -> AdapterSpec:
         target_parameters=frozenset(fields.plain_names("target_parameters")),
         ensure_weight_tying=fields.boolean("ensure_weight_tying"),
         materialise=fields.boolean("materialise"),
+        id2label=fields.labels("id2label"),
         inert=fields.given(INERT_FIELDS),
     )
     refuse_unserved(fields, spec)

@@ -1,7 +1,7 @@
 """What a well-formed adapter_config.json may ask for that is not served, or that PEFT itself does not put together."""
 
 from swaplora_adapters.config.fields import ConfigFields
-from swaplora_adapters.config.spec import ADALORA, AdapterSpec
+from swaplora_adapters.config.spec import ADALORA, HEAD_TASKS, AdapterSpec
 from swaplora_adapters.files.complaints import quoted
 
 # PEFT refuses them for AdaLoRA, or does not look at them.
@@ -18,7 +18,7 @@ _NOT_ADALORAS = (
 HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 # Those of which PEFT makes plain LoRA again (`LoraModel._convert_state_dict_for_initial_model`).
 CONVERTED_INITS = ("pissa", "corda", "olora", "lora_ga")
-TASK_TYPES = ("CAUSAL_LM", "FEATURE_EXTRACTION")
+TASK_TYPES = ("CAUSAL_LM", "FEATURE_EXTRACTION", *sorted(HEAD_TASKS))
 BIASES = ("none", "lora_only", "all")
 # What PEFT does not compute, or computes before an aLoRA's invocation too, though that adapter is not at work there.
 _EXCLUSIVE = (
@@ -51,9 +51,11 @@ def _check_targets(fields: ConfigFields, spec: AdapterSpec) -> None:
 
 def _refuse_values(fields: ConfigFields, spec: AdapterSpec) -> None:
     """Note the values of known fields that are not served."""
-    if spec.task_type not in (None, *TASK_TYPES):
-        known = " and ".join(TASK_TYPES)
+    if spec.task_type is not None and spec.task_type not in TASK_TYPES:
+        known = ", ".join(TASK_TYPES)
         fields.unsupported.append(f"task_type {quoted(spec.task_type)} is not supported, {known} are")
+    if spec.id2label and spec.task_type not in HEAD_TASKS:
+        fields.unsupported.append("id2label names labels of a head, and only task_type SEQ_CLS has one")
     init = fields.get("init_lora_weights", True)
     if not (isinstance(init, bool) or init is None or (isinstance(init, str) and init.lower() in HARMLESS_INITS)):
         fields.unsupported.append(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from swaplora_adapters.config.matching import Matcher, path_ends
 
 LORA, ADALORA = "LORA", "ADALORA"
+HEAD_TASKS = frozenset({"SEQ_CLS"})  # whose adapters bring a head of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class AdapterSpec:
     target_parameters: frozenset[str]
     ensure_weight_tying: bool
     materialise: bool  # not PEFT's: serve it merged into weights of its own
+    id2label: tuple[str, ...]  # not PEFT's: the names of a head's labels, in their order; none where they have none
     inert: tuple[str, ...] = field(default=(), compare=False)  # fields that say something, but not of the output
 
     @property
@@ -140,6 +142,8 @@ class AdapterSpec:
             "target_parameters": sorted(self.target_parameters),
             "trainable_token_indices": self.trainable_token_indices,
             "use_dora": self.use_dora,
+            "id2label": self.id2label,
+            "task_type": self.task_type if self.task_type in HEAD_TASKS else "",
         }
         meaning |= {field: value for field, value in kinds.items() if value}
         return json.dumps(meaning, sort_keys=True, separators=(",", ":")).encode()

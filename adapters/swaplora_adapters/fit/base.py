@@ -39,6 +39,14 @@ class LegacyNames:
         return tuple(then for then, now in self.parameters.items() if now == parameter)
 
 
+@dataclass(frozen=True, slots=True)
+class HeadShapes:
+    """The parameters of the head of one task, by their full names. In a shape None is the number of labels."""
+
+    shapes: Mapping[str, tuple[int | None, ...]]
+    given: frozenset[str] = frozenset()  # those that the base has itself; an adapter brings the others
+
+
 # (path, parameters by name) → a module that computes as the base's at `path` does, with these parameters instead; those
 # that are not given are the base's own, and a linear's weight is [out_features, in_features]
 Rebuild = Callable[[str, Mapping[str, Tensor]], nn.Module]
@@ -75,6 +83,10 @@ class BaseLayers(Protocol):
         """The path of the module that all but the heads lie in, and that may be trained by itself: such as `model`."""
 
     @property
+    def heads(self) -> Mapping[str, HeadShapes]:
+        """The heads that adapters may bring, by PEFT's task type, which is the path of a head as well."""
+
+    @property
     def legacy_names(self) -> LegacyNames | None:
         """None where nothing has another name than it had."""
 
@@ -102,6 +114,7 @@ class LayerShapes:
     transposed: frozenset[str] = frozenset()
     legacy_names: LegacyNames | None = None
     root: str = ""
+    heads: Mapping[str, HeadShapes] = field(default_factory=dict)
 
     def read(self, name: str) -> Tensor:
         """Raises TypeError, as all that needs weights does."""

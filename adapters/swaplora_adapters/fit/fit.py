@@ -4,16 +4,18 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from swaplora_adapters.config.matching import Matcher
-from swaplora_adapters.config.spec import ADALORA, AdapterSpec
+from swaplora_adapters.config.spec import ADALORA, HEAD_TASKS, AdapterSpec
 from swaplora_adapters.errors import InvalidAdapterError
 from swaplora_adapters.files.complaints import capped, quoted
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.fit.headless import with_whole_paths
+from swaplora_adapters.fit.heads import head_complaints, head_slots
 from swaplora_adapters.fit.legacy_names import probes, with_current_names
 from swaplora_adapters.fit.slots import Slot, find_slots, parameter_shapes, pieces_of, pooled
-from swaplora_adapters.fit.spellings import misspelling, with_current_spelling
+from swaplora_adapters.fit.spellings import PREFIX, misspelling, with_current_spelling
 from swaplora_adapters.fit.targets import Targets, find_targets, paths_of
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -61,11 +63,11 @@ def fitted(spec: AdapterSpec, layers: BaseLayers, found: Shapes, max_work: int |
     spec = with_current_names(spec, layers, found, matcher)
     targets = find_targets(spec, layers, matcher)
     slots: dict[str, list[Slot]] = defaultdict(list)
-    for slot in find_slots(spec, layers, targets, matcher):
+    for slot in chain(find_slots(spec, layers, targets, matcher), head_slots(spec, layers, found)):
         for written in _as_written(spec, slot, layers, found):
             slots[written.name].append(written)
     complaints = [*_stranger_complaints(layers, slots, spelled), *targets.complaints]
-    complaints += _conflicts(spec, targets)
+    complaints += [*head_complaints(spec, layers, found), *_conflicts(spec, targets)]
     complaints += _token_complaints(spec, layers, targets)
     complaints += _slot_complaints(slots, found)
     if not any(name in slots or _FACTOR_NAME.fullmatch(name) for name in found):
@@ -121,7 +123,10 @@ def _slot_complaints(slots: Mapping[str, Sequence[Slot]], found: Shapes) -> Iter
                 yield _shape_complaint(slot, found[slot.name])
     for path, wanted in required.items():
         missing = [slot for slot in wanted if slot.name not in found]
-        if len(missing) == len(wanted):
+        if path in HEAD_TASKS:
+            names = (quoted(slot.name.removeprefix(PREFIX)) for slot in missing)
+            yield from (f"the head of {path} has no {name}: have modules_to_save name its module" for name in names)
+        elif len(missing) == len(wanted):
             yield f"{quoted(path)} is targeted, but not in the file"
         else:
             yield from (f"{quoted(path)} has no {slot.label}" for slot in missing)

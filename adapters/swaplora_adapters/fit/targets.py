@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from swaplora_adapters.config.matching import Matcher, path_ends
-from swaplora_adapters.config.spec import AdapterSpec
+from swaplora_adapters.config.spec import HEAD_TASKS, AdapterSpec
 from swaplora_adapters.files.complaints import quoted
-from swaplora_adapters.fit.base import BaseLayers
+from swaplora_adapters.fit.base import BaseLayers, HeadShapes
 
 OUTPUT_HEADS = frozenset({"lm_head", "embed_out"})
 # The names by which PEFT knows that tied weights are meant (`peft.utils.constants.EMBEDDING_LAYER_NAMES`).
@@ -68,6 +68,19 @@ def is_targeted(spec: AdapterSpec, path: str, matcher: Matcher) -> bool:
     return not is_left_out and spec.targets(path, matcher)
 
 
+def head_of(spec: AdapterSpec, layers: BaseLayers) -> HeadShapes | None:
+    """What the adapter's task asks for behind the base, if it asks for anything and the base has a place for it."""
+    return layers.heads.get(spec.task_type) if spec.task_type in HEAD_TASKS else None
+
+
+def is_head_name(name: str, spec: AdapterSpec, layers: BaseLayers) -> bool:
+    """Whether `modules_to_save` means a part of the head by it. PEFT lists its own two names whichever there is."""
+    head = head_of(spec, layers)
+    if head is None:
+        return False
+    return name in ("classifier", "score") or any(name in full.split(".")[:-1] for full in head.shapes)
+
+
 def _targets_tied_names(spec: AdapterSpec, matcher: Matcher) -> bool:
     """`peft.tuners.tuners_utils.BaseTuner._check_tied_modules`."""
     if isinstance(spec.target_modules, str):
@@ -85,7 +98,8 @@ def _saved(spec: AdapterSpec, layers: BaseLayers, complaints: list[str]) -> Iter
             if names:
                 yield path, whole
                 break
-    complaints += _not_found("modules_to_save", spec.modules_to_save, found)
+    names = [name for name in spec.modules_to_save if not is_head_name(name, spec, layers)]
+    complaints += _not_found("modules_to_save", names, found)
 
 
 def _parents(path: str) -> Iterator[str]:

@@ -52,6 +52,7 @@ class DeviceCopier:
             replaced=MappingProxyType(
                 {path: with_tensors(own, span.on_device) for path, own in weights.replaced.items()}
             ),
+            head=None if weights.head is None else with_tensors(weights.head, span.on_device),
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from swaplora_adapters.config.parse import read_spec
-from swaplora_adapters.config.spec import AdapterSpec
+from swaplora_adapters.config.spec import HEAD_TASKS, AdapterSpec
 from swaplora_adapters.errors import InvalidAdapterError
 from swaplora_adapters.files.complaints import capped
 from swaplora_adapters.files.tensorfile import Header, RawHeader, iter_tensors, parse_header, read_raw_header
@@ -119,7 +119,8 @@ def survey_values(
     for parts, content in _built(layout, tensors, dtype, place):
         has_effect = has_effect or parts.has_effect
         paths.append(parts.path)
-        num_parameters += _num_materialised(parts, layout.layers) if layout.spec.materialise else _num_elements(content)
+        is_materialised = layout.spec.materialise and parts.path not in HEAD_TASKS
+        num_parameters += _num_materialised(parts, layout.layers) if is_materialised else _num_elements(content)
         rank = max(rank, 0 if isinstance(content, nn.Module) else content.rank)
     return Survey(rank, tuple(paths), num_parameters, has_effect)
 
@@ -160,9 +161,12 @@ def _assemble(
     modules: dict[str, LinearWeights] = {}
     embeddings: dict[str, EmbeddingWeights] = {}
     replaced: dict[str, nn.Module] = {}
+    head: nn.Module | None = None
     for parts, content in _built(layout, tensors, dtype, placement(pages)):
         if isinstance(content, EmbeddingWeights):
             embeddings[parts.path] = _placed_embedding(content, put)
+        elif isinstance(content, nn.Module) and parts.path in HEAD_TASKS:
+            head = with_tensors(content, lambda tensor: tensor.to(device))
         elif isinstance(content, nn.Module):
             replaced[parts.path] = with_tensors(content, lambda tensor: tensor.to(device))
         else:
@@ -173,6 +177,8 @@ def _assemble(
         MappingProxyType(embeddings),
         MappingProxyType(replaced),
         layout.spec.alora_invocation_tokens,
+        head,
+        layout.spec.id2label,
     )
     return materialise(weights, layout.layers) if layout.spec.materialise else weights
 

@@ -1,6 +1,7 @@
 """An adapter merged into weights of its own: what it adds is added once, and its rows cost what the base's do."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -17,8 +18,8 @@ def materialise(weights: AdapterWeights, base: BaseLayers) -> AdapterWeights:
     once; the prompt's invocation, if it has one, stays too.
     """
     replaced = {**weights.replaced, **dict(_folded(weights, base))}
-    return AdapterWeights(
-        weights.digest, MappingProxyType({}), replaced=MappingProxyType(replaced), invocation=weights.invocation
+    return replace(
+        weights, modules=MappingProxyType({}), embeddings=MappingProxyType({}), replaced=MappingProxyType(replaced)
     )
 
 

@@ -97,14 +97,16 @@ class AdapterWeights:
     embeddings: Mapping[str, EmbeddingWeights] = field(default_factory=dict)
     replaced: Mapping[str, nn.Module] = field(default_factory=dict)  # the adapter's own, in place of the base's
     invocation: tuple[int, ...] = ()  # tokens of a prompt from which on the adapter applies; none: everywhere
+    head: nn.Module | None = None  # of its own task, behind the base
+    labels: tuple[str, ...] = ()  # of that
     tables: object = None  # what the kernels of whoever serves it read of it; see `Registry`
 
     @property
     def is_sum(self) -> bool:
-        """Whether it only adds, and may be scaled and added to others: no DoRA, nothing replaced, no invocation."""
+        """Whether it only adds, and may be scaled and added to others: no DoRA, nothing replaced, no head."""
         is_scaled = any(module.column_scale is not None for module in self.modules.values())
         has_rows = any(embedding.token_ids is not None for embedding in self.embeddings.values())
-        return not (is_scaled or has_rows or self.replaced or self.invocation)
+        return not (is_scaled or has_rows or self.replaced or self.invocation or self.head)
 
     @property
     def tensors(self) -> Iterator[Tensor]:
@@ -118,7 +120,7 @@ class AdapterWeights:
     def all_tensors(self) -> Iterator[Tensor]:
         """Of all that is held in memory."""
         yield from self.tensors
-        for module in self.replaced.values():
+        for module in (*self.replaced.values(), *([] if self.head is None else [self.head])):
             yield from (*module.parameters(), *module.buffers())
 
     @property

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from swaplora_adapters.fit.base import EmbeddingShape, Rebuild
+from swaplora_adapters.config.spec import HEAD_TASKS
+from swaplora_adapters.fit.base import EmbeddingShape, HeadShapes, Rebuild
 from swaplora_adapters.fit.legacy_names import legacy_names_of
 from swaplora_adapters.fit.module_shape import shape_of
 from swaplora_adapters.weights.module_copy import with_tensors
 from swaplora_server.base.compact_embedding import Bf16Embedding, TiedEmbedding, compact_embedding
+from swaplora_server.base.task_heads import TaskHeads
 from swaplora_server.engine.lora.modules import LoraEmbedding, LoraLinear, Replaceable, Wrapped
 from swaplora_server.kernels.backend import Backend, Memory
 from swaplora_server.kernels.cpu.linear import CpuLinear
@@ -33,12 +35,14 @@ class AdaptableLayers:
         dtype: torch.dtype,
         model_type: str,
         root: str,
+        heads: TaskHeads,
     ) -> None:
         """`addressable` are the paths of those that see one row per token; `dtype` is that of the model's rows.
 
         `root` is the path of what all but the heads lie in.
         """
         self.root = root
+        self._heads = heads
         chosen = {path: module for path, module in wrapped.items() if path in addressable}
         self.linears = {
             path: shape_of(module.base) for path, module in chosen.items() if isinstance(module, LoraLinear)
@@ -55,6 +59,11 @@ class AdaptableLayers:
         self._wrapped = chosen
         self._backend = backend
         self._dtype = dtype
+
+    @property
+    def heads(self) -> Mapping[str, HeadShapes]:
+        """See `BaseLayers`."""
+        return self._heads.shapes
 
     def read(self, name: str) -> Tensor:
         """A parameter as a float32 copy on the CPU; a linear's is [out_features, in_features]. Raises KeyError."""
@@ -75,6 +84,8 @@ class AdaptableLayers:
         return partial(self._rebuild, memory=self._backend.memory())
 
     def _rebuild(self, path: str, parameters: Mapping[str, Tensor], memory: Memory) -> nn.Module:
+        if path in HEAD_TASKS:
+            return self._heads.build(path, parameters)
         wrapped = self._wrapped[path]
         given = {**dict(self._rest(path, parameters)), **parameters}
         own = {name: nn.Parameter(tensor.to("cpu", self._dtype), requires_grad=False) for name, tensor in given.items()}

@@ -16,9 +16,8 @@ from swaplora_server.engine.block_keys import block_key, invoked_key, root_key
 from swaplora_server.engine.sampling.constraint import Constraint
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from swaplora_adapters.weights.served import AdapterWeights
+    from swaplora_server.engine.pooling.kinds import Reader
 
 
 Vector = NDArray[np.float32]
@@ -129,7 +128,7 @@ class Request:
     invoked_at: int = 0  # the token of the prompt from which on its adapter applies; the base computes those before
     new_constraint: Callable[[], Constraint] | None = None  # what each of its sequences must keep to
     scores: list[Logprobs] = field(default_factory=list)
-    reads: "Callable[[Tensor], Tensor] | None" = None  # of hidden states [num_rows, hidden_size]
+    reads: "Reader | None" = None
     token_types: tuple[int, ...] | None = None  # of each token of an encoder's input, the segment that it is of
     hidden: Vector | None = field(default=None, init=False)
     _unfinished: set[int] = field(init=False)  # sequences, by index

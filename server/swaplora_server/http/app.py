@@ -18,7 +18,7 @@ from swaplora_server.http.errors import on_client_gone, on_defect, on_http_error
 from swaplora_server.http.foreign import lora_adapters
 from swaplora_server.http.operations import health, keys, metrics
 from swaplora_server.http.pages import routes_page, ui_page
-from swaplora_server.http.pooling import embeddings
+from swaplora_server.http.pooling import classify, embeddings
 from swaplora_server.http.routes import (
     adapters,
     aliases,
@@ -80,6 +80,7 @@ def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
         messages,
         tokenize,
         embeddings,
+        classify,
         adapters,
         inspection,
         compose,

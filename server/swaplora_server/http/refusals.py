@@ -138,7 +138,7 @@ UNSERVED = (
     *("/v1/files", "/v1/uploads", "/v1/batches", "/v1/fine_tuning", "/v1/vector_stores", "/v1/containers"),
     *("/v1/assistants", "/v1/threads", "/v1/conversations", "/v1/realtime", "/v1/evals", "/v1/engines", "/v1/edits"),
     *("/v1/chat/completions/", "/v1/organization", "/v1/score", "/v1/rerank", "/v2/rerank", "/rerank", "/score"),
-    *("/pooling", "/classify", "/generate", "/inference/v1"),
+    *("/pooling", "/generate", "/inference/v1"),
 )
 _GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/models")
 _SERVED = "POST /v1/chat/completions and /v1/completions generate, GET /v1/models lists who answers"

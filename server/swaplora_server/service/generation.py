@@ -347,6 +347,7 @@ async def generate(service: Service, task: GenerationTask) -> Generation:
         mix = await lease_mix(service, task.model, task.adapters, task.asker, admission)
         asked_at = time.monotonic()
         uses = await mix.uses()
+        _check_generating(uses)
         seconds = time.monotonic() - asked_at
         starts = [invoked_at(prompt, uses, task.prompt_param(number)) for number, prompt in enumerate(prompts)]
         generation = Generation(
@@ -358,6 +359,13 @@ async def generate(service: Service, task: GenerationTask) -> Generation:
         raise
     generation.submit(uses, starts, admission)
     return generation
+
+
+def _check_generating(uses: Sequence[AdapterUse]) -> None:
+    """Raise RequestError for an adapter that was trained to classify."""
+    if any(use.weights.head is not None for use in uses):
+        message = "the adapter classifies, and generates nothing: ask it at POST /classify"
+        raise RequestError("invalid_request", message, "model")
 
 
 async def _echoes(service: Service, task: GenerationTask, prompts: Sequence[Sequence[int]]) -> Sequence[Echo]:

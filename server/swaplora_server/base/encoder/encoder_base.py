@@ -1,13 +1,14 @@
 """An encoder as a base: loaded by transformers, given our attention and wrapped linears, proven before it serves."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from swaplora_adapters.weights.device_copy import DeviceCopier
@@ -18,6 +19,7 @@ from swaplora_server.base.encoder.sentence_config import SentenceConfig, read_se
 from swaplora_server.base.fingerprint import fingerprint_of
 from swaplora_server.base.layers import AdaptableLayers
 from swaplora_server.base.proof import UnsupportedModelError
+from swaplora_server.base.task_heads import TaskHeads
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.lora.attach import attach
 from swaplora_server.engine.pooling import attention
@@ -29,9 +31,11 @@ from swaplora_server.kernels.backend import Backend
 class EncoderBase(BaseModel):
     """A base that reads whole inputs and generates nothing."""
 
+    pooler: nn.Module | None = None  # of the first state of each, which heads of some architectures read
+
     def input_runner(self) -> EncoderRunner:
         """What runs its steps."""
-        return EncoderRunner(self.model, self.backend, self.max_positions, self.device)
+        return EncoderRunner(self.model, self.pooler, self.backend, self.max_positions, self.device)
 
 
 def is_encoder(config: Any) -> bool:
@@ -44,18 +48,36 @@ def load_encoder(source: str | Path, *, device: torch.device, dtype: torch.dtype
     """Load, wrap and prove an encoder from a folder or hub id. Raises UnsupportedModelError naming the reason."""
     sentence_config = read_sentence_config(source)
     try:
-        model: PreTrainedModel = AutoModel.from_pretrained(source, dtype=dtype, attn_implementation="eager")
-        model.requires_grad_(False).eval()
+        model, given = _load(source, dtype)
+        model.requires_grad_(False).eval().to(device)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        return prepare_encoder(
-            model.to(device), tokenizer, sentence_config, device=device, dtype=dtype, backend=backend
-        )
+        return prepare_encoder(model, given, tokenizer, sentence_config, device=device, dtype=dtype, backend=backend)
     except torch.OutOfMemoryError as error:
         raise UnsupportedModelError("the base does not fit into the GPU's memory: serve a smaller one") from error
 
 
+def _load(source: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """The encoder, and what its files have of a classifier's head behind it.
+
+    A pooler of which the files have nothing is left out.
+    """
+    model, loaded = AutoModelForSequenceClassification.from_pretrained(
+        source, dtype=dtype, attn_implementation="eager", output_loading_info=True
+    )
+    root = model.base_model_prefix
+    missing = set(loaded["missing_keys"])
+    if any(name.startswith(f"{root}.pooler.") for name in missing):
+        model.base_model.pooler = None
+    absent = sorted(name for name in missing if name.startswith(f"{root}.") and ".pooler." not in name)
+    if absent:
+        raise UnsupportedModelError(f"its files have no {absent[0]}: this is no whole {model.config.model_type}")
+    own = {name: tensor for name, tensor in model.named_parameters() if not name.startswith(f"{root}.")}
+    return model.base_model, {name: tensor.detach() for name, tensor in own.items() if name not in missing}
+
+
 def prepare_encoder(
     model: PreTrainedModel,
+    given: Mapping[str, Tensor],
     tokenizer: PreTrainedTokenizerFast,
     sentence_config: SentenceConfig,
     *,
@@ -65,8 +87,6 @@ def prepare_encoder(
 ) -> EncoderBase:
     """Wrap and prove an encoder that lies on `device`, in place. Raises UnsupportedModelError naming the reason."""
     _check_attention(model)
-    if hasattr(model, "pooler"):
-        model.pooler = None  # which reads the first row of all
     fingerprint = fingerprint_of(model, tokenizer)
     max_positions = _max_positions(model, sentence_config)
     expected = expected_states(model, max_positions, backend.products)
@@ -74,19 +94,23 @@ def prepare_encoder(
     model.set_attn_implementation(attention.IMPLEMENTATION)
     memory = backend.memory()
     # paths as in the models that have a head behind it, which most adapters are trained on
-    rooted = nn.ModuleDict({model.base_model_prefix: model})
+    root = model.base_model_prefix
+    pooler: nn.Module | None = getattr(model, "pooler", None)
     wrapped = attach(
-        rooted,
+        nn.ModuleDict({root: model}),
         embedding=model.get_input_embeddings(),
-        head=None,
+        head=None if pooler is None else next(part for part in pooler.modules() if isinstance(part, nn.Linear)),
         prepare=lambda linear: backend.linear(linear, memory),
     )
     if device.type == "cpu":
         make_batch_invariant(model, None)
-    trial = InputTrial(model, backend, max_positions, expected)
+    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    if pooler is not None:
+        model.pooler = None  # which would read the first row of all
+    trial = InputTrial(model, pooler, backend, max_positions, expected)
     addressable = trial.prove(wrapped)
-    root = model.base_model_prefix
-    layers = AdaptableLayers(wrapped, addressable, {}, backend, dtype, model.config.model_type, root)
+    heads = TaskHeads(model.config, root, {"SEQ_CLS": given}, needs_pooled=pooler is not None)
+    layers = AdaptableLayers(wrapped, addressable, {}, backend, dtype, model.config.model_type, root, heads)
     trial.prove_adapters(wrapped, layers)
     return EncoderBase(
         model=model,
@@ -101,11 +125,12 @@ def prepare_encoder(
         max_positions=max_positions,
         eos_token_ids=frozenset(),
         kv_bytes_per_token=0,
-        weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers())),
+        weight_bytes=weight_bytes,
         copier=None if device.type == "cpu" else DeviceCopier(device),
         fingerprint=fingerprint,
         tolerance=expected.tolerance,
         pooling=sentence_config.pooling,
+        pooler=pooler,
     )
 
 

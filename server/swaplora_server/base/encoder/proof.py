@@ -6,9 +6,10 @@ What adapters must come to is computed by hooks around the modules of the base, 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from swaplora_server.base.adapter_proof import AdapterMaker, DefinedRows, Definition
@@ -16,8 +17,9 @@ from swaplora_server.base.layers import AdaptableLayers
 from swaplora_server.base.proof import NOISE, TOLERANCE, UnsupportedModelError, deviations, tokens_of, watching
 from swaplora_server.base.upcast import upcast
 from swaplora_server.engine.attention import UnsupportedAttentionError
-from swaplora_server.engine.lora.modules import Wrapped
+from swaplora_server.engine.lora.modules import LoraLinear, Wrapped
 from swaplora_server.engine.pooling.encoder_runner import EncoderRunner
+from swaplora_server.engine.pooling.kinds import LAST_TOKEN
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams
 from swaplora_server.engine.request import Sequence as Tokens
 from swaplora_server.engine.scheduler import Batch, rows_of
@@ -32,7 +34,7 @@ class ExpectedStates:
     """What is right, each input alone, and how far from it rounding may lead."""
 
     inputs: Sequence[Sequence[int]]
-    states: Sequence[Tensor]  # float32 [length, hidden_size] of each
+    outputs: Sequence[Tensor]  # float32 of each: [length, hidden_size], and a last row of what is pooled, if it is
     tolerance: float  # in standard deviations of a row's numbers
 
 
@@ -60,7 +62,12 @@ def expected_states(model: PreTrainedModel, max_positions: int, products: torch.
 
 def _stock_states(model: PreTrainedModel, inputs: Iterable[Sequence[int]]) -> list[Tensor]:
     tensors = [torch.tensor([tokens], device=model.device) for tokens in inputs]
-    return [model(tokens).last_hidden_state[0].float() for tokens in tensors]
+    outputs = [model(tokens) for tokens in tensors]
+    return [_joined(output.last_hidden_state[0], getattr(output, "pooler_output", None)).float() for output in outputs]
+
+
+def _joined(states: Tensor, pooled: Tensor | None) -> Tensor:
+    return states if pooled is None else torch.cat([states, pooled])
 
 
 def _tolerance(rounded: list[Tensor], exact: list[Tensor]) -> float:
@@ -70,18 +77,27 @@ def _tolerance(rounded: list[Tensor], exact: list[Tensor]) -> float:
 class InputTrial:
     """The proof's inputs in a runner of their own, all in one step."""
 
-    def __init__(self, model: PreTrainedModel, backend: Backend, max_positions: int, expected: ExpectedStates) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pooler: nn.Module | None,
+        backend: Backend,
+        max_positions: int,
+        expected: ExpectedStates,
+    ) -> None:
         self._model = model
         self._backend = backend
-        self._runner = EncoderRunner(model, backend, max_positions, model.device)
+        self._runner = EncoderRunner(model, pooler, backend, max_positions, model.device)
         self._expected = expected
+        self._lengths = [len(tokens) for tokens in expected.inputs]
 
     def prove(self, wrapped: Mapping[str, Wrapped]) -> frozenset[str]:
-        """The paths of modules that see one row per token. Raises UnsupportedModelError where the states are off."""
+        """The paths of modules that see one row per token, or input. Raises UnsupportedModelError where it is off."""
         with watching(wrapped) as seen:
-            states = self._states([()] * len(self._expected.inputs))
-        self._compare(states, self._expected.states, "when inputs are packed")
-        return frozenset(path for path in seen if seen[path] == [len(states)])
+            outputs = self._outputs([()] * len(self._lengths))
+        self._compare(outputs, self._expected.outputs, "when inputs are packed")
+        num_tokens, num_inputs = sum(self._lengths), len(self._lengths)
+        return frozenset(path for path in seen if seen[path] == [num_inputs if _is_head(wrapped[path]) else num_tokens])
 
     @torch.inference_mode()
     def prove_adapters(self, wrapped: Mapping[str, Wrapped], layers: AdaptableLayers) -> None:
@@ -97,34 +113,42 @@ class InputTrial:
             )
             for own in terms
         ]
-        stop, rows = 0, []
-        for tokens, own in zip(self._expected.inputs, terms, strict=True):
-            rows.append(DefinedRows(stop, stop + len(tokens), own))
-            stop += len(tokens)
+        stops = list(accumulate(self._lengths))
+        rows = [
+            DefinedRows(stop - length, stop, own) for stop, length, own in zip(stops, self._lengths, terms, strict=True)
+        ]
+        head_rows = [DefinedRows(number, number + 1, own) for number, own in enumerate(terms)]
         with ExitStack() as hooks:
             for module in wrapped.values():
-                hooks.callback(module.register_forward_hook(Definition(rows)).remove)
-            defined = self._states([()] * len(terms))
-        lengths = [len(tokens) for tokens in self._expected.inputs]
-        self._compare(self._states(uses), torch.split(defined, lengths), "with adapters")
+                definition = Definition(head_rows if _is_head(module) else rows)
+                hooks.callback(module.register_forward_hook(definition).remove)
+            defined = self._outputs([()] * len(terms))
+        self._compare(self._outputs(uses), defined, "with adapters")
 
-    def _states(self, uses: Sequence[tuple[AdapterUse, ...]]) -> Tensor:
-        """[num_rows, hidden_size]"""
+    def _outputs(self, uses: Sequence[tuple[AdapterUse, ...]]) -> list[Tensor]:
+        """Of each input as in `ExpectedStates`."""
         scheduled = []
         for number, (tokens, own) in enumerate(zip(self._expected.inputs, uses, strict=True)):
-            request = Request("proof", tuple(tokens), SamplingParams(0), lambda _event: None, own)
+            request = Request("proof", tuple(tokens), SamplingParams(0), lambda _event: None, own, reads=LAST_TOKEN)
             sequence = Tokens(request, number)
             sequence.block_table = [1]
             scheduled.append(rows_of(sequence, 0, len(tokens)))
         try:
-            return self._runner.states(Batch(tuple(scheduled))).float()
+            outputs = self._runner.outputs(Batch(tuple(scheduled)), has_pooled=True)
         except (TypeError, AttributeError, RuntimeError, IndexError, UnsupportedAttentionError) as error:
             raise UnsupportedModelError(f"{self._model.config.model_type} does not run packed: {error}") from error
+        parts = torch.split(outputs.states, self._lengths)
+        pooled = [None] * len(parts) if outputs.pooled is None else outputs.pooled[:, None].unbind()
+        return [_joined(*part).float() for part in zip(parts, pooled, strict=True)]
 
-    def _compare(self, states: Tensor, right: Sequence[Tensor], case: str) -> None:
-        deviation = float(deviations(states, torch.cat(list(right))).max())
+    def _compare(self, outputs: Sequence[Tensor], right: Sequence[Tensor], case: str) -> None:
+        deviation = float(deviations(torch.cat(list(outputs)), torch.cat(list(right))).max())
         if not deviation <= self._expected.tolerance:
             raise UnsupportedModelError(
                 f"{self._model.config.model_type} computes something else {case}: "
                 f"its states are off by {deviation:.2g} standard deviations"
             )
+
+
+def _is_head(module: Wrapped) -> bool:
+    return isinstance(module, LoraLinear) and module.is_head

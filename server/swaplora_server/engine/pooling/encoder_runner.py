@@ -2,11 +2,11 @@
 
 import inspect
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
@@ -14,15 +14,30 @@ from swaplora_server.engine.pooling.hidden import read_whole
 from swaplora_server.engine.scheduler import Batch, Sampled
 from swaplora_server.engine.step import Planner, use
 from swaplora_server.kernels.backend import Backend, LayerAttention, RunningStep, StepRows
-from swaplora_server.kernels.step import Ints, Runs, StepForm, StepPlan
+from swaplora_server.kernels.step import Ints, Runs, Segments, StepForm, StepPlan
+
+
+class EncoderOutputs(NamedTuple):
+    """What an encoder makes of a step's inputs."""
+
+    states: Tensor  # [num_rows, hidden_size]
+    pooled: Tensor | None  # [num_inputs, hidden_size]
 
 
 class EncoderRunner:
     """Turns batches of whole inputs into forwards of one encoder. Only the engine's thread calls it."""
 
-    def __init__(self, model: PreTrainedModel, backend: Backend, max_positions: int, device: torch.device) -> None:
-        """`max_positions` is the length of the longest input."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pooler: nn.Module | None,
+        backend: Backend,
+        max_positions: int,
+        device: torch.device,
+    ) -> None:
+        """`pooler` is the model's own, taken out of it; `max_positions` the length of the longest input."""
         self._model = model
+        self._pooler = pooler
         self._backend = backend
         self._device = device
         self._planner = Planner(max_positions)
@@ -34,24 +49,30 @@ class EncoderRunner:
         """See `Runner.stepping`."""
         return self._backend.stepping()
 
+    @torch.inference_mode()
     def run(self, batch: Batch) -> list[Sampled]:
         """One forward over all of `batch`, then what each of its requests reads of its input, in that order."""
         self.num_steps[StepForm.PLAIN] += 1
-        return [Sampled(None, hidden=vector) for vector in read_whole(self.states(batch), batch)]
+        readers = [rows.sequence.request.reads for rows in batch.rows]
+        outputs = self.outputs(batch, has_pooled=any(reads is not None and reads.needs_pooled for reads in readers))
+        return [Sampled(None, hidden=vector) for vector in read_whole(*outputs, batch)]
 
     @torch.inference_mode()
-    def states(self, batch: Batch) -> Tensor:
-        """[num_rows, hidden_size]: the last hidden state of each token."""
+    def outputs(self, batch: Batch, *, has_pooled: bool) -> EncoderOutputs:
+        """Of inputs that all want something of their hidden states; `has_pooled`: the pooler's output as well."""
         plan = self._planner.plan(batch.rows)
-        rows = StepRows(plan.tokens, self._backend.lora(plan.tokens.adding) if len(plan.tokens.adding) else None)
-        step = RunningStep(plan, rows, rows, WholeInputs(plan.runs))
+        step = RunningStep(plan, self._rows(plan.tokens), self._rows(plan.head), WholeInputs(plan.runs))
         inputs = {"input_ids": plan.token_ids, "position_ids": self._positions(plan)}
         if self._has_types:
             inputs["token_type_ids"] = _types(batch, plan)
         with use(step):
-            output = self._model(**{name: self._tensor(ids)[None] for name, ids in inputs.items()})
-        states: Tensor = output.last_hidden_state[0]
-        return states
+            states = self._model(**{name: self._tensor(ids)[None] for name, ids in inputs.items()}).last_hidden_state[0]
+            firsts = states[plan.runs.starts.tolist(), None]
+            pooled = self._pooler(firsts) if has_pooled and self._pooler is not None else None
+        return EncoderOutputs(states, pooled)
+
+    def _rows(self, segments: Segments) -> StepRows:
+        return StepRows(segments, self._backend.lora(segments.adding) if len(segments.adding) else None)
 
     def forget_adapters(self) -> None:
         """Drop what is kept of the last step, so that an idle engine keeps no adapter alive."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, repeat
 from typing import Any
 
 import numpy as np
@@ -39,26 +39,26 @@ def read_last(states: Tensor, batch: Batch) -> list[Vector | None]:
     states: [num_rows, hidden_size]. None for what is not finite.
     """
     stops = accumulate(rows.num_rows for rows in batch.rows)
-    reading = [(rows, states[stop - 1 : stop]) for rows, stop in zip(batch.rows, stops, strict=True) if _wants(rows)]
-    return _read(reading)
+    return _read([(rows, states[stop - 1 : stop], None) for rows, stop in zip(batch.rows, stops, strict=True)])
 
 
-def read_whole(states: Tensor, batch: Batch) -> list[Vector | None]:
-    """The same of all of its rows, which are its whole input."""
+def read_whole(states: Tensor, pooled: Tensor | None, batch: Batch) -> list[Vector | None]:
+    """The same of all of its rows, which are its whole input. pooled: [num_inputs, hidden_size]."""
     parts = torch.split(states, [rows.num_rows for rows in batch.rows])
-    return _read([(rows, part) for rows, part in zip(batch.rows, parts, strict=True) if _wants(rows)])
+    of_inputs = repeat(None) if pooled is None else iter(pooled)
+    return _read([(rows, part, next(of_inputs)) for rows, part in zip(batch.rows, parts, strict=True)])
 
 
-def _wants(rows: ScheduledRows) -> bool:
-    return rows.wants is Wants.HIDDEN
-
-
-def _read(reading: Sequence[tuple[ScheduledRows, Tensor]]) -> list[Vector | None]:
+def _read(given: Sequence[tuple[ScheduledRows, Tensor, Tensor | None]]) -> list[Vector | None]:
     """Brought to the host together."""
-    read = [rows.sequence.request.reads(states) for rows, states in reading if rows.sequence.request.reads is not None]
+    read = [
+        reads(states, pooled)
+        for rows, states, pooled in given
+        if rows.wants is Wants.HIDDEN and (reads := rows.sequence.request.reads) is not None
+    ]
     if not read:
         return []
-    numbers: Vector = torch.cat([numbers.float().reshape(-1) for numbers in read]).cpu().numpy()
+    numbers: Vector = torch.cat([part.float().reshape(-1) for part in read]).cpu().numpy()
     ends = np.cumsum([part.numel() for part in read])[:-1]
     vectors = [part.reshape(own.shape) for part, own in zip(np.split(numbers, ends), read, strict=True)]
     return [vector if np.isfinite(vector).all() else None for vector in vectors]

@@ -2,9 +2,21 @@
 
 import enum
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Reader(Protocol):
+    """What a request reads of its input's hidden states."""
+
+    @property
+    def needs_pooled(self) -> bool:
+        """Whether it reads what the base's own pooler made of them too."""
+
+    def __call__(self, states: Tensor, pooled: Tensor | None, /) -> Tensor:
+        """states: [num_rows, hidden_size], pooled: [hidden_size]."""
 
 
 class PoolingKind(enum.StrEnum):
@@ -25,7 +37,11 @@ class Pooling:
     kind: PoolingKind
     normalises: bool = True
 
-    def __call__(self, states: Tensor) -> Tensor:
+    @property
+    def needs_pooled(self) -> bool:
+        return False
+
+    def __call__(self, states: Tensor, _pooled: Tensor | None = None, /) -> Tensor:
         """states: [num_rows, hidden_size] of one input → [hidden_size], float32."""
         states = states.float()
         match self.kind:

@@ -20,25 +20,17 @@ from swaplora_server.http.wire import (
 WHAT_FITS = -1  # as vLLM has it
 
 
-class PoolingBody(NamingBody, NullMeansDefault):
-    """What all requests have in common of which a vector is made."""
+class InputBody(NamingBody, NullMeansDefault):
+    """What all requests have in common of which numbers are made."""
 
     has_content: ClassVar[bool] = True
 
+    input: Prompt
     add_special_tokens: bool = True
     truncate_prompt_tokens: Annotated[Whole, Field(ge=WHAT_FITS, le=MAX_PROMPT_TOKENS)] | None = None
     truncation_side: Literal["left", "right"] = "right"
     user: Annotated[str, Field(max_length=MAX_USER_CHARACTERS)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
-
-
-class EmbeddingBody(PoolingBody):
-    """POST /v1/embeddings."""
-
-    input: Prompt
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Annotated[Whole, Field(ge=1, le=MAX_INT)] | None = None
-    normalize: bool | None = None
 
     @cached_property
     def inputs(self) -> list[str | list[int]]:
@@ -52,3 +44,17 @@ class EmbeddingBody(PoolingBody):
     def input_param(self, number: int) -> str:
         """One of many stands at its place in the list."""
         return f"input[{number}]" if isinstance(self.input, list) and len(self.inputs) > 1 else "input"
+
+
+class EmbeddingBody(InputBody):
+    """POST /v1/embeddings."""
+
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[Whole, Field(ge=1, le=MAX_INT)] | None = None
+    normalize: bool | None = None
+
+
+class ClassifyBody(InputBody):
+    """POST /classify and /v1/classify."""
+
+    use_activation: bool = True

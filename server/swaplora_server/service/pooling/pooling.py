@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import structlog
-from torch import Tensor
 
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_server.access.limits import NOTHING, Reservation
+from swaplora_server.engine.pooling.kinds import Reader
 from swaplora_server.engine.request import AdapterUse, FinishReason, Request, SamplingParams, TokenEvent, Vector
 from swaplora_server.log_lines import notes
 from swaplora_server.service.adapter_mix import NOBODY, AdapterMix, Asker, MixTerm, invoked_at, lease_mix
@@ -31,7 +31,7 @@ class PoolingTask:
     encode: Encode
     num_inputs: int
     adapters: tuple[MixTerm, ...] = ()  # added to the base, which is then the model
-    reads: Callable[[Tensor], Tensor]  # what an input's hidden states are made into
+    reader: Callable[[Sequence[AdapterUse]], Reader]  # what reads inputs' hidden states, by who answers
     cache_salt: str | None = None
     asker: Asker = NOBODY
     input_param: Callable[[int], str] = lambda _number: "input"  # of the input of this number
@@ -39,9 +39,10 @@ class PoolingTask:
 
 @dataclass(frozen=True, slots=True)
 class Pooled:
-    """What came of it: a vector [hidden_size] of each input, in their order."""
+    """What came of it: what was read of each input, in their order; an embedding is [hidden_size]."""
 
     vectors: Sequence[Vector]
+    uses: Sequence[AdapterUse]  # who answered; none for the base
     records: Sequence[VersionRecord]  # the versions that answer; of a sum all, in order; none for the base
     num_prompt_tokens: int
     num_cached_tokens: int
@@ -66,12 +67,14 @@ async def pool(service: Service, task: PoolingTask) -> Pooled:
         asked_at = time.monotonic()
         uses = await mix.uses()
         seconds = time.monotonic() - asked_at
+        reads = task.reader(uses)
         starts = [invoked_at(token_ids, uses, task.input_param(number)) for number, token_ids in enumerate(inputs)]
     except BaseException:
         reservation.settle(0)
         admission.release()
         raise
-    return await _Pooling(service, task, inputs, mix, began, seconds, reservation).run(uses, starts, admission, width)
+    pooling = _Pooling(service, task, inputs, mix, reads, began, seconds, reservation)
+    return await pooling.run(uses, starts, admission, width)
 
 
 def check_input(service: Service, token_ids: Sequence[int], param: str) -> None:
@@ -97,6 +100,7 @@ class _Pooling:
         task: PoolingTask,
         inputs: Sequence[Sequence[int]],
         mix: AdapterMix,
+        reads: Reader,
         began: float,
         seconds_for_adapters: float,
         reservation: Reservation,
@@ -106,11 +110,13 @@ class _Pooling:
         self._task = task
         self._inputs = inputs
         self._records = mix.records
+        self._reads = reads
         self._began = began
         self._seconds_for_adapters = seconds_for_adapters
         self._reservation = reservation
         self._notes = notes()
         self._wakeups = service.wakeups
+        self._uses: Sequence[AdapterUse] = ()
         self._running: dict[int, Request] = {}
         self._num_begun = 0
         self._vectors: list[Vector | None] = [None] * len(inputs)
@@ -127,6 +133,7 @@ class _Pooling:
 
         `starts` says for each input which token its adapter applies to first. Raises RequestError.
         """
+        self._uses = uses
         self._request_of = partial(self._request, uses, starts)
         self._admission = admission
         for _ in range(width):
@@ -141,7 +148,7 @@ class _Pooling:
             raise self._failure
         vectors = [vector for vector in self._vectors if vector is not None]
         num_tokens = sum(map(len, self._inputs))
-        return Pooled(vectors, self._records, num_tokens, self._num_cached_tokens)
+        return Pooled(vectors, self._uses, self._records, num_tokens, self._num_cached_tokens)
 
     def _request(self, uses: tuple[AdapterUse, ...], starts: Sequence[int], number: int) -> Request:
         request_id = structlog.contextvars.get_contextvars().get("request_id", "")
@@ -154,7 +161,7 @@ class _Pooling:
             cache_salt=self._task.cache_salt,
             tenant=self._service.tenant,
             invoked_at=starts[number],
-            reads=self._task.reads,
+            reads=self._reads,
         )
 
     def _begin_next(self) -> None:
