@@ -161,6 +161,7 @@ def test_one_who_had_nobody_waiting_begins_before_any_other_tenant_begins_two(
 
 def test_time_without_anybody_waiting_is_no_credit() -> None:
     places = Places(1)
+    places.line.add(sequence_of(("beta", ""), 1, 1))
     for _ in range(20):
         places.line.add(sequence_of(("acme", ""), 10, 1))
     for _ in range(10):
