@@ -101,7 +101,8 @@ function versions(card, path, action) {
     ],
   }));
   const split = element("button", { type: "button", onclick: () => splitBetween(card) }, "Split traffic");
-  return element("section", { class: "versions" }, element("div", { class: "bar" }, element("h3", {}, "Versions"), split), table(`Versions of ${card.name}`, COLUMNS, rows));
+  const scroll = element("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Versions" }, table(`Versions of ${card.name}`, COLUMNS, rows));
+  return element("section", { class: "versions" }, element("div", { class: "bar" }, element("h3", {}, "Versions"), split), scroll);
 }
 
 function versionActions(card, version, path, action) {
