@@ -148,7 +148,7 @@ class Settings(BaseSettings):
         "auto", description="Number format of the base: auto is what this machine is faster with, and loses nothing"
     )
     quantization: Literal["int8", "nf4"] | None = Field(None, description="Keep the base's linears in 8 or 4 bits")
-    tool_call_format: Literal["auto", "hermes", "llama3_json", "mistral"] = Field(
+    tool_call_format: Literal["auto", "hermes", "llama3_json", "mistral", "qwen3_coder"] = Field(
         "auto", description="How the base writes calls of tools: auto is as its chat template does"
     )
     reasoning_format: Literal["auto", "think", "none"] = Field(

@@ -15,10 +15,13 @@ import tiny
 from serving import BASE, Running, serving, settings
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.service.detokenize import Detokenizer, Settled
-from swaplora_server.service.tools.call_format import FORMATS, HERMES, LLAMA3_JSON, MISTRAL
+from swaplora_server.service.tools.call_format import HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_NAMED
 from swaplora_server.service.tools.dialect import THINK, Dialect, dialect_of
-from swaplora_server.service.tools.reader import Argued, Called, CallReader, Part, Said, Thought
+from swaplora_server.service.tools.parameter_calls import QWEN3_CODER
+from swaplora_server.service.tools.reader import Argued, Called, Part, Said, Thought
+from swaplora_server.service.tools.readers import NAMES, format_of, reader_of
 from swaplora_server.service.tools.thoughts import Marks
+from swaplora_server.service.tools.tool import Parameters, Tool
 from test_dialogue_tools import CITY, SCHEMAS, assembled, blocks_of, streamed
 from test_dialogue_tools import ask as ask_dialogue
 
@@ -70,8 +73,12 @@ def joined(parts: list[Part]) -> list[Part]:
     return told
 
 
+S_AND_N = {"s": {"type": "string"}, "n": {"type": ["number", "null"]}}
+AB = [Tool("a", None, Parameters({"type": "object", "properties": S_AND_N}, "")), Tool("b")]
+
+
 def read(pieces: list[str], dialect: Dialect, prompt: str = "") -> list[Part]:
-    reader = dialect.reader(prompt, CallReader({"a", "b"}, form=dialect.calls), may_think=True)
+    reader = dialect.reader(prompt, reader_of(dialect.calls, AB), may_think=True)
     return joined([part for piece in pieces for part in reader.push(piece)] + reader.flush())
 
 
@@ -80,6 +87,11 @@ def call(number: int, name: str, arguments: str = "{}") -> list[Part]:
 
 
 L, M = "parameters", "arguments"
+X = "<tool_call>\n"
+ROME = "<function=a>\n<parameter=s>\nRome\n</parameter>\n"
+NUMBER = "<parameter=n>\n3\n</parameter>\n"
+NAMED = call(0, "a") + call(1, "b")
+B_AND_A = call(0, "b") + call(1, "a", '{"s":"Rome"}')
 OF_FORMS: list[tuple[str, str, list[Part]]] = [
     ("llama3_json", f'{{"name": "a", "{L}": {{"k": "}}"}}}}', call(0, "a", '{"k": "}"}')),
     ("llama3_json", f' {{"name": "a", "{L}": {{}}}}; {{"name": "b", "{L}": {{}}}}', call(0, "a") + call(1, "b")),
@@ -97,6 +109,24 @@ OF_FORMS: list[tuple[str, str, list[Part]]] = [
     ("mistral", f"{MARK}nothing", [Said(f"{MARK}nothing")]),
     ("mistral", f"{MARK}[]", [Said(f"{MARK}[]")]),
     ("mistral", f'{MARK}[{{"name": "a", "{M}": {{"k": 1', call(0, "a", '{"k": 1')),
+    ("mistral", f'{MARK}a[ARGS]{{"k": "}}"}}', call(0, "a", '{"k": "}"}')),
+    ("mistral", f"ok{MARK}a[ARGS]{{}}\n{MARK}b[CALL_ID]x1[ARGS] {{}}, so", [Said("ok"), *NAMED, Said(", so")]),
+    ("mistral", f"{MARK}gone[ARGS]{{}}", [Said(f"{MARK}gone[ARGS]{{}}")]),
+    ("mistral", f"{MARK}a[ARG", [Said(f"{MARK}a[ARG")]),
+    ("mistral", f"{MARK}ab[ARGS]{{}}", [Said(f"{MARK}ab[ARGS]{{}}")]),
+    ("qwen3_coder", f"{X}<function=a>\n</function>\n</tool_call>", call(0, "a")),
+    ("qwen3_coder", f"{X}{ROME}</function>\n</tool_call>", call(0, "a", '{"s":"Rome"}')),
+    ("qwen3_coder", f"{X}{ROME}{NUMBER}</function></tool_call> so", [*call(0, "a", '{"s":"Rome","n":3}'), Said(" so")]),
+    ("qwen3_coder", f"I look.{X}{ROME}</function>", [Said("I look."), *call(0, "a", '{"s":"Rome"}')]),
+    ("qwen3_coder", f"{X}<function=b></function></tool_call>\n{X}{ROME}</function>", B_AND_A),
+    ("qwen3_coder", f"{X}<function=a><parameter=s>\n a<b\n\n</parameter></function>", call(0, "a", '{"s":" a<b\\n"}')),
+    ("qwen3_coder", f"{X}<function=a><parameter=n>None</parameter></function>", call(0, "a", '{"n":null}')),
+    ("qwen3_coder", f"{X}<function=a><parameter=n>many</parameter></function>", call(0, "a", '{"n":"many"}')),
+    ("qwen3_coder", f"{X}<function=b><parameter=o>3</parameter></function>", call(0, "b", '{"o":"3"}')),
+    ("qwen3_coder", f"{X}<function=a><parameter=s>\nRo", call(0, "a", '{"s":"Ro')),
+    ("qwen3_coder", f"{X}<function=gone></function>", [Said(f"{X}<function=gone></function>")]),
+    ("qwen3_coder", f"{X}<func", [Said(f"{X}<func")]),
+    ("qwen3_coder", f'{X}{{"name": "a"}}', [Said(f'{X}{{"name": "a"}}')]),
     ("hermes", f'<tool_call>{{"name": "a", "{M}": {{}}}}</tool_call>\nend\n', [*call(0, "a"), Said("\nend\n")]),
     ("hermes", f'<tool_call>{{"name": "a", "{M}": {{}}}}end', [*call(0, "a"), Said("end")]),
 ]
@@ -104,7 +134,7 @@ OF_FORMS: list[tuple[str, str, list[Part]]] = [
 
 @pytest.mark.parametrize(("name", "text", "expected"), OF_FORMS)
 def test_calls_are_read_in_each_form(name: str, text: str, expected: list[Part]) -> None:
-    dialect = Dialect(FORMATS[name], None, frozenset())
+    dialect = Dialect(format_of("", name), None, frozenset())
     assert read([text], dialect) == expected
     assert read(list(text), dialect) == expected
 
@@ -134,11 +164,11 @@ def test_reasoning_is_what_stands_between_its_marks_where_a_text_begins(
 PIECES = [*(text for _, text, _ in OF_FORMS), *(text for _, text, _ in OF_THOUGHTS), "\n", " ", MARK, "; ", "<think>"]
 
 
-@given(st.sampled_from(sorted(FORMATS)), st.lists(st.sampled_from(PIECES), max_size=4), st.booleans(), st.data())
+@given(st.sampled_from(NAMES), st.lists(st.sampled_from(PIECES), max_size=4), st.booleans(), st.data())
 def test_it_matters_nothing_in_which_pieces_a_text_comes(
     name: str, texts: list[str], is_open: bool, data: st.DataObject
 ) -> None:
-    whole, dialect = "".join(texts), Dialect(FORMATS[name], THINK, frozenset())
+    whole, dialect = "".join(texts), Dialect(format_of("", name), THINK, frozenset())
     cuts = sorted({0, len(whole), *data.draw(st.lists(st.integers(0, len(whole)), max_size=8))})
     prompt = THINK.begin if is_open else ""
     assert read([whole[a:b] for a, b in pairwise(cuts)], dialect, prompt) == read([whole], dialect, prompt)
@@ -151,6 +181,8 @@ def test_it_matters_nothing_in_which_pieces_a_text_comes(
         ("{{ messages }}", None, HERMES, None),
         ("..<tool_call>..<think>..</think>", None, HERMES, THINK),
         ("..<|python_tag|>..", None, LLAMA3_JSON, None),
+        ("..[TOOL_CALLS]..[ARGS]..", None, MISTRAL_NAMED, None),
+        ("..<tool_call>..<function=..", None, QWEN3_CODER, None),
         ("..[TOOL_CALLS]..[THINK]..[/THINK]", None, MISTRAL, Marks("[THINK]", "[/THINK]")),
         ("x", {"fields": {"reasoning_content": {"open": "<r>", "close": "</r>"}}}, HERMES, Marks("<r>", "</r>")),
         ("x", {"fields": {"reasoning_content": {"open_pattern": "<r>"}}}, HERMES, None),
@@ -167,6 +199,32 @@ def test_a_base_s_templates_say_how_it_writes(
     told = dialect_of(tokenizer, vocabulary, "llama3_json", "none")
     assert (told.calls, told.thoughts) == (LLAMA3_JSON, None)
     assert dialect_of(tokenizer, vocabulary, "auto", "think").thoughts == THINK
+
+
+TEMPLATES = {"llama3_json": "", "mistral": "[ARGS]", "qwen3_coder": ""}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_calls_are_held_to_in_every_form(
+    server: Running, monkeypatch: pytest.MonkeyPatch, name: str, choice: Any
+) -> None:
+    """Of a model that would say anything."""
+    vocabulary = server.service.base.vocabulary
+    form = format_of(TEMPLATES[name], name).of_tokens(vocabulary.special)
+    marked = frozenset(mark for mark in vocabulary.special.values() if mark in form.marks)
+    monkeypatch.setitem(server.service.__dict__, "dialect", Dialect(form, None, marked))
+    told = chat(server, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False, seed=1)
+    assert (told["message"]["content"], told["finish_reason"]) == (
+        None,
+        "tool_calls" if choice == "required" else "stop",
+    )
+    [made] = told["message"]["tool_calls"]
+    jsonschema.validate(json.loads(made["function"]["arguments"]), SCHEMAS[made["function"]["name"]])
+    streamed_deltas = deltas(server, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False, seed=1)
+    pieces = [piece["function"] for delta in streamed_deltas for piece in delta.get("tool_calls", ())]
+    assert pieces[0] == {"name": made["function"]["name"], "arguments": ""}
+    assert "".join(piece["arguments"] for piece in pieces) == made["function"]["arguments"]
 
 
 def chat(server: Running, **fields: Any) -> dict[str, Any]:

@@ -42,6 +42,11 @@ def test_a_query_parameter_that_the_route_does_not_take_is_refused(
     assert len(stocked.client.get("/v1/adapters/sql").json()["versions"]) == 2
 
 
+def test_a_query_parameter_that_comes_twice_is_refused(stocked: Running) -> None:
+    answer = stocked.client.get("/v1/adapters?after=a&limit=5&after=b")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "after")
+
+
 def test_those_that_it_takes_are_taken(stocked: Running) -> None:
     listed = stocked.client.get("/v1/adapters?limit=5&after=a&state=stored")
     assert [card["name"] for card in listed.json()["data"]] == ["sql"]

@@ -1,5 +1,6 @@
 """The OpenAPI document is whole in itself, and nothing that is sent after it, or against it, makes the server fail."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,6 +103,15 @@ def test_a_model_inside_a_body_is_described_where_it_stands(document: dict[str, 
     message = schemas["/v1/chat/completions"]["properties"]["messages"]["items"]
     assert {"role", "content"} <= set(message["properties"])
     assert "$defs" not in str(schemas)
+
+
+def test_what_a_number_may_be_and_null_are_told_where_they_hold(document: dict[str, Any]) -> None:
+    for _, path, schema in json_schemas(document):
+        for name, field in schema.get("properties", {}).items():
+            assert not {"ge", "le", "gt", "lt"} & set(json.dumps(field).split('"')), (path, name)
+    fields = {path: schema for _, path, schema in json_schemas(document)}["/v1/completions"]["properties"]
+    bounds, null = fields["min_tokens"]["anyOf"]
+    assert (bounds["minimum"], bounds["type"], null) == (0, "integer", {"type": "null"})
 
 
 def test_the_page_has_every_route_and_field_and_needs_no_other_server(

@@ -17,7 +17,7 @@ import tiny
 from serving import BASE, Running, serving, settings
 from swaplora_server.service.chat_template import ChatTemplate
 from swaplora_server.service.tools import reader as reader_module
-from swaplora_server.service.tools.call_format import HERMES, LLAMA3_JSON, MISTRAL, CallFormat
+from swaplora_server.service.tools.call_format import HERMES, LLAMA3_JSON, MISTRAL, ObjectCalls
 from swaplora_server.service.tools.reader import Argued, Called, CallReader, Part, Said
 
 SPACES = {str(token_id): -100 for token_id in tiny.byte_tokenizer().encode(" \n\r\t")}
@@ -146,7 +146,7 @@ def test_it_matters_nothing_in_which_pieces_a_text_comes(texts: list[str], data:
 )
 @pytest.mark.parametrize("is_whole", [False, True])
 def test_each_character_is_looked_at_a_few_times_however_long_a_text_is(
-    form: CallFormat, begin: str, more: str, *, is_whole: bool, monkeypatch: pytest.MonkeyPatch
+    form: ObjectCalls, begin: str, more: str, *, is_whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked_at = 0
 

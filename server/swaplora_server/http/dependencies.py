@@ -28,8 +28,11 @@ Serving = Annotated[Service, Depends(_service)]  # it may still be starting: see
 
 
 async def refuse_unknown_parameters(request: Request) -> None:
-    """A dependency. Raises RequestError for a query parameter that the route does not take, as a misspelt one is."""
+    """A dependency. Raises RequestError for a query parameter that the route does not take, or that comes twice."""
     known = {param.alias for param in request.scope["route"].dependant.query_params}
     unknown = sorted(request.query_params.keys() - known)
     if unknown:
         raise RequestError("invalid_request", f"{unknown[0][:64]!r} is not a query parameter here", unknown[0][:64])
+    names = [name for name, _ in request.query_params.multi_items()]
+    if twice := next((name for name in known if names.count(name) > 1), None):
+        raise RequestError("invalid_request", f"{twice} is given more than once", twice)

@@ -4,8 +4,9 @@ from abc import abstractmethod
 from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
-from pydantic_core import PydanticCustomError, to_json
+from pydantic import BeforeValidator, Discriminator, Field, GetJsonSchemaHandler, Tag, field_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, to_json
 
 from swaplora_server.engine.request import SamplingParams
 from swaplora_server.http.foreign.fields import NamingBody
@@ -60,6 +61,14 @@ def _by_token_ids(value: object) -> object:
         if not (name.isascii() and name.isdigit() and len(name) <= MAX_ID_DIGITS):
             raise PydanticCustomError("logit_bias", 'must be an object of token ids, such as {{"42": -100}}')
     return {int(name): bias for name, bias in value.items()}
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """A field's schema, or null; what says something of the field stays outside."""
+    if {"type": "null"} in schema.get("anyOf", ()):
+        return schema
+    about: dict[str, Any] = {key: schema[key] for key in ("title", "description", "default") if key in schema}
+    return {"anyOf": [{key: value for key, value in schema.items() if key not in about}, {"type": "null"}], **about}
 
 
 def _form(value: object) -> str | None:
@@ -144,6 +153,15 @@ class GenerationBody(NamingBody, FormatBody, NullMeansDefault):
     prompt_logprobs: NumLogprobs | None = None
     user: Annotated[str, Field(max_length=MAX_USER_CHARACTERS)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """With null wherever a field may be left out."""
+        found = handler.resolve_ref_schema(handler(schema))
+        for name, field in found["properties"].items():
+            if name not in found.get("required", ()):
+                found["properties"][name] = _or_null(field)
+        return found
 
     @field_validator("stop")
     @classmethod

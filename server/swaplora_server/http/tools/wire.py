@@ -14,7 +14,7 @@ from swaplora_server.http.transport.models import BRANCH, WireModel
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.grammar.source import GrammarSource, body_text
 from swaplora_server.service.tools.call_format import CallFormat
-from swaplora_server.service.tools.reader import CallReader
+from swaplora_server.service.tools.readers import Reader, reader_of
 from swaplora_server.service.tools.tool import Parameters, Tool
 
 MAX_TOOLS = 128
@@ -176,8 +176,8 @@ class ToolUse:
             return form.calls_only(self.tools, is_one=self.is_one)
         return form.text_with_calls(self.tools) if any(tool.is_strict for tool in self.tools) else None
 
-    def reader(self, form: CallFormat) -> CallReader:
-        return CallReader({tool.name for tool in self.tools}, form=form, is_one=self.is_one)
+    def reader(self, form: CallFormat) -> Reader:
+        return reader_of(form, self.tools, is_one=self.is_one)
 
     def finish_reason(self, reason: str | None, num_calls: int) -> str | None:
         """OpenAI's, of a text with so many calls that ended by `reason`: a call asked for by name is no news."""

@@ -75,13 +75,16 @@ def body_schema(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
+_BOUNDS = {"ge": "minimum", "le": "maximum"}  # as pydantic calls them behind a validator
+
+
 def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
     """A JSON schema with the definition in the place of each reference to it. None of ours contains itself."""
     if isinstance(schema, list):
         return [_inlined(item, definitions) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    own = {key: _inlined(value, definitions) for key, value in schema.items() if key != "$ref"}
+    own = {_BOUNDS.get(key, key): _inlined(value, definitions) for key, value in schema.items() if key != "$ref"}
     if "$ref" in schema:
         return _inlined(definitions[schema["$ref"].removeprefix("#/$defs/")], definitions) | own
     return own

@@ -7,8 +7,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from swaplora_server.base.vocabulary import Vocabulary
-from swaplora_server.service.tools.call_format import FORMATS, CallFormat, format_of
-from swaplora_server.service.tools.reader import CallReader, Part, Said
+from swaplora_server.service.tools.call_format import CallFormat
+from swaplora_server.service.tools.reader import Part, Said
+from swaplora_server.service.tools.readers import Reader, format_of
 from swaplora_server.service.tools.thoughts import Marks, ThoughtReader
 
 THINK = Marks("<think>", "</think>")
@@ -24,7 +25,7 @@ class Dialect:
     thoughts: Marks | None  # None where reasoning is not told from the answer
     shown: frozenset[str]  # the special tokens that a text must show to be read
 
-    def reader(self, prompt_end: str, calls: CallReader | None, *, may_think: bool) -> "TextReader":
+    def reader(self, prompt_end: str, calls: Reader | None, *, may_think: bool) -> "TextReader":
         """For one text behind a prompt that ends so."""
         marks = self.thoughts if may_think else None
         thoughts = ThoughtReader(marks, is_open=marks.is_open_in(prompt_end)) if marks else None
@@ -34,7 +35,7 @@ class Dialect:
 class TextReader:
     """The parts of one text as it grows."""
 
-    def __init__(self, thoughts: ThoughtReader | None, calls: CallReader | None) -> None:
+    def __init__(self, thoughts: ThoughtReader | None, calls: Reader | None) -> None:
         self._thoughts = thoughts
         self._calls = calls
 
@@ -61,9 +62,9 @@ def dialect_of(
 ) -> Dialect:
     """As the operator says, or `auto`: as the base's chat template and its response template show it."""
     template = _texts(tokenizer.chat_template)
-    calls = (format_of(template) if call_format == "auto" else FORMATS[call_format]).of_tokens(vocabulary.special)
+    calls = format_of(template, call_format).of_tokens(vocabulary.special)
     marks = {"think": THINK, "none": None}.get(reasoning_format, _marks_of(tokenizer, template))
-    names = [calls.mark, calls.closing, *(marks or ())]
+    names = [*calls.marks, *(marks or ())]
     shown = frozenset(name for name in vocabulary.special.values() if any(name in each for each in names))
     return Dialect(calls, marks, shown)
 

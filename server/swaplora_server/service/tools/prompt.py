@@ -20,14 +20,10 @@ def with_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], 
     plain = [_plain(message, form) for message in messages]
     if not tools:
         return plain
-    told = _TOLD.format(tools="\n".join(json_text(tool) for tool in tools), call=_example(form))
+    told = _TOLD.format(tools="\n".join(json_text(tool) for tool in tools), call=form.example)
     if plain and plain[0]["role"] == "system":
         return [{**plain[0], "content": f"{plain[0]['content']}\n\n{told}".strip()}, *plain[1:]]
     return [{"role": "system", "content": told}, *plain]
-
-
-def _example(form: CallFormat) -> str:
-    return f'{form.before}{{"name": NAME, "{form.arguments}": ARGUMENTS}}{form.after}'
 
 
 def _plain(message: Message, form: CallFormat) -> Message:

@@ -10,7 +10,7 @@ from functools import cache
 from typing import NamedTuple
 
 from swaplora_server.service.grammar.source import json_text
-from swaplora_server.service.tools.call_format import HERMES, CallFormat
+from swaplora_server.service.tools.call_format import HERMES, ObjectCalls
 
 
 class Said(NamedTuple):
@@ -43,7 +43,7 @@ class Argued(NamedTuple):
 Part = Said | Thought | Called | Argued
 
 
-_PIECE = 4096  # characters
+PIECE = 4096  # characters
 
 
 class _State(Enum):
@@ -88,7 +88,7 @@ class _ObjectEnd:
 class CallReader:
     """The parts of one text. What is no well-formed call of one of the tools stays text; nothing is lost but marks."""
 
-    def __init__(self, names: Collection[str], *, form: CallFormat = HERMES, is_one: bool = False) -> None:
+    def __init__(self, names: Collection[str], *, form: ObjectCalls = HERMES, is_one: bool = False) -> None:
         """With `is_one`, only the first call is told."""
         self._names = names
         self._form = form
@@ -100,14 +100,15 @@ class CallReader:
         self._num_scanned = 0  # characters of that object, in which its end is not
         self._first_quote = -1  # where its first string begins, if it has one
         self._end = _ObjectEnd()
+        self._is_object = True  # the call: its arguments are a part of one
         self._is_behind_call = False
         self.num_calls = 0
 
     def push(self, text: str) -> list[Part]:
         """What is known by so much more text."""
         found: list[Part] = []
-        for start in range(0, len(text), _PIECE):  # each step copies what it leaves
-            self._held += text[start : start + _PIECE]
+        for start in range(0, len(text), PIECE):  # each step copies what it leaves
+            self._held += text[start : start + PIECE]
             while (parts := self._step()) is not None:
                 found += parts
         return [part for part in found if self._is_told(part)]
@@ -173,6 +174,8 @@ class CallReader:
         self._held = rest
         if not rest:
             return None
+        if self._form.named and self._opening and not rest.startswith(self._opening):
+            return self._in_named_head(rest)
         if self._opening:
             if not rest.startswith(self._opening):
                 return self._no_call(rest)
@@ -188,6 +191,22 @@ class CallReader:
             return None
         length = self._num_scanned + end
         return self._whole(rest[:length], rest[length:])
+
+    def _in_named_head(self, rest: str) -> list[Part] | None:
+        """Of a name and then the arguments."""
+        match = _named_head(self._form.named, self._form.numbered).match(rest)
+        if match and match[1] in self._names:
+            return self._enter_arguments(match[1], rest[match.end() :], is_object=False)
+        name, behind = _split_name(rest)
+        if not behind and any(known.startswith(name) for known in self._names):
+            return None
+        cut = _named_head(self._form.named, self._form.numbered, is_cut=True)
+        return None if name in self._names and cut.fullmatch(rest) else self._no_call(rest)
+
+    def _enter_arguments(self, name: str, rest: str, *, is_object: bool) -> list[Part]:
+        self._enter(_State.ARGUMENTS, rest)
+        self._end, self._is_object = _ObjectEnd(), is_object
+        return [self._called(name)]
 
     def _may_be_call(self, text: str) -> bool:
         """An object without a mark may be an answer, which is not held back once its first name is none of a call's."""
@@ -206,14 +225,13 @@ class CallReader:
         name = _name(match[1]) if match else None
         if match is None or name not in self._names:
             return []
-        self._enter(_State.ARGUMENTS, text[match.end() :])
-        self._end = _ObjectEnd()
-        return [self._called(str(name))]
+        return self._enter_arguments(str(name), text[match.end() :], is_object=True)
 
     def _in_arguments(self) -> list[Part] | None:
         length = self._end.find(self._held)
         text, rest = self._held[:length], "" if length is None else self._held[length:]
-        self._enter(_State.ARGUMENTS if length is None else _State.REST, rest)
+        behind = _State.REST if self._is_object else _State.TEXT
+        self._enter(_State.ARGUMENTS if length is None else behind, rest)
         if length is not None:
             self._end = _ObjectEnd(depth=1)
         return [Argued(self.num_calls - 1, text)] if text else None
@@ -268,6 +286,27 @@ class CallReader:
 @cache
 def _head(arguments: str) -> re.Pattern[str]:
     return re.compile(rf'\{{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"{arguments}"\s*:\s*(?=\{{)', re.DOTALL)
+
+
+@cache
+def _named_head(mark: str, id_mark: str, *, is_cut: bool = False) -> re.Pattern[str]:
+    """A name, perhaps an id, and the mark before the arguments; or the beginning of that."""
+    named, call = re.escape(mark), r"[\w.-]+(?:" + re.escape(id_mark) + r"[\w-]{0,64})?"
+    if not is_cut:
+        return re.compile(rf"(?P<name>[\w.-]+)(?:{re.escape(id_mark)}[\w-]{{0,64}})?{named}\s{{0,64}}(?=\{{)", re.ASCII)
+    beginnings = "|".join(_beginning(each) for each in (id_mark, mark))
+    return re.compile(rf"{call}(?:{beginnings}|{named}\s{{0,64}})", re.ASCII)
+
+
+def _beginning(mark: str) -> str:
+    """Each of its beginnings."""
+    return "|".join(re.escape(mark[:length]) for length in range(len(mark) + 1))
+
+
+def _split_name(text: str) -> tuple[str, str]:
+    name = re.match(r"[\w.-]*", text, re.ASCII)
+    length = name.end() if name else 0
+    return text[:length], text[length:]
 
 
 def _name(literal: str) -> object:
