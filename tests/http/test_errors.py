@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import openai
@@ -83,3 +84,22 @@ def test_an_answer_says_what_to_ask_next(
     else:
         answer = server.client.request(method, path, headers=headers)
     assert answer.json()["error"]["message"] == message
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "words"),
+    [
+        ({"messages": [{"role": "user", "content": "hi" * 5000}]}, 400, "this model's maximum context length is"),
+        ({"max_tokens": 10**6}, 400, "this model's maximum context length is"),
+        ({"model": "gone"}, 404, "there is no model"),
+        ({"temperature": -1}, 400, "temperature"),
+    ],
+)
+def test_litellm_knows_what_was_wrong(server: Running, fields: dict[str, Any], status: int, words: str) -> None:
+    """It goes by the status, and for a text that is too long by words, which nothing else may have."""
+    asked = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1} | fields
+    answer = server.client.post("/v1/chat/completions", json=asked)
+    assert answer.status_code == status
+    said = answer.text.lower()
+    assert words in said
+    assert ("maximum context length is" in said) == ('"code":"context_length_exceeded"' in said)

@@ -82,7 +82,7 @@ CLIENTS = (
     Client("openai-python", "ask_openai.py", ("openai==3.57.0",)),
     Client("openai-python", "ask_openai.py", ("openai==2.54.0",)),
     Client("openai-python", "ask_openai.py", ("openai==1.109.1",)),
-    Client("openai-node", "ask_openai.mjs", ("openai@7.57.0",)),
+    Client("openai-node", "ask_openai.mjs", ("openai@7.59.0",)),
     Client("langchain-openai", "ask_langchain.py", ("langchain-openai==1.7.4",)),
     Client("llama-index-llms-openai-like", "ask_llama_index.py", ("llama-index-llms-openai-like==0.8.1",)),
     Client("litellm", "ask_litellm.py", ("litellm==1.110.2",)),
