@@ -78,6 +78,7 @@ def submit(
     salt: str | None = None,
     tenant: str = "",
     priority: int = 0,
+    deadline: float | None = None,
     constrain: Callable[[], Constraint] | None = None,
     wants_hidden: bool = False,
     **params: Any,
@@ -94,6 +95,7 @@ def submit(
         cache_salt=salt,
         tenant=tenant,
         priority=priority,
+        deadline=deadline,
         new_constraint=constrain,
         reads=LAST_TOKEN if wants_hidden else None,
     )

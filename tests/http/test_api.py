@@ -170,7 +170,6 @@ REFUSED_ANYWHERE: dict[str, Any] = {
     "typical_p": 0.5,
     "mirostat": 2,
     "bad_words": ["bad"],
-    "priority": 1,
     "use_beam_search": True,
 }
 

@@ -274,7 +274,7 @@ def generation(body: GenerationBody) -> tuple[Generation, list[GenerationRecord]
     request = HttpRequest({"type": "http", "headers": [], "state": {"caller": ANYBODY}})
     task = task_of(request, cast(Service, service), body, encode, num_prompts=1, max_tokens=100)
     made = Generation(cast(Service, service), task, [[1, 2, 3]], task.sampling, (), began=0.0)
-    made.submit((), [0], Admissions(1).admit(1))
+    made.submit((), [0], Admissions(0, 1).admit(1))
     return made, records
 
 

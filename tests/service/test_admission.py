@@ -1,12 +1,22 @@
 """What a request holds from when it was let in: all of it goes back, in one place and once, however far it came."""
 
+import math
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from swaplora_adapters.registry.leases import Lease
 from swaplora_adapters.store.records import VersionRecord
-from swaplora_server.service.admission import Admissions
+from swaplora_server.service.admission import (
+    MAX_RETRY_SECONDS,
+    MIN_RETRY_SECONDS,
+    RATE_SECONDS,
+    Admission,
+    Admissions,
+)
 from swaplora_server.service.errors import RequestError
 
 RECORD = VersionRecord("sql", 1, "sha256:" + "a" * 64, 8, ("q_proj",), None, 10, 100, 0.0, "upload", (), None)
@@ -26,7 +36,7 @@ def leases(count: int) -> tuple[list[Lease], list[Lease]]:
 
 
 def test_no_more_sequences_are_let_in_than_the_limit_until_some_are_back() -> None:
-    admissions = Admissions(5)
+    admissions = Admissions(0, 5)
     first = admissions.admit(3)
     with pytest.raises(RequestError, match="too many requests"):
         admissions.admit(3)
@@ -36,7 +46,7 @@ def test_no_more_sequences_are_let_in_than_the_limit_until_some_are_back() -> No
 
 
 def test_what_is_held_goes_back_once() -> None:
-    admission, (held, given_back) = Admissions(1).admit(1), leases(2)
+    admission, (held, given_back) = Admissions(0, 1).admit(1), leases(2)
     for lease in held:
         admission.hold(lease)
     admission.release()
@@ -47,7 +57,7 @@ def test_what_is_held_goes_back_once() -> None:
 
 
 def test_a_request_of_the_base_is_counted_out_once() -> None:
-    admissions = Admissions(2)
+    admissions = Admissions(0, 2)
     admission, _other = admissions.admit(1), admissions.admit(1)
     admission.release()
     with pytest.raises(RuntimeError, match="twice"):
@@ -58,7 +68,7 @@ def test_a_request_of_the_base_is_counted_out_once() -> None:
 
 
 def test_leases_go_back_when_there_is_no_memory_for_their_weights() -> None:
-    admission, (held, given_back) = Admissions(1).admit(1), leases(2)
+    admission, (held, given_back) = Admissions(0, 1).admit(1), leases(2)
     for lease in held:
         admission.hold(lease)
     with pytest.raises(MemoryError):
@@ -68,7 +78,7 @@ def test_leases_go_back_when_there_is_no_memory_for_their_weights() -> None:
 
 
 def test_the_last_part_of_a_request_gives_everything_back() -> None:
-    admissions = Admissions(3)
+    admissions = Admissions(0, 3)
     admission, ((lease,), given_back) = admissions.admit(3), leases(1)
     admission.hold(lease)
     end_of_part = admission.release_after(3)
@@ -80,3 +90,76 @@ def test_the_last_part_of_a_request_gives_everything_back() -> None:
     end_of_part()
     assert given_back == [lease]
     admissions.admit(3)
+
+
+def admitted(admissions: Admissions, tenant: str, wanted: str, most: int = 1000) -> list[Admission]:
+    """As many as it gets."""
+    own: list[Admission] = []
+    with suppress(RequestError):
+        while len(own) < most:
+            own.append(admissions.admit(1, tenant, wanted))
+    return own
+
+
+@pytest.mark.parametrize("of", ["tenants", "adapters"])
+def test_one_who_floods_leaves_places_to_others_and_none_of_these_the_last(of: str) -> None:
+    admissions = Admissions(30, 10)
+    names = [("", "sql"), ("acme", "sql"), ("beta", "sql"), ("zeta", "sql")]
+    if of == "adapters":
+        names = [("", "sql"), ("", "json"), ("", "base"), ("", "fr")]
+    held = [admitted(admissions, *name) for name in names]
+    assert [len(own) for own in held] == [40, 5, 3, 1]
+    for admission in [*held[0][:10], *held[1]]:
+        admission.release()
+    assert [len(admitted(admissions, *name)) for name in names] == [6, 5, 1, 2]
+
+
+def test_a_tenant_has_no_more_places_by_asking_for_many_adapters() -> None:
+    admissions = Admissions(30, 10)
+    admitted(admissions, "acme", "sql")
+    admitted(admissions, "beta", "sql")
+    assert admitted(admissions, "acme", "another") == []
+    assert admitted(admissions, "beta", "another") == []
+    assert len(admitted(admissions, "zeta", "sql")) == 3
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6), st.booleans()), max_size=60), st.integers(0, 30))
+def test_whatever_comes_and_goes_counts_agree_and_a_quarter_more_is_the_most(
+    asked: list[tuple[int, int, bool]], limit: int
+) -> None:
+    admissions, held = Admissions(limit, 1), []  # type: tuple[Admissions, list[tuple[Admission, int]]]
+    for name, number, ends_one in asked:
+        with suppress(RequestError):
+            held.append((admissions.admit(number, str(name % 2), str(name)), number))
+        if ends_one and held:
+            held.pop(0)[0].release()
+        assert admissions.num_sequences == sum(number for _, number in held) <= (limit + 1) * 5 // 4
+    while held:
+        held.pop()[0].release()
+    assert admissions.num_sequences == 0
+    admissions.admit(limit + 1)
+
+
+def test_who_is_refused_is_told_when_those_who_wait_will_have_begun() -> None:
+    now = [100.0]
+    admissions = Admissions(40, 10, clock=lambda: now[0])
+    held = admitted(admissions, "", "sql")
+    assert refused_for(admissions) == MIN_RETRY_SECONDS  # none has ended yet
+    for _ in range(20):
+        now[0] += 0.5
+        held.pop().release()
+        held.append(admissions.admit(1, "", "sql"))
+    assert refused_for(admissions) == math.ceil(40 / (20 / 9.5))
+    now[0] += RATE_SECONDS
+    held.pop().release()
+    held.append(admissions.admit(1, "", "sql"))
+    assert refused_for(admissions) == MAX_RETRY_SECONDS
+    now[0] += RATE_SECONDS + 1
+    assert refused_for(admissions) == MIN_RETRY_SECONDS  # nothing is known
+
+
+def refused_for(admissions: Admissions) -> int | None:
+    """Of seconds, as a refused request is told."""
+    with pytest.raises(RequestError, match="too many requests") as caught:
+        admissions.admit(1, "", "sql")
+    return caught.value.retry_seconds

@@ -34,6 +34,8 @@ class FinishReason(enum.StrEnum):
 
 _log = structlog.get_logger(__name__)
 
+# what is told of a request that was not done by its deadline
+OVERDUE, OVERDUE_CODE = "the time that the request was given has passed", "deadline_exceeded"
 # a temperature beneath this is greedy in the limit, and too small to divide by
 _GREEDY_BELOW = 1e-5
 
@@ -125,6 +127,7 @@ class Request:
     cache_salt: str | None = None  # only requests with the same salt share cached blocks
     tenant: str = ""  # whose it is: what there is, is shared between tenants first
     priority: int = 0  # among the tenant's own: the lower goes first
+    deadline: float | None = None  # on the monotonic clock: then it ends, however far it has come
     invoked_at: int = 0  # the token of the prompt from which on its adapter applies; the base computes those before
     new_constraint: Callable[[], Constraint] | None = None  # what each of its sequences must keep to
     scores: list[Logprobs] = field(default_factory=list)

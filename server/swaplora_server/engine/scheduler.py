@@ -17,6 +17,7 @@ no more go into a step than may be scored in one: each of them reaches the outpu
 What fails while one sequence is looked at ends its request, and that alone.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
@@ -27,7 +28,16 @@ import structlog
 
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.prefix_cache import PrefixCache
-from swaplora_server.engine.request import FinishReason, Logprobs, Request, Sequence, TokenEvent, Vector
+from swaplora_server.engine.request import (
+    OVERDUE,
+    OVERDUE_CODE,
+    FinishReason,
+    Logprobs,
+    Request,
+    Sequence,
+    TokenEvent,
+    Vector,
+)
 from swaplora_server.engine.sampling.constraint import ConstraintPendingError, UnmetConstraintError
 from swaplora_server.engine.waiting_line import GENERATED_WEIGHT, PROMPT_WEIGHT, StepRanks, WaitingLine
 from swaplora_server.kernels.step import Wants
@@ -154,6 +164,7 @@ class Scheduler:
         self.num_failed = 0  # requests that `fail` ended; only grows, any thread may read it
         self.num_preempted = 0  # sequences that gave their blocks back; the same
         self._num_steps = 0
+        self._next_deadline = math.inf  # of those that are here, or were
         self._waiting = WaitingLine()
         self._running: list[Sequence] = []
 
@@ -173,10 +184,12 @@ class Scheduler:
         """Queue every sequence of `request`. The caller has checked that one of them fits the pool by itself."""
         for index in range(request.num_sequences):
             self._waiting.add(Sequence(request, index))
+        self._next_deadline = min(self._next_deadline, request.deadline or math.inf)
 
     def schedule(self) -> Batch:
         """Choose the next step's rows and give them blocks."""
         self._num_steps += 1
+        self._end_overdue(time.monotonic())
         room = StepRoom(self._max_batch_tokens, self._max_scored_rows, self._takes_whole)
         chosen: list[ScheduledRows] = []
         standing = self._standing()
@@ -236,6 +249,20 @@ class Scheduler:
         ranks = {digest: rank for sequence in self._running for digest, rank in sequence.request.adapter_ranks.items()}
         if self._ranks.total != sum(ranks.values()):
             raise RuntimeError("the ranks that are counted are not those of the adapters that run")
+
+    def _end_overdue(self, now: float) -> None:
+        """End what was not done in its time, whether it runs or waits."""
+        if now < self._next_deadline:
+            return
+        self._next_deadline = math.inf
+        for sequence in [*self._running, *self._waiting]:
+            deadline = sequence.request.deadline or math.inf
+            if deadline <= now:
+                self._finish(
+                    sequence, TokenEvent(sequence.index, None, None, FinishReason.ERROR, OVERDUE, OVERDUE_CODE)
+                )
+            else:
+                self._next_deadline = min(self._next_deadline, deadline)
 
     def _admit(self, room: StepRoom) -> list[ScheduledRows]:
         """Begin waiting sequences while they fit, in their order but for those that can let others go first."""

@@ -60,6 +60,7 @@ _STATUS = {
     "draining": 503,
     "engine_failed": 503,
     "too_many_connections": 503,
+    "deadline_exceeded": 504,
     "storage_full": 507,
     "storage_failed": 507,
     "memory_full": 507,
@@ -73,7 +74,8 @@ _RETRY_AFTER = {
     "memory_full": "5",
     "source_failed": "5",
 }
-_FINAL = frozenset({"adapter_busy", "adapter_failed", "storage_full", "storage_failed"})  # asking again is in vain
+# asking again is in vain, or too late
+_FINAL = frozenset({"adapter_busy", "adapter_failed", "deadline_exceeded", "storage_full", "storage_failed"})
 RETRY_HEADERS = ("retry-after", "x-should-retry")
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}

@@ -1,5 +1,7 @@
 """What the service is asked to generate, made of a request's body and headers."""
 
+import math
+
 from starlette.requests import Request
 
 from swaplora_server.access.caller import DEFAULT_TENANT
@@ -7,9 +9,13 @@ from swaplora_server.http.auth import caller_of
 from swaplora_server.http.foreign.names import terms_of
 from swaplora_server.http.wire import GenerationBody
 from swaplora_server.service.adapter_mix import Asker
+from swaplora_server.service.admission import Urgency
+from swaplora_server.service.errors import RequestError
 from swaplora_server.service.generation import Encode, GenerationTask
 from swaplora_server.service.service import Service
 
+TIMEOUT_HEADER = "X-Request-Timeout"
+MAX_TIMEOUT_SECONDS = 86_400
 _SESSION_HEADER = "x-session-id"
 
 
@@ -46,6 +52,7 @@ def task_of(
         has_echo=has_echo,
         is_streamed=body.stream,
         cache_salt=salt_of(request, body.cache_salt),
+        urgency=urgency_of(request, body.priority),
         format=body.format_source(),
         asker=asker_of(request, body.user),
         prompt_param=body.prompt_param,
@@ -58,6 +65,21 @@ def asker_of(request: Request, user: str | None) -> Asker:
     client = request.headers.get(_SESSION_HEADER) or user or None  # an empty one names nobody
     peer, _ = request.scope.get("client") or ("", 0)
     return Asker(client, peer)
+
+
+def urgency_of(request: Request, priority: int) -> Urgency:
+    """How soon it is to be done. Raises RequestError for a time limit that is none."""
+    given = request.headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return Urgency(priority)
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= MAX_TIMEOUT_SECONDS:
+        message = f"{TIMEOUT_HEADER} must be a number of seconds, more than 0 and at most {MAX_TIMEOUT_SECONDS}"
+        raise RequestError("invalid_request", message, TIMEOUT_HEADER)
+    return Urgency(priority, seconds)
 
 
 def salt_of(request: Request, given: str | None) -> str | None:

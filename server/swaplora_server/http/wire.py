@@ -97,6 +97,7 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TO
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 LogitBias = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_by_token_ids)]
 NumLogprobs = Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)]
+Priority = Annotated[Whole, Field(ge=-MAX_INT - 1, le=MAX_INT)]
 MaxTokens = Annotated[Whole, BeforeValidator(_asks_for_tokens), Field(ge=1, le=MAX_INT)]
 Stop = Annotated[
     Annotated[str, Tag(_TEXT)] | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True), Tag(_TEXTS)],
@@ -153,6 +154,7 @@ class GenerationBody(NamingBody, FormatBody, NullMeansDefault):
     prompt_logprobs: NumLogprobs | None = None
     user: Annotated[str, Field(max_length=MAX_USER_CHARACTERS)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
+    priority: Priority = 0
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:

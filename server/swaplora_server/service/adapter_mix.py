@@ -99,6 +99,12 @@ async def lease_mix(
     return mix
 
 
+def wanted_by(service: Service, model: str, terms: Sequence[MixTerm]) -> str:
+    """What a request is for, whichever version of it: the base, an adapter, or several."""
+    names = [model, *(term.name for term in terms)]
+    return " ".join(service.reference(name).removeprefix("base:").partition("@")[0] for name in names)
+
+
 def invoked_at(prompt: Sequence[int], uses: Sequence[AdapterUse], param: str = "prompt") -> int:
     """The first token that an activated adapter (aLoRA, arXiv 2504.12397) applies to: where its invocation stands last.
 

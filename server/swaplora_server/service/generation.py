@@ -16,14 +16,15 @@ from swaplora_server.base.fingerprint import digest_of
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.request import AdapterUse, FinishReason, Logprobs, Request, SamplingParams, TokenEvent
 from swaplora_server.log_lines import notes
-from swaplora_server.service.adapter_mix import NOBODY, Asker, MixTerm, invoked_at, lease_mix
-from swaplora_server.service.admission import Admission
+from swaplora_server.service.adapter_mix import NOBODY, Asker, MixTerm, invoked_at, lease_mix, wanted_by
+from swaplora_server.service.admission import NO_HURRY, Admission, Urgency
 from swaplora_server.service.detokenize import Detokenizer, Echo, Settled, TextRules, TextToken, echo_of
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.grammar.grammars import Grammar
 from swaplora_server.service.grammar.source import GrammarSource
 from swaplora_server.service.metrics.records import GenerationRecord, Outcome
 from swaplora_server.service.service import Service
+from swaplora_server.service.wakeups import in_time
 
 _log = structlog.get_logger(__name__)
 Encode = Callable[[], Awaitable[Sequence[Sequence[int]]]]  # what makes token ids of a request's prompts
@@ -56,6 +57,7 @@ class GenerationTask:
     has_echo: bool = False  # whether each choice begins with its prompt
     is_streamed: bool = False  # whether each piece is wanted as soon as it is there
     cache_salt: str | None = None
+    urgency: Urgency = NO_HURRY
     format: GrammarSource | None = None  # what the text keeps to
     asker: Asker = NOBODY
     prompt_param: Callable[[int], str] = lambda _number: "prompt"  # of the prompt of this number
@@ -186,6 +188,8 @@ class Generation:
                 release=release,
                 cache_salt=self._task.cache_salt,
                 tenant=self._service.tenant,
+                priority=self._task.urgency.priority,
+                deadline=self._task.urgency.deadline(self._began),
                 invoked_at=start,
                 scores=self._scores[number],
                 new_constraint=constraint,
@@ -231,7 +235,7 @@ class Generation:
     def _record(self, outcome: Outcome) -> GenerationRecord:
         began, has_first = self._began, any(self.num_generated)
         begun = [request.begun_at for request in self._requests if request.begun_at is not None]
-        is_failed = outcome is Outcome.FAILED
+        is_failed = outcome in (Outcome.FAILED, Outcome.EXPIRED)
         return GenerationRecord(
             outcome=outcome,
             adapters=tuple(self._service.stored_name(record.name) for record in self.records),
@@ -261,7 +265,7 @@ class Generation:
     def _piece(self, choice: int, event: TokenEvent) -> Piece:
         if event.finish_reason is FinishReason.ERROR:
             self._notes["error"] = event.error_code
-            self._abort(Outcome.FAILED)
+            self._abort(Outcome.of_error(event.error_code))
             raise RequestError(event.error_code, event.error)
         try:
             settled = self._settled(choice, event)
@@ -326,12 +330,29 @@ def _text_rules(service: Service, task: GenerationTask) -> TextRules:
 async def generate(service: Service, task: GenerationTask) -> Generation:
     """Make and check the prompts, bind the names of who answers to versions, wait for their weights, and submit.
 
-    Raises RequestError, and AdapterError for an adapter that cannot be had. Whoever is cancelled leaves nothing behind.
+    Whoever there is no room for is refused before anything is made. Whoever is cancelled leaves nothing behind. Raises
+    RequestError, and AdapterError for an adapter that cannot be had.
     """
     began = time.monotonic()
     service.check_serving()
     service.check_generating()
     service.admissions.check_number(task.n, task.num_prompts)
+    wanted = wanted_by(service, task.model, task.adapters)
+    admission = service.admissions.admit(task.n * task.num_prompts, service.tenant, wanted)
+    try:
+        async with in_time(task.urgency.deadline(began)):
+            generation, uses, starts = await _prepared(service, task, began, admission)
+    except BaseException:
+        admission.release()
+        raise
+    generation.submit(uses, starts, admission)
+    return generation
+
+
+async def _prepared(
+    service: Service, task: GenerationTask, began: float, admission: Admission
+) -> tuple[Generation, tuple[AdapterUse, ...], list[int]]:
+    """With what `Generation.submit` takes."""
     prompts = await task.encode()
     service.check_serving()
     _check_sampling_ids(service, task.sampling)
@@ -340,10 +361,9 @@ async def generate(service: Service, task: GenerationTask) -> Generation:
     echoes = await _echoes(service, task, prompts)
     grammar = None if task.format is None else await service.grammars.grammar(task.format)
     service.check_serving()
-    admission, reservation = service.admissions.admit(len(prompts) * task.n), NOTHING
+    most = sum(map(len, prompts)) + len(prompts) * task.n * params.max_tokens
+    reservation = service.reserve_tokens(most, task.length_param)
     try:
-        most = sum(map(len, prompts)) + len(prompts) * task.n * params.max_tokens
-        reservation = service.reserve_tokens(most, task.length_param)
         mix = await lease_mix(service, task.model, task.adapters, task.asker, admission)
         asked_at = time.monotonic()
         uses = await mix.uses()
@@ -355,10 +375,8 @@ async def generate(service: Service, task: GenerationTask) -> Generation:
         )
     except BaseException:
         reservation.settle(0)
-        admission.release()
         raise
-    generation.submit(uses, starts, admission)
-    return generation
+    return generation, uses, starts
 
 
 def _check_generating(uses: Sequence[AdapterUse]) -> None:

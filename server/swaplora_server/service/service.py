@@ -96,7 +96,7 @@ class Service:
         self.started_at = int(time.time())
         self.is_draining = False
         self.metrics = Metrics(self._state, settings.base_id, self._is_adapter)
-        self.admissions = Admissions(settings.max_waiting + settings.max_num_seqs)
+        self.admissions = Admissions(settings.max_waiting, settings.max_num_seqs)
         # the loop's own threads are for what is short: lists, metrics, changes of names
         self.offload = Offload(settings.tokenizer_threads, settings.max_waiting, "tokenize")
         self.gil_turns = GilTurns()

@@ -4,11 +4,15 @@ There is one wake-up of the loop for all that one step of the engine says, not o
 """
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
+
+from swaplora_server.engine.request import OVERDUE, OVERDUE_CODE
+from swaplora_server.service.errors import RequestError
 
 T = TypeVar("T")
 
@@ -46,3 +50,15 @@ async def ended(future: Future[T]) -> None:
     """Return when it is done, whatever came of it."""
     with suppress(Exception):
         await result_of(future)
+
+
+@asynccontextmanager
+async def in_time(deadline: float | None) -> AsyncIterator[None]:
+    """Ends its body at `deadline`, on the monotonic clock, by a RequestError; None is never."""
+    try:
+        async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()) as limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise RequestError(OVERDUE_CODE, OVERDUE) from None

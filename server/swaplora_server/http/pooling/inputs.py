@@ -17,7 +17,7 @@ from swaplora_server.http.answers import adapter_headers
 from swaplora_server.http.foreign.names import terms_of
 from swaplora_server.http.pooling.wire import WHAT_FITS, InputBody
 from swaplora_server.http.sse import until_disconnect
-from swaplora_server.http.tasks import asker_of, salt_of
+from swaplora_server.http.tasks import asker_of, salt_of, urgency_of
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.pooling.pooling import Pooled, PoolingTask, pool
 from swaplora_server.service.prompts import Truncation
@@ -73,6 +73,7 @@ def _task(request: Request, service: Service, body: InputBody, reader: Reading) 
         reader=reader,
         adapters=terms_of(service, body),
         cache_salt=salt_of(request, body.cache_salt),
+        urgency=urgency_of(request, body.priority),
         asker=asker_of(request, body.user),
         input_param=body.input_param,
     )

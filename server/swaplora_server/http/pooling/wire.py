@@ -12,6 +12,7 @@ from swaplora_server.http.wire import (
     MAX_PROMPT_TOKENS,
     MAX_SALT_CHARACTERS,
     MAX_USER_CHARACTERS,
+    Priority,
     Prompt,
     Whole,
     prompts_of,
@@ -31,6 +32,7 @@ class InputBody(NamingBody, NullMeansDefault):
     truncation_side: Literal["left", "right"] = "right"
     user: Annotated[str, Field(max_length=MAX_USER_CHARACTERS)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
+    priority: Priority = 0
 
     @cached_property
     def inputs(self) -> list[str | list[int]]:

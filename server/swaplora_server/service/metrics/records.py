@@ -5,16 +5,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swaplora_adapters.registry.card import AdapterState
-from swaplora_server.engine.request import FinishReason
+from swaplora_server.engine.request import OVERDUE_CODE, FinishReason
 from swaplora_server.engine.snapshot import Snapshot
 
 
 class Outcome(enum.StrEnum):
-    """How a generation ended: whole, left by its client, or with an error."""
+    """How a generation ended: whole, left by its client, by its time limit, or with another error."""
 
     COMPLETED = "completed"
     ABANDONED = "abandoned"
+    EXPIRED = "expired"
     FAILED = "failed"
+
+    @classmethod
+    def of_error(cls, code: str) -> "Outcome":
+        return cls.EXPIRED if code == OVERDUE_CODE else cls.FAILED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,12 +13,13 @@ from swaplora_server.access.limits import NOTHING, Reservation
 from swaplora_server.engine.pooling.kinds import Reader
 from swaplora_server.engine.request import AdapterUse, FinishReason, Request, SamplingParams, TokenEvent, Vector
 from swaplora_server.log_lines import notes
-from swaplora_server.service.adapter_mix import NOBODY, AdapterMix, Asker, MixTerm, invoked_at, lease_mix
-from swaplora_server.service.admission import Admission
+from swaplora_server.service.adapter_mix import NOBODY, AdapterMix, Asker, MixTerm, invoked_at, lease_mix, wanted_by
+from swaplora_server.service.admission import NO_HURRY, Admission, Urgency
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.generation import Encode, check_ids
 from swaplora_server.service.metrics.records import GenerationRecord, Outcome
 from swaplora_server.service.service import Service
+from swaplora_server.service.wakeups import in_time
 
 _NOTHING_GENERATED = SamplingParams(max_tokens=0)
 
@@ -33,6 +34,7 @@ class PoolingTask:
     adapters: tuple[MixTerm, ...] = ()  # added to the base, which is then the model
     reader: Callable[[Sequence[AdapterUse]], Reader]  # what reads inputs' hidden states, by who answers
     cache_salt: str | None = None
+    urgency: Urgency = NO_HURRY
     asker: Asker = NOBODY
     input_param: Callable[[int], str] = lambda _number: "input"  # of the input of this number
 
@@ -56,18 +58,20 @@ async def pool(service: Service, task: PoolingTask) -> Pooled:
     began = time.monotonic()
     service.check_serving()
     width = min(task.num_inputs, service.max_rows)
-    inputs = await task.encode()
-    service.check_serving()
-    for number, token_ids in enumerate(inputs):
-        check_input(service, token_ids, task.input_param(number))
-    admission, reservation = service.admissions.admit(width), NOTHING
+    wanted = wanted_by(service, task.model, task.adapters)
+    admission, reservation = service.admissions.admit(width, service.tenant, wanted), NOTHING
     try:
-        reservation = service.reserve_tokens(sum(map(len, inputs)), task.input_param(0))
-        mix = await lease_mix(service, task.model, task.adapters, task.asker, admission)
-        asked_at = time.monotonic()
-        uses = await mix.uses()
-        seconds = time.monotonic() - asked_at
-        reads = task.reader(uses)
+        async with in_time(task.urgency.deadline(began)):
+            inputs = await task.encode()
+            service.check_serving()
+            for number, token_ids in enumerate(inputs):
+                check_input(service, token_ids, task.input_param(number))
+            reservation = service.reserve_tokens(sum(map(len, inputs)), task.input_param(0))
+            mix = await lease_mix(service, task.model, task.adapters, task.asker, admission)
+            asked_at = time.monotonic()
+            uses = await mix.uses()
+            seconds = time.monotonic() - asked_at
+            reads = task.reader(uses)
         starts = [invoked_at(token_ids, uses, task.input_param(number)) for number, token_ids in enumerate(inputs)]
     except BaseException:
         reservation.settle(0)
@@ -160,6 +164,8 @@ class _Pooling:
             adapters=uses,
             cache_salt=self._task.cache_salt,
             tenant=self._service.tenant,
+            priority=self._task.urgency.priority,
+            deadline=self._task.urgency.deadline(self._began),
             invoked_at=starts[number],
             reads=self._reads,
         )
@@ -202,14 +208,15 @@ class _Pooling:
         self._has_ended.set()
 
     def _record(self) -> GenerationRecord:
-        outcome = Outcome.ABANDONED if self._is_left else Outcome.FAILED if self._failure else Outcome.COMPLETED
-        reason = {Outcome.COMPLETED: FinishReason.STOP, Outcome.FAILED: FinishReason.ERROR}
+        failed = Outcome.of_error(self._failure.code) if self._failure else Outcome.COMPLETED
+        outcome = Outcome.ABANDONED if self._is_left else failed
+        reason = {Outcome.COMPLETED: FinishReason.STOP, Outcome.ABANDONED: FinishReason.ABORT}
         return GenerationRecord(
             outcome=outcome,
             adapters=tuple(self._service.stored_name(record.name) for record in self._records),
             num_prompt_tokens=sum(map(len, self._inputs)),
             num_generated=(0,) * len(self._inputs),
-            finish_reasons=(reason.get(outcome, FinishReason.ABORT),) * len(self._inputs),
+            finish_reasons=(reason.get(outcome, FinishReason.ERROR),) * len(self._inputs),
             max_tokens=0,
             seconds=time.monotonic() - self._began,
             seconds_for_adapters=self._seconds_for_adapters,
