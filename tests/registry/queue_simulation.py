@@ -27,10 +27,12 @@ class QueueSimulation:
         self.draining_since: dict[str, float] = {}
         self.draining_before: set[str] = set()
 
-    def ask(self, sizes: Mapping[str, int]) -> Claim:
-        claim = Claim(sizes, self.now)
+    def ask(self, sizes: Mapping[str, int], tenant: str = "") -> Claim:
+        claim = Claim(sizes, self.now, tenant)
         self.waiting.append(claim)
         self.queue.add(claim)
+        if any(other.tenant != tenant for other in self.waiting):  # they take turns, as the tests of that say
+            self.waiting = list(self.queue._line)  # noqa: SLF001
         self.settle()
         return claim
 

@@ -4,9 +4,9 @@ from queue_simulation import QueueSimulation
 from swaplora_adapters.registry.memory_queue import PATIENCE_SECONDS, Claim
 
 
-def ask(line: QueueSimulation, *digests: str, size: int = 1) -> Claim:
+def ask(line: QueueSimulation, *digests: str, size: int = 1, tenant: str = "") -> Claim:
     """What a request for all these does, each of them `size` bytes; what is admitted is loaded at once."""
-    claim = line.ask(dict.fromkeys(digests, size))
+    claim = line.ask(dict.fromkeys(digests, size), tenant)
     for resident in line.loading:
         line.load(resident)
     return claim
@@ -203,3 +203,56 @@ def test_what_is_pinned_or_uploaded_meanwhile_does_not_prolong_what_is_closed() 
     assert cold in line.waiting
     line.pin({"a": 1})
     assert cold in line.refused
+
+
+def in_turn(line: QueueSimulation) -> list[Claim]:
+    """All that come in, one after the other, as each ends."""
+    came: list[Claim] = []
+    while line.inside:
+        came.append(line.inside[0])
+        end(line, line.inside[0])
+    return came
+
+
+def test_a_tenant_who_wants_many_cold_ones_holds_up_another_by_one() -> None:
+    line = QueueSimulation(1)
+    many = [ask(line, f"a{number}", tenant="acme") for number in range(10)]
+    few = [ask(line, f"b{number}", tenant="beta") for number in range(2)]
+    assert in_turn(line) == [many[0], many[1], few[0], many[2], few[1], *many[3:]]
+
+
+def test_one_who_asks_again_each_time_does_not_pass_those_who_wait_for_ever() -> None:
+    line = QueueSimulation(1)
+    many = [ask(line, f"a{number}", tenant="acme") for number in range(4)]
+    askers = {"beta": ask(line, "b", tenant="beta"), "zeta": ask(line, "z", tenant="zeta")}
+    num_ended = 0
+    while many[-1] not in line.inside:
+        [inside] = line.inside
+        for tenant in askers:
+            if askers[tenant] is inside:
+                askers[tenant] = ask(line, f"{tenant}{num_ended}", tenant=tenant)
+        end(line, inside)
+        num_ended += 1
+        assert num_ended < 12
+
+
+def test_the_first_in_line_stays_so_whoever_comes() -> None:
+    """What is drained for it is not drained in vain."""
+    line = QueueSimulation(1)
+    ask(line, "a", tenant="acme")
+    waiting = [ask(line, f"a{number}", tenant="acme") for number in range(3)]
+    line.pass_time(PATIENCE_SECONDS)
+    other = ask(line, "b", tenant="beta")
+    assert line.waiting == [waiting[0], other, *waiting[1:]]
+
+
+def test_what_is_in_memory_costs_its_tenant_no_turn() -> None:
+    line = QueueSimulation(2)
+    hot, held = ask(line, "hot", tenant="acme"), ask(line, "held", tenant="zeta")
+    first = ask(line, "x", tenant="zeta")
+    for _ in range(5):
+        assert ask(line, "hot", tenant="acme") in line.inside
+    others = [ask(line, "y", tenant="beta"), ask(line, "z", tenant="acme"), ask(line, "w", tenant="beta")]
+    assert line.waiting == [first, *others]
+    end(line, held)
+    end(line, hot)

@@ -47,8 +47,8 @@ def freed_in_use(patch: pytest.MonkeyPatch) -> None:
     slots: list[AdapterWeights] = []
     turns = itertools.cycle(range(NUM_SLOTS))
 
-    def too_early(self: Residency, sizes: Mapping[str, int]) -> Claim:
-        claim = retain(self, sizes)
+    def too_early(self: Residency, sizes: Mapping[str, int], tenant: str = "") -> Claim:
+        claim = retain(self, sizes, tenant)
         claim.weights.add_done_callback(lambda _weights: threading.Thread(target=self.release, args=(claim,)).start())
         return claim
 

@@ -1,7 +1,9 @@
 """Who has room in memory and who is admitted next: decisions alone, without threads, files or locks.
 
 A claim is all that one request wants at once. It is admitted when all of it is in memory or has room there, and until
-then it holds nothing, so that no two can wait for each other. Claims stand in line in the order in which they asked:
+then it holds nothing, so that no two can wait for each other. Claims stand in line by turns of the tenants, of each in
+the order in which they asked: one more turn for each claim of the same tenant before it, be it in line or lately
+admitted with something to load. Nobody comes before the first in line:
 
 1. Whoever can have what it lacks is admitted, the first in line first. Room is what is free, and what is in memory, not
    pinned, and used by nobody; the least recently used goes first. What is in memory is shared with all who want it.
@@ -25,6 +27,7 @@ From this follows, where no request holds its memory longer than L seconds:
 """
 
 import math
+from bisect import insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
@@ -41,6 +44,8 @@ class Claim:
 
     sizes: Mapping[str, int]
     asked_at: float
+    tenant: str = ""
+    turn: int = 0  # of its tenant: who has the lower one stands before it
     weights: Future[Mapping[str, AdapterWeights]] = field(default_factory=Future)  # by digest
     at_fault: str | None = None  # the digest that could not be loaded
     residents: tuple["Resident", ...] = ()  # what it uses, once it was admitted
@@ -117,7 +122,8 @@ class MemoryQueue:
         self.pinned: dict[str, int] = {}
         self.kept: dict[str, int] = {}  # the pinned ones that are never evicted
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
-        self._line: list[Claim] = []  # in order of arrival
+        self._line: list[Claim] = []
+        self._last_turns: dict[str, int] = {}  # by tenant: of its last claim that was admitted with something to load
         self._head: QueueHead | None = None
 
     @property
@@ -159,9 +165,18 @@ class MemoryQueue:
 
     def add(self, claim: Claim) -> None:
         """Let it stand in line."""
-        self._line.append(claim)
+        claim.turn = self._next_turn(claim.tenant)
+        insort(self._line, claim, lo=1, key=lambda other: other.turn)
         for digest in claim.sizes.keys() & self._residents.keys():
             self._residents.move_to_end(digest)
+
+    def _next_turn(self, tenant: str) -> int:
+        """No lower than that of the first in line: time in which one asked for nothing is no credit."""
+        if not self._line:
+            self._last_turns.clear()
+            return 0
+        own = [claim.turn for claim in self._line if claim.tenant == tenant]
+        return max(self._line[0].turn, 1 + max([*own, self._last_turns.get(tenant, -1)]))
 
     def pin(self, pinned: Mapping[str, int]) -> None:
         """Keep exactly these, digest → bytes, or as many as leave room for any single one of the others."""
@@ -292,6 +307,8 @@ class MemoryQueue:
         self._line.remove(claim)
         claim.admitted_at = now
         lacking = {digest: nbytes for digest, nbytes in claim.sizes.items() if digest not in self._residents}
+        if lacking:
+            self._last_turns[claim.tenant] = claim.turn
         excess = self.used_bytes + sum(lacking.values()) - self.budget
         for resident in [resident for resident in self._residents.values() if self._is_evictable(resident)]:
             if excess > 0 and resident.digest not in claim.sizes:

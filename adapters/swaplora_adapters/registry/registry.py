@@ -119,15 +119,15 @@ class Registry:
             self._lease_counts.take(record)
             return Lease(record, self._give_back)
 
-    def lease_weights(self, leases: Sequence[Lease]) -> RequestLeases:
+    def lease_weights(self, leases: Sequence[Lease], tenant: str = "") -> RequestLeases:
         """Have the weights of all these in memory together, loaded if they are not there.
 
-        The leases are then given back with it.
+        Where memory is short tenants take turns. The leases are then given back with it.
         """
         records = [lease.record for lease in leases]
         for record in records:
             self._usage.asked(record)
-        claim = self._residency.retain({record.digest: self._num_bytes(record) for record in records})
+        claim = self._residency.retain({record.digest: self._num_bytes(record) for record in records}, tenant)
         were_there = claim.weights.done()
         if not (were_there and claim.weights.exception()):  # refused at once: nobody looked
             self._usage.looked_up(records, were_there=were_there)

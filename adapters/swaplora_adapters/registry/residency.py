@@ -116,14 +116,14 @@ class Residency:
         with self._changed:
             self._reasons.pop(digest, None)
 
-    def retain(self, sizes: Mapping[str, int]) -> Claim:
-        """Have all of these, digest → bytes, loaded if they are not there, and keep them until `release`.
+    def retain(self, sizes: Mapping[str, int], tenant: str = "") -> Claim:
+        """Have all of these, digest → bytes, loaded if they are not there, and keep them until `release`: for a tenant.
 
         Returns at once; what it returns holds no memory until there is room for all. Its weights fail with
         AdapterTooLargeError if that can never be, with MemoryFullError, StorageFailedError, or with AdapterFailedError
         if a stored version is at fault; that one is remembered, and fails at once until it is dropped.
         """
-        claim = Claim(sizes, time.monotonic())
+        claim = Claim(sizes, time.monotonic(), tenant)
         with self._changed:
             refusal = self._refusal(claim)
             if refusal is not None:

@@ -63,6 +63,7 @@ class Naming:
 
     def __init__(self, tenant: str) -> None:
         """`tenant` is "" for the default one."""
+        self.tenant = tenant
         self._prefix = tenant + TENANT_MARK if tenant else ""
 
     def stored(self, reference: str) -> str:
@@ -221,8 +222,8 @@ class TenantRegistry(Registry):
             lease = self._registry.lease(self._naming.stored(reference), client)
         return Lease(self._naming.record(lease.record), lambda _own: lease.release())
 
-    def lease_weights(self, leases: Sequence[Lease]) -> RequestLeases:
-        return self._registry.lease_weights(leases)
+    def lease_weights(self, leases: Sequence[Lease], _tenant: str = "") -> RequestLeases:
+        return self._registry.lease_weights(leases, self._naming.tenant)
 
     def stage(self) -> Staging:
         return self._registry.stage()
