@@ -93,6 +93,20 @@ def test_what_would_not_fit_beside_one_that_lacks_blocks_does_not_pass_it() -> N
     run_all(scheduler)
 
 
+def test_a_long_prompt_leaves_half_of_each_step_to_who_waits_and_has_all_that_nobody_takes() -> None:
+    scheduler = make(num_blocks=200, max_batch_tokens=16)
+    long = submit(scheduler, range(120), max_tokens=1)
+    assert [rows.num_rows for rows in run_step(scheduler).rows] == [16]
+    short = submit(scheduler, [9] * 8, max_tokens=1)
+    assert sorted(rows.num_rows for rows in run_step(scheduler).rows) == [8, 8]
+    assert short.events
+    assert [rows.num_rows for rows in run_step(scheduler).rows] == [16]
+    submit(scheduler, [8] * 3, max_tokens=1)
+    assert sorted(rows.num_rows for rows in run_step(scheduler).rows) == [3, 13]
+    assert not long.events
+    run_all(scheduler)
+
+
 def preempted(shares: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Whose blocks were taken, in order, where so many sequences of each tenant need a third of all blocks at last.
 

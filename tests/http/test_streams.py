@@ -266,6 +266,7 @@ def generation(body: GenerationBody) -> tuple[Generation, list[GenerationRecord]
     records: list[GenerationRecord] = []
     service = SimpleNamespace(
         is_base=lambda _model: True,
+        tenant="",
         wakeups=Wakeups(),
         base=SimpleNamespace(vocabulary=VOCABULARY),
         metrics=SimpleNamespace(observe=records.append),

@@ -1,10 +1,11 @@
 """Continuous batching: who runs in the next step, and what becomes of its tokens. Pure decisions: imports no torch.
 
 Scheduling is iteration-level (Orca): sequences join and leave between any two steps. Decoding sequences come first, one
-row each; what is left of the token budget goes to prefill, in chunks (chunked prefill), in order of arrival. What the
-prefix cache holds of a prompt is not computed again. When KV blocks run out, the youngest running sequence of whoever
-holds most of them is preempted: it gives its blocks back and is recomputed later, but for what the cache then still
-holds. The oldest of all is spared, so that something always comes to its end.
+row each; what is left of the token budget goes to prefill, in chunks (chunked prefill), in order of arrival. A prompt
+that would take all of it leaves half to those who wait. What the prefix cache holds of a prompt is not computed again.
+When KV blocks run out, the youngest running sequence of whoever holds most of them is preempted: it gives its blocks
+back and is recomputed later, but for what the cache then still holds. The oldest of all is spared, so that something
+always comes to its end.
 
 Waiting sequences begin in the order of the waiting line. One lets later ones go before it while its adapters do not fit
 beside those that run, and while another sequence is computing the very block it needs next, which it then shares. It
@@ -117,11 +118,16 @@ class StepRoom:
     num_scored: int
     takes_whole: bool = False  # prompts, or nothing of them
 
-    def take(self, sequence: Sequence) -> ScheduledRows | None:
-        """The next rows of `sequence` that there is room for, if any. They count when `count` is told."""
+    def take(self, sequence: Sequence, *, leaves_half: bool = False) -> ScheduledRows | None:
+        """The next rows of `sequence` that there is room for, if any. They count when `count` is told.
+
+        One that leaves half takes no more than the other half, unless all that it needs is there.
+        """
         num_rows = min(sequence.num_uncomputed, self.num_rows)
         if self.takes_whole and num_rows < sequence.num_uncomputed:
             return None
+        if leaves_half and num_rows < sequence.num_uncomputed:
+            num_rows -= num_rows // 2
         if sequence.num_unscored > self.num_scored:
             num_rows = min(num_rows, sequence.num_scored - sequence.num_computed + self.num_scored)
         return rows_of(sequence, sequence.num_computed, sequence.num_computed + num_rows) if num_rows else None
@@ -130,6 +136,11 @@ class StepRoom:
         """Give room to rows that `take` found."""
         self.num_rows -= rows.num_rows
         self.num_scored -= rows.num_scored
+
+    def take_back(self, rows: ScheduledRows) -> None:
+        """Have the room again that `count` gave."""
+        self.num_rows += rows.num_rows
+        self.num_scored += rows.num_scored
 
 
 class Scheduler:
@@ -197,7 +208,7 @@ class Scheduler:
             try:
                 if reason := sequence.late_finish_reason:
                     self._finish(sequence, TokenEvent(sequence.index, finish_reason=reason))
-                rows = None if sequence.is_held else room.take(sequence)
+                rows = None if sequence.is_held else room.take(sequence, leaves_half=len(self._waiting) > 0)
                 if rows and sequence in self._running and self._make_room(rows, chosen, standing):
                     chosen.append(rows)
                     room.count(rows)
@@ -205,6 +216,7 @@ class Scheduler:
                 self.fail(sequence.request, error)
         chosen += self._admit(room)
         chosen = [rows for rows in chosen if rows.sequence.block_table]  # a sibling may have failed since
+        chosen = [self._with_rest(rows, room) for rows in chosen]
         return Batch(tuple(sorted(chosen, key=lambda rows: (rows.sequence.request.adapter_key, rows.sequence.arrival))))
 
     def commit(self, batch: Batch, outputs: Iterable[Sampled]) -> None:
@@ -249,6 +261,18 @@ class Scheduler:
         ranks = {digest: rank for sequence in self._running for digest, rank in sequence.request.adapter_ranks.items()}
         if self._ranks.total != sum(ranks.values()):
             raise RuntimeError("the ranks that are counted are not those of the adapters that run")
+
+    def _with_rest(self, rows: ScheduledRows, room: StepRoom) -> ScheduledRows:
+        """`rows`, or as many more of their prompt as nobody else took the room of."""
+        if not room.num_rows or rows.stop == rows.sequence.num_tokens:
+            return rows
+        room.take_back(rows)
+        more = room.take(rows.sequence)
+        if more is None or not self.pool.can_grow(rows.sequence.block_table, more.stop):
+            more = rows
+        self.pool.grow(rows.sequence.block_table, more.stop)
+        room.count(more)
+        return more
 
     def _end_overdue(self, now: float) -> None:
         """End what was not done in its time, whether it runs or waits."""
