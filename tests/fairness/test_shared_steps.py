@@ -3,6 +3,7 @@
 import pytest
 
 from scheduler_harness import Client, adapter, make, run_all, run_step, submit
+from swaplora_server.engine import scheduler as scheduler_module
 from swaplora_server.engine.request import Sequence
 from swaplora_server.engine.scheduler import Scheduler
 
@@ -105,6 +106,30 @@ def test_a_long_prompt_leaves_half_of_each_step_to_who_waits_and_has_all_that_no
     assert sorted(rows.num_rows for rows in run_step(scheduler).rows) == [3, 13]
     assert not long.events
     run_all(scheduler)
+
+
+@pytest.mark.parametrize("of", ["tenant", "adapter"])
+def test_endless_answers_that_have_all_places_give_a_share_of_them_up(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_module, "MAX_STEPS_PASSED_OVER", 5)
+    scheduler = make(num_blocks=400, max_num_seqs=4, max_batch_tokens=64)
+    sql, json = (adapter("sql"),), (adapter("json"),)
+    flooding, other = ("acme", "beta") if of == "tenant" else ("acme", "acme")
+    endless = [submit(scheduler, [n] * 5, max_tokens=150, tenant=flooding, adapters=sql) for n in range(6)]
+    for _ in range(20):
+        run_step(scheduler)
+    num_before = scheduler.num_preempted
+    victims = [
+        submit(scheduler, [90 + n] * 5, max_tokens=150, tenant=other, adapters=sql if of == "tenant" else json)
+        for n in range(3)
+    ]
+    assert steps_until(victims[0], scheduler) <= 7
+    for _ in range(30):
+        run_step(scheduler)
+    assert [bool(client.events) for client in victims] == [True, True, False], "half of four"
+    assert (num_before, scheduler.num_preempted) == (0, 2), "nobody gives up a place to its own like"
+    assert [bool(client.events) for client in endless] == [True] * 4 + [False] * 2
+    run_all(scheduler)
+    assert all(len(client.events) == 150 for client in endless + victims)
 
 
 def preempted(shares: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -5,7 +5,7 @@ row each; what is left of the token budget goes to prefill, in chunks (chunked p
 that would take all of it leaves half to those who wait. What the prefix cache holds of a prompt is not computed again.
 When KV blocks run out, the youngest running sequence of whoever holds most of them is preempted: it gives its blocks
 back and is recomputed later, but for what the cache then still holds. The oldest of all is spared, so that something
-always comes to its end.
+always comes to its end. A place is taken likewise where nobody who waits has begun for long.
 
 Waiting sequences begin in the order of the waiting line. One lets later ones go before it while its adapters do not fit
 beside those that run, and while another sequence is computing the very block it needs next, which it then shares. It
@@ -20,8 +20,7 @@ What fails while one sequence is looked at ends its request, and that alone.
 
 import math
 import time
-from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,7 +39,7 @@ from swaplora_server.engine.request import (
     Vector,
 )
 from swaplora_server.engine.sampling.constraint import ConstraintPendingError, UnmetConstraintError
-from swaplora_server.engine.waiting_line import GENERATED_WEIGHT, PROMPT_WEIGHT, StepRanks, WaitingLine
+from swaplora_server.engine.waiting_line import GENERATED_WEIGHT, PROMPT_WEIGHT, Holdings, StepRanks, WaitingLine
 from swaplora_server.kernels.step import Wants
 
 _log = structlog.get_logger(__name__)
@@ -175,6 +174,7 @@ class Scheduler:
         self.num_failed = 0  # requests that `fail` ended; only grows, any thread may read it
         self.num_preempted = 0  # sequences that gave their blocks back; the same
         self._num_steps = 0
+        self._last_begun_in = 0  # the step in which anybody did, or nobody waited
         self._next_deadline = math.inf  # of those that are here, or were
         self._waiting = WaitingLine()
         self._running: list[Sequence] = []
@@ -193,6 +193,8 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue every sequence of `request`. The caller has checked that one of them fits the pool by itself."""
+        if not len(self._waiting):
+            self._last_begun_in = self._num_steps
         for index in range(request.num_sequences):
             self._waiting.add(Sequence(request, index))
         self._next_deadline = min(self._next_deadline, request.deadline or math.inf)
@@ -201,6 +203,7 @@ class Scheduler:
         """Choose the next step's rows and give them blocks."""
         self._num_steps += 1
         self._end_overdue(time.monotonic())
+        self._make_place()
         room = StepRoom(self._max_batch_tokens, self._max_scored_rows, self._takes_whole)
         chosen: list[ScheduledRows] = []
         standing = self._standing()
@@ -364,7 +367,7 @@ class Scheduler:
         self.cache.begin(sequence, found)
         if sequence.begun_in is None:  # who was preempted has paid
             self._waiting.charge(sequence, sequence.num_uncomputed, PROMPT_WEIGHT)
-        sequence.begun_in = self._num_steps
+        sequence.begun_in = self._last_begun_in = self._num_steps
         sequence.passed_over_since = sequence.lacking_since = None
         if sequence.request.begun_at is None:
             sequence.request.begun_at = time.monotonic()
@@ -381,17 +384,28 @@ class Scheduler:
         That is the youngest of whoever holds most blocks, tenant and then adapter; the oldest of all is spared. While
         no step can use up all blocks, age alone counts.
         """
-        num_held: Counter[Hashable] = Counter()
-        if self.pool.num_free < self.pool.blocks_for(self._max_batch_tokens) + len(self._running):
-            for sequence in self._running:
-                num_held.update(dict.fromkeys(_sharers(sequence), len(sequence.block_table)))
+        is_scarce = self.pool.num_free < self.pool.blocks_for(self._max_batch_tokens) + len(self._running)
+        holdings = Holdings(self._running if is_scarce else (), lambda sequence: len(sequence.block_table))
         oldest = min((sequence.arrival for sequence in self._running), default=0)
+        return {
+            sequence: (sequence.arrival > oldest, *holdings.of(sequence), sequence.arrival)
+            for sequence in self._running
+        }
 
-        def standing(sequence: Sequence) -> Standing:
-            tenant, line = _sharers(sequence)
-            return sequence.arrival > oldest, num_held[tenant], num_held[line], sequence.arrival
+    def _make_place(self) -> None:
+        """Where for long nobody has begun who waits, take a place for the first in line, if its like have fewer.
 
-        return {sequence: standing(sequence) for sequence in self._running}
+        It is the youngest's of whoever has most, tenant and then adapter: a flood of long answers has no more of all
+        places than its share for longer than that.
+        """
+        if self._num_steps - self._last_begun_in < MAX_STEPS_PASSED_OVER or not self._running:
+            return
+        first = next(self._waiting.turns(), None)
+        places = Holdings(self._running, lambda _sequence: 1)
+        most = max(self._running, key=lambda sequence: (*places.of(sequence), sequence.arrival))
+        if first is not None and places.is_behind(first, most):
+            self._preempt(most)
+        self._last_begun_in = self._num_steps
 
     def _make_room(
         self, rows: ScheduledRows, chosen: list[ScheduledRows], standing: Mapping[Sequence, Standing]
@@ -482,12 +496,6 @@ class Scheduler:
         else:
             self._waiting.remove(sequence)
         sequence.request.finish(event)
-
-
-def _sharers(sequence: Sequence) -> tuple[Hashable, Hashable]:
-    """Its tenant, and its adapter among the tenant's."""
-    request = sequence.request
-    return request.tenant, (request.tenant, request.digests)
 
 
 def rows_of(sequence: Sequence, start: int, stop: int) -> ScheduledRows:

@@ -11,6 +11,7 @@ the same, so that no tenant gains by it. Pure decisions: imports no torch.
 """
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from heapq import heapify, heappop, heapreplace
 from typing import Generic, TypeVar
@@ -154,6 +155,25 @@ class WaitingLine:
         return (sequence for sequence in turns if sequence in self._sequences)
 
 
+class Holdings:
+    """How much each tenant, and each of its adapters, has of something that the sequences that run hold."""
+
+    def __init__(self, running: Iterable[Sequence], amount: Callable[[Sequence], int]) -> None:
+        self._amounts: Counter[Hashable] = Counter()
+        for sequence in running:
+            self._amounts.update(dict.fromkeys(_sharers(sequence), amount(sequence)))
+
+    def of(self, sequence: Sequence) -> tuple[int, int]:
+        """What its tenant has, and its adapter among the tenant's."""
+        tenant, line = _sharers(sequence)
+        return self._amounts[tenant], self._amounts[line]
+
+    def is_behind(self, sequence: Sequence, other: Sequence) -> bool:
+        """Whether its tenant, or its adapter of the same tenant, has less even when one goes from the other to it."""
+        is_own = sequence.request.tenant == other.request.tenant
+        return self.of(sequence)[is_own] + 1 < self.of(other)[is_own]
+
+
 class StepRanks:
     """The adapters of the sequences that run, by digest, and the sum of their ranks against `limit`.
 
@@ -185,6 +205,11 @@ class StepRanks:
             if not self._num_users[digest]:
                 del self._num_users[digest]
                 self.total -= rank
+
+
+def _sharers(sequence: Sequence) -> tuple[Hashable, Hashable]:
+    request = sequence.request
+    return request.tenant, (request.tenant, request.digests)
 
 
 def _place(sequence: Sequence) -> tuple[int, int]:
