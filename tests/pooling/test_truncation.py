@@ -19,6 +19,8 @@ def cut(text: str | list[int], num_tokens: int, *, keeps_end: bool = False, is_s
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
     )
+    tokenizer.enable_padding(pad_id=CLS, length=7)  # as the files of some have it
+    tokenizer.enable_truncation(5)
     prompts = PromptTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer), 512, Offload(1, 1, "test"))
     truncation = Truncation(num_tokens, keeps_end)
     encode = prompts.encode_all([text], "input[{}]".format, add_special_tokens=is_special, truncation=truncation)

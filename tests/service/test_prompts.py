@@ -7,6 +7,7 @@ from typing import cast
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from swaplora_server.service import prompts as tokenizing
@@ -24,6 +25,7 @@ class CountingTokenizer:
 
     def __init__(self, characters: int) -> None:
         self.asked: list[str] = []
+        self.backend_tokenizer = Tokenizer(models.BPE())
         self._characters = characters
 
     def get_vocab(self) -> dict[str, int]:

@@ -32,6 +32,8 @@ class PromptTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, max_model_len: int, offload: Offload) -> None:
         self._tokenizer = tokenizer
+        tokenizer.backend_tokenizer.no_truncation()  # which the files of some ask for, to one length for all texts
+        tokenizer.backend_tokenizer.no_padding()
         self._max_model_len = max_model_len
         self._offload = offload
         self._max_token_characters = max(map(len, tokenizer.get_vocab()))
