@@ -12,6 +12,7 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import hypothesis
 import pytest
+import structlog
 import torch
 import transformers
 
@@ -27,6 +28,9 @@ ROOM_BYTES = 4 << 30  # several times what all tests write, so that small machin
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("patient")
 torch.set_num_threads(2)
+# as the server has it: with all local variables a traceback takes the engine's thread for seconds
+_console = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+structlog.configure(processors=[*structlog.get_config()["processors"][:-1], _console])
 transformers.logging.disable_progress_bar()
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM_BYTES:
     tempfile.tempdir = str(MEMORY)  # of tmp_path too; a disk's fsync is what most of these tests would wait for
