@@ -45,7 +45,7 @@ def logprobs(model: str) -> Any:
 
 
 def embeddings(model: str) -> Any:
-    return litellm.embedding(model=f"hosted_vllm/{model}", input=[QUESTION], **FIELDS).data
+    return litellm.embedding(model=f"hosted_vllm/{model}", input=[QUESTION], **FIELDS).data[0]["embedding"]
 
 
 def responses(model: str) -> Any:
