@@ -60,7 +60,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(locked: Locked) -> None:
         page.get_by_role("button", name="Close").click()
 
         page.get_by_role("tab", name="Live").click()
-        expect(page.locator("#live-said")).to_have_text("Only a key with the scope admin may see the metrics.")
+        expect(page.locator("#live-said")).to_have_text("Only a key with the scope metrics:read may see the metrics.")
         page.get_by_role("tab", name="Adapters").click()
         page.get_by_role("button", name="one", exact=True).click()
         page.get_by_role("button", name="Pin", exact=True).click()

@@ -60,7 +60,7 @@ async function look(signal) {
   } catch (error) {
     if (error.name === "AbortError") return;
     if (!(error instanceof ApiError)) throw error;
-    tell(byId("live-said"), error.code === "insufficient_scope" ? "Only a key with the scope admin may see the metrics." : error.message, true);
+    tell(byId("live-said"), error.code === "insufficient_scope" ? "Only a key with the scope metrics:read may see the metrics." : error.message, true);
   }
 }
 
