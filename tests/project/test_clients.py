@@ -92,7 +92,7 @@ def test_what_a_client_says_is_held_against_the_same_request_by_hand() -> None:
 def test_nothing_may_be_refused() -> None:
     asked = Heard("/v1/embeddings", {"model": "sql"})
     refusal = httpx.Response(404, json={"error": {"message": "not served yet"}})
-    with pytest.raises(WrongError, match="refused: .*not served yet"):
+    with pytest.raises(WrongError, match=r"refused: .*not served yet"):
         _judged("embeddings", None, asked, by_hand=refusal, error="NotFoundError: not served yet")
 
 
