@@ -36,6 +36,7 @@ FOREIGN_RESCAN = "NIM_PEFT_REFRESH_INTERVAL"
 ROUTES_BEGIN = (
     "v1",
     "adapters",
+    "classify",
     "docs",
     "health",
     "invocations",

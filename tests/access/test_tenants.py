@@ -333,7 +333,8 @@ def test_nobody_can_say_what_is_stored(tenant: str, before: str, behind: str) ->
 
 
 OPERATORS = {
-    Registry: {"check_integrity", "close", "host_bytes", "memory_budget", "pins_not_kept", "resident_bytes", "states"},
+    Registry: {"check_integrity", "close", "host_bytes", "memory_budget", "pins_not_kept", "resident_bytes", "states"}
+    | {"stop"},
     Names: {"change", "origin", "outdated", "publish", "put_alias", "remove", "remove_alias", "set_origin", "state"}
     | {"successor", "was_used", "check_is_not_base"},
     Index: {"aliases_that_need", "digests", "names_of", "put", "put_alias", "remove", "remove_alias"},
