@@ -33,12 +33,14 @@ class Shown:
 
     page: Page
     complaints: list[str] = field(default_factory=list)
+    asked_for: tuple[str, ...] = ()  # how complaints begin that the test has caused, the last of which may still come
 
     def refusals(self, *statuses: int) -> None:
         """Take away what the browser says of answers with these statuses, which the test asked for."""
         told = [f"Failed to load resource: the server responded with a status of {status} " for status in statuses]
         assert all(any(line.startswith(each) for line in self.complaints) for each in told), self.complaints
         self.complaints = [line for line in self.complaints if not line.startswith(tuple(told))]
+        self.asked_for = (*self.asked_for, *told)
 
 
 @contextmanager
@@ -50,7 +52,7 @@ def opened(browser: Browser, **context: Any) -> Iterator[Shown]:
     shown = Shown(page)
 
     def listen(message: ConsoleMessage) -> None:
-        if message.type in ("error", "warning"):
+        if message.type in ("error", "warning") and not message.text.startswith(shown.asked_for):
             shown.complaints.append(message.text)
 
     page.on("console", listen)

@@ -43,6 +43,7 @@ def tab(browser: Browser) -> Iterator[Shown]:
 
 @pytest.fixture
 def shown(tab: Shown, stocked: Running) -> Iterator[Shown]:
+    tab.asked_for = ()
     tab.page.goto("about:blank")
     tab.page.goto(f"{stocked.url}/ui")
     expect(tab.page.locator(".answer")).to_have_count(3)
