@@ -42,7 +42,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         number: save_classifier(folder / f"c{number}", base, name, seed=number, num_labels=number)
         for number in NUM_LABELS
     }
-    with serving(settings(base, folder / "data", max_batch_tokens=150, max_num_seqs=8)) as running:
+    kv = {"kv_cache_bytes": 4 << 20 if name == DECODER else None}
+    with serving(settings(base, folder / "data", max_batch_tokens=150, max_num_seqs=8, **kv)) as running:
         for number, adapter in adapters.items():
             answer = running.put(f"c{number}", adapter)
             assert answer.status_code == 201, answer.text
@@ -170,7 +171,7 @@ def test_labels_of_a_weight_and_a_bias_that_differ_in_number_are_refused(tmp_pat
     tensors = load_file(folder / "adapter_model.safetensors")
     tensors["base_model.model.classifier.bias"] = torch.ones(2)
     save_file(tensors, folder / "adapter_model.safetensors")
-    with serving(settings(base, tmp_path / "data")) as running:
+    with serving(settings(base, tmp_path / "data", kv_cache_bytes=None)) as running:
         assert "3 labels and the base need [3]" in refusal(running, folder)
         again = save_classifier(tmp_path / "again", base, "bert", seed=1, num_labels=3)
         assert running.put("again", again).status_code == 201

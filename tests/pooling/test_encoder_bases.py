@@ -25,6 +25,7 @@ from swaplora_server.engine.pooling.kinds import Pooling, PoolingKind
 from swaplora_server.engine.scheduler import Scheduler
 from swaplora_server.kernels.backend import LayerAttention
 from swaplora_server.kernels.pick import torch_backend
+from swaplora_server.service.service import Service
 from tiny_encoders import EncoderOracle, Vector, save_encoder, save_feature_adapter, save_sentence_config
 
 CPU = torch.device("cpu")
@@ -53,7 +54,7 @@ def test_a_sentence_transformers_folder_says_how_vectors_are_made(tmp_path: Path
     merged = save_feature_adapter(tmp_path / "merged", base, 2)
     first = {name: EncoderOracle(base, tmp_path / name).states(IDS)[0] for name in ("adapter", "merged")}
     tiny.edit_config(merged, materialise=True)
-    with serving(settings(base, tmp_path / "data")) as running:
+    with serving(settings(base, tmp_path / "data", kv_cache_bytes=None)) as running:
         assert running.service.max_model_len == 20
         for folder in (adapter, merged):
             assert running.put(folder.name, folder).status_code == 201
@@ -128,6 +129,19 @@ def test_which_bases_are_encoders() -> None:
     assert all(map(kind, ("bert", "roberta", "xlm-roberta", "distilbert", "modernbert", "deberta-v2")))
     assert not any(map(kind, ("llama", "qwen2", "gpt2", "bart", "t5")))
     assert not kind("bert", is_decoder=True)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"kv_cache_bytes": 1 << 20}, {"gpu_memory_fraction": 0.5}, {"cuda_graphs": False}],
+    ids=lambda f: next(iter(f)),
+)
+def test_a_setting_that_says_nothing_of_an_encoder_is_refused(tmp_path: Path, fields: dict[str, Any]) -> None:
+    (name,) = fields
+    base = save_encoder(tmp_path / "base", "bert")
+    service = Service(settings(base, tmp_path / "data", **{"kv_cache_bytes": None, **fields}))
+    with pytest.raises(UnsupportedModelError, match=f"--{name.replace('_', '-')} is for bases that generate"):
+        service.start(lambda _message: None)
 
 
 def test_deberta_is_refused_by_its_name(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(request.param)
     base = save_encoder(folder / "base", request.param)
     adapters = {f"r{rank}": save_feature_adapter(folder / f"r{rank}", base, rank, rank) for rank in RANKS}
-    config = settings(base, folder / "data", max_batch_tokens=200, max_num_seqs=8)
+    config = settings(base, folder / "data", max_batch_tokens=200, max_num_seqs=8, kv_cache_bytes=None)
     with serving(config) as running:
         for name, adapter in adapters.items():
             answer = running.put(name, adapter)

@@ -45,7 +45,7 @@ from swaplora_server.service.ingest import Ingest, TenantIngest
 from swaplora_server.service.metrics.metrics import Metrics
 from swaplora_server.service.metrics.records import ServerState
 from swaplora_server.service.offload import GilTurns, Offload
-from swaplora_server.service.pooling.encoder_engine import encoder_engine, max_input_len
+from swaplora_server.service.pooling.encoder_engine import check_settings, encoder_engine, max_input_len
 from swaplora_server.service.prompts import LONG_CHARACTERS, PromptTokenizer
 from swaplora_server.service.tools.dialect import Dialect, dialect_of
 from swaplora_server.service.tools.tool import Tool
@@ -357,6 +357,7 @@ class Service:
     def _make_engine(self) -> Engine:
         settings, base = self.settings, self.base
         if isinstance(base, EncoderBase):
+            check_settings(settings)
             self.kv_cache_bytes, self.max_model_len = 0, max_input_len(base, settings)
             return encoder_engine(base, settings, self.max_rows, self.max_model_len)
         block_bytes = base.kv_bytes_per_token * settings.block_size

@@ -7,6 +7,16 @@ from swaplora_server.engine.engine import Engine
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.scheduler import Scheduler
 
+_OF_DECODERS = ("kv_cache_bytes", "gpu_memory_fraction", "cuda_graphs")
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise UnsupportedModelError for a setting that says nothing of a base without a KV cache."""
+    for name in _OF_DECODERS:
+        if getattr(settings, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise UnsupportedModelError(f"{flag} is for bases that generate: leave it out for an encoder")
+
 
 def max_input_len(base: EncoderBase, settings: Settings) -> int:
     """Tokens of the longest input. Raises UnsupportedModelError for more than the base has positions for."""
