@@ -19,7 +19,7 @@ import transformers
 import tiny
 from serving import Running, serving, settings
 from swaplora_server.engine.runner import Runner
-from swaplora_server.engine.scheduler import Batch, Sampled
+from swaplora_server.engine.scheduling.batch import Batch, Sampled
 
 MEMORY = Path("/dev/shm")
 ROOM_BYTES = 4 << 30  # several times what all tests write, so that small machines and containers go on using the disk

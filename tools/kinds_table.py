@@ -27,7 +27,7 @@ from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
-from swaplora_server.engine.scheduler import Batch, rows_of
+from swaplora_server.engine.scheduling.batch import Batch, rows_of
 from swaplora_server.kernels.backend import Backend
 from swaplora_server.kernels.pick import pick_backend
 from swaplora_server.service.adapter_mix import invoked_at

@@ -18,7 +18,7 @@ from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.engine.lora import modules
 from swaplora_server.engine.request import Request, SamplingParams, Sequence
-from swaplora_server.engine.scheduler import Batch, rows_of
+from swaplora_server.engine.scheduling.batch import Batch, rows_of
 from swaplora_server.kernels.backend import Backend, StepRows
 from swaplora_server.kernels.cpu import decoder
 from swaplora_server.kernels.cpu.attention import CpuKV

@@ -20,7 +20,7 @@ from swaplora_server.base.loading import pick_dtype
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.engine import attention
 from swaplora_server.engine.request import Request, SamplingParams, Sequence
-from swaplora_server.engine.scheduler import Batch, rows_of
+from swaplora_server.engine.scheduling.batch import Batch, rows_of
 from swaplora_server.kernels.backend import Backend, LayerAttention
 from swaplora_server.kernels.cpu import build
 from swaplora_server.kernels.cpu import linear as cpu_linear

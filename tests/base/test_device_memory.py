@@ -17,7 +17,7 @@ from swaplora_server.base.base_model import load_base
 from swaplora_server.base.decode_graphs import RecordedSteps
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.engine.runner import Runner
-from swaplora_server.engine.scheduler import Batch
+from swaplora_server.engine.scheduling.batch import Batch
 from swaplora_server.kernels.pick import torch_backend
 from swaplora_server.kernels.torch.attention import TorchKV
 from swaplora_server.service import service as service_module

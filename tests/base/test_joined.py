@@ -18,7 +18,7 @@ from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.lora.joined import Joined
 from swaplora_server.engine.lora.modules import LoraLinear
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
-from swaplora_server.engine.scheduler import Batch, rows_of
+from swaplora_server.engine.scheduling.batch import Batch, rows_of
 from swaplora_server.engine.step import Planner, use
 from swaplora_server.kernels.backend import RunningStep, StepRows
 from swaplora_server.kernels.step import Segments

@@ -12,7 +12,7 @@ import torch
 import tiny
 from oracle import Oracle
 from serving import BASE, Running, serving, settings
-from swaplora_server.engine.scheduler import Batch
+from swaplora_server.engine.scheduling.batch import Batch
 from swaplora_server.service import generation, service
 
 TOLERANCE = 1e-4  # of a log-probability, in float32

@@ -14,7 +14,7 @@ from swaplora_adapters.weights.load import load_weights
 from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
-from swaplora_server.engine.scheduler import Batch, rows_of
+from swaplora_server.engine.scheduling.batch import Batch, rows_of
 from swaplora_server.kernels.cuda import decoder
 from swaplora_server.kernels.cuda.backend import CudaBackend
 from swaplora_server.kernels.cuda.decoder import CudaDecoder

@@ -20,7 +20,7 @@ from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, M
 from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
-from swaplora_server.engine.scheduler import Batch, rows_of
+from swaplora_server.engine.scheduling.batch import Batch, rows_of
 from swaplora_server.kernels.pick import pick_backend, torch_backend
 
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import strategies as st
 
 from scheduler_harness import EOS, Client, LabelledKV, adapter, make, said_of, submit
-from swaplora_server.engine import scheduler as scheduler_module
 from swaplora_server.engine.request import AdapterUse, Request, Sequence
-from swaplora_server.engine.scheduler import Batch, ScheduledRows
+from swaplora_server.engine.scheduling import scheduler as scheduler_module
+from swaplora_server.engine.scheduling.batch import Batch, ScheduledRows
 
 Owner = tuple[tuple[AdapterUse, ...], str | None]  # adapters and salt
 Tokens = list[int] | tuple[int, ...]

@@ -11,7 +11,8 @@ from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.pooling.kinds import LAST_TOKEN
 from swaplora_server.engine.request import AdapterUse, Logprobs, Request, SamplingParams, TokenEvent
 from swaplora_server.engine.sampling.constraint import Constraint
-from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows, Scheduler
+from swaplora_server.engine.scheduling.batch import Batch, Sampled, ScheduledRows
+from swaplora_server.engine.scheduling.scheduler import Scheduler
 from swaplora_server.kernels.step import Wants
 
 EOS = 9

@@ -16,7 +16,7 @@ from serving import BASE, Running, serving, settings
 from swaplora_adapters.files.naming import WEIGHTS_FILE
 from swaplora_server.engine.request import FinishReason, Request, SamplingParams, TokenEvent
 from swaplora_server.engine.runner import Runner
-from swaplora_server.engine.scheduler import Batch, Sampled
+from swaplora_server.engine.scheduling.batch import Batch, Sampled
 from swaplora_server.watchdog import NUM_LOOKS, Watchdog
 
 PROMPT = list(range(40, 60))

@@ -6,7 +6,10 @@ import sys
 import pytest
 
 MODULES = (
-    *(f"engine.{name}" for name in ("scheduler", "request", "kv_cache", "prefix_cache", "block_keys", "row_faults")),
+    *(
+        f"engine.{name}"
+        for name in ("scheduling.scheduler", "request", "kv_cache", "prefix_cache", "block_keys", "row_faults")
+    ),
     "engine.snapshot",
     "http.pooling.wire",
     "http.wire",

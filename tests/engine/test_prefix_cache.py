@@ -14,7 +14,8 @@ from random_traffic import Traffic, events, limits
 from scheduler_harness import adapter, make, run_all, run_step, submit
 from swaplora_server.engine.block_keys import block_key, root_key
 from swaplora_server.engine.request import Sequence
-from swaplora_server.engine.scheduler import Sampled, Scheduler
+from swaplora_server.engine.scheduling.batch import Sampled
+from swaplora_server.engine.scheduling.scheduler import Scheduler
 
 PROMPT = list(range(40, 90))  # twelve full blocks of 4 and two tokens
 

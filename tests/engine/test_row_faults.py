@@ -14,14 +14,16 @@ from repository import KERNEL_CACHE
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine import request as requests
-from swaplora_server.engine import scheduler, step
+from swaplora_server.engine import step
 from swaplora_server.engine.engine import Engine
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, FinishReason, Request, SamplingParams, Sequence, TokenEvent
 from swaplora_server.engine.row_faults import run_bisecting
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.sampling import masks, sampler
-from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows, Scheduler, rows_of
+from swaplora_server.engine.scheduling import scheduler
+from swaplora_server.engine.scheduling.batch import Batch, Sampled, ScheduledRows, rows_of
+from swaplora_server.engine.scheduling.scheduler import Scheduler
 from swaplora_server.engine.step import Planner
 from swaplora_server.kernels.cpu.backend import CpuBackend
 from swaplora_server.kernels.cpu.lora import CpuLora

@@ -17,7 +17,7 @@ from swaplora_server.engine.sampling.constraint import TokenBits, token_bits
 from swaplora_server.engine.sampling.filters import Likeliest, keep_likeliest, keep_probable
 from swaplora_server.engine.sampling.largest import largest
 from swaplora_server.engine.sampling.sampler import NoTokenError, Sampler
-from swaplora_server.engine.scheduler import Sampled
+from swaplora_server.engine.scheduling.batch import Sampled
 
 VOCAB = 700  # two whole groups and a part of one
 

@@ -11,7 +11,8 @@ from random_traffic import MAX_STEPS, Traffic, events, limits
 from scheduler_harness import EOS, Client, adapter, make, run_all, run_step, said_of, score_at, submit
 from swaplora_server.engine.request import FinishReason
 from swaplora_server.engine.sampling.constraint import ConstraintPendingError, TokenBits, UnmetConstraintError
-from swaplora_server.engine.scheduler import MAX_STEPS_PASSED_OVER, Sampled
+from swaplora_server.engine.scheduling.batch import Sampled
+from swaplora_server.engine.scheduling.scheduler import MAX_STEPS_PASSED_OVER
 
 
 def test_a_prompt_longer_than_the_budget_is_computed_in_chunks_and_samples_once() -> None:

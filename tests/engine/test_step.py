@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.engine.request import AdapterUse, Logprobs, Request, SamplingParams, Sequence
-from swaplora_server.engine.scheduler import ScheduledRows, rows_of
+from swaplora_server.engine.scheduling.batch import ScheduledRows, rows_of
 from swaplora_server.engine.step import AdapterMismatchError, Planner, running, use
 from swaplora_server.kernels.backend import RunningStep
 from swaplora_server.kernels.step import Runs, Segments, StepPlan, Wants

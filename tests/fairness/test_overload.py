@@ -12,10 +12,10 @@ import pytest
 
 from scheduler_harness import make, run_step, submit
 from serving import BASE, Running, serving, settings
-from swaplora_server.engine import scheduler as scheduler_module
 from swaplora_server.engine.request import Request
 from swaplora_server.engine.runner import Runner
-from swaplora_server.engine.scheduler import Batch, Sampled
+from swaplora_server.engine.scheduling import scheduler as scheduler_module
+from swaplora_server.engine.scheduling.batch import Batch, Sampled
 
 MAX_WAITING = 3
 HEADER = "X-Request-Timeout"

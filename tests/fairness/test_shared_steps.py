@@ -3,9 +3,9 @@
 import pytest
 
 from scheduler_harness import Client, adapter, make, run_all, run_step, submit
-from swaplora_server.engine import scheduler as scheduler_module
 from swaplora_server.engine.request import Sequence
-from swaplora_server.engine.scheduler import Scheduler
+from swaplora_server.engine.scheduling import scheduler as scheduler_module
+from swaplora_server.engine.scheduling.scheduler import Scheduler
 
 NUM_FLOOD = 40
 

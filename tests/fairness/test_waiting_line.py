@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from scheduler_harness import adapter
 from swaplora_server.engine.request import Request, SamplingParams, Sequence
-from swaplora_server.engine.waiting_line import GENERATED_WEIGHT, PROMPT_WEIGHT, WaitingLine
+from swaplora_server.engine.scheduling.waiting_line import GENERATED_WEIGHT, PROMPT_WEIGHT, WaitingLine
 
 MAX_PROMPT, MAX_TOKENS = 20, 12
 TENANTS = ("", "acme", "beta")

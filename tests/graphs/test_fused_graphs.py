@@ -13,7 +13,7 @@ import tiny
 from swaplora_server.base.base_model import load_base
 from swaplora_server.engine.lora import joined
 from swaplora_server.engine.lora.modules import LoraLinear
-from swaplora_server.engine.scheduler import Batch, rows_of
+from swaplora_server.engine.scheduling.batch import Batch, rows_of
 from swaplora_server.kernels.cuda.backend import CudaBackend
 from swaplora_server.kernels.cuda.decoder import CudaDecoder
 from swaplora_server.kernels.pick import torch_backend

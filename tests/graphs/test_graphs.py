@@ -25,7 +25,8 @@ from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams
 from swaplora_server.engine.request import Sequence as Tokens
 from swaplora_server.engine.runner import Runner
-from swaplora_server.engine.scheduler import Batch, Scheduler, rows_of
+from swaplora_server.engine.scheduling.batch import Batch, rows_of
+from swaplora_server.engine.scheduling.scheduler import Scheduler
 from swaplora_server.kernels.cuda import attention, lora
 from swaplora_server.kernels.cuda.attention import CudaStep
 from swaplora_server.kernels.cuda.attention_runs import prefill_tiles

@@ -15,7 +15,7 @@ import tiny
 from schema_cases import distinct_cases, schema_case
 from serving import BASE, Running, serving, settings
 from swaplora_server.engine.request import Sequence
-from swaplora_server.engine.scheduler import Scheduler
+from swaplora_server.engine.scheduling.scheduler import Scheduler
 
 NUM_CASES = 500
 SPACES = {str(token_id): -100 for token_id in tiny.byte_tokenizer().encode(" \n\r\t")}  # or all would be of them

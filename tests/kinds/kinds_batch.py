@@ -19,7 +19,7 @@ from oracle import Oracle
 from serving import BASE, Running, Streamed, stream_chat
 from swaplora_server.engine.engine import Engine
 from swaplora_server.engine.runner import Runner
-from swaplora_server.engine.scheduler import Batch, Sampled
+from swaplora_server.engine.scheduling.batch import Batch, Sampled
 
 TOLERANCE = 1e-4  # of a log-probability, in float32
 SCALES = (0.5, -0.4)

@@ -16,7 +16,7 @@ import pytest
 import tiny
 from hidden_oracle import HiddenOracle, Vector
 from serving import BASE, Running, serving, settings
-from swaplora_server.engine.scheduler import Batch
+from swaplora_server.engine.scheduling.batch import Batch
 from swaplora_server.kernels.step import Wants
 
 TOLERANCE = 1e-4

@@ -22,7 +22,7 @@ from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.lora.attach import attach
 from swaplora_server.engine.pooling.encoder_runner import WholeInputs
 from swaplora_server.engine.pooling.kinds import Pooling, PoolingKind
-from swaplora_server.engine.scheduler import Scheduler
+from swaplora_server.engine.scheduling.scheduler import Scheduler
 from swaplora_server.kernels.backend import LayerAttention
 from swaplora_server.kernels.pick import torch_backend
 from swaplora_server.service.service import Service

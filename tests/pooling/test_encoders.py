@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from serving import BASE, Running, serving, settings
 from swaplora_server.engine.pooling.encoder_runner import EncoderRunner
-from swaplora_server.engine.scheduler import Batch, Sampled
+from swaplora_server.engine.scheduling.batch import Batch, Sampled
 from tiny_encoders import ARCHITECTURES, EncoderOracle, Vector, save_encoder, save_feature_adapter
 
 TOLERANCE = 1e-4

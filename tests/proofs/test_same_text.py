@@ -13,7 +13,7 @@ from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine.engine import Engine
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import Request, SamplingParams, TokenEvent
-from swaplora_server.engine.scheduler import Scheduler
+from swaplora_server.engine.scheduling.scheduler import Scheduler
 from swaplora_server.kernels.pick import pick_backend
 
 NUM_TOKENS = 24

@@ -13,7 +13,7 @@ from swaplora_server.base.base_model import BaseModel
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
 from swaplora_server.engine.runner import Runner
-from swaplora_server.engine.scheduler import Batch, ScheduledRows, rows_of
+from swaplora_server.engine.scheduling.batch import Batch, ScheduledRows, rows_of
 
 CACHE = KERNEL_CACHE
 NUM_DECODED = 3

@@ -10,7 +10,7 @@ import pytest
 
 from serving import BASE, Running
 from swaplora_adapters.weights.served import AdapterWeights
-from swaplora_server.engine.scheduler import Batch
+from swaplora_server.engine.scheduling.batch import Batch
 
 PROMPT = list(range(40, 60))
 MAX_TOKENS = 400

@@ -11,7 +11,7 @@ import pytest
 
 from raw_http import GUARD_SECONDS, connected, read_answer, read_to_end, request
 from serving import BASE, Running, serving, settings
-from swaplora_server.engine.scheduler import Batch
+from swaplora_server.engine.scheduling.batch import Batch
 
 SHORT_SECONDS = 0.5
 MAX_TOKENS = 480

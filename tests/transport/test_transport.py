@@ -10,7 +10,7 @@ import pytest
 
 from raw_http import connected, read_answer, read_to_end, request
 from serving import BASE, Running, settings
-from swaplora_server.engine.scheduler import Batch
+from swaplora_server.engine.scheduling.batch import Batch
 from swaplora_server.http.transport.protocol import MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED
 
 WANTED = {"model": BASE, "prompt": [1], "max_tokens": 1}

@@ -19,7 +19,8 @@ from swaplora_server.base.base_model import BaseModel, prepare
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams
 from swaplora_server.engine.runner import Runner
-from swaplora_server.engine.scheduler import Batch, Scheduler
+from swaplora_server.engine.scheduling.batch import Batch
+from swaplora_server.engine.scheduling.scheduler import Scheduler
 from swaplora_server.kernels.cuda.graphs.buckets import bucket_sizes
 
 RANK = 16

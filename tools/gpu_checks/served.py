@@ -33,7 +33,7 @@ from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.config import Settings
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
-from swaplora_server.engine.scheduler import Batch, rows_of
+from swaplora_server.engine.scheduling.batch import Batch, rows_of
 from swaplora_server.service.service import Service
 
 NOISE = 3.0  # how far bf16 may be from fp32, in what PEFT's own bf16 is

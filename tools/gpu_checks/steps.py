@@ -19,7 +19,7 @@ from gpu_checks.report import Report
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.base.base_model import BaseModel
 from swaplora_server.engine.attention import IMPLEMENTATION
-from swaplora_server.engine.scheduler import Batch
+from swaplora_server.engine.scheduling.batch import Batch
 from swaplora_server.kernels.cuda.graphs.buckets import bucket_sizes
 from swaplora_server.kernels.step import StepForm
 

@@ -21,7 +21,7 @@ from swaplora_server.base.proof import BLOCK_SIZE, Expected, Trial, num_blocks_o
 from swaplora_server.engine.lora.modules import LoraEmbedding, LoraLinear, Wrapped, row_dim
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams
 from swaplora_server.engine.request import Sequence as Tokens
-from swaplora_server.engine.scheduler import rows_of
+from swaplora_server.engine.scheduling.batch import rows_of
 from swaplora_server.engine.step import Planner, use
 from swaplora_server.kernels.backend import Backend, RunningStep, StepRows
 from swaplora_server.kernels.step import Segments

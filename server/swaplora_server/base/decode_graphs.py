@@ -24,7 +24,7 @@ from swaplora_server.engine.outputs import Greedy, RowOutputs
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams
 from swaplora_server.engine.request import Sequence as Tokens
 from swaplora_server.engine.runner import Runner
-from swaplora_server.engine.scheduler import Batch, ScheduledRows, rows_of
+from swaplora_server.engine.scheduling.batch import Batch, ScheduledRows, rows_of
 from swaplora_server.kernels.cuda.graphs.buckets import bucket_sizes
 from swaplora_server.kernels.step import Wants
 

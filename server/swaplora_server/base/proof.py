@@ -24,7 +24,7 @@ from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.lora.modules import LoraEmbedding, LoraLinear, Wrapped, row_dim
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
 from swaplora_server.engine.runner import Runner
-from swaplora_server.engine.scheduler import Batch, rows_of
+from swaplora_server.engine.scheduling.batch import Batch, rows_of
 from swaplora_server.kernels.backend import Backend
 
 # where each sequence is cut: its chunk of step k is [cuts[k], cuts[k + 1])

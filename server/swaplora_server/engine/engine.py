@@ -13,7 +13,8 @@ from swaplora_server.engine.probe import run_probe
 from swaplora_server.engine.request import Request
 from swaplora_server.engine.row_faults import run_bisecting
 from swaplora_server.engine.runner import StepRunner
-from swaplora_server.engine.scheduler import Batch, Sampled, Scheduler
+from swaplora_server.engine.scheduling.batch import Batch, Sampled
+from swaplora_server.engine.scheduling.scheduler import Scheduler
 from swaplora_server.engine.snapshot import Snapshot
 from swaplora_server.watchdog import Watchdog
 

@@ -3,7 +3,7 @@
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import Request, SamplingParams, Sequence
 from swaplora_server.engine.runner import Runner, StepRunner
-from swaplora_server.engine.scheduler import Batch, rows_of
+from swaplora_server.engine.scheduling.batch import Batch, rows_of
 
 _ONE_TOKEN = SamplingParams(max_tokens=1)
 # what takes the most memory for a token: of each row the filters sort the vocabulary, and all of its scores are taken

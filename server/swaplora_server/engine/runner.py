@@ -13,7 +13,7 @@ from swaplora_server.engine.pooling.hidden import noting_hidden_states, read_las
 from swaplora_server.engine.request import Vector
 from swaplora_server.engine.sampling.logprobs import scores
 from swaplora_server.engine.sampling.sampler import Sampler
-from swaplora_server.engine.scheduler import Batch, Sampled, ScheduledRows
+from swaplora_server.engine.scheduling.batch import Batch, Sampled, ScheduledRows
 from swaplora_server.engine.step import Planner, use
 from swaplora_server.kernels.backend import Backend, Graphs, PagedKV, PagedStep, RunningStep, StepInputs, StepRows
 from swaplora_server.kernels.step import Segments, StepForm, StepPlan, Wants

@@ -9,7 +9,7 @@ import numpy as np
 
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.engine.request import AdapterUse, Request
-from swaplora_server.engine.scheduler import ScheduledRows
+from swaplora_server.engine.scheduling.batch import ScheduledRows
 from swaplora_server.kernels.backend import RunningStep
 from swaplora_server.kernels.step import Ints, Runs, Segment, Segments, StepPlan, Wants
 

@@ -33,7 +33,7 @@ from swaplora_server.engine.engine import Engine
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.probe import run_largest
 from swaplora_server.engine.runner import Runner
-from swaplora_server.engine.scheduler import Scheduler
+from swaplora_server.engine.scheduling.scheduler import Scheduler
 from swaplora_server.kernels.cuda.graphs.buckets import bucket_sizes
 from swaplora_server.service.admission import Admissions
 from swaplora_server.service.chat_template import ChatTemplate

@@ -22,7 +22,7 @@ from swaplora_server.engine.pooling.encoder_runner import EncoderRunner
 from swaplora_server.engine.pooling.kinds import LAST_TOKEN
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams
 from swaplora_server.engine.request import Sequence as Tokens
-from swaplora_server.engine.scheduler import Batch, rows_of
+from swaplora_server.engine.scheduling.batch import Batch, rows_of
 from swaplora_server.kernels.backend import Backend
 
 _LENGTHS = (9, 14, 3)

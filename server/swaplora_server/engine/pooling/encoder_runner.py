@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from swaplora_server.engine.pooling.hidden import read_whole
-from swaplora_server.engine.scheduler import Batch, Sampled
+from swaplora_server.engine.scheduling.batch import Batch, Sampled
 from swaplora_server.engine.step import Planner, use
 from swaplora_server.kernels.backend import Backend, LayerAttention, RunningStep, StepRows
 from swaplora_server.kernels.step import Ints, Runs, Segments, StepForm, StepPlan

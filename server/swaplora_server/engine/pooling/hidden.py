@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swaplora_server.engine.request import Vector
-from swaplora_server.engine.scheduler import Batch, ScheduledRows
+from swaplora_server.engine.scheduling.batch import Batch, ScheduledRows
 from swaplora_server.kernels.step import Wants
 
 

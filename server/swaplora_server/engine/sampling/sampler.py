@@ -17,7 +17,7 @@ from swaplora_server.engine.sampling.masks import AllowedTokens, forbid_others
 from swaplora_server.engine.sampling.penalties import TokenCounts, penalise
 from swaplora_server.engine.sampling.rows import Kind, Row, row_of
 from swaplora_server.engine.sampling.transfers import bring, send
-from swaplora_server.engine.scheduler import Sampled
+from swaplora_server.engine.scheduling.batch import Sampled
 
 
 class NoTokenError(UnmetConstraintError):

@@ -5,7 +5,7 @@ from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.config import Settings
 from swaplora_server.engine.engine import Engine
 from swaplora_server.engine.kv_cache import BlockPool
-from swaplora_server.engine.scheduler import Scheduler
+from swaplora_server.engine.scheduling.scheduler import Scheduler
 
 _OF_DECODERS = ("kv_cache_bytes", "gpu_memory_fraction", "cuda_graphs")
 

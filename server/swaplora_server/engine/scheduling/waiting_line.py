@@ -11,7 +11,6 @@ the same, so that no tenant gains by it. Pure decisions: imports no torch.
 """
 
 from bisect import bisect_left, insort
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from heapq import heapify, heappop, heapreplace
 from typing import Generic, TypeVar
@@ -153,63 +152,6 @@ class WaitingLine:
         """
         turns = _by_turns({tenant: tenant.turns() for tenant in self._tenants.waiting()}, lambda _tenant, _first: 0)
         return (sequence for sequence in turns if sequence in self._sequences)
-
-
-class Holdings:
-    """How much each tenant, and each of its adapters, has of something that the sequences that run hold."""
-
-    def __init__(self, running: Iterable[Sequence], amount: Callable[[Sequence], int]) -> None:
-        self._amounts: Counter[Hashable] = Counter()
-        for sequence in running:
-            self._amounts.update(dict.fromkeys(_sharers(sequence), amount(sequence)))
-
-    def of(self, sequence: Sequence) -> tuple[int, int]:
-        """What its tenant has, and its adapter among the tenant's."""
-        tenant, line = _sharers(sequence)
-        return self._amounts[tenant], self._amounts[line]
-
-    def is_behind(self, sequence: Sequence, other: Sequence) -> bool:
-        """Whether its tenant, or its adapter of the same tenant, has less even when one goes from the other to it."""
-        is_own = sequence.request.tenant == other.request.tenant
-        return self.of(sequence)[is_own] + 1 < self.of(other)[is_own]
-
-
-class StepRanks:
-    """The adapters of the sequences that run, by digest, and the sum of their ranks against `limit`.
-
-    What adapters add to a step grows with the sum of their ranks, each counted once however many rows it has: a step
-    reads every one of its adapters whole. Rows of the base, and of adapters in the step already, add nothing.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._num_users: dict[str, int] = {}
-        self.total = 0
-
-    def fits(self, ranks: Mapping[str, int]) -> bool:
-        """Whether these adapters, rank by digest, may join. One that is too large by itself may run alone."""
-        added = sum(rank for digest, rank in ranks.items() if digest not in self._num_users)
-        return not added or not self.total or self.total + added <= self._limit
-
-    def add(self, ranks: Mapping[str, int]) -> None:
-        """Count in one sequence with these adapters, until `remove`."""
-        for digest, rank in ranks.items():
-            if digest not in self._num_users:
-                self.total += rank
-            self._num_users[digest] = self._num_users.get(digest, 0) + 1
-
-    def remove(self, ranks: Mapping[str, int]) -> None:
-        """Count out what `add` counted in. Raises KeyError for an adapter that it did not."""
-        for digest, rank in ranks.items():
-            self._num_users[digest] -= 1
-            if not self._num_users[digest]:
-                del self._num_users[digest]
-                self.total -= rank
-
-
-def _sharers(sequence: Sequence) -> tuple[Hashable, Hashable]:
-    request = sequence.request
-    return request.tenant, (request.tenant, request.digests)
 
 
 def _place(sequence: Sequence) -> tuple[int, int]:
