@@ -138,7 +138,7 @@ def test_labels_have_the_names_that_the_config_gives_them(server: Running, class
         ({"id2label": {"0": "a", "1": "b"}}, "id2label has 2 names, and the file's head has 3 labels"),
         ({"id2label": {"0": "a", "2": "b"}}, "id2label must name"),
         ({"id2label": ["a", "b", "c"]}, "id2label must name"),
-        ({"id2label": NAMES, "task_type": "CAUSAL_LM"}, "only task_type SEQ_CLS has one"),
+        ({"id2label": NAMES, "task_type": "CAUSAL_LM"}, "only task_type SEQ_CLS and TOKEN_CLS have one"),
         ({"task_type": "CAUSAL_LM"}, "score"),
         ({"task_type": "QUESTION_ANS"}, "task_type"),
     ],

@@ -119,7 +119,7 @@ def test_pooling_is_what_its_name_says(length: int, seed: int) -> None:
     }
     assert expected.keys() == set(PoolingKind)
     for kind, right in expected.items():
-        assert np.abs(Pooling(kind)(states).numpy() - right).max() < 1e-5, kind
+        assert np.abs(Pooling(kind).vector(states).numpy() - right).max() < 1e-5, kind
 
 
 def test_which_bases_are_encoders() -> None:

@@ -67,7 +67,7 @@ def save_feature_adapter(folder: Path, base: Path, seed: int, rank: int = 4, **f
     encoder = AutoModel.from_pretrained(base, dtype=torch.float32)
     given = {"target_modules": "all-linear", **fields}
     if hasattr(encoder, "pooler"):
-        given["exclude_modules"] = ["pooler.dense"]
+        given.setdefault("exclude_modules", ["pooler.dense"])
     config = LoraConfig(r=rank, lora_alpha=2 * rank + 1, task_type="FEATURE_EXTRACTION", **given)
     model = get_peft_model(encoder, config)
     generator = torch.Generator().manual_seed(seed)

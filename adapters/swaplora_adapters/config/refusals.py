@@ -55,7 +55,7 @@ def _refuse_values(fields: ConfigFields, spec: AdapterSpec) -> None:
         known = ", ".join(TASK_TYPES)
         fields.unsupported.append(f"task_type {quoted(spec.task_type)} is not supported, {known} are")
     if spec.id2label and spec.task_type not in HEAD_TASKS:
-        fields.unsupported.append("id2label names labels of a head, and only task_type SEQ_CLS has one")
+        fields.unsupported.append("id2label names labels of a head, and only task_type SEQ_CLS and TOKEN_CLS have one")
     init = fields.get("init_lora_weights", True)
     if not (isinstance(init, bool) or init is None or (isinstance(init, str) and init.lower() in HARMLESS_INITS)):
         fields.unsupported.append(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from swaplora_adapters.config.matching import Matcher, path_ends
 
 LORA, ADALORA = "LORA", "ADALORA"
-HEAD_TASKS = frozenset({"SEQ_CLS"})  # whose adapters bring a head of their own
+HEAD_TASKS = frozenset({"SEQ_CLS", "TOKEN_CLS"})  # whose adapters bring a head of their own
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,13 @@ class HeadShapes:
 
     shapes: Mapping[str, tuple[int | None, ...]]
     given: frozenset[str] = frozenset()  # those that the base has itself; an adapter brings the others
+    lacks: frozenset[str] = frozenset()  # linears of the base that models of this task are made without
+
+    @property
+    def linears(self) -> Mapping[str, LinearShape]:
+        """Those whose sizes do not depend on the labels."""
+        weights = {name.removesuffix(".weight"): shape for name, shape in self.shapes.items() if len(shape) == 2}
+        return {path: LinearShape(shape[1], shape[0]) for path, shape in weights.items() if shape[0] and shape[1]}
 
 
 # (path, parameters by name) → a module that computes as the base's at `path` does, with these parameters instead; those

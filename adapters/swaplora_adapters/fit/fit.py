@@ -12,7 +12,7 @@ from swaplora_adapters.errors import InvalidAdapterError
 from swaplora_adapters.files.complaints import capped, quoted
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.fit.headless import with_whole_paths
-from swaplora_adapters.fit.heads import head_complaints, head_slots
+from swaplora_adapters.fit.heads import head_complaints, head_reason, head_slots
 from swaplora_adapters.fit.legacy_names import probes, with_current_names
 from swaplora_adapters.fit.slots import Slot, find_slots, parameter_shapes, pieces_of, pooled
 from swaplora_adapters.fit.spellings import PREFIX, misspelling, with_current_spelling
@@ -63,10 +63,10 @@ def fitted(spec: AdapterSpec, layers: BaseLayers, found: Shapes, max_work: int |
     spec = with_current_names(spec, layers, found, matcher)
     targets = find_targets(spec, layers, matcher)
     slots: dict[str, list[Slot]] = defaultdict(list)
-    for slot in chain(find_slots(spec, layers, targets, matcher), head_slots(spec, layers, found)):
+    for slot in chain(find_slots(spec, layers, targets, matcher), head_slots(spec, layers, found, matcher)):
         for written in _as_written(spec, slot, layers, found):
             slots[written.name].append(written)
-    complaints = [*_stranger_complaints(layers, slots, spelled), *targets.complaints]
+    complaints = [*_stranger_complaints(spec, layers, slots, spelled), *targets.complaints]
     complaints += [*head_complaints(spec, layers, found), *_conflicts(spec, targets)]
     complaints += _token_complaints(spec, layers, targets)
     complaints += _slot_complaints(slots, found)
@@ -86,15 +86,17 @@ def _as_written(spec: AdapterSpec, slot: Slot, layers: BaseLayers, found: Shapes
 
 
 def _stranger_complaints(
-    layers: BaseLayers, slots: Mapping[str, Sequence[Slot]], spelled: Mapping[str, str]
+    spec: AdapterSpec, layers: BaseLayers, slots: Mapping[str, Sequence[Slot]], spelled: Mapping[str, str]
 ) -> Iterator[str]:
-    return (_stranger_complaint(layers, name, quoted(spelled[name])) for name in spelled if name not in slots)
+    return (_stranger_complaint(spec, layers, name, quoted(spelled[name])) for name in spelled if name not in slots)
 
 
-def _stranger_complaint(layers: BaseLayers, name: str, written: str) -> str:
+def _stranger_complaint(spec: AdapterSpec, layers: BaseLayers, name: str, written: str) -> str:
     factor = _FACTOR_NAME.fullmatch(name)
     if factor is not None and factor["module"] in layers.linears:
         return f"{quoted(factor['module'])} is in the file, but the config does not target it"
+    if reason := head_reason(spec, layers, name.removeprefix(PREFIX), None if factor is None else factor["module"]):
+        return f"{written} {reason}"
     if reason := misspelling(name):
         return f"{written} {reason}"
     if factor is not None:
@@ -107,7 +109,9 @@ def _stranger_complaint(layers: BaseLayers, name: str, written: str) -> str:
 
 def _no_linear(layers: BaseLayers, path: str) -> str:
     if layers.legacy_names is None or not _EXPERT.fullmatch(path):
-        return "is no linear layer of the base model"
+        reason = "is no linear layer of the base model"
+        is_pooler = path.startswith(f"{layers.root}.pooler.")
+        return f"{reason}, which has no pooler: leave it out with exclude_modules" if is_pooler else reason
     names = ", ".join(layers.legacy_names.parameters)
     return f"is now one with others in the base: PEFT reads it only with a config that targets {names}"
 

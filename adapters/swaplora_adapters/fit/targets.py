@@ -41,13 +41,16 @@ class Targets:
 def paths_of(layers: BaseLayers) -> Iterator[str]:
     """All that patterns of a config are matched against."""
     yield from (*layers.linears, *layers.embeddings, *layers.others, *_TIED_NAMES)
+    yield from dict.fromkeys(path for head in layers.heads.values() for path in head.linears)
     yield from (f"{path}.{name}" for path, sizes in _parameter_sizes(layers) for name in sizes)
 
 
 def find_targets(spec: AdapterSpec, layers: BaseLayers, matcher: Matcher) -> Targets:
     """`matcher` is one of `paths_of`. Raises InvalidAdapterError when patterns are too much work to match."""
     complaints: list[str] = []
-    linears = {path for path in layers.linears if is_targeted(spec, path, matcher)}
+    head = head_of(spec, layers)
+    lacking = frozenset() if head is None else head.lacks
+    linears = {path for path in layers.linears if path not in lacking and is_targeted(spec, path, matcher)}
     embeddings = {path for path in layers.embeddings if not spec.is_all_linear and spec.targets(path, matcher)}
     saved = dict(_saved(spec, layers, complaints))
     tokens, tied_tokens = _tokens(spec, layers, complaints)

@@ -201,7 +201,7 @@ def _build(parts: Parts, place: Place) -> Content | None:
     if not parts.tensors:
         return None  # there was but a copy of the base's own
     is_whole = any(part.startswith("parameter.") for part in parts.tensors)
-    if is_whole or parts.path in parts.layout.layers.others:
+    if is_whole or parts.path in parts.layout.layers.others or parts.path in HEAD_TASKS:
         return build_replacement(parts)
     return build_embedding(parts) if parts.path in parts.layout.layers.embeddings else build_linear(parts, place)
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from swaplora_adapters.config.spec import HEAD_TASKS
 from swaplora_adapters.files.complaints import quoted
 from swaplora_adapters.fit.slots import expert_sizes
 from swaplora_adapters.fit.targets import TargetParameter
@@ -17,6 +18,8 @@ def build_replacement(parts: Parts) -> nn.Module | None:
         kind, _, name = part.partition(".")
         if kind == "parameter":
             parameters[name] = parts.exact(part, parts.dtype)
+        elif kind == "lora_A" and parts.path in HEAD_TASKS:
+            parameters[f"{name}.weight"] = _adapted_head(parts, name)
         elif kind == "lora_A":
             parameters[name] = _adapted(parts, TargetParameter(parts.path, name))
     _check_twin(parts)
@@ -24,6 +27,14 @@ def build_replacement(parts: Parts) -> nn.Module | None:
         return None
     parts.has_effect = True
     return parts.layout.layers.rebuild(parts.path, parameters)
+
+
+def _adapted_head(parts: Parts, path: str) -> Tensor:
+    """W + B A of a linear in a head, W being the base's own."""
+    slot, tensor = parts.tensors[f"lora_A.{path}"]
+    lora_A = parts.checked(slot, tensor, dtype=torch.float32)
+    lora_B = parts.scaled(f"lora_B.{path}", parts.tensors[f"lora_B.{path}"].slot.scaling, torch.float32)
+    return converted(parts.layout.layers.read(f"{path}.weight").addmm_(lora_B, lora_A), parts.dtype)
 
 
 def _is_base_bias(parts: Parts, bias: Tensor) -> bool:

@@ -28,7 +28,7 @@ from swaplora_server.base.proof import (
     stock_forward,
 )
 from swaplora_server.base.quantisation import Quantization, loading_arguments, multiply_dequantised
-from swaplora_server.base.task_heads import TaskHeads
+from swaplora_server.base.task_heads import OF_LAST_TOKEN, TaskHeads
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine import attention
 from swaplora_server.engine.lora.attach import attach
@@ -143,7 +143,7 @@ def prepare(
         def proven() -> tuple[Proof, AdaptableLayers, AdapterProof]:
             proof = prove(model, backend, wrapped, expected)
             config, root = model.config, model.base_model_prefix
-            heads = TaskHeads(config, root)
+            heads = TaskHeads(config, root, lambda linear: backend.linear(linear, backend.memory(0)), OF_LAST_TOKEN)
             layers = AdaptableLayers(wrapped, proof.addressable, tied, backend, dtype, config.model_type, root, heads)
             adapters = adapter_proof(model, backend, wrapped, layers, expected.tolerance)
             adapters.run(model, backend)

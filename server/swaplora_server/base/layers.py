@@ -68,7 +68,9 @@ class AdaptableLayers:
     def read(self, name: str) -> Tensor:
         """A parameter as a float32 copy on the CPU; a linear's is [out_features, in_features]. Raises KeyError."""
         path, _, parameter = name.rpartition(".")
-        wrapped = self._wrapped[path]
+        wrapped = self._wrapped.get(path)
+        if wrapped is None:
+            return self._heads.given[name].to("cpu", torch.float32, copy=True)
         is_kept_apart = parameter == "weight" and not isinstance(wrapped, Replaceable)
         value = weight_of(wrapped.base) if is_kept_apart else getattr(wrapped.base, parameter, None)
         if not isinstance(value, Tensor):

@@ -382,7 +382,7 @@ async def _prepared(
 def _check_generating(uses: Sequence[AdapterUse]) -> None:
     """Raise RequestError for an adapter that was trained to classify."""
     if any(use.weights.head is not None for use in uses):
-        message = "the adapter classifies, and generates nothing: ask it at POST /classify"
+        message = "the adapter classifies, and generates nothing: ask it at POST /classify, or for tokens at /pooling"
         raise RequestError("invalid_request", message, "model")
 
 

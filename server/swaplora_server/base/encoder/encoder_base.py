@@ -109,7 +109,13 @@ def prepare_encoder(
         model.pooler = None  # which would read the first row of all
     trial = InputTrial(model, pooler, backend, max_positions, expected)
     addressable = trial.prove(wrapped)
-    heads = TaskHeads(model.config, root, {"SEQ_CLS": given}, needs_pooled=pooler is not None)
+    heads = TaskHeads(
+        model.config,
+        root,
+        lambda linear: backend.linear(linear, backend.memory(0)),
+        given=given,
+        pooler=[path for path in wrapped if path.startswith(f"{root}.pooler.")],
+    )
     layers = AdaptableLayers(wrapped, addressable, {}, backend, dtype, model.config.model_type, root, heads)
     trial.prove_adapters(wrapped, layers)
     return EncoderBase(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from swaplora_server.engine.pooling.kinds import InputStates, Reader
 from swaplora_server.engine.request import Vector
 from swaplora_server.engine.scheduling.batch import Batch, ScheduledRows
 from swaplora_server.kernels.step import Wants
@@ -39,25 +40,33 @@ def read_last(states: Tensor, batch: Batch) -> list[Vector | None]:
     states: [num_rows, hidden_size]. None for what is not finite.
     """
     stops = accumulate(rows.num_rows for rows in batch.rows)
-    return _read([(rows, states[stop - 1 : stop], None) for rows, stop in zip(batch.rows, stops, strict=True)])
+    ends = [(rows, InputStates(states[stop - 1 : stop])) for rows, stop in zip(batch.rows, stops, strict=True)]
+    return _read(ends)
 
 
 def read_whole(states: Tensor, pooled: Tensor | None, batch: Batch) -> list[Vector | None]:
     """The same of all of its rows, which are its whole input. pooled: [num_inputs, hidden_size]."""
     parts = torch.split(states, [rows.num_rows for rows in batch.rows])
     of_inputs = repeat(None) if pooled is None else iter(pooled)
-    return _read([(rows, part, next(of_inputs)) for rows, part in zip(batch.rows, parts, strict=True)])
+    return _read([(rows, InputStates(part, next(of_inputs))) for rows, part in zip(batch.rows, parts, strict=True)])
 
 
-def _read(given: Sequence[tuple[ScheduledRows, Tensor, Tensor | None]]) -> list[Vector | None]:
-    """Brought to the host together."""
-    read = [
-        reads(states, pooled)
-        for rows, states, pooled in given
+def _read(given: Sequence[tuple[ScheduledRows, InputStates]]) -> list[Vector | None]:
+    """By each reader at once, and brought to the host together."""
+    wanted = [
+        (reads, one)
+        for rows, one in given
         if rows.wants is Wants.HIDDEN and (reads := rows.sequence.request.reads) is not None
     ]
-    if not read:
+    if not wanted:
         return []
+    by_reader: dict[Reader, list[int]] = {}
+    for place, (reads, _) in enumerate(wanted):
+        by_reader.setdefault(reads, []).append(place)
+    found: dict[int, Tensor] = {}
+    for reads, places in by_reader.items():
+        found |= zip(places, reads([wanted[place][1] for place in places]), strict=True)
+    read = [found[place] for place in range(len(wanted))]
     numbers: Vector = torch.cat([part.float().reshape(-1) for part in read]).cpu().numpy()
     ends = np.cumsum([part.numel() for part in read])[:-1]
     vectors = [part.reshape(own.shape) for part, own in zip(np.split(numbers, ends), read, strict=True)]

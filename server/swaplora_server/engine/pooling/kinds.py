@@ -1,22 +1,30 @@
 """How one vector is made of the hidden states of an input, as sentence-transformers names the ways."""
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 
+class InputStates(NamedTuple):
+    """What a model made of one input; of a decoder's, of the last token alone."""
+
+    states: Tensor  # [num_rows, hidden_size]
+    pooled: Tensor | None = None  # [hidden_size], by the base's own pooler
+
+
 class Reader(Protocol):
-    """What a request reads of its input's hidden states."""
+    """What requests read of their inputs' hidden states; those of one reader together."""
 
     @property
     def needs_pooled(self) -> bool:
         """Whether it reads what the base's own pooler made of them too."""
 
-    def __call__(self, states: Tensor, pooled: Tensor | None, /) -> Tensor:
-        """states: [num_rows, hidden_size], pooled: [hidden_size]."""
+    def __call__(self, inputs: Sequence[InputStates], /) -> Sequence[Tensor]:
+        """Of each input a tensor, whose bits do not depend on the others."""
 
 
 class PoolingKind(enum.StrEnum):
@@ -41,7 +49,11 @@ class Pooling:
     def needs_pooled(self) -> bool:
         return False
 
-    def __call__(self, states: Tensor, _pooled: Tensor | None = None, /) -> Tensor:
+    def __call__(self, inputs: Sequence[InputStates], /) -> Sequence[Tensor]:
+        """See `Reader`."""
+        return [self.vector(one.states) for one in inputs]
+
+    def vector(self, states: Tensor) -> Tensor:
         """states: [num_rows, hidden_size] of one input → [hidden_size], float32."""
         states = states.float()
         match self.kind:

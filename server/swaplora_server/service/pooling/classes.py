@@ -1,4 +1,4 @@
-"""Classes of inputs: logits of an adapter's head made into probabilities, and the names of its labels."""
+"""Classes of inputs and of their tokens: logits of an adapter's head made into probabilities, and names of labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +20,28 @@ class Classified:
 
 
 def classifier(uses: Sequence[AdapterUse]) -> Reader:
-    """The head of who answers. Raises RequestError where there is none."""
+    """The head of who answers, which reads [num_labels] of an input. Raises RequestError where there is none."""
+    return _head(uses, "SEQ_CLS", "classifies", "it labels tokens: ask /pooling with the task token_classify")
+
+
+def token_classifier(uses: Sequence[AdapterUse]) -> Reader:
+    """The same of its tokens, of which [num_tokens, num_labels] are read."""
+    return _head(uses, "TOKEN_CLS", "labels tokens", "it classifies whole inputs: ask /classify")
+
+
+def head_of(uses: Sequence[AdapterUse]) -> TaskHead | None:
+    """That of who answers, if there is one; a sum has none."""
     head = uses[0].weights.head if len(uses) == 1 else None
-    if not isinstance(head, TaskHead):
-        message = "who answers has no head that classifies: name an adapter whose task_type is SEQ_CLS"
+    return head if isinstance(head, TaskHead) else None
+
+
+def _head(uses: Sequence[AdapterUse], task: str, does: str, otherwise: str) -> TaskHead:
+    head = head_of(uses)
+    if head is None:
+        message = f"who answers has no head that {does}: name an adapter whose task_type is {task}"
+        raise RequestError("invalid_request", message, "model")
+    if head.task != task:
+        message = f"the task_type of who answers is {head.task}, not {task}; {otherwise}"
         raise RequestError("invalid_request", message, "model")
     return head
 
@@ -34,12 +52,13 @@ def classified(logits: Vector, labels: Sequence[str], *, activates: bool) -> Cla
     Unless it `activates`, scores are the logits.
     """
     best = int(logits.argmax())
-    return Classified(labels[best] if labels else f"LABEL_{best}", _activated(logits) if activates else logits)
+    return Classified(labels[best] if labels else f"LABEL_{best}", activated(logits) if activates else logits)
 
 
-def _activated(logits: Vector) -> Vector:
+def activated(logits: Vector) -> Vector:
+    """The scores of logits [..., num_labels]: those of a token or an input add up to 1, of one label a probability."""
     exact = logits.astype(np.float64)
-    powers = np.exp(exact - exact.max())
-    scores = powers / powers.sum() if len(exact) > 1 else 1 / (1 + np.exp(-exact))
+    powers = np.exp(exact - exact.max(-1, keepdims=True))
+    scores = powers / powers.sum(-1, keepdims=True) if exact.shape[-1] > 1 else 1 / (1 + np.exp(-exact))
     activated: Vector = scores.astype(np.float32)
     return activated
