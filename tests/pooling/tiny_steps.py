@@ -14,7 +14,7 @@ from swaplora_server.engine.pooling.encoder_runner import EncoderRunner
 from swaplora_server.engine.pooling.kinds import Reader
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams
 from swaplora_server.engine.request import Sequence as Tokens
-from swaplora_server.engine.scheduler import Batch, rows_of
+from swaplora_server.engine.scheduling.batch import Batch, rows_of
 from swaplora_server.kernels.pick import pick_backend
 
 CPU = torch.device("cpu")
