@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check isolation fuzz soak bench bench-life clients tables gpu-check demo-adapters clean
+.PHONY: help serve test check isolation fuzz soak bench bench-life bench-formats clients tables gpu-check demo-adapters clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -48,6 +48,9 @@ bench: $(VENV)/.dev ## measure throughput on this machine, base against adapters
 
 bench-life: $(VENV)/.dev ## measure what loads, uploads and a working set beyond the memory cost
 	$(TOOL) tools/bench_life.py $(ARGS)
+
+bench-formats: $(VENV)/.dev ## measure what hostile grammars cost a stream beside them
+	$(TOOL) tools/bench_formats.py $(ARGS)
 
 clients: $(VENV)/.dev ## run other people's clients against a server, and write the table of docs/clients.md (some minutes)
 	$(TOOL) tools/clients $(ARGS)
