@@ -43,6 +43,12 @@ class AdapterNotFoundError(AdapterError, LookupError):
     code = "adapter_not_found"
 
 
+class NotOwnerError(AdapterError):
+    """The adapter is another tenant's, which shares it: it may be asked, and nothing else."""
+
+    code = "not_owner"
+
+
 class VersionNotFoundError(AdapterError, LookupError):
     """The adapter exists, the version asked for does not."""
 

@@ -130,6 +130,10 @@ class Client:
         """Let a name stand for another of its versions."""
         return self._json("PATCH", _path(name), json={"current": version})
 
+    def share_adapter(self, name: str, shared_with: Sequence[str]) -> Card:
+        """Let these tenants ask an adapter, and no others; `["*"]` is everybody, `[]` nobody else."""
+        return self._json("PATCH", _path(name), json={"shared_with": [*shared_with]})
+
     def warm_adapter(self, name: str) -> Card:
         """Load an adapter, or the version in `name@2`, into memory; its card, once it is there."""
         return self._json("POST", f"{_path(name)}/warm")

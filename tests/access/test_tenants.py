@@ -1,6 +1,8 @@
 """Tenants: each has its names as if there were no others, and cannot tell what another has from what nobody has."""
 
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.files.naming import validate_name, without_tenant
 from swaplora_adapters.registry.index import Index
 from swaplora_adapters.registry.names import Names
+from swaplora_adapters.registry.naming import Naming
 from swaplora_adapters.registry.registry import Registry
-from swaplora_adapters.registry.tenant import Naming, TenantIndex, TenantNames, TenantRegistry
+from swaplora_adapters.registry.tenant import TenantRegistry
+from swaplora_adapters.registry.tenant_names import TenantIndex, TenantNames
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.access.key_file import create_key
 from swaplora_server.config import Settings
@@ -324,12 +328,28 @@ def test_no_two_names_are_stored_as_one(one: str, other: str, name: str, another
     assert not Naming(one).is_own(others.stored(another)) or one == other
 
 
+@given(ANY_TENANT, ANY_TENANT, ANY_NAME)
+def test_an_adapter_has_one_name_for_all_who_may_ask_it_and_leads_to_its_owner(one: str, other: str, name: str) -> None:
+    asked = f"{other or 'default'}~{name}"
+    naming, owner = Naming(one), Naming(other)
+    assert naming.key(asked) == owner.key(name) == owner.stored(name)
+    assert naming.is_own(naming.key(asked)) == (one == other)
+    assert naming.said(owner.key(name)) == (name if one == other else asked)
+    for shared_with in ((), ("*",), (one or "default",), ("nobody",)):
+        is_shared = "*" in shared_with or (one or "default") in shared_with
+        assert naming.sees(owner.key(name), shared_with) == (one == other or is_shared)
+    with pytest.raises(AdapterError):
+        naming.stored_alias(asked)
+
+
 @given(ANY_TENANT, st.text(max_size=20), st.text(max_size=20))
-def test_nobody_can_say_what_is_stored(tenant: str, before: str, behind: str) -> None:
+def test_whatever_is_said_leads_to_a_tenant_or_nowhere(tenant: str, before: str, behind: str) -> None:
+    naming = Naming(tenant)
     with pytest.raises(AdapterError):
-        Naming(tenant).stored(f"{before}~{behind}")
-    with pytest.raises(AdapterError):
-        Naming(tenant).stored_alias(f"{before}~{behind}")
+        naming.stored_alias(f"{before}~{behind}")
+    with suppress(AdapterError):
+        owner, _, _ = naming.stored(f"{before}~{behind}").rpartition("~")
+        assert re.fullmatch(r"(?:[a-z0-9][a-z0-9-]{0,62})?", owner)
 
 
 OPERATORS = {

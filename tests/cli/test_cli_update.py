@@ -1,4 +1,4 @@
-"""`swaplora adapters pin`, `unpin`, `warm`, `rollback`, `inspect`."""
+"""`swaplora adapters pin`, `unpin`, `warm`, `share`, `rollback`, `inspect`."""
 
 import json
 from collections.abc import Iterator
@@ -55,6 +55,29 @@ def test_pin_and_unpin(server: FakeServer, command: str, pinned: bool, said: str
     assert (done.exit_code, done.stdout) == (0, f"{said}\n")
     assert server.bodies == [{"pinned": pinned}]
     assert json.loads(swaplora("adapters", command, "sql", "--json").stdout) == CARD | {"pinned": pinned}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shared_with", "whom"),
+    [
+        (["zeta", "default"], ["zeta", "default"], "zeta, default"),
+        (["--public"], ["*"], "everybody"),
+        (["--private"], [], "nobody"),
+    ],
+)
+def test_share(server: FakeServer, arguments: list[str], shared_with: list[str], whom: str) -> None:
+    server.answer("PATCH", "/v1/adapters/sql", CARD | {"shared_with": shared_with})
+    done = swaplora("adapters", "share", "sql", *arguments)
+    assert (done.exit_code, done.stdout) == (0, f"sql is shared with {whom}\n")
+    assert server.bodies == [{"shared_with": shared_with}]
+    assert json.loads(swaplora("adapters", "share", "sql", *arguments, "--json").stdout)["shared_with"] == shared_with
+
+
+@pytest.mark.parametrize("arguments", [[], ["zeta", "--public"], ["--public", "--private"], ["zeta", "--private"]])
+def test_share_wants_to_know_with_whom(server: FakeServer, arguments: list[str]) -> None:
+    done = swaplora("adapters", "share", "sql", *arguments)
+    assert (done.exit_code, server.calls) == (2, [])
+    assert "--public or --private" in done.stderr
 
 
 def test_warm_of_a_version(server: FakeServer) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from swaplora_adapters.errors import AdapterNotFoundError, AliasNotFoundError, VersionNotFoundError
-from swaplora_adapters.registry.index import Index, choose
+from swaplora_adapters.registry.index import Index, MayAsk, NamedVersions, choose
 from swaplora_adapters.store.records import Alias, Target, VersionRecord
 
 
@@ -17,8 +17,8 @@ def record(version: int, digit: str, name: str = "sql") -> VersionRecord:
 @pytest.fixture
 def index() -> Index:
     made = Index()
-    versions = [record(1, "a"), record(3, "b"), record(4, "a")]
-    made.put("sql", versions, versions[1], False)
+    versions = (record(1, "a"), record(3, "b"), record(4, "a"))
+    made.put("sql", NamedVersions(versions[1], versions, is_pinned=False))
     return made
 
 
@@ -90,15 +90,16 @@ def test_an_alias_leads_to_a_name_or_a_version(index: Index) -> None:
 
 
 def test_an_alias_that_moves_between_two_looks_is_followed(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    index.put("gone", [record(1, "c", "gone")], record(1, "c", "gone"), False)
+    gone = record(1, "c", "gone")
+    index.put("gone", NamedVersions(gone, (gone,), is_pinned=False))
     index.put_alias(Alias("prod", (Target("gone", 1),)))
     real = index.resolve_name
 
-    def late(reference: str) -> VersionRecord:
+    def late(reference: str, may_ask: MayAsk) -> VersionRecord:
         if reference == "gone":
             index.put_alias(Alias("prod", (Target("sql", 1),)))
             index.remove("gone")
-        return real(reference)
+        return real(reference, may_ask)
 
     monkeypatch.setattr(index, "resolve_name", late)
     assert index.resolve("prod").name == "sql"

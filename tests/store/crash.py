@@ -178,7 +178,8 @@ def check_allowed(store: Store, allowed: Allowed) -> list[str]:
 def everything(store: Store) -> dict[str, Any]:
     """All that a store answers."""
     names = {name: (store.current(name), store.versions(name), store.is_pinned(name)) for name in store.names()}
-    return {"names": names, "origins": store.origins(), "aliases": store.aliases()}
+    shared_with = {name: store.shared_with(name) for name in names}
+    return {"names": names, "shared_with": shared_with, "origins": store.origins(), "aliases": store.aliases()}
 
 
 def without_catalogue(data_dir: Path, copy: Path) -> Path:

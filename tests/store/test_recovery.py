@@ -18,6 +18,7 @@ from swaplora_adapters.files.digest import hex_of
 from swaplora_adapters.files.disk import raising_storage_errors
 from swaplora_adapters.store import blobs, manifests
 from swaplora_adapters.store.catalogue import Catalogue
+from swaplora_adapters.store.manifests import Manifests
 from swaplora_adapters.store.records import Alias, Target
 from swaplora_adapters.store.store import Store, StoreError
 from test_store import link_to, publish, replace_by_folder
@@ -35,7 +36,7 @@ def fill(store: Store) -> None:
     """Something of all that can be done: replace, delete whole and in part, roll back, pin, take in, alias."""
     for content in (b"one", b"two", b"three"):
         publish(store, "sql", content, source="hf://org/sql")
-    store.change("sql", current=2, is_pinned=True)
+    store.change("sql", current=2, is_pinned=True, shared_with=("acme", "zeta"))
     [removed] = store.delete("sql", 3)
     store.discard_unreferenced(removed.digest)
     for name in ("json", "gone", "Gone"):
@@ -192,6 +193,7 @@ def make_previous_release(data_dir: Path) -> None:
     """Take from a data directory what releases before this one did not write."""
     execute(
         "ALTER TABLE names DROP COLUMN revision; ALTER TABLE names DROP COLUMN removed;"
+        "ALTER TABLE names DROP COLUMN shared_with;"
         "ALTER TABLE aliases DROP COLUMN revision; PRAGMA user_version = 4"
     )(data_dir)
     for folder in ("names", "aliases"):
@@ -203,6 +205,24 @@ def test_what_an_earlier_release_stored_is_described_at_the_first_start(data_dir
     make_previous_release(data_dir)
     store = Store(data_dir)
     assert (everything(store), store.notes) == (before, [])
+    store.close()
+    empty(data_dir)
+    store = Store(data_dir)
+    assert everything(store) == before
+    store.close()
+
+
+def test_what_an_earlier_release_described_is_shared_with_nobody(data_dir: Path) -> None:
+    before = filled(data_dir)
+    before["shared_with"] = dict.fromkeys(before["shared_with"], ())
+    execute("ALTER TABLE names DROP COLUMN shared_with; PRAGMA user_version = 5")(data_dir)
+    manifests = Manifests(data_dir / "names", data_dir / "staging")
+    for name, manifest in manifests.read()[0].items():
+        del manifest.facts["shared_with"]
+        with manifests.undone_on_error():
+            manifests.put(name, manifest)
+    store = Store(data_dir)
+    assert everything(store) == before
     store.close()
     empty(data_dir)
     store = Store(data_dir)
@@ -397,7 +417,7 @@ def test_a_page_that_is_damaged_while_serving_is_one_line(data_dir: Path) -> Non
     connection.close()
 
 
-@pytest.mark.parametrize("change", ["replace", "first", "delete", "pin", "alias", "unalias"])
+@pytest.mark.parametrize("change", ["replace", "first", "delete", "pin", "share", "alias", "unalias"])
 def test_a_change_that_cannot_be_committed_is_not_described(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -409,6 +429,7 @@ def test_a_change_that_cannot_be_committed_is_not_described(
         "first": lambda: publish(store, "new", b"new"),
         "delete": lambda: store.delete("sql"),
         "pin": lambda: store.change("json", is_pinned=True),
+        "share": lambda: store.change("json", shared_with=["*"]),
         "alias": lambda: store.put_alias(Alias("new", (Target("sql", 1),))),
         "unalias": lambda: store.remove_alias("canary"),
     }

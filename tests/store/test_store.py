@@ -215,11 +215,11 @@ def test_rolling_back(store: Store) -> None:
     assert not store.is_pinned("sql")
 
 
-def test_pins_origins_and_aliases_survive_a_restart(data_dir: Path) -> None:
+def test_pins_shares_origins_and_aliases_survive_a_restart(data_dir: Path) -> None:
     store = Store(data_dir)
     for name in ("sql", "json"):
         publish(store, name, b"one")
-    store.change("sql", is_pinned=True)
+    store.change("sql", is_pinned=True, shared_with=["acme"])
     store.set_origin("sql", "a folder")
     canary = Alias("canary", (Target("sql", 90), Target("json@1", 10)))
     store.put_alias(Alias("canary", (Target("sql", 1),)))
@@ -227,11 +227,13 @@ def test_pins_origins_and_aliases_survive_a_restart(data_dir: Path) -> None:
     store.close()
     again = Store(data_dir)
     assert (again.is_pinned("sql"), again.is_pinned("json"), again.is_pinned("nosql")) == (True, False, False)
+    assert (again.shared_with("sql"), again.shared_with("json")) == (("acme",), ())
     assert again.origins() == {"sql": "a folder", "json": None}
     assert again.aliases() == [canary]
     again.delete("sql")
     publish(again, "sql", b"two")
     assert not again.is_pinned("sql")  # it was the deleted adapter that was pinned
+    assert again.shared_with("sql") == ()  # and shared
     assert again.origins()["sql"] == "a folder"
     again.remove_alias("canary")
     with pytest.raises(AliasNotFoundError):
@@ -574,6 +576,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.last: dict[str, int] = {}
         self.aliases: dict[str, Alias] = {}
         self.pinned: set[str] = set()
+        self.shared_with: dict[str, tuple[str, ...]] = {}
         self.backup = self.folder.with_name("backup")
         shutil.copy(self.folder / "catalogue.sqlite3", self.backup)
 
@@ -655,10 +658,18 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.change(name, is_pinned=is_pinned)
             self.pinned = self.pinned - {name} | ({name} if is_pinned else set())
 
+    @rule(name=NAMES, tenants=st.lists(st.sampled_from(["a", "b"]), unique=True).map(tuple))
+    def share(self, name: str, tenants: tuple[str, ...]) -> None:
+        if name in self.current:
+            self.store.change(name, shared_with=tenants)
+            self.shared_with[name] = tenants
+
     @invariant()
     def agrees(self) -> None:
         self.pinned &= self.current.keys()
         assert {name for name in self.current if self.store.is_pinned(name)} == self.pinned
+        self.shared_with = {name: self.shared_with.get(name, ()) for name in self.current}
+        assert {name: self.store.shared_with(name) for name in self.current} == self.shared_with
         assert self.store.aliases() == [alias for _, alias in sorted(self.aliases.items())]
         assert self.store.names() == sorted(self.versions)
         for name, known in self.versions.items():

@@ -7,8 +7,10 @@ from swaplora_adapters.errors import InvalidAdapterNameError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_NAME_CHARS = 128
+MAX_SAID_CHARS = 63 + 1 + MAX_NAME_CHARS  # with whose it is
 TENANT = "[a-z0-9][a-z0-9-]{0,62}"
 TENANT_MARK = "~"  # behind the tenant, in what its names are stored as; in no name itself
+DEFAULT_TENANT = "default"  # whose names are stored as they are
 _TENANT = re.compile(TENANT + TENANT_MARK)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)+")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -40,6 +42,16 @@ def is_repository(name: str) -> bool:
 def stored_name(name: str) -> str:
     """What an adapter that others call `org/name` is called here, as in the hub's own cache. Two may share it."""
     return name.replace("/", "--")
+
+
+def tenant_of(stored: str) -> str:
+    """Whose a name or an alias is; "" for the default tenant."""
+    return stored.partition(TENANT_MARK)[0] if TENANT_MARK in stored else ""
+
+
+def is_tenant(name: str) -> bool:
+    """Whether a tenant may be called so."""
+    return _TENANT.fullmatch(name + TENANT_MARK) is not None
 
 
 def without_tenant(stored: str) -> str:

@@ -27,9 +27,10 @@ class Card:
     reason: str | None
     tier: Tier
     is_pinned: bool
-    num_in_flight: int
+    num_in_flight: int | None  # None where whoever looks is not to know
     last_used: float | None
     last_failure: Failure | None
+    shared_with: tuple[str, ...] | None  # None for whom it is shared with
 
 
 class AdapterState(NamedTuple):

@@ -4,15 +4,18 @@ import hashlib
 import math
 import random
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from swaplora_adapters.errors import AdapterNotFoundError, AliasNotFoundError, VersionNotFoundError
+from swaplora_adapters.files.naming import DEFAULT_TENANT, TENANT_MARK, tenant_of
 from swaplora_adapters.store.records import Alias, Target, VersionRecord
 
+EVERYBODY = "*"  # in place of tenants
 _REFERENCE = re.compile(
-    r"(?:base:)?(?P<name>[^@:]+)(?:@(?:(?P<version>[1-9][0-9]{0,8})|sha256:(?P<digest>[0-9a-f]{12,64})))?"
+    rf"(?:base:)?(?:{DEFAULT_TENANT}{TENANT_MARK})?"
+    r"(?P<name>[^@:]+)(?:@(?:(?P<version>[1-9][0-9]{0,8})|sha256:(?P<digest>[0-9a-f]{12,64})))?"
 )
 _HASH_BITS = 52  # as many as leave a float between 0 and 1 neither of the two
 
@@ -33,11 +36,23 @@ class Reference(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class NamedVersions:
-    """One name's versions, oldest first, the one it stands for, and whether that one is to stay in memory."""
+    """One name's versions, oldest first, the one it stands for, and whether that one is to stay in memory.
+
+    `shared_with` are the tenants, besides whose it is, that may ask it, or EVERYBODY alone.
+    """
 
     current: VersionRecord
     versions: tuple[VersionRecord, ...]
     is_pinned: bool
+    shared_with: tuple[str, ...] = ()
+
+
+MayAsk = Callable[[NamedVersions], bool]
+
+
+def may_ask_all(_named: NamedVersions) -> bool:
+    """For whom nothing is another's."""
+    return True
 
 
 class Index:
@@ -47,8 +62,8 @@ class Index:
         self._names: dict[str, NamedVersions] = {}
         self._aliases: dict[str, Alias] = {}
 
-    def put(self, name: str, versions: Sequence[VersionRecord], current: VersionRecord, is_pinned: bool) -> None:
-        self._names[name] = NamedVersions(current, tuple(versions), is_pinned)
+    def put(self, name: str, named: NamedVersions) -> None:
+        self._names[name] = named
 
     def remove(self, name: str) -> None:
         self._names.pop(name, None)
@@ -85,7 +100,7 @@ class Index:
         """Raises AdapterNotFoundError."""
         found = self._names.get(name)
         if found is None:
-            raise _unknown(name)
+            raise unknown(name)
         return found
 
     def alias(self, alias: str) -> Alias:
@@ -95,24 +110,26 @@ class Index:
             raise AliasNotFoundError(f"there is no alias called {alias[:128]!r}")
         return found
 
-    def resolve(self, reference: str, client: str | None = None) -> VersionRecord:
+    def resolve(self, reference: str, client: str | None = None, may_ask: MayAsk = may_ask_all) -> VersionRecord:
         """The version that an alias or `name`, `base:name`, `name@3`, `name@sha256:<12 or more hex>` stands for.
 
-        An alias that splits gives one `client` the same target each time. Raises AdapterNotFoundError and
-        VersionNotFoundError; nothing else is ever tried instead.
+        An alias that splits gives one `client` the same target each time. What one may not ask is as if it were not
+        there. Raises AdapterNotFoundError and VersionNotFoundError; nothing else is ever tried instead.
         """
         while True:
             alias = self._aliases.get(reference.removeprefix("base:"))
             try:
-                return self.resolve_name(reference if alias is None else choose(alias, client).reference)
+                return self.resolve_name(reference if alias is None else choose(alias, client).reference, may_ask)
             except (AdapterNotFoundError, VersionNotFoundError):
                 if self._aliases.get(reference.removeprefix("base:")) is alias:
                     raise  # else it was pointed elsewhere, and what it led to was deleted, between the two looks
 
-    def resolve_name(self, reference: str) -> VersionRecord:
+    def resolve_name(self, reference: str, may_ask: MayAsk = may_ask_all) -> VersionRecord:
         """The same for what is no alias."""
         parsed = parse_reference(reference)
-        named = self.get(parsed.name)
+        named = self._names.get(parsed.name)
+        if named is None or not may_ask(named):
+            raise unknown(reference.removeprefix("base:").partition("@")[0])
         if parsed.version is None and parsed.digest is None:
             return named.current
         records = [record for record in named.versions if parsed.means(record)]
@@ -121,9 +138,10 @@ class Index:
         return records[-1]
 
     def aliases_that_need(self, name: str, versions: Collection[int]) -> list[str]:
-        """The aliases that would lead nowhere without these versions of `name`."""
+        """The aliases, of whose it is, that would lead nowhere without these versions of `name`."""
         left = [record for record in self.get(name).versions if record.version not in versions]
-        references = ((alias.alias, parse_reference(t.reference)) for alias in self.aliases() for t in alias.targets)
+        own = (alias for alias in self.aliases() if tenant_of(alias.alias) == tenant_of(name))
+        references = ((alias.alias, parse_reference(t.reference)) for alias in own for t in alias.targets)
         found = {alias for alias, ref in references if ref.name == name and not any(map(ref.means, left))}
         return sorted(found)
 
@@ -132,12 +150,13 @@ def parse_reference(reference: str) -> Reference:
     """Raises AdapterNotFoundError for what no adapter can be called."""
     match = _REFERENCE.fullmatch(reference)
     if match is None:
-        raise _unknown(reference)
+        raise unknown(reference)
     version = match["version"]
     return Reference(match["name"], None if version is None else int(version), match["digest"])
 
 
-def _unknown(reference: str) -> AdapterNotFoundError:
+def unknown(reference: str) -> AdapterNotFoundError:
+    """What a name that stands for nothing is answered with."""
     return AdapterNotFoundError(f"there is no adapter called {reference[:128]!r}")
 
 

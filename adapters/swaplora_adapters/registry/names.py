@@ -59,6 +59,9 @@ class Names:
         if name == self._base_model:
             raise InvalidAdapterNameError(f"{name} is what the base is called; choose another name")
 
+    def check_is_own(self, _reference: str) -> None:
+        """Raise NotOwnerError for an adapter that is another's; here there are no others."""
+
     def state(self, name: str) -> NameState:
         """What the name is now, to be compared with what it is when something that took long is to be published."""
         version = self.index.get(name).current.version if name in self.index else None
@@ -88,10 +91,15 @@ class Names:
         oldest = named.versions[: -self._keep_versions]
         return [r for r in oldest if r != named.current and not self.index.aliases_that_need(name, {r.version})]
 
-    def change(self, name: str, *, current: int | None, is_pinned: bool | None) -> NamedVersions:
-        """Roll a name to another of its versions, pin it, or both; AdapterNotFoundError, VersionNotFoundError."""
+    def change(
+        self, name: str, *, current: int | None, is_pinned: bool | None, shared_with: Sequence[str] | None
+    ) -> NamedVersions:
+        """Roll a name to another of its versions, pin it, share it, or all at once.
+
+        Raises AdapterNotFoundError and VersionNotFoundError.
+        """
         with self.changes:
-            self._store.change(name, current=current, is_pinned=is_pinned)
+            self._store.change(name, current=current, is_pinned=is_pinned, shared_with=shared_with)
             self._refresh(name)
             return self.index.get(name)
 
@@ -171,7 +179,8 @@ class Names:
     def _refresh(self, name: str) -> None:
         """Let the index know a name as the store does. Needs `changes`."""
         try:
-            versions, current = self._store.versions(name), self._store.current(name)
-            self.index.put(name, versions, current, self._store.is_pinned(name))
+            versions, current = tuple(self._store.versions(name)), self._store.current(name)
+            is_pinned, shared_with = self._store.is_pinned(name), self._store.shared_with(name)
+            self.index.put(name, NamedVersions(current, versions, is_pinned, shared_with))
         except AdapterNotFoundError:
             self.index.remove(name)

@@ -114,8 +114,12 @@ class Registry:
 
         `client` is whose request it is, for an alias that splits. Raises AdapterNotFoundError, VersionNotFoundError.
         """
+        return self.lease_found(lambda: self._names.index.resolve(reference, client))
+
+    def lease_found(self, find: Callable[[], VersionRecord]) -> Lease:
+        """The same for the version that `find` finds. Raises what that does."""
         with self._lease_counts.lock:
-            record = self._names.index.resolve(reference, client)
+            record = find()
             self._lease_counts.take(record)
             return Lease(record, self._give_back)
 
@@ -179,8 +183,15 @@ class Registry:
             pinned_uri = self._sources.fetch(uri, staging, is_operators=is_operators, cancellation=cancellation)
             return self._put(name, staging, pinned_uri, conditions, make, admit)
 
-    def change(self, name: str, *, current: int | None = None, is_pinned: bool | None = None) -> Card:
-        """Roll `name` back or forward to one of its versions, keep it in memory or no longer, or both at once.
+    def change(
+        self,
+        name: str,
+        *,
+        current: int | None = None,
+        is_pinned: bool | None = None,
+        shared_with: Sequence[str] | None = None,
+    ) -> Card:
+        """Roll `name` to one of its versions, keep it in memory or no longer, share it with others, or all at once.
 
         Raises AdapterNotFoundError, VersionNotFoundError, and MemoryFullError when all that is pinned would not fit.
         """
@@ -188,7 +199,7 @@ class Registry:
             record = self._names.index.resolve_name(name if current is None else f"{name}@{current}")
             if self._names.index.get(name).is_pinned if is_pinned is None else is_pinned:
                 self._check_pins(name, record.digest, self._num_bytes(record))
-            named = self._names.change(name, current=current, is_pinned=is_pinned)
+            named = self._names.change(name, current=current, is_pinned=is_pinned, shared_with=shared_with)
             self._residency.pin(self._pinned())
             return self._card(named)
 
@@ -327,6 +338,7 @@ class Registry:
             self._lease_counts.num_in_flight(record.name),
             self._lease_counts.last_used(record.name),
             self._last_failure.get(record.name),
+            named.shared_with,
         )
 
     def _give_back(self, lease: Lease) -> None:

@@ -57,15 +57,16 @@ MIGRATIONS = (
     ALTER TABLE names ADD COLUMN removed TEXT NOT NULL DEFAULT '[]';
     ALTER TABLE aliases ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
     """,
+    "ALTER TABLE names ADD COLUMN shared_with TEXT NOT NULL DEFAULT '[]';",
 )
 # What a description of a name holds: of the name, and of each of its versions.
-_OF_NAME = ("current", "last_version", "is_pinned", "origin", "removed")
+_OF_NAME = ("current", "last_version", "is_pinned", "origin", "removed", "shared_with")
 _OF_VERSION = (
     *("version", "digest", "kinds", "rank", "targets", "base_model", "num_parameters", "created", "source"),
     *("warnings", "provenance"),
 )
 _OF_ALIAS = ("alias", "revision", "targets")
-_LISTS = ("kinds", "targets", "warnings", "removed")  # JSON in the tables
+_LISTS = ("kinds", "targets", "warnings", "removed", "shared_with")  # JSON in the tables
 # Answers of SQLite that speak of the disk or of other programs. All others mean that the catalogue is damaged.
 _NOT_ITS_FAULT = (
     *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR),
@@ -146,6 +147,11 @@ class Catalogue:
         """Whether the name's current version is to stay in memory."""
         return self._query("SELECT is_pinned FROM names WHERE name = ?", name) == [(1,)]
 
+    def shared_with(self, name: str) -> tuple[str, ...]:
+        """The tenants, besides whose it is, that may ask the name."""
+        [(tenants,)] = self._query("SELECT shared_with FROM names WHERE name = ?", name)
+        return tuple(json.loads(tenants))
+
     def was_used(self, name: str) -> bool:
         """Whether there is or was a version of this name."""
         return bool(self._query("SELECT 1 FROM names WHERE name = ?", name))
@@ -203,7 +209,7 @@ class Catalogue:
 
     def adopt_name(self, name: str, manifest: Manifest, config_bytes: Mapping[str, int]) -> None:
         """Take what a manifest says for what is kept of the name; `config_bytes` are the files', by digest."""
-        facts = manifest.facts
+        facts = {"shared_with": [], **manifest.facts}  # which one of an earlier release does not say
         self._execute("DELETE FROM versions WHERE name = ?", name)
         self._insert("names", {"name": name, "revision": manifest.revision, **facts}, ("name", "revision", *_OF_NAME))
         for version in facts["versions"]:
@@ -262,7 +268,9 @@ class Catalogue:
                 " WHERE name = ? AND current = ?",
                 *key,
             )
-            self._execute("UPDATE names SET is_pinned = 0 WHERE name = ? AND current IS NULL", record.name)
+            self._execute(
+                "UPDATE names SET is_pinned = 0, shared_with = '[]' WHERE name = ? AND current IS NULL", record.name
+            )
 
     def set_current(self, name: str, version: int) -> None:
         """Let the name stand for one of its versions."""
@@ -271,6 +279,10 @@ class Catalogue:
     def set_pinned(self, name: str, is_pinned: bool) -> None:
         """Note whether the name's current version is to stay in memory."""
         self._execute("UPDATE names SET is_pinned = ? WHERE name = ?", is_pinned, name)
+
+    def set_shared_with(self, name: str, tenants: Sequence[str]) -> None:
+        """Note who, besides whose it is, may ask the name."""
+        self._execute("UPDATE names SET shared_with = ? WHERE name = ?", json.dumps(tenants), name)
 
     def set_origin(self, name: str, origin: str) -> None:
         """Note what the name was taken in from, so that it is not taken in again unchanged."""

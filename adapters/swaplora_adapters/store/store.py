@@ -146,8 +146,15 @@ class Store:
         with self._mutex:
             return self._catalogue.names()
 
-    def change(self, name: str, *, current: int | None = None, is_pinned: bool | None = None) -> None:
-        """Let `name` stand for another of its versions, or pin it, or both at once.
+    def change(
+        self,
+        name: str,
+        *,
+        current: int | None = None,
+        is_pinned: bool | None = None,
+        shared_with: Sequence[str] | None = None,
+    ) -> None:
+        """Let `name` stand for another of its versions, pin it, share it, or all at once.
 
         Raises AdapterNotFoundError, VersionNotFoundError and StorageFullError; then nothing has changed.
         """
@@ -161,12 +168,19 @@ class Store:
                     self._catalogue.set_current(name, current)
                 if is_pinned is not None:
                     self._catalogue.set_pinned(name, is_pinned)
+                if shared_with is not None:
+                    self._catalogue.set_shared_with(name, shared_with)
                 self._write_manifest(name)
 
     def is_pinned(self, name: str) -> bool:
         """Whether the current version of `name` is to stay in memory."""
         with self._mutex:
             return self._catalogue.is_pinned(name)
+
+    def shared_with(self, name: str) -> tuple[str, ...]:
+        """The tenants, besides whose it is, that may ask `name`, which is there."""
+        with self._mutex:
+            return self._catalogue.shared_with(name)
 
     def origins(self) -> dict[str, str | None]:
         """What each name was last taken in from by itself, for all that were ever used, the deleted ones too."""

@@ -7,7 +7,7 @@ that it says, and the change stands. The file is opened for each line, so that i
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,12 @@ class AuditLog:
         version: int | None,
         digest: str | None,
         outcome: str,
+        shared_with: Sequence[str] | None = None,
     ) -> None:
-        """Note a change of `name`, with version and digest if it came to be; `outcome` is done, or an error's code."""
+        """Note a change of `name`, with version and digest if it came to be; `outcome` is done, or an error's code.
+
+        `shared_with` are the tenants that were to have it.
+        """
         if self._file is None:
             return
         told: dict[str, Any] = {
@@ -59,6 +63,8 @@ class AuditLog:
             "digest": digest,
             "outcome": outcome,
         }
+        if shared_with is not None:
+            told["shared_with"] = list(shared_with)
         line = json.dumps(told)
         try:
             with self._lock:

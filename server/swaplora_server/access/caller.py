@@ -4,9 +4,8 @@ import enum
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from swaplora_adapters.files.naming import DEFAULT_TENANT
 from swaplora_server.access.limits import NO_LIMITS, Limits, TenantLimits
-
-DEFAULT_TENANT = "default"
 
 
 class KeyScope(enum.StrEnum):

@@ -19,8 +19,8 @@ import yaml
 from filelock import FileLock
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from swaplora_adapters.files.naming import TENANT
-from swaplora_server.access.caller import DEFAULT_TENANT, Caller, KeyScope
+from swaplora_adapters.files.naming import DEFAULT_TENANT, TENANT
+from swaplora_server.access.caller import Caller, KeyScope
 from swaplora_server.access.limits import NO_LIMITS, Limits, TenantLimits
 
 KEY_BEGINS = "sk-"

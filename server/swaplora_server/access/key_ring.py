@@ -9,7 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from swaplora_server.access.caller import ANYBODY, DEFAULT_TENANT, Caller, KeyScope
+from swaplora_adapters.files.naming import DEFAULT_TENANT
+from swaplora_server.access.caller import ANYBODY, Caller, KeyScope
 from swaplora_server.access.key_file import (
     KeyFile,
     KeyFileError,

@@ -59,6 +59,7 @@ app.add_typer(
             "pin": update.pin,
             "unpin": update.unpin,
             "warm": update.warm,
+            "share": update.share,
             "inspect": inspect.inspect,
             "compose": compose.compose,
             "validate": validate.validate,

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from swaplora_server.access.caller import DEFAULT_TENANT, KeyScope
+from swaplora_adapters.files.naming import DEFAULT_TENANT
+from swaplora_server.access.caller import KeyScope
 from swaplora_server.cli.common import AsJson, cell, fail, say, show_json, show_table
 
 File = Annotated[

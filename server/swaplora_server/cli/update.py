@@ -1,4 +1,4 @@
-"""`swaplora adapters pin`, `unpin`, `warm`, `rollback`: what changes of a stored adapter without an upload."""
+"""`swaplora adapters pin`, `unpin`, `warm`, `rollback`, `share`: what changes of a stored adapter without an upload."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,6 +34,24 @@ def unpin(name: Name, url: Url = LOCAL, api_key: Key = None, as_json: AsJson = F
     with connected(url, api_key) as client:
         card = client.pin_adapter(name, pinned=False)
     _show(card, f"{name} is no longer pinned", as_json)
+
+
+def share(
+    name: Name,
+    tenants: Annotated[list[str] | None, typer.Argument(help="Who may ask it from now on, and no others.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Everybody may.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Nobody else may.")] = False,
+    url: Url = LOCAL,
+    api_key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let other tenants ask an adapter, as OWNER~NAME. It stays yours: they cannot change, copy or inspect it."""
+    if bool(tenants) + public + private != 1:
+        fail("say with whom: tenants, --public or --private", code=2)
+    with connected(url, api_key) as client:
+        card = client.share_adapter(name, ["*"] if public else tenants or [])
+    whom = "everybody" if public else ", ".join(tenants or ["nobody"])
+    _show(card, f"{name} is shared with {whom}", as_json)
 
 
 def warm(name: VersionedName, url: Url = LOCAL, api_key: Key = None, as_json: AsJson = False) -> None:

@@ -36,6 +36,7 @@ def card_body(service: Service, card: Card) -> dict[str, Any]:
         "source": record.source,
         "provenance": record.provenance and json.loads(record.provenance),
         "warnings": list(record.warnings),
+        "shared_with": None if card.shared_with is None else list(card.shared_with),
         "versions": [
             {"version": version.version, "digest": version.digest, "created": version.created, "bytes": version.nbytes}
             for version in card.versions

@@ -32,6 +32,7 @@ _STATUS = {
     "invalid_api_key": 401,
     "insufficient_scope": 403,
     "origin_not_allowed": 403,
+    "not_owner": 403,
     "model_not_found": 404,
     "adapter_not_found": 404,
     "version_not_found": 404,

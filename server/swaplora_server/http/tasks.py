@@ -4,7 +4,7 @@ import math
 
 from starlette.requests import Request
 
-from swaplora_server.access.caller import DEFAULT_TENANT
+from swaplora_adapters.files.naming import DEFAULT_TENANT
 from swaplora_server.http.auth import caller_of
 from swaplora_server.http.foreign.names import terms_of
 from swaplora_server.http.wire import GenerationBody

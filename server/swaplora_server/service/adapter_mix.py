@@ -149,7 +149,10 @@ async def _lease(service: Service, term: MixTerm, asker: Asker) -> Lease:
                 raise
             return service.registry.lease(reference, asker.client)
     except AdapterNotFoundError as error:
-        message = f"there is no model {term.name[:128]!r}; GET /v1/models lists what there is"
+        name = reference.removeprefix("base:")
+        is_known = service.registry.names.index.is_alias(name)
+        leads = f"the alias {name!r} leads nowhere: {error}" if is_known else f"there is no model {term.name[:128]!r}"
+        message = f"{leads}; GET /v1/models lists what there is"
         raise RequestError("model_not_found", message, term.param) from error
 
 

@@ -1,8 +1,10 @@
-"""The service as one caller sees it: all of its parts, but of the adapters the caller's tenant's alone."""
+"""The service as one caller sees it: all of its parts, but of the adapters those that its tenant may ask."""
 
+from swaplora_adapters.files.naming import DEFAULT_TENANT
+from swaplora_adapters.registry.naming import Naming
 from swaplora_adapters.registry.registry import Registry
-from swaplora_adapters.registry.tenant import Change, Naming, Room, TenantRegistry
-from swaplora_server.access.caller import DEFAULT_TENANT, Caller
+from swaplora_adapters.registry.tenant import Change, Room, TenantRegistry
+from swaplora_server.access.caller import Caller
 from swaplora_server.access.limits import LimitReachedError, Reservation
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.ingest import Ingest, TenantIngest
@@ -36,8 +38,8 @@ class TenantService(Service):
             raise RequestError("rate_limited", str(error), retry_seconds=error.retry_seconds) from error
 
     def stored_name(self, name: str) -> str:
-        """With the tenant."""
-        return Naming(self._tenant).stored(name)
+        """With its tenant."""
+        return Naming(self._tenant).key(name)
 
     @property
     def registry(self) -> Registry:
@@ -53,5 +55,12 @@ class TenantService(Service):
 
     def _note(self, change: Change) -> None:
         self.audit.write(
-            self._caller, self._request_id, change.kind, change.name, change.version, change.digest, change.outcome
+            self._caller,
+            self._request_id,
+            change.kind,
+            change.name,
+            change.version,
+            change.digest,
+            change.outcome,
+            change.shared_with,
         )

@@ -11,8 +11,8 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from starlette.responses import JSONResponse
 
-from swaplora_adapters.files.naming import TENANT
-from swaplora_server.access.caller import DEFAULT_TENANT, KeyScope
+from swaplora_adapters.files.naming import DEFAULT_TENANT, TENANT
+from swaplora_server.access.caller import KeyScope
 from swaplora_server.access.key_file import KeyFileError, StoredKey, UnknownKeyError
 from swaplora_server.http.auth import caller_of, needs
 from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters, request_id

@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 from starlette.responses import JSONResponse
 
 from swaplora_adapters.derive.deriver import DEFAULT_ENERGY
+from swaplora_adapters.files.naming import MAX_SAID_CHARS, TENANT
 from swaplora_adapters.registry.card import PutResult
+from swaplora_adapters.registry.index import EVERYBODY
 from swaplora_adapters.store.conditions import Conditions
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
@@ -25,6 +27,8 @@ from swaplora_server.service.ingest import CancellableMake
 from swaplora_server.service.service import Service
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
+SharedWith = Annotated[str, Field(pattern=rf"^(?:{TENANT}|\{EVERYBODY})$")]
+MAX_SHARED_WITH = 1000
 State = Literal["stored", "loading", "resident", "draining", "failed"]
 
 
@@ -39,11 +43,17 @@ class ChangeBody(ClosedModel):
 
     pinned: bool | None = None
     current: int | None = Field(None, ge=1, le=2**31 - 1)
+    shared_with: list[SharedWith] | None = Field(None, max_length=MAX_SHARED_WITH)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.pinned is None and self.current is None:
-            raise ValueError("give pinned, current, or both")
+        if self.pinned is None and self.current is None and self.shared_with is None:
+            raise ValueError("give pinned, current, shared_with, or several of them")
+        tenants = self.shared_with or []
+        if EVERYBODY in tenants and len(tenants) > 1:
+            raise ValueError(f"shared_with: {EVERYBODY!r} is everybody: no other stands beside it")
+        if len(set(tenants)) < len(tenants):
+            raise ValueError("shared_with: one is given twice")
         return self
 
 
@@ -115,7 +125,7 @@ async def _fetch(
 async def list_adapters(
     service: Serving,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    after: Annotated[str | None, Query(max_length=128)] = None,
+    after: Annotated[str | None, Query(max_length=MAX_SAID_CHARS)] = None,
     state: State | None = None,
 ) -> dict[str, Any]:
     """Cards in order of name, `limit` of them from the one behind `after` on."""
@@ -142,9 +152,13 @@ async def get_adapter(service: Serving, name: str) -> dict[str, Any]:
 async def change_adapter(
     service: Serving, name: str, body: Annotated[ChangeBody, Depends(json_body(ChangeBody))]
 ) -> dict[str, Any]:
-    """Roll back or forward (`current`), keep in memory or no longer (`pinned`). When this answers, it is durable."""
+    """Roll back or forward (`current`), keep in memory or no longer (`pinned`), let other tenants ask (`shared_with`).
+
+    When this answers, it is durable, and nobody whom it is not shared with any more is answered by it from then on.
+    """
     service.check_serving()
-    card = await asyncio.to_thread(service.registry.change, name, current=body.current, is_pinned=body.pinned)
+    change = partial(service.registry.change, name, current=body.current, is_pinned=body.pinned)
+    card = await asyncio.to_thread(change, shared_with=body.shared_with)
     return card_body(service, card)
 
 

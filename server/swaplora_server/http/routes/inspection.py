@@ -60,6 +60,7 @@ async def _loaded(service: Service, *names: str) -> AsyncIterator[list[tuple[Ver
     leases: list[Lease] = []
     with ExitStack() as undo:
         for name in names:
+            service.registry.names.check_is_own(name)  # cosines with enough others would give its weights away
             service.registry.names.index.resolve_name(name)  # no alias: one that splits would show a side at random
             leases.append(service.registry.lease(name))
             undo.callback(leases[-1].release)

@@ -84,7 +84,7 @@ function row(card) {
     String(card.rank),
     bytes(card.bytes),
     card.in_flight ? String(card.in_flight) : "–",
-    card.last_used === null ? "never" : ago(card.last_used),
+    card.shared_with === null ? "–" : card.last_used === null ? "never" : ago(card.last_used),
   ];
   return { cells, class: card.name === chosen ? "chosen" : null };
 }

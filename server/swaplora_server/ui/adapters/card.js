@@ -38,6 +38,7 @@ export function cardView(card, refresh) {
       },
     }, label);
 
+  const isOwn = card.shared_with !== null; // else another tenant's, which may be asked and no more
   const pin = card.pinned
     ? action("Unpin", "no longer kept in memory", () => change(path, { pinned: false }))
     : action("Pin", "kept in memory", () => change(path, { pinned: true }));
@@ -45,20 +46,21 @@ export function cardView(card, refresh) {
   const remove = action("Delete", "", () => removeAll(card, path), { class: "danger" });
   return [
     element("h2", {}, card.name),
-    element("div", { class: "actions" }, pin, warm, ...links(card), element("span", { class: "spring" }), remove),
+    element("div", { class: "actions" }, ...(isOwn ? [pin] : []), warm, ...links(card, isOwn), element("span", { class: "spring" }), ...(isOwn ? [remove] : [])),
     said,
     warnings(card),
     facts(card),
-    versions(card, path, action),
+    versions(card, path, isOwn && action),
   ].filter(Boolean);
 }
 
 const change = (path, json) => ask(path, { method: "PATCH", json }).then(() => undefined);
 
-function links(card) {
+function links(card, isOwn) {
   const to = (label, part, act) =>
     element("button", { type: "button", onclick: () => { act(); goTo(part); } }, label);
-  return [to("Compare", "compare", () => addAnswerer(card.name)), to("Inspect", "inspect", () => inspectNext(card.name))];
+  const compare = to("Compare", "compare", () => addAnswerer(card.name));
+  return isOwn ? [compare, to("Inspect", "inspect", () => inspectNext(card.name))] : [compare];
 }
 
 async function removeAll(card, path) {
@@ -84,11 +86,13 @@ function facts(card) {
     base: card.base,
     source: card.source,
     digest: card.digest,
+    ...(card.shared_with?.length ? { "shared with": card.shared_with.map((tenant) => (tenant === "*" ? "everybody" : tenant)).join(", ") } : {}),
     ...(card.provenance ? { "made from": JSON.stringify(card.provenance) } : {}),
   };
   return element("dl", {}, Object.entries(known).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value ?? "–")]));
 }
 
+/** Without `action` they are only told. */
 function versions(card, path, action) {
   const rows = card.versions.toSorted((one, other) => other.version - one.version).map((version) => ({
     class: version.version === card.version ? "current" : null,
@@ -97,7 +101,7 @@ function versions(card, path, action) {
       element("code", { title: version.digest }, short(version.digest)),
       moment(version.created),
       bytes(version.bytes),
-      version.version === card.version ? "current" : versionActions(card, version.version, path, action),
+      version.version === card.version ? "current" : action ? versionActions(card, version.version, path, action) : "",
     ],
   }));
   const split = element("button", { type: "button", onclick: () => splitBetween(card) }, "Split traffic");
