@@ -189,6 +189,11 @@ def test_descriptions_out_of_a_backup_do_not_undo_what_the_catalogue_knows(data_
     store.close()
 
 
+def shared_with_nobody(found: dict[str, Any]) -> dict[str, Any]:
+    """As before adapters could be shared."""
+    return found | {"shared_with": dict.fromkeys(found["shared_with"], ())}
+
+
 def make_previous_release(data_dir: Path) -> None:
     """Take from a data directory what releases before this one did not write."""
     execute(
@@ -201,7 +206,7 @@ def make_previous_release(data_dir: Path) -> None:
 
 
 def test_what_an_earlier_release_stored_is_described_at_the_first_start(data_dir: Path) -> None:
-    before = filled(data_dir)
+    before = shared_with_nobody(filled(data_dir))
     make_previous_release(data_dir)
     store = Store(data_dir)
     assert (everything(store), store.notes) == (before, [])
@@ -213,8 +218,7 @@ def test_what_an_earlier_release_stored_is_described_at_the_first_start(data_dir
 
 
 def test_what_an_earlier_release_described_is_shared_with_nobody(data_dir: Path) -> None:
-    before = filled(data_dir)
-    before["shared_with"] = dict.fromkeys(before["shared_with"], ())
+    before = shared_with_nobody(filled(data_dir))
     execute("ALTER TABLE names DROP COLUMN shared_with; PRAGMA user_version = 5")(data_dir)
     manifests = Manifests(data_dir / "names", data_dir / "staging")
     for name, manifest in manifests.read()[0].items():

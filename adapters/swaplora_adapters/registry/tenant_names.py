@@ -98,7 +98,7 @@ class TenantNames(Names):
             raise NotOwnerError(f"{name} is shared with this tenant, which may ask it: all else is its owner's")
 
     def link_files(self, reference: str, folder: Path) -> VersionRecord:
-        """See `Names.link_files`. Raises NotOwnerError as well: what is made of them would outlive that it is shared."""
+        """See `Names.link_files`. Raises NotOwnerError as well: a copy would outlive that it is shared."""
         self.check_is_own(reference)
         with self._naming.told():
             return self._naming.record(self._names.link_files(self._naming.stored(reference), folder))
