@@ -198,17 +198,17 @@ class Machine(RuleBasedStateMachine):
             for owner in TENANTS:
                 for name in NAMES:
                     named = self.model.seen(tenant, owner, name)
-                    content = named and named.contents[named.current]
+                    content = None if named is None else named.contents[named.current]
                     for reference in {f"{owner}~{name}", said(tenant, owner, name), f"base:{owner}~{name}"}:
                         self.check(tenant, reference, content, said(tenant, owner, name))
                     for version in (1, 2):
-                        content = named and named.contents.get(version)
+                        content = None if named is None else named.contents.get(version)
                         self.check(tenant, f"{owner}~{name}@{version}", content, said(tenant, owner, name))
                 self.check(tenant, f"{owner}~z", None, "")  # another's alias, or one's own by a name that it has not
             if tenant in self.model.aliases:
-                owner, name, version = self.model.aliases[tenant]
+                owner, name, of_alias = self.model.aliases[tenant]
                 named = self.model.seen(tenant, owner, name)
-                content = named and named.contents.get(named.current if version is None else version)
+                content = None if named is None else named.contents.get(of_alias or named.current)
                 self.check(tenant, "z", content, said(tenant, owner, name))
 
     def check(self, tenant: str, reference: str, content: int | None, name: str) -> None:
