@@ -20,11 +20,11 @@ from swaplora_server.base.encoder.sentence_config import read_sentence_config
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.lora.attach import attach
-from swaplora_server.engine.pooling.encoder_runner import WholeInputs
 from swaplora_server.engine.pooling.kinds import Pooling, PoolingKind
 from swaplora_server.engine.scheduling.scheduler import Scheduler
 from swaplora_server.kernels.backend import LayerAttention
 from swaplora_server.kernels.pick import torch_backend
+from swaplora_server.kernels.torch.whole_attention import WholeInputs
 from swaplora_server.service.service import Service
 from tiny_encoders import EncoderOracle, Vector, save_encoder, save_feature_adapter, save_sentence_config
 

@@ -52,6 +52,17 @@ class PagedStep(Protocol):
         """
 
 
+class WholeAttention(Protocol):
+    """Attention of whole inputs, of which no keys and values are kept."""
+
+    def step(self, runs: Runs) -> PagedStep:
+        """A step in which every row attends to all rows of its own input, before and after it; runs begin at 0.
+
+        With a window, to those fewer rows away on either side. What a row comes to does not depend on what lies beside
+        its input. A step ends with the next.
+        """
+
+
 class StepInputs(NamedTuple):
     """What a forward of the model begins with, on its device."""
 
@@ -154,6 +165,9 @@ class Backend(Protocol):
 
     def paged_kv(self, num_blocks: int, block_size: int) -> PagedKV:
         """Room for blocks 1 to `num_blocks`, beside block 0, which is nobody's."""
+
+    def whole_attention(self) -> WholeAttention:
+        """Attention of an encoder's inputs."""
 
     def stepping(self) -> AbstractContextManager[object]:
         """Around each step of an engine, and what it decides before and after it."""

@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from swaplora_server.engine.pooling.hidden import read_whole
 from swaplora_server.engine.scheduling.batch import Batch, Sampled
 from swaplora_server.engine.step import Planner, use
-from swaplora_server.kernels.backend import Backend, LayerAttention, RunningStep, StepRows
-from swaplora_server.kernels.step import Ints, Runs, Segments, StepForm, StepPlan
+from swaplora_server.kernels.backend import Backend, RunningStep, StepRows
+from swaplora_server.kernels.step import Ints, Segments, StepForm, StepPlan
 
 
 class EncoderOutputs(NamedTuple):
@@ -39,6 +38,7 @@ class EncoderRunner:
         self._model = model
         self._pooler = pooler
         self._backend = backend
+        self._attention = backend.whole_attention()
         self._device = device
         self._planner = Planner(max_positions)
         self._padding_id = padding_id_of(model)
@@ -61,7 +61,7 @@ class EncoderRunner:
     def outputs(self, batch: Batch, *, has_pooled: bool) -> EncoderOutputs:
         """Of inputs that all want something of their hidden states; `has_pooled`: the pooler's output as well."""
         plan = self._planner.plan(batch.rows)
-        step = RunningStep(plan, self._rows(plan.tokens), self._rows(plan.head), WholeInputs(plan.runs))
+        step = RunningStep(plan, self._rows(plan.tokens), self._rows(plan.head), self._attention.step(plan.runs))
         inputs = {"input_ids": plan.token_ids, "position_ids": self._positions(plan)}
         if self._has_types:
             inputs["token_type_ids"] = _types(batch, plan)
@@ -107,32 +107,3 @@ def _types(batch: Batch, plan: StepPlan) -> Ints:
         if rows.sequence.request.token_types is not None:
             types[start:stop] = rows.sequence.request.token_types
     return types
-
-
-class WholeInputs:
-    """A step of inputs that keep no keys and values: every row attends to all rows of its own input.
-
-    Each input attends by itself, so its numbers do not depend on what lies beside it.
-    """
-
-    def __init__(self, runs: Runs) -> None:
-        self._bounds = list(zip(runs.starts.tolist(), runs.stops.tolist(), strict=True))
-        self._masks: dict[tuple[int, int], Tensor] = {}
-
-    def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `PagedStep`, but for what a row sees: with a window, those fewer rows away on either side."""
-        out = query.new_empty(*query.shape[:2], value.shape[-1])
-        for start, stop in self._bounds:
-            q, k, v = (part[start:stop].transpose(0, 1)[None] for part in (query, key, value))
-            mask = self._mask(stop - start, layer.window, query.device)
-            attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scaling)
-            out[start:stop] = attended[0].transpose(0, 1)
-        return out
-
-    def _mask(self, length: int, window: int | None, device: torch.device) -> Tensor | None:
-        if window is None or length <= window:
-            return None
-        if (length, window) not in self._masks:
-            positions = torch.arange(length, device=device)
-            self._masks[length, window] = (positions[:, None] - positions).abs() < window
-        return self._masks[length, window]

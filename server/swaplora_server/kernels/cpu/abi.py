@@ -79,6 +79,7 @@ class LayerCache(ctypes.Structure):
         ("scaling", ctypes.c_double),
         ("softcap", ctypes.c_double),
         ("is_bf16", ctypes.c_int64),
+        ("is_whole", ctypes.c_int64),
     )
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from swaplora_adapters.weights.memory import HugePages
-from swaplora_server.kernels.backend import LayerAttention, StepInputs
+from swaplora_server.kernels.backend import LayerAttention, PagedStep, StepInputs
 from swaplora_server.kernels.cpu.abi import LayerCache
 from swaplora_server.kernels.step import Runs, StepPlan
-from swaplora_server.kernels.torch.attention import TorchKV, TorchStep
+from swaplora_server.kernels.torch.attention import TorchKV
+from swaplora_server.kernels.torch.whole_attention import WholeInputs
 
 _CPU = torch.device("cpu")
 
@@ -21,12 +22,22 @@ _CPU = torch.device("cpu")
 class CpuKV:
     """Paged keys and values as the kernel lays them out, and torch's form for layers that it has no code for.
 
-    `cache_dtype`: float32, or bfloat16 to round keys and values when they are stored.
+    `cache_dtype`: float32, or bfloat16 to round keys and values when they are stored. `is_whole`: of whole inputs, see
+    `WholeAttention`.
     """
 
-    def __init__(self, library: ctypes.CDLL, num_blocks: int, block_size: int, cache_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        num_blocks: int,
+        block_size: int,
+        cache_dtype: torch.dtype,
+        *,
+        is_whole: bool = False,
+    ) -> None:
         self._kernel = library.paged_attention
         self._cache_dtype = cache_dtype
+        self._is_whole = is_whole
         self._pages = HugePages()
         self._slack = 2 * library.lanes()  # numbers that the last read of a small block or head may go beyond its end
         self._num_blocks = num_blocks
@@ -77,6 +88,7 @@ class CpuKV:
             layer.scaling,
             layer.softcap or 0.0,
             self._cache_dtype == torch.bfloat16,
+            self._is_whole,
         )
 
     def _allocate(self, numbers_per_token: int) -> Tensor:
@@ -85,9 +97,9 @@ class CpuKV:
         numel = shape[0] * shape[1]
         return self._pages.empty(numel + self._slack, self._cache_dtype)[:numel].view(shape)
 
-    def torch_step(self, runs: Runs) -> TorchStep:
+    def torch_step(self, runs: Runs) -> PagedStep:
         """The step of layers that the kernel has no code for."""
-        return self._torch.step(runs)
+        return WholeInputs(runs) if self._is_whole else self._torch.step(runs)
 
     def run(self, cache: LayerCache, table: "RunTable", query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
         """All tensors contiguous float32, shaped as in `PagedStep.attend`."""
@@ -121,7 +133,7 @@ class CpuStep:
     kv: CpuKV
     runs: Runs
     _table: RunTable | None = None
-    _torch: TorchStep | None = None
+    _torch: PagedStep | None = None
 
     @property
     def table(self) -> RunTable:

@@ -18,6 +18,7 @@ from swaplora_server.kernels.cpu import build, decoder, linear, panels, quantise
 from swaplora_server.kernels.cpu.adapter_tables import AdapterTables
 from swaplora_server.kernels.cpu.attention import CpuKV
 from swaplora_server.kernels.cpu.lora import CpuLora
+from swaplora_server.kernels.cpu.whole_attention import CpuWhole
 from swaplora_server.kernels.quantised_codes import is_quantised
 from swaplora_server.kernels.step import Segments
 
@@ -75,6 +76,10 @@ class CpuBackend:
     def paged_kv(self, num_blocks: int, block_size: int) -> CpuKV:
         """See `Backend`."""
         return CpuKV(self.library, num_blocks, block_size, self.dtype)
+
+    def whole_attention(self) -> CpuWhole:
+        """Keys and values in float32, whatever the products are of."""
+        return CpuWhole(self.library)
 
     def stepping(self) -> AbstractContextManager[None]:
         """It takes all processors: work of low priority waits for its end, and has a turn before the next."""

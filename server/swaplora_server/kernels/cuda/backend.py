@@ -18,6 +18,7 @@ from swaplora_server.kernels.cuda.graphs.recorder import CudaRecorder, Recorder
 from swaplora_server.kernels.cuda.lora import CudaLora
 from swaplora_server.kernels.step import Segments
 from swaplora_server.kernels.torch.backend import DeviceMemory
+from swaplora_server.kernels.torch.whole_attention import TorchWhole
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,10 @@ class CudaBackend:
     def paged_kv(self, num_blocks: int, block_size: int) -> CudaKV:
         """See `Backend`."""
         return CudaKV(num_blocks, block_size, self.device)
+
+    def whole_attention(self) -> TorchWhole:
+        """See `Backend`."""
+        return TorchWhole()
 
     def stepping(self) -> AbstractContextManager[None]:
         """Nothing waits for it."""

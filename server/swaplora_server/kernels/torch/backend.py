@@ -13,6 +13,7 @@ from swaplora_server.kernels.backend import Forward, Memory, PagedKV, RunningSte
 from swaplora_server.kernels.step import Segments
 from swaplora_server.kernels.torch.attention import TorchKV
 from swaplora_server.kernels.torch.lora import ModulesByNumber, TorchLora
+from swaplora_server.kernels.torch.whole_attention import TorchWhole
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,10 @@ class TorchBackend:
     def paged_kv(self, num_blocks: int, block_size: int) -> TorchKV:
         """See `Backend`."""
         return TorchKV(num_blocks, block_size, self.device)
+
+    def whole_attention(self) -> TorchWhole:
+        """See `Backend`."""
+        return TorchWhole()
 
     def stepping(self) -> AbstractContextManager[None]:
         """Nothing waits for it."""

@@ -67,6 +67,7 @@ struct LayerCache {
     int64_t window;           // keys a row may look back on, itself included; 0: all
     double scaling, softcap;  // softcap 0: none
     int64_t is_bf16;          // the cache; else it is float32
+    int64_t is_whole;         // runs are whole inputs, in which rows look forward as far as they look back
 };
 
 // Rows [start, stop) of the step are the tokens of one sequence from position `first` on.

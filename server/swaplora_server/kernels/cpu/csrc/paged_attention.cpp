@@ -1,4 +1,5 @@
-// PagedAttention (vLLM): causal attention over a paged KV cache, the same code for decode rows and prefill chunks.
+// PagedAttention (vLLM): causal attention over a paged KV cache, the same code for decode rows and prefill chunks, and for
+// an encoder's inputs, whose rows see what comes after them too.
 //   out = softmax(softcap(scaling * q K^T), sink) V   over the keys of the row's own sequence, in its sliding window
 //
 // Shapes: q, out [rows, num_heads, head_dim]; k, v [rows, num_kv_heads, head_dim] (GQA: query heads h * group and on share
@@ -219,8 +220,9 @@ struct Layer {
     // query, out: [rows, num_heads, head_dim]
     void attend(const Piece& piece, const Piece* next, const float* query, float* out, Scratch<T>& s) const {
         const Tile& tile = *piece.tile;
-        const int64_t rows = (tile.to - tile.from) * group, length = tile.run->first + tile.to;
-        const int64_t base = first_position(tile), count = length - base, stride = round_up(count, LANES) + 2 * LANES;
+        const int64_t rows = (tile.to - tile.from) * group;
+        const int64_t base = first_position(tile), count = seen_to(*tile.run, tile.to) - base;
+        const int64_t stride = round_up(count, LANES) + 2 * LANES;
         s.reserve(rows * dims, rows * stride, rows);
         for (int64_t r = 0; r < rows; r++) {
             const float* from = query + row_at(piece, r);
@@ -228,9 +230,12 @@ struct Layer {
             if (dim < dims) s.query[r * dims + dim] = 0.0f;
         }
         score_blocks(piece, next, base, count, rows, stride, s);
-        for (int64_t r = 0; r < rows; r++)
-            s.scales[r] = weigh(s.scores + r * stride, tile.run->first + tile.from + r / group + 1 - base, count,
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t row = tile.from + r / group, end = tile.run->first + row + 1;
+            const int64_t from = c.window ? std::max<int64_t>(0, end - c.window - base) : 0;
+            s.scales[r] = weigh(s.scores + r * stride, from, seen_to(*tile.run, row + 1) - base, count,
                                 c.sinks ? c.sinks + piece.head * group + r % group : nullptr);
+        }
         mix_blocks(piece, next, base, count, rows, stride, out, s);
     }
 
@@ -254,6 +259,13 @@ struct Layer {
         }
     }
 
+    // The end of what rows up to `to` may see.
+    int64_t seen_to(const Run& run, int64_t to) const {
+        const int64_t length = run.first + to;
+        if (!c.is_whole) return length;
+        return c.window ? std::min(run.stop - run.start, length + c.window - 1) : run.stop - run.start;
+    }
+
     // The start of a block at or before all that the tile's first row may see, where lanes begin anew: which lane a
     // position falls to must not depend on the tile.
     int64_t first_position(const Tile& tile) const {
@@ -270,7 +282,7 @@ struct Layer {
         if (blocks < num_blocks) return values_of(piece.tile->run->blocks[first + blocks], piece.head);
         if (!next) return values_of(piece.tile->run->blocks[first + num_blocks - 1], piece.head);
         const Tile& tile = *next->tile;
-        const int64_t start = first_position(tile) / block_size, last = (tile.run->first + tile.to - 1) / block_size;
+        const int64_t start = first_position(tile) / block_size, last = (seen_to(*tile.run, tile.to) - 1) / block_size;
         return keys_of(tile.run->blocks[std::min(start + blocks - num_blocks, last)], next->head);
     }
 
@@ -293,9 +305,8 @@ struct Layer {
             });
     }
 
-    // One row's scores, of which it may see up to `to`, become weights but for the factor that is returned.
-    float weigh(float* scores, int64_t to, int64_t count, const float* sink) const {
-        const int64_t from = c.window ? std::max<int64_t>(0, to - c.window) : 0;
+    // One row's scores, of which it may see [from, to), become weights but for the factor that is returned.
+    float weigh(float* scores, int64_t from, int64_t to, int64_t count, const float* sink) const {
         if (c.softcap)
             for (int64_t i = from / LANES * LANES; i < to; i += LANES)
                 store(tanh(load(scores + i) / float(c.softcap)) * float(c.softcap), scores + i);
