@@ -18,7 +18,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "gelu": lambda x: gelu(x, approximate="tanh"),
 }
-NUMBERS = torch.randn(3 * 16384 + 117, generator=torch.Generator().manual_seed(0)) * 3
+NUMBERS = torch.randn(5 * 32768 + 117, generator=torch.Generator().manual_seed(0)) * 3
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -26,7 +26,16 @@ def test_a_number_has_the_same_bits_in_a_tensor_of_any_length(name: str) -> None
     function = FUNCTIONS[name]
     with BatchInvariantMode():
         whole = function(NUMBERS)
-        for start, length in [(0, 1), (5, 63), (64, 64), (100, 16384), (7, 16385), (1, 40001)]:
+        for start, length in [
+            (0, 1),
+            (5, 63),
+            (64, 64),
+            (100, 16384),
+            (7, 16385),
+            (1, 40001),
+            (9, 4 * 32768),
+            (3, 65536 + 77),
+        ]:
             assert torch.equal(function(NUMBERS[start : start + length]), whole[start : start + length])
         assert torch.equal(function(NUMBERS[: 3 * 1000].view(3, 1000).t()), whole[: 3 * 1000].view(3, 1000).t())
     torch.testing.assert_close(whole, function(NUMBERS), atol=1e-6, rtol=1e-5)

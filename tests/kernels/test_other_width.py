@@ -3,7 +3,9 @@
 from kernel_variants import run_tests
 from swaplora_server.kernels.cpu import build
 
-KERNEL_TESTS = tuple(f"test_{name}.py" for name in ("linear", "linear_bf16", "attention", "lora", "quantised_linear"))
+KERNEL_TESTS = tuple(
+    f"test_{name}.py" for name in ("linear", "linear_bf16", "attention", "whole_attention", "lora", "quantised_linear")
+)
 
 
 def test_the_kernels_are_right_in_the_other_width_too() -> None:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 _UNIT = 64  # numbers; a multiple of what torch computes at a time, on any processor
 _WHOLE = 16384  # numbers that no function of torch shares out among threads
+_SHARED = 32768  # numbers for each thread, from which on every function of torch shares them out evenly among all
 _NAMES = ("cos", "exp", "expm1", "erf", "log1p", "sigmoid", "sin", "tanh")
 _FUNCTIONS: frozenset[Callable[..., Tensor]] = frozenset(
     [getattr(owner, name) for owner in (torch, Tensor) for name in _NAMES]
@@ -89,10 +90,17 @@ class BatchInvariantMode(TorchFunctionMode):
 def in_whole_vectors(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function` of every number of `x`, of any shape."""
     numbers = x.reshape(-1)
-    if len(numbers) <= _WHOLE and len(numbers) % _UNIT == 0:
+    count = numbers.numel()
+    num_threads = torch.get_num_threads()
+    shared = count - count % (_UNIT * num_threads)  # of these each thread has as many, and nothing left over
+    if shared < _SHARED * num_threads:
+        shared = 0
+    if count == shared or (count <= _WHOLE and count % _UNIT == 0):
         return function(numbers).view(x.shape)
     y = torch.empty_like(numbers)
-    for start in range(0, len(numbers), _WHOLE):
+    if shared:
+        y[:shared] = function(numbers[:shared])
+    for start in range(shared, count, _WHOLE):
         piece = numbers[start : start + _WHOLE]
-        y[start : start + _WHOLE] = function(pad(piece, (0, -len(piece) % _UNIT)))[: len(piece)]
+        y[start : start + _WHOLE] = function(pad(piece, (0, -piece.numel() % _UNIT)))[: piece.numel()]
     return y.view(x.shape)
