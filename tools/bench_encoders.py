@@ -12,6 +12,7 @@ then PYTHONPATH).
 import argparse
 import asyncio
 import base64
+import importlib
 import random
 import statistics
 import tempfile
@@ -158,10 +159,10 @@ def report(title: str, seconds: Mapping[str, list[float]], num_tokens: int, over
 def beside_peer(base: Path, words: Sequence[str], rounds: int) -> None:
     """The engine in float32 and bfloat16, and sentence-transformers in float32."""
     try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise SystemExit(f"sentence-transformers cannot be imported ({error}): {__doc__}") from error
-    peer = SentenceTransformer(str(base), device="cpu")
+        library: Any = importlib.import_module("sentence_transformers")
+    except ImportError as missing:
+        raise SystemExit(f"sentence-transformers cannot be imported ({missing}): {__doc__}") from missing
+    peer = library.SentenceTransformer(str(base), device="cpu")
     longest = min(256, peer.max_seq_length)
     rng = random.Random(0)
     cases = {
