@@ -8,9 +8,9 @@ import pytest
 import tiny
 from adapter_files import config_bytes, write_adapter
 from swaplora_adapters.config.parse import parse_spec
-from swaplora_adapters.derive.export import export_model
 from swaplora_adapters.derive.process import DerivationProcess
 from swaplora_adapters.derive.recipe import require_deltas
+from swaplora_adapters.derive.whole_models.export import export_model
 from swaplora_adapters.errors import UnsupportedAdapterError
 from test_derivation_process import compose
 

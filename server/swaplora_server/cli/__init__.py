@@ -15,16 +15,15 @@ from swaplora_server.cli import (
     chat,
     compose,
     doctor,
-    export,
     inspect,
     keys,
     serve,
     update,
-    validate,
 )
+from swaplora_server.cli.offline import extract, merge, validate
 from swaplora_server.cli.settings import PLAIN_HELP, SettingsCommand
 
-TAKE_SETTINGS = (serve.serve, export.merge, doctor.doctor, validate.validate)
+TAKE_SETTINGS = (serve.serve, merge.merge, extract.extract, doctor.doctor, validate.validate)
 
 
 def main() -> None:
@@ -45,7 +44,14 @@ def _group(description: str, commands: Mapping[str, Callable[..., None]]) -> typ
 
 app = _group(
     "One frozen base model, any number of LoRA adapters, one batch, over HTTP.",
-    {"serve": serve.serve, "chat": chat.chat, "bench": bench.bench, "merge": export.merge, "doctor": doctor.doctor},
+    {
+        "serve": serve.serve,
+        "chat": chat.chat,
+        "bench": bench.bench,
+        "merge": merge.merge,
+        "extract": extract.extract,
+        "doctor": doctor.doctor,
+    },
 )
 app.add_typer(
     _group(

@@ -26,7 +26,7 @@ def merge(
     for folder in folders:
         adapter_files(folder)
     settings = read_settings({} if base is None else {"base": base})
-    from swaplora_adapters.derive.export import export_model
+    from swaplora_adapters.derive.whole_models.export import export_model
     from swaplora_adapters.errors import InvalidAdapterError
     from swaplora_server.base.loading import source_of
     from swaplora_server.embedded import EmbeddedBaseError

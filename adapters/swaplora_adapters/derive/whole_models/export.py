@@ -5,7 +5,6 @@ PEFT's `merge_and_unload` rounds after each of several adapters, and changes the
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from swaplora_adapters.config.parse import read_spec
 from swaplora_adapters.derive.compose import Ingredient
 from swaplora_adapters.derive.recipe import require_deltas
+from swaplora_adapters.derive.whole_models.new_folder import new_folder, require_new
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.fit.base import BaseLayers, LayerShapes
 from swaplora_adapters.fit.module_shape import shape_of
@@ -31,8 +31,7 @@ def export_model(base: str | Path, folders: Sequence[Path], scales: Sequence[flo
     Raises InvalidAdapterError for an adapter that does not fit the base or cannot be merged, ValueError and OSError for
     a base that cannot be loaded, and FileExistsError if `out` is there and not empty.
     """
-    if out.exists() and (not out.is_dir() or next(out.iterdir(), None) is not None):
-        raise FileExistsError(f"{out} is there already, and not an empty folder")
+    require_new(out)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     layers = LayerShapes({path: shape_of(module) for path, module in linears.items()})
@@ -42,7 +41,9 @@ def export_model(base: str | Path, folders: Sequence[Path], scales: Sequence[flo
         parts = [(i.weights.modules[path], i.scale) for i in ingredients if path in i.weights.modules]
         if parts:
             _add(linear, sum((scale * (part.lora_B @ part.lora_A) for part, scale in parts), torch.zeros(())))
-    _save(model, base, out)
+    with new_folder(out) as folder:
+        model.save_pretrained(folder, max_shard_size="4GB")
+        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
 
 
 def _checked(folder: Path, layers: BaseLayers) -> AdapterWeights:
@@ -67,12 +68,3 @@ def _add(linear: nn.Module, delta: torch.Tensor) -> None:
     weight = linear.weight
     assert isinstance(weight, nn.Parameter)
     weight.copy_(weight.float() + (delta.T if isinstance(linear, Conv1D) else delta))
-
-
-def _save(model: PreTrainedModel, base: str | Path, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        part = Path(folder) / out.name
-        model.save_pretrained(part, max_shard_size="4GB")
-        AutoTokenizer.from_pretrained(base).save_pretrained(part)
-        part.rename(out)
