@@ -28,9 +28,9 @@ COMMANDS = (
     "aliases",
     *(f"aliases {name}" for name in ("list", "set", "delete")),
 )
-TAKE_SETTINGS = ("serve", "merge", "doctor", "adapters validate")
+TAKE_SETTINGS = ("serve", "merge", "extract", "doctor", "adapters validate")
 NEVER = frozenset({"torch", "transformers", "fastapi", "numpy", "httpx"})
-OF_SETTINGS = frozenset({"pydantic_settings", "swaplora_adapters"})  # what Settings is made with, and of which it knows
+OF_SETTINGS = frozenset({"pydantic_settings", "swaplora_server.config"})
 
 
 class StartError(RuntimeError):
