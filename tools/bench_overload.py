@@ -1,8 +1,8 @@
 """`make bench-overload`: what a server of one's own does when more is asked of it than it can do, over HTTP.
 
-An open loop at the capacity and at three times it, and what is left when it ends; then one who asks for little beside a
-flood of fifty times the capacity, by another adapter and by another tenant, against the same one beside 63 requests that
-are always at work, where a place is free. The load comes from this process; the server has its own.
+An open loop at the capacity and at three times it, and what is left when it ends. Then one who asks for little beside a
+flood of fifty times the capacity, by another adapter and by another tenant, against the same one beside 63 requests
+that are always at work, where a place is free. The load comes from this process; the server has its own.
 """
 
 import argparse

@@ -1,13 +1,27 @@
 """What runs is shared: a flood costs its tenant and its adapter, and a prompt that lacks room costs nobody who fits."""
 
+from typing import Any
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from scheduler_harness import Client, adapter, make, run_all, run_step, submit
 from swaplora_server.engine.request import Sequence
 from swaplora_server.engine.scheduling import scheduler as scheduler_module
-from swaplora_server.engine.scheduling.scheduler import Scheduler
+from swaplora_server.engine.scheduling.scheduler import STEPS_BETWEEN_TAKINGS, Scheduler
 
 NUM_FLOOD = 40
+
+
+def flooding() -> dict[str, Any]:
+    """Whose a flood is."""
+    return {"tenant": "acme", "adapters": (adapter("sql"),)}
+
+
+def beside(of: str, name: str = "beta") -> dict[str, Any]:
+    """Whose another is: of a tenant of its own, or of the flood's with an adapter of its own."""
+    return flooding() | ({"tenant": name} if of == "tenant" else {"adapters": (adapter(name),)})
 
 
 def steps_until(client: Client, scheduler: Scheduler, most: int = 200) -> int:
@@ -20,17 +34,89 @@ def steps_until(client: Client, scheduler: Scheduler, most: int = 200) -> int:
 
 
 @pytest.mark.parametrize("of", ["tenant", "adapter"])
-def test_beside_a_flood_another_begins_as_soon_as_one_ends(of: str) -> None:
-    scheduler = make(max_num_seqs=4, max_batch_tokens=64)
-    sql, json = (adapter("sql"),), (adapter("json"),)
-    flooding, other = ("acme", "beta") if of == "tenant" else ("acme", "acme")
-    for number in range(NUM_FLOOD):
-        submit(scheduler, [number] * 5, max_tokens=4, tenant=flooding, adapters=sql)
+@pytest.mark.parametrize("max_tokens", [4, 150])
+def test_beside_a_flood_that_has_all_places_another_begins_at_once(of: str, max_tokens: int) -> None:
+    """Whatever its answers' length, and though all of them began together and none is about to end."""
+    scheduler = make(num_blocks=400, max_num_seqs=4, max_batch_tokens=64)
+    flood = [submit(scheduler, [number] * 5, max_tokens=max_tokens, **flooding()) for number in range(NUM_FLOOD)]
+    for number in range(5):
+        for _ in range(STEPS_BETWEEN_TAKINGS):
+            run_step(scheduler)
+        victim = submit(scheduler, [90 + number] * 5, max_tokens=1, **beside(of))
+        assert steps_until(victim, scheduler) <= 2
+    assert scheduler.num_preempted <= 5
+    run_all(scheduler)
+    assert all(len(client.events) == max_tokens for client in flood)
+
+
+def test_who_gives_its_place_up_computes_no_more_than_a_block_again() -> None:
+    num_rows = []
+    for has_other in (False, True):
+        scheduler = make(num_blocks=400, block_size=4, max_num_seqs=4, max_batch_tokens=64)
+        for number in range(4):
+            submit(scheduler, [number] * 21, max_tokens=30, tenant="acme")
+        num_rows.append(sum(rows.num_rows for _ in range(10) for rows in run_step(scheduler).rows))
+        if has_other:
+            other = submit(scheduler, [99] * 5, max_tokens=1, tenant="beta")
+            num_rows[-1] += sum(rows.num_rows for rows in run_step(scheduler).rows) - 5
+            assert other.has_ended
+        num_rows[-1] += run_all(scheduler)
+        assert scheduler.num_preempted == has_other
+    assert 0 < num_rows[1] - num_rows[0] <= 4
+
+
+def test_of_those_that_have_most_the_one_gives_its_place_up_of_which_least_is_computed() -> None:
+    scheduler = make(num_blocks=400, max_num_seqs=3, max_batch_tokens=64)
+    first = [submit(scheduler, [number] * 5, max_tokens=50, tenant="acme") for number in range(2)]
     for _ in range(10):
         run_step(scheduler)
-    victim = submit(scheduler, [99] * 5, tenant=other, adapters=sql if of == "tenant" else json)
-    assert steps_until(victim, scheduler) <= 5
+    last = submit(scheduler, [3] * 5, max_tokens=50, tenant="acme")
+    run_step(scheduler)
+    submit(scheduler, [99] * 5, max_tokens=5, tenant="beta")
+    before = [len(client.events) for client in (*first, last)]
+    for _ in range(3):
+        run_step(scheduler)
+    assert [len(client.events) - count for client, count in zip((*first, last), before, strict=True)] == [3, 3, 0]
     run_all(scheduler)
+
+
+@pytest.mark.parametrize("of", ["tenant", "adapter"])
+def test_those_who_have_alike_take_no_places_from_each_other(of: str) -> None:
+    """One who has none waits where nobody has two, and of two floods none takes a place that it would lose again."""
+    scheduler = make(num_blocks=400, max_num_seqs=4, max_batch_tokens=64)
+    for number in range(4):
+        submit(scheduler, [number] * 5, max_tokens=40, **beside(of, f"other {number}"))
+    run_step(scheduler)
+    waiting = submit(scheduler, [99] * 5, max_tokens=1, **flooding())
+    for _ in range(30):
+        run_step(scheduler)
+    assert not waiting.events
+    assert not scheduler.num_preempted
+    run_all(scheduler)
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.integers(1, 40)), min_size=2, max_size=4),
+    st.integers(2, 8),
+    st.sampled_from(["tenant", "adapter"]),
+)
+def test_floods_take_places_from_each_other_now_and_then_alone_and_each_has_some_soon(
+    sizes: list[tuple[int, int]], num_places: int, of: str
+) -> None:
+    """The first has all places when the others come."""
+    scheduler = make(num_blocks=600, max_num_seqs=num_places, max_batch_tokens=64)
+    clients: list[list[Client]] = [[] for _ in sizes]
+    for step in range(60):
+        for number, (prompt, max_tokens) in enumerate(sizes):
+            while (not number or step > 5) and sum(not client.has_ended for client in clients[number]) <= num_places:
+                ids = [number, len(clients[number]), *range(prompt)]
+                clients[number].append(submit(scheduler, ids, max_tokens=max_tokens, **beside(of, str(number))))
+        run_step(scheduler)
+        if step == 6 + STEPS_BETWEEN_TAKINGS * len(sizes) and len(sizes) * 2 <= num_places:
+            assert all(any(client.events for client in own) for own in clients)
+    assert scheduler.num_preempted <= 60 / STEPS_BETWEEN_TAKINGS
+    scheduler.fail_all("", "")
 
 
 def test_two_tenants_who_flood_are_served_alike_however_large_their_requests() -> None:
@@ -110,19 +196,17 @@ def test_a_long_prompt_leaves_half_of_each_step_to_who_waits_and_has_all_that_no
 
 @pytest.mark.parametrize("of", ["tenant", "adapter"])
 def test_endless_answers_that_have_all_places_give_a_share_of_them_up(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One place at once, for who has none; the next in a while, for who would still have no more than half of it."""
     monkeypatch.setattr(scheduler_module, "MAX_STEPS_PASSED_OVER", 5)
     scheduler = make(num_blocks=400, max_num_seqs=4, max_batch_tokens=64)
-    sql, json = (adapter("sql"),), (adapter("json"),)
-    flooding, other = ("acme", "beta") if of == "tenant" else ("acme", "acme")
-    endless = [submit(scheduler, [n] * 5, max_tokens=150, tenant=flooding, adapters=sql) for n in range(6)]
+    endless = [submit(scheduler, [n] * 5, max_tokens=150, **flooding()) for n in range(6)]
     for _ in range(20):
         run_step(scheduler)
     num_before = scheduler.num_preempted
-    victims = [
-        submit(scheduler, [90 + n] * 5, max_tokens=150, tenant=other, adapters=sql if of == "tenant" else json)
-        for n in range(3)
-    ]
-    assert steps_until(victims[0], scheduler) <= 7
+    victims = [submit(scheduler, [90 + n] * 5, max_tokens=150, **beside(of)) for n in range(3)]
+    for _ in range(2):
+        run_step(scheduler)
+    assert [bool(client.events) for client in victims] == [True, False, False]
     for _ in range(30):
         run_step(scheduler)
     assert [bool(client.events) for client in victims] == [True, True, False], "half of four"

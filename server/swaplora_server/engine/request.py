@@ -331,7 +331,7 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         """Tokens whose keys and values are not in the cache yet: the rest of a prompt, or 1 while decoding."""
-        return self.num_tokens - self.num_computed
+        return len(self.token_ids) - self.num_computed
 
     @property
     def hashed_keys(self) -> list[bytes]:

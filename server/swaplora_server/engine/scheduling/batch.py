@@ -86,11 +86,13 @@ class StepRoom:
 
         One that leaves half takes no more than the other half, unless all that it needs is there.
         """
-        num_rows = min(sequence.num_uncomputed, self.num_rows)
-        if self.takes_whole and num_rows < sequence.num_uncomputed:
-            return None
-        if leaves_half and num_rows < sequence.num_uncomputed:
-            num_rows -= num_rows // 2
+        num_uncomputed = sequence.num_uncomputed
+        num_rows = min(num_uncomputed, self.num_rows)
+        if num_rows < num_uncomputed:
+            if self.takes_whole:
+                return None
+            if leaves_half:
+                num_rows -= num_rows // 2
         if sequence.num_unscored > self.num_scored:
             num_rows = min(num_rows, sequence.num_scored - sequence.num_computed + self.num_scored)
         return rows_of(sequence, sequence.num_computed, sequence.num_computed + num_rows) if num_rows else None

@@ -5,7 +5,9 @@ row each; what is left of the token budget goes to prefill, in chunks (chunked p
 that would take all of it leaves half to those who wait. What the prefix cache holds of a prompt is not computed again.
 When KV blocks run out, the youngest running sequence of whoever holds most of them is preempted: it gives its blocks
 back and is recomputed later, but for what the cache then still holds. The oldest of all is spared, so that something
-always comes to its end. A place is taken likewise where nobody who waits has begun for long.
+always comes to its end. A place is taken likewise, of the sequence of which least is computed, for one whose like have
+less than half as many, or fewer where nobody who waits has begun for long: who asks for little finds a place within a
+few steps, however long the answers of those who have all. That costs a block's tokens, computed again.
 
 Waiting sequences begin in the order of the waiting line. One lets later ones go before it while its adapters do not fit
 beside those that run, and while another sequence is computing the very block it needs next, which it then shares. It
@@ -35,14 +37,15 @@ from swaplora_server.engine.request import (
 )
 from swaplora_server.engine.sampling.constraint import ConstraintPendingError, UnmetConstraintError
 from swaplora_server.engine.scheduling.batch import Batch, Sampled, ScheduledRows, StepRoom
-from swaplora_server.engine.scheduling.holdings import Holdings
+from swaplora_server.engine.scheduling.holdings import Standing, standing, who_gives_place
 from swaplora_server.engine.scheduling.step_ranks import StepRanks
 from swaplora_server.engine.scheduling.waiting_line import GENERATED_WEIGHT, PROMPT_WEIGHT, WaitingLine
 from swaplora_server.kernels.step import Wants
 
 _log = structlog.get_logger(__name__)
-Standing = tuple[bool, int, int, int]
 MAX_STEPS_PASSED_OVER = 64  # some seconds; then nothing begins before the one that waits
+FAR_BEHIND = 2  # times as many places as one who waits would have: then it need not wait for one to get free
+STEPS_BETWEEN_TAKINGS = 2  # of places: what is computed again is little beside all that is
 
 
 class Scheduler:
@@ -78,9 +81,10 @@ class Scheduler:
         self.num_preempted = 0  # sequences that gave their blocks back; the same
         self._num_steps = 0
         self._last_begun_in = 0  # the step in which anybody did, or nobody waited
+        self._last_taken_in = -STEPS_BETWEEN_TAKINGS  # the step in which one had to give its place to another
         self._next_deadline = math.inf  # of those that are here, or were
         self._waiting = WaitingLine()
-        self._running: list[Sequence] = []
+        self._running: dict[Sequence, None] = {}  # in the order in which they began
 
     @property
     def num_running(self) -> int:
@@ -109,13 +113,13 @@ class Scheduler:
         self._make_place()
         room = StepRoom(self._max_batch_tokens, self._max_scored_rows, self._takes_whole)
         chosen: list[ScheduledRows] = []
-        standing = self._standing()
-        for sequence in sorted(self._running, key=lambda sequence: (sequence.num_uncomputed > 1, standing[sequence])):
+        order = self._standing()
+        for sequence in sorted(self._running, key=lambda sequence: (sequence.num_uncomputed > 1, order[sequence])):
             try:
                 if reason := sequence.late_finish_reason:
                     self._finish(sequence, TokenEvent(sequence.index, finish_reason=reason))
                 rows = None if sequence.is_held else room.take(sequence, leaves_half=len(self._waiting) > 0)
-                if rows and sequence in self._running and self._make_room(rows, chosen, standing):
+                if rows and sequence in self._running and self._make_room(rows, chosen, order):
                     chosen.append(rows)
                     room.count(rows)
             except Exception as error:  # noqa: BLE001 - one request's boundary
@@ -199,7 +203,8 @@ class Scheduler:
         begun: list[ScheduledRows] = []
         lacking: Sequence | None = None  # the first for which there are too few blocks
         for sequence in self._waiting.turns():
-            if not room.num_rows or not self._has_place:
+            giving = None if self._has_place else self._who_gives_place(sequence)
+            if not room.num_rows or not (self._has_place or giving):
                 break
             try:
                 if lacking is not None and not self._fits_beside(lacking, sequence):
@@ -210,6 +215,9 @@ class Scheduler:
                     continue
                 found = self.cache.find(sequence)
                 if self._can_admit(sequence, found):
+                    if giving is not None:
+                        self._preempt(giving)
+                        self._last_taken_in = self._num_steps
                     begun += self._begin(sequence, found, room)
                 elif lacking is None:
                     lacking = sequence
@@ -265,7 +273,7 @@ class Scheduler:
         It has no rows yet where the step scores as many as it may.
         """
         self._waiting.remove(sequence)
-        self._running.append(sequence)
+        self._running[sequence] = None
         self._ranks.add(sequence.request.adapter_ranks)
         self.cache.begin(sequence, found)
         if sequence.begun_in is None:  # who was preempted has paid
@@ -284,40 +292,36 @@ class Scheduler:
     def _standing(self) -> dict[Sequence, Standing]:
         """Of those that run: the least goes first, and the greatest gives its blocks back first.
 
-        That is the youngest of whoever holds most blocks, tenant and then adapter; the oldest of all is spared. While
-        no step can use up all blocks, age alone counts.
+        While no step can use up all blocks, age alone counts.
         """
-        is_scarce = self.pool.num_free < self.pool.blocks_for(self._max_batch_tokens) + len(self._running)
-        holdings = Holdings(self._running if is_scarce else (), lambda sequence: len(sequence.block_table))
-        oldest = min((sequence.arrival for sequence in self._running), default=0)
-        return {
-            sequence: (sequence.arrival > oldest, *holdings.of(sequence), sequence.arrival)
-            for sequence in self._running
-        }
+        num_left = self.pool.num_free - len(self._running)
+        return standing(self._running, is_scarce=num_left < self.pool.blocks_for(self._max_batch_tokens))
 
     def _make_place(self) -> None:
         """Where for long nobody has begun who waits, take a place for the first in line, if its like have fewer.
 
-        It is the youngest's of whoever has most, tenant and then adapter: a flood of long answers has no more of all
-        places than its share for longer than that.
+        So a flood of long answers has no more of all places than its share for longer than that.
         """
         if self._num_steps - self._last_begun_in < MAX_STEPS_PASSED_OVER or not self._running:
             return
         first = next(self._waiting.turns(), None)
-        places = Holdings(self._running, lambda _sequence: 1)
-        most = max(self._running, key=lambda sequence: (*places.of(sequence), sequence.arrival))
-        if first is not None and places.is_behind(first, most):
-            self._preempt(most)
+        if first is not None and (giving := who_gives_place(self._running, first)):
+            self._preempt(giving)
         self._last_begun_in = self._num_steps
 
-    def _make_room(
-        self, rows: ScheduledRows, chosen: list[ScheduledRows], standing: Mapping[Sequence, Standing]
-    ) -> bool:
+    def _who_gives_place(self, sequence: Sequence) -> Sequence | None:
+        """Where all places are taken, now and then, one that gives its to one whose like have far fewer."""
+        if self._num_steps - self._last_taken_in < STEPS_BETWEEN_TAKINGS or len(self._running) < self._max_num_seqs:
+            return None
+        earlier = [other for other in self._running if other.begun_in != self._num_steps]
+        return who_gives_place(earlier, sequence, FAR_BEHIND)
+
+    def _make_room(self, rows: ScheduledRows, chosen: list[ScheduledRows], order: Mapping[Sequence, Standing]) -> bool:
         """Grow a sequence for its next rows, preempting others; False when it was its own turn to be."""
         sequence = rows.sequence
         while not self.pool.can_grow(sequence.block_table, rows.stop):
             scheduled = {id(rows.sequence) for rows in chosen}
-            victim = max((other for other in self._running if id(other) not in scheduled), key=standing.__getitem__)
+            victim = max((other for other in self._running if id(other) not in scheduled), key=order.__getitem__)
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -331,7 +335,7 @@ class Scheduler:
 
     def _stop(self, sequence: Sequence) -> None:
         """Take a sequence out of those that run, and its blocks from it."""
-        self._running.remove(sequence)
+        del self._running[sequence]
         self._ranks.remove(sequence.request.adapter_ranks)
         self.cache.end(sequence)
 
