@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check isolation fuzz soak bench bench-life bench-encoders bench-formats clients tables gpu-check demo-adapters clean
+.PHONY: help serve test check isolation fuzz soak bench bench-life bench-overload bench-encoders bench-formats clients tables gpu-check demo-adapters clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -54,6 +54,9 @@ bench-formats: $(VENV)/.dev ## measure what hostile grammars cost a stream besid
 
 bench-encoders: $(VENV)/.dev ## measure an encoder's vectors beside sentence-transformers (ARGS=FOLDER of a model of its)
 	$(TOOL) tools/bench_encoders.py $(ARGS)
+
+bench-overload: $(VENV)/.dev ## measure a server that is asked for more than it can do, and who pays for a flood
+	$(TOOL) tools/bench_overload.py $(ARGS)
 
 clients: $(VENV)/.dev ## run other people's clients against a server, and write the table of docs/clients.md (some minutes)
 	$(TOOL) tools/clients $(ARGS)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import httpx
 
@@ -96,7 +97,12 @@ def upload(client: httpx.Client, key: str) -> None:
 def requests(models: Sequence[str], count: int, seed: str) -> list[PromptRequest]:
     """Random prompts, of which no two runs have one in common, answered by each of `models` in turn."""
     rng, ids = Random(seed), range(FIRST_TOKEN_ID, VOCAB_SIZE)
-    fixed = {"max_tokens": OUTPUT_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    fixed: dict[str, Any] = {
+        "max_tokens": OUTPUT_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
     fixed |= {"stream": True, "stream_options": {"include_usage": True}}
     bodies = (
         {"model": models[number % len(models)], "prompt": rng.choices(ids, k=PROMPT_TOKENS)} | fixed

@@ -67,6 +67,25 @@ def test_where_all_places_are_taken_one_more_is_refused_before_its_text_is_looke
     assert int(answer.headers["retry-after"]) >= 1
 
 
+@pytest.mark.parametrize("path", ROUTES)
+def test_where_there_is_room_for_nobody_a_body_is_not_even_read(narrow: Running, path: str) -> None:
+    """What cannot be read is a 400 as long as there is room."""
+    most = narrow.service.admissions.admit(1 + MAX_WAITING, "", BASE), narrow.service.admissions.admit(1, "acme")
+    assert narrow.client.post(path, content=b"{").status_code == 429
+    for admission in most:
+        admission.release()
+    assert narrow.client.post(path, content=b"{").status_code == 400
+
+
+def test_counting_tokens_takes_no_place(narrow: Running) -> None:
+    most = narrow.service.admissions.admit(1 + MAX_WAITING, "", BASE), narrow.service.admissions.admit(1, "acme")
+    body = {"model": BASE, "messages": [{"role": "user", "content": "hi"}]}
+    assert narrow.client.post("/v1/messages/count_tokens", json=body).status_code == 200
+    assert narrow.client.post("/tokenize", json=body).status_code == 200
+    for admission in most:
+        admission.release()
+
+
 def test_a_flood_of_one_adapter_leaves_a_place_to_another(narrow: Running) -> None:
     admission = narrow.service.admissions.admit(1 + MAX_WAITING, "", "sql")
     assert error_of(ask(narrow, model="sql")) == (429, "overloaded")

@@ -140,6 +140,61 @@ def test_whatever_comes_and_goes_counts_agree_and_a_quarter_more_is_the_most(
     admissions.admit(limit + 1)
 
 
+@pytest.mark.parametrize("per_second", [0.1, 2, 5, 20, 1000])
+def test_no_more_are_let_in_than_would_begin_in_time_or_than_run_at_once(per_second: float) -> None:
+    now = [100.0]
+    admissions = Admissions(90, 10, 5, clock=lambda: now[0])
+    assert len(admitted(admissions, "", "sql")) == 100, "nothing is known of how long it takes"
+    admissions = Admissions(90, 10, 5, clock=lambda: now[0])
+    for _ in range(400):
+        now[0] += 1 / per_second
+        admissions.admit(1).release()
+    waiting, in_time = len(admitted(admissions, "", "sql")) - 10, math.ceil(5 * per_second)
+    assert min(90, max(10, in_time)) <= waiting <= min(90, max(10, in_time + 2))
+
+
+def test_who_holds_none_is_let_in_although_far_more_are_here_than_would_begin_in_time() -> None:
+    """As where the answers have become longer: whoever they are of is not let in until they have ended."""
+    now = [100.0]
+    admissions = Admissions(90, 10, 5, clock=lambda: now[0])
+    admitted(admissions, "acme", "sql")
+    now[0] += 10
+    for _ in range(10):
+        admissions.admit(1, "beta").release()
+    assert admitted(admissions, "acme", "sql") == []
+    own = admitted(admissions, "beta", "sql")
+    assert len(own) == 1
+    assert len(admitted(admissions, "acme", "json")) == 0
+    assert len(admitted(admissions, "zeta", "sql")) == 1
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["", "acme", "beta"]), st.sampled_from(["sql", "json"]), st.integers(1, 9))),
+    st.sampled_from([None, 1.0]),
+)
+def test_who_is_refused_before_it_is_known_what_for_would_have_been_refused_for_anything(
+    asked: list[tuple[str, str, int]], seconds: float | None
+) -> None:
+    admissions = Admissions(6, 4, seconds)
+    for tenant, wanted, number in asked:
+        with suppress(RequestError):
+            admission = admissions.admit(number, tenant, wanted)
+            if number == 9:
+                admission.release()
+        for other in ("", "acme", "beta", "zeta"):
+            try:
+                admissions.check_room(other)
+            except RequestError:
+                for name in ("sql", "json", "fr"):
+                    with pytest.raises(RequestError):
+                        admissions.admit(1, other, name)
+            else:
+                with suppress(RequestError):
+                    admissions.admit(1, other, "fr").release()
+                    continue
+                assert admissions._num_held[other] == admissions.num_sequences  # noqa: SLF001 - it is alone
+
+
 def test_who_is_refused_is_told_when_those_who_wait_will_have_begun() -> None:
     now = [100.0]
     admissions = Admissions(40, 10, clock=lambda: now[0])

@@ -128,6 +128,7 @@ class GenerationBody(NamingBody, FormatBody, NullMeansDefault):
     """What all that generates has in common."""
 
     has_content: ClassVar[bool] = True
+    takes_place: ClassVar[bool] = True
 
     n: Annotated[Whole, Field(ge=1, le=MAX_N)] = 1
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0

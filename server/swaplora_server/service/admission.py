@@ -75,21 +75,60 @@ class Admission:
         return lambda: self.release() if next(calls) == count else None
 
 
-class Admissions:
-    """Lets requests in, no more than so many sequences at once. Any thread may ask.
+class EndRate:
+    """How fast things end, by those that did in the last half minute. Not thread-safe."""
 
-    When all places are taken there are a quarter as many again for those who hold few: a tenant, or where one tenant
-    holds all of them an adapter, may have one there as long as it holds no more than are left. So whoever floods gets
-    none of them, and of several who come none gets the last (dynamic thresholds, as switches share their buffers).
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._ends: deque[tuple[float, int]] = deque()  # when, and how many
+
+    def note(self, count: int = 1) -> None:
+        """So many have just ended."""
+        self._ends.append((self._clock(), count))
+        self.per_second()  # forgets those of long ago
+
+    def per_second(self) -> float | None:
+        """None where none has ended."""
+        now = self._clock()
+        while self._ends and self._ends[0][0] < now - RATE_SECONDS:
+            self._ends.popleft()
+        if not self._ends:
+            return None
+        return sum(count for _, count in self._ends) / max(now - self._ends[0][0], MIN_RETRY_SECONDS)
+
+    def retry_seconds(self, count: int) -> int:
+        """When it may be worth asking again: once so many more have ended."""
+        rate = self.per_second()
+        if rate is None:
+            return MIN_RETRY_SECONDS
+        return min(max(math.ceil(count / rate), MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
+
+
+class Admissions:
+    """Lets requests in, as many sequences as may run and some that wait. Any thread may ask.
+
+    As many may wait as run, and more as long as one more would begin within `max_wait_seconds`, at the rate at which
+    others ended lately: a longer queue makes all wait and no more be done. Never more than `max_waiting`, and that many
+    while nothing is known.
+
+    When all these places are taken there are a quarter as many again for those who hold few: a tenant, or where one
+    tenant holds all of them an adapter, may have one there as long as it holds no more than are left, or none at all.
+    So whoever floods gets none of them (dynamic thresholds, as switches share their buffers).
     """
 
-    def __init__(self, max_waiting: int, max_running: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        max_waiting: int,
+        max_running: int,
+        max_wait_seconds: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._limit = max_waiting + max_running
         self._most = self._limit + self._limit // 4
         self._max_running = max_running
-        self._clock = clock
+        self._max_wait_seconds = max_wait_seconds
         self._num_held: Counter[Hashable] = Counter()  # by tenant, and by tenant and what its requests are for
-        self._ends: deque[tuple[float, int]] = deque()  # of the last seconds: when, and how many sequences
+        self._ends = EndRate(clock)  # of sequences
         self.num_sequences = 0  # of requests that were let in and have not given everything back
         self._lock = threading.Lock()
 
@@ -102,43 +141,50 @@ class Admissions:
             )
             raise RequestError("invalid_request", message, "n" if n > 1 else "prompt")
 
+    def check_room(self, tenant: str = "") -> None:
+        """Raise RequestError where there is no room for any request of the tenant, whatever it is for."""
+        with self._lock:
+            is_alone = self._num_held[tenant] == self.num_sequences
+            if not self._has_room(1, 0 if is_alone else self._num_held[tenant]):
+                raise self._refusal()
+
     def admit(self, num_sequences: int, tenant: str = "", wanted: str = "") -> Admission:
-        """Raises RequestError when more would wait than the operator allows, with when it may be worth asking again.
+        """Raises RequestError when more would wait than is good, with when it may be worth asking again.
 
         `wanted` is what the tenant's request is for: an adapter, several, or the base.
         """
         sharers = (tenant, (tenant, wanted))
         with self._lock:
-            if not self._has_room(num_sequences, *sharers):
-                message, seconds = "too many requests are waiting", self._seconds_to_begin()
-                raise RequestError("overloaded", f"{message}; try again in {seconds} s", retry_seconds=seconds)
+            is_alone = self._num_held[tenant] == self.num_sequences
+            if not self._has_room(num_sequences, self._num_held[sharers[is_alone]]):
+                raise self._refusal()
             self._count(num_sequences, sharers)
         return Admission(partial(self._leave, num_sequences, sharers))
 
-    def _has_room(self, num_sequences: int, tenant: Hashable, line: Hashable) -> bool:
-        if self.num_sequences + num_sequences <= self._limit:
+    def _has_room(self, num_sequences: int, num_held: int) -> bool:
+        """For so many of one who holds so many."""
+        here, limit = self.num_sequences, self._num_good()
+        if here < limit and here + num_sequences <= self._limit:
             return True
-        is_alone = self._num_held[tenant] == self.num_sequences
-        num_held = self._num_held[line if is_alone else tenant]
-        return num_held + num_sequences <= self._most - self.num_sequences
+        num_left = min(max(limit + limit // 4 - here, 1), self._most - here)
+        return num_held + num_sequences <= num_left
 
-    def _seconds_to_begin(self) -> int:
-        """Until those who wait now will have begun, at the rate at which others ended in the last seconds."""
-        now = self._clock()
-        self._forget(now)
-        if not self._ends:
-            return MIN_RETRY_SECONDS
-        seconds = max(now - self._ends[0][0], MIN_RETRY_SECONDS)
-        rate = sum(count for _, count in self._ends) / seconds
-        num_waiting = max(0, self.num_sequences - self._max_running)
-        return min(max(math.ceil(num_waiting / rate), MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
+    def _num_good(self) -> int:
+        """How many may be here of those who hold many."""
+        rate = self._ends.per_second()
+        if rate is None or self._max_wait_seconds is None:
+            return self._limit
+        return min(self._limit, self._max_running + max(self._max_running, math.ceil(rate * self._max_wait_seconds)))
+
+    def _refusal(self) -> RequestError:
+        seconds = self._ends.retry_seconds(max(0, self.num_sequences - self._max_running))
+        message = f"too many requests are waiting; try again in {seconds} s"
+        return RequestError("overloaded", message, retry_seconds=seconds)
 
     def _leave(self, num_sequences: int, sharers: tuple[Hashable, ...]) -> None:
         with self._lock:
             self._count(-num_sequences, sharers)
-            now = self._clock()
-            self._ends.append((now, num_sequences))
-            self._forget(now)
+            self._ends.note(num_sequences)
 
     def _count(self, num_sequences: int, sharers: tuple[Hashable, ...]) -> None:
         self.num_sequences += num_sequences
@@ -146,7 +192,3 @@ class Admissions:
             self._num_held[sharer] += num_sequences
             if not self._num_held[sharer]:
                 del self._num_held[sharer]
-
-    def _forget(self, now: float) -> None:
-        while self._ends and self._ends[0][0] < now - RATE_SECONDS:
-            self._ends.popleft()

@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Generic, TypeVar
 
+from swaplora_server.service.admission import EndRate
 from swaplora_server.service.errors import RequestError
 
 GIL_PAUSE = 3
@@ -68,6 +69,7 @@ class Offload:
         self._stack_bytes = stack_bytes
         self._waiting: WorkQueue[Callable[[], None]] = WorkQueue()
         self._running: set[threading.Thread] = set()
+        self._ends = EndRate()  # of jobs
 
     @property
     def num_waiting(self) -> int:
@@ -83,7 +85,9 @@ class Offload:
         Raises RequestError when more would wait than is good. Whoever is cancelled takes a job that waits with it.
         """
         if self.num_running >= self._num_threads and self.num_waiting >= self._max_waiting:
-            raise RequestError("overloaded", "too many requests wait for work as long as this; try again in a moment")
+            seconds = self._ends.retry_seconds(self.num_waiting)
+            message = f"too many requests wait for work as long as this; try again in {seconds} s"
+            raise RequestError("overloaded", message, retry_seconds=seconds)
         result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         begin = partial(self._begin, job, result)
         self._waiting.push(size, begin)
@@ -130,6 +134,7 @@ class Offload:
 
     def _end(self, thread: threading.Thread, end: Callable[[], None]) -> None:
         self._running.discard(thread)
+        self._ends.note()
         end()
         self._begin_waiting()
 

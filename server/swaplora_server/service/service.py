@@ -96,7 +96,7 @@ class Service:
         self.started_at = int(time.time())
         self.is_draining = False
         self.metrics = Metrics(self._state, settings.base_id, self._is_adapter)
-        self.admissions = Admissions(settings.max_waiting, settings.max_num_seqs)
+        self.admissions = Admissions(settings.max_waiting, settings.max_num_seqs, settings.max_wait_seconds)
         # the loop's own threads are for what is short: lists, metrics, changes of names
         self.offload = Offload(settings.tokenizer_threads, settings.max_waiting, "tokenize")
         self.gil_turns = GilTurns()
@@ -121,6 +121,10 @@ class Service:
     def tenant(self) -> str:
         """Whose requests these are; "" for the default one."""
         return ""
+
+    def check_room(self) -> None:
+        """Raise RequestError where no request of the caller's tenant would be let in, whatever it asks for."""
+        self.admissions.check_room(self.tenant)
 
     def reserve_tokens(self, num_tokens: int, param: str) -> Reservation:
         """Take what a request may come to from what its key and its tenant may have; `param` says how much that is.

@@ -1,7 +1,7 @@
 """The body of POST /v1/messages, as Anthropic defines it: messages of blocks, tools, and the text's format."""
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -133,6 +133,8 @@ class Thinking(WireModel):
 class CountBody(GenerationBody):
     """POST /v1/messages/count_tokens, and what it has in common with the answer to it."""
 
+    takes_place: ClassVar[bool] = False
+
     messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
     system: Said | None = None
     tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
@@ -179,6 +181,8 @@ class CountBody(GenerationBody):
 
 class MessagesBody(CountBody):
     """POST /v1/messages."""
+
+    takes_place: ClassVar[bool] = True
 
     max_tokens: MaxTokens
     stop_sequences: Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None

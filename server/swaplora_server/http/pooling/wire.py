@@ -25,6 +25,7 @@ class InputBody(NamingBody, NullMeansDefault):
     """What all requests have in common of which numbers are made."""
 
     has_content: ClassVar[bool] = True
+    takes_place: ClassVar[bool] = True
 
     input: Prompt
     add_special_tokens: bool = True

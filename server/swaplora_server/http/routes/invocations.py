@@ -42,7 +42,7 @@ class InvocationBody(
 ):
     """The body of either route."""
 
-    has_content = True
+    has_content = takes_place = True
 
 
 @router.post("/invocations", openapi_extra=body_schema(InvocationBody), responses=GENERATED)

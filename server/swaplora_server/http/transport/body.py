@@ -33,8 +33,13 @@ def json_body(model: type[Model]) -> Callable[[Request, Service], Coroutine[Any,
 
 
 async def read_json(request: Request, service: Service, model: type[Model]) -> Model:
-    """The request's body as `model`. Raises RequestError with the field at fault, or what to send instead of a form."""
+    """The request's body as `model`. Raises RequestError with the field at fault, or what to send instead of a form.
+
+    Where there would be no room for the request whatever it says, it is refused before anything of it is read.
+    """
     _check_type(request)
+    if model.takes_place:
+        service.check_room()
     limit = service.settings.max_body_bytes
     raw = await read_limited(request, limit if model.has_content else min(limit, MAX_SMALL_BODY_BYTES))
     parse = partial(_parse, model, raw)

@@ -11,6 +11,7 @@ class Body(BaseModel):
     """What a request's body is read as."""
 
     has_content: ClassVar[bool] = False  # such as a prompt, which may be as large as the operator allows
+    takes_place: ClassVar[bool] = False  # among all that runs and waits
 
 
 class WireModel(Body):
