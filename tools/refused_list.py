@@ -11,7 +11,9 @@ from swaplora_server.http.refusals import (
     COMPLETION,
     EMBEDDING,
     MESSAGE,
+    POOLING,
     RESPONSE,
+    SCORING,
     UNSERVED,
     Refusal,
 )
@@ -30,6 +32,8 @@ def listed() -> str:
         "`/v1/responses`, beside those of both": _fields(_without(RESPONSE, ANYWHERE)),
         "`/v1/messages`, beside those of both": _fields(_without(ANTHROPIC, ANYWHERE)),
         "`/v1/embeddings`": _fields(EMBEDDING),
+        "`/pooling`, beside those": _fields(_without(POOLING, EMBEDDING)),
+        "`/score` and `/rerank`": _fields(SCORING),
         "routes": ", ".join(f"`{path}`" for path in UNSERVED),
     }
     table = "".join(f"| {where} | {what} |\n" for where, what in rows.items())

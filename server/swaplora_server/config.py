@@ -35,6 +35,7 @@ FOREIGN_ADAPTER_DIRS = ("NIM_PEFT_SOURCE", "VLLM_LORA_RESOLVER_CACHE_DIR")
 FOREIGN_RESCAN = "NIM_PEFT_REFRESH_INTERVAL"
 ROUTES_BEGIN = (
     "v1",
+    "v2",
     "adapters",
     "classify",
     "docs",
@@ -44,6 +45,9 @@ ROUTES_BEGIN = (
     "metrics",
     "openapi.json",
     "ping",
+    "pooling",
+    "rerank",
+    "score",
     "version",
     "tokenize",
     "detokenize",

@@ -15,11 +15,10 @@ from raw_http import connected, read_answer, request
 from serving import Running, serving, settings
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.access.key_file import create_key, revoke_key
-from swaplora_server.http import operations, routes
+from swaplora_server.http import operations, pooling, routes
 from swaplora_server.http.auth import check_declared
 from swaplora_server.http.foreign import lora_adapters
 from swaplora_server.http.pages import routes_page
-from swaplora_server.http.pooling import classify, embeddings
 
 PUBLIC = {"/health", "/health/ready", "/version", "/ping", "/ui", "/ui/app.js"}
 EACH = {scope: frozenset({scope}) for scope in KeyScope}
@@ -58,9 +57,11 @@ def _scopes(method: str, path: str) -> frozenset[KeyScope]:
 
 
 def _routes() -> Iterator[Route]:
-    found = [module for room in (routes, operations) for module in iter_modules(room.__path__, f"{room.__name__}.")]
+    rooms = (routes, operations, pooling)
+    found = [module for room in rooms for module in iter_modules(room.__path__, f"{room.__name__}.")]
     modules = [import_module(module.name) for module in found]
-    for module in (*modules, lora_adapters, classify, embeddings, routes_page):
+    routed = [module for module in modules if hasattr(module, "router")]
+    for module in (*routed, lora_adapters, routes_page):
         for route in module.router.routes:
             assert isinstance(route, APIRoute)
             yield from (Route(method, route.path, _scopes(method, route.path)) for method in route.methods or ())

@@ -15,7 +15,7 @@ from swaplora_adapters.fit.legacy_names import legacy_names_of
 from swaplora_adapters.fit.module_shape import shape_of
 from swaplora_adapters.weights.module_copy import with_tensors
 from swaplora_server.base.compact_embedding import Bf16Embedding, TiedEmbedding, compact_embedding
-from swaplora_server.base.task_heads import TaskHeads
+from swaplora_server.base.task_heads import TaskHead, TaskHeads
 from swaplora_server.engine.lora.modules import LoraEmbedding, LoraLinear, Replaceable, Wrapped
 from swaplora_server.kernels.backend import Backend, Memory
 from swaplora_server.kernels.cpu.linear import CpuLinear
@@ -64,6 +64,11 @@ class AdaptableLayers:
     def heads(self) -> Mapping[str, HeadShapes]:
         """See `BaseLayers`."""
         return self._heads.shapes
+
+    @property
+    def own_head(self) -> TaskHead | None:
+        """The head of a task that the base has itself."""
+        return self._heads.own
 
     def read(self, name: str) -> Tensor:
         """A parameter as a float32 copy on the CPU; a linear's is [out_features, in_features]. Raises KeyError."""

@@ -21,6 +21,7 @@ from swaplora_server.base.batch_invariant import BatchInvariantMode
 from swaplora_server.engine.pooling.kinds import InputStates
 
 _CLASSES = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoModelForTokenClassification}
+_SAVED_AS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 OF_LAST_TOKEN = frozenset({"SEQ_CLS"})
 """Tasks that need no more of an input than the last token's state."""
 _NUM_LABELS = 7919  # of the pattern of a head: a number that no other size of a model is
@@ -93,16 +94,28 @@ class TaskHeads:
     def build(self, task: str, parameters: Mapping[str, Tensor]) -> "TaskHead":
         """A head with these parameters, and the rest as the base has it."""
         pattern = self._patterns[task]
-        model = copy.deepcopy(pattern.model)
-        for name, _ in pattern.model.named_parameters():
+        model, num_labels = copy.deepcopy(pattern.model), 0
+        for name, like in pattern.model.named_parameters():
             path, _, leaf = name.rpartition(".")
             whole = parameters[name] if name in parameters else self.given[name]
+            if _NUM_LABELS in like.shape:
+                num_labels = whole.shape[like.shape.index(_NUM_LABELS)]
             setattr(model.get_submodule(path), leaf, nn.Parameter(whole, requires_grad=False))
         for path, module in list(model.named_modules()):
             if isinstance(module, nn.Linear):
                 parent, _, name = path.rpartition(".")
                 setattr(model.get_submodule(parent), name, self._prepare(module))
-        return TaskHead(task, model, self._root, pattern.read)
+        return TaskHead(task, model, self._root, pattern.read, num_labels)
+
+    @cached_property
+    def own(self) -> "TaskHead | None":
+        """The head that the base was saved with, if it is one of these tasks' and whole."""
+        saved = tuple(getattr(self._config, "architectures", None) or ())
+        for task, ending in _SAVED_AS.items():
+            shapes = self.shapes.get(task) if any(name.endswith(ending) for name in saved) else None
+            if shapes is not None and shapes.shapes.keys() == shapes.given:
+                return self.build(task, {})
+        return None
 
     @cached_property
     def _patterns(self) -> Mapping[str, _Pattern]:
@@ -164,11 +177,12 @@ def _fits(tensor: Tensor, shape: Sequence[int | None]) -> bool:
 
 
 class TaskHead(nn.Module):
-    """One adapter's head, a `Reader` of what the base made of inputs. Only the engine's thread calls it."""
+    """A head of an adapter or of the base, a `Reader` of what the base made of inputs. Only the engine's thread calls it."""
 
-    def __init__(self, task: str, model: nn.Module, root: str, read: Read) -> None:
+    def __init__(self, task: str, model: nn.Module, root: str, read: Read, num_labels: int) -> None:
         super().__init__()
         self.task = task
+        self.num_labels = num_labels
         self.model = model
         self._root = root
         self._read = read

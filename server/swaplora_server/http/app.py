@@ -18,7 +18,7 @@ from swaplora_server.http.errors import on_client_gone, on_defect, on_http_error
 from swaplora_server.http.foreign import lora_adapters
 from swaplora_server.http.operations import health, keys, metrics
 from swaplora_server.http.pages import routes_page, ui_page
-from swaplora_server.http.pooling import classify, embeddings
+from swaplora_server.http.pooling import classify, embeddings, pooling, rerank, score
 from swaplora_server.http.routes import (
     adapters,
     aliases,
@@ -81,6 +81,9 @@ def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
         tokenize,
         embeddings,
         classify,
+        pooling,
+        score,
+        rerank,
         adapters,
         inspection,
         compose,

@@ -8,6 +8,9 @@ Responses = dict[int | str, dict[str, Any]]
 TEXT: Schema = {"type": "string"}
 NUMBER: Schema = {"type": "integer"}
 OBJECT: Schema = {"type": "object"}
+REAL: Schema = {"type": "number"}
+REALS: Schema = {"type": "array", "items": REAL}
+VECTOR: Schema = {"anyOf": [REALS, {"type": "array", "items": REALS}, TEXT]}  # of each token one, or all as base64
 OBJECTS: Schema = {"type": "array", "items": OBJECT}
 _OR_NULL: Schema = {"type": ["string", "null"]}
 _KEYS: Schema = {
@@ -41,6 +44,14 @@ def refused_as(schema: Schema) -> Responses:
 GENERATED = streamed(
     object_of(id=TEXT, object=TEXT, created=NUMBER, model=TEXT, choices=OBJECTS, usage=OBJECT, system_fingerprint=TEXT)
 )
+
+
+def listed_as(**item: Schema) -> Responses:
+    """A list of such items, made of a request's inputs."""
+    items: Schema = {"type": "array", "items": object_of(index=NUMBER, **item)}
+    return answers(object_of(id=TEXT, object=TEXT, created=NUMBER, model=TEXT, data=items, usage=OBJECT), 200)
+
+
 ERROR = object_of(error=object_of(message=TEXT, type=TEXT, param=_OR_NULL, code=TEXT))
 REFUSED = refused_as(ERROR)
 

@@ -114,16 +114,42 @@ ANTHROPIC: dict[str, Refusal] = _DIALOGUE | {
     "context_management": Refusal(),
     "speed": Refusal(("standard",)),
 }
-EMBEDDING: dict[str, Refusal] = {
-    "messages": Refusal(([],), "send the text as input"),
-    "embed_dtype": Refusal(("float32",), "numbers are float32"),
-    "endianness": Refusal(("native", "little"), "base64 holds little-endian numbers"),
+_WHOLE: dict[str, Refusal] = {
     "lora_request": Refusal(instead=_NAME_IT),
     "merged_adapters": Refusal(instead="adapters adds deltas, and POST /v1/merged makes one adapter of several"),
     "adapter_source": Refusal(("local",), "PUT /v1/adapters/NAME takes the source, and model the name"),
     "parameters": Refusal(({},), "send what it holds beside model, which names the adapter"),
     "mm_processor_kwargs": Refusal(({},)),
     "vllm_xargs": Refusal(({},)),
+}
+EMBEDDING: dict[str, Refusal] = {
+    "messages": Refusal(([],), "send the text as input"),
+    "embed_dtype": Refusal(("float32",), "numbers are float32"),
+    "endianness": Refusal(("native", "little"), "base64 holds little-endian numbers"),
+    **_WHOLE,
+}
+_CUTS = Refusal((False, "none", "NONE"), "truncate_prompt_tokens says how much is kept, of which -1 is what fits")
+POOLING: dict[str, Refusal] = EMBEDDING | {
+    "data": Refusal(instead="send the text as input"),
+    "normalize": Refusal(instead="use_activation says it here"),
+    "softmax": Refusal(instead="use_activation says it here"),
+    "activation": Refusal(instead="use_activation says it here"),
+}
+SCORING: dict[str, Refusal] = _WHOLE | {
+    "softmax": Refusal(instead="use_activation says it here"),
+    "activation": Refusal(instead="use_activation says it here"),
+    "raw_scores": Refusal((False,), "use_activation false gives logits"),
+    "truncate": _CUTS,
+    "truncation": _CUTS,
+    "truncation_direction": Refusal(("right", "Right"), "truncation_side says it here"),
+    "rank_fields": Refusal(([], ["text"]), "text is what is read"),
+    "max_chunks_per_doc": Refusal((1,), "max_tokens_per_doc cuts documents"),
+    "overlap_tokens": _ZERO,
+    "instruction": Refusal(("",), "put it into the query"),
+    "chat_template": Refusal(instead="pairs are encoded as transformers does"),
+    "chat_template_kwargs": Refusal(({},)),
+    "return_embeddings": _OFF,
+    "return_token_ids": _OFF,
 }
 MESSAGE: dict[str, Refusal] = {
     "audio": Refusal(instead="send text"),
@@ -135,8 +161,7 @@ UNSERVED = (
     *("/v1/responses/", "/v1/messages/", "/v1/moderations", "/v1/audio", "/v1/images", "/v1/videos"),
     *("/v1/files", "/v1/uploads", "/v1/batches", "/v1/fine_tuning", "/v1/vector_stores", "/v1/containers"),
     *("/v1/assistants", "/v1/threads", "/v1/conversations", "/v1/realtime", "/v1/evals", "/v1/engines", "/v1/edits"),
-    *("/v1/chat/completions/", "/v1/organization", "/v1/score", "/v1/rerank", "/v2/rerank", "/rerank", "/score"),
-    *("/pooling", "/generate", "/inference/v1"),
+    *("/v1/chat/completions/", "/v1/organization", "/generate", "/inference/v1"),
 )
 _GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/models")
 _SERVED = "POST /v1/chat/completions and /v1/completions generate, GET /v1/models lists who answers"

@@ -85,7 +85,7 @@ class PromptTokenizer:
     ) -> list[int]:
         """What is kept of `prompt`. Of a text no more is looked at than may matter; RequestError where it did."""
         if not isinstance(prompt, str):
-            return _kept(prompt, truncation)
+            return kept(prompt, truncation)
         num_characters = truncation.num_tokens * self._max_token_characters * LOOKED_AT
         text = prompt[-num_characters:] if truncation.keeps_end else prompt[:num_characters]
         encode = partial(self._truncated, text, add_special_tokens, truncation)
@@ -103,7 +103,7 @@ class PromptTokenizer:
         encoding.truncate(
             max(0, truncation.num_tokens - num_special), direction="left" if truncation.keeps_end else "right"
         )
-        return _kept(backend.post_process(encoding, None, add_special_tokens).ids, truncation)
+        return kept(backend.post_process(encoding, None, add_special_tokens).ids, truncation)
 
     def _check_length(self, text: str, param: str) -> None:
         if len(text) > self.max_characters:
@@ -130,6 +130,7 @@ class PromptTokenizer:
         return RequestError("context_length_exceeded", message, param)
 
 
-def _kept(token_ids: Sequence[int], truncation: Truncation) -> list[int]:
+def kept(token_ids: Sequence[int], truncation: Truncation) -> list[int]:
+    """What a truncation leaves of some tokens."""
     start = max(0, len(token_ids) - truncation.num_tokens) if truncation.keeps_end else 0
     return list(token_ids[start : start + truncation.num_tokens])

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,11 @@ from swaplora_server.engine.pooling.kinds import Reader
 from swaplora_server.engine.request import AdapterUse
 from swaplora_server.http.answers import adapter_headers
 from swaplora_server.http.foreign.names import terms_of
-from swaplora_server.http.pooling.wire import WHAT_FITS, InputBody
+from swaplora_server.http.pooling.wire import WHAT_FITS, InputBody, WholeBody
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.tasks import asker_of, salt_of, urgency_of
 from swaplora_server.service.errors import RequestError
+from swaplora_server.service.pooling.inputs import Encoded, SingleInputs, single_inputs
 from swaplora_server.service.pooling.pooling import Pooled, PoolingTask, pool
 from swaplora_server.service.prompts import Truncation
 from swaplora_server.service.service import Service
@@ -28,19 +29,80 @@ Reading = Callable[[Sequence[AdapterUse]], Reader]
 Told = Callable[[Pooled], list[dict[str, Any]]]
 
 
-async def answer_pooled(
-    request: Request, service: Service, body: InputBody, reader: Reading, id_prefix: str, told: Told
+async def answer_inputs(
+    request: Request,
+    service: Service,
+    body: InputBody,
+    reader: Reading,
+    id_prefix: str,
+    told: Told,
+    max_tokens: int | None = None,
 ) -> Response:
-    """Have all inputs computed, and answer with what is `told` of each."""
+    """Have each input computed by itself, and answer with what is `told` of each.
+
+    Raises RequestError for inputs of more than `max_tokens`, all together.
+    """
     _check(body)
-    pooled = await until_disconnect(request.receive, pool(service, _task(request, service, body, reader)))
-    write = partial(_written, body, pooled, id_prefix, told)
+    encode = partial(
+        service.tokenizer.encode_all,
+        body.inputs,
+        body.input_param,
+        add_special_tokens=body.add_special_tokens,
+        truncation=truncation_of(service, body),
+    )
+
+    async def encoded() -> SingleInputs:
+        inputs = await single_inputs(service, encode, body.input_param, reader)
+        if max_tokens is not None and inputs.most_tokens > max_tokens:
+            message = f"an answer has the numbers of {max_tokens} tokens at most, and these are {inputs.most_tokens}"
+            raise RequestError("invalid_request", f"{message}: send fewer inputs", "input")
+        return inputs
+
+    pooled = await pooled_of(request, service, body, encoded, "input", len(body.inputs))
+
+    def written() -> dict[str, Any]:
+        return {
+            "id": f"{id_prefix}-{uuid.uuid4().hex}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": body.model,
+            "data": told(pooled),
+            "usage": usage(pooled),
+        }
+
+    return await answered(pooled, written)
+
+
+async def pooled_of(
+    request: Request,
+    service: Service,
+    body: WholeBody,
+    encode: Callable[[], Awaitable[Encoded]],
+    param: str,
+    num_at_once: int,
+) -> Pooled:
+    """What comes of the inputs that `encode` makes, for the request's own caller and as it asks. See `PoolingTask`."""
+    task = PoolingTask(
+        model=body.model,
+        encode=encode,
+        param=param,
+        num_at_once=num_at_once,
+        adapters=terms_of(service, body),
+        cache_salt=salt_of(request, body.cache_salt),
+        urgency=urgency_of(request, body.priority),
+        asker=asker_of(request, body.user),
+    )
+    return await until_disconnect(request.receive, pool(service, task))
+
+
+async def answered(pooled: Pooled, written: Callable[[], dict[str, Any]]) -> Response:
+    """What is `written` of it, as JSON: off the event loop where it is long."""
     is_long = sum(part.size for part in pooled.vectors) > _LONG_NUMBERS
-    content = await asyncio.to_thread(write) if is_long else write()
+    content = await asyncio.to_thread(lambda: to_json(written())) if is_long else to_json(written())
     return Response(content, headers=adapter_headers(pooled.records), media_type="application/json")
 
 
-def truncation_of(service: Service, body: InputBody) -> Truncation | None:
+def truncation_of(service: Service, body: WholeBody) -> Truncation | None:
     """What is kept of each input, if they are cut. Raises RequestError for more than the context holds."""
     wanted, most = body.truncate_prompt_tokens, service.max_model_len
     if wanted is None:
@@ -58,41 +120,7 @@ def _check(body: InputBody) -> None:
             raise RequestError("invalid_request", f"{param} is empty: send some text, or leave it out", param)
 
 
-def _task(request: Request, service: Service, body: InputBody, reader: Reading) -> PoolingTask:
-    encode = partial(
-        service.tokenizer.encode_all,
-        body.inputs,
-        body.input_param,
-        add_special_tokens=body.add_special_tokens,
-        truncation=truncation_of(service, body),
-    )
-    return PoolingTask(
-        model=body.model,
-        encode=encode,
-        num_inputs=len(body.inputs),
-        reader=reader,
-        adapters=terms_of(service, body),
-        cache_salt=salt_of(request, body.cache_salt),
-        urgency=urgency_of(request, body.priority),
-        asker=asker_of(request, body.user),
-        input_param=body.input_param,
-    )
-
-
-def _written(body: InputBody, pooled: Pooled, id_prefix: str, told: Told) -> bytes:
-    return to_json(
-        {
-            "id": f"{id_prefix}-{uuid.uuid4().hex}",
-            "object": "list",
-            "created": int(time.time()),
-            "model": body.model,
-            "data": told(pooled),
-            "usage": _usage(pooled),
-        }
-    )
-
-
-def _usage(pooled: Pooled) -> dict[str, Any]:
+def usage(pooled: Pooled) -> dict[str, Any]:
     """Token counts over all inputs."""
     return {
         "prompt_tokens": pooled.num_prompt_tokens,

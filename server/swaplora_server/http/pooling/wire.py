@@ -1,4 +1,4 @@
-"""The bodies of requests for embeddings, as OpenAI defines them and vLLM extends them. Imports no torch."""
+"""The bodies of requests for numbers of inputs, as OpenAI defines them and vLLM extends them. Imports no torch."""
 
 from functools import cached_property
 from typing import Annotated, ClassVar, Literal
@@ -21,19 +21,24 @@ from swaplora_server.http.wire import (
 WHAT_FITS = -1  # as vLLM has it
 
 
-class InputBody(NamingBody, NullMeansDefault):
-    """What all requests have in common of which numbers are made."""
+class WholeBody(NamingBody, NullMeansDefault):
+    """What all requests have in common that have numbers made of whole inputs."""
 
     has_content: ClassVar[bool] = True
     takes_place: ClassVar[bool] = True
 
-    input: Prompt
-    add_special_tokens: bool = True
     truncate_prompt_tokens: Annotated[Whole, Field(ge=WHAT_FITS, le=MAX_PROMPT_TOKENS)] | None = None
     truncation_side: Literal["left", "right"] = "right"
     user: Annotated[str, Field(max_length=MAX_USER_CHARACTERS)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
     priority: Priority = 0
+
+
+class InputBody(WholeBody):
+    """Of which numbers are made, each input by itself."""
+
+    input: Prompt
+    add_special_tokens: bool = True
 
     @cached_property
     def inputs(self) -> list[str | list[int]]:
@@ -61,3 +66,12 @@ class ClassifyBody(InputBody):
     """POST /classify and /v1/classify."""
 
     use_activation: bool = True
+
+
+class PoolingBody(InputBody):
+    """POST /pooling."""
+
+    task: Literal["embed", "classify", "token_embed", "token_classify"] | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[Whole, Field(ge=1, le=MAX_INT)] | None = None
+    use_activation: bool | None = None

@@ -31,11 +31,11 @@ def check_dimensions(service: Service, wanted: int | None) -> None:
 def embeddings(vectors: Sequence[Vector], dimensions: int | None, *, normalises: bool) -> list[Vector]:
     """Each cut to its first `dimensions` numbers; of length 1 if `normalises`."""
     cut = [vector[:dimensions] for vector in vectors]
-    return [_normalised(vector) for vector in cut] if normalises else cut
+    return [normalised(vector) for vector in cut] if normalises else cut
 
 
-def _normalised(vector: Vector) -> Vector:
-    """The same for a vector, whatever it lies beside."""
-    length = np.sqrt(np.square(vector, dtype=np.float64).sum())
-    normalised: Vector = (vector / max(length, 1e-12)).astype(np.float32)
-    return normalised
+def normalised(vectors: Vector) -> Vector:
+    """[..., hidden_size], each of length 1, the same whatever it lies beside."""
+    lengths = np.sqrt(np.square(vectors, dtype=np.float64).sum(-1, keepdims=True))
+    found: Vector = (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
+    return found

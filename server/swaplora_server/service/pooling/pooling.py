@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,8 +16,8 @@ from swaplora_server.log_lines import notes
 from swaplora_server.service.adapter_mix import NOBODY, AdapterMix, Asker, MixTerm, invoked_at, lease_mix, wanted_by
 from swaplora_server.service.admission import NO_HURRY, Admission, Urgency
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.generation import Encode, check_ids
 from swaplora_server.service.metrics.records import GenerationRecord, Outcome
+from swaplora_server.service.pooling.inputs import Encoded, Reading
 from swaplora_server.service.service import Service
 from swaplora_server.service.wakeups import in_time
 
@@ -29,14 +29,13 @@ class PoolingTask:
     """What one request wants: a vector of each of its inputs, by the base or by adapters."""
 
     model: str
-    encode: Encode
-    num_inputs: int
+    encode: Callable[[], Awaitable[Encoded]]
+    param: str  # the field that has the texts
+    num_at_once: int  # inputs that it has with the engine at once, if the engine has room for so many
     adapters: tuple[MixTerm, ...] = ()  # added to the base, which is then the model
-    reader: Callable[[Sequence[AdapterUse]], Reader]  # what reads inputs' hidden states, by who answers
     cache_salt: str | None = None
     urgency: Urgency = NO_HURRY
     asker: Asker = NOBODY
-    input_param: Callable[[int], str] = lambda _number: "input"  # of the input of this number
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +43,7 @@ class Pooled:
     """What came of it: what was read of each input, in their order; an embedding is [hidden_size]."""
 
     vectors: Sequence[Vector]
+    reader: Reader
     uses: Sequence[AdapterUse]  # who answered; none for the base
     records: Sequence[VersionRecord]  # the versions that answer; of a sum all, in order; none for the base
     num_prompt_tokens: int
@@ -57,42 +57,26 @@ async def pool(service: Service, task: PoolingTask) -> Pooled:
     """
     began = time.monotonic()
     service.check_serving()
-    width = min(task.num_inputs, service.max_rows)
+    width = min(task.num_at_once, service.max_rows)
     wanted = wanted_by(service, task.model, task.adapters)
     admission, reservation = service.admissions.admit(width, service.tenant, wanted), NOTHING
     try:
         async with in_time(task.urgency.deadline(began)):
-            inputs = await task.encode()
+            encoded = await task.encode()
             service.check_serving()
-            for number, token_ids in enumerate(inputs):
-                check_input(service, token_ids, task.input_param(number))
-            reservation = service.reserve_tokens(sum(map(len, inputs)), task.input_param(0))
+            reservation = service.reserve_tokens(encoded.most_tokens, task.param)
             mix = await lease_mix(service, task.model, task.adapters, task.asker, admission)
             asked_at = time.monotonic()
             uses = await mix.uses()
             seconds = time.monotonic() - asked_at
-            reads = task.reader(uses)
-        starts = [invoked_at(token_ids, uses, task.input_param(number)) for number, token_ids in enumerate(inputs)]
+        reading = encoded.reading(uses)
+        starts = [invoked_at(one.token_ids, uses, one.param) for one in reading.inputs]
     except BaseException:
         reservation.settle(0)
         admission.release()
         raise
-    pooling = _Pooling(service, task, inputs, mix, reads, began, seconds, reservation)
+    pooling = _Pooling(service, task, reading, mix, began, seconds, reservation)
     return await pooling.run(uses, starts, admission, width)
-
-
-def check_input(service: Service, token_ids: Sequence[int], param: str) -> None:
-    """Raise RequestError for an input that is empty, is not of the base's vocabulary, or does not fit the context."""
-    if not token_ids:
-        raise RequestError("invalid_request", f"{param} is empty: send some text, or leave it out", param)
-    check_ids(service, token_ids, param)
-    if len(token_ids) > service.max_model_len:
-        raise RequestError(
-            "context_length_exceeded",
-            f"This model's maximum context length is {service.max_model_len} tokens. However, {param} has "
-            f"{len(token_ids)}. Shorten it, or send truncate_prompt_tokens, of which -1 keeps as many as fit.",
-            param,
-        )
 
 
 class _Pooling:
@@ -102,9 +86,8 @@ class _Pooling:
         self,
         service: Service,
         task: PoolingTask,
-        inputs: Sequence[Sequence[int]],
+        reading: Reading,
         mix: AdapterMix,
-        reads: Reader,
         began: float,
         seconds_for_adapters: float,
         reservation: Reservation,
@@ -112,9 +95,8 @@ class _Pooling:
         """`began` is the moment, on the monotonic clock, at which the client's wait began."""
         self._service = service
         self._task = task
-        self._inputs = inputs
+        self._reads, self._inputs = reading
         self._records = mix.records
-        self._reads = reads
         self._began = began
         self._seconds_for_adapters = seconds_for_adapters
         self._reservation = reservation
@@ -123,7 +105,7 @@ class _Pooling:
         self._uses: Sequence[AdapterUse] = ()
         self._running: dict[int, Request] = {}
         self._num_begun = 0
-        self._vectors: list[Vector | None] = [None] * len(inputs)
+        self._vectors: list[Vector | None] = [None] * len(self._inputs)
         self._num_cached_tokens = 0
         self._begun_at: float | None = None
         self._failure: RequestError | None = None
@@ -151,14 +133,18 @@ class _Pooling:
         if self._failure is not None:
             raise self._failure
         vectors = [vector for vector in self._vectors if vector is not None]
-        num_tokens = sum(map(len, self._inputs))
-        return Pooled(vectors, self._uses, self._records, num_tokens, self._num_cached_tokens)
+        return Pooled(vectors, self._reads, self._uses, self._records, self._num_tokens(), self._num_cached_tokens)
+
+    def _num_tokens(self, num_inputs: int | None = None) -> int:
+        """Of the first so many inputs, or of all."""
+        return sum(len(one.token_ids) for one in self._inputs[:num_inputs])
 
     def _request(self, uses: tuple[AdapterUse, ...], starts: Sequence[int], number: int) -> Request:
         request_id = structlog.contextvars.get_contextvars().get("request_id", "")
+        one = self._inputs[number]
         return Request(
             request_id=f"{request_id}-{number}",
-            prompt_ids=tuple(self._inputs[number]),
+            prompt_ids=tuple(one.token_ids),
             params=_NOTHING_GENERATED,
             emit=partial(self._post, number),
             adapters=uses,
@@ -168,6 +154,7 @@ class _Pooling:
             deadline=self._task.urgency.deadline(self._began),
             invoked_at=starts[number],
             reads=self._reads,
+            token_types=None if one.token_types is None else tuple(one.token_types),
         )
 
     def _begin_next(self) -> None:
@@ -200,7 +187,7 @@ class _Pooling:
 
     def _finish(self) -> None:
         del self._request_of  # which holds weights
-        self._reservation.settle(sum(len(self._inputs[number]) for number in range(self._num_begun)))
+        self._reservation.settle(self._num_tokens(self._num_begun))
         record = self._record()
         self._service.metrics.observe(record)
         self._notes.update(record.told())
@@ -214,7 +201,7 @@ class _Pooling:
         return GenerationRecord(
             outcome=outcome,
             adapters=tuple(self._service.stored_name(record.name) for record in self._records),
-            num_prompt_tokens=sum(map(len, self._inputs)),
+            num_prompt_tokens=self._num_tokens(),
             num_generated=(0,) * len(self._inputs),
             finish_reasons=(reason.get(outcome, FinishReason.ERROR),) * len(self._inputs),
             max_tokens=0,
