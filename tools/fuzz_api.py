@@ -42,7 +42,10 @@ NOT_HELD = {
     "ensure_resource_availability",
     "object_level_authorization",
 }
-SOUND: Mapping[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "prompt": "hi", "input": "hi"}
+SOUND: Mapping[str, Any] = {
+    "messages": [{"role": "user", "content": "hi"}],
+    **dict.fromkeys(("prompt", "input", "query", "text_1", "text_2"), "hi"),
+}
 FEW_TOKENS, CONTEXT = 3, 96
 ROUND = 12  # cases drawn of one operation before the next one has its turn
 Operation = APIOperation[Any, Any, Any, Any]

@@ -18,7 +18,8 @@ from serving import Running
 from swaplora_server.cli import app
 from swaplora_server.config import Settings
 from swaplora_server.http import errors, operations, pooling, routes
-from swaplora_server.http.pooling.wire import ClassifyBody, EmbeddingBody
+from swaplora_server.http.pooling.score_wire import RerankBody, ScoreBody
+from swaplora_server.http.pooling.wire import ClassifyBody, EmbeddingBody, PoolingBody
 from swaplora_server.http.wire import ChatBody, CompletionBody
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -133,6 +134,9 @@ def test_every_field_that_is_honoured_is_in_the_api() -> None:
                 *ChatBody.model_fields,
                 *EmbeddingBody.model_fields,
                 *ClassifyBody.model_fields,
+                *PoolingBody.model_fields,
+                *ScoreBody.model_fields,
+                *RerankBody.model_fields,
             },
         )
         == []
