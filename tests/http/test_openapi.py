@@ -187,7 +187,8 @@ def test_a_method_that_is_not_served_is_told_all_that_are(server: Running, docum
 def test_no_value_in_any_field_of_any_body_makes_the_server_fail(
     server: Running, adapters: list[Path], document: dict[str, Any]
 ) -> None:
-    for method, path, schema in json_schemas(document):
+    unlike = {json.dumps(schema): (method, path, schema) for method, path, schema in json_schemas(document)}
+    for method, path, schema in unlike.values():  # several paths may be one route
         store(server, adapters[4])
         url = path.format(name=STORED, alias=ALIAS)
         for field in schema.get("properties", ()):

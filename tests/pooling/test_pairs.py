@@ -49,7 +49,7 @@ def test_pairs_are_encoded_and_cut_as_transformers_does(
     longest = room + layout.num_special
     right = tokenizer(first, second, truncation="longest_first", max_length=longest)
     texts = [tokenizer.encode(text, add_special_tokens=False) for text in (first, second)]
-    lengths = kept_of_pair(*map(len, texts), room)
+    lengths = kept_of_pair(len(texts[0]), len(texts[1]), room)
     cut = [kept(text, Truncation(length, keeps_end)) for text, length in zip(texts, lengths, strict=True)]
     filled = layout.filled(*cut)
     assert filled.token_ids == right["input_ids"]
