@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from serving import BASE, Running, serving, settings
 from swaplora_server.service.pooling import tokens
 from tiny_encoders import EncoderOracle
-from tiny_heads import save_classifier
+from tiny_heads import ClassOracle, save_classifier
 from tiny_pairs import PairOracle, save_pair_base
 
 TOLERANCE = 1e-4
@@ -22,12 +22,13 @@ DOCUMENTS = ["a fox", "the dog is lazy", "quick", "a fox", "brown foxes are quic
 
 
 class Case:
-    """A server with a cross-encoder and a classifier of three labels."""
+    """A server with a cross-encoder, a classifier of three labels, and one of tokens."""
 
-    def __init__(self, running: Running, base: Path, folder: Path) -> None:
+    def __init__(self, running: Running, base: Path, adapters: dict[str, Path]) -> None:
         self.running = running
         self.base = base
-        self.oracle = PairOracle(base, folder)
+        self.adapters = adapters
+        self.oracle = PairOracle(base, adapters["cross"])
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.running.client.post(path, json={"model": "cross"} | body)
@@ -48,14 +49,15 @@ class Case:
 def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     folder = tmp_path_factory.mktemp("rerank")
     base = save_pair_base(folder / "base", "bert")
-    cross = save_classifier(folder / "cross", base, "bert", seed=1, num_labels=1)
+    kinds = {"cross": (1, "SEQ_CLS"), "three": (3, "SEQ_CLS"), "tokens": (2, "TOKEN_CLS")}
+    adapters = {
+        name: save_classifier(folder / name, base, "bert", seed=number, num_labels=number, task=task)
+        for name, (number, task) in kinds.items()
+    }
     with serving(settings(base, folder / "data", max_batch_tokens=256, max_num_seqs=8, kv_cache_bytes=None)) as running:
-        for name, own in (
-            ("cross", cross),
-            ("three", save_classifier(folder / "3", base, "bert", seed=3, num_labels=3)),
-        ):
+        for name, own in adapters.items():
             assert running.put(name, own).status_code == 201
-        yield Case(running, base, cross)
+        yield Case(running, base, adapters)
 
 
 def test_an_answer_has_vllms_shape_and_counts_the_tokens_that_were_computed(case: Case) -> None:
@@ -123,10 +125,12 @@ def test_more_pairs_than_fit_a_step_are_answered_in_one(case: Case) -> None:
         assert scores[number] == case.scores(text_1=QUERY, text_2=documents[number])[0]
 
 
-def test_a_head_of_three_labels_scores_nothing(case: Case) -> None:
+def test_a_head_of_three_labels_scores_nothing_and_one_of_tokens(case: Case) -> None:
     for path, body in (("/score", {"text_1": "a", "text_2": "b"}), ("/rerank", {"query": "a", "documents": ["b"]})):
         param, message = case.refusal(path, model="three", **body)
         assert (param, "3 labels" in message) == ("model", True)
+        param, message = case.refusal(path, model="tokens", **body)
+        assert (param, "labels tokens" in message) == ("model", True)
 
 
 @pytest.mark.parametrize(
@@ -189,3 +193,15 @@ def test_each_token_has_a_vector(case: Case, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(tokens, "MAX_NUMBERS", 4 * 32)
     param, message = case.refusal("/pooling", model=BASE, input=ids, task="token_embed")
     assert (param, "4 tokens at most, and these are 5" in message) == ("input", True)
+
+
+def test_each_token_has_labels(case: Case) -> None:
+    ids = [256, 5, 40, 41, 257]
+    right = ClassOracle(case.base, case.adapters["tokens"], 2, "TOKEN_CLS").logits(ids)
+    (logits,) = pooled(case, model="tokens", input=ids, task="token_classify", use_activation=False)
+    assert np.abs(np.array(logits) - right).max() <= TOLERANCE
+    (scores,) = pooled(case, model="tokens", input=ids)
+    powers = np.exp(right)
+    assert np.abs(np.array(scores) - powers / powers.sum(1, keepdims=True)).max() <= TOLERANCE
+    assert case.refusal("/pooling", model="three", input=ids, task="token_classify")[0] == "model"
+    assert case.refusal("/pooling", model="tokens", input=ids, task="classify")[0] == "model"

@@ -9,7 +9,8 @@ from serving import Running
 from swaplora_server.base.task_heads import TaskHead
 from swaplora_server.engine.pooling.kinds import LAST_TOKEN
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.pooling.classes import activated, classifier, token_classifier
+from swaplora_server.service.pooling.classes import activated
+from swaplora_server.service.pooling.heads import classifier, token_classifier
 from tiny_encoders import ARCHITECTURES, save_encoder
 from tiny_heads import ClassOracle, save_classifier
 from tiny_steps import Asked, loaded, read, use_of
@@ -35,7 +36,7 @@ def test_sixteen_of_one_step_equal_peft_alone_to_the_same_bits_in_any_company(
     asked: list[Asked] = []
     for token_ids, name in zip(given, names, strict=True):
         readers = token_classifier if name.startswith("TOKEN") else classifier
-        asked.append((token_ids, uses[name], readers(uses[name])) if name else (token_ids, (), LAST_TOKEN))
+        asked.append((token_ids, uses[name], readers(base, uses[name])) if name else (token_ids, (), LAST_TOKEN))
     runner = base.input_runner()
     together = read(runner, asked)
     oracles = {name: ClassOracle(folder, folders[name], number, task) for name, (task, number) in tasks.items()}
@@ -61,11 +62,11 @@ def test_who_labels_tokens_does_not_classify_and_the_other_way_round(tmp_path: P
     whole = use_of(base, save_classifier(tmp_path / "w", folder, "bert", seed=1, num_labels=3))
     assert isinstance(tokens[0].weights.head, TaskHead)
     with pytest.raises(RequestError, match="is TOKEN_CLS, not SEQ_CLS; it labels tokens: ask /pooling"):
-        classifier(tokens)
+        classifier(base, tokens)
     with pytest.raises(RequestError, match="is SEQ_CLS, not TOKEN_CLS; it classifies whole inputs: ask /classify"):
-        token_classifier(whole)
+        token_classifier(base, whole)
     with pytest.raises(RequestError, match="no head that labels tokens: name an adapter whose task_type is TOKEN_CLS"):
-        token_classifier(())
+        token_classifier(base, ())
 
 
 def test_on_a_decoder_a_head_of_tokens_has_no_place(base: Path, server: Running, tmp_path: Path) -> None:

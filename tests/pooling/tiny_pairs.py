@@ -26,19 +26,30 @@ def save_pair_base(folder: Path, architecture: str, **config: Any) -> Path:
     return folder
 
 
+def save_whole_classifier(folder: Path, num_labels: int) -> Path:
+    """A BERT that was saved with a head behind it."""
+    save_pair_base(folder, "bert")
+    names = {str(number): f"kind {number}" for number in range(num_labels)}
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, id2label=names)
+    with torch.no_grad():
+        model.classifier.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(num_labels))
+    model.save_pretrained(folder)
+    return folder
+
+
 def _edit(file: Path, **fields: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 class PairOracle:
-    """Stock transformers in float32 with one cross-encoder."""
+    """Stock transformers in float32 with one cross-encoder, which may be the base itself."""
 
-    def __init__(self, base: Path, adapter: Path) -> None:
+    def __init__(self, base: Path, adapter: Path | None = None) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         model = AutoModelForSequenceClassification.from_pretrained(
             base, dtype=torch.float32, attn_implementation="eager", num_labels=1
         )
-        self._model = PeftModel.from_pretrained(model, str(adapter)).eval()
+        self._model = (model if adapter is None else PeftModel.from_pretrained(model, str(adapter))).eval()
 
     @torch.no_grad()
     def logit(self, query: str, document: str, options: Mapping[str, Any] | None = None) -> float:

@@ -74,10 +74,12 @@ class TaskHeads:
         tasks: Collection[str] = _CLASSES.keys(),
         given: Mapping[str, Tensor] | None = None,
         pooler: Collection[str] = (),
+        device: torch.device | None = None,
     ) -> None:
         """`root` is what a model with a head calls the base; `given` are parameters of heads that the base has.
 
-        `prepare` makes of a linear one that computes the same faster; `pooler` are the paths of those in the base's.
+        `prepare` makes of a linear one that computes the same faster; `pooler` are the paths of those in the base's,
+        which lies on `device`.
         """
         self._config = config
         self._root = root
@@ -85,6 +87,7 @@ class TaskHeads:
         self._tasks = tasks
         self.given = given or {}
         self._pooler = frozenset(pooler)
+        self._device = device
 
     @cached_property
     def shapes(self) -> Mapping[str, HeadShapes]:
@@ -114,7 +117,7 @@ class TaskHeads:
         for task, ending in _SAVED_AS.items():
             shapes = self.shapes.get(task) if any(name.endswith(ending) for name in saved) else None
             if shapes is not None and shapes.shapes.keys() == shapes.given:
-                return self.build(task, {})
+                return self.build(task, {}).to(self._device)
         return None
 
     @cached_property
@@ -177,7 +180,7 @@ def _fits(tensor: Tensor, shape: Sequence[int | None]) -> bool:
 
 
 class TaskHead(nn.Module):
-    """A head of an adapter or of the base, a `Reader` of what the base made of inputs. Only the engine's thread calls it."""
+    """An adapter's head or the base's own, a `Reader` of what the base made of inputs. The engine's thread calls it."""
 
     def __init__(self, task: str, model: nn.Module, root: str, read: Read, num_labels: int) -> None:
         super().__init__()

@@ -115,6 +115,7 @@ def prepare_encoder(
         lambda linear: backend.linear(linear, backend.memory(0)),
         given=given,
         pooler=[path for path in wrapped if path.startswith(f"{root}.pooler.")],
+        device=device,
     )
     layers = AdaptableLayers(wrapped, addressable, {}, backend, dtype, model.config.model_type, root, heads)
     trial.prove_adapters(wrapped, layers)
