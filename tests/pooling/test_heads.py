@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from swaplora_adapters.errors import InvalidAdapterError
+from swaplora_server.base.task_heads import TaskHead
 from swaplora_server.engine.pooling.kinds import Reader
 from swaplora_server.engine.request import AdapterUse
-from swaplora_server.service.pooling.classes import head_of
 from tiny_encoders import save_encoder, save_feature_adapter
 from tiny_heads import ClassOracle, save_classifier
 from tiny_steps import loaded, read, use_of
@@ -21,8 +21,8 @@ IDS = [5, 40, 41, 200, 6]
 
 
 def reader_of(uses: tuple[AdapterUse, ...]) -> Reader:
-    head = head_of(uses)
-    assert head is not None
+    head = uses[0].weights.head
+    assert isinstance(head, TaskHead)
     return head
 
 

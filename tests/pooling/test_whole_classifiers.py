@@ -1,5 +1,6 @@
 """Bases that were saved with a head: it answers for the base, and for adapters that bring none."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ class Case:
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     folder = tmp_path_factory.mktemp("whole")
     base = save_whole_classifier(folder / "base", request.param)
+    if request.param == 1:  # as sentence-transformers 6 writes it; older ones had it in config.json
+        activation = {"activation_fn": "torch.nn.modules.linear.Identity"}
+        (base / "config_sentence_transformers.json").write_text(json.dumps(activation))
     adapter = save_feature_adapter(folder / "plain", base, seed=4)
     with serving(settings(base, folder / "data", kv_cache_bytes=None)) as running:
         bare = save_pair_base(folder / "bare", "bert")
@@ -69,5 +73,5 @@ def test_a_base_with_a_head_of_one_label_is_a_cross_encoder(case: Case) -> None:
         assert "the head of who answers has 3 labels" in told["error"]["message"]
         return
     oracle = PairOracle(case.base)
-    right = [oracle.score(QUERY, document) for document in DOCUMENTS]
+    right = [oracle.logit(QUERY, document) for document in DOCUMENTS]
     assert np.abs(np.array([one["score"] for one in told["data"]]) - right).max() <= TOLERANCE

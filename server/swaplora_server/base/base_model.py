@@ -64,6 +64,7 @@ class BaseModel:
     fingerprint: str  # of all that it computes and reads with
     tolerance: float  # by how much rounding may move a logit, in standard deviations of its row
     pooling: Pooling = LAST_TOKEN  # how a vector is made of an input's hidden states
+    score_activation: str | None = None  # what its folder says beside the config that scores of pairs go through
 
     def runner(self, num_blocks: int, block_size: int) -> Runner:
         return Runner(self.model, self.backend, self.backend.paged_kv(num_blocks, block_size))

@@ -145,6 +145,7 @@ SCORING: dict[str, Refusal] = _WHOLE | {
     "rank_fields": Refusal(([], ["text"]), "text is what is read"),
     "max_chunks_per_doc": Refusal((1,), "max_tokens_per_doc cuts documents"),
     "overlap_tokens": _ZERO,
+    "relevant_spans": Refusal(),
     "instruction": Refusal(("",), "put it into the query"),
     "chat_template": Refusal(instead="pairs are encoded as transformers does"),
     "chat_template_kwargs": Refusal(({},)),

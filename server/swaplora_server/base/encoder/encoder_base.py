@@ -137,6 +137,7 @@ def prepare_encoder(
         fingerprint=fingerprint,
         tolerance=expected.tolerance,
         pooling=sentence_config.pooling,
+        score_activation=sentence_config.score_activation,
         pooler=pooler,
     )
 

@@ -1,6 +1,7 @@
 """What a sentence-transformers folder says beside the model: how vectors are made, their length, the longest input.
 
-Of another folder's model vectors are the mean of all states, as sentence-transformers makes them then, of length 1.
+It says what a cross-encoder's scores go through, too. Of another folder's model vectors are the mean of all states, as
+sentence-transformers makes them then, of length 1.
 """
 
 import json
@@ -29,17 +30,19 @@ _NAMES = {"mean": PoolingKind.MEAN, "max": PoolingKind.MAX, **{kind.value: kind 
 
 @dataclass(frozen=True, slots=True)
 class SentenceConfig:
-    """`max_tokens` None is as many as the model has positions for."""
+    """`max_tokens` None is as many as the model has positions for; `score_activation` is a path in torch.nn."""
 
     pooling: Pooling
     max_tokens: int | None = None
+    score_activation: str | None = None
 
 
 def read_sentence_config(source: str | Path) -> SentenceConfig:
     """Of a folder or hub id. Raises UnsupportedModelError for a module that is not served, by its name."""
     modules = _json(source, _MODULES)
+    activation = (_json(source, "config_sentence_transformers.json") or {}).get("activation_fn")
     if modules is None:
-        return SentenceConfig(Pooling(PoolingKind.MEAN))
+        return SentenceConfig(Pooling(PoolingKind.MEAN), score_activation=activation)
     by_kind = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in modules}
     unknown = sorted(by_kind.keys() - {"Transformer", "Pooling", "Normalize"})
     if unknown or by_kind.get("Transformer"):
@@ -49,7 +52,8 @@ def read_sentence_config(source: str | Path) -> SentenceConfig:
         )
     pooling = _json(source, f"{by_kind['Pooling']}/config.json") if "Pooling" in by_kind else None
     own = _json(source, "sentence_bert_config.json") or {}
-    return SentenceConfig(Pooling(_kind(pooling or {}), "Normalize" in by_kind), own.get("max_seq_length"))
+    kind = Pooling(_kind(pooling or {}), "Normalize" in by_kind)
+    return SentenceConfig(kind, own.get("max_seq_length"), activation)
 
 
 def _kind(config: Mapping[str, Any]) -> PoolingKind:

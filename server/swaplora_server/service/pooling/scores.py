@@ -118,17 +118,18 @@ def _has_types(service: Service) -> bool:
 
 
 def _has_sigmoid(service: Service) -> bool:
-    """Whether scores are of 0 to 1, as a CrossEncoder of sentence-transformers has it: unless its config says other.
+    """Whether scores are of 0 to 1, as a CrossEncoder of sentence-transformers has it: unless its files say other.
 
     Raises RequestError for a function that is not served.
     """
-    config = service.base.model.config
+    base, config = service.base, service.base.model.config
     own = getattr(config, "sentence_transformers", None) or {}
-    named = own.get("activation_fn") or getattr(config, "sbert_ce_default_activation_function", None) or _SIGMOID
+    older = getattr(config, "sbert_ce_default_activation_function", None)
+    named = base.score_activation or own.get("activation_fn") or older or _SIGMOID
     name = str(named).rpartition(".")[2]
     if name not in (_SIGMOID, _IDENTITY):
         message = (
-            f"the base's config has scores go through {name[:64]}, which is not served: use_activation false gives"
+            f"the base's files have scores go through {name[:64]}, which is not served: use_activation false gives"
         )
         raise RequestError("invalid_request", f"{message} them without", "use_activation")
     return name == _SIGMOID
