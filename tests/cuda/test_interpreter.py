@@ -16,7 +16,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is for L
 
 def test_kernels_are_right_under_the_interpreter() -> None:
     paths = sorted(map(str, Path(__file__).parent.glob("interpreted_*.py")))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+    }
     plugins = ("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "patched_once")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "--noconftest", *plugins, *paths],
