@@ -1,5 +1,6 @@
 """The kernels' own tests, in a process for which they are compiled otherwise, one variant after the other."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -7,26 +8,42 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from repository import KERNEL_CACHE
+from swaplora_server.kernels.cpu import build
+
 Variant = dict[str, str]  # what the environment asks for: see `build.variant`
 # tests load the kernels where they are imported, which is done once for each variant; torch is imported once for all
 _RUN = """
-import json, os, pytest, sys
-paths = sys.argv[2:]
-for variant in json.loads(sys.argv[1]):
+import json, kernel_variants, os, pytest, sys
+kernel_variants.build._compile_one = kernel_variants.compile_once
+for variant, paths in json.loads(sys.argv[1]):
     os.environ.update(variant)
     for name in [name for name, module in sys.modules.items() if getattr(module, "__file__", None) in paths]:
         del sys.modules[name]
     if pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *paths]) != pytest.ExitCode.OK:
         sys.exit(f"in {variant}")
 """
+_compile_one = build._compile_one  # noqa: SLF001
 
 
-def run_tests(variants: Sequence[Variant], names: Sequence[str]) -> None:
-    """Each of `variants` sets what the others set."""
-    assert len({frozenset(variant) for variant in variants}) == 1
-    paths = [str(Path(__file__).with_name(name)) for name in names]
+def compile_once(compiler: str, folder: Path, source: Path) -> Path:
+    """For `build._compile_one`: most files are the same in several variants once the preprocessor has run."""
+    flags = build._flags()  # noqa: SLF001
+    command = [compiler, *flags, f"-I{build.CSRC}", "-E", str(source)]
+    code = subprocess.run(command, check=True, capture_output=True).stdout
+    others = [flag for flag in flags if not flag.startswith("-D")]
+    kept = KERNEL_CACHE / f"{hashlib.sha256(json.dumps([compiler, *others]).encode() + code).hexdigest()}.o"
+    if not kept.exists():
+        os.replace(_compile_one(compiler, folder, source), kept)
+    return kept
+
+
+def run_tests(variants: Sequence[tuple[Variant, Sequence[str]]]) -> None:
+    """The tests in files of these names, in each variant. Each of `variants` sets what the others set."""
+    assert len({frozenset(variant) for variant, _ in variants}) == 1
+    paths = [(variant, [str(Path(__file__).with_name(name)) for name in names]) for variant, names in variants]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", _RUN, json.dumps(variants), *paths]
+    command = [sys.executable, "-c", _RUN, json.dumps(paths)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert done.stdout.count(" passed") == len(variants)
