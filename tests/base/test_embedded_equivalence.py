@@ -15,6 +15,7 @@ from sixteen_adapters import SHAPES, stream_all
 from swaplora_server.embedded import ensure_embedded_base
 
 TOLERANCE = 1e-4
+NAMES = [f"s{number}" for number in range(len(SHAPES))]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,36 +33,44 @@ def base() -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(base: Path) -> Any:
-    """The stock model in float32: PEFT's adapters are put on it one at a time."""
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the sixteen are saved, each in a folder of its name."""
+    return tmp_path_factory.mktemp("sixteen")
 
 
 @pytest.fixture(scope="module")
-def sixteen(model: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("sixteen")
-    return [save(model, folder / f"s{number}", number, **shape) for number, shape in enumerate(SHAPES)]
+def tuned(base: Path, folder: Path) -> PeftModel:
+    """The stock model in float32, and sixteen adapters on it, one of which is active at a time."""
+    tuned: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for number, shape in enumerate(SHAPES):
+        config = config_of(**shape)
+        if number == 0:
+            tuned = get_peft_model(tuned, config, NAMES[0])
+        else:
+            tuned.add_adapter(NAMES[number], config)
+        fill(tuned, number)
+    tuned.save_pretrained(folder)
+    return tuned.eval()  # type: ignore[no-any-return]
 
 
-def save(model: Any, folder: Path, seed: int, rank: int, alpha: float | None = None, **fields: Any) -> Path:
-    """An adapter made by PEFT with seeded values, strong enough that it changes what is said."""
+def config_of(rank: int, alpha: float | None = None, **fields: Any) -> LoraConfig:
     targets = fields.pop(
         "target_modules", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     fields.pop("layers_to_transform", None)
     if "rank_pattern" in fields:
         fields["rank_pattern"] = {name: r for name, r in fields["rank_pattern"].items() if "layers" not in name}
-    config = LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=list(targets), **fields)
-    tuned = get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(seed)
+    return LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=list(targets), **fields)
+
+
+def fill(tuned: PeftModel, number: int) -> None:
+    """Seeded values, strong enough that they change what is said."""
+    generator = torch.Generator().manual_seed(number)
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
-            if "lora_" in name:
-                strength = 0.05 / rank**0.5 if "lora_B" in name else parameter.shape[-1] ** -0.5
+            if f".{NAMES[number]}." in name:
+                strength = 0.05 / SHAPES[number]["rank"] ** 0.5 if "lora_B" in name else parameter.shape[-1] ** -0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * strength)
-    tuned.save_pretrained(folder)
-    tuned.unload()
-    return folder
 
 
 def worst_error(tuned: Any, prompt: list[int], said: Streamed) -> tuple[float, float]:
@@ -74,25 +83,22 @@ def worst_error(tuned: Any, prompt: list[int], said: Streamed) -> tuple[float, f
 
 
 async def test_seventeen_streams_at_once_equal_peft_alone(
-    base: Path, model: Any, sixteen: list[Path], tmp_path: Path
+    base: Path, tuned: PeftModel, folder: Path, tmp_path: Path
 ) -> None:
     with serving(settings(base, tmp_path, kv_cache_bytes=256 << 20)) as server:
-        for folder in sixteen:
-            assert server.put(folder.name, folder).status_code == 201
-        names = [BASE, *(folder.name for folder in sixteen)]
-        answers = await stream_all(server, names)
-        prompts = {name: prompt_of(server, name) for name in names}
-    plain = answers[0]
-    assert max(worst_error(model, prompts[BASE], plain)) <= TOLERANCE
-    moved = []
-    for name, folder, said in zip(names[1:], sixteen, answers[1:], strict=True):
-        moved.append(worst_error(model, prompts[name], said)[0])
-        tuned = PeftModel.from_pretrained(model, str(folder)).eval()
+        for name in NAMES:
+            assert server.put(name, folder / name).status_code == 201
+        plain, *answers = await stream_all(server, [BASE, *NAMES])
+        prompts = {name: prompt_of(server, name) for name in (BASE, *NAMES)}
+    with tuned.disable_adapter():
+        assert max(worst_error(tuned, prompts[BASE], plain)) <= TOLERANCE
+        moved = any(worst_error(tuned, prompts[name], said)[0] > 0.5 for name, said in zip(NAMES, answers, strict=True))
+    assert moved, "the adapters change nothing, so this shows nothing"
+    for name, said in zip(NAMES, answers, strict=True):
+        tuned.set_adapter(name)
         error, missed = worst_error(tuned, prompts[name], said)
-        tuned.unload()
         assert error <= TOLERANCE, name
         assert missed <= 2 * TOLERANCE, name
-    assert max(moved) > 0.5, "the adapters change nothing, so this shows nothing"
 
 
 def prompt_of(server: Running, name: str) -> list[int]:
