@@ -50,7 +50,7 @@ def tuned(base: Path, folder: Path) -> PeftModel:
             tuned.add_adapter(NAMES[number], config)
         fill(tuned, number)
     tuned.save_pretrained(folder)
-    return tuned.eval()  # type: ignore[no-any-return]
+    return tuned.eval()
 
 
 def config_of(rank: int, alpha: float | None = None, **fields: Any) -> LoraConfig:

@@ -21,11 +21,11 @@ def of_all() -> Any:
 
 
 class _Block(language.block_type):  # type: ignore[misc]
-    """Made as Triton makes it."""
+    __init__ = language.block_type.__init__  # as it is before this plugin
 
 
 class _Tensor(language.tensor):  # type: ignore[misc]
-    """Made as Triton makes it."""
+    __init__ = language.tensor.__init__  # likewise
 
 
 @cache
@@ -73,7 +73,6 @@ _patch, _nothing = interpreter._patch_lang, interpreter._LangPatchScope()  # noq
 of_all.__globals__.update(tl=language, core=language.core)
 _patch(of_all)
 interpreter._patch_lang = lambda _function: _nothing  # noqa: SLF001
-_Block.__init__, language.block_type.__init__ = language.block_type.__init__, _init_block
-_Tensor.__init__, language.tensor.__init__ = language.tensor.__init__, _init_tensor
+language.block_type.__init__, language.tensor.__init__ = _init_block, _init_tensor
 interpreter._get_np_dtype = _np_dtype_of  # noqa: SLF001
 TritonSemantic.binary_op_sanitize_overflow_impl = _refuse_overflow

@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from server_process import SMALL, process
+from server_process import SMALL, forked
 from serving import Running
 
 PROMPT = list(range(70, 90))
 
 
 def test_acknowledged_adapters_survive_kill_nine(base: Path, adapters: list[Path], tmp_path: Path) -> None:
-    with process(base, tmp_path, *SMALL) as (server, client):
+    with forked(base, tmp_path, *SMALL) as (server, client):
         running = Running(str(client.base_url), None, client)  # type: ignore[arg-type]  # another process's
         for name, folder in [("one", adapters[0]), ("two", adapters[1]), ("one", adapters[2])]:
             assert running.put(name, folder).status_code in (200, 201)
@@ -23,7 +23,7 @@ def test_acknowledged_adapters_survive_kill_nine(base: Path, adapters: list[Path
         answers = [running.token_ids(name, PROMPT) for name in ("one", "two")]
         os.kill(server.pid, signal.SIGKILL)
         server.wait()
-    with process(base, tmp_path, *SMALL) as (server, client):
+    with forked(base, tmp_path, *SMALL) as (server, client):
         running = Running(str(client.base_url), None, client)  # type: ignore[arg-type]  # another process's
         again = [client.get(f"/v1/adapters/{name}").json() for name in ("one", "two")]
         for before, after in zip(cards, again, strict=True):
@@ -33,7 +33,7 @@ def test_acknowledged_adapters_survive_kill_nine(base: Path, adapters: list[Path
 
 
 def test_two_servers_on_one_data_folder_is_one_line(base: Path, tmp_path: Path) -> None:
-    with process(base, tmp_path, *SMALL):
+    with forked(base, tmp_path, *SMALL):
         command = [
             sys.executable,
             "-m",

@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fake_hub import Answer, run_fake_hub
-from server_process import SMALL, process, starting
+from server_process import SMALL, forked, starting
 from serving import Running
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 
@@ -110,7 +110,7 @@ def test_all_end_whole_after_a_signal_and_a_second_waits_for_nobody(
     base: Path, adapters: list[Path], tmp_path: Path
 ) -> None:
     flags = (*SMALL, *FOR_EVER, "--drain-seconds", "600", *room_for_one(*adapters[:2]))
-    with process(base, tmp_path, *flags) as (server, client), ThreadPoolExecutor(NUM_STREAMS + 1) as pool:
+    with forked(base, tmp_path, *flags) as (server, client), ThreadPoolExecutor(NUM_STREAMS + 1) as pool:
         put_two(client, *adapters[:2])
         asking = Asking(client, pool)
         body = {"model": "held", "prompt": PROMPT, "max_tokens": 60, "ignore_eos": True}
@@ -135,7 +135,7 @@ def test_all_end_whole_after_a_signal_and_a_second_waits_for_nobody(
 
 def test_what_outlives_the_time_to_drain_is_told_so(base: Path, adapters: list[Path], tmp_path: Path) -> None:
     flags = (*SMALL, *FOR_EVER, "--drain-seconds", "0.2", *room_for_one(*adapters[:2]))
-    with process(base, tmp_path, *flags) as (server, client), ThreadPoolExecutor(NUM_STREAMS + 1) as pool:
+    with forked(base, tmp_path, *flags) as (server, client), ThreadPoolExecutor(NUM_STREAMS + 1) as pool:
         put_two(client, *adapters[:2])
         asking = Asking(client, pool)
         body = {"model": "held", "prompt": PROMPT, "max_tokens": 400, "ignore_eos": True}

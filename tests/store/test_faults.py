@@ -19,7 +19,7 @@ import pytest
 import crash
 from crash import Allowed, Hurt, Nursery, Thread
 from repository import ROOT
-from server_process import SMALL, free_port, process, wait_ready
+from server_process import SMALL, forked, free_port, wait_ready
 from serving import Running, serving, settings
 from soak import size
 from swaplora_adapters.files.digest import hex_of
@@ -134,7 +134,7 @@ def test_a_catalogue_that_cannot_be_written_is_507_for_every_change_and_serving_
 ) -> None:
     if reason := crash.why_not():
         pytest.skip(reason)
-    with process(base, tmp_path, *SMALL) as (server, client):
+    with forked(base, tmp_path, *SMALL) as (server, client):
         running = Running(str(client.base_url), None, client)  # type: ignore[arg-type]  # another process's
         assert running.put("kept", adapters[0]).status_code == 201
         expected, before = running.token_ids("kept", PROMPT), cards(running)

@@ -15,7 +15,7 @@ import pytest
 
 import crash
 from crash import Allowed, Hurt, Nursery, Thread
-from server_process import SMALL, process
+from server_process import SMALL, forked
 from serving import Running
 from soak import size
 from swaplora_adapters.config.parse import parse_spec
@@ -165,7 +165,7 @@ def test_sigkill_of_the_server_at_any_time_loses_nothing_acknowledged(
     allowed: Allowed = {}
     num_acknowledged = num_cut_off = 0
     for kill in range(NUM_KILLS + 1):
-        with process(base, tmp_path, *SMALL) as (server, client):
+        with forked(base, tmp_path, *SMALL) as (server, client):
             running = Running(str(client.base_url), None, client)  # type: ignore[arg-type]  # another process's
             answers = answers or answers_by_digest(running, adapters)
             listed = check_listed(running, allowed, answers)

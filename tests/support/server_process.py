@@ -1,10 +1,15 @@
-"""`swaplora serve` in a process of its own, as a user starts it."""
+"""`swaplora serve` in a process of its own: as a user starts it, or forked from one that has imported what it needs."""
 
+import functools
+import json
+import os
+import select
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,9 +41,7 @@ def process(base: Path, data_dir: Path, *flags: str) -> Iterator[tuple[subproces
 @contextmanager
 def starting(base: str, data_dir: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
     """The same, from its first moment on."""
-    cache = ROOT / ".cache"
-    command = [sys.executable, "-m", "swaplora_server", "serve", base]
-    command += ["--data-dir", str(data_dir), "--cache-dir", str(cache), *flags]
+    command = [sys.executable, "-m", "swaplora_server", "serve", *_arguments(base, data_dir), *flags]
     with free_port() as port:
         server = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL)
         try:
@@ -49,9 +52,102 @@ def starting(base: str, data_dir: Path, *flags: str) -> Iterator[tuple[subproces
             server.wait()
 
 
-def wait_ready(server: subprocess.Popen[bytes], client: httpx.Client) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
+@contextmanager
+def forked(base: Path, data_dir: Path, *flags: str) -> Iterator[tuple["Forked", httpx.Client]]:
+    """Like `process`, without the seconds that imports take. What an import reads in the environment is as it was."""
+    with free_port() as port:
+        server = Forked(["serve", *_arguments(str(base), data_dir), *flags, "--port", str(port)])
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
+                wait_ready(server, client)
+                yield server, client
+        finally:
+            server.kill()
+            server.wait()
+
+
+def _arguments(base: str, data_dir: Path) -> list[str]:
+    return [base, "--data-dir", str(data_dir), "--cache-dir", str(ROOT / ".cache")]
+
+
+# For each message it forks a process that forks the server, says its number on the socket that came, and waits for it.
+_TEMPLATE = """
+import contextlib, json, os, socket, sys
+import transformers.models.llama.modeling_llama
+from swaplora_server import cli, serve
+
+control = socket.socket(fileno=int(sys.argv[1]))
+while (message := socket.recv_fds(control, 1 << 20, 1))[0]:
+    if not os.fork():
+        break
+    os.close(message[1][0])
+else:
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
+    sys.exit()
+control.close()
+answers = socket.socket(fileno=message[1][0])
+if pid := os.fork():
+    answers.send(b"%d" % pid)
+    answers.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    os._exit(0)
+answers.close()
+for descriptor in range(3):
+    os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
+sys.argv[1:], environment = json.loads(message[0])
+os.environ.clear()
+os.environ.update(environment)
+cli.main()
+"""
+
+
+@functools.cache
+def _template() -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
+    """One for all servers of this process; it ends with this process, which closes the socket."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        command = [sys.executable, "-c", _TEMPLATE, str(theirs.fileno())]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        return ours, subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
+
+
+class Forked:
+    """A process that is no child of this one, with what `subprocess.Popen` has for those that are."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._answers, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            message = json.dumps([arguments, dict(os.environ)]).encode()
+            socket.send_fds(_template()[0], [message], [theirs.fileno()])
+        self.pid = int(self._answers.recv(100))
+        self._status: int | None = None
+
+    def poll(self) -> int | None:
+        return self._ended(0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        status = self._ended(timeout)
+        assert status is not None, f"runs on after {timeout} s"
+        return status
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def _ended(self, timeout: float | None) -> int | None:
+        if self._status is None and select.select([self._answers], [], [], timeout)[0]:
+            self._status = int(self._answers.recv(100))
+            self._answers.close()
+        return self._status
+
+
+def wait_ready(server: "subprocess.Popen[bytes] | Forked", client: httpx.Client) -> None:
+    """However long it takes: a machine may be busy."""
+    while True:
         assert server.poll() is None, "the server ended while starting"
         try:
             if client.get("/health/ready").status_code == 200:
@@ -59,4 +155,3 @@ def wait_ready(server: subprocess.Popen[bytes], client: httpx.Client) -> None:
         except httpx.TransportError:
             pass
         time.sleep(0.1)
-    raise AssertionError("the server did not become ready")
