@@ -25,7 +25,7 @@ from repository import ROOT
 from serving import BASE, Running, serving, settings, stream_chat
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 
-HANG_SECONDS = 60
+HANG_SECONDS = 600
 PROMPT = list(range(30, 50))
 STREAM_TOKENS = 60
 
