@@ -4,6 +4,7 @@ A life takes the `STEPS` through a registry and says after each how it went. Wha
 of the n-th call of one system call by one thread. Run as a program, this is the process that forks.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -251,6 +252,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:  # what is imported late is imported now
         _live(folder, 0, "main", "plain", 1, ready=lambda _thread_id: None, tell=lambda _line: None)
+    gc.freeze()  # no child looks through what it has from here, which would copy it
     while command := os.read(0, 4096):
         if (child := os.fork()) == 0:
             _live(*json.loads(command), ready=_wait_for_strace, tell=_tell)
