@@ -15,7 +15,7 @@ from raw_http import connected, read_answer, request
 from serving import Running, serving, settings
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.access.key_file import create_key, revoke_key
-from swaplora_server.http import operations, pooling, routes
+from swaplora_server.http import evaluations, operations, pooling, routes
 from swaplora_server.http.auth import check_declared
 from swaplora_server.http.foreign import lora_adapters
 from swaplora_server.http.pages import routes_page
@@ -44,7 +44,7 @@ class Route(NamedTuple):
 
     @property
     def url(self) -> str:
-        return self.path.replace(":path", "").format(name="x", model="x", alias="x", key_id="x")
+        return self.path.replace(":path", "").format(name="x", model="x", alias="x", key_id="x", evaluation_id="x")
 
 
 def _scopes(method: str, path: str) -> frozenset[KeyScope]:
@@ -57,7 +57,7 @@ def _scopes(method: str, path: str) -> frozenset[KeyScope]:
 
 
 def _routes() -> Iterator[Route]:
-    rooms = (routes, operations, pooling)
+    rooms = (routes, operations, pooling, evaluations)
     found = [module for room in rooms for module in iter_modules(room.__path__, f"{room.__name__}.")]
     modules = [import_module(module.name) for module in found]
     routed = [module for module in modules if hasattr(module, "router")]

@@ -444,7 +444,7 @@ def test_every_route_but_the_public_ones_wants_the_key(base: Path, tmp_path: Pat
         assert len(paths) >= 17
         for path, methods in paths.items():
             for method in methods:
-                url = path.format(name="x", model="x", alias="x", key_id="x")
+                url = path.format(name="x", model="x", alias="x", key_id="x", evaluation_id="x")
                 for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "correct"}):
                     answer = locked.client.request(method, url, headers=headers)
                     is_public = path in ("/health", "/health/ready", "/version", "/ping")

@@ -111,7 +111,7 @@ def test_a_byte_order_mark_is_no_part_of_a_body(server: Running) -> None:
 def test_head_is_answered_wherever_get_is_without_a_body(loaded: Running) -> None:
     paths = loaded.client.get("/openapi.json").json()["paths"]
     for path, operations in [*paths.items(), ("/openapi.json", {"get": {}}), ("/nowhere", {"get": {}})]:
-        url = path.format(name="tuned", model="tuned", alias="nobody", key_id="x")
+        url = path.format(name="tuned", model="tuned", alias="nobody", key_id="x", evaluation_id="x")
         head = loaded.client.head(url)
         assert head.content == b""
         if "get" in operations:

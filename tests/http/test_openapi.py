@@ -29,6 +29,8 @@ SOUND = {
     "lora_path": '"other"',
     "name": '"other"',
     "src": '"other"',
+    "task": '[{"prompt": "hi", "answer": "ho"}]',
+    "models": f'["{STORED}"]',
 }
 OURS, ANTHROPICS = frozenset({"message", "type", "param", "code"}), frozenset({"message", "type"})
 HOSTILE = [
@@ -173,13 +175,17 @@ def test_the_document_asks_for_a_key_where_one_is_needed(base: Path, tmp_path: P
         assert {*found["components"]["securitySchemes"]} == {"key", "x-api-key"}
         for path, operations in found["paths"].items():
             for method, operation in operations.items():
-                answer = locked.client.request(method, path.format(name=STORED, model=STORED, alias=ALIAS, key_id="x"))
+                answer = locked.client.request(
+                    method, path.format(name=STORED, model=STORED, alias=ALIAS, key_id="x", evaluation_id="x")
+                )
                 assert (answer.status_code == 401) == bool(operation["security"]), (method, path)
 
 
 def test_a_method_that_is_not_served_is_told_all_that_are(server: Running, document: dict[str, Any]) -> None:
     for path, operations in document["paths"].items():
-        answer = server.client.request("TRACE", path.format(name=STORED, model=STORED, alias=ALIAS, key_id="x"))
+        answer = server.client.request(
+            "TRACE", path.format(name=STORED, model=STORED, alias=ALIAS, key_id="x", evaluation_id="x")
+        )
         assert answer.status_code == 405
         assert answer.headers["Allow"] == ", ".join(sorted(method.upper() for method in operations)), path
 
@@ -190,7 +196,7 @@ def test_no_value_in_any_field_of_any_body_makes_the_server_fail(
     unlike = {json.dumps(schema): (method, path, schema) for method, path, schema in json_schemas(document)}
     for method, path, schema in unlike.values():  # several paths may be one route
         store(server, adapters[4])
-        url = path.format(name=STORED, alias=ALIAS)
+        url = path.format(name=STORED, alias=ALIAS, evaluation_id="x")
         for field in schema.get("properties", ()):
             for raw in HOSTILE:
                 answer = server.client.request(method, url, **body(schema, field, raw))

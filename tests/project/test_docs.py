@@ -17,7 +17,7 @@ from repository import ROOT
 from serving import Running
 from swaplora_server.cli import app
 from swaplora_server.config import Settings
-from swaplora_server.http import errors, operations, pooling, routes
+from swaplora_server.http import errors, evaluations, operations, pooling, routes
 from swaplora_server.http.pooling.score_wire import RerankBody, ScoreBody
 from swaplora_server.http.pooling.wire import ClassifyBody, EmbeddingBody, PoolingBody
 from swaplora_server.http.wire import ChatBody, CompletionBody
@@ -243,7 +243,7 @@ def _commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def _routes() -> Iterator[str]:
     """As `GET /v1/models`."""
-    for package in (routes, operations, pooling):
+    for package in (routes, operations, pooling, evaluations):
         for module in iter_modules(package.__path__, f"{package.__name__}."):
             router = getattr(import_module(module.name), "router", None)
             for route in router.routes if router else ():

@@ -15,6 +15,7 @@ from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import authorise, check_declared, is_public, needs
 from swaplora_server.http.described import REFUSED, with_keys
 from swaplora_server.http.errors import on_client_gone, on_defect, on_http_error, on_invalid_parameter, on_request_error
+from swaplora_server.http.evaluations import routes as evaluations
 from swaplora_server.http.foreign import lora_adapters
 from swaplora_server.http.operations import health, keys, metrics
 from swaplora_server.http.pages import routes_page, ui_page
@@ -88,6 +89,7 @@ def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
         inspection,
         compose,
         aliases,
+        evaluations,
         control,
         lora_adapters,
         metrics,

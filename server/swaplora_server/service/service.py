@@ -39,6 +39,7 @@ from swaplora_server.service.admission import Admissions
 from swaplora_server.service.chat_template import ChatTemplate
 from swaplora_server.service.derivations import Derivations
 from swaplora_server.service.errors import RequestError
+from swaplora_server.service.evaluations.evaluations import Evaluations
 from swaplora_server.service.grammar.grammars import Grammars
 from swaplora_server.service.grammar.vocabulary import grammar_tokenizer
 from swaplora_server.service.ingest import Ingest, TenantIngest
@@ -80,6 +81,7 @@ class Service:
     base: BaseModel
     engine: Engine
     derivations: Derivations
+    evaluations: Evaluations
     tokenizer: PromptTokenizer
     grammars: Grammars
     max_model_len: int
@@ -171,6 +173,7 @@ class Service:
             opened.callback(self.keys.stop)
             self._registry = self._open_registry()
             opened.callback(self._registry.close)
+            self.evaluations = Evaluations(settings.data_dir / "evaluations")
             self._take_in_named_adapters()
             self._ingest = Ingest(self.registry, settings.adapter_dir, settings.resolver, _report_ingest)
             opened.callback(self._ingest.join)

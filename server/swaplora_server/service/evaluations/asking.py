@@ -1,0 +1,121 @@
+"""One item asked of one model, behind all else that waits, and what the answer is worth."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from swaplora_server.engine.request import SamplingParams
+from swaplora_server.evaluation.metrics import answer_scores, choice_scores
+from swaplora_server.evaluation.task import Item
+from swaplora_server.service.admission import Urgency
+from swaplora_server.service.errors import RequestError
+from swaplora_server.service.generation import Generation, GenerationTask, generate
+from swaplora_server.service.service import Service
+
+LAST = 2**31 - 1  # of priorities
+LOOK_SECONDS = 0.02
+_AGAIN = frozenset({"overloaded", "rate_limited", "memory_full"})
+_MEMORY_SECONDS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """How every item is asked: greedily, with as many tokens, until one of the `stop` strings."""
+
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    cache_salt: str | None = None
+
+
+async def scores_of(service: Service, asking: Asking, model: str, item: Item) -> list[float]:
+    """What `model` makes of `item`, as METRICS has them. Raises RequestError and AdapterError."""
+    text, has_marks = await _prompt(service, item)
+    if item.choices is None:
+        return answer_scores(item, await _answer(service, asking, model, text, has_marks=has_marks))
+    logprobs = [await _logprob(service, asking, model, text, one, has_marks=has_marks) for one in item.choices]
+    return choice_scores(item, logprobs)
+
+
+async def _prompt(service: Service, item: Item) -> tuple[str, bool]:
+    """Its text, and whether a template has written the special tokens."""
+    if item.prompt is not None:
+        return item.prompt, False
+    messages = [turn.model_dump() for turn in item.messages or ()]
+    render = partial(
+        service.chat_template.render, messages, {}, add_generation_prompt=True, continue_final_message=False
+    )
+    size = sum(len(message["content"]) for message in messages)
+    return await service.when_long(size, render), True
+
+
+async def _ids(service: Service, text: str, *, has_marks: bool) -> list[int]:
+    [token_ids] = await service.tokenizer.encode_all([text], _param, add_special_tokens=not has_marks)
+    return token_ids
+
+
+async def _answer(service: Service, asking: Asking, model: str, text: str, *, has_marks: bool) -> str:
+    token_ids = await _ids(service, text, has_marks=has_marks)
+    generation = await _generated(service, asking, model, token_ids, SamplingParams(1, temperature=0.0))
+    return await _read(generation)
+
+
+async def _logprob(service: Service, asking: Asking, model: str, text: str, choice: str, *, has_marks: bool) -> float:
+    """The natural logarithm of how likely the tokens of `choice` are behind the prompt.
+
+    As lm-eval has it: which tokens are the choice's is told by the length of the prompt's, and space at the prompt's
+    end belongs to the choice, whose first word has it in most vocabularies.
+    """
+    prompt_ids = await _ids(service, text.rstrip(), has_marks=has_marks)
+    token_ids = await _ids(service, text + choice, has_marks=has_marks)
+    sampling = SamplingParams(0, temperature=0.0, num_prompt_logprobs=0)
+    generation = await _generated(service, asking, model, token_ids, sampling)
+    await _read(generation)
+    scored = generation.prompt_scores(0)  # of all tokens but the first
+    return sum(one.chosen for one in scored[max(0, len(prompt_ids) - 1) :])
+
+
+async def _generated(
+    service: Service, asking: Asking, model: str, token_ids: Sequence[int], sampling: SamplingParams
+) -> Generation:
+    """Begun once there is room for it to run at once, so that it takes nobody's place in the queue."""
+
+    async def encode() -> Sequence[Sequence[int]]:
+        return [token_ids]
+
+    task = GenerationTask(
+        model=model,
+        encode=encode,
+        sampling=sampling,
+        max_tokens=asking.max_tokens if sampling.max_tokens else 0,
+        stops=asking.stop if sampling.max_tokens else (),
+        cache_salt=asking.cache_salt,
+        urgency=Urgency(LAST),
+        prompt_param=_param,
+    )
+    while True:
+        while service.admissions.num_sequences >= service.max_rows:
+            service.check_serving()
+            await asyncio.sleep(LOOK_SECONDS)
+        try:
+            return await generate(service, task)
+        except RequestError as error:
+            if error.code not in _AGAIN:
+                raise
+            await asyncio.sleep(error.retry_seconds or _MEMORY_SECONDS)
+
+
+async def _read(generation: Generation) -> str:
+    """The whole text. Raises RequestError where it ends by an error."""
+    parts: list[str] = []
+    try:
+        while generation.outcome is None:
+            await generation.arrival()
+            parts += [piece.text for piece in generation.arrived()]
+    finally:
+        generation.abort()
+    return "".join(parts)
+
+
+def _param(_number: int) -> str:
+    return "task"

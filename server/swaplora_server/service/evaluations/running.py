@@ -1,0 +1,149 @@
+"""An evaluation from its beginning to its end: bound to versions, asked item by item, cancelled, forgotten."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextvars import Context
+
+import structlog
+
+from swaplora_adapters.errors import AdapterError, AdapterNotFoundError
+from swaplora_server.evaluation.task import Item, Task
+from swaplora_server.service.errors import RequestError
+from swaplora_server.service.evaluations.asking import Asking, scores_of
+from swaplora_server.service.evaluations.evaluations import NUM_AT_ONCE
+from swaplora_server.service.evaluations.record import Evaluated, Evaluation, Failure, State
+from swaplora_server.service.service import Service
+
+MAX_ANSWERS = 20_000  # of items times models
+SAVE_SECONDS = 10.0
+_STOPPED = frozenset({"draining", "not_ready", "engine_failed"})
+_log = structlog.get_logger(__name__)
+
+
+async def begin(service: Service, task: Task, models: Sequence[str], asking: Asking) -> Evaluation:
+    """Bind the names to versions and have the task asked of them; when this returns, that it was wanted is durable.
+
+    Raises RequestError and AdapterError.
+    """
+    service.check_serving()
+    service.check_generating()
+    if (num := len(task.items) * len(models)) > MAX_ANSWERS:
+        message = f"the task's items times the models are {num}, and an evaluation has at most {MAX_ANSWERS} answers"
+        raise RequestError("invalid_request", message, "models")
+    evaluation = Evaluation(
+        tenant=service.tenant,
+        task_digest=task.digest,
+        num_items=len(task.items),
+        kinds=[item.kind for item in task.items],
+        max_tokens=asking.max_tokens,
+        stop=list(asking.stop),
+        fingerprint=service.fingerprint,
+        models=_bound(service, models),
+        scores=[[None] * len(task.items) for _ in models],
+    )
+    service.evaluations.admit(evaluation)
+    try:
+        await asyncio.to_thread(service.evaluations.save, evaluation)
+    except BaseException:
+        service.evaluations.forget(evaluation)
+        raise
+    run = asyncio.create_task(_run(service, evaluation, task.items, asking), context=Context())
+    service.evaluations.runs[evaluation.id] = run
+    run.add_done_callback(lambda _done: service.evaluations.runs.pop(evaluation.id, None))
+    return evaluation
+
+
+async def cancel(service: Service, evaluation: Evaluation) -> None:
+    """End it, and keep what has come; one that has ended stays as it is."""
+    if not evaluation.is_open:
+        return
+    evaluation.end(State.CANCELLED)
+    if run := service.evaluations.runs.get(evaluation.id):
+        run.cancel()
+        await asyncio.wait({run})
+    await asyncio.to_thread(service.evaluations.save, evaluation)
+
+
+async def forget(service: Service, evaluation: Evaluation) -> None:
+    """End it, and keep nothing of it."""
+    await cancel(service, evaluation)
+    await asyncio.to_thread(service.evaluations.forget, evaluation)
+
+
+def _bound(service: Service, models: Sequence[str]) -> list[Evaluated]:
+    bound: list[Evaluated] = []
+    for number, model in enumerate(models):
+        one = _evaluated(service, model, f"models[{number}]")
+        if any((one.name, one.version) == (other.name, other.version) for other in bound):
+            raise RequestError("invalid_request", f"models[{number}] was listed before", f"models[{number}]")
+        bound.append(one)
+    return bound
+
+
+def _evaluated(service: Service, model: str, param: str) -> Evaluated:
+    if service.is_base(model):
+        return Evaluated(model=model)
+    try:
+        record = service.registry.names.index.resolve_name(service.reference(model).removeprefix("base:"))
+    except AdapterNotFoundError as error:
+        message = f"there is no adapter {model[:128]!r}; name the base, adapters, or versions of them, but no alias"
+        raise RequestError("model_not_found", message, param) from error
+    return Evaluated(model=model, name=record.name, version=record.version, digest=record.digest)
+
+
+async def _run(service: Service, evaluation: Evaluation, items: Sequence[Item], asking: Asking) -> None:
+    """The one place where an evaluation ends by itself, whatever ends it."""
+    structlog.contextvars.bind_contextvars(request_id=evaluation.id)
+    evaluations = service.evaluations
+    try:
+        async with evaluations.turns[evaluation.tenant]:
+            evaluation.state = State.RUNNING
+            await _ask_all(service, evaluation, items, asking)
+        evaluation.end(State.DONE)
+    except asyncio.CancelledError:
+        evaluation.end(State.INTERRUPTED)  # unless it was cancelled by who wanted it
+        raise
+    except (RequestError, AdapterError) as error:
+        is_stopped = error.code in _STOPPED
+        evaluation.end(State.INTERRUPTED if is_stopped else State.FAILED, Failure(code=error.code, message=str(error)))
+    except Exception as error:  # noqa: BLE001 - nobody waits for it who could be told otherwise
+        _log.exception("an evaluation failed", evaluation=evaluation.id, error=repr(error))
+        message = "the server made a mistake; its log says more under the evaluation's id"
+        evaluation.end(State.FAILED, Failure(code="internal_error", message=message))
+    finally:
+        await asyncio.to_thread(evaluations.save_if_possible, evaluation)
+
+
+async def _ask_all(service: Service, evaluation: Evaluation, items: Sequence[Item], asking: Asking) -> None:
+    """Item by item of all models, so that they can be compared early. Raises the first error."""
+    work = ((number, model) for number in range(len(items)) for model in range(len(evaluation.models)))
+    askers = [asyncio.create_task(_ask_some(service, evaluation, items, asking, work)) for _ in range(NUM_AT_ONCE)]
+    saving = asyncio.create_task(_save_at_times(service, evaluation))
+    try:
+        await asyncio.gather(*askers)
+    finally:
+        for each in (*askers, saving):
+            each.cancel()
+        await asyncio.wait({*askers, saving})
+
+
+async def _ask_some(
+    service: Service, evaluation: Evaluation, items: Sequence[Item], asking: Asking, work: Iterator[tuple[int, int]]
+) -> None:
+    for number, model in work:
+        bound = evaluation.models[model]
+        reference = bound.model if bound.name is None else f"{bound.name}@{bound.version}"
+        try:
+            async with service.evaluations.places:
+                scores = await scores_of(service, asking, reference, items[number])
+        except (RequestError, AdapterError) as error:
+            message = f"item {number + 1}, asked of {reference}: {error}"
+            raise RequestError(error.code, message) from error
+        evaluation.note(model, number, scores)
+
+
+async def _save_at_times(service: Service, evaluation: Evaluation) -> None:
+    """So that not all is lost with a process that is killed."""
+    while True:
+        await asyncio.sleep(SAVE_SECONDS)
+        await asyncio.to_thread(service.evaluations.save_if_possible, evaluation)
