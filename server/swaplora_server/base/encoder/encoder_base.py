@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
@@ -24,7 +25,10 @@ from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.lora.attach import attach
 from swaplora_server.engine.pooling import attention
 from swaplora_server.engine.pooling.encoder_runner import EncoderRunner, padding_id_of
+from swaplora_server.engine.step import running
 from swaplora_server.kernels.backend import Backend
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,7 @@ def prepare_encoder(
     )
     layers = AdaptableLayers(wrapped, addressable, {}, backend, dtype, model.config.model_type, root, heads)
     trial.prove_adapters(wrapped, layers)
+    _fuse(model, backend, trial)
     return EncoderBase(
         model=model,
         backend=backend,
@@ -140,6 +145,18 @@ def prepare_encoder(
         score_activation=sentence_config.score_activation,
         pooler=pooler,
     )
+
+
+def _fuse(model: PreTrainedModel, backend: Backend, trial: InputTrial) -> None:
+    """Have all layers run in one native call, where there is one for their kind and it passes the proof as well."""
+    undo = backend.wrap(model, running)
+    if undo is None:
+        return
+    try:
+        trial.prove_again()
+    except UnsupportedModelError as error:
+        undo()
+        _log.warning("layers run one operation at a time", reason=str(error))
 
 
 def _check_attention(model: PreTrainedModel) -> None:

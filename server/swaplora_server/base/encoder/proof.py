@@ -89,6 +89,8 @@ class InputTrial:
         self._backend = backend
         self._runner = EncoderRunner(model, pooler, backend, max_positions, model.device)
         self._expected = expected
+        self._uses: Sequence[tuple[AdapterUse, ...]] = ()
+        self._defined: Sequence[Tensor] = ()  # what these come to
         self._lengths = [len(tokens) for tokens in expected.inputs]
 
     def prove(self, wrapped: Mapping[str, Wrapped]) -> frozenset[str]:
@@ -122,8 +124,15 @@ class InputTrial:
             for module in wrapped.values():
                 definition = Definition(head_rows if _is_head(module) else rows)
                 hooks.callback(module.register_forward_hook(definition).remove)
-            defined = self._outputs([()] * len(terms))
-        self._compare(self._outputs(uses), defined, "with adapters")
+            self._defined = self._outputs([()] * len(terms))
+        self._uses = uses
+        self._compare(self._outputs(uses), self._defined, "with adapters")
+
+    @torch.inference_mode()
+    def prove_again(self) -> None:
+        """After modules were exchanged for what computes the same. Raises UnsupportedModelError where it is off."""
+        self._compare(self._outputs([()] * len(self._lengths)), self._expected.outputs, "when layers are fused")
+        self._compare(self._outputs(self._uses), self._defined, "with adapters, when layers are fused")
 
     def _outputs(self, uses: Sequence[tuple[AdapterUse, ...]]) -> list[Tensor]:
         """Of each input as in `ExpectedStates`."""

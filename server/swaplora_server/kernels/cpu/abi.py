@@ -107,6 +107,24 @@ class DecoderLayer(ctypes.Structure):
     )
 
 
+class NormWeight(ctypes.Structure):
+    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p))
+
+
+NUM_ENCODER_LINEARS = 6  # q, k, v, o, up, down
+
+
+class EncoderLayer(ctypes.Structure):
+    _fields_ = (
+        ("linears", ctypes.POINTER(LinearWeight) * NUM_ENCODER_LINEARS),
+        ("numbers", ctypes.c_int64 * NUM_ENCODER_LINEARS),
+        ("norms", NormWeight * 2),
+        ("norm_numbers", ctypes.c_int64 * 2),
+        ("eps", ctypes.c_double),
+        ("cache", LayerCache),
+    )
+
+
 class ReplacedRows(ctypes.Structure):
     _fields_ = (("start", ctypes.c_int64), ("stop", ctypes.c_int64), ("modules", ctypes.POINTER(ctypes.c_void_p)))
 
@@ -150,6 +168,8 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     ReplacedRows,
     Rows,
     Step,
+    NormWeight,
+    EncoderLayer,
 )
 
 
@@ -174,6 +194,7 @@ def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
     rows = [pointer] * 4
     _declare(library, "paged_attention", [ctypes.POINTER(LayerCache), pointer, size, *rows, number])
     _declare(library, "decode", [ctypes.POINTER(DecoderLayer), size, ctypes.POINTER(Step)])
+    _declare(library, "encode", [ctypes.POINTER(EncoderLayer), size, ctypes.POINTER(Step)])
     return library
 
 

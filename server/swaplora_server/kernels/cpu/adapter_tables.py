@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from swaplora_adapters.weights.served import AdapterWeights
-from swaplora_server.kernels.cpu.abi import Factors
+from swaplora_server.kernels.cpu.abi import Factors, NormWeight
 from swaplora_server.kernels.cpu.linear import CpuLinear
 from swaplora_server.kernels.cpu.panels import PanelWeights, in_panels
 
@@ -23,11 +23,22 @@ class AdapterTables:
         self._panels = {path: in_panels(library, dtype, module) for path, module in weights.modules.items()}
         self.factors = (Factors * len(paths))()
         self.modules = (ctypes.c_void_p * len(paths))()
+        self._norms: list[NormWeight] = []
         numbers = {path: number for number, path in enumerate(paths)}
         for path, module in self._panels.items():
             self.factors[numbers[path]] = _factors_of(module, dtype)
         for path, own in weights.replaced.items():
-            self.modules[numbers[path]] = _address(own)
+            self.modules[numbers[path]] = self._address(own)
+
+    def _address(self, module: nn.Module) -> int | None:
+        """Of what fused layers read of an adapter's own module: a packed linear, a LayerNorm, the weight of another."""
+        if isinstance(module, CpuLinear):
+            return ctypes.addressof(module.packed)
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, nn.LayerNorm) and len(own) > 1:
+            self._norms.append(NormWeight(own["weight"].data_ptr(), own["bias"].data_ptr()))
+            return ctypes.addressof(self._norms[-1])
+        return own["weight"].data_ptr() if "weight" in own else None
 
 
 def tables_of(weights: AdapterWeights) -> AdapterTables:
@@ -46,11 +57,3 @@ def _factors_of(module: PanelWeights, dtype: torch.dtype) -> Factors:
     if dtype == torch.bfloat16 and not all(is_bf16):
         raise RuntimeError("an adapter's factors were placed for another number format than this backend's products")
     return Factors(*(panels.data_ptr() for panels in factors), *vectors, module.rank, *is_bf16, True)
-
-
-def _address(module: nn.Module) -> int | None:
-    """Of what fused layers read of an adapter's own module: a packed linear, or the weight of a norm."""
-    if isinstance(module, CpuLinear):
-        return ctypes.addressof(module.packed)
-    weight = dict(module.named_parameters(recurse=False)).get("weight")
-    return None if weight is None else weight.data_ptr()

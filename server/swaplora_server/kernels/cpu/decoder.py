@@ -71,10 +71,10 @@ class CpuDecoder(nn.Module):
         hidden = hidden_states.clone()
         cos, sin = (angles.contiguous() for angles in position_embeddings)
         runs, head_rows = step.paged.table, step.plan.head_rows
-        replaced = [_replaced(rows.segments.replacing) for rows in (step.tokens, step.head)]
+        replaced = [replaced_of(rows.segments.replacing) for rows in (step.tokens, step.head)]
         native_step = Step(
-            _rows(hidden.shape[1], step.tokens, replaced[0]),
-            _rows(len(head_rows), step.head, replaced[1]),
+            rows_of(hidden.shape[1], step.tokens, replaced[0]),
+            rows_of(len(head_rows), step.head, replaced[1]),
             head_rows.ctypes.data,
             hidden.shape[2],
             hidden.data_ptr(),
@@ -98,15 +98,16 @@ class CpuDecoder(nn.Module):
         self._cached_for = step.kv
 
 
-def _replaced(segments: Segments) -> "ctypes.Array[ReplacedRows]":
+def replaced_of(segments: Segments) -> "ctypes.Array[ReplacedRows]":
+    """Where adapters have modules of their own."""
     replaced = (ReplacedRows * len(segments))()
     for own, segment in zip(replaced, segments, strict=True):
         own.start, own.stop, own.modules = segment.start, segment.stop, tables_of(segment.weights).modules
     return replaced
 
 
-def _rows(count: int, rows: StepRows, replaced: "ctypes.Array[ReplacedRows]") -> Rows:
-    """Points into `rows` and `replaced`, which have to outlive it."""
+def rows_of(count: int, rows: StepRows, replaced: "ctypes.Array[ReplacedRows]") -> Rows:
+    """As kernels of fused layers read them. Points into `rows` and `replaced`, which have to outlive it."""
     lora = rows.lora
     if lora is not None and not isinstance(lora, CpuLora):
         raise RuntimeError("a fused decoder ran with another backend's LoRA operation")

@@ -13,7 +13,8 @@ struct Entry {
 #define ENTRY(NAME) {#NAME, sizeof(NAME)}
 const Entry ENTRIES[] = {ENTRY(LinearWeight), ENTRY(LinearJob),    ENTRY(Span),         ENTRY(Factors),
                          ENTRY(Segment),      ENTRY(LoraModule),   ENTRY(LayerCache),   ENTRY(Run),
-                         ENTRY(DecoderLayer), ENTRY(ReplacedRows), ENTRY(Rows),         ENTRY(Step)};
+                         ENTRY(DecoderLayer), ENTRY(ReplacedRows), ENTRY(Rows),         ENTRY(Step),
+                         ENTRY(NormWeight),   ENTRY(EncoderLayer)};
 #undef ENTRY
 
 }  // namespace

@@ -89,8 +89,25 @@ struct DecoderLayer {
     LayerCache cache;
 };
 
+// Of a LayerNorm; both [hidden_size].
+struct NormWeight {
+    const float *weight, *bias;
+};
+
+enum { E_Q, E_K, E_V, E_O, E_UP, E_DOWN, NUM_ENCODER_LINEARS };
+
+// An encoder layer of BERT's kind.
+struct EncoderLayer {
+    const LinearWeight* linears[NUM_ENCODER_LINEARS];
+    int64_t numbers[NUM_ENCODER_LINEARS];  // of the linears, as adapters know them
+    NormWeight norms[2];                   // after attention, after the MLP
+    int64_t norm_numbers[2];
+    double eps;
+    LayerCache cache;
+};
+
 // Rows [start, stop) have modules of their adapter's own (modules_to_save) in place of the base's: by number a
-// LinearWeight or the weight of a norm, null where the base's is at work.
+// LinearWeight, a NormWeight or the weight of an RMSNorm, null where the base's is at work.
 struct ReplacedRows {
     int64_t start, stop;
     const void* const* modules;
