@@ -129,15 +129,17 @@ class OverHttp:
         return np.stack([np.frombuffer(base64.b64decode(one["embedding"]), "<f4") for one in answer.json()["data"]])
 
 
-def in_turns(workloads: Mapping[str, Timed], rounds: int) -> dict[str, list[float]]:
+def in_turns(
+    workloads: Mapping[str, Timed], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each in each round, after one that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in workloads}
     for number in range(rounds + 1):
         for name, run in workloads.items():
-            began = time.perf_counter()
+            began = clock()
             run()
             if number:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(clock() - began)
     return seconds
 
 
@@ -156,7 +158,7 @@ def report(title: str, seconds: Mapping[str, list[float]], num_tokens: int, over
         print(f"| {name} | {num_tokens / statistics.median(own):,.0f} | {ratio:.2f} |")  # noqa: T201
 
 
-def beside_peer(base: Path, words: Sequence[str], rounds: int) -> None:
+def beside_peer(base: Path, words: Sequence[str], rounds: int, clock: Callable[[], float]) -> None:
     """The engine in float32 and bfloat16, and sentence-transformers in float32."""
     try:
         library: Any = importlib.import_module("sentence_transformers")
@@ -183,7 +185,7 @@ def beside_peer(base: Path, words: Sequence[str], rounds: int) -> None:
                 "float32": partial(exact, texts),
                 f"bfloat16, off by {error:.1g}": partial(rounded, texts),
             }
-            report(title, in_turns(runs, rounds), sum(lengths), next(iter(runs)))
+            report(title, in_turns(runs, rounds, clock), sum(lengths), next(iter(runs)))
 
 
 def over_http(base: Path, words: Sequence[str], rounds: int, dtype: str) -> None:
@@ -215,6 +217,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path, help="a folder with a sentence-transformers model")
     parser.add_argument("--rounds", type=int, default=7, help="of all workloads; medians count")
+    parser.add_argument("--one-thread", action="store_true", help="its processor time, where other work is beside it")
     parser.add_argument("--only", choices=("peer", "http"), help="one half of it")
     return parser.parse_args()
 
@@ -227,7 +230,10 @@ def main() -> None:
     words = [word for word in sorted(tokenizer.get_vocab()) if word.isalpha() and word.isascii() and len(word) > 3]
     print(machine_line(measure_machine()))  # noqa: T201
     if arguments.only != "http":
-        beside_peer(arguments.base, words, arguments.rounds)
+        if arguments.one_thread:
+            torch.set_num_threads(1)
+        clock = time.process_time if arguments.one_thread else time.perf_counter
+        beside_peer(arguments.base, words, arguments.rounds, clock)
     if arguments.only != "peer":
         for dtype in ("fp32", "bf16"):
             over_http(arguments.base, words, arguments.rounds, dtype)

@@ -116,13 +116,13 @@ def test_a_base_on_which_adapters_come_to_something_else_is_refused(
 
 
 def own_modules_left_out(patch: pytest.MonkeyPatch) -> None:
-    replaced = decoder._replaced  # noqa: SLF001
-    patch.setattr(decoder, "_replaced", lambda _segments: replaced(Segments()))
+    replaced = decoder.replaced_of
+    patch.setattr(decoder, "replaced_of", lambda _segments: replaced(Segments()))
 
 
 def no_deltas(patch: pytest.MonkeyPatch) -> None:
-    rows = decoder._rows  # noqa: SLF001
-    patch.setattr(decoder, "_rows", lambda count, own, replaced: rows(count, StepRows(own.segments, None), replaced))
+    rows = decoder.rows_of
+    patch.setattr(decoder, "rows_of", lambda count, own, replaced: rows(count, StepRows(own.segments, None), replaced))
 
 
 def numbers_of_neighbours(patch: pytest.MonkeyPatch) -> None:

@@ -217,7 +217,9 @@ def own_head_ignored(patch: pytest.MonkeyPatch) -> None:
 def own_norms_in_layers_ignored(patch: pytest.MonkeyPatch) -> None:
     unproven(patch)
     address = adapter_tables._address  # noqa: SLF001 - whatever fused layers know of a module comes from it
-    patch.setattr(adapter_tables, "_address", lambda own: address(own) if isinstance(own, CpuLinear) else None)
+    patch.setattr(
+        adapter_tables, "_address", lambda own, norms: address(own, norms) if isinstance(own, CpuLinear) else None
+    )
 
 
 def looked_up_rows_ignored(patch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Layers of an encoder in one native call: which are, that they compute the same, and that a fault is found."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,10 +16,11 @@ from swaplora_server.engine.request import Request, SamplingParams
 from swaplora_server.engine.request import Sequence as Tokens
 from swaplora_server.engine.scheduling.batch import Batch, rows_of
 from swaplora_server.kernels import bert_like
-from swaplora_server.kernels.backend import LayerAttention
-from swaplora_server.kernels.cpu import abi
+from swaplora_server.kernels.backend import LayerAttention, StepRows
+from swaplora_server.kernels.cpu import abi, decoder, encoder
 from swaplora_server.kernels.cpu.backend import CpuBackend
 from swaplora_server.kernels.cpu.encoder import CpuEncoder
+from swaplora_server.kernels.step import Segments
 from tiny_encoders import ARCHITECTURES, save_encoder
 
 CPU = torch.device("cpu")
@@ -63,23 +64,32 @@ def test_layers_of_berts_kind_are_one_call_and_compute_the_same_to_the_same_bits
 def test_layers_of_another_kind_are_left_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modern = load(save_encoder(tmp_path / "modern", "modernbert"))
     assert all(type(layer).__name__ == "ModernBertEncoderLayer" for layer in modern.model.layers)
-    monkeypatch.setitem(ARCHITECTURES["bert"], "hidden_act", "relu")  # type: ignore[arg-type]
+    monkeypatch.setitem(ARCHITECTURES["bert"], "hidden_act", "relu")
     base = load(save_encoder(tmp_path / "bert", "bert"))
     assert layers(base, "encoder") == ["BertLayer", "BertLayer"]
 
 
+def attention_scaled_otherwise(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(bert_like.Parts, "attention", property(lambda _parts: LayerAttention(0, 0.4)))
+
+
+def own_modules_left_out(patch: pytest.MonkeyPatch) -> None:
+    replaced = decoder.replaced_of
+    patch.setattr(encoder, "replaced_of", lambda _segments: replaced(Segments()))
+
+
+def no_deltas(patch: pytest.MonkeyPatch) -> None:
+    rows = decoder.rows_of
+    patch.setattr(encoder, "rows_of", lambda count, own, replaced: rows(count, StepRows(own.segments, None), replaced))
+
+
+@pytest.mark.parametrize("plant", [attention_scaled_otherwise, own_modules_left_out, no_deltas])
 def test_a_fused_layer_that_computes_something_else_is_found_at_start_and_not_served(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plant: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of_layer = bert_like.Parts.attention.fget  # type: ignore[attr-defined]
-
-    def off(parts: bert_like.Parts) -> LayerAttention:
-        right: LayerAttention = of_layer(parts)
-        return LayerAttention(0, right.scaling * 1.1)
-
-    monkeypatch.setattr(bert_like.Parts, "attention", property(off))
+    plant(monkeypatch)
     with structlog.testing.capture_logs() as logs:
         base = load(save_encoder(tmp_path, "bert"))
     assert [log["event"] for log in logs] == ["layers run one operation at a time"]
-    assert "computes something else when layers are fused" in logs[0]["reason"]
+    assert "when layers are fused" in logs[0]["reason"]
     assert layers(base, "encoder") == ["BertLayer", "BertLayer"]

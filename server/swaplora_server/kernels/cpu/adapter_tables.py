@@ -28,17 +28,7 @@ class AdapterTables:
         for path, module in self._panels.items():
             self.factors[numbers[path]] = _factors_of(module, dtype)
         for path, own in weights.replaced.items():
-            self.modules[numbers[path]] = self._address(own)
-
-    def _address(self, module: nn.Module) -> int | None:
-        """Of what fused layers read of an adapter's own module: a packed linear, a LayerNorm, the weight of another."""
-        if isinstance(module, CpuLinear):
-            return ctypes.addressof(module.packed)
-        own = dict(module.named_parameters(recurse=False))
-        if isinstance(module, nn.LayerNorm) and len(own) > 1:
-            self._norms.append(NormWeight(own["weight"].data_ptr(), own["bias"].data_ptr()))
-            return ctypes.addressof(self._norms[-1])
-        return own["weight"].data_ptr() if "weight" in own else None
+            self.modules[numbers[path]] = _address(own, self._norms)
 
 
 def tables_of(weights: AdapterWeights) -> AdapterTables:
@@ -57,3 +47,17 @@ def _factors_of(module: PanelWeights, dtype: torch.dtype) -> Factors:
     if dtype == torch.bfloat16 and not all(is_bf16):
         raise RuntimeError("an adapter's factors were placed for another number format than this backend's products")
     return Factors(*(panels.data_ptr() for panels in factors), *vectors, module.rank, *is_bf16, True)
+
+
+def _address(module: nn.Module, norms: list[NormWeight]) -> int | None:
+    """Of what fused layers read of an adapter's own module: a packed linear, a LayerNorm, the weight of another norm.
+
+    What is made for it is added to `norms`.
+    """
+    if isinstance(module, CpuLinear):
+        return ctypes.addressof(module.packed)
+    own = dict(module.named_parameters(recurse=False))
+    if isinstance(module, nn.LayerNorm) and len(own) > 1:
+        norms.append(NormWeight(own["weight"].data_ptr(), own["bias"].data_ptr()))
+        return ctypes.addressof(norms[-1])
+    return own["weight"].data_ptr() if "weight" in own else None
