@@ -55,7 +55,7 @@ def expressions() -> Iterator[str]:
 def told() -> dict[str, set[str]]:
     """Each sample that a server has, by name, with its labels, after an adapter was used."""
     counts: dict[str, Any] = {count.name: 0 for count in fields(Snapshot)} | {"num_steps": dict.fromkeys(StepForm, 0)}
-    state = ServerState(Snapshot(**counts), 0, 0, 0, [AdapterState("a", 1, "disk", False, False)])
+    state = ServerState(Snapshot(**counts), 0, 0, 0, [AdapterState("a", 1, "disk", False, False)], tenants={"": 1})
     metrics = Metrics(lambda: state, "base")
     metrics.count_request("/health", 200)
     metrics.adapters.loaded("a", {"read": 1.0})

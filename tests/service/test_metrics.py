@@ -19,6 +19,7 @@ from swaplora_server.kernels.step import StepForm
 from swaplora_server.service.metrics.adapters import MAX_LABELLED, OTHER
 from swaplora_server.service.metrics.metrics import Metrics
 from swaplora_server.service.metrics.records import GenerationRecord, Outcome, ServerState
+from swaplora_server.service.metrics.tenants import MAX_LABELLED as MAX_TENANTS
 from swaplora_server.service.metrics.vllm import WeightedHistogram
 from swaplora_server.service.service import Service
 
@@ -455,3 +456,24 @@ def test_a_generation_that_fails_or_is_left_says_so_of_the_choices_that_were_ope
     for reason, count in {"stop": 1, "error": 1, "abort": 0, "length": 0}.items():
         assert vllm_value(found, "request_success_total", finished_reason=reason) == count
     assert vllm_value(found, "e2e_request_latency_seconds_count") == 0
+
+
+def test_tenants_are_told_apart_and_those_beyond_the_bound_share_a_label() -> None:
+    names = ["", *(f"t{number}" for number in range(MAX_TENANTS + 5))]
+    state = replace(state_of(), tenants=dict.fromkeys(names, 2))
+    metrics = Metrics(lambda: state, BASE)
+    for name in names:
+        metrics.observe(record_of(tenant=name, seconds_queued=0.5))
+    metrics.observe(record_of(tenant="t0", seconds_queued=None))
+    found = read(metrics)
+    assert value(found, "tenant_queue_time_seconds_count", tenant="default") == 1
+    assert value(found, "tenant_queue_time_seconds_count", tenant="t0") == 1
+    assert value(found, "tenant_queue_time_seconds_count", tenant="other") == 6
+    assert value(found, "tenant_sequences", tenant="t0") == 2
+    assert value(found, "tenant_sequences", tenant="other") == 12
+
+
+def test_how_many_of_a_tenant_are_here_is_shown(server: Running) -> None:
+    admission = server.service.admissions.admit(2, "acme", BASE)
+    assert value(scrape(server), "tenant_sequences", tenant="acme") == 2
+    admission.release()

@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -127,7 +127,7 @@ class Admissions:
         self._most = self._limit + self._limit // 4
         self._max_running = max_running
         self._max_wait_seconds = max_wait_seconds
-        self._num_held: Counter[Hashable] = Counter()  # by tenant, and by tenant and what its requests are for
+        self._num_held: Counter[str | tuple[str, str]] = Counter()  # by tenant, and by tenant and what it is for
         self._ends = EndRate(clock)  # of sequences
         self.num_sequences = 0  # of requests that were let in and have not given everything back
         self._lock = threading.Lock()
@@ -140,6 +140,11 @@ class Admissions:
                 "--max-num-seqs and --max-waiting together"
             )
             raise RequestError("invalid_request", message, "n" if n > 1 else "prompt")
+
+    def num_held(self) -> dict[str, int]:
+        """How many sequences of each tenant run or wait."""
+        with self._lock:
+            return {tenant: count for tenant, count in self._num_held.items() if isinstance(tenant, str)}
 
     def check_room(self, tenant: str = "") -> None:
         """Raise RequestError where there is no room for any request of the tenant, whatever it is for."""
@@ -181,12 +186,12 @@ class Admissions:
         message = f"too many requests are waiting; try again in {seconds} s"
         return RequestError("overloaded", message, retry_seconds=seconds)
 
-    def _leave(self, num_sequences: int, sharers: tuple[Hashable, ...]) -> None:
+    def _leave(self, num_sequences: int, sharers: tuple[str, tuple[str, str]]) -> None:
         with self._lock:
             self._count(-num_sequences, sharers)
             self._ends.note(num_sequences)
 
-    def _count(self, num_sequences: int, sharers: tuple[Hashable, ...]) -> None:
+    def _count(self, num_sequences: int, sharers: tuple[str, tuple[str, str]]) -> None:
         self.num_sequences += num_sequences
         for sharer in sharers:
             self._num_held[sharer] += num_sequences

@@ -238,6 +238,7 @@ class Generation:
         is_failed = outcome in (Outcome.FAILED, Outcome.EXPIRED)
         return GenerationRecord(
             outcome=outcome,
+            tenant=self._service.tenant,
             adapters=tuple(self._service.stored_name(record.name) for record in self.records),
             num_prompt_tokens=self.num_prompt_tokens,
             num_generated=tuple(self.num_generated),

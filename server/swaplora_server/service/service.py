@@ -308,6 +308,7 @@ class Service:
             registry.host_bytes,
             registry.states(),
             [(alias.alias, [parse_reference(target.reference).name for target in alias.targets]) for alias in aliases],
+            self.admissions.num_held(),
         )
 
     def _is_adapter(self, name: str) -> bool:

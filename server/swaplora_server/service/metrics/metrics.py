@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from swaplora_server.service.metrics.adapters import AdapterMetrics
 from swaplora_server.service.metrics.records import GenerationRecord, Outcome, ServerState
 from swaplora_server.service.metrics.state import StateCollector
+from swaplora_server.service.metrics.tenants import TenantMetrics
 from swaplora_server.service.metrics.vllm import VllmMetrics
 
 _TO_FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -32,8 +33,10 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         adapter_series = CollectorRegistry()
         self.adapters = AdapterMetrics(adapter_series, is_adapter)
+        self._tenants = TenantMetrics(self.registry)
         self._vllm = VllmMetrics(base)
-        for collector in (StateCollector(read_state, base, self.adapters, self._vllm), adapter_series, self._vllm):
+        state = StateCollector(read_state, base, self.adapters, self._tenants, self._vllm)
+        for collector in (state, adapter_series, self._vllm):
             self.registry.register(collector)
         self._requests = Counter(
             "swaplora_requests", "HTTP requests answered", ["route", "status"], registry=self.registry
@@ -68,6 +71,7 @@ class Metrics:
             if record.seconds_per_token is not None:
                 self._per_token.observe(record.seconds_per_token)
         self.adapters.observe(record)
+        self._tenants.observe(record)
         self._vllm.observe(record)
 
     def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...]) -> Histogram:

@@ -1,8 +1,8 @@
 """What is counted: generations as they end, and the server as it stands. Plain data."""
 
 import enum
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from swaplora_adapters.registry.card import AdapterState
 from swaplora_server.engine.request import OVERDUE_CODE, FinishReason
@@ -27,6 +27,7 @@ class GenerationRecord:
     """A generation that has ended. Times are in seconds; None is what did not come to be."""
 
     outcome: Outcome
+    tenant: str = ""
     adapters: tuple[str, ...] = ()  # by name; of a sum all, none for the base
     num_prompt_tokens: int  # of all prompts
     num_generated: tuple[int, ...]  # tokens of each choice
@@ -76,3 +77,4 @@ class ServerState:
     host_bytes: int  # of adapters, in the host's memory beside a GPU's
     adapters: Sequence[AdapterState]  # in order of name
     aliases: Sequence[tuple[str, Sequence[str]]] = ()  # each with the names of the adapters that it stands for
+    tenants: Mapping[str, int] = field(default_factory=dict)  # sequences of each that run or wait

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 from swaplora_server.engine.snapshot import Snapshot
 from swaplora_server.service.metrics.adapters import AdapterMetrics
 from swaplora_server.service.metrics.records import ServerState
+from swaplora_server.service.metrics.tenants import TenantMetrics
 from swaplora_server.service.metrics.vllm import VllmMetrics
 
 
@@ -17,11 +18,17 @@ class StateCollector(Collector):
     """Asks for the state. It comes first of all that is collected: what is deleted is gone from the rest then."""
 
     def __init__(
-        self, read_state: Callable[[], ServerState | None], base: str, adapters: AdapterMetrics, vllm: VllmMetrics
+        self,
+        read_state: Callable[[], ServerState | None],
+        base: str,
+        adapters: AdapterMetrics,
+        tenants: TenantMetrics,
+        vllm: VllmMetrics,
     ) -> None:
         self._read_state = read_state
         self._base = base
         self._adapters = adapters
+        self._tenants = tenants
         self._vllm = vllm
 
     def collect(self) -> Iterator[Metric]:
@@ -38,6 +45,7 @@ class StateCollector(Collector):
             "swaplora_adapter_host_bytes", "Host memory of adapters beside a GPU's", state.host_bytes
         )
         yield from self._adapters.families(state.adapters)
+        yield self._tenants.family(state.tenants)
         yield from self._vllm.state_families(state)
 
 
