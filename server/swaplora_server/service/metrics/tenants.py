@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import GaugeMetricFamily
 
-from swaplora_server.access.caller import DEFAULT_TENANT
+from swaplora_adapters.files.naming import DEFAULT_TENANT
 from swaplora_server.service.metrics.adapters import AdapterLabels
 from swaplora_server.service.metrics.records import GenerationRecord
 
