@@ -1,4 +1,4 @@
-"""A client for a running server's adapters and aliases, which the command line uses as well.
+"""A client for a running server's adapters, aliases and evaluations, which the command line uses as well.
 
 One method for each thing a person asks for; generating stays with OpenAI's own client. Calls block: asynchronous code
 has `asyncio.to_thread`. Several threads may share a Client.
@@ -6,7 +6,7 @@ has `asyncio.to_thread`. Several threads may share a Client.
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -22,6 +22,7 @@ Message = Mapping[str, str]  # {"role": …, "content": …}
 TIMEOUT_SECONDS = 600.0
 CONNECT_SECONDS = 5.0
 MAX_WAIT_SECONDS = 60.0  # before a further try
+LOOK_SECONDS = 0.5  # between looks at what takes long
 
 
 class ClientError(Exception):
@@ -173,6 +174,47 @@ class Client:
         """Remove an alias."""
         self._send("DELETE", _alias_path(alias))
 
+    def begin_evaluation(
+        self,
+        task: str | Sequence[Mapping[str, Any]],
+        models: Sequence[str],
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Mapping[str, Any]:
+        """Have a task, JSONL or its objects, asked of models; the evaluation, which has hardly begun."""
+        body = {"task": task, "models": list(models), "stop": list(stop)}
+        return self._json(
+            "POST", "/v1/evaluations", json=body | ({} if max_tokens is None else {"max_tokens": max_tokens})
+        )
+
+    def evaluation(self, name: str) -> Mapping[str, Any]:
+        """One evaluation by its id, with what has come of it."""
+        return self._json("GET", _evaluation_path(name))
+
+    def evaluations(self) -> list[Mapping[str, Any]]:
+        """Every evaluation, newest first, without results."""
+        return list(self._json("GET", "/v1/evaluations", params={"limit": 1000})["data"])
+
+    def wait_for_evaluation(
+        self, name: str, told: Callable[[Mapping[str, Any]], None] = lambda _evaluation: None
+    ) -> Mapping[str, Any]:
+        """The evaluation once it has ended, however; until then `told` hears now and then how far it is."""
+        while True:
+            evaluation = self.evaluation(name)
+            told(evaluation)
+            if evaluation["ended"] is not None:
+                return evaluation
+            time.sleep(LOOK_SECONDS)
+
+    def cancel_evaluation(self, name: str) -> Mapping[str, Any]:
+        """End an evaluation; it keeps what has come."""
+        return self._json("POST", f"{_evaluation_path(name)}/cancel")
+
+    def delete_evaluation(self, name: str) -> None:
+        """End an evaluation, and forget it."""
+        self._send("DELETE", _evaluation_path(name))
+
     def chat(self, model: str, messages: Sequence[Message]) -> Iterator[str]:
         """The answer to a conversation, piece by piece as it is generated."""
         body = {"model": model, "messages": messages, "stream": True}
@@ -239,6 +281,10 @@ def _can_be_sent_again(request: Mapping[str, Any]) -> bool:
 
 def _path(name: str) -> str:
     return f"/v1/adapters/{quote(name, safe='')}"
+
+
+def _evaluation_path(name: str) -> str:
+    return f"/v1/evaluations/{quote(name, safe='')}"
 
 
 def _alias_path(alias: str) -> str:

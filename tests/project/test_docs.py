@@ -48,7 +48,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def test_the_pages_are_there() -> None:
-    pages = "adapters.md api.md architecture.md benchmarks.md clients.md glossary.md operations.md"
+    pages = "adapters.md api.md architecture.md benchmarks.md clients.md evaluations.md glossary.md operations.md"
     assert {page.name for page in PAGES} == {"README.md", "CONTRIBUTING.md", *pages.split()}
 
 
