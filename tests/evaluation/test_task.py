@@ -23,7 +23,13 @@ HELD_TO = st.one_of(
     st.fixed_dictionaries(
         {"choices": st.lists(WORDS, min_size=2, max_size=4, unique=True), "correct": st.integers(0, 1)}
     ),
-    st.fixed_dictionaries({"schema": st.sampled_from([True, {"type": "object"}, {"enum": ["é", 1, None]}])}),
+    st.fixed_dictionaries(
+        {
+            "schema": st.sampled_from(
+                [True, {"type": "array", "items": {"type": "object", "minProperties": 1}}, {"enum": ["é", None]}]
+            )
+        }
+    ),
     st.fixed_dictionaries({"regex": st.sampled_from(["a+", "^yes|no$", r"\d{2}"])}),
 )
 ITEMS = st.lists(st.tuples(ASKED, HELD_TO).map(lambda both: both[0] | both[1]), min_size=1, max_size=5)
@@ -34,11 +40,17 @@ JSON = st.recursive(
 )
 
 
+def reversed_keys(value: Any) -> Any:
+    """The same JSON value, the keys of each object in the other order."""
+    if isinstance(value, list):
+        return [reversed_keys(one) for one in value]
+    return {key: reversed_keys(value[key]) for key in reversed(value)} if isinstance(value, dict) else value
+
+
 @settings(max_examples=50)
 @given(ITEMS, st.booleans())
 def test_text_and_list_are_the_same_task_however_it_is_spelt(items: list[dict[str, Any]], is_ascii: bool) -> None:
-    reversed_keys = [dict(reversed(item.items())) for item in items]
-    text = "\n\n".join(json.dumps(item, ensure_ascii=is_ascii) for item in reversed_keys) + "\n"
+    text = "\n\n".join(json.dumps(reversed_keys(item), ensure_ascii=is_ascii) for item in items) + "\n"
     from_text, from_list = parse_task(text), parse_task(items)
     assert from_text == from_list
     assert [item.kind for item in from_list.items] == [next(kind for kind in KINDS if kind in item) for item in items]
