@@ -1,5 +1,6 @@
 """What many tests share: a tiny base on disk, adapters for it, and a server of them that lives for a module."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -32,8 +33,18 @@ torch.set_num_threads(2)
 _console = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
 structlog.configure(processors=[*structlog.get_config()["processors"][:-1], _console])
 transformers.logging.disable_progress_bar()
+gc.disable()  # what tests import stays: Python's collector need not go through it while they are collected, nor later
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM_BYTES:
     tempfile.tempdir = str(MEMORY)  # of tmp_path too; a disk's fsync is what most of these tests would wait for
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # libraries that count their objects at the end are to find none
 
 
 @pytest.fixture(scope="session")

@@ -72,9 +72,12 @@ def _arguments(base: str, data_dir: Path) -> list[str]:
 
 # For each message it forks a process that forks the server, says its number on the socket that came, and waits for it.
 _TEMPLATE = """
-import contextlib, json, os, socket, sys
+import contextlib, gc, json, os, socket, sys
+gc.disable()
 import transformers.models.llama.modeling_llama
 from swaplora_server import cli, serve
+gc.freeze()  # a collector that goes through it would have each server copy it
+gc.enable()
 
 control = socket.socket(fileno=int(sys.argv[1]))
 while (message := socket.recv_fds(control, 1 << 20, 1))[0]:

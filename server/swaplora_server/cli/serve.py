@@ -1,5 +1,6 @@
 """`swaplora serve`: the flags, as settings, for the server; and those of other servers, in our terms."""
 
+import gc
 import json
 import os
 from collections.abc import Sequence
@@ -48,8 +49,10 @@ def serve(
     settings = read_settings(_in_our_terms(given))
     # OpenMP's runtime reads this when torch loads it: threads that wait spin briefly, then leave their core to HTTP
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    gc.disable()  # it would go through all that is imported, again and again, for a sixth of the time
     from swaplora_server.serve import StartError, run
 
+    gc.enable()
     try:
         run(settings)
     except StartError as error:
