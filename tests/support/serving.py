@@ -74,6 +74,7 @@ def settings(base: Path, data_dir: Path, **fields: Any) -> Settings:
         "device": "cpu",
         "port": 0,
         "kv_cache_bytes": 4 << 20,
+        "max_wait_seconds": 86_400,  # a slow machine refuses nothing
         "log_level": "warning",
     }
     return Settings(**(defaults | fields))
