@@ -21,6 +21,12 @@ help: ## show this list
 serve: $(VENV)/.runtime ## serve the embedded base and the demo adapters on 127.0.0.1:8000
 	$(BIN)/swaplora serve --adapter-dir demo $(ARGS)
 
+# with data of its own: adapters of one base do not fit another
+.PHONY: serve-encoder
+serve-encoder: $(VENV)/.runtime ## serve the embedded encoder and the demo classifiers on 127.0.0.1:8000
+	$(BIN)/swaplora serve embedded-minilm --adapter-dir demo/classifiers \
+		--data-dir $${XDG_DATA_HOME:-$$HOME/.local/share}/swaplora-encoder $(ARGS)
+
 # Two processes, a file's tests in one of them, for the servers that they share. Whichever is free takes the next file, in
 # the order of the rooms: the long files of kinds, proofs and store come well before the end, so that neither waits long.
 test: $(VENV)/.dev ## run the tests
@@ -71,6 +77,7 @@ gpu-check: $(VENV)/.dev ## check what a GPU serves, and measure it against its f
 
 demo-adapters: $(VENV)/.dev ## train the demo adapters again (about half an hour on two cores)
 	$(BIN)/python demo/train.py $(ARGS)
+	$(BIN)/python demo/train_classifiers.py
 
 clean: ## remove the environment and all caches
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .clients

@@ -6,10 +6,10 @@ base's own chat template. Each adapter's folder gets the two PEFT files and a ca
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, TypeVar
 
 import torch
 import typer
@@ -28,6 +28,17 @@ CACHE_DIR = Path("~/.cache/swaplora").expanduser()
 IGNORED = -100
 WARMUP_SHARE = 0.1
 REPORT_EVERY = 20
+
+
+class HasLength(Protocol):
+    """Something to learn from."""
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in all."""
+
+
+Learnt = TypeVar("Learnt", bound=HasLength)
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ def encode(tokenizer: Any, example: Example) -> Encoded:
     return Encoded(prompt, answer)
 
 
-def make_batches(examples: list[Encoded], batch_size: int, seed: int) -> list[list[Encoded]]:
+def make_batches(examples: list[Learnt], batch_size: int, seed: int) -> list[list[Learnt]]:
     """Batches of like length, which need little padding, in random order."""
     ordered = sorted(examples, key=lambda example: example.length)
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
@@ -75,7 +86,13 @@ def batch_loss(model: Any, batch: Sequence[Encoded], pad_id: int) -> torch.Tenso
     return cross_entropy(logits.flatten(0, 1), pad_left([example.answer for example in batch], IGNORED).flatten())
 
 
-def fit(model: Any, batches: Sequence[Sequence[Encoded]], learning_rate: float, pad_id: int) -> float:
+def fit(
+    model: Any,
+    batches: Sequence[Sequence[Learnt]],
+    learning_rate: float,
+    pad_id: int,
+    loss_of: Callable[[Any, Sequence[Learnt], int], torch.Tensor],
+) -> float:
     """One optimizer step a batch. Returns the mean loss of the last steps."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
@@ -85,7 +102,7 @@ def fit(model: Any, batches: Sequence[Sequence[Encoded]], learning_rate: float, 
     )
     losses: list[float] = []
     for step, batch in enumerate(batches, start=1):
-        loss = batch_loss(model, batch, pad_id)
+        loss = loss_of(model, batch, pad_id)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, max_norm=1.0)
@@ -123,7 +140,8 @@ def train(task: Task, base: Path) -> None:
     )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
     model.train()
-    loss = fit(model, make_batches(examples, task.batch_size, task.seed), task.learning_rate, tokenizer.pad_token_id)
+    batches = make_batches(examples, task.batch_size, task.seed)
+    loss = fit(model, batches, task.learning_rate, tokenizer.pad_token_id, batch_loss)
     save(model, FOLDER / task.name)
     cpu_seconds = time.process_time() - started
     write_card(FOLDER / task.name, task, Training(BASE_ID, cpu_seconds, loss))

@@ -28,7 +28,7 @@ from swaplora_adapters.files.naming import validate_name
 from swaplora_adapters.sources.uri import check_template, parse_prefix
 
 EMBEDDED = "embedded"
-EMBEDDED_ID = "smollm2-135m-instruct"
+EMBEDDED_IDS = {EMBEDDED: "smollm2-135m-instruct", "embedded-minilm": "all-minilm-l6-v2"}
 ENV_PREFIX = "SWAPLORA_"
 CLIENT_VARIABLES = frozenset({"SWAPLORA_URL"})  # read by the client commands, so not a misspelt setting
 FOREIGN_ADAPTER_DIRS = ("NIM_PEFT_SOURCE", "VLLM_LORA_RESOLVER_CACHE_DIR")
@@ -145,7 +145,7 @@ class Settings(BaseSettings):
     )
 
     base: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
-        EMBEDDED, min_length=1, description="embedded (default), a local folder, or a hub id"
+        EMBEDDED, min_length=1, description="embedded (default), embedded-minilm, a local folder, or a hub id"
     )
     served_model_name: str | None = Field(None, pattern=r"^\S+$", description="What requests call the base")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs")
@@ -257,7 +257,7 @@ class Settings(BaseSettings):
         """What requests call the base: `served_model_name`, else the last part of the base's folder or hub id."""
         if self.served_model_name is not None:
             return self.served_model_name
-        return EMBEDDED_ID if self.base == EMBEDDED else os.path.basename(os.path.abspath(self.base))
+        return EMBEDDED_IDS.get(self.base) or os.path.basename(os.path.abspath(self.base))
 
     @property
     def adapter_folders(self) -> dict[str, Path]:

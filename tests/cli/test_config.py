@@ -192,6 +192,7 @@ def test_an_empty_key_is_refused_without_showing_the_others(keys: object) -> Non
     ("base", "name"),
     [
         ("embedded", "smollm2-135m-instruct"),
+        ("embedded-minilm", "all-minilm-l6-v2"),
         ("HuggingFaceTB/SmolLM2-360M", "SmolLM2-360M"),
         ("/models/llama/", "llama"),
     ],

@@ -284,7 +284,16 @@ def test_what_was_embedded_is_counted(loaded: Running) -> None:
         lines = loaded.client.get("/metrics").text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
-    names = ('swaplora_adapter_prompt_tokens_total{adapter="a6"}', 'swaplora_generations_total{outcome="completed"}')
-    before = [counted(name) for name in names]
+    expected = {
+        'swaplora_adapter_prompt_tokens_total{adapter="a6"}': 8,
+        'swaplora_adapter_poolings_total{adapter="a6",outcome="completed"}': 1,
+        'swaplora_adapter_generations_total{adapter="a6"': 0,
+        'swaplora_poolings_total{outcome="completed"}': 1,
+        "swaplora_pooled_inputs_total": 2,
+        "swaplora_generations_total": 0,
+        'vllm:request_success_total{engine="0",finished_reason="stop"': 2,
+        "vllm:request_generation_tokens_count": 0,
+    }
+    before = {name: counted(name) for name in expected}
     embedded(loaded, "a6", ["abc", "defgh"])
-    assert [counted(name) - first for name, first in zip(names, before, strict=True)] == [8, 1]
+    assert {name: counted(name) - before[name] for name in expected} == expected

@@ -26,10 +26,10 @@ from page import Row, write_page
 from repository import ROOT
 from server_process import process
 from swaplora_server.config import Settings
-from swaplora_server.embedded import FOLDER_NAME, ensure_embedded_base
+from swaplora_server.embedded import SMOLLM2, ensure_embedded_base
 from wiretap import Wiretap, tapped
 
-BASE, ADAPTERS = FOLDER_NAME, ("sql", "json", "intent")
+BASE, ADAPTERS = SMOLLM2.folder_name, ("sql", "json", "intent")
 FLAGS = ("--adapter-dir", str(ROOT / "demo"), "--dtype", "fp32")
 console = Console(soft_wrap=True, highlight=False)
 

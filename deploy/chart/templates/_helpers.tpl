@@ -15,7 +15,8 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end }}
 
 {{- define "swaplora.model" -}}
-{{- .Values.settings.served_model_name | default (eq .Values.settings.base "embedded" | ternary "smollm2-135m-instruct" (base .Values.settings.base)) -}}
+{{- $embedded := dict "embedded" "smollm2-135m-instruct" "embedded-minilm" "all-minilm-l6-v2" -}}
+{{- .Values.settings.served_model_name | default (get $embedded .Values.settings.base) | default (base .Values.settings.base) -}}
 {{- end }}
 
 {{- define "swaplora.portName" -}}

@@ -11,7 +11,7 @@ from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.base.encoder.encoder_base import is_encoder, load_encoder
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.config import EMBEDDED, Settings
-from swaplora_server.embedded import ensure_embedded_base
+from swaplora_server.embedded import EMBEDDED_BASES, ensure_embedded_base
 from swaplora_server.kernels.backend import Backend
 from swaplora_server.kernels.cpu.build import NoCompilerError
 from swaplora_server.kernels.pick import pick_backend, prefers_bf16, torch_backend
@@ -80,8 +80,8 @@ def _backend(settings: Settings, device: torch.device, dtype: torch.dtype, repor
 
 def source_of(settings: Settings, report: Callable[[str], None]) -> str | Path:
     """What transformers loads from. A path that leads nowhere would be taken for a hub id, and refused as a bad one."""
-    if settings.base == EMBEDDED:
-        return ensure_embedded_base(settings.cache_dir, report)
+    if settings.base in EMBEDDED_BASES:
+        return ensure_embedded_base(settings.cache_dir, report, EMBEDDED_BASES[settings.base])
     if settings.base.startswith(("/", ".")) and not Path(settings.base).is_dir():
         raise NotADirectoryError(f"{settings.base} is no folder: name a folder with a model, a hub id, or {EMBEDDED}")
     return settings.base

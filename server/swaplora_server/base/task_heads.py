@@ -6,7 +6,7 @@ weights says the same of that vector alone. So the vectors of many inputs are co
 
 import copy
 import enum
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -189,6 +189,7 @@ class TaskHead(nn.Module):
         self.model = model
         self._root = root
         self._read = read
+        self._is_guarded = sum(1 for _ in _with_weights(model)) > 1  # one linear has no activation behind it
 
     @property
     def needs_pooled(self) -> bool:
@@ -199,7 +200,7 @@ class TaskHead(nn.Module):
         """Of each [num_labels], or of a head of tokens [num_rows, num_labels]."""
         read = [self._read.of(one) for one in inputs]
         vectors = torch.cat(read)
-        with BatchInvariantMode() if vectors.device.type == "cpu" else nullcontext():
+        with BatchInvariantMode() if self._is_guarded and vectors.device.type == "cpu" else nullcontext():
             logits = _logits(self.model, self._root, vectors[:, None], vectors).flatten(0, -2)
         parts = torch.split(logits, [len(own) for own in read])
         return parts if self._read is Read.EACH else [part[0] for part in parts]
@@ -213,6 +214,12 @@ def _logits(model: nn.Module, root: str, states: Tensor, pooled: Tensor | None) 
     logits: Tensor = model(input_ids=ids).logits
     base.output = None
     return logits
+
+
+def _with_weights(model: nn.Module) -> Iterator[nn.Module]:
+    """Its modules that do more than pass on what they are given."""
+    idle = (nn.Dropout, nn.Identity, _States)
+    return (module for module in model.modules() if not isinstance(module, idle) and not any(module.children()))
 
 
 class _States(nn.Module):

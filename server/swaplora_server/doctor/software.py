@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from swaplora_server.config import EMBEDDED, Settings
+from swaplora_server.config import EMBEDDED_IDS, Settings
 from swaplora_server.doctor.finding import Effect, Finding
 
 PACKAGES = ("swaplora", "torch", "transformers", "peft", "tokenizers", "llguidance", "fastapi", "uvicorn")
@@ -60,8 +60,8 @@ def _compiler() -> Finding:
 
 
 def _base(settings: Settings) -> Finding:
-    if settings.base == EMBEDDED:
-        return Finding("base", EMBEDDED)
+    if settings.base in EMBEDDED_IDS:
+        return Finding("base", settings.base)
     folder = Path(settings.base)
     if not folder.is_dir():
         is_path = settings.base.startswith(("/", ".", "~")) or settings.base.count("/") > 1

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
 from prometheus_client.core import GaugeMetricFamily
 
 from swaplora_adapters.registry.card import AdapterState, Tier
-from swaplora_server.service.metrics.records import GenerationRecord, Outcome
+from swaplora_server.service.metrics.records import GenerationRecord, Outcome, PoolingRecord, Record
 
 MAX_LABELLED = 64  # adapters; each is about 60 series
 OTHER = "other"
@@ -68,6 +68,7 @@ class AdapterMetrics:
             return Summary(f"swaplora_adapter_{name}_seconds", documentation, ["adapter", *labels], registry=registry)
 
         self._generations = counter("generations", "Generations with it that ended", "outcome")
+        self._poolings = counter("poolings", "Requests for embeddings, classes or scores of it that ended", "outcome")
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of these")
         self._generated_tokens = counter("generated_tokens", "Generated tokens of these")
         self._to_first = histogram("time_to_first_token", "From the request to the first token", _TO_FIRST)
@@ -80,7 +81,8 @@ class AdapterMetrics:
         self._load_failures = counter("load_failures", "Times that this failed")
         self._evictions = counter("evictions", "Times that it gave its memory to another")
         self._all = (
-            *(self._generations, self._prompt_tokens, self._generated_tokens, self._to_first, self._per_token),
+            *(self._generations, self._poolings, self._prompt_tokens, self._generated_tokens, self._to_first),
+            self._per_token,
             *(self._queued, self._awaited, self._hits, self._misses, self._loading, self._load_failures),
             self._evictions,
         )
@@ -90,6 +92,14 @@ class AdapterMetrics:
         with self._lock:
             for name in record.adapters:
                 self._observe(self._used(name), record)
+
+    def observe_pooling(self, record: PoolingRecord) -> None:
+        """The same of a request for what is read of its inputs."""
+        with self._lock:
+            for name in record.adapters:
+                label = self._used(name)
+                self._poolings.labels(label, record.outcome).inc()
+                self._observe_any(label, record)
 
     def looked_up(self, names: Sequence[str], *, were_there: bool) -> None:
         """See `UsageListener`."""
@@ -145,21 +155,25 @@ class AdapterMetrics:
             self._shown.add(label)
             for outcome in Outcome:
                 self._generations.labels(label, outcome)
+                self._poolings.labels(label, outcome)
             for counter in (self._hits, self._misses, self._load_failures, self._evictions):
                 counter.labels(label)
         return label
 
     def _observe(self, label: str, record: GenerationRecord) -> None:
         self._generations.labels(label, record.outcome).inc()
-        self._prompt_tokens.labels(label).inc(record.num_prompt_tokens)
         self._generated_tokens.labels(label).inc(record.num_generated_tokens)
-        self._awaited.labels(label).observe(record.seconds_for_adapters)
-        if record.seconds_queued is not None:
-            self._queued.labels(label).observe(record.seconds_queued)
+        self._observe_any(label, record)
         if record.seconds_to_first is not None:
             self._to_first.labels(label).observe(record.seconds_to_first)
         if record.outcome is Outcome.COMPLETED and record.seconds_per_token is not None:
             self._per_token.labels(label).observe(record.seconds_per_token)
+
+    def _observe_any(self, label: str, record: Record) -> None:
+        self._prompt_tokens.labels(label).inc(record.num_prompt_tokens)
+        self._awaited.labels(label).observe(record.seconds_for_adapters)
+        if record.seconds_queued is not None:
+            self._queued.labels(label).observe(record.seconds_queued)
 
 
 def _sums(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, disable_created_metrics
 
 from swaplora_server.service.metrics.adapters import AdapterMetrics
-from swaplora_server.service.metrics.records import GenerationRecord, Outcome, ServerState
+from swaplora_server.service.metrics.records import GenerationRecord, Outcome, PoolingRecord, Record, ServerState
 from swaplora_server.service.metrics.state import StateCollector
 from swaplora_server.service.metrics.tenants import TenantMetrics
 from swaplora_server.service.metrics.vllm import VllmMetrics
@@ -44,6 +44,13 @@ class Metrics:
         self._generations = Counter(
             "swaplora_generations", "Generations that ended", ["outcome"], registry=self.registry
         )
+        self._poolings = Counter(
+            "swaplora_poolings",
+            "Requests for embeddings, classes or scores that ended",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self._pooled_inputs = Counter("swaplora_pooled_inputs", "Inputs of these", registry=self.registry)
         self._prompt_tokens = Counter("swaplora_prompt_tokens", "Prompt tokens", registry=self.registry)
         self._generated_tokens = Counter("swaplora_generated_tokens", "Generated tokens", registry=self.registry)
         self._queued = self._histogram("queue_time", "From the request until its prompt was begun", _TO_FIRST)
@@ -52,18 +59,30 @@ class Metrics:
         self._whole = self._histogram("request_duration", "From the request to the end of its generation", _WHOLE)
         for outcome in Outcome:
             self._generations.labels(outcome)  # shown from the start: a rate needs its zero
+            self._poolings.labels(outcome)
 
     def count_request(self, route: str, status: int | None) -> None:
         """One HTTP request is over. `route` is its template; status None is one whose answer was never begun."""
         self._requests.labels(route, "none" if status is None else f"{status // 100}xx").inc()
 
+    def observe_pooling(self, record: PoolingRecord) -> None:
+        """One request for what is read of its inputs is over."""
+        self._poolings.labels(record.outcome).inc()
+        self._pooled_inputs.inc(record.num_inputs)
+        self._observe(record)
+        self.adapters.observe_pooling(record)
+        self._vllm.observe_pooling(record)
+
+    def _observe(self, record: Record) -> None:
+        self._prompt_tokens.inc(record.num_prompt_tokens)
+        if record.seconds_queued is not None:
+            self._queued.observe(record.seconds_queued)
+
     def observe(self, record: GenerationRecord) -> None:
         """One generation is over. How fast and how long is told by those that were whole."""
         self._generations.labels(record.outcome).inc()
-        self._prompt_tokens.inc(record.num_prompt_tokens)
         self._generated_tokens.inc(record.num_generated_tokens)
-        if record.seconds_queued is not None:
-            self._queued.observe(record.seconds_queued)
+        self._observe(record)
         if record.seconds_to_first is not None:
             self._to_first.observe(record.seconds_to_first)
         if record.outcome is Outcome.COMPLETED:

@@ -1,4 +1,4 @@
-"""What is counted: generations as they end, and the server as it stands. Plain data."""
+"""What is counted: generations and poolings as they end, and the server as it stands. Plain data."""
 
 import enum
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from swaplora_server.engine.snapshot import Snapshot
 
 
 class Outcome(enum.StrEnum):
-    """How a generation ended: whole, left by its client, by its time limit, or with another error."""
+    """How a generation or a pooling ended: whole, left by its client, by its time limit, or with another error."""
 
     COMPLETED = "completed"
     ABANDONED = "abandoned"
@@ -23,20 +23,38 @@ class Outcome(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationRecord:
-    """A generation that has ended. Times are in seconds; None is what did not come to be."""
+class Record:
+    """What has ended. Times are in seconds; None is what did not come to be."""
 
     outcome: Outcome
     tenant: str = ""
     adapters: tuple[str, ...] = ()  # by name; of a sum all, none for the base
-    num_prompt_tokens: int  # of all prompts
+    num_prompt_tokens: int  # of all prompts, or inputs
+    seconds: float  # from the request to its end
+    seconds_for_adapters: float  # that it waited for them
+    seconds_queued: float | None  # from the request until the first prompt was begun
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingRecord(Record):
+    """Inputs of one request, of which embeddings, classes or scores were made."""
+
+    num_inputs: int
+
+    def told(self) -> dict[str, int | float | str]:
+        """What the log says of it; what did not come to be is left out."""
+        queued = {} if self.seconds_queued is None else {"queue_seconds": round(self.seconds_queued, 4)}
+        return {"inputs": self.num_inputs, "prompt_tokens": self.num_prompt_tokens, **queued}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRecord(Record):
+    """A generation that has ended."""
+
     num_generated: tuple[int, ...]  # tokens of each choice
     finish_reasons: tuple[FinishReason, ...]  # of each choice
     n: int = 1
     max_tokens: int
-    seconds: float  # from the request to its end
-    seconds_for_adapters: float  # that it waited for them
-    seconds_queued: float | None  # from the request until the first prompt was begun
     seconds_to_first: float | None  # from the request to the first token
     seconds_to_last: float | None
 

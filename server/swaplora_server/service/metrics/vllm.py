@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from swaplora_server.engine.request import FinishReason
-from swaplora_server.service.metrics.records import GenerationRecord, Outcome, ServerState
+from swaplora_server.service.metrics.records import GenerationRecord, Outcome, PoolingRecord, ServerState
 
 _TO_FIRST = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -82,6 +82,18 @@ class VllmMetrics(Collector):
             if record.outcome is Outcome.COMPLETED:
                 self._observe_sizes(record)
                 self._observe_times(record)
+
+    def observe_pooling(self, record: PoolingRecord) -> None:
+        """One request for what is read of its inputs is over; each of them counts as a choice without a token."""
+        reasons = {Outcome.COMPLETED: FinishReason.STOP, Outcome.ABANDONED: FinishReason.ABORT}
+        with self._lock:
+            self._num_tokens["prompt_tokens"] += record.num_prompt_tokens
+            self._num_ended[reasons.get(record.outcome, FinishReason.ERROR)] += record.num_inputs
+            if record.outcome is Outcome.COMPLETED:
+                self._histograms["request_prompt_tokens"].observe(record.num_prompt_tokens)
+                self._histograms["e2e_request_latency_seconds"].observe(record.seconds)
+                if record.seconds_queued is not None:
+                    self._histograms["request_queue_time_seconds"].observe(record.seconds_queued)
 
     def collect(self) -> Iterator[Metric]:
         with self._lock:

@@ -16,7 +16,7 @@ from swaplora_server.log_lines import notes
 from swaplora_server.service.adapter_mix import NOBODY, AdapterMix, Asker, MixTerm, invoked_at, lease_mix, wanted_by
 from swaplora_server.service.admission import NO_HURRY, Admission, Urgency
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.metrics.records import GenerationRecord, Outcome
+from swaplora_server.service.metrics.records import Outcome, PoolingRecord
 from swaplora_server.service.pooling.inputs import Encoded, Reading
 from swaplora_server.service.service import Service
 from swaplora_server.service.wakeups import in_time
@@ -189,25 +189,19 @@ class _Pooling:
         del self._request_of  # which holds weights
         self._reservation.settle(self._num_tokens(self._num_begun))
         record = self._record()
-        self._service.metrics.observe(record)
+        self._service.metrics.observe_pooling(record)
         self._notes.update(record.told())
         self._admission.release()
         self._has_ended.set()
 
-    def _record(self) -> GenerationRecord:
+    def _record(self) -> PoolingRecord:
         failed = Outcome.of_error(self._failure.code) if self._failure else Outcome.COMPLETED
-        outcome = Outcome.ABANDONED if self._is_left else failed
-        reason = {Outcome.COMPLETED: FinishReason.STOP, Outcome.ABANDONED: FinishReason.ABORT}
-        return GenerationRecord(
-            outcome=outcome,
+        return PoolingRecord(
+            outcome=Outcome.ABANDONED if self._is_left else failed,
             adapters=tuple(self._service.stored_name(record.name) for record in self._records),
             num_prompt_tokens=self._num_tokens(),
-            num_generated=(0,) * len(self._inputs),
-            finish_reasons=(reason.get(outcome, FinishReason.ERROR),) * len(self._inputs),
-            max_tokens=0,
+            num_inputs=len(self._inputs),
             seconds=time.monotonic() - self._began,
             seconds_for_adapters=self._seconds_for_adapters,
             seconds_queued=None if self._begun_at is None else self._begun_at - self._began,
-            seconds_to_first=None,
-            seconds_to_last=None,
         )
