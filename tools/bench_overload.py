@@ -34,7 +34,7 @@ from swaplora_server.embedded import ensure_embedded_base
 PROMPT_TOKENS, OUTPUT_TOKENS, VOCAB_SIZE, NUM_PLACES = 64, 32, 40_000, 64
 SURGE, FLOOD, LONG = 3, 50, 10  # times the capacity
 LONG_SECONDS = 300.0
-VICTIM_RATE = 1.5  # requests a second: a tenth of what is possible, and less than half
+LITTLE = 0.1  # of the capacity: what one asks for beside the others, whose share would be half
 TENANTS = ("acme", "beta")
 ADAPTERS = ("sql", "json", "intent")
 PARTS = ("surge", "share", "adapter", "tenant")
@@ -174,12 +174,12 @@ async def surge(server: Server, capacity: float, seconds: float, factor: int) ->
     console.print(f"goodput at {factor} times the capacity, to that at it: {after / before:.2f}")
 
 
-async def share(server: Server, seconds: float) -> None:
+async def share(server: Server, capacity: float, seconds: float) -> None:
     """One who asks for little, beside 63 requests that are always at work: what is nobody's fault."""
     until = asyncio.Event()
     busy = asyncio.create_task(keep_at_work(server.acme, ("sql",), NUM_PLACES - 1, until))
     await asyncio.sleep(3)
-    answers = await Flow(server.acme, ("json",), VICTIM_RATE, seconds, "share").run()
+    answers = await Flow(server.acme, ("json",), LITTLE * capacity, seconds, "share").run()
     until.set()
     await busy
     show_open(f"one beside {NUM_PLACES - 1} at work", answers, seconds)
@@ -190,7 +190,7 @@ async def beside_flood(server: Server, capacity: float, seconds: float, of: str)
     pending = asyncio.create_task(flood.run())
     await asyncio.sleep(3)
     victim = (server.acme, ("json",)) if of == "adapter" else (server.beta, ("sql",))
-    answers = await Flow(*victim, VICTIM_RATE, seconds, f"one beside a flood of one {of}").run()
+    answers = await Flow(*victim, LITTLE * capacity, seconds, f"one beside a flood of one {of}").run()
     show_open(f"one beside a flood of one {of}", answers, seconds)
     show_open(f"that flood of {FLOOD} times the capacity", await pending, seconds + 3)
 
@@ -227,7 +227,7 @@ async def measure(server: Server, arguments: argparse.Namespace) -> None:
                 case "surge":
                     await surge(server, capacity, arguments.seconds, SURGE)
                 case "share":
-                    await share(server, arguments.seconds)
+                    await share(server, capacity, arguments.seconds)
                 case of:
                     await beside_flood(server, capacity, arguments.seconds, of)
     console.print(f"{resident_mib(server.pid)} MiB")

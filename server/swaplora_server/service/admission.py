@@ -112,8 +112,8 @@ class Admissions:
     while nothing is known.
 
     When all these places are taken there are a quarter as many again for those who hold few: a tenant, or where one
-    tenant holds all of them an adapter, may have one there as long as it holds no more than are left, or none at all.
-    So whoever floods gets none of them (dynamic thresholds, as switches share their buffers).
+    tenant holds all of them an adapter, may have one there as long as it holds no more than are left (dynamic
+    thresholds, as switches share their buffers), or no more than its share of what runs. So whoever floods gets none.
     """
 
     def __init__(
@@ -128,6 +128,7 @@ class Admissions:
         self._max_running = max_running
         self._max_wait_seconds = max_wait_seconds
         self._num_held: Counter[str | tuple[str, str]] = Counter()  # by tenant, and by tenant and what it is for
+        self._num_lines: Counter[str] = Counter()  # by tenant, of what its requests are for
         self._ends = EndRate(clock)  # of sequences
         self.num_sequences = 0  # of requests that were let in and have not given everything back
         self._lock = threading.Lock()
@@ -150,7 +151,7 @@ class Admissions:
         """Raise RequestError where there is no room for any request of the tenant, whatever it is for."""
         with self._lock:
             is_alone = self._num_held[tenant] == self.num_sequences
-            if not self._has_room(1, 0 if is_alone else self._num_held[tenant]):
+            if not self._has_room(1, tenant, None if is_alone else tenant):
                 raise self._refusal()
 
     def admit(self, num_sequences: int, tenant: str = "", wanted: str = "") -> Admission:
@@ -161,18 +162,20 @@ class Admissions:
         sharers = (tenant, (tenant, wanted))
         with self._lock:
             is_alone = self._num_held[tenant] == self.num_sequences
-            if not self._has_room(num_sequences, self._num_held[sharers[is_alone]]):
+            if not self._has_room(num_sequences, tenant, sharers[is_alone]):
                 raise self._refusal()
             self._count(num_sequences, sharers)
         return Admission(partial(self._leave, num_sequences, sharers))
 
-    def _has_room(self, num_sequences: int, num_held: int) -> bool:
-        """For so many of one who holds so many."""
+    def _has_room(self, num_sequences: int, tenant: str, sharer: str | tuple[str, str] | None) -> bool:
+        """For so many of a tenant, or of one of its adapters where it is alone; None is one that holds none."""
         here, limit = self.num_sequences, self._num_good()
         if here < limit and here + num_sequences <= self._limit:
             return True
-        num_left = min(max(limit + limit // 4 - here, 1), self._most - here)
-        return num_held + num_sequences <= num_left
+        num_held = self._num_held.get(sharer, 0) if sharer is not None else 0
+        num_sharers = (len(self._num_lines) if sharer == tenant else self._num_lines[tenant]) + (not num_held)
+        few = max(limit + limit // 4 - here, self._max_running // num_sharers, 1)
+        return num_held + num_sequences <= few and here + num_sequences <= self._most
 
     def _num_good(self) -> int:
         """How many may be here of those who hold many."""
@@ -193,7 +196,12 @@ class Admissions:
 
     def _count(self, num_sequences: int, sharers: tuple[str, tuple[str, str]]) -> None:
         self.num_sequences += num_sequences
+        tenant, line = sharers
+        was_here = line in self._num_held
         for sharer in sharers:
             self._num_held[sharer] += num_sequences
             if not self._num_held[sharer]:
                 del self._num_held[sharer]
+        self._num_lines[tenant] += (line in self._num_held) - was_here
+        if not self._num_lines[tenant]:
+            del self._num_lines[tenant]
