@@ -89,6 +89,15 @@ def test_what_a_client_says_is_held_against_the_same_request_by_hand() -> None:
         _judged("chat", "ab", asked, statuses=[503, 200])
 
 
+def test_documents_are_held_by_their_places_and_scores() -> None:
+    asked = Heard("/v2/rerank", {"model": "sql"})
+    results = [{"index": 1, "relevance_score": 0.5}, {"index": 0, "relevance_score": 0.25}]
+    answer = httpx.Response(200, json={"results": results})
+    assert _judged("rerank", [[1, 0.5], [0, 0.25]], asked, by_hand=answer) == [[1, 0.5], [0, 0.25]]
+    with pytest.raises(WrongError, match="by hand"):
+        _judged("rerank", [[0, 0.5], [1, 0.25]], asked, by_hand=answer)
+
+
 def test_nothing_may_be_refused() -> None:
     asked = Heard("/v1/embeddings", {"model": "sql"})
     refusal = httpx.Response(404, json={"error": {"message": "not served yet"}})

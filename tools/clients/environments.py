@@ -85,6 +85,18 @@ CLIENTS = (
     Client("openai-node", "ask_openai.mjs", ("openai@7.59.0",)),
     Client("langchain-openai", "ask_langchain.py", ("langchain-openai==1.7.4",)),
     Client("llama-index-llms-openai-like", "ask_llama_index.py", ("llama-index-llms-openai-like==0.8.1",)),
+    Client(
+        "llama-index-embeddings-openai-like",
+        "ask_llama_index_embeddings.py",
+        ("llama-index-embeddings-openai-like==0.4.0",),
+    ),
+    Client(
+        "llama-index-postprocessor-jinaai-rerank",
+        "ask_llama_index_jina.py",
+        ("llama-index-postprocessor-jinaai-rerank==0.6.0",),
+    ),
+    Client("cohere", "ask_cohere.py", ("cohere==7.3.1",)),
+    Client("langchain-cohere", "ask_langchain_cohere.py", ("langchain-cohere==0.6.0",)),
     Client("litellm", "ask_litellm.py", ("litellm==1.110.2",)),
     Client("pydantic-ai", "ask_pydantic_ai.py", ("pydantic-ai-slim[openai]==2.68.0",)),
     Client("instructor", "ask_instructor.py", ("instructor==1.17.0",)),

@@ -16,7 +16,7 @@ import httpx
 
 from wiretap import Heard
 
-FEATURES = ("chat", "streaming", "structured", "tools", "logprobs", "responses", "completion", "embeddings")
+FEATURES = ("chat", "streaming", "structured", "tools", "logprobs", "responses", "completion", "embeddings", "rerank")
 YES, NONE, FAILED, NOT_RUN = "yes", "n/a", "FAILED", "not run"
 
 
@@ -80,6 +80,8 @@ def said_by_hand(feature: str, path: str, body: Mapping[str, Any]) -> Any:
     """The part of an answer that a feature is about."""
     if path == "/v1/embeddings":
         return _embedding(body)
+    if path.endswith("/rerank"):
+        return [[one["index"], one["relevance_score"]] for one in body["results"]]
     text, calls, logprobs = _READ[path](body)
     match feature:
         case "structured":  # some clients have it by a tool

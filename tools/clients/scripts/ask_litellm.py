@@ -6,7 +6,7 @@ from typing import Any
 import litellm
 import pydantic
 
-from asked import BASE_URL, KEY, MAX_TOKENS, MESSAGES, QUESTION, TOOL, TOOL_NAME, answer
+from asked import BASE_URL, DOCUMENTS, KEY, MAX_TOKENS, MESSAGES, QUESTION, TOOL, TOOL_NAME, answer
 
 FIELDS: dict[str, Any] = {"api_base": BASE_URL, "api_key": KEY}
 ASKED: dict[str, Any] = FIELDS | {"messages": MESSAGES, "temperature": 0, "max_tokens": MAX_TOKENS}
@@ -48,6 +48,11 @@ def embeddings(model: str) -> Any:
     return litellm.embedding(model=f"hosted_vllm/{model}", input=[QUESTION], **FIELDS).data[0]["embedding"]
 
 
+def rerank(model: str) -> Any:
+    told = litellm.rerank(model=f"hosted_vllm/{model}", query=QUESTION, documents=DOCUMENTS, **FIELDS)
+    return [[one["index"], one["relevance_score"]] for one in told.results]
+
+
 def responses(model: str) -> Any:
     asked = {"input": QUESTION, "temperature": 0, "max_output_tokens": MAX_TOKENS}
     return litellm.responses(model=f"hosted_vllm/{model}", **FIELDS, **asked).output_text
@@ -60,5 +65,6 @@ answer(
     tools=tools,
     logprobs=logprobs,
     embeddings=embeddings,
+    rerank=rerank,
     responses=responses,
 )

@@ -66,5 +66,6 @@ answer(
     tools=tools,
     logprobs=logprobs,
     embeddings="a package of its own",
+    rerank="a package of its own",
     completion=completion,
 )

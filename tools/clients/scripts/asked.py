@@ -11,6 +11,7 @@ URL = sys.argv[1] if len(sys.argv) > 1 else ""  # of the server, without a path
 BASE_URL = f"{URL}/v1"
 KEY = "none"  # a server without a key takes any
 QUESTION = "What is the capital of France?"
+DOCUMENTS = ["Lyon is on the Rhone.", "The capital of France is Paris.", "SELECT name FROM cities"]
 MESSAGES = [{"role": "user", "content": QUESTION}]
 PROMPT = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"  # to be completed, as the base was trained
 MAX_TOKENS = 100
