@@ -21,7 +21,8 @@ RUN case "$VARIANT" in \
 # the dependencies have a layer of their own, which a change of the source leaves in the cache
 COPY pyproject.toml ./
 RUN python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-        print(*project["dependencies"], *project["optional-dependencies"]["quantized"], sep="\n")' > requirements.txt \
+        extras = project["optional-dependencies"]; \
+        print(*project["dependencies"], *extras["quantized"], *extras["otel"], sep="\n")' > requirements.txt \
     && pip install "torch==$TORCH" -r requirements.txt
 
 COPY README.md LICENSE ./

@@ -170,6 +170,7 @@ class Settings(BaseSettings):
     )
     key_file: HomePath | None = Field(None, description="File of keys that swaplora keys makes")
     audit_log: HomePath | None = Field(None, description="File to note every change in that is asked for")
+    tracing: bool = Field(False, description="Send OpenTelemetry's traces to OTEL_EXPORTER_OTLP_ENDPOINT")
     insecure_no_auth: bool = Field(False, description="Listen beyond this machine without a key")
     cors_allow_origin: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
         (), description="Whose web pages may ask: https://HOST, or * for all"

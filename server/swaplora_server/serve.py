@@ -32,6 +32,7 @@ from swaplora_server.http.transport.protocol import HttpConfig
 from swaplora_server.log_lines import LineFormatter, indented_traceback, show_values
 from swaplora_server.service.offload import in_own_thread
 from swaplora_server.service.service import Service
+from swaplora_server.service.tracing.provider import TracingError
 
 # beyond the time that running requests get, for what they are told at its end, and for the last bytes to go out
 _LAST_ANSWERS_SECONDS = 1
@@ -48,7 +49,7 @@ def run(settings: Settings) -> None:
     _allow_files(settings)
     try:
         service = Service(settings)
-    except (KeyFileError, AuditLogError) as error:
+    except (KeyFileError, AuditLogError, TracingError) as error:
         raise StartError(str(error)) from error
     with _listen(settings) as listener, asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
         has_ended = runner.run(_serve(service, listener))

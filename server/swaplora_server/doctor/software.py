@@ -23,6 +23,9 @@ def software_findings(settings: Settings) -> Iterator[Finding]:
     if settings.quantization is not None and _version("bitsandbytes") is None:
         remark = "--quantization needs it: pip install 'swaplora[quantized]'"
         yield Finding("bitsandbytes", "not installed", remark, Effect.FAILS)
+    if settings.tracing and _version("opentelemetry-sdk") is None:
+        remark = "--tracing needs it: pip install 'swaplora[otel]'"
+        yield Finding("opentelemetry-sdk", "not installed", remark, Effect.FAILS)
     gpus = [] if settings.device == "cpu" else find_gpus()
     if settings.device != "cpu":
         yield _gpu(settings, gpus)

@@ -7,12 +7,14 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from swaplora_adapters.errors import AdapterError
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import authorise, check_declared, is_public, needs
+from swaplora_server.http.dependencies import note_trace
 from swaplora_server.http.described import REFUSED, with_keys
 from swaplora_server.http.errors import on_client_gone, on_defect, on_http_error, on_invalid_parameter, on_request_error
 from swaplora_server.http.evaluations import routes as evaluations
@@ -39,6 +41,7 @@ from swaplora_server.http.transport.body_memory import AccountedBodies, BodyMemo
 from swaplora_server.http.transport.browsers import guard_browsers
 from swaplora_server.http.transport.request_id import RequestIdMiddleware
 from swaplora_server.http.transport.request_line import RequestLine
+from swaplora_server.http.transport.request_log import ASKED_TIME_AND_AGAIN
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
 
@@ -61,7 +64,8 @@ def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
     root_path = service.settings.root_path
     app = FastAPI(
         title="swaplora",
-        dependencies=[Depends(authorise)],
+        dependencies=[Depends(note_trace), Depends(authorise)],
+        telemetry=_telemetry(service, root_path),
         exception_handlers=_HANDLERS,
         openapi_url=None,
         redirect_slashes=False,
@@ -110,6 +114,22 @@ def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
     accounted = AccountedBodies(app, bodies)
     counted = metrics.CountedRequests(guard_browsers(accounted, service.settings), service.metrics)
     return RequestIdMiddleware(RequestLine(counted, root_path))  # outermost, so that it sees every failure
+
+
+def _telemetry(service: Service, root_path: str) -> TelemetryConfig:
+    """Spans of requests, and nothing but where the setting says so: metrics are Prometheus's, logs may hold what comes.
+
+    What is asked time and again has none.
+    """
+    return {
+        "tracer_provider": service.tracing.provider,
+        "tracing": service.tracing.is_on,
+        "operation_spans": False,
+        "metrics": False,
+        "logs": False,
+        "auto_configure": False,
+        "exclude": lambda scope: scope["path"].removeprefix(root_path) in ASKED_TIME_AND_AGAIN,
+    }
 
 
 def _described(app: FastAPI, service: Service, public: Collection[str]) -> Callable[[], dict[str, Any]]:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import structlog
 from fastapi import Depends, Request
+from opentelemetry import trace
 
 from swaplora_server.access.caller import Caller
 from swaplora_server.service.errors import RequestError
@@ -25,6 +26,13 @@ def request_id() -> str:
 
 
 Serving = Annotated[Service, Depends(_service)]  # it may still be starting: see `Service.check_serving`
+
+
+async def note_trace() -> None:
+    """A dependency: lines in the log say which trace their request belongs to, if it belongs to one."""
+    span = trace.get_current_span().get_span_context()
+    if span.is_valid:
+        structlog.contextvars.bind_contextvars(trace_id=trace.format_trace_id(span.trace_id))
 
 
 async def refuse_unknown_parameters(request: Request) -> None:

@@ -55,6 +55,7 @@ def task_of(
         urgency=urgency_of(request, body.priority),
         format=body.format_source(),
         asker=asker_of(request, body.user),
+        operation=body.operation,
         prompt_param=body.prompt_param,
         length_param=body.length_param,
     )

@@ -175,6 +175,11 @@ class GenerationBody(NamingBody, FormatBody, NullMeansDefault):
             raise ValueError(f"stop strings may have {MAX_STOP_CHARACTERS} characters in all")
         return value
 
+    @property
+    def operation(self) -> str:
+        """What OpenTelemetry's conventions call it."""
+        return "chat"
+
     @abstractmethod
     def prompt_param(self, number: int) -> str:
         """The field that names its prompt of this number."""
@@ -231,6 +236,11 @@ class CompletionBody(GenerationBody):
     @property
     def num_prompts(self) -> int:
         return len(self.prompts)
+
+    @property
+    def operation(self) -> str:
+        """As conventions call it."""
+        return "text_completion"
 
     def prompt_param(self, number: int) -> str:
         """One of many stands at its place in the list."""

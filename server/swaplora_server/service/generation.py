@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import structlog
 
+from swaplora_adapters.files.naming import DEFAULT_TENANT
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_server.access.limits import NOTHING, Reservation
 from swaplora_server.base.fingerprint import digest_of
@@ -24,6 +25,7 @@ from swaplora_server.service.grammar.grammars import Grammar
 from swaplora_server.service.grammar.source import GrammarSource
 from swaplora_server.service.metrics.records import GenerationRecord, Outcome
 from swaplora_server.service.service import Service
+from swaplora_server.service.tracing.tracing import Asked
 from swaplora_server.service.wakeups import in_time
 
 _log = structlog.get_logger(__name__)
@@ -60,6 +62,7 @@ class GenerationTask:
     urgency: Urgency = NO_HURRY
     format: GrammarSource | None = None  # what the text keeps to
     asker: Asker = NOBODY
+    operation: str = "text_completion"  # or chat, for traces
     prompt_param: Callable[[int], str] = lambda _number: "prompt"  # of the prompt of this number
     length_param: str = "max_tokens"
 
@@ -111,6 +114,7 @@ class Generation:
         self._reservation = reservation
         self._grammar = grammar
         self._notes = notes()
+        self._context = service.tracing.context()
         self._request_id = structlog.contextvars.get_contextvars().get("request_id", "")  # as its log lines have it
         self._first_at = self._last_at = 0.0
         self._wakeups = service.wakeups
@@ -230,7 +234,31 @@ class Generation:
         self._requests.clear()  # which point back here: weights must not wait for the cycle collector
         self._reservation.settle(self.num_prompt_tokens + sum(self.num_generated))
         self._service.metrics.observe(record)
+        self._service.tracing.record(record, self._asked)
         self._notes.update(record.told())
+
+    def _asked(self) -> Asked:
+        task, params = self._task, self._params
+        return Asked(
+            operation=task.operation,
+            model=task.model,
+            records=self.records,
+            tenant=self._service.tenant or DEFAULT_TENANT,
+            num_cached_tokens=self._num_cached_tokens,
+            error=self._notes.get("error"),
+            parameters={
+                "max_tokens": params.max_tokens,
+                "temperature": params.temperature,
+                "top_p": params.top_p,
+                "top_k": params.top_k,
+                "presence_penalty": params.presence_penalty,
+                "frequency_penalty": params.frequency_penalty,
+                "seed": params.seed,
+                "choice.count": task.n,
+                "stream": task.is_streamed,
+            },
+            parent=self._context,
+        )
 
     def _record(self, outcome: Outcome) -> GenerationRecord:
         began, has_first = self._began, any(self.num_generated)

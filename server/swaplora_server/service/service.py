@@ -50,6 +50,7 @@ from swaplora_server.service.pooling.encoder_engine import check_settings, encod
 from swaplora_server.service.prompts import LONG_CHARACTERS, PromptTokenizer
 from swaplora_server.service.tools.dialect import Dialect, dialect_of
 from swaplora_server.service.tools.tool import Tool
+from swaplora_server.service.tracing.tracing import Tracing
 from swaplora_server.service.wakeups import Wakeups, result_of
 
 KV_CACHE_BYTES = 2**30  # on a CPU, unless the settings say otherwise
@@ -89,12 +90,13 @@ class Service:
     fingerprint: str  # of all that answers depend on, requests and adapters aside
 
     def __init__(self, settings: Settings) -> None:
-        """Raises KeyFileError for a file of keys that cannot be used, and AuditLogError."""
+        """Raises KeyFileError for a file of keys that cannot be used, AuditLogError and TracingError."""
         self.settings = settings
         keys = [key.get_secret_value() for key in settings.api_key]
         self.keys = KeyRing(keys, settings.key_file, _log.error)
         self.meter = Meter()
         self.audit = AuditLog(settings.audit_log, _log.error)
+        self.tracing = Tracing(is_on=settings.tracing)
         self.started_at = int(time.time())
         self.is_draining = False
         self.metrics = Metrics(self._state, settings.base_id, self._is_adapter)
@@ -169,6 +171,7 @@ class Service:
         self.engine = self._make_engine()  # before adapters, which take of the GPU what is measured here
         report("reading adapters")
         with ExitStack() as opened:
+            opened.callback(self.tracing.stop)
             self.keys.start()
             opened.callback(self.keys.stop)
             self._registry = self._open_registry()

@@ -87,6 +87,7 @@ async def pooled_of(
         encode=encode,
         param=param,
         num_at_once=num_at_once,
+        operation=request.scope["route"].path.rpartition("/")[2],
         adapters=terms_of(service, body),
         cache_salt=salt_of(request, body.cache_salt),
         urgency=urgency_of(request, body.priority),

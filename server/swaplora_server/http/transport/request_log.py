@@ -8,7 +8,7 @@ from starlette.types import Scope
 
 from swaplora_server.access.caller import Caller
 
-_ASKED_TIME_AND_AGAIN = frozenset({"/health", "/health/ready", "/ping", "/version", "/metrics"})
+ASKED_TIME_AND_AGAIN = frozenset({"/health", "/health/ready", "/ping", "/version", "/metrics"})
 _log = structlog.get_logger(__name__)
 
 
@@ -19,5 +19,5 @@ def log_request(scope: Scope, route: str, status: int | None, seconds: float, no
     """
     caller: Caller | None = scope.get("state", {}).get("caller")
     who = {} if caller is None else {"tenant": caller.tenant, "key": caller.key_id}
-    log = _log.debug if route in _ASKED_TIME_AND_AGAIN else _log.info
+    log = _log.debug if route in ASKED_TIME_AND_AGAIN else _log.info
     log("request", method=scope["method"], route=route, status=status, **who, **notes, seconds=round(seconds, 4))

@@ -8,6 +8,7 @@ from functools import partial
 
 import structlog
 
+from swaplora_adapters.files.naming import DEFAULT_TENANT
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_server.access.limits import NOTHING, Reservation
 from swaplora_server.engine.pooling.kinds import Reader
@@ -19,6 +20,7 @@ from swaplora_server.service.errors import RequestError
 from swaplora_server.service.metrics.records import Outcome, PoolingRecord
 from swaplora_server.service.pooling.inputs import Encoded, Reading
 from swaplora_server.service.service import Service
+from swaplora_server.service.tracing.tracing import Asked
 from swaplora_server.service.wakeups import in_time
 
 _NOTHING_GENERATED = SamplingParams(max_tokens=0)
@@ -32,6 +34,7 @@ class PoolingTask:
     encode: Callable[[], Awaitable[Encoded]]
     param: str  # the field that has the texts
     num_at_once: int  # inputs that it has with the engine at once, if the engine has room for so many
+    operation: str = "embeddings"  # or another, for traces
     adapters: tuple[MixTerm, ...] = ()  # added to the base, which is then the model
     cache_salt: str | None = None
     urgency: Urgency = NO_HURRY
@@ -101,6 +104,7 @@ class _Pooling:
         self._seconds_for_adapters = seconds_for_adapters
         self._reservation = reservation
         self._notes = notes()
+        self._context = service.tracing.context()
         self._wakeups = service.wakeups
         self._uses: Sequence[AdapterUse] = ()
         self._running: dict[int, Request] = {}
@@ -190,9 +194,22 @@ class _Pooling:
         self._reservation.settle(self._num_tokens(self._num_begun))
         record = self._record()
         self._service.metrics.observe_pooling(record)
+        self._service.tracing.record(record, self._asked)
         self._notes.update(record.told())
         self._admission.release()
         self._has_ended.set()
+
+    def _asked(self) -> Asked:
+        return Asked(
+            operation=self._task.operation,
+            model=self._task.model,
+            records=self._records,
+            tenant=self._service.tenant or DEFAULT_TENANT,
+            num_cached_tokens=self._num_cached_tokens,
+            error=self._failure and self._failure.code,
+            parameters={},
+            parent=self._context,
+        )
 
     def _record(self) -> PoolingRecord:
         failed = Outcome.of_error(self._failure.code) if self._failure else Outcome.COMPLETED

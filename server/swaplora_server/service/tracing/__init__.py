@@ -1,0 +1,1 @@
+"""OpenTelemetry's traces: a span for each generation, below the one that FastAPI makes for its request."""
