@@ -206,7 +206,7 @@ class _Pooling:
             records=self._records,
             tenant=self._service.tenant or DEFAULT_TENANT,
             num_cached_tokens=self._num_cached_tokens,
-            error=self._failure and self._failure.code,
+            error=self._failure.code if self._failure else None,
             parameters={},
             parent=self._context,
         )

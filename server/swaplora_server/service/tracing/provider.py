@@ -30,8 +30,9 @@ def open_provider() -> TracerProvider:
     resource = Resource.create({"service.version": version("swaplora")})
     if str(resource.attributes["service.name"]).startswith("unknown_service"):  # neither variable names it
         resource = resource.merge(Resource({"service.name": "swaplora"}))
-    provider = sdk.TracerProvider(resource=resource, shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    sending = sdk.TracerProvider(resource=resource, shutdown_on_exit=False)
+    sending.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    provider: TracerProvider = sending
     return provider
 
 
