@@ -1,12 +1,16 @@
 """The Helm chart and the manifests beside it: rendered, and held against Kubernetes' schemas and the server's settings.
 
-Kinds that Kubernetes itself does not have come without a schema: of these it is held that they lead to what is there.
+Kinds that Kubernetes itself does not have are held against those schemas that packages bring (`schemas/`, each with its
+source); of all it is held that they lead to what is there.
 """
 
+import copy
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import helm_python
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -31,8 +35,12 @@ EVERYTHING: dict[str, Any] = {
     "imagePullSecrets": [{"name": "registry"}],
     "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
     "dashboard": {"enabled": True},
+    "tracing": {"endpoint": "http://collector.tracing:4318"},
     "keda": {"enabled": True},
-    "networkPolicy": {"from": [{"namespaceSelector": {"matchLabels": {"name": "gateway"}}}]},
+    "networkPolicy": {
+        "egressPorts": [443, 4318],
+        "from": [{"namespaceSelector": {"matchLabels": {"name": "gateway"}}}],
+    },
     "integrations": {
         "inferencePool": {"enabled": True, "endpointPicker": "picker"},
         "aibrix": {"enabled": True},
@@ -50,6 +58,10 @@ CASES: dict[str, dict[str, Any]] = {
     "no key": {"auth": {"insecureNoAuth": True}, "data": {"persistent": False}, "networkPolicy": {"enabled": False}},
 }
 CORE = {"ConfigMap", "NetworkPolicy", "PodDisruptionBudget", "Service", "StatefulSet"}
+OTHERS = {
+    kind: json.loads((ROOT / "tests/project/schemas" / f"{kind.lower()}.json").read_text())
+    for kind in ("ServiceMonitor", "ScaledObject")
+}
 Manifests = dict[str, dict[str, Any]]  # by kind; of the services the one that is asked
 
 
@@ -89,6 +101,45 @@ def test_the_chart_is_sound_and_kubernetes_knows_all_that_it_says(chart: helm_py
     for document in documents:
         if document["kind"] in CORE:
             kubernetes_validate.validate(document, "1.37", strict=True)
+        elif document["kind"] in OTHERS:
+            jsonschema.validate(document, OTHERS[document["kind"]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value"),
+    [
+        ("ServiceMonitor", ("apiVersion",), "monitoring.coreos.com/v2"),
+        ("ServiceMonitor", ("spec", "endpoint"), []),
+        ("ServiceMonitor", ("spec", "endpoints", 0, "interval"), "often"),
+        ("ServiceMonitor", ("spec", "endpoints", 0, "authorization", "credentials", "keys"), "x"),
+        ("ServiceMonitor", ("spec", "selector"), "law"),
+        ("ScaledObject", ("spec", "scaleTargetRef", "name"), None),
+        ("ScaledObject", ("spec", "minReplicas"), 1),
+        ("ScaledObject", ("spec", "maxReplicaCount"), "4"),
+        ("ScaledObject", ("spec", "triggers", 0, "metadata", "threshold"), 5),
+    ],
+)
+def test_the_schemas_of_others_refuse_what_is_wrong(
+    chart: helm_python.Chart, kind: str, path: tuple[str | int, ...], value: object
+) -> None:
+    document = copy.deepcopy(render(chart, EVERYTHING)[kind])
+    jsonschema.validate(document, OTHERS[kind])
+    place: Any = document
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document, OTHERS[kind])
+
+
+def test_spans_go_where_the_values_say(chart: helm_python.Chart) -> None:
+    told = {entry["name"]: entry.get("value") for entry in container(render(chart, EVERYTHING))["env"]}
+    assert told["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://collector.tracing:4318"
+    assert told["SWAPLORA_TRACING"] == "true"
+    policy = render(chart, EVERYTHING)["NetworkPolicy"]["spec"]["egress"][0]["ports"]
+    assert {"protocol": "TCP", "port": 4318} in policy
+    least = {entry["name"] for entry in container(render(chart, CASES["least"]))["env"]}
+    assert not [name for name in least if "OTEL" in name or "TRACING" in name]
 
 
 def test_everything_has_every_kind(chart: helm_python.Chart) -> None:
