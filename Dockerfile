@@ -7,6 +7,8 @@ ARG VARIANT=cpu
 ARG TORCH=2.13.0
 ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/swaplora
 ENV PATH=/opt/swaplora/bin:$PATH
 WORKDIR /build
@@ -29,11 +31,14 @@ COPY README.md LICENSE ./
 COPY server ./server
 COPY adapters/swaplora_adapters ./adapters/swaplora_adapters
 RUN pip wheel --no-deps --wheel-dir dist . && pip install --no-deps dist/*.whl && pip check
+# of each kind of x86-64: which is loaded is decided where it runs
+RUN if [ "$VARIANT" = cpu ] && [ "$(uname -m)" = x86_64 ]; then python -m swaplora_server.kernels.cpu.ahead; fi
 
 
 FROM python:${PYTHON}-slim
-# the kernels are compiled on first start, for the processor that they will run on. A GPU's are by Triton, whose launcher
-# needs a C compiler, which g++ brings, and Python's headers, which the image has below /usr/local/include
+# kernels are compiled on first start where none that were compiled ahead fit: on other processors, and a GPU's, by Triton,
+# for the shapes of the base; its launcher needs a C compiler, which g++ brings, and Python's headers, which the image has
+# below /usr/local/include
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /cache --shell /usr/sbin/nologin swaplora \

@@ -26,15 +26,14 @@ for variant, paths in json.loads(sys.argv[1]):
 _compile_one = build._compile_one  # noqa: SLF001
 
 
-def compile_once(compiler: str, folder: Path, source: Path) -> Path:
+def compile_once(compiler: str, flags: Sequence[str], folder: Path, source: Path) -> Path:
     """For `build._compile_one`: most files are the same in several variants once the preprocessor has run."""
-    flags = build._flags()  # noqa: SLF001
     command = [compiler, *flags, f"-I{build.CSRC}", "-E", str(source)]
     code = subprocess.run(command, check=True, capture_output=True).stdout
     others = [flag for flag in flags if not flag.startswith("-D")]
     kept = KERNEL_CACHE / f"{hashlib.sha256(json.dumps([compiler, *others]).encode() + code).hexdigest()}.o"
     if not kept.exists():
-        os.replace(_compile_one(compiler, folder, source), kept)
+        os.replace(_compile_one(compiler, flags, folder, source), kept)
     return kept
 
 

@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,6 +78,12 @@ def test_what_observes_is_on_this_machine_only_and_starts_by_its_profile(
 
 def test_the_image_has_a_compiler_for_its_kernels(stages: list[list[str]]) -> None:
     assert any(re.search(r"apt-get install [^&]*\bg\+\+", line) for line in stages[-1])
+
+
+def test_the_build_compiles_the_kernels_ahead_by_a_module_that_is_there(stages: list[list[str]]) -> None:
+    (module,) = re.findall(r"python -m (swaplora_server[\w.]*)", " ".join(stages[0]))
+    assert (ROOT / "server" / Path(*module.split("."))).with_suffix(".py").is_file()
+    assert any(re.search(r"apt-get install [^&]*\bg\+\+", line) for line in stages[0])
 
 
 def test_the_image_does_not_run_as_root(stages: list[list[str]]) -> None:

@@ -6,7 +6,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from swaplora_server.kernels.cpu import build
+from swaplora_server.kernels.cpu import ahead, build
 
 
 class Format(IntEnum):
@@ -175,7 +175,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
 
 def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
     """All kernels, compiled the first time. Raises NoCompilerError, and RuntimeError for structures that differ."""
-    library = build.load("kernels", sorted(build.CSRC.rglob("*.cpp")), cache_dir, report)
+    library = build.load("kernels", build.SOURCES, cache_dir, report, ahead.runnable("kernels", build.SOURCES))
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     _declare(library, "struct_bytes", [ctypes.c_char_p], size)
     check_structures(library)
