@@ -4,7 +4,7 @@ import itertools
 import math
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -12,9 +12,7 @@ from typing import NamedTuple
 from swaplora_adapters.registry.leases import Lease, RequestLeases
 from swaplora_adapters.registry.registry import Registry
 from swaplora_server.service.errors import RequestError
-
-RATE_SECONDS = 30.0
-MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 1, 60
+from swaplora_server.service.offload import EndRate
 
 
 class Urgency(NamedTuple):
@@ -73,35 +71,6 @@ class Admission:
         """What each of `count` parts of the request calls once, at its end: the last of them gives everything back."""
         calls = itertools.count(1)
         return lambda: self.release() if next(calls) == count else None
-
-
-class EndRate:
-    """How fast things end, by those that did in the last half minute. Not thread-safe."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._ends: deque[tuple[float, int]] = deque()  # when, and how many
-
-    def note(self, count: int = 1) -> None:
-        """So many have just ended."""
-        self._ends.append((self._clock(), count))
-        self.per_second()  # forgets those of long ago
-
-    def per_second(self) -> float | None:
-        """None where none has ended."""
-        now = self._clock()
-        while self._ends and self._ends[0][0] < now - RATE_SECONDS:
-            self._ends.popleft()
-        if not self._ends:
-            return None
-        return sum(count for _, count in self._ends) / max(now - self._ends[0][0], MIN_RETRY_SECONDS)
-
-    def retry_seconds(self, count: int) -> int:
-        """When it may be worth asking again: once so many more have ended."""
-        rate = self.per_second()
-        if rate is None:
-            return MIN_RETRY_SECONDS
-        return min(max(math.ceil(count / rate), MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
 
 
 class Admissions:
