@@ -538,8 +538,8 @@ def python(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("flags", "unwanted"),
     [
-        (["--help"], {"torch", "transformers", "httpx", "numpy", "httptools", "uvloop", "swaplora_adapters"}),
-        (["--base", "good", "--requests", "2"], {"torch", "transformers", "httpx", "swaplora_adapters"}),
+        (["--help"], {"torch", "transformers", "httpx", "numpy", "httptools", "uvloop", "swaplora_server.config"}),
+        (["--base", "good", "--requests", "2"], {"torch", "transformers", "httpx", "swaplora_server.config"}),
     ],
 )
 def test_a_process_of_its_own_imports_nothing_that_it_does_not_need(

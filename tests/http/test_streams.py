@@ -27,6 +27,7 @@ from swaplora_server.service.errors import RequestError
 from swaplora_server.service.generation import Generation, Piece
 from swaplora_server.service.metrics.records import GenerationRecord, Outcome
 from swaplora_server.service.service import Service
+from swaplora_server.service.tracing.tracing import Tracing
 from swaplora_server.service.wakeups import Wakeups
 
 TOKENIZER = tiny.byte_tokenizer()
@@ -270,6 +271,7 @@ def generation(body: GenerationBody) -> tuple[Generation, list[GenerationRecord]
         wakeups=Wakeups(),
         base=SimpleNamespace(vocabulary=VOCABULARY),
         metrics=SimpleNamespace(observe=records.append),
+        tracing=Tracing(is_on=False),
         engine=SimpleNamespace(submit=lambda _request: None, abort=lambda _request, _index=None: None),
     )
     request = HttpRequest({"type": "http", "headers": [], "state": {"caller": ANYBODY}})

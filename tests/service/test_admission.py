@@ -141,10 +141,12 @@ def test_no_more_are_let_in_than_would_begin_in_time_or_than_run_at_once(per_sec
     admissions = Admissions(90, 10, 5, clock=lambda: now[0])
     assert len(admitted(admissions, "", "sql")) == 100, "nothing is known of how long it takes"
     admissions = Admissions(90, 10, 5, clock=lambda: now[0])
+    held = [admissions.admit(1, "", "sql") for _ in range(11)]
     for _ in range(400):
         now[0] += 1 / per_second
-        admissions.admit(1).release()
-    waiting, in_time = len(admitted(admissions, "", "sql")) - 10, math.ceil(5 * per_second)
+        held.pop(0).release()
+        held.append(admissions.admit(1, "", "sql"))
+    waiting, in_time = 1 + len(admitted(admissions, "", "sql")), math.ceil(5 * per_second)
     assert min(90, max(10, in_time)) <= waiting <= min(90, max(10, in_time + 2))
 
 
@@ -166,11 +168,13 @@ def test_who_holds_none_is_let_in_although_far_more_are_here_than_would_begin_in
 def test_who_asks_for_less_than_its_share_of_what_runs_is_let_in_beside_a_flood(of: str) -> None:
     now = [100.0]
     admissions = Admissions(256, 64, 5, clock=lambda: now[0])
+    flood, other = (("acme", "sql"), ("beta", "sql") if of == "tenants" else ("acme", "json"))
+    held = [admissions.admit(1, *flood) for _ in range(65)]
     for _ in range(100):
         now[0] += 0.2
-        admissions.admit(1).release()
-    flood, other = (("acme", "sql"), ("beta", "sql") if of == "tenants" else ("acme", "json"))
-    assert len(admitted(admissions, *flood)) == 128
+        held.pop(0).release()
+        held.append(admissions.admit(1, *flood))
+    assert 65 + len(admitted(admissions, *flood)) == 128
     assert len(admitted(admissions, *other)) == 32
     assert len(admitted(admissions, *flood)) == 0
 
@@ -225,3 +229,27 @@ def refused_for(admissions: Admissions) -> int | None:
     with pytest.raises(RequestError, match="too many requests") as caught:
         admissions.admit(1, "", "sql")
     return caught.value.retry_seconds
+
+
+def test_how_fast_requests_end_is_not_known_where_none_waits() -> None:
+    """Then they end as fast as they come: after few of them a burst is let in as on a server that has just begun."""
+    now = [100.0]
+    admissions = Admissions(40, 10, 1.0, clock=lambda: now[0])
+    for _ in range(3):
+        now[0] += 8
+        admissions.admit(1, "", "sql").release()
+    assert len(admitted(admissions, "", "sql")) == 50
+    assert refused_for(admissions) == MIN_RETRY_SECONDS
+
+
+def test_requests_that_fail_before_they_run_do_not_count_as_served() -> None:
+    now = [100.0]
+    admissions = Admissions(40, 10, 1.0, clock=lambda: now[0])
+    held = [admissions.admit(1, "", "sql") for _ in range(11)]
+    for _ in range(200):
+        now[0] += 0.01
+        admissions.admit(1, "", "nobody").release(has_run=False)
+    held.pop().release()  # one that was served
+    held += [admissions.admit(1, "", "sql") for _ in range(10)]
+    assert len(held) == 20
+    assert refused_for(admissions) is not None

@@ -38,7 +38,8 @@ class Admission:
     Given back in one place, exactly once, by any thread.
     """
 
-    def __init__(self, leave: Callable[[], None]) -> None:
+    def __init__(self, leave: Callable[[bool], None]) -> None:
+        """`leave` hears whether the request was with the engine."""
         self._leave = leave
         self._leases: list[Lease] = []
         self._request_leases: RequestLeases | None = None
@@ -53,8 +54,11 @@ class Admission:
         self._request_leases = registry.lease_weights(self._leases)
         return self._request_leases
 
-    def release(self) -> None:
-        """Give back everything. Raises RuntimeError the second time: a count that is off would let too many in."""
+    def release(self, *, has_run: bool = True) -> None:
+        """Give back everything; `has_run` is false for a request that failed before it was with the engine.
+
+        Raises RuntimeError the second time: a count that is off would let too many in.
+        """
         if self._is_released:
             raise RuntimeError("an admission was given back twice")
         self._is_released = True
@@ -65,7 +69,7 @@ class Admission:
                 for lease in self._leases:
                     lease.release()
         finally:
-            self._leave()  # last: whom nobody counts holds nothing
+            self._leave(has_run)  # last: whom nobody counts holds nothing
 
     def release_after(self, count: int) -> Callable[[], None]:
         """What each of `count` parts of the request calls once, at its end: the last of them gives everything back."""
@@ -158,10 +162,14 @@ class Admissions:
         message = f"too many requests are waiting; try again in {seconds} s"
         return RequestError("overloaded", message, retry_seconds=seconds)
 
-    def _leave(self, num_sequences: int, sharers: tuple[str, tuple[str, str]]) -> None:
+    def _leave(self, num_sequences: int, sharers: tuple[str, tuple[str, str]], has_run: bool) -> None:
         with self._lock:
+            is_any_waiting = self.num_sequences > self._max_running
             self._count(-num_sequences, sharers)
-            self._ends.note(num_sequences)
+            if not is_any_waiting:  # then ends come as fast as requests do, and do not tell how fast they could
+                self._ends.forget()
+            elif has_run:
+                self._ends.note(num_sequences)
 
     def _count(self, num_sequences: int, sharers: tuple[str, tuple[str, str]]) -> None:
         self.num_sequences += num_sequences

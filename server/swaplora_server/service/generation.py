@@ -372,7 +372,7 @@ async def generate(service: Service, task: GenerationTask) -> Generation:
         async with in_time(task.urgency.deadline(began)):
             generation, uses, starts = await _prepared(service, task, began, admission)
     except BaseException:
-        admission.release()
+        admission.release(has_run=False)
         raise
     generation.submit(uses, starts, admission)
     return generation

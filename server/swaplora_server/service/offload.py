@@ -27,20 +27,27 @@ class EndRate:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._ends: deque[tuple[float, int]] = deque()  # when, and how many
+        self._num_ends = 0
 
     def note(self, count: int = 1) -> None:
         """So many have just ended."""
         self._ends.append((self._clock(), count))
+        self._num_ends += count
         self.per_second()  # forgets those of long ago
+
+    def forget(self) -> None:
+        """Nothing is known any more."""
+        self._ends.clear()
+        self._num_ends = 0
 
     def per_second(self) -> float | None:
         """None where none has ended."""
         now = self._clock()
         while self._ends and self._ends[0][0] < now - RATE_SECONDS:
-            self._ends.popleft()
+            self._num_ends -= self._ends.popleft()[1]
         if not self._ends:
             return None
-        return sum(count for _, count in self._ends) / max(now - self._ends[0][0], MIN_RETRY_SECONDS)
+        return self._num_ends / max(now - self._ends[0][0], MIN_RETRY_SECONDS)
 
     def retry_seconds(self, count: int) -> int:
         """When it may be worth asking again: once so many more have ended."""

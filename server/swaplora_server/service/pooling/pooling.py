@@ -76,7 +76,7 @@ async def pool(service: Service, task: PoolingTask) -> Pooled:
         starts = [invoked_at(one.token_ids, uses, one.param) for one in reading.inputs]
     except BaseException:
         reservation.settle(0)
-        admission.release()
+        admission.release(has_run=False)
         raise
     pooling = _Pooling(service, task, reading, mix, began, seconds, reservation)
     return await pooling.run(uses, starts, admission, width)
