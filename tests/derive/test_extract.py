@@ -9,6 +9,7 @@ import pytest
 import structlog
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tiny
@@ -157,6 +158,21 @@ def test_what_may_be_left_out_is_told_with_how_far_it_moved(base: Path, adapters
     told = json.loads(done.stdout)
     assert told["left_out"] == {"model.norm.weight": pytest.approx(0.5)}
     assert told["other_tokens"] == ["eos_token_id"]
+
+
+def test_weights_under_other_names_are_refused_and_not_drawn_at_random(base: Path, tmp_path: Path) -> None:
+    tuned = changed(base, tmp_path / "tuned", lambda model: None)
+    tensors = load_file(tuned / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("up_proj.weight"))
+    save_file(
+        {"module." * (key == name) + key: x for key, x in tensors.items()},
+        tuned / "model.safetensors",
+        {"format": "pt"},
+    )
+    done = swaplora("extract", str(tuned), "--base", str(base), "--out", str(tmp_path / "out"))
+    assert (done.exit_code, f"{name} is not in its files" in done.stderr) == (1, True), done.output
+    assert f"module.{name} is in its files and in no part of the model" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def extract_adapter(
     and FileExistsError.
     """
     require_new(out)
-    models = [AutoModelForCausalLM.from_pretrained(source, dtype="auto") for source in (base, tuned)]
+    models = [_loaded(base), _loaded(tuned)]
     other_tokens = _other_tokens(*models)
     names = _different(*models)
     linears = {f"{path}.weight": m for path, m in models[0].named_modules() if isinstance(m, nn.Linear | Conv1D)}
@@ -93,6 +93,16 @@ def holding(energy: float, most: int) -> Limit:
         return min(most, int((held < energy * held[-1]).sum()) + 1, len(values))
 
     return limit
+
+
+def _loaded(source: str | Path) -> PreTrainedModel:
+    """Raises NotLowRankError for files that lack weights, which would be drawn at random, or have others."""
+    model, info = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
+    kinds = {"missing_keys": "is not in its files", "unexpected_keys": "is in its files and in no part of the model"}
+    if reasons := [f"{key} {words}" for kind, words in kinds.items() for key in sorted(info[kind])]:
+        raise NotLowRankError(reasons)
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _other_tokens(base: PreTrainedModel, tuned: PreTrainedModel) -> list[str]:
