@@ -246,6 +246,7 @@ class Sequence:
     lacking_since: int | None = None  # the step in which there were first too few blocks for it
     num_lacking: int = 0  # how many it takes, as it last turned out
     begun_in: int | None = None  # the step in which it last began
+    was_preempted: bool = False
     _block_keys: list[bytes] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -332,6 +333,11 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Tokens whose keys and values are not in the cache yet: the rest of a prompt, or 1 while decoding."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def is_recomputed(self) -> bool:
+        """Whether it was preempted and has yet to come to a next token."""
+        return self.was_preempted and self.num_uncomputed > 1
 
     @property
     def hashed_keys(self) -> list[bytes]:

@@ -46,16 +46,34 @@ def standing(running: Collection[Sequence], *, is_scarce: bool) -> dict[Sequence
     return {sequence: (sequence.arrival > oldest, *blocks.of(sequence), sequence.arrival) for sequence in running}
 
 
-def who_gives_place(running: Collection[Sequence], waiting: Sequence, times: int = 1) -> Sequence | None:
-    """Of whoever has most places, tenant and then adapter, the one of which least is computed.
+class Places:
+    """The places of those that run, and who may have to give one up to another whose like have fewer.
 
-    None where those like the one that waits are not behind.
+    That is nobody who began in this step, or who lost its place before and has not computed its prompt again since:
+    each comes to a next token, however many others come meanwhile.
     """
-    places = Holdings(running, lambda _sequence: 1)
-    most = max(running, key=places.of, default=None)
-    if most is None or not places.is_behind(waiting, most, times):
-        return None
-    held = places.of(most)
-    return min(
-        (other for other in running if places.of(other) == held), key=lambda other: (other.num_computed, -other.arrival)
-    )
+
+    def __init__(self, running: Collection[Sequence], step: int) -> None:
+        self._held = Holdings(running, lambda _sequence: 1)
+        self._lines: defaultdict[tuple[str, tuple[str, ...]], list[Sequence]] = defaultdict(list)
+        self._most_of: dict[str, Sequence] = {}  # of each tenant, one of its adapter that has most
+        may_give = [other for other in running if other.begun_in != step and not other.is_recomputed]
+        for other in sorted(may_give, key=self._held.of):
+            self._lines[other.request.tenant, other.request.digests].append(other)
+            self._most_of[other.request.tenant] = other
+        self._most = max(self._most_of.values(), key=self._held.of, default=None)
+
+    def givers(self, waiting: Sequence, times: int = 1) -> list[Sequence]:
+        """Those of whoever has most, tenant and then adapter; else those of its own tenant's adapter that has most.
+
+        None where those like the one that waits are not behind, so many times.
+        """
+        for most in (self._most, self._most_of.get(waiting.request.tenant)):
+            if most is not None and self._held.is_behind(waiting, most, times):
+                return self._lines[most.request.tenant, most.request.digests]
+        return []
+
+
+def least_computed(givers: Collection[Sequence]) -> Sequence:
+    """The one that loses least with its place; of several the youngest."""
+    return min(givers, key=lambda other: (other.num_computed, -other.arrival))

@@ -7,7 +7,8 @@ When KV blocks run out, the youngest running sequence of whoever holds most of t
 back and is recomputed later, but for what the cache then still holds. The oldest of all is spared, so that something
 always comes to its end. A place is taken likewise, of the sequence of which least is computed, for one whose like have
 less than half as many, or fewer where nobody who waits has begun for long: who asks for little finds a place within a
-few steps, however long the answers of those who have all. That costs a block's tokens, computed again.
+few steps, however long the answers of those who have all. That costs a block's tokens, computed again; without the
+cache it costs all, and who lost its place is spared until it comes to a next token.
 
 Waiting sequences begin in the order of the waiting line. One lets later ones go before it while its adapters do not fit
 beside those that run, and while another sequence is computing the very block it needs next, which it then shares. It
@@ -37,7 +38,7 @@ from swaplora_server.engine.request import (
 )
 from swaplora_server.engine.sampling.constraint import ConstraintPendingError, UnmetConstraintError
 from swaplora_server.engine.scheduling.batch import Batch, Sampled, ScheduledRows, StepRoom
-from swaplora_server.engine.scheduling.holdings import Standing, standing, who_gives_place
+from swaplora_server.engine.scheduling.holdings import Places, Standing, least_computed, standing
 from swaplora_server.engine.scheduling.step_ranks import StepRanks
 from swaplora_server.engine.scheduling.waiting_line import GENERATED_WEIGHT, PROMPT_WEIGHT, WaitingLine
 from swaplora_server.kernels.step import Wants
@@ -116,15 +117,14 @@ class Scheduler:
         order = self._standing()
         for sequence in sorted(self._running, key=lambda sequence: (sequence.num_uncomputed > 1, order[sequence])):
             try:
-                if reason := sequence.late_finish_reason:
-                    self._finish(sequence, TokenEvent(sequence.index, finish_reason=reason))
+                self._finish_late(sequence)
                 rows = None if sequence.is_held else room.take(sequence, leaves_half=len(self._waiting) > 0)
                 if rows and sequence in self._running and self._make_room(rows, chosen, order):
                     chosen.append(rows)
                     room.count(rows)
             except Exception as error:  # noqa: BLE001 - one request's boundary
                 self.fail(sequence.request, error)
-        chosen += self._admit(room)
+        chosen += self._admit(room, chosen)
         chosen = [rows for rows in chosen if rows.sequence.block_table]  # a sibling may have failed since
         chosen = [self._with_rest(rows, room) for rows in chosen]
         return Batch(tuple(sorted(chosen, key=lambda rows: (rows.sequence.request.adapter_key, rows.sequence.arrival))))
@@ -198,15 +198,23 @@ class Scheduler:
             else:
                 self._next_deadline = min(self._next_deadline, deadline)
 
-    def _admit(self, room: StepRoom) -> list[ScheduledRows]:
-        """Begin waiting sequences while they fit, in their order but for those that can let others go first."""
+    def _admit(self, room: StepRoom, chosen: list[ScheduledRows]) -> list[ScheduledRows]:
+        """Begin waiting sequences while they fit, in their order but for those that can let others go first.
+
+        Rows of `chosen` give their room back where their sequence gives its place up.
+        """
         begun: list[ScheduledRows] = []
         lacking: Sequence | None = None  # the first for which there are too few blocks
+        places: Places | None = None  # as long as nobody begins or ends
         for sequence in self._waiting.turns():
-            giving = None if self._has_place else self._who_gives_place(sequence)
-            if not room.num_rows or not (self._has_place or giving):
+            if not self._has_place and places is None:
+                places = self._places()
+            givers = [] if self._has_place or places is None else places.givers(sequence, FAR_BEHIND)
+            if not room.num_rows or not (self._has_place or givers):
                 break
             try:
+                if sequence.num_generated and (self._finish_late(sequence) or sequence.is_held):
+                    continue
                 if lacking is not None and not self._fits_beside(lacking, sequence):
                     continue
                 if self._should_wait(sequence):
@@ -215,14 +223,15 @@ class Scheduler:
                     continue
                 found = self.cache.find(sequence)
                 if self._can_admit(sequence, found):
-                    if giving is not None:
-                        self._preempt(giving)
-                        self._last_taken_in = self._num_steps
+                    if givers:
+                        self._take_place(least_computed(givers), room, chosen)
+                    places = None
                     begun += self._begin(sequence, found, room)
                 elif lacking is None:
                     lacking = sequence
             except Exception as error:  # noqa: BLE001 - one request's boundary
                 self.fail(sequence.request, error)
+                places = None
         return begun
 
     @property
@@ -305,16 +314,22 @@ class Scheduler:
         if self._num_steps - self._last_begun_in < MAX_STEPS_PASSED_OVER or not self._running:
             return
         first = next(self._waiting.turns(), None)
-        if first is not None and (giving := who_gives_place(self._running, first)):
-            self._preempt(giving)
+        if first is not None and (givers := Places(self._running, self._num_steps).givers(first)):
+            self._preempt(least_computed(givers))
         self._last_begun_in = self._num_steps
 
-    def _who_gives_place(self, sequence: Sequence) -> Sequence | None:
-        """Where all places are taken, now and then, one that gives its to one whose like have far fewer."""
+    def _places(self) -> Places | None:
+        """Where all places are taken, now and then, those that one may be given of."""
         if self._num_steps - self._last_taken_in < STEPS_BETWEEN_TAKINGS or len(self._running) < self._max_num_seqs:
             return None
-        earlier = [other for other in self._running if other.begun_in != self._num_steps]
-        return who_gives_place(earlier, sequence, FAR_BEHIND)
+        return Places(self._running, self._num_steps)
+
+    def _take_place(self, giving: Sequence, room: StepRoom, chosen: list[ScheduledRows]) -> None:
+        self._preempt(giving)
+        self._last_taken_in = self._num_steps
+        for rows in [rows for rows in chosen if rows.sequence is giving]:
+            chosen.remove(rows)
+            room.take_back(rows)
 
     def _make_room(self, rows: ScheduledRows, chosen: list[ScheduledRows], order: Mapping[Sequence, Standing]) -> bool:
         """Grow a sequence for its next rows, preempting others; False when it was its own turn to be."""
@@ -331,6 +346,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
         self._waiting.add(sequence)
+        sequence.was_preempted = True
         self.num_preempted += 1
 
     def _stop(self, sequence: Sequence) -> None:
@@ -396,6 +412,13 @@ class Scheduler:
         else:
             self._finish(sequence, event)
         return reason is None
+
+    def _finish_late(self, sequence: Sequence) -> bool:
+        """End it if it had ended already, as is now known. Whether it had."""
+        reason = sequence.late_finish_reason
+        if reason is not None:
+            self._finish(sequence, TokenEvent(sequence.index, finish_reason=reason))
+        return reason is not None
 
     def _finish(self, sequence: Sequence, event: TokenEvent) -> None:
         if sequence in self._running:
