@@ -51,7 +51,8 @@ def test_pairs_are_encoded_and_cut_as_transformers_does(
     texts = [tokenizer.encode(text, add_special_tokens=False) for text in (first, second)]
     lengths = kept_of_pair(len(texts[0]), len(texts[1]), room)
     cut = [kept(text, Truncation(length, keeps_end)) for text, length in zip(texts, lengths, strict=True)]
-    filled = layout.filled(*cut)
+    filled = layout.filled(*cut, has_types=True)
+    assert layout.filled(*cut) == (filled.token_ids, None)
     assert filled.token_ids == right["input_ids"]
     assert filled.token_types == right["token_type_ids"]
 

@@ -1,7 +1,7 @@
 """/score, /rerank and /pooling as vLLM, Cohere and Jina shape them, over one encoder."""
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from serving import BASE, Running, serving, settings
+from swaplora_server.engine.engine import Engine
+from swaplora_server.engine.request import Request
 from swaplora_server.service.pooling import tokens
+from swaplora_server.service.pooling.layout import Filled, Layout
 from tiny_encoders import EncoderOracle
 from tiny_heads import ClassOracle, save_classifier
 from tiny_pairs import PairOracle, save_pair_base
@@ -117,6 +120,33 @@ def test_a_text_may_be_cut_before_it_is_in_a_pair(case: Case) -> None:
     assert (param, "text_2[1] with its query has 203" in message) == ("text_2[1]", True)
 
 
+def test_a_pair_is_made_when_it_begins_and_none_before_all_are_known_to_fit(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled, submit = Layout.filled, Engine.submit
+    made: list[Filled] = []
+    made_at_each: list[int] = []
+
+    def counted(layout: Layout, *texts: Sequence[int], has_types: bool = False) -> Filled:
+        made.append(filled(layout, *texts, has_types=has_types))
+        return made[-1]
+
+    def begun(engine: Engine, request: Request) -> None:
+        made_at_each.append(len(made))
+        submit(engine, request)
+
+    monkeypatch.setattr(Layout, "filled", counted)
+    monkeypatch.setattr(Engine, "submit", begun)
+    for model, text in (("cross", "x" * 60), (BASE, "x" * 130)):
+        assert case.refusal("/score", model=model, text_1="x" * 70, text_2=[*"ab", text])[0] == "text_2[2]"
+    assert not made
+    for model, number in (("cross", 45), (BASE, 46)):
+        case.scores(model=model, text_1=QUERY, text_2=DOCUMENTS * 9)
+        assert made_at_each == list(range(1, number + 1))
+        made.clear()
+        made_at_each.clear()
+
+
 def test_more_pairs_than_fit_a_step_are_answered_in_one(case: Case) -> None:
     documents = [f"{number} foxes" for number in range(100)]
     scores = case.scores(text_1=QUERY, text_2=documents)
@@ -190,9 +220,28 @@ def test_each_token_has_a_vector(case: Case, monkeypatch: pytest.MonkeyPatch) ->
     assert np.abs(np.array(found) - states / np.linalg.norm(states, axis=1, keepdims=True)).max() <= TOLERANCE
     (encoded,) = pooled(case, model=BASE, input=ids, task="token_embed", encoding_format="base64")
     assert np.array_equal(np.frombuffer(base64.b64decode(encoded), "<f4"), np.array(found, np.float32).ravel())
-    monkeypatch.setattr(tokens, "MAX_NUMBERS", 4 * 32)
-    param, message = case.refusal("/pooling", model=BASE, input=ids, task="token_embed")
-    assert (param, "4 tokens at most, and these are 5" in message) == ("input", True)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "number"),
+    [
+        ("/pooling", {"model": BASE, "task": "token_embed", "input": [[2, 3], [4, 5, 6]]}, 5 * 32),
+        ("/pooling", {"model": "tokens", "input": [[2, 3], [4, 5, 6]]}, 5 * 2),
+        ("/pooling", {"model": "three", "input": [[2, 3], [4, 5, 6]]}, 2 * 3),
+        ("/classify", {"model": "three", "input": [[2, 3], [4, 5, 6]]}, 2 * 3),
+    ],
+)
+def test_an_answer_has_so_many_numbers_at_most(
+    case: Case, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], number: int
+) -> None:
+    monkeypatch.setattr(tokens, "MAX_NUMBERS", number)
+    assert case.post(path, **body).status_code == 200
+    monkeypatch.setattr(tokens, "MAX_NUMBERS", number - 1)
+    param, message = case.refusal(path, **body)
+    assert (param, f"{number - 1} numbers at most, and of these inputs it would have {number}:" in message) == (
+        "input",
+        True,
+    )
 
 
 def test_each_token_has_labels(case: Case) -> None:

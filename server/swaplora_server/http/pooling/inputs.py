@@ -19,7 +19,7 @@ from swaplora_server.http.pooling.wire import WHAT_FITS, InputBody, WholeBody
 from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.tasks import asker_of, salt_of, urgency_of
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.pooling.inputs import Encoded, SingleInputs, single_inputs
+from swaplora_server.service.pooling.inputs import Encoded, single_inputs
 from swaplora_server.service.pooling.pooling import Pooled, PoolingTask, pool
 from swaplora_server.service.prompts import Truncation
 from swaplora_server.service.service import Service
@@ -30,18 +30,9 @@ Told = Callable[[Pooled], list[dict[str, Any]]]
 
 
 async def answer_inputs(
-    request: Request,
-    service: Service,
-    body: InputBody,
-    reader: Reading,
-    id_prefix: str,
-    told: Told,
-    max_tokens: int | None = None,
+    request: Request, service: Service, body: InputBody, reader: Reading, id_prefix: str, told: Told
 ) -> Response:
-    """Have each input computed by itself, and answer with what is `told` of each.
-
-    Raises RequestError for inputs of more than `max_tokens`, all together.
-    """
+    """Have each input computed by itself, and answer with what is `told` of each."""
     _check(body)
     encode = partial(
         service.tokenizer.encode_all,
@@ -50,14 +41,7 @@ async def answer_inputs(
         add_special_tokens=body.add_special_tokens,
         truncation=truncation_of(service, body),
     )
-
-    async def encoded() -> SingleInputs:
-        inputs = await single_inputs(service, encode, body.input_param, reader)
-        if max_tokens is not None and inputs.most_tokens > max_tokens:
-            message = f"an answer has the numbers of {max_tokens} tokens at most, and these are {inputs.most_tokens}"
-            raise RequestError("invalid_request", f"{message}: send fewer inputs", "input")
-        return inputs
-
+    encoded = partial(single_inputs, service, encode, body.input_param, reader)
     pooled = await pooled_of(request, service, body, encoded, "input", len(body.inputs))
 
     def written() -> dict[str, Any]:

@@ -19,7 +19,6 @@ from swaplora_server.service.errors import RequestError
 from swaplora_server.service.pooling.embeddings import check_dimensions
 from swaplora_server.service.pooling.pooling import Pooled
 from swaplora_server.service.pooling.tasks import finished, reader_of
-from swaplora_server.service.pooling.tokens import max_tokens
 
 router = APIRouter()
 
@@ -41,8 +40,7 @@ async def pooling(
         vectors = finished(service, pooled, body.dimensions, activates=body.use_activation)
         return [{"index": index, "object": "pooling", "data": written(vector)} for index, vector in enumerate(vectors)]
 
-    most = max_tokens(service) if body.task == "token_embed" else None
-    return await answer_inputs(request, service, body, partial(reader_of, service, body.task), "pool", told, most)
+    return await answer_inputs(request, service, body, partial(reader_of, service, body.task), "pool", told)
 
 
 def _check_embeds(body: PoolingBody) -> None:

@@ -2,21 +2,24 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from swaplora_server.engine.pooling.kinds import Reader
 from swaplora_server.engine.request import AdapterUse
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.generation import Encode, check_ids
+from swaplora_server.service.pooling.layout import Filled
+from swaplora_server.service.pooling.tokens import check_numbers
 from swaplora_server.service.service import Service
 
 
 class Input(NamedTuple):
     """One input of the model, and the field of the request that it is of."""
 
-    token_ids: Sequence[int]
-    param: str = "input"
-    token_types: Sequence[int] | None = None  # the segment that each token is of; None: all of the first
+    num_tokens: int
+    param: str
+    filled: Callable[[], Filled]  # its tokens, made when it begins: many may share a text
 
 
 class Reading(NamedTuple):
@@ -47,36 +50,41 @@ class SingleInputs:
     @property
     def most_tokens(self) -> int:
         """See `Encoded`."""
-        return sum(len(one.token_ids) for one in self.inputs)
+        return sum(one.num_tokens for one in self.inputs)
 
     def reading(self, uses: Sequence[AdapterUse]) -> Reading:
         """See `Encoded`."""
-        return Reading(self.reader(uses), self.inputs)
+        reader = self.reader(uses)
+        check_numbers(reader, len(self.inputs), self.most_tokens)
+        return Reading(reader, self.inputs)
 
 
 async def single_inputs(
     service: Service, encode: Encode, param: Callable[[int], str], reader: Callable[[Sequence[AdapterUse]], Reader]
 ) -> SingleInputs:
     """Made and checked. `param` is the field of the input of a number. Raises RequestError."""
-    inputs = [Input(token_ids, param(number)) for number, token_ids in enumerate(await encode())]
+    given = await encode()
     service.check_serving()
-    for one in inputs:
-        check_input(service, one)
+    inputs = [
+        Input(len(token_ids), param(number), partial(Filled, token_ids)) for number, token_ids in enumerate(given)
+    ]
+    for one, token_ids in zip(inputs, given, strict=True):
+        check_length(service, one)
+        check_ids(service, token_ids, one.param)
     return SingleInputs(inputs, reader)
 
 
-def check_input(service: Service, one: Input, beside: str = "") -> None:
-    """Raise RequestError for an input that is empty, is not of the base's vocabulary, or does not fit the context.
+def check_length(service: Service, one: Input, beside: str = "") -> None:
+    """Raise RequestError for an input that is empty or does not fit the context.
 
     `beside` says what else than its field is in it.
     """
-    if not one.token_ids:
+    if not one.num_tokens:
         raise RequestError("invalid_request", f"{one.param} is empty: send some text, or leave it out", one.param)
-    check_ids(service, one.token_ids, one.param)
-    if len(one.token_ids) > service.max_model_len:
+    if one.num_tokens > service.max_model_len:
         raise RequestError(
             "context_length_exceeded",
             f"This model's maximum context length is {service.max_model_len} tokens. However, {one.param}{beside} has "
-            f"{len(one.token_ids)}. Shorten it, or send truncate_prompt_tokens, of which -1 keeps as many as fit.",
+            f"{one.num_tokens}. Shorten it, or send truncate_prompt_tokens, of which -1 keeps as many as fit.",
             one.param,
         )

@@ -13,8 +13,8 @@ _PROBE = "a"  # a text that no vocabulary is without, if only as an unknown toke
 class Filled(NamedTuple):
     """An input with its special tokens, and the segment that each of its tokens is of."""
 
-    token_ids: list[int]
-    token_types: list[int]
+    token_ids: Sequence[int]
+    token_types: Sequence[int] | None = None  # None: all of the first
 
 
 class Layout:
@@ -29,17 +29,23 @@ class Layout:
             self._places += own if number is None else own[:1]
 
     @property
-    def num_special(self) -> int:
-        return sum(number is None for number, _, _ in self._places)
+    def special_ids(self) -> list[int]:
+        return [token_id for number, token_id, _ in self._places if number is None]
 
-    def filled(self, *texts: Sequence[int]) -> Filled:
+    @property
+    def num_special(self) -> int:
+        return len(self.special_ids)
+
+    def filled(self, *texts: Sequence[int], has_types: bool = False) -> Filled:
         """With these texts, each the ids of its tokens, at their places."""
-        filled = Filled([], [])
+        token_ids: list[int] = []
+        token_types: list[int] = []
         for number, token_id, segment in self._places:
             own = [token_id] if number is None else texts[number]
-            filled.token_ids.extend(own)
-            filled.token_types.extend([segment] * len(own))
-        return filled
+            token_ids.extend(own)
+            if has_types:
+                token_types.extend([segment] * len(own))
+        return Filled(token_ids, token_types if has_types else None)
 
 
 class Layouts(NamedTuple):

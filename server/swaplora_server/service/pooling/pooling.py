@@ -73,7 +73,8 @@ async def pool(service: Service, task: PoolingTask) -> Pooled:
             uses = await mix.uses()
             seconds = time.monotonic() - asked_at
         reading = encoded.reading(uses)
-        starts = [invoked_at(one.token_ids, uses, one.param) for one in reading.inputs]
+        is_invoked = any(use.weights.invocation for use in uses)
+        starts = [invoked_at(one.filled().token_ids, uses, one.param) if is_invoked else 0 for one in reading.inputs]
     except BaseException:
         reservation.settle(0)
         admission.release(has_run=False)
@@ -141,14 +142,14 @@ class _Pooling:
 
     def _num_tokens(self, num_inputs: int | None = None) -> int:
         """Of the first so many inputs, or of all."""
-        return sum(len(one.token_ids) for one in self._inputs[:num_inputs])
+        return sum(one.num_tokens for one in self._inputs[:num_inputs])
 
     def _request(self, uses: tuple[AdapterUse, ...], starts: Sequence[int], number: int) -> Request:
         request_id = structlog.contextvars.get_contextvars().get("request_id", "")
-        one = self._inputs[number]
+        filled = self._inputs[number].filled()
         return Request(
             request_id=f"{request_id}-{number}",
-            prompt_ids=tuple(one.token_ids),
+            prompt_ids=tuple(filled.token_ids),
             params=_NOTHING_GENERATED,
             emit=partial(self._post, number),
             adapters=uses,
@@ -158,7 +159,7 @@ class _Pooling:
             deadline=self._task.urgency.deadline(self._began),
             invoked_at=starts[number],
             reads=self._reads,
-            token_types=None if one.token_types is None else tuple(one.token_types),
+            token_types=None if filled.token_types is None else tuple(filled.token_types),
         )
 
     def _begin_next(self) -> None:

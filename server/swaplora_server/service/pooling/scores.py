@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from swaplora_server.base.task_heads import TaskHead
 from swaplora_server.engine.request import AdapterUse, Vector
 from swaplora_server.service.errors import RequestError
+from swaplora_server.service.generation import check_ids
 from swaplora_server.service.pooling.heads import scorer
-from swaplora_server.service.pooling.inputs import Input, Reading, check_input
-from swaplora_server.service.pooling.layout import Layouts, kept_of_pair, layouts_of
+from swaplora_server.service.pooling.inputs import Input, Reading, check_length
+from swaplora_server.service.pooling.layout import Filled, Layout, Layouts, kept_of_pair, layouts_of
 from swaplora_server.service.pooling.pooling import Pooled
 from swaplora_server.service.prompts import Truncation, kept
 from swaplora_server.service.service import Service
@@ -32,6 +34,20 @@ class Texts:
         return len(self.token_ids)
 
 
+class _Cut(NamedTuple):
+    """The texts of one input, and how many tokens are kept of each."""
+
+    texts: Sequence[Sequence[int]]
+    lengths: Sequence[int]
+    keeps_end: bool
+
+    def filled(self, layout: Layout, *, has_types: bool = False) -> Filled:
+        """With special tokens."""
+        cuts = [Truncation(length, self.keeps_end) for length in self.lengths]
+        own = [kept(text, cut) for text, cut in zip(self.texts, cuts, strict=True)]
+        return layout.filled(*own, has_types=has_types)
+
+
 @dataclass(frozen=True, slots=True)
 class ScoredTexts:
     """Documents, each beside its own query, or all beside the one that there is. See `Encoded`."""
@@ -45,7 +61,7 @@ class ScoredTexts:
     def most_tokens(self) -> int:
         """See `Encoded`."""
         single, pair = self._layouts
-        pairs = sum(len(first) + len(second) + pair.num_special for first, second in self._pairs())
+        pairs = sum(sum(one.lengths) + pair.num_special for one in self._pairs())
         texts = [*self.queries.token_ids, *self.documents.token_ids]
         return max(pairs, sum(map(len, texts)) + single.num_special * len(texts))
 
@@ -53,19 +69,24 @@ class ScoredTexts:
         """A head reads pairs; where there is none, embeddings are made of the queries, then of the documents."""
         head = scorer(self.service.base, uses)
         if head is None:
+            layout, beside = self._layouts.single, ""
             inputs = [*self._singles(self.queries), *self._singles(self.documents)]
-            reading = Reading(self.service.base.pooling, inputs)
         else:
-            reading = Reading(head, list(self._paired()))
-        for one in reading.inputs:
-            check_input(self.service, one, "" if head is None else " with its query")
-        return reading
+            layout, beside = self._layouts.pair, " with its query"
+            inputs = list(self._paired())
+        for one in inputs:
+            check_length(self.service, one, beside)
+        check_ids(self.service, layout.special_ids, self.documents.param(0))
+        for texts in (self.queries, self.documents):
+            for number, token_ids in enumerate(texts.token_ids):
+                check_ids(self.service, token_ids, texts.param(number))
+        return Reading(self.service.base.pooling if head is None else head, inputs)
 
     @property
     def _layouts(self) -> Layouts:
         return layouts_of(self.service.base.tokenizer.backend_tokenizer)
 
-    def _pairs(self) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    def _pairs(self) -> Iterator["_Cut"]:
         """What is kept of each. Raises RequestError for a truncation that leaves a text nothing."""
         num_special, truncation = self._layouts.pair.num_special, self.truncation
         if truncation is not None and truncation.num_tokens < num_special + _LEAST:
@@ -74,27 +95,25 @@ class ScoredTexts:
             raise RequestError("invalid_request", message, "truncate_prompt_tokens")
         queries = _beside(self.queries.token_ids, len(self.documents))
         for first, second in zip(queries, self.documents.token_ids, strict=True):
-            if truncation is None:
-                yield first, second
-            else:
-                lengths = kept_of_pair(len(first), len(second), truncation.num_tokens - num_special)
-                keeps_end = truncation.keeps_end
-                yield kept(first, Truncation(lengths[0], keeps_end)), kept(second, Truncation(lengths[1], keeps_end))
+            lengths = len(first), len(second)
+            if truncation is not None:
+                lengths = kept_of_pair(*lengths, truncation.num_tokens - num_special)
+            yield _Cut((first, second), lengths, truncation is not None and truncation.keeps_end)
 
     def _paired(self) -> Iterator[Input]:
         layout, has_types = self._layouts.pair, _has_types(self.service)
         for number, pair in enumerate(self._pairs()):
-            token_ids, token_types = layout.filled(*pair)
-            yield Input(token_ids, self.documents.param(number), token_types if has_types else None)
+            filled = partial(pair.filled, layout, has_types=has_types)
+            yield Input(sum(pair.lengths) + layout.num_special, self.documents.param(number), filled)
 
     def _singles(self, texts: Texts) -> Iterator[Input]:
         layout, truncation = self._layouts.single, self.truncation
         for number, token_ids in enumerate(texts.token_ids):
-            own = token_ids
+            length, keeps_end = len(token_ids), truncation is not None and truncation.keeps_end
             if truncation is not None:
-                room = max(0, truncation.num_tokens - layout.num_special)
-                own = kept(token_ids, Truncation(room, truncation.keeps_end))
-            yield Input(layout.filled(own).token_ids, texts.param(number))
+                length = min(length, max(0, truncation.num_tokens - layout.num_special))
+            filled = partial(_Cut((token_ids,), (length,), keeps_end).filled, layout)
+            yield Input(length + layout.num_special, texts.param(number), filled)
 
 
 def scores(service: Service, pooled: Pooled, num_queries: int, *, activates: bool) -> list[float]:

@@ -6,6 +6,7 @@ from typing import Literal
 from swaplora_server.base.task_heads import TaskHead
 from swaplora_server.engine.pooling.kinds import Reader
 from swaplora_server.engine.request import AdapterUse, Vector
+from swaplora_server.service.errors import RequestError
 from swaplora_server.service.pooling.classes import activated
 from swaplora_server.service.pooling.embeddings import embeddings, normalised
 from swaplora_server.service.pooling.heads import classifier, head_of, token_classifier
@@ -22,7 +23,10 @@ def reader_of(service: Service, task: Task | None, uses: Sequence[AdapterUse]) -
         case "embed":
             return service.base.pooling
         case "token_embed":
-            return EachToken()
+            if service.generates:
+                message = "task token_embed is for encoders: of a base that generates the last token's state alone is"
+                raise RequestError("unsupported_field", f"{message} read", "task")
+            return EachToken(service.base.model.config.hidden_size)
         case "classify":
             return classifier(service.base, uses)
         case "token_classify":
