@@ -102,3 +102,13 @@ def test_values_may_be_of_another_size_than_keys(form: str) -> None:
     layer, rows = LayerAttention(0, 0.3, window=9), rows_of(LENGTHS, 2, 16)
     rows[2] = rows[2][..., :6]
     assert (attended(whole(form), LENGTHS, layer, rows) - plainly(LENGTHS, layer, rows)).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_of_one_step_may_have_heads_of_any_number_and_size(form: str) -> None:
+    """All of them are the first by number, as encoders have it."""
+    runs = Runs([0] * len(LENGTHS), LENGTHS, [[1]] * len(LENGTHS), max(LENGTHS))
+    step = whole(form).step(runs)
+    for heads in ((2, 8), (12, 64), (3, 80), (2, 8)):
+        layer, rows = LayerAttention(0, heads[1] ** -0.5), rows_of(LENGTHS, *heads)
+        assert (step.attend(layer, *rows) - plainly(LENGTHS, layer, rows)).abs().max() <= TOLERANCE

@@ -11,16 +11,17 @@ from transformers import AutoModel
 
 from repository import KERNEL_CACHE
 from swaplora_server.base.encoder.encoder_base import EncoderBase, load_encoder
+from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.engine.pooling.kinds import LAST_TOKEN
 from swaplora_server.engine.request import Request, SamplingParams
 from swaplora_server.engine.request import Sequence as Tokens
 from swaplora_server.engine.scheduling.batch import Batch, rows_of
 from swaplora_server.kernels import bert_like
 from swaplora_server.kernels.backend import LayerAttention, StepRows
-from swaplora_server.kernels.cpu import abi, decoder, encoder
+from swaplora_server.kernels.cpu import abi, decoder, encoder, whole_attention
 from swaplora_server.kernels.cpu.backend import CpuBackend
 from swaplora_server.kernels.cpu.encoder import CpuEncoder
-from swaplora_server.kernels.step import Segments
+from swaplora_server.kernels.step import Runs, Segments
 from tiny_encoders import ARCHITECTURES, save_encoder
 
 CPU = torch.device("cpu")
@@ -93,3 +94,30 @@ def test_a_fused_layer_that_computes_something_else_is_found_at_start_and_not_se
     assert [log["event"] for log in logs] == ["layers run one operation at a time"]
     assert "when layers are fused" in logs[0]["reason"]
     assert layers(base, "encoder") == ["BertLayer", "BertLayer"]
+
+
+def refuses_a_shape(*_: object, **__: object) -> None:
+    raise ValueError("a shape that no kernel takes")
+
+
+@pytest.mark.parametrize(("owner", "name"), [(CpuBackend, "wrap"), (CpuEncoder, "forward")])
+def test_layers_that_cannot_be_fused_or_do_not_run_so_are_served_one_operation_at_a_time(
+    owner: type, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, name, refuses_a_shape)
+    with structlog.testing.capture_logs() as logs:
+        base = load(save_encoder(tmp_path, "bert"))
+    assert [log["event"] for log in logs] == ["layers run one operation at a time"]
+    assert "a shape that no kernel takes" in logs[0]["reason"]
+    assert layers(base, "encoder") == ["BertLayer", "BertLayer"]
+
+
+def test_a_fault_beyond_the_first_block_of_an_input_is_found_at_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first_alone(starts: list[int], lengths: list[int], tables: list[range], size: int) -> Runs:
+        return Runs(starts, lengths, [[table[0]] * len(table) for table in tables], size)
+
+    monkeypatch.setattr(whole_attention, "Runs", first_alone)
+    with pytest.raises(UnsupportedModelError, match="when inputs are packed"):
+        load(save_encoder(tmp_path, "bert"))

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from swaplora_adapters.weights.device_copy import DeviceCopier
 from swaplora_server.base.base_model import BaseModel
 from swaplora_server.base.batch_invariant import make_batch_invariant
-from swaplora_server.base.encoder.proof import InputTrial, expected_states
+from swaplora_server.base.encoder.proof import UNFIT, InputTrial, expected_states
 from swaplora_server.base.encoder.sentence_config import SentenceConfig, read_sentence_config
 from swaplora_server.base.fingerprint import fingerprint_of
 from swaplora_server.base.layers import AdaptableLayers
@@ -149,13 +149,14 @@ def prepare_encoder(
 
 def _fuse(model: PreTrainedModel, backend: Backend, trial: InputTrial) -> None:
     """Have all layers run in one native call, where there is one for their kind and it passes the proof as well."""
-    undo = backend.wrap(model, running)
-    if undo is None:
-        return
+    undo = None
     try:
-        trial.prove_again()
-    except UnsupportedModelError as error:
-        undo()
+        undo = backend.wrap(model, running)
+        if undo is not None:
+            trial.prove_again()
+    except UNFIT as error:
+        if undo is not None:
+            undo()
         _log.warning("layers run one operation at a time", reason=str(error))
 
 

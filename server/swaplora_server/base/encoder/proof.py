@@ -25,8 +25,11 @@ from swaplora_server.engine.request import Sequence as Tokens
 from swaplora_server.engine.scheduling.batch import Batch, rows_of
 from swaplora_server.kernels.backend import Backend
 
+UNFIT = (TypeError, ValueError, AttributeError, RuntimeError, IndexError, UnsupportedAttentionError)
+"""What a model of an unknown kind may raise."""
 _LENGTHS = (9, 14, 3)
 _BEYOND = 8  # a window, and tokens that one more input has than that
+_LONG = 70  # tokens that it has at least: more than two tiles or blocks that kernels work on at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ def expected_states(model: PreTrainedModel, max_positions: int, products: torch.
     `products`: what the linears that stand in will round a float32 model's rows to, if they do.
     """
     windows = [vars(module).get("sliding_window") for module in model.modules()]
-    longest = max([window for window in windows if isinstance(window, int)], default=0) + _BEYOND
+    longest = max([_LONG, *(window + _BEYOND for window in windows if isinstance(window, int))])
     lengths = [min(length, max_positions) for length in (*_LENGTHS, longest)]
     inputs = [tokens_of(index, length, model) for index, length in enumerate(lengths)]
     stock = _stock_states(model, inputs)
@@ -144,7 +147,7 @@ class InputTrial:
             scheduled.append(rows_of(sequence, 0, len(tokens)))
         try:
             outputs = self._runner.outputs(Batch(tuple(scheduled)), has_pooled=True)
-        except (TypeError, AttributeError, RuntimeError, IndexError, UnsupportedAttentionError) as error:
+        except UNFIT as error:
             raise UnsupportedModelError(f"{self._model.config.model_type} does not run packed: {error}") from error
         parts = torch.split(outputs.states, self._lengths)
         pooled = [None] * len(parts) if outputs.pooled is None else outputs.pooled[:, None].unbind()

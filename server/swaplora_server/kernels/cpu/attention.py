@@ -42,7 +42,7 @@ class CpuKV:
         self._slack = 2 * library.lanes()  # numbers that the last read of a small block or head may go beyond its end
         self._num_blocks = num_blocks
         self.block_size = block_size
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._layers: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}  # by number and shape of keys
         self._torch = TorchKV(num_blocks, block_size, _CPU)
 
     @property
@@ -69,13 +69,14 @@ class CpuKV:
     def layer_cache(self, layer: LayerAttention, num_heads: int, like: Tensor) -> LayerCache:
         """One layer's cache, for keys like `like` [..., num_kv_heads, head_dim], and what it asks of its attention."""
         num_kv_heads, head_dim = like.shape[-2:]
-        if layer.layer_idx not in self._layers:
+        own = layer.layer_idx, num_kv_heads, head_dim  # of whole inputs all layers have one number
+        if own not in self._layers:
             even_dim = head_dim + head_dim % 2
-            self._layers[layer.layer_idx] = (
+            self._layers[own] = (
                 self._allocate(num_kv_heads * even_dim),
                 self._allocate(num_kv_heads * head_dim),
             )
-        keys, values = self._layers[layer.layer_idx]
+        keys, values = self._layers[own]
         return LayerCache(
             keys.data_ptr(),
             values.data_ptr(),
