@@ -1,6 +1,8 @@
 """Evaluations of a running server: what they come to, in whose company they run, how they end and what is kept."""
 
+import itertools
 import json
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -18,10 +20,14 @@ from swaplora_server.access.caller import KeyScope
 from swaplora_server.access.key_file import create_key
 from swaplora_server.engine.engine import Engine
 from swaplora_server.engine.request import Request
-from swaplora_server.evaluation.task import parse_task
+from swaplora_server.evaluation.task import Item, parse_task
+from swaplora_server.http.evaluations import routes
+from swaplora_server.service.errors import RequestError
 from swaplora_server.service.evaluations import asking, evaluations, running
-from swaplora_server.service.evaluations.evaluations import NUM_AT_ONCE
+from swaplora_server.service.evaluations.evaluations import NUM_AT_ONCE, Evaluations
 from swaplora_server.service.evaluations.record import Evaluation
+from swaplora_server.service.generation import Generation, GenerationTask, generate
+from swaplora_server.service.service import Service
 
 NUM_TOKENS = 6
 PROMPTS = [f"number {number} of many:" for number in range(8)]
@@ -174,8 +180,9 @@ def test_no_more_run_at_once_than_are_allowed_and_none_while_the_server_is_full(
         names = [begin(server, task, MODELS, max_tokens=1)["id"] for _ in range(2)]
         assert server.token_ids("a", [5], 1)  # what is live is let in
         del counted[:]
-        while server.service.evaluations.places.locked() is False:
-            time.sleep(0.01)
+        deadline = time.monotonic() + GUARD_SECONDS
+        while get(server, names[0])["state"] != "running":
+            assert time.monotonic() < deadline
         time.sleep(5 * asking.LOOK_SECONDS)
         assert not counted
         assert [get(server, name)["state"] for name in names] == ["running", "queued"]
@@ -214,6 +221,89 @@ def test_a_cancelled_one_keeps_what_has_come_and_a_deleted_one_nothing(
         == partly["progress"]["done"]
     )
     server.wait_idle()
+
+
+@pytest.mark.parametrize(("method", "url", "state"), [("POST", "/cancel", "cancelled"), ("DELETE", "", None)])
+def test_one_that_is_ended_before_it_has_begun_stays_so(
+    server: Running, monkeypatch: pytest.MonkeyPatch, method: str, url: str, state: str | None
+) -> None:
+    saved: queue.SimpleQueue[Evaluation] = queue.SimpleQueue()
+    saves, may_save = itertools.count(), threading.Event()
+    save = Evaluations.save
+
+    def late(self: Evaluations, evaluation: Evaluation) -> None:
+        saved.put(evaluation)
+        assert next(saves) or may_save.wait(GUARD_SECONDS)
+        save(self, evaluation)
+
+    monkeypatch.setattr(Evaluations, "save", late)
+    told: list[dict[str, Any]] = []
+    beginning = threading.Thread(target=lambda: told.append(begin(server, [ITEM], ["a"])))
+    beginning.start()
+    one = saved.get(timeout=GUARD_SECONDS)
+    assert server.client.request(method, f"/v1/evaluations/{one.id}{url}").status_code == 200
+    may_save.set()
+    beginning.join(GUARD_SECONDS)
+    assert told[0]["state"] == "cancelled"
+    assert (one.state, one.num_done, one.id in server.service.evaluations.runs) == ("cancelled", 0, False)
+    kept = server.client.get(f"/v1/evaluations/{one.id}").json()
+    assert kept.get("state") == state
+
+
+def test_who_is_at_a_limit_holds_no_place_and_memory_is_not_awaited_for_ever(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusal = RequestError("rate_limited", "no tokens are left", retry_seconds=3600)
+    refused = threading.Semaphore(0)
+
+    async def limited(service: Service, task: GenerationTask) -> Generation:
+        if task.model == "a@1":
+            refused.release()
+            raise refusal
+        return await generate(service, task)
+
+    monkeypatch.setattr(asking, "generate", limited)
+    waiting = begin(server, [ITEM] * NUM_AT_ONCE, ["a"])["id"]
+    for _ in range(NUM_AT_ONCE):
+        assert refused.acquire(timeout=GUARD_SECONDS)
+    server.service.evaluations.turns.clear()  # as of another tenant
+    assert ended(server, begin(server, [ITEM], ["b"], max_tokens=1)["id"])["state"] == "done"
+    assert get(server, waiting)["state"] == "running"
+    server.client.post(f"/v1/evaluations/{waiting}/cancel")
+    refusal = RequestError("memory_full", "the memory is full", retry_seconds=0)
+    monkeypatch.setattr(asking, "_MEMORY_SECONDS", 0.01)
+    monkeypatch.setattr(asking, "MEMORY_PATIENCE_SECONDS", 0.02)
+    failed = ended(server, begin(server, [ITEM], ["a"])["id"])
+    assert (failed["state"], failed["error"]["code"]) == ("failed", "memory_full")
+
+
+def test_a_choice_that_grows_together_with_the_prompt_is_counted(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = {"She was un": [5, 6, 7], "She was unhappy": [5, 6, 9], "She was unwell": [5, 6, 7, 8]}
+    found: list[list[float]] = []
+
+    async def fused(_service: Service, text: str, *, has_marks: bool) -> list[int]:
+        assert not has_marks
+        return ids[text]
+
+    def noting(_item: Item, logprobs: list[float]) -> list[float]:
+        found.append(logprobs)
+        return [1.0, 1.0]
+
+    monkeypatch.setattr(asking, "_ids", fused)
+    monkeypatch.setattr(asking, "choice_scores", noting)
+    item = {"prompt": "She was un", "choices": ["happy", "well"], "correct": 0}
+    assert ended(server, begin(server, [item], ["a"])["id"])["state"] == "done"
+    body = {"model": "a", "max_tokens": 0, "echo": True, "logprobs": 1}
+    expected = [
+        server.client.post("/v1/completions", json=body | {"prompt": ids[text]}).json()["choices"][0]["logprobs"][
+            "token_logprobs"
+        ][-1]
+        for text in ("She was unhappy", "She was unwell")
+    ]
+    assert found == [pytest.approx(expected)]
+    assert max(expected) < 0
 
 
 def test_an_item_that_cannot_be_asked_fails_the_whole_by_name(server: Running, adapters: list[Path]) -> None:
@@ -267,6 +357,9 @@ def test_so_many_wait_and_so_many_are_kept(server: Running, monkeypatch: pytest.
         names = [begin(server, [ITEM], ["a"], max_tokens=1)["id"] for _ in range(evaluations.MAX_OPEN)]
         refused = server.client.post("/v1/evaluations", json=body)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
+        with monkeypatch.context() as patched:
+            patched.setattr(routes, "parse_task", None)  # who has no room has nothing read
+            assert server.client.post("/v1/evaluations", json=body).status_code == 429
     for name in names:
         ended(server, name)
     listed = server.client.get("/v1/evaluations", params={"limit": 2}).json()

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swaplora_server.evaluation import task as task_module
+from swaplora_server.evaluation.metrics import answer_scores
 from swaplora_server.evaluation.task import KINDS, MAX_ITEM_BYTES, TaskError, parse_task
 
 WORDS = st.text(min_size=1, max_size=20).filter(str.strip)
@@ -106,6 +107,47 @@ def test_a_complaint_names_the_line_and_the_key(item: str, complaint: str) -> No
         parse_task('{"prompt": "fine", "answer": ""}\n\n' + item)
     assert str(refused.value).startswith("line 3")
     assert complaint in str(refused.value)
+
+
+CHAIN = {f"a{n}": {"anyOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(30)} | {"a30": {"type": "object"}}
+LONG_CHAIN = {f"a{n}": {"$ref": f"#/$defs/a{n + 1}"} for n in range(3000)} | {"a3000": True}
+
+
+@pytest.mark.parametrize(
+    ("schema", "complaint"),
+    [
+        ({"$ref": "#/$defs/a0", "$defs": CHAIN}, "more than 4096 objects"),
+        ({"properties": {"definitions": {"$ref": "#/$defs/a0"}}, "$defs": CHAIN}, "more than 4096 objects"),
+        ({"$ref": "#/$defs/a29", "$defs": CHAIN, "unevaluatedProperties": False}, "unevaluatedProperties"),
+        ({"items": {"unevaluatedItems": False}}, "unevaluatedItems"),
+        ({"items": {"$dynamicRef": "#"}}, "$dynamicRef"),
+        ({"allOf": [{"$ref": "#"}]}, "may not contain itself"),
+        ({"allOf": [{"items": {"$ref": "#"}}] * 2}, "may not contain itself"),
+        ({"$ref": "#/$defs/a0", "$defs": LONG_CHAIN}, "nested deeper than 256"),
+        ({"$ref": "#a", "$defs": {"a": {"$anchor": "a"}}}, "'#a' is not in the schema"),
+        ({"$ref": "#/%24defs/a", "$defs": {"a": True}}, "is not in the schema"),
+        ({"$ref": "#/$defs/b", "$defs": {"a": True}}, "there is no '#/$defs/b'"),
+        ({"items": {"$id": "urn:x", "$ref": "#/a"}, "a": True}, "$id is for the whole"),
+    ],
+)
+def test_a_schema_that_unfolds_to_much_is_refused_by_name(schema: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(TaskError) as refused:
+        parse_task([{"prompt": "a", "schema": schema}])
+    assert str(refused.value).startswith("task[0]: schema: ")
+    assert complaint in str(refused.value)
+
+
+def test_a_schema_may_name_a_part_of_it_again_and_again() -> None:
+    name = {"type": "string", "pattern": "^[a-z]+$"}
+    schema = {
+        "$id": "https://example.com/pair",
+        "type": "object",
+        "properties": {"id": {"$ref": "#/$defs/name"}, "more": {"items": {"$ref": "#/$defs/name"}}},
+        "$defs": {"name": name},
+    }
+    [item] = parse_task([{"prompt": "a", "schema": schema}]).items
+    assert answer_scores(item, '{"id": "x", "more": ["y", "z"]}') == [1.0]
+    assert answer_scores(item, '{"id": "x", "more": ["y", "Z"]}') == [0.0]
 
 
 def test_a_complaint_about_a_list_names_the_place_in_it() -> None:

@@ -15,6 +15,7 @@ from swaplora_server.http.described import OBJECT, OBJECTS, TEXT, answers, objec
 from swaplora_server.http.evaluations.wire import EvaluationBody
 from swaplora_server.http.tasks import salt_of
 from swaplora_server.http.transport.body import body_schema, json_body
+from swaplora_server.http.transport.body_memory import account_of
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.evaluations.asking import Asking
 from swaplora_server.service.evaluations.record import Evaluation
@@ -35,9 +36,10 @@ async def begin_evaluation(
 ) -> JSONResponse:
     """Ask a task of models: 201 once it is wanted for good; it runs behind all other requests."""
     service.check_serving()
+    service.evaluations.check_room(service.tenant)
     try:
         parse = partial(service.gil_turns.do, partial(parse_task, body.task))
-        task = await service.offload.do(len(body.task), parse)
+        task = await service.offload.do(account_of(request.scope).num_bytes, parse)
     except TaskError as error:
         raise RequestError("invalid_request", f"task: {error}", "task") from error
     asking = Asking(body.max_tokens, tuple(body.stop), salt_of(request, None))

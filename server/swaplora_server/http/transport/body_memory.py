@@ -32,17 +32,17 @@ class BodyAccount:
 
     def __init__(self, memory: BodyMemory) -> None:
         self._memory = memory
-        self._num_bytes = 0
+        self.num_bytes = 0
 
     def add(self, num_bytes: int) -> None:
         """Raises RequestError when there is no memory for them."""
         self._memory.take(num_bytes)
-        self._num_bytes += num_bytes
+        self.num_bytes += num_bytes
 
     def close(self) -> None:
         """Give all of it back."""
-        self._memory.give_back(self._num_bytes)
-        self._num_bytes = 0
+        self._memory.give_back(self.num_bytes)
+        self.num_bytes = 0
 
 
 class AccountedBodies:

@@ -1,9 +1,10 @@
 """One item asked of one model, behind all else that waits, and what the answer is worth."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from swaplora_server.engine.request import SamplingParams
 from swaplora_server.evaluation.metrics import answer_scores, choice_scores
@@ -17,6 +18,8 @@ LAST = 2**31 - 1  # of priorities
 LOOK_SECONDS = 0.02
 _AGAIN = frozenset({"overloaded", "rate_limited", "memory_full"})
 _MEMORY_SECONDS = 1
+MEMORY_PATIENCE_SECONDS = 300
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +35,35 @@ async def scores_of(service: Service, asking: Asking, model: str, item: Item) ->
     """What `model` makes of `item`, as METRICS has them. Raises RequestError and AdapterError."""
     text, has_marks = await _prompt(service, item)
     if item.choices is None:
-        return answer_scores(item, await _answer(service, asking, model, text, has_marks=has_marks))
-    logprobs = [await _logprob(service, asking, model, text, one, has_marks=has_marks) for one in item.choices]
-    return choice_scores(item, logprobs)
+        said = await _patiently(service, partial(_answer, service, asking, model, text, has_marks=has_marks))
+        score = partial(service.gil_turns.do, partial(answer_scores, item, said))
+        return await _patiently(service, partial(service.offload.do, len(said), score))
+    logprob = partial(_logprob, service, asking, model, text, has_marks=has_marks)
+    return choice_scores(item, [await _patiently(service, partial(logprob, choice)) for choice in item.choices])
+
+
+async def _patiently(service: Service, ask: Callable[[], Awaitable[T]]) -> T:
+    """What `ask` comes to, begun once it can run at once, so that it takes nobody's place in the queue.
+
+    Of the places of all evaluations one is held only while it is asked, none between two tries.
+    """
+    clock = asyncio.get_running_loop().time
+    full_since: float | None = None  # of memory
+    while True:
+        async with service.evaluations.places:
+            if service.admissions.num_sequences < service.max_rows:
+                try:
+                    return await ask()
+                except RequestError as error:
+                    full_since = (full_since or clock()) if error.code == "memory_full" else None
+                    is_lost = full_since is not None and clock() - full_since >= MEMORY_PATIENCE_SECONDS
+                    if is_lost or error.code not in _AGAIN:
+                        raise
+                    seconds: float = error.retry_seconds or _MEMORY_SECONDS
+            else:
+                service.check_serving()
+                seconds = LOOK_SECONDS
+        await asyncio.sleep(seconds)
 
 
 async def _prompt(service: Service, item: Item) -> tuple[str, bool]:
@@ -63,8 +92,9 @@ async def _answer(service: Service, asking: Asking, model: str, text: str, *, ha
 async def _logprob(service: Service, asking: Asking, model: str, text: str, choice: str, *, has_marks: bool) -> float:
     """The natural logarithm of how likely the tokens of `choice` are behind the prompt.
 
-    As lm-eval has it: which tokens are the choice's is told by the length of the prompt's, and space at the prompt's
-    end belongs to the choice, whose first word has it in most vocabularies.
+    The choice's are those from the first on that the prompt alone does not have, which may have grown together with
+    the prompt's last. As lm-eval has it, space at the prompt's end belongs to the choice, whose first word has it in
+    most vocabularies.
     """
     prompt_ids = await _ids(service, text.rstrip(), has_marks=has_marks)
     token_ids = await _ids(service, text + choice, has_marks=has_marks)
@@ -72,14 +102,18 @@ async def _logprob(service: Service, asking: Asking, model: str, text: str, choi
     generation = await _generated(service, asking, model, token_ids, sampling)
     await _read(generation)
     scored = generation.prompt_scores(0)  # of all tokens but the first
-    return sum(one.chosen for one in scored[max(0, len(prompt_ids) - 1) :])
+    return sum(one.chosen for one in scored[max(0, _num_shared(prompt_ids, token_ids) - 1) :])
+
+
+def _num_shared(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many both begin with."""
+    pairs = zip(ids, others, strict=False)
+    return next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(ids), len(others)))
 
 
 async def _generated(
     service: Service, asking: Asking, model: str, token_ids: Sequence[int], sampling: SamplingParams
 ) -> Generation:
-    """Begun once there is room for it to run at once, so that it takes nobody's place in the queue."""
-
     async def encode() -> Sequence[Sequence[int]]:
         return [token_ids]
 
@@ -93,16 +127,7 @@ async def _generated(
         urgency=Urgency(LAST),
         prompt_param=_param,
     )
-    while True:
-        while service.admissions.num_sequences >= service.max_rows:
-            service.check_serving()
-            await asyncio.sleep(LOOK_SECONDS)
-        try:
-            return await generate(service, task)
-        except RequestError as error:
-            if error.code not in _AGAIN:
-                raise
-            await asyncio.sleep(error.retry_seconds or _MEMORY_SECONDS)
+    return await generate(service, task)
 
 
 async def _read(generation: Generation) -> str:

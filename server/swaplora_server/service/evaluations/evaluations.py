@@ -56,13 +56,17 @@ class Evaluations:
 
     def admit(self, evaluation: Evaluation) -> None:
         """Take it in, not yet on the disk. Raises RequestError for one more than a tenant may have."""
-        own = self.of(evaluation.tenant)
+        self.check_room(evaluation.tenant)
+        self._kept[evaluation.id] = evaluation
+
+    def check_room(self, tenant: str) -> None:
+        """Raise RequestError where a tenant has as many as it may."""
+        own = self.of(tenant)
         if len(own) >= MAX_KEPT:
             message = f"{MAX_KEPT} evaluations are kept: delete some with DELETE /v1/evaluations/{{evaluation_id}}"
             raise RequestError("quota_exceeded", message)
         if sum(one.is_open for one in own) >= MAX_OPEN:
             raise RequestError("overloaded", f"{MAX_OPEN} evaluations run or wait already: wait for one, or cancel it")
-        self._kept[evaluation.id] = evaluation
 
     def whole(self, evaluation: Evaluation) -> dict[str, Any]:
         """What the API tells of it; any thread may ask."""

@@ -47,6 +47,8 @@ async def begin(service: Service, task: Task, models: Sequence[str], asking: Ask
     except BaseException:
         service.evaluations.forget(evaluation)
         raise
+    if not evaluation.is_open:
+        return evaluation  # it was cancelled meanwhile
     run = asyncio.create_task(_run(service, evaluation, task.items, asking), context=Context())
     service.evaluations.runs[evaluation.id] = run
     run.add_done_callback(lambda _done: service.evaluations.runs.pop(evaluation.id, None))
@@ -97,8 +99,9 @@ async def _run(service: Service, evaluation: Evaluation, items: Sequence[Item], 
     evaluations = service.evaluations
     try:
         async with evaluations.turns[evaluation.tenant]:
-            evaluation.state = State.RUNNING
-            await _ask_all(service, evaluation, items, asking)
+            if evaluation.is_open:
+                evaluation.state = State.RUNNING
+                await _ask_all(service, evaluation, items, asking)
         evaluation.end(State.DONE)
     except asyncio.CancelledError:
         evaluation.end(State.INTERRUPTED)  # unless it was cancelled by who wanted it
@@ -134,8 +137,7 @@ async def _ask_some(
         bound = evaluation.models[model]
         reference = bound.model if bound.name is None else f"{bound.name}@{bound.version}"
         try:
-            async with service.evaluations.places:
-                scores = await scores_of(service, asking, reference, items[number])
+            scores = await scores_of(service, asking, reference, items[number])
         except (RequestError, AdapterError) as error:
             message = f"item {number + 1}, asked of {reference}: {error}"
             raise RequestError(error.code, message) from error
