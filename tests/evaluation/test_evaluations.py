@@ -383,6 +383,20 @@ def test_a_mistake_of_the_servers_leaves_no_run_that_seems_to_go_on(
     assert "ZeroDivision" not in json.dumps(failed)
 
 
+def test_models_take_turns_by_blocks_of_items(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    async def noting(_service: Service, _asking: asking.Asking, model: str, item: Item) -> list[float]:
+        asked.append((model, item.prompt))
+        return [1.0, 1.0]
+
+    monkeypatch.setattr(running, "scores_of", noting)
+    monkeypatch.setattr(running, "BLOCK_ITEMS", 2)
+    items = [{"prompt": prompt, "answer": ""} for prompt in "123"]
+    assert ended(server, begin(server, items, ["a", "b@1"])["id"])["progress"] == {"done": 6, "total": 6}
+    assert asked == [("a@1", "1"), ("a@1", "2"), ("b@1", "1"), ("b@1", "2"), ("a@1", "3"), ("b@1", "3")]
+
+
 def test_results_outlive_a_restart_and_one_that_was_cut_says_so(
     base: Path, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from swaplora_server.service.service import Service
 
 MAX_ANSWERS = 20_000  # of items times models
 SAVE_SECONDS = 10.0
+BLOCK_ITEMS = 50  # asked of a model before the next: adapters that do not fit together are loaded once for so many
 _STOPPED = frozenset({"draining", "not_ready", "engine_failed"})
 _log = structlog.get_logger(__name__)
 
@@ -118,8 +119,9 @@ async def _run(service: Service, evaluation: Evaluation, items: Sequence[Item], 
 
 
 async def _ask_all(service: Service, evaluation: Evaluation, items: Sequence[Item], asking: Asking) -> None:
-    """Item by item of all models, so that they can be compared early. Raises the first error."""
-    work = ((number, model) for number in range(len(items)) for model in range(len(evaluation.models)))
+    """Some items of one model and then of the next, so that they can be compared early. Raises the first error."""
+    blocks = [range(len(items))[start : start + BLOCK_ITEMS] for start in range(0, len(items), BLOCK_ITEMS)]
+    work = ((number, model) for block in blocks for model in range(len(evaluation.models)) for number in block)
     askers = [asyncio.create_task(_ask_some(service, evaluation, items, asking, work)) for _ in range(NUM_AT_ONCE)]
     saving = asyncio.create_task(_save_at_times(service, evaluation))
     try:
