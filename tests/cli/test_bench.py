@@ -1,6 +1,7 @@
 """`swaplora bench`: what it asks, when, how it reads answers, and the arithmetic of its report."""
 
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+import structlog
 import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -494,6 +496,15 @@ def test_what_cannot_be_asked_for_is_one_line_and_exit_2(niceness: list[int], fl
     assert niceness == []
 
 
+@pytest.fixture
+def _quiet() -> Iterator[None]:
+    """The server's log is of this process, and goes to its output unless it is told otherwise."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.mark.usefixtures("_quiet")
 def test_a_server_of_ours_is_measured_whole(niceness: list[int], server: Running, adapters: list[Path]) -> None:
     for number in range(3):
         server.put(f"a{number}", adapters[number])

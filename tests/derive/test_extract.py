@@ -10,14 +10,12 @@ import structlog
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 import tiny
 from fake_server import swaplora
 from swaplora_adapters.derive.whole_models.extract import holding
+from test_export import GPT2, load, logits
 
-GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-TOKENS = torch.tensor([[72, 101, 108, 108, 111]])
 Change = Callable[[Any], None]
 
 
@@ -27,16 +25,6 @@ def _settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.setenv("SWAPLORA_CACHE_DIR", str(tmp_path / "cache"))
     yield
     structlog.reset_defaults()  # its logger writes to the stderr of one run of the command
-
-
-def load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    found: torch.Tensor = model(TOKENS).logits.float()
-    return found
 
 
 def merged(base: Path, adapter: Path, out: Path) -> Any:
