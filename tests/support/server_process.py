@@ -1,5 +1,6 @@
 """`swaplora serve` in a process of its own: as a user starts it, or forked from one that has imported what it needs."""
 
+import contextlib
 import functools
 import json
 import os
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -20,7 +20,7 @@ from repository import ROOT
 SMALL = ("--dtype", "fp32", "--kv-cache-bytes", "4MiB")
 
 
-@contextmanager
+@contextlib.contextmanager
 def free_port() -> Iterator[int]:
     """A port that is kept for who listens on it in the block: nobody else is given it in the meantime."""
     with socket.socket() as keeper:
@@ -30,7 +30,7 @@ def free_port() -> Iterator[int]:
         yield port
 
 
-@contextmanager
+@contextlib.contextmanager
 def process(base: Path, data_dir: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
     """`swaplora serve` as a user starts it, on a free port; ready."""
     with starting(str(base), data_dir, *flags) as (server, client):
@@ -38,7 +38,7 @@ def process(base: Path, data_dir: Path, *flags: str) -> Iterator[tuple[subproces
         yield server, client
 
 
-@contextmanager
+@contextlib.contextmanager
 def starting(base: str, data_dir: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
     """The same, from its first moment on."""
     command = [sys.executable, "-m", "swaplora_server", "serve", *_arguments(base, data_dir), *flags]
@@ -52,7 +52,7 @@ def starting(base: str, data_dir: Path, *flags: str) -> Iterator[tuple[subproces
             server.wait()
 
 
-@contextmanager
+@contextlib.contextmanager
 def forked(base: Path, data_dir: Path, *flags: str) -> Iterator[tuple["Forked", httpx.Client]]:
     """Like `process`, without the seconds that imports take. What an import reads in the environment is as it was."""
     with free_port() as port:
@@ -136,7 +136,8 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and its number is still on the way
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
