@@ -17,8 +17,8 @@ import torch
 import transformers
 from rich.console import Console
 
+from gpu_checks import ablations, graphs, http, loads, operations, peers, quantised, rows, served, steps
 from gpu_checks import card as card_checks
-from gpu_checks import graphs, http, loads, operations, peers, served, steps
 from gpu_checks.card import Card
 from gpu_checks.models import random_base
 from gpu_checks.report import Report
@@ -59,9 +59,11 @@ def sections(card: Card, scratch: Path) -> dict[str, Section]:
     found: dict[str, Section] = {
         "lora": partial(operations.check_lora, card=card),
         "attention": partial(operations.check_attention, card=card),
+        "rows": partial(rows.check_rows, card=card),
         "proof": partial(served.prove_architectures, card=card, scratch=scratch),
         "kinds": partial(served.compare_kinds, card=card, scratch=scratch),
         "bf16": partial(served.compare_bf16, card=card, scratch=scratch),
+        "quantised": partial(quantised.compare_quantised, card=card, scratch=scratch),
         "http kinds": partial(served.ask_kinds, card=card, scratch=scratch),
         "isolation": partial(served.isolate, card=card, scratch=scratch),
         "bits fp32": lambda report: steps.compare_companies(report, card, exact.name, exact.base, exact.adapters),
@@ -72,6 +74,7 @@ def sections(card: Card, scratch: Path) -> dict[str, Section]:
     return found | {
         "refusals": partial(served.refuse_too_much, card=card, scratch=scratch),
         "full card": partial(served.outlive_memory, card=card, scratch=scratch),
+        "ablations": partial(ablations.measure_ablations, card=card, shape=shapes[-1]),
         "peers": partial(peers.measure_peers, card=card, shape=shapes[-1]),
         "served": partial(http.measure_http, card=card, shape=shapes[0], scratch=scratch),
     }
@@ -86,6 +89,7 @@ def _figures(of: Subject, card: Card, scratch: Path) -> dict[str, Section]:
         f"{of.name} graphs": lambda report: graphs.measure_graphs(report, card, of.name, of.base),
         f"{of.name} prompts": lambda report: steps.measure_prefill(report, card, of.name, of.base, of.adapters[0]),
         f"{of.name} loads": lambda report: loads.measure_loads(report, card, of.name, of.base, scratch),
+        f"{of.name} swaps": lambda report: loads.swap_adapters(report, card, of.name, of.base, scratch),
         f"{of.name} copies": lambda report: loads.count_copies(report, card, of.base, scratch / of.name),
         f"{of.name} waits": lambda report: steps.find_waits(report, card, of.base, of.adapters),
         f"{of.name} profile": lambda report: steps.profile_steps(report, card, of.name, of.base, of.adapters),

@@ -16,16 +16,31 @@ SECTIONS = {
     "card",
     "lora",
     "attention",
+    "rows",
     "proof",
     "kinds",
     "bf16",
+    "quantised",
     "http kinds",
     "isolation",
     "full card",
+    "ablations",
     "peers",
     "served",
 }
-OF_A_BASE = {"memory", "decode", "graphs", "prompts", "loads", "copies", "waits", "profile", "bits", "sampling"}
+OF_A_BASE = {
+    "memory",
+    "decode",
+    "graphs",
+    "prompts",
+    "loads",
+    "swaps",
+    "copies",
+    "waits",
+    "profile",
+    "bits",
+    "sampling",
+}
 
 
 def test_the_dry_form_runs_every_section_and_finds_nothing_wrong(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 import threading
 import time
+from collections import deque
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -76,6 +77,37 @@ def _together(stepper: Stepper, load: Any, least: int) -> tuple[list[float], lis
         steps += stepper.times(1)
     thread.join()
     return steps, loads
+
+
+def swap_adapters(report: Report, card: Card, name: str, base: BaseModel, scratch: Path) -> dict[str, Any]:
+    """Adapters brought from the host's memory to the card in the place of others, beside 16 decoding rows."""
+    count = 4 if card.is_dry else 200
+    on_host = [_read(base, save_random_adapter(base, scratch / f"{name}-swapped-{n}", n)) for n in range(4)]
+    stepper = stepper_for(base, 16, 4096 if card.is_gpu else 64)
+    for row in range(16):
+        stepper.add(prompt(row, 16, base.vocab_size))
+    stepper.decode()
+    stepper.record(16)
+    stepper.times(2)
+
+    def swap() -> list[float]:
+        resident: deque[AdapterWeights] = deque(maxlen=8)
+        times = []
+        for number in range(count):
+            began = time.perf_counter()
+            resident.append(base.prepared(on_host[number % len(on_host)]))
+            times.append(time.perf_counter() - began)
+        return times
+
+    beside, swaps = _together(stepper, swap, 8)
+    quiet = stepper.times(min(len(beside), 1000))
+    of_quiet, of_beside = (quantiles(steps, n=100, method="inclusive")[98] for steps in (quiet, beside))
+    report.row(f"{name} adapter swapped on the card, {count} times", f"{median(swaps) * 1e3:.1f} ms")
+    report.row(
+        f"{name} step of 16 rows, p99, beside {count} swaps",
+        f"{of_beside * 1e3:.2f} ms, {of_beside / of_quiet:.2f} of {of_quiet * 1e3:.2f} ms quiet",
+    )
+    return {"swaps": swaps, "beside": beside, "quiet": quiet}
 
 
 def count_copies(report: Report, card: Card, base: BaseModel, scratch: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from swaplora_server.engine.request import AdapterUse, Request, SamplingParams
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduling.batch import Batch
 from swaplora_server.engine.scheduling.scheduler import Scheduler
+from swaplora_server.kernels.backend import Backend
 from swaplora_server.kernels.cuda.graphs.buckets import bucket_sizes
 
 RANK = 16
@@ -73,10 +74,11 @@ def random_model(shape: str, card: Card, dtype: torch.dtype, attention: str = "e
     return model
 
 
-def random_base(shape: str, card: Card, dtype: torch.dtype) -> BaseModel:
-    """The same, wrapped and proven as the server does."""
+def random_base(shape: str, card: Card, dtype: torch.dtype, backend: Backend | None = None) -> BaseModel:
+    """The same, wrapped and proven as the server does, for the kernels that it picks or for others."""
     model = random_model(shape, card, dtype)
-    return prepare(model, tiny.byte_tokenizer(), device=card.device, dtype=dtype, backend=card.backend(dtype))
+    backend = backend or card.backend(dtype)
+    return prepare(model, tiny.byte_tokenizer(), device=card.device, dtype=dtype, backend=backend)
 
 
 def random_adapter(base: BaseModel, number: int, rank: int = RANK) -> AdapterWeights:

@@ -83,7 +83,7 @@ def compare_bf16(report: Report, card: Card, scratch: Path) -> dict[str, Any]:
     made = [tiny.save_adapter(scratch / f"bf16-{rank}", folder, seed=rank, rank=rank) for rank in ranks]
     base = load_base(folder, device=card.device, dtype=torch.bfloat16, backend=card.backend(torch.bfloat16))
     tokens = [(11 * position + 5) % 250 for position in range(60)]
-    ours = _logprobs(base, tokens, [None, *(_load(base, adapter) for adapter in made)])
+    ours = logprobs_together(base, tokens, [None, *(load_adapter(base, adapter) for adapter in made)])
     worst, noise = 0.0, LEAST_NOISE / NOISE
     for adapter, own in zip([None, *made], ours, strict=True):
         exact, half = (_oracle(card, folder, adapter, dtype) for dtype in (torch.float32, torch.bfloat16))
@@ -101,12 +101,12 @@ def _oracle(card: Card, base: Path, adapter: Path | None, dtype: torch.dtype) ->
     return oracle
 
 
-def _load(base: BaseModel, folder: Path) -> AdapterWeights:
+def load_adapter(base: BaseModel, folder: Path) -> AdapterWeights:
     files = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     return base.prepared(load_weights(f"sha256:{folder.name}", *files, base.layers, base.dtype, base.device))
 
 
-def _logprobs(base: BaseModel, tokens: list[int], adapters: list[AdapterWeights | None]) -> list[Tensor]:
+def logprobs_together(base: BaseModel, tokens: list[int], adapters: list[AdapterWeights | None]) -> list[Tensor]:
     """[vocab_size], on the CPU, of the token after `tokens` for each of `adapters`, all of them in one step."""
     pool, rows = BlockPool(256, 16), []
     for weights in adapters:

@@ -23,7 +23,7 @@ from swaplora_server.engine.scheduling.batch import Batch
 from swaplora_server.kernels.cuda.graphs.buckets import bucket_sizes
 from swaplora_server.kernels.step import StepForm
 
-CASES = ((1, 0), (1, 1), (16, 0), (16, 1), (16, 16), (64, 0), (64, 1), (64, 16), (64, 64))  # rows, adapters
+CASES = tuple((rows, adapters) for rows in (1, 16, 64, 128) for adapters in (0, 1, 16, 64, 128) if adapters <= rows)
 DRY_CASES = ((1, 0), (3, 2))
 CONTEXT, NUM_TIMED = 512, 6
 PREFILLS = (512, 2048, 8192)
