@@ -144,11 +144,11 @@ def test_a_setting_that_says_nothing_of_an_encoder_is_refused(tmp_path: Path, fi
         service.start(lambda _message: None)
 
 
-def test_deberta_is_refused_by_its_name(tmp_path: Path) -> None:
+def test_a_model_that_keeps_its_attention_to_itself_is_refused_by_its_name(tmp_path: Path) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    AutoModel.from_config(CONFIG_MAPPING["deberta-v2"](vocab_size=259, **shape)).save_pretrained(tmp_path)
+    AutoModel.from_config(CONFIG_MAPPING["mpnet"](vocab_size=259, **shape)).save_pretrained(tmp_path)
     tiny.byte_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="deberta-v2 computes its attention in its own code"):
+    with pytest.raises(UnsupportedModelError, match="mpnet computes its attention in its own code"):
         load(tmp_path)
 
 

@@ -40,6 +40,8 @@ def with_own_head(folder: Path) -> Path:
         ("modernbert", {"modules_to_save": None}),  # factors for `head.dense`, which is the base's
         ("modernbert", {"modules_to_save": None, "target_modules": ["Wqkv"]}),  # the base's head as it is
         ("bert", {"target_modules": ["query"], "modules_to_save": ["pooler"]}),
+        ("deberta-v2", {"modules_to_save": None}),  # factors for `pooler.dense`, which is the base's
+        ("deberta-v2", {"target_modules": ["query_proj"], "modules_to_save": ["pooler"]}),
         ("roberta", {"target_modules": ["query", "dense"]}),
         ("distilbert", {"modules_to_save": None, "target_modules": ["q_lin"]}),
         ("bert", {"task": "TOKEN_CLS", "target_modules": ["query", "dense"]}),  # whose model has no pooler

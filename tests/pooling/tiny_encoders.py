@@ -24,11 +24,20 @@ _SHAPE = {
     "max_position_embeddings": 128,
 }
 _ROBERTA = {**_SHAPE, "type_vocab_size": 1, "pad_token_id": 1, "max_position_embeddings": 130}
+_DEBERTA = {
+    **_SHAPE,
+    "relative_attention": True,
+    "pos_att_type": ["c2p", "p2c"],
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "bert": _SHAPE,
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 128},
+    "deberta": _DEBERTA,
+    "deberta-v2": {**_DEBERTA, "position_buckets": 16, "share_att_key": True, "norm_rel_ebd": "layer_norm"},
     "modernbert": {**_SHAPE, "num_hidden_layers": 3, "local_attention": 16, "global_attn_every_n_layers": 3},
 }
 

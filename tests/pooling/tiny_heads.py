@@ -16,6 +16,8 @@ _MODELS = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoModel
 OWN: Mapping[tuple[str, str], Sequence[str]] = {
     ("SEQ_CLS", "distilbert"): ["pre_classifier"],
     ("SEQ_CLS", "modernbert"): ["head"],
+    ("SEQ_CLS", "deberta"): ["pooler"],
+    ("SEQ_CLS", "deberta-v2"): ["pooler"],
     ("TOKEN_CLS", "modernbert"): ["head"],
 }
 

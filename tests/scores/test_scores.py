@@ -14,8 +14,8 @@ from tiny_heads import save_classifier
 from tiny_pairs import DECODER, PairOracle, save_pair_base
 
 TOLERANCE = 1e-4
-# with segments, with two separators and positions of its own, with neither, and a decoder
-KINDS = ("bert", "roberta", "modernbert", DECODER)
+# with segments, with two separators and positions of its own, with neither, with distances, and a decoder
+KINDS = ("bert", "roberta", "modernbert", "deberta-v2", DECODER)
 CROSS = {"first": 1, "second": 2}  # their seeds
 WORDS = ("the", "quick", "brown", "fox", "and", "a", "lazy", "dog", "ran")
 

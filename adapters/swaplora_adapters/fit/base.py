@@ -75,6 +75,10 @@ class BaseLayers(Protocol):
         """Modules that work row by row, such as norms and experts: their parameters' shapes, in the model's order."""
 
     @property
+    def of_distances(self) -> frozenset[str]:
+        """The linears that also make keys or queries of how far apart two tokens are, or do nothing else."""
+
+    @property
     def tied(self) -> Mapping[str, str]:
         """Each output head that shares its weight with an embedding → that embedding."""
 
@@ -122,6 +126,7 @@ class LayerShapes:
     legacy_names: LegacyNames | None = None
     root: str = ""
     heads: Mapping[str, HeadShapes] = field(default_factory=dict)
+    of_distances: frozenset[str] = frozenset()
 
     def read(self, name: str) -> Tensor:
         """Raises TypeError, as all that needs weights does."""

@@ -67,7 +67,7 @@ def fitted(spec: AdapterSpec, layers: BaseLayers, found: Shapes, max_work: int |
         for written in _as_written(spec, slot, layers, found):
             slots[written.name].append(written)
     complaints = [*_stranger_complaints(spec, layers, slots, spelled), *targets.complaints]
-    complaints += [*head_complaints(spec, layers, found), *_conflicts(spec, targets)]
+    complaints += [*head_complaints(spec, layers, found), *_conflicts(spec, layers, targets)]
     complaints += _token_complaints(spec, layers, targets)
     complaints += _slot_complaints(slots, found)
     if not any(name in slots or _FACTOR_NAME.fullmatch(name) for name in found):
@@ -148,7 +148,7 @@ def _shape_complaint(slot: Slot, shape: tuple[int, ...]) -> str:
     return f"{path} has {slot.label} of shape {list(shape)}, {slot.needed_by} need {list(slot.shape)}"
 
 
-def _conflicts(spec: AdapterSpec, targets: Targets) -> Iterator[str]:
+def _conflicts(spec: AdapterSpec, layers: BaseLayers, targets: Targets) -> Iterator[str]:
     """What PEFT cannot put together on one module."""
     wrapped = {target.path for target in targets.parameters}
     followers = set(targets.tied_tokens)
@@ -160,6 +160,11 @@ def _conflicts(spec: AdapterSpec, targets: Targets) -> Iterator[str]:
     yield from _both(targets.saved.keys() & (targets.tokens.keys() | followers), "modules_to_save", "trainable tokens")
     if spec.use_dora:
         yield from _both(targets.linears & (targets.tokens.keys() | followers), "use_dora", "trainable_token_indices")
+    if spec.alora_invocation_tokens:
+        paths = map(quoted, sorted(targets.linears & layers.of_distances))
+        yield from (
+            f"alora_invocation_tokens is not supported with {path}, which distances go through" for path in paths
+        )
     if targets.embeddings:
         unfit = {
             "peft_type ADALORA": spec.peft_type == ADALORA,

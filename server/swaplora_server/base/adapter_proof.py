@@ -149,7 +149,7 @@ class DefinedRows(NamedTuple):
     """Rows `start` to `stop` of a forward use `terms`."""
 
     start: int
-    stop: int
+    stop: int | None  # None: to the last
     terms: Terms
 
 
@@ -203,11 +203,12 @@ class Definition:
                 _project(y[start:stop], x[start:stop], weights, scale, module.path)
             else:
                 dim = row_dim(inputs[0])
-                cut = (part.narrow(dim, start, stop - start) for part in inputs)
-                output.narrow(dim, start, stop - start).copy_(weights.replaced[module.path](*cut))
+                length = (output.shape[dim] if stop is None else stop) - start
+                cut = (part.narrow(dim, start, length) for part in inputs)
+                output.narrow(dim, start, length).copy_(weights.replaced[module.path](*cut))
         return output
 
-    def _changes(self, path: str) -> Iterator[tuple[int, int, AdapterWeights, float]]:
+    def _changes(self, path: str) -> Iterator[tuple[int, int | None, AdapterWeights, float]]:
         for start, stop, terms in self._rows:
             for weights, scale in terms:
                 if path in weights.modules or path in weights.embeddings or path in weights.replaced:

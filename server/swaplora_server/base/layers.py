@@ -36,6 +36,7 @@ class AdaptableLayers:
         model_type: str,
         root: str,
         heads: TaskHeads,
+        of_distances: frozenset[str] = frozenset(),
     ) -> None:
         """`addressable` are the paths of those that see one row per token; `dtype` is that of the model's rows.
 
@@ -53,6 +54,7 @@ class AdaptableLayers:
             if isinstance(module, LoraEmbedding)
         }
         self.others = {path: _shapes(module.base) for path, module in chosen.items() if isinstance(module, Replaceable)}
+        self.of_distances = of_distances
         self.tied = tied
         self.transposed = frozenset(path for path, module in chosen.items() if getattr(module, "is_transposed", False))
         self.legacy_names = legacy_names_of(model_type)

@@ -23,7 +23,9 @@ from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.base.task_heads import TaskHeads
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.lora.attach import attach
-from swaplora_server.engine.pooling import attention
+from swaplora_server.engine.pooling.attention import InterfaceLayers
+from swaplora_server.engine.pooling.deberta_like import encoder_of
+from swaplora_server.engine.pooling.disentangled import DisentangledLayers
 from swaplora_server.engine.pooling.encoder_runner import EncoderRunner, padding_id_of
 from swaplora_server.engine.step import running
 from swaplora_server.kernels.backend import Backend
@@ -90,12 +92,11 @@ def prepare_encoder(
     backend: Backend,
 ) -> EncoderBase:
     """Wrap and prove an encoder that lies on `device`, in place. Raises UnsupportedModelError naming the reason."""
-    _check_attention(model)
     fingerprint = fingerprint_of(model, tokenizer)
     max_positions = _max_positions(model, sentence_config)
+    seam = _seam(model, backend, max_positions)
     expected = expected_states(model, max_positions, backend.products)
-    attention.register()
-    model.set_attn_implementation(attention.IMPLEMENTATION)
+    seam.put_in()
     memory = backend.memory()
     # paths as in the models that have a head behind it, which most adapters are trained on
     root = model.base_model_prefix
@@ -112,7 +113,7 @@ def prepare_encoder(
     if pooler is not None:
         model.pooler = None  # which would read the first row of all
     trial = InputTrial(model, pooler, backend, max_positions, expected)
-    addressable = trial.prove(wrapped)
+    addressable = trial.prove(wrapped) | seam.of_distances
     heads = TaskHeads(
         model.config,
         root,
@@ -121,8 +122,10 @@ def prepare_encoder(
         pooler=[path for path in wrapped if path.startswith(f"{root}.pooler.")],
         device=device,
     )
-    layers = AdaptableLayers(wrapped, addressable, {}, backend, dtype, model.config.model_type, root, heads)
-    trial.prove_adapters(wrapped, layers)
+    layers = AdaptableLayers(
+        wrapped, addressable, {}, backend, dtype, model.config.model_type, root, heads, seam.of_distances
+    )
+    trial.prove_adapters(wrapped, layers, seam.left_out())
     _fuse(model, backend, trial)
     return EncoderBase(
         model=model,
@@ -160,14 +163,23 @@ def _fuse(model: PreTrainedModel, backend: Backend, trial: InputTrial) -> None:
         _log.warning("layers run one operation at a time", reason=str(error))
 
 
-def _check_attention(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModelError for a model that keeps its attention to itself, such as DeBERTa's."""
+def _seam(model: PreTrainedModel, backend: Backend, max_positions: int) -> InterfaceLayers | DisentangledLayers:
+    """How the model is brought to read packed steps: by transformers' interface for attention, or DeBERTa's layers.
+
+    Raises UnsupportedModelError for a model that keeps its attention to itself.
+    """
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    if not (model._supports_attention_backend and takes_positions):  # noqa: SLF001 - what transformers itself asks
+    if takes_positions and model._supports_attention_backend:  # noqa: SLF001 - what transformers itself asks
+        return InterfaceLayers(model)
+    if encoder_of(model) is None:
         raise UnsupportedModelError(
             f"{model.config.model_type} computes its attention in its own code, where inputs cannot be packed: serve "
-            "BERT, RoBERTa, XLM-R, DistilBERT or ModernBERT"
+            "BERT, RoBERTa, XLM-R, DistilBERT, ModernBERT or DeBERTa"
         )
+    try:
+        return DisentangledLayers(model, backend, max_positions)
+    except UNFIT as error:
+        raise UnsupportedModelError(f"{model.config.model_type} cannot be packed: {error}") from error
 
 
 def _max_positions(model: PreTrainedModel, sentence_config: SentenceConfig) -> int:

@@ -4,15 +4,14 @@ What adapters must come to is computed by hooks around the modules of the base, 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from swaplora_server.base.adapter_proof import AdapterMaker, DefinedRows, Definition
+from swaplora_server.base.adapter_proof import AdapterMaker, DefinedRows, Definition, Terms
 from swaplora_server.base.layers import AdaptableLayers
 from swaplora_server.base.proof import NOISE, TOLERANCE, UnsupportedModelError, deviations, tokens_of, watching
 from swaplora_server.base.upcast import upcast
@@ -28,7 +27,8 @@ from swaplora_server.kernels.backend import Backend
 UNFIT = (TypeError, ValueError, AttributeError, RuntimeError, IndexError, UnsupportedAttentionError)
 """What a model of an unknown kind may raise."""
 _LENGTHS = (9, 14, 3)
-_BEYOND = 8  # a window, and tokens that one more input has than that
+_REACHES = ("sliding_window", "position_buckets")  # what some modules call how far a token looks, or tells distances
+_BEYOND = 8  # and tokens that one more input has than that
 _LONG = 70  # tokens that it has at least: more than two tiles or blocks that kernels work on at a time
 
 
@@ -47,8 +47,8 @@ def expected_states(model: PreTrainedModel, max_positions: int, products: torch.
 
     `products`: what the linears that stand in will round a float32 model's rows to, if they do.
     """
-    windows = [vars(module).get("sliding_window") for module in model.modules()]
-    longest = max([_LONG, *(window + _BEYOND for window in windows if isinstance(window, int))])
+    reaches = [vars(module).get(name) for module in model.modules() for name in _REACHES]
+    longest = max([_LONG, *(reach + _BEYOND for reach in reaches if isinstance(reach, int))])
     lengths = [min(length, max_positions) for length in (*_LENGTHS, longest)]
     inputs = [tokens_of(index, length, model) for index, length in enumerate(lengths)]
     stock = _stock_states(model, inputs)
@@ -92,21 +92,27 @@ class InputTrial:
         self._backend = backend
         self._runner = EncoderRunner(model, pooler, backend, max_positions, model.device)
         self._expected = expected
-        self._uses: Sequence[tuple[AdapterUse, ...]] = ()
+        self._of_base: Sequence[tuple[AdapterUse, ...]] = [()] * len(expected.inputs)
+        self._uses = self._of_base
         self._defined: Sequence[Tensor] = ()  # what these come to
         self._lengths = [len(tokens) for tokens in expected.inputs]
 
     def prove(self, wrapped: Mapping[str, Wrapped]) -> frozenset[str]:
         """The paths of modules that see one row per token, or input. Raises UnsupportedModelError where it is off."""
         with watching(wrapped) as seen:
-            outputs = self._outputs([()] * len(self._lengths))
+            outputs = self._outputs(self._expected.inputs, self._of_base)
         self._compare(outputs, self._expected.outputs, "when inputs are packed")
         num_tokens, num_inputs = sum(self._lengths), len(self._lengths)
         return frozenset(path for path in seen if seen[path] == [num_inputs if _is_head(wrapped[path]) else num_tokens])
 
     @torch.inference_mode()
-    def prove_adapters(self, wrapped: Mapping[str, Wrapped], layers: AdaptableLayers) -> None:
-        """Raises UnsupportedModelError where the model does not add what adapters are."""
+    def prove_adapters(
+        self, wrapped: Mapping[str, Wrapped], layers: AdaptableLayers, alone: AbstractContextManager[None]
+    ) -> None:
+        """Raises UnsupportedModelError where the model does not add what adapters are.
+
+        `alone`: within it the model may need each input by itself.
+        """
         maker = AdapterMaker(self._model, layers)
         plain, other, scaled, replacing = maker.plain(), maker.plain(), maker.scaled(), maker.replacing(wrapped)
         terms = [[(scaled, 1.0)], [(plain, 0.5), (other, -1.0)], [(replacing, 1.0)], [(other, 1.0)]]
@@ -118,29 +124,35 @@ class InputTrial:
             )
             for own in terms
         ]
-        stops = list(accumulate(self._lengths))
-        rows = [
-            DefinedRows(stop - length, stop, own) for stop, length, own in zip(stops, self._lengths, terms, strict=True)
-        ]
-        head_rows = [DefinedRows(number, number + 1, own) for number, own in enumerate(terms)]
+        with alone:
+            self._defined = [
+                self._defined_output(*one, wrapped) for one in zip(self._expected.inputs, terms, strict=True)
+            ]
+        self._uses = uses
+        self._compare(self._outputs(self._expected.inputs, uses), self._defined, "with adapters")
+
+    def _defined_output(self, tokens: Sequence[int], terms: Terms, wrapped: Mapping[str, Wrapped]) -> Tensor:
+        """Of one input, of which every row that any module sees is changed."""
+        definition = Definition([DefinedRows(0, None, terms)])
         with ExitStack() as hooks:
             for module in wrapped.values():
-                definition = Definition(head_rows if _is_head(module) else rows)
                 hooks.callback(module.register_forward_hook(definition).remove)
-            self._defined = self._outputs([()] * len(terms))
-        self._uses = uses
-        self._compare(self._outputs(uses), self._defined, "with adapters")
+            return self._outputs([tokens], [()])[0]
 
     @torch.inference_mode()
     def prove_again(self) -> None:
         """After modules were exchanged for what computes the same. Raises UnsupportedModelError where it is off."""
-        self._compare(self._outputs([()] * len(self._lengths)), self._expected.outputs, "when layers are fused")
-        self._compare(self._outputs(self._uses), self._defined, "with adapters, when layers are fused")
+        self._compare(
+            self._outputs(self._expected.inputs, self._of_base), self._expected.outputs, "when layers are fused"
+        )
+        self._compare(
+            self._outputs(self._expected.inputs, self._uses), self._defined, "with adapters, when layers are fused"
+        )
 
-    def _outputs(self, uses: Sequence[tuple[AdapterUse, ...]]) -> list[Tensor]:
-        """Of each input as in `ExpectedStates`."""
+    def _outputs(self, inputs: Sequence[Sequence[int]], uses: Sequence[tuple[AdapterUse, ...]]) -> list[Tensor]:
+        """Of each input as in `ExpectedStates`, all in one step."""
         scheduled = []
-        for number, (tokens, own) in enumerate(zip(self._expected.inputs, uses, strict=True)):
+        for number, (tokens, own) in enumerate(zip(inputs, uses, strict=True)):
             request = Request("proof", tuple(tokens), SamplingParams(0), lambda _event: None, own, reads=LAST_TOKEN)
             sequence = Tokens(request, number)
             sequence.block_table = [1]
@@ -149,7 +161,7 @@ class InputTrial:
             outputs = self._runner.outputs(Batch(tuple(scheduled)), has_pooled=True)
         except UNFIT as error:
             raise UnsupportedModelError(f"{self._model.config.model_type} does not run packed: {error}") from error
-        parts = torch.split(outputs.states, self._lengths)
+        parts = torch.split(outputs.states, [len(tokens) for tokens in inputs])
         pooled = [None] * len(parts) if outputs.pooled is None else outputs.pooled[:, None].unbind()
         return [_joined(*part).float() for part in zip(parts, pooled, strict=True)]
 

@@ -1,9 +1,10 @@
 """Attention of whole inputs, put into transformers' encoders through its attention interface."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from swaplora_server.engine.attention import UnsupportedAttentionError
 from swaplora_server.engine.step import running
@@ -43,6 +44,19 @@ def whole_attention(
     return out.unsqueeze(0), None
 
 
-def register() -> None:
-    """Make `IMPLEMENTATION` known to transformers, without a mask function: inputs are told apart here."""
-    AttentionInterface.register(IMPLEMENTATION, whole_attention)
+class InterfaceLayers:
+    """The layers of a model whose attention goes through transformers' interface."""
+
+    of_distances: frozenset[str] = frozenset()  # see `DisentangledLayers`
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def put_in(self) -> None:
+        """Have the model read packed steps from here on; without a mask function, since inputs are told apart here."""
+        AttentionInterface.register(IMPLEMENTATION, whole_attention)
+        self._model.set_attn_implementation(IMPLEMENTATION)
+
+    def left_out(self) -> AbstractContextManager[None]:
+        """One input is a step like any other."""
+        return nullcontext()
