@@ -14,7 +14,7 @@ import tiny
 from swaplora_adapters.errors import InvalidAdapterError
 from swaplora_server.base.encoder.encoder_base import load_encoder
 from swaplora_server.base.proof import UnsupportedModelError
-from swaplora_server.engine.pooling import disentangled
+from swaplora_server.engine.pooling import deberta_like, disentangled
 from swaplora_server.engine.pooling.kinds import Pooling, PoolingKind
 from swaplora_server.engine.request import AdapterUse
 from swaplora_server.kernels.pick import torch_backend
@@ -125,7 +125,7 @@ def distances_the_wrong_way_round(patch: pytest.MonkeyPatch) -> None:
 
 
 def the_last_bucket_left_out(patch: pytest.MonkeyPatch) -> None:
-    of_rows = disentangled.rows_of_distances
+    of_rows = deberta_like.rows_of_distances
     patch.setattr(disentangled, "rows_of_distances", lambda *given: of_rows(*given).clamp(2, 29))
 
 

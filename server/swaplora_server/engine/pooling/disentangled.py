@@ -133,10 +133,14 @@ def _groups(runs: Runs, segments: Segments) -> list[tuple[Sequence[Segment], lis
     for start, stop in zip(runs.starts.tolist(), runs.stops.tolist(), strict=True):
         while ahead and ahead[0].stop <= start:
             ahead.popleft()
-        own = list(takewhile(lambda segment, start=start: segment.start <= start, ahead))
+        own = list(takewhile(partial(_is_of, start), ahead))
         key = tuple((segment.weights.digest, segment.scale) for segment in own)
         groups.setdefault(key, (own, []))[1].append((start, stop))
     return list(groups.values())
+
+
+def _is_of(row: int, segment: Segment) -> bool:
+    return segment.start <= row < segment.stop
 
 
 class _Attention:
@@ -158,7 +162,9 @@ class _Attention:
         out = torch.empty_like(value)
         for start, stop, descending, ascending in relative_pos.inputs:
             out[start:stop] = attend(
-                *(rows[start:stop] for rows in (query, key, value)),
+                query[start:stop],
+                key[start:stop],
+                value[start:stop],
                 None if keys is None else keys[descending],
                 None if queries is None else queries[ascending],
                 scaling,
@@ -171,7 +177,8 @@ class _Attention:
             return None
         if linear.path not in self._of_base:
             self._of_base[linear.path] = linear.base(self._table)
-        return distances.through(linear, self._of_base[linear.path]).unflatten(-1, (self._parts.num_heads, -1))
+        rows = distances.through(linear, self._of_base[linear.path])
+        return rows.view(len(rows), self._parts.num_heads, -1)
 
 
 def _one_by_one(forward: Callable[..., Tensor], rows: Tensor, residual: Tensor, mask: Tensor) -> Tensor:
