@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from swaplora_adapters.weights.router import Shares, Trace
 from swaplora_server.kernels.step import Segments
 
 
@@ -33,3 +34,7 @@ class ReferenceLora:
                 if module.shift is not None:
                     result = result + segment.scale * module.shift
                 y[rows] = result.to(y.dtype)
+
+    def shares(self, _trace: Trace) -> Shares | None:
+        """Nothing here is a mixture's."""
+        return None

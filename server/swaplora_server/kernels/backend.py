@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from swaplora_adapters.weights.placement import Placement
+from swaplora_adapters.weights.router import Shares, Trace
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.kernels.step import Runs, Segments, StepForm, StepPlan
 
@@ -32,7 +33,8 @@ class LoraStep(Protocol):
     """The LoRA operation over one step's segments, SGMV (Punica); of segments of one row, as while decoding, BGMV.
 
     y[rows] = (y[rows] + scale · (x[rows] Aᵀ) Bᵀ) · column_scale + scale · shift, segment by segment, with A
-    [rank, in_features] and B [out_features, rank], each adapter's in its own rank.
+    [rank, in_features] and B [out_features, rank], each adapter's in its own rank. In a mixture each row of x Aᵀ is
+    multiplied by the row's share of that member: see `Router`.
     """
 
     def add(self, x: Tensor, outputs: Sequence[tuple[Tensor, int]]) -> None:
@@ -40,6 +42,9 @@ class LoraStep(Protocol):
 
         outputs: of each module y [num_rows, out_features], written in place, and its number.
         """
+
+    def shares(self, trace: Trace) -> Shares | None:
+        """What the rows that `trace` watches took of the members of their mixture; None without such rows."""
 
 
 class PagedStep(Protocol):
@@ -159,6 +164,10 @@ class Backend(Protocol):
 
         `paths` are those of all modules by number.
         """
+
+    @property
+    def routes(self) -> bool:
+        """Whether its LoRA operation is one of mixtures as well; otherwise no segment may have a route."""
 
     def lora(self, segments: Segments) -> LoraStep:
         """The LoRA operation over segments of prepared adapters, each of which adds to some linear."""

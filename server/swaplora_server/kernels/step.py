@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from swaplora_adapters.weights.router import Route
     from swaplora_adapters.weights.served import AdapterWeights
 
 Ints = NDArray[np.int64]
@@ -102,12 +103,16 @@ class Runs:
 
 
 class Segment(NamedTuple):
-    """Rows `start` to `stop` use one adapter at `scale`."""
+    """Rows `start` to `stop` use one adapter at `scale`, or as much of it as each takes in a mixture.
+
+    Those of a mixture's members follow one another, in order, over the same rows.
+    """
 
     weights: "AdapterWeights"
     scale: float
     start: int
     stop: int
+    route: "Route | None" = None
 
 
 class Segments:

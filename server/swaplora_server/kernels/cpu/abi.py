@@ -53,12 +53,24 @@ class Factors(ctypes.Structure):
     )
 
 
+class Router(ctypes.Structure):
+    _fields_ = (
+        ("prototypes", ctypes.c_void_p),
+        ("members", ctypes.c_int64),
+        ("top_k", ctypes.c_int64),
+        ("temperature", ctypes.c_double),
+        ("shares", ctypes.c_void_p),
+    )
+
+
 class Segment(ctypes.Structure):
     _fields_ = (
         ("factors", ctypes.POINTER(Factors)),
         ("start", ctypes.c_int64),
         ("stop", ctypes.c_int64),
         ("scale", ctypes.c_double),
+        ("router", ctypes.POINTER(Router)),
+        ("member", ctypes.c_int64),
     )
 
 
@@ -170,6 +182,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     Step,
     NormWeight,
     EncoderLayer,
+    Router,
 )
 
 

@@ -10,12 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swaplora_adapters.weights.router import Shares, Trace
 from swaplora_server.kernels.cpu import abi
 from swaplora_server.kernels.cpu.adapter_tables import tables_of
-from swaplora_server.kernels.step import Segments
+from swaplora_server.kernels.shares import TracedShares
+from swaplora_server.kernels.step import Ints, Segment, Segments
 
-# `abi.Segment`, whose pointer is a number here
-_SEGMENT = np.dtype([("factors", np.int64), ("start", np.int64), ("stop", np.int64), ("scale", np.float64)])
+# `abi.Segment`, whose pointers are numbers here
+_SEGMENT = np.dtype(
+    [
+        *(("factors", np.int64), ("start", np.int64), ("stop", np.int64), ("scale", np.float64)),
+        *(("router", np.int64), ("member", np.int64)),
+    ]
+)
 
 
 class CpuLora:
@@ -27,6 +34,10 @@ class CpuLora:
         rows = np.empty(len(segments), _SEGMENT)
         rows["factors"] = [ctypes.addressof(tables_of(weights).factors) for weights in segments.adapters]
         rows["start"], rows["stop"], rows["scale"] = segments.starts, segments.stops, segments.scales
+        self._traced = TracedShares(segments)
+        self._routers = _Routers(self._traced)
+        places = [self._routers.place(segment) for segment in segments]
+        rows["router"], rows["member"] = [address for address, _ in places], [member for _, member in places]
         self.entries = (abi.Segment * len(segments)).from_buffer(rows.data)
 
     def add(self, x: Tensor, outputs: Sequence[tuple[Tensor, int]]) -> None:
@@ -47,3 +58,28 @@ class CpuLora:
         for y, (narrow, _) in zip(wide, outputs, strict=True):
             if y is not narrow:
                 narrow.copy_(y)
+
+    def shares(self, trace: Trace) -> Shares | None:
+        """See `LoraStep`."""
+        return self._traced.find(trace)
+
+
+class _Routers:
+    """`abi.Router` of each mixture of a step, and what these point into."""
+
+    def __init__(self, traced: TracedShares) -> None:
+        self._traced = traced
+        self._held: list[tuple[abi.Router, Ints, Shares | None]] = []
+
+    def place(self, segment: Segment) -> tuple[int, int]:
+        """The address of its router, which is the last one's unless it is its mixture's first, and its member."""
+        if segment.route is None:
+            return 0, 0
+        router, member = segment.route.router, segment.route.member
+        if member == 0:
+            prototypes = np.stack([each.addresses for each in router.members], axis=1)
+            shares = self._traced.of(segment)
+            noted = None if shares is None else shares.ctypes.data
+            made = abi.Router(prototypes.ctypes.data, len(router.members), router.top_k, router.temperature, noted)
+            self._held.append((made, prototypes, shares))
+        return ctypes.addressof(self._held[-1][0]), member

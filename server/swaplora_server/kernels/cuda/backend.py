@@ -59,6 +59,11 @@ class CudaBackend:
         """See `Backend`."""
         return AdapterTables(weights, paths, self.dtype, self.device)
 
+    @property
+    def routes(self) -> bool:
+        """Its kernels know no shares."""
+        return False
+
     def lora(self, segments: Segments) -> CudaLora:
         """See `Backend`."""
         return CudaLora.of(segments, self.dtype, self.device)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swaplora_adapters.weights.router import Shares, Trace
 from swaplora_server.kernels.cuda import lora_kernels
 from swaplora_server.kernels.cuda.adapter_tables import AdapterTables, tables_of
 from swaplora_server.kernels.cuda.lora_shapes import GROUP, PROGRAMS_PER_PROCESSOR, SLICE, expand_launch, shrink_launch
@@ -28,7 +29,9 @@ class PlannedLora(NamedTuple):
 
 
 def planned(segments: Segments, dtype: torch.dtype) -> PlannedLora:
-    """Of prepared adapters, for rows in `dtype`. Raises RuntimeError for one that is not."""
+    """Of prepared adapters, for rows in `dtype`. Raises RuntimeError for one that is not, and for a mixture's."""
+    if any(segment.route is not None for segment in segments):
+        raise RuntimeError("mixtures were to be computed by kernels that cannot")
     tables = tables_of(segments.adapters, dtype)
     addresses, widths = ([getattr(each, name) for each in tables] for name in ("address", "width"))
     return PlannedLora(tiles_of(segments, np.array(addresses, np.int64), np.array(widths, np.int64)), tables)
@@ -76,6 +79,10 @@ class CudaLora:
                 raise ValueError(f"rows in {rows.dtype} of strides {rows.stride()}, where plain {self._dtype} is added")
         for first in range(0, len(outputs), GROUP):
             self._add(x, outputs[first : first + GROUP])
+
+    def shares(self, _trace: Trace) -> Shares | None:
+        """Of no mixture: it plans none."""
+        return None
 
     def _add(self, x: Tensor, outputs: Sequence[tuple[Tensor, int]]) -> None:
         num_planes = -(-x.shape[1] // SLICE)

@@ -63,6 +63,11 @@ class TorchBackend:
         """See `Backend`."""
         return ModulesByNumber(weights, paths)
 
+    @property
+    def routes(self) -> bool:
+        """It is the definition."""
+        return True
+
     def lora(self, segments: Segments) -> TorchLora:
         """See `Backend`."""
         return TorchLora(segments)

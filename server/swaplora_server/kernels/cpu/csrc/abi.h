@@ -45,11 +45,22 @@ struct Factors {
     int64_t is_targeted;        // 0: nothing, and the rest is not filled in
 };
 
-// Rows [start, stop) of a step use one adapter at `scale`.
+// How a mixture's rows choose among its members, see lora/router.h.
+struct Router {
+    const float* const* prototypes;  // [modules][members]: each [in_features]
+    int64_t members, top_k;
+    double temperature;
+    float* shares;  // null, or where what the rows take is noted: [modules][rows][members]
+};
+
+// Rows [start, stop) of a step use one adapter at `scale`, or as much of it as each takes in a mixture. Those of its
+// members follow one another, in order, over the same rows.
 struct Segment {
     const Factors* factors;  // by module number
     int64_t start, stop;
     double scale;
+    const Router* router;  // null: of no mixture
+    int64_t member;
 };
 
 // A module whose input is the x of the call.
