@@ -61,6 +61,12 @@ class AliasNotFoundError(AdapterError, LookupError):
     code = "alias_not_found"
 
 
+class MixtureNotFoundError(AdapterError, LookupError):
+    """No mixture of that name."""
+
+    code = "mixture_not_found"
+
+
 class AdapterBusyError(AdapterError):
     """Something else still points to what is to be removed; the message names it."""
 

@@ -1,9 +1,12 @@
 """PEFT, in the test's process, as the reference for what an adapter does."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.arrow import create_arrow_model
+from peft.tuners.lora.config import ArrowConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -43,3 +46,20 @@ class Oracle:
         expected = self.logprobs(prompt + generated)[len(prompt) - 1 : -1]
         chosen = expected[torch.arange(len(generated)), torch.tensor(generated)]
         return bool((expected.max(-1).values - chosen <= tie).all())
+
+
+class ArrowOracle(Oracle):
+    """Several adapters mixed by PEFT's Arrow."""
+
+    def __init__(
+        self,
+        base: Path,
+        adapters: Sequence[Path],
+        top_k: int,
+        temperature: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager")
+        config = ArrowConfig(top_k=top_k, router_temperature=temperature, rng_seed=0)
+        self._model = create_arrow_model(model, [str(folder) for folder in adapters], config)
+        self._model.eval()

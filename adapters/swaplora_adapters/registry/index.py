@@ -8,7 +8,12 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from swaplora_adapters.errors import AdapterNotFoundError, AliasNotFoundError, VersionNotFoundError
+from swaplora_adapters.errors import (
+    AdapterNotFoundError,
+    AliasNotFoundError,
+    MixtureNotFoundError,
+    VersionNotFoundError,
+)
 from swaplora_adapters.files.naming import DEFAULT_TENANT, TENANT_MARK, tenant_of
 from swaplora_adapters.store.records import Alias, Target, VersionRecord
 
@@ -56,7 +61,10 @@ def may_ask_all(_named: NamedVersions) -> bool:
 
 
 class Index:
-    """Names → versions, aliases → names. Every change is one assignment: a reader sees a name as it was or as it is."""
+    """Names → versions, aliases → names. Every change is one assignment: a reader sees a name as it was or as it is.
+
+    A mixture is kept as the alias that it is, and is found as a mixture alone.
+    """
 
     def __init__(self) -> None:
         self._names: dict[str, NamedVersions] = {}
@@ -78,7 +86,10 @@ class Index:
         return name in self._names
 
     def is_alias(self, name: str) -> bool:
-        return name in self._aliases
+        return self._find(name, is_mixture=False) is not None
+
+    def is_mixture(self, name: str) -> bool:
+        return self._find(name, is_mixture=True) is not None
 
     def all(self) -> list[NamedVersions]:
         """In order of name, as they are at one moment."""
@@ -86,7 +97,11 @@ class Index:
 
     def aliases(self) -> list[Alias]:
         """In order of alias."""
-        return [alias for _, alias in sorted(self._aliases.items())]
+        return [alias for _, alias in sorted(self._aliases.items()) if alias.mixing is None]
+
+    def mixtures(self) -> list[Alias]:
+        """In order of name."""
+        return [alias for _, alias in sorted(self._aliases.items()) if alias.mixing is not None]
 
     def names_of(self, digest: str) -> list[str]:
         """The names that have a version with this digest."""
@@ -105,9 +120,16 @@ class Index:
 
     def alias(self, alias: str) -> Alias:
         """Raises AliasNotFoundError."""
-        found = self._aliases.get(alias)
+        found = self._find(alias, is_mixture=False)
         if found is None:
             raise AliasNotFoundError(f"there is no alias called {alias[:128]!r}")
+        return found
+
+    def mixture(self, name: str) -> Alias:
+        """Raises MixtureNotFoundError."""
+        found = self._find(name, is_mixture=True)
+        if found is None:
+            raise MixtureNotFoundError(f"there is no mixture called {name[:128]!r}")
         return found
 
     def resolve(self, reference: str, client: str | None = None, may_ask: MayAsk = may_ask_all) -> VersionRecord:
@@ -117,11 +139,11 @@ class Index:
         there. Raises AdapterNotFoundError and VersionNotFoundError; nothing else is ever tried instead.
         """
         while True:
-            alias = self._aliases.get(reference.removeprefix("base:"))
+            alias = self._find(reference.removeprefix("base:"), is_mixture=False)
             try:
                 return self.resolve_name(reference if alias is None else choose(alias, client).reference, may_ask)
             except (AdapterNotFoundError, VersionNotFoundError):
-                if self._aliases.get(reference.removeprefix("base:")) is alias:
+                if self._find(reference.removeprefix("base:"), is_mixture=False) is alias:
                     raise  # else it was pointed elsewhere, and what it led to was deleted, between the two looks
 
     def resolve_name(self, reference: str, may_ask: MayAsk = may_ask_all) -> VersionRecord:
@@ -138,12 +160,16 @@ class Index:
         return records[-1]
 
     def aliases_that_need(self, name: str, versions: Collection[int]) -> list[str]:
-        """The aliases, of whose it is, that would lead nowhere without these versions of `name`."""
+        """The aliases and mixtures, of whose it is, that would lead nowhere without these versions of `name`."""
         left = [record for record in self.get(name).versions if record.version not in versions]
-        own = (alias for alias in self.aliases() if tenant_of(alias.alias) == tenant_of(name))
+        own = (alias for alias in list(self._aliases.values()) if tenant_of(alias.alias) == tenant_of(name))
         references = ((alias.alias, parse_reference(t.reference)) for alias in own for t in alias.targets)
         found = {alias for alias, ref in references if ref.name == name and not any(map(ref.means, left))}
         return sorted(found)
+
+    def _find(self, name: str, *, is_mixture: bool) -> Alias | None:
+        found = self._aliases.get(name)
+        return None if found is None or (found.mixing is not None) != is_mixture else found
 
 
 def parse_reference(reference: str) -> Reference:

@@ -14,7 +14,7 @@ from swaplora_adapters.files.disk import raising_storage_errors
 from swaplora_adapters.files.naming import validate_name
 from swaplora_adapters.registry.index import Index, NamedVersions
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions, NameState
-from swaplora_adapters.store.records import Alias, Details, Published, Target, VersionRecord
+from swaplora_adapters.store.records import Alias, Details, Mixing, Published, Target, VersionRecord
 from swaplora_adapters.store.staging import Staging
 from swaplora_adapters.store.store import Store
 
@@ -33,9 +33,9 @@ class Names:
             self._refresh(name)
         for alias in store.aliases():
             self.index.put_alias(alias)
-        if base_model in self.index or self.index.is_alias(base_model):
+        if base_model in self.index or self.index.is_alias(base_model) or self.index.is_mixture(base_model):
             raise InvalidAdapterNameError(
-                f"an adapter or an alias is stored as {base_model}, which is what the base is called; "
+                f"an adapter, an alias or a mixture is stored as {base_model}, which is what the base is called; "
                 "choose a --served-model-name"
             )
         self._origins = store.origins()
@@ -49,10 +49,11 @@ class Names:
         self.check_is_free(name)
 
     def check_is_free(self, name: str) -> None:
-        """Raise InvalidAdapterNameError for what the base or an alias is called."""
+        """Raise InvalidAdapterNameError for what the base, an alias or a mixture is called."""
         self.check_is_not_base(name)
-        if self.index.is_alias(name):
-            raise InvalidAdapterNameError(f"{name} is an alias; choose another name, or delete the alias first")
+        for kind, is_kind in (("an alias", self.index.is_alias), ("a mixture", self.index.is_mixture)):
+            if is_kind(name):
+                raise InvalidAdapterNameError(f"{name} is {kind}; choose another name, or delete that first")
 
     def check_is_not_base(self, name: str) -> None:
         """Raise InvalidAdapterNameError for what the base is called."""
@@ -120,7 +121,7 @@ class Names:
             aliases = self.index.aliases_that_need(name, doomed)
             if aliases:
                 raise AdapterBusyError(
-                    f"{', '.join(aliases)} leads there: point the alias elsewhere or delete it first"
+                    f"{', '.join(aliases)} leads there: point the alias elsewhere, or delete it, or the mixture, first"
                 )
             removed = self._store.delete(name, version)
             self._refresh(name)
@@ -147,20 +148,44 @@ class Names:
         Raises InvalidAdapterNameError, and AdapterNotFoundError or VersionNotFoundError for a target.
         """
         with self.changes:
-            if alias == self._base_model or alias in self.index:
-                raise InvalidAdapterNameError(f"{alias} is what the base or an adapter is called; choose another alias")
-            for target in targets:
-                self.index.resolve_name(target.reference)
-            made = Alias(alias, tuple(targets))
-            self._store.put_alias(made)
-            self.index.put_alias(made)
-            return made
+            if self.index.is_mixture(alias):
+                raise InvalidAdapterNameError(f"{alias} is a mixture; choose another alias, or delete that first")
+            return self._put(Alias(alias, tuple(targets)))
+
+    def put_mixture(self, name: str, members: Sequence[str], mixing: Mixing) -> Alias:
+        """Make a mixture of names or versions, or change what it is made of.
+
+        Raises InvalidAdapterNameError, and AdapterNotFoundError or VersionNotFoundError for a member.
+        """
+        with self.changes:
+            if self.index.is_alias(name):
+                raise InvalidAdapterNameError(f"{name} is an alias; choose another name, or delete that first")
+            return self._put(Alias(name, tuple(Target(member, 1) for member in members), mixing))
+
+    def _put(self, made: Alias) -> Alias:
+        """Needs `changes`."""
+        if made.alias == self._base_model or made.alias in self.index:
+            raise InvalidAdapterNameError(f"{made.alias} is what the base or an adapter is called; choose another name")
+        for target in made.targets:
+            self.index.resolve_name(target.reference)
+        self._store.put_alias(made)
+        self.index.put_alias(made)
+        return made
 
     def remove_alias(self, alias: str) -> None:
         """Raises AliasNotFoundError."""
         with self.changes:
-            self._store.remove_alias(alias)
-            self.index.remove_alias(alias)
+            self._remove(self.index.alias(alias))
+
+    def remove_mixture(self, name: str) -> None:
+        """Raises MixtureNotFoundError."""
+        with self.changes:
+            self._remove(self.index.mixture(name))
+
+    def _remove(self, made: Alias) -> None:
+        """Needs `changes`."""
+        self._store.remove_alias(made.alias)
+        self.index.remove_alias(made.alias)
 
     def was_used(self, name: str) -> bool:
         """Whether there is or was an adapter of this name: what was deleted is not to come back by itself."""

@@ -15,6 +15,7 @@ from swaplora_adapters.errors import (
     AdapterNotFoundError,
     AliasNotFoundError,
     InvalidAdapterError,
+    MixtureNotFoundError,
 )
 from swaplora_adapters.files.naming import DEFAULT_TENANT, TENANT_MARK, is_tenant
 from swaplora_adapters.registry.card import Card
@@ -56,6 +57,12 @@ class Naming:
             raise AliasNotFoundError(f"there is no alias called {alias[:128]!r}")
         return self._prefix + alias
 
+    def stored_mixture(self, name: str) -> str:
+        """Raises MixtureNotFoundError: nobody is shown another's mixtures."""
+        if TENANT_MARK in name:
+            raise MixtureNotFoundError(f"there is no mixture called {name[:128]!r}")
+        return self._prefix + name
+
     def is_own(self, stored: str) -> bool:
         """Whether what is stored so is this tenant's."""
         return stored.startswith(self._prefix) if self._prefix else TENANT_MARK not in stored
@@ -80,9 +87,9 @@ class Naming:
         return replace(record, name=self.said(record.name), source=SHARED, provenance=None)
 
     def alias(self, alias: Alias) -> Alias:
-        """As the tenant knows it."""
+        """An alias or a mixture as the tenant knows it."""
         targets = tuple(Target(self.said(target.reference), target.weight) for target in alias.targets)
-        return Alias(self.said(alias.alias), targets)
+        return replace(alias, alias=self.said(alias.alias), targets=targets)
 
     def named(self, named: NamedVersions) -> NamedVersions:
         """As the tenant knows it."""

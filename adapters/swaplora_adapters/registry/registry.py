@@ -26,7 +26,7 @@ from swaplora_adapters.registry.names import Names
 from swaplora_adapters.registry.residency import Residency
 from swaplora_adapters.registry.usage import Stages, Unheard, UsageByName, UsageListener
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
-from swaplora_adapters.store.records import Alias, Target, VersionRecord
+from swaplora_adapters.store.records import Alias, Mixing, Target, VersionRecord
 from swaplora_adapters.store.staging import Staging
 from swaplora_adapters.store.store import Store
 from swaplora_adapters.weights.load import Fits, load_weights
@@ -224,6 +224,14 @@ class Registry:
     def delete_alias(self, alias: str) -> None:
         """Raises AliasNotFoundError."""
         self._names.remove_alias(alias)
+
+    def put_mixture(self, name: str, members: Sequence[str], mixing: Mixing) -> Alias:
+        """See `Names.put_mixture`."""
+        return self._names.put_mixture(name, members, mixing)
+
+    def delete_mixture(self, name: str) -> None:
+        """Raises MixtureNotFoundError."""
+        self._names.remove_mixture(name)
 
     def cards(self) -> list[Card]:
         """Every adapter, in order of name."""

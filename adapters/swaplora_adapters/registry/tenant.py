@@ -24,7 +24,7 @@ from swaplora_adapters.registry.naming import Naming
 from swaplora_adapters.registry.registry import Admit, Make, Registry, admit_all
 from swaplora_adapters.registry.tenant_names import TenantNames
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
-from swaplora_adapters.store.records import Alias, Target, VersionRecord
+from swaplora_adapters.store.records import Alias, Mixing, Target, VersionRecord
 from swaplora_adapters.store.staging import Staging
 
 
@@ -33,7 +33,7 @@ class Change:
     """A change that was asked for: of what, and what came of it."""
 
     kind: str
-    name: str  # an adapter's or an alias
+    name: str  # an adapter's, an alias or a mixture's
     version: int | None = None
     digest: str | None = None
     outcome: str = "done"  # or an error's code
@@ -158,17 +158,31 @@ class TenantRegistry(Registry):
 
     def put_alias(self, alias: str, targets: Sequence[Target]) -> Alias:
         with self._changing("alias.put", alias):
-            if not self._naming.is_own(alias):  # what it is stored as, the base is not called
-                self._registry.names.check_is_not_base(alias)
-            for target in targets:
-                if TENANT_MARK in target.reference:
-                    self._tenant_names.index.find_name(target.reference)
+            self._check_leads(alias, [target.reference for target in targets])
             stored = [Target(self._naming.stored(target.reference), target.weight) for target in targets]
             return self._naming.alias(self._registry.put_alias(self._naming.stored_alias(alias), stored))
 
     def delete_alias(self, alias: str) -> None:
         with self._changing("alias.delete", alias):
             self._registry.delete_alias(self._naming.stored_alias(alias))
+
+    def put_mixture(self, name: str, members: Sequence[str], mixing: Mixing) -> Alias:
+        with self._changing("mixture.put", name):
+            self._check_leads(name, members)
+            stored = [self._naming.stored(member) for member in members]
+            return self._naming.alias(self._registry.put_mixture(self._naming.stored_mixture(name), stored, mixing))
+
+    def delete_mixture(self, name: str) -> None:
+        with self._changing("mixture.delete", name):
+            self._registry.delete_mixture(self._naming.stored_mixture(name))
+
+    def _check_leads(self, name: str, references: Sequence[str]) -> None:
+        """Raise for what an alias or a mixture cannot be called, or what of another's it may not lead to."""
+        if not self._naming.is_own(name):  # what it is stored as, the base is not called
+            self._registry.names.check_is_not_base(name)
+        for reference in references:
+            if TENANT_MARK in reference:
+                self._tenant_names.index.find_name(reference)
 
     def cards(self) -> list[Card]:
         cards = (card for card in self._registry.cards() if self._sees(card))

@@ -29,9 +29,16 @@ class TenantIndex(Index):
         told = (self._naming.named(named) for named in self._index.all() if self._naming.may_ask(named))
         return sorted(told, key=lambda named: named.current.name)
 
+    def is_mixture(self, name: str) -> bool:
+        return TENANT_MARK not in name and self._index.is_mixture(self._naming.stored_mixture(name))
+
     def aliases(self) -> list[Alias]:
         """In order of alias."""
         return [self._naming.alias(alias) for alias in self._index.aliases() if self._naming.is_own(alias.alias)]
+
+    def mixtures(self) -> list[Alias]:
+        """In order of name."""
+        return [self._naming.alias(mix) for mix in self._index.mixtures() if self._naming.is_own(mix.alias)]
 
     def get(self, name: str) -> NamedVersions:
         """Raises AdapterNotFoundError."""
@@ -44,6 +51,11 @@ class TenantIndex(Index):
         """Raises AliasNotFoundError."""
         with self._naming.told():
             return self._naming.alias(self._index.alias(self._naming.stored_alias(alias)))
+
+    def mixture(self, name: str) -> Alias:
+        """Raises MixtureNotFoundError."""
+        with self._naming.told():
+            return self._naming.alias(self._index.mixture(self._naming.stored_mixture(name)))
 
     def resolve(self, reference: str, client: str | None = None, _may_ask: MayAsk = may_ask_all) -> VersionRecord:
         """See `Index.resolve`; what it may ask is what this tenant may."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from swaplora_adapters.files.disk import StoreError, raising_storage_errors
 from swaplora_adapters.store.manifests import Facts, Manifest
-from swaplora_adapters.store.records import Alias, Details, Target, VersionRecord
+from swaplora_adapters.store.records import Alias, Details, Mixing, Target, VersionRecord
 
 # Each script brings `user_version` one further. Never change one that was released: append.
 MIGRATIONS = (
@@ -58,6 +58,7 @@ MIGRATIONS = (
     ALTER TABLE aliases ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
     """,
     "ALTER TABLE names ADD COLUMN shared_with TEXT NOT NULL DEFAULT '[]';",
+    "ALTER TABLE aliases ADD COLUMN mixing TEXT NOT NULL DEFAULT 'null';",
 )
 # What a description of a name holds: of the name, and of each of its versions.
 _OF_NAME = ("current", "last_version", "is_pinned", "origin", "removed", "shared_with")
@@ -65,8 +66,8 @@ _OF_VERSION = (
     *("version", "digest", "kinds", "rank", "targets", "base_model", "num_parameters", "created", "source"),
     *("warnings", "provenance"),
 )
-_OF_ALIAS = ("alias", "revision", "targets")
-_LISTS = ("kinds", "targets", "warnings", "removed", "shared_with")  # JSON in the tables
+_OF_ALIAS = ("alias", "revision", "targets", "mixing")
+_LISTS = ("kinds", "targets", "warnings", "removed", "shared_with", "mixing")  # JSON in the tables
 # Answers of SQLite that speak of the disk or of other programs. All others mean that the catalogue is damaged.
 _NOT_ITS_FAULT = (
     *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR),
@@ -167,8 +168,8 @@ class Catalogue:
 
     def aliases(self) -> list[Alias]:
         """In order of alias."""
-        rows = self._query("SELECT alias, targets FROM aliases ORDER BY alias")
-        return [Alias(alias, tuple(Target(*target) for target in json.loads(targets))) for alias, targets in rows]
+        rows = self._query("SELECT alias, targets, mixing FROM aliases ORDER BY alias")
+        return [_alias(alias, json.loads(targets), json.loads(mixing)) for alias, targets, mixing in rows]
 
     def is_referenced(self, digest: str) -> bool:
         """Whether any version has this digest."""
@@ -203,9 +204,13 @@ class Catalogue:
         return Manifest(revision, _unpacked(_OF_NAME, row) | {"versions": versions})
 
     def manifest_of_alias(self, alias: str) -> Manifest:
-        """Where it leads."""
-        [(revision, targets)] = self._query("SELECT revision, targets FROM aliases WHERE alias = ?", alias)
-        return Manifest(revision, {"targets": json.loads(targets)})
+        """Where it leads. To releases that know no mixtures one is as if it were deleted, not a split."""
+        [(revision, *row)] = self._query("SELECT revision, targets, mixing FROM aliases WHERE alias = ?", alias)
+        targets, mixing = map(json.loads, row)
+        if mixing is None:
+            return Manifest(revision, {"targets": targets})
+        members = [reference for reference, _ in targets]
+        return Manifest(revision, {"targets": None, "mixture": {"members": members, "mixing": mixing}})
 
     def adopt_name(self, name: str, manifest: Manifest, config_bytes: Mapping[str, int]) -> None:
         """Take what a manifest says for what is kept of the name; `config_bytes` are the files', by digest."""
@@ -221,8 +226,12 @@ class Catalogue:
     def adopt_alias(self, alias: str, manifest: Manifest) -> None:
         """Take what a manifest says, which may be that the alias is no more."""
         self.remove_alias(alias)
-        if manifest.facts["targets"] is not None:
-            self._insert("aliases", {"alias": alias, "revision": manifest.revision, **manifest.facts}, _OF_ALIAS)
+        targets, mixture = manifest.facts["targets"], manifest.facts.get("mixture")
+        if mixture is not None:
+            targets = [Target(member, 1) for member in mixture["members"]]
+        if targets is not None:
+            facts = {"targets": targets, "mixing": mixture and mixture["mixing"]}
+            self._insert("aliases", {"alias": alias, "revision": manifest.revision, **facts}, _OF_ALIAS)
 
     def forget_unreferenced(self) -> None:
         """Delete the rows of blobs that no version has."""
@@ -294,7 +303,7 @@ class Catalogue:
 
     def put_alias(self, alias: Alias, revision: int) -> None:
         """Make an alias, or let it stand for something else."""
-        self.adopt_alias(alias.alias, Manifest(revision, {"targets": alias.targets}))
+        self._insert("aliases", {**asdict(alias), "revision": revision}, _OF_ALIAS)
 
     def remove_alias(self, alias: str) -> bool:
         """Delete an alias; whether there was one."""
@@ -372,6 +381,10 @@ class Catalogue:
 def _record(row: dict[str, Any]) -> VersionRecord:
     lists = {name: tuple(json.loads(row[name])) for name in ("kinds", "targets", "warnings")}
     return VersionRecord(**row | lists)
+
+
+def _alias(alias: str, targets: list[tuple[str, int]], mixing: tuple[int, float] | None) -> Alias:
+    return Alias(alias, tuple(Target(*target) for target in targets), None if mixing is None else Mixing(*mixing))
 
 
 def _unpacked(columns: Sequence[str], row: Sequence[Any]) -> Facts:

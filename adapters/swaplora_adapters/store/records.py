@@ -45,12 +45,23 @@ class Target(NamedTuple):
     weight: int
 
 
+class Mixing(NamedTuple):
+    """How a mixture chooses among its members for each token: see `weights.router`."""
+
+    top_k: int
+    temperature: float
+
+
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A name that stands for others; with several targets it splits what is asked of it by their weights."""
+    """A name that stands for others; with several targets it splits what is asked of it by their weights.
+
+    With `mixing` it is a mixture, and they are its members, which all answer together.
+    """
 
     alias: str
     targets: tuple[Target, ...]
+    mixing: Mixing | None = None
 
 
 class Published(NamedTuple):

@@ -1,4 +1,4 @@
-"""Mixtures per token: which of several adapters a row takes, module by module, as PEFT's Arrow chooses (arXiv:2405.11157).
+"""Mixtures per token: which of several adapters a row takes, module by module: PEFT's Arrow (arXiv:2405.11157).
 
 An adapter's prototype at a module is the top right singular vector of its B A, the input that it changes most. A row x
 takes the `top_k` of the members whose prototypes it is likest to, by |x · prototype|, in shares that are the softmax of

@@ -13,7 +13,10 @@ from collections.abc import Iterable, Sequence
 
 
 def root_key(adapters: Iterable[tuple[str, float]], salt: str | None) -> bytes:
-    """Where a chain begins: the digests and scales of its adapters, in order, and the salt. No adapters: the base."""
+    """Where a chain begins: the digests and scales of its adapters, in order, and the salt. No adapters: the base.
+
+    In place of a digest stands the key of what is more than that: a member of a mixture.
+    """
     terms = [(digest, float(scale).hex()) for digest, scale in adapters]
     return hashlib.sha256(b"root" + json.dumps([terms, salt]).encode()).digest()
 

@@ -16,6 +16,7 @@ from swaplora_server.engine.block_keys import block_key, invoked_key, root_key
 from swaplora_server.engine.sampling.constraint import Constraint
 
 if TYPE_CHECKING:
+    from swaplora_adapters.weights.router import Route, Trace
     from swaplora_adapters.weights.served import AdapterWeights
     from swaplora_server.engine.pooling.kinds import Reader
 
@@ -101,11 +102,20 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """One term of a request's sum of adapters. The weights are those of the version that was leased at admission."""
+    """One term of a request's sum of adapters, or a member of its mixture.
+
+    The weights are those of the version that was leased at admission.
+    """
 
     weights: "AdapterWeights"
     scale: float
     digest: str
+    route: "Route | None" = None
+
+    @property
+    def key(self) -> str:
+        """What is added alike, but for its scale, has the same."""
+        return self.digest if self.route is None else f"{self.digest} by {self.route.router.key}"
 
 
 @dataclass(eq=False)
@@ -201,7 +211,12 @@ class Request:
     @cached_property
     def adapter_key(self) -> tuple[tuple[str, float], ...]:
         """Equal for requests whose rows can share a segment; empty for the base, which sorts first."""
-        return tuple((use.digest, use.scale) for use in self.adapters)
+        return tuple((use.key, use.scale) for use in self.adapters)
+
+    @cached_property
+    def trace(self) -> "Trace | None":
+        """Who is shown what its rows take of the members of its mixture."""
+        return next((use.route.router.trace for use in self.adapters if use.route is not None), None)
 
     @cached_property
     def digests(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from swaplora_adapters.weights.router import Trace
 from swaplora_server.engine.outputs import RecordedOutputs, RowOutputs
 from swaplora_server.engine.pooling.hidden import noting_hidden_states, read_last
 from swaplora_server.engine.request import Vector
@@ -118,7 +119,17 @@ class Runner:
         """
         plan = self._planner.plan(batch.rows)
         inputs, paged = self._kv.begin(plan)
-        return self._forward(inputs, self._step(plan, paged))
+        logits = self._forward(inputs, self._step(plan, paged))
+        for rows in batch.rows:
+            if (trace := rows.sequence.request.trace) is not None:
+                self._show_shares(trace, rows.stop)
+        return logits
+
+    def _show_shares(self, trace: Trace, stop: int) -> None:
+        """Of its rows before token `stop`, all of them and those that reach the head, which are the last ones."""
+        for lora in (self._tokens.lora, self._head.lora):
+            if lora is not None and (shares := lora.shares(trace)) is not None:
+                trace.note(stop - shares.shape[1], shares)
 
     @torch.inference_mode()
     def replayed(self, batch: Batch) -> RowOutputs | None:

@@ -156,7 +156,7 @@ def _segments(requests: Sequence[Request], spans: Sequence[tuple[int, int]]) -> 
             joined.append((request, start, stop))
     return Segments(
         [
-            Segment(checked_weights(use), use.scale, start, stop)
+            Segment(checked_weights(use), use.scale, start, stop, use.route)
             for request, start, stop in joined
             for use in request.adapters
         ]

@@ -19,6 +19,7 @@ from swaplora_server.http.described import REFUSED, with_keys
 from swaplora_server.http.errors import on_client_gone, on_defect, on_http_error, on_invalid_parameter, on_request_error
 from swaplora_server.http.evaluations import routes as evaluations
 from swaplora_server.http.foreign import lora_adapters
+from swaplora_server.http.mixtures import routes as mixtures
 from swaplora_server.http.operations import health, keys, metrics
 from swaplora_server.http.pages import routes_page, ui_page
 from swaplora_server.http.pooling import classify, embeddings, pooling, rerank, score
@@ -93,6 +94,7 @@ def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
         inspection,
         compose,
         aliases,
+        mixtures,
         evaluations,
         control,
         lora_adapters,

@@ -37,6 +37,7 @@ _STATUS = {
     "adapter_not_found": 404,
     "version_not_found": 404,
     "alias_not_found": 404,
+    "mixture_not_found": 404,
     "source_not_found": 404,
     "not_found": 404,
     "method_not_allowed": 405,

@@ -24,5 +24,5 @@ class TracedShares:
 
     def of(self, segment: Segment) -> Shares | None:
         """Those of its rows, if they are traced."""
-        trace = segment.route and segment.route.router.trace
+        trace = None if segment.route is None else segment.route.router.trace
         return None if trace is None else self.find(trace)

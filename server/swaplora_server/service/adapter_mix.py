@@ -1,16 +1,20 @@
-"""Who answers a request: the base alone, one adapter, or a weighted sum of several; each is leased while it runs."""
+"""Who answers a request: the base alone, one adapter, a sum of several or a mixture; each is leased while it runs."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 from swaplora_adapters.errors import AdapterFailedError, AdapterNotFoundError, AdapterTooLargeError, MemoryFullError
 from swaplora_adapters.registry.leases import Lease, RequestLeases
-from swaplora_adapters.store.records import VersionRecord
+from swaplora_adapters.store.records import Mixing, VersionRecord
+from swaplora_adapters.weights.router import Route, Router, Trace
+from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.engine.request import AdapterUse
 from swaplora_server.log_lines import notes
 from swaplora_server.service.admission import Admission
 from swaplora_server.service.errors import RequestError
+from swaplora_server.service.mixtures.routers import MemberError
 from swaplora_server.service.service import Service
 from swaplora_server.service.wakeups import result_of
 
@@ -35,11 +39,15 @@ NOBODY = Asker()
 
 @dataclass(frozen=True, slots=True)
 class AdapterMix:
-    """The adapters whose deltas are added to the base, each times its scale. None of them: the base."""
+    """The adapters whose deltas are added to the base, each times its scale. None of them: the base.
+
+    With a `router` they are a mixture's members.
+    """
 
     request_leases: RequestLeases
     scales: tuple[float, ...]
     params: tuple[str, ...]  # the request's fields that name them
+    router: Callable[[Sequence[AdapterWeights]], Awaitable[Router]] | None = None
 
     @property
     def leases(self) -> tuple[Lease, ...]:
@@ -63,15 +71,28 @@ class AdapterMix:
         uses = tuple(
             AdapterUse(weights[digest], scale, digest) for digest, scale in zip(digests, self.scales, strict=True)
         )
+        if self.router is not None:
+            return await self._routed(self.router, uses)
         if self.scales not in ((), (1.0,)):
             self._check_sum(uses)
         return uses
+
+    async def _routed(
+        self, make: Callable[[Sequence[AdapterWeights]], Awaitable[Router]], uses: Sequence[AdapterUse]
+    ) -> tuple[AdapterUse, ...]:
+        try:
+            router = await make([use.weights for use in uses])
+        except MemberError as error:
+            record = self.records[error.number]
+            message = f"{record.name}@{record.version} cannot be in a mixture: {error}"
+            raise RequestError("invalid_request", message, self.params[error.number]) from error
+        return tuple(replace(use, route=Route(router, number)) for number, use in enumerate(uses))
 
     def _param_at_fault(self) -> str:
         """The field of the one that cannot be had, or of all of them."""
         if self.request_leases.at_fault is not None:
             return self.params[self.leases.index(self.request_leases.at_fault)]
-        return self.params[0] if len(self.params) == 1 else "adapters"
+        return self.params[0] if len(set(self.params)) == 1 else "adapters"
 
     def _check_sum(self, uses: Sequence[AdapterUse]) -> None:
         for param, use, record in zip(self.params, uses, self.records, strict=True):
@@ -84,16 +105,47 @@ class AdapterMix:
 
 
 async def lease_mix(
-    service: Service, model: str, terms: Sequence[MixTerm], asker: Asker, admission: Admission
+    service: Service,
+    model: str,
+    terms: Sequence[MixTerm],
+    asker: Asker,
+    admission: Admission,
+    trace: Trace | None = None,
 ) -> AdapterMix:
     """Lease all that a request names, and claim memory for it: `admission` holds them.
 
-    Raises RequestError, and AdapterError for an adapter that cannot be had.
+    `trace` is shown what its tokens take, if it is for a mixture. Raises RequestError, and AdapterError for an adapter
+    that cannot be had.
     """
-    named = _named(service, model, terms)
-    for term in named:
+    index, name = service.registry.names.index, service.reference(model).removeprefix("base:")
+    if not index.is_mixture(name):
+        return await _lease_all(service, _named(service, model, terms), asker, admission)
+    _check_base(service, model, terms)
+    mixture = index.mixture(name)
+    assert mixture.mixing is not None
+    members = [target.reference for target in mixture.targets]
+    return await lease_members(service, members, mixture.mixing, admission, "model", asker, trace)
+
+
+async def lease_members(
+    service: Service,
+    members: Sequence[str],
+    mixing: Mixing,
+    admission: Admission,
+    param: str,
+    asker: Asker = NOBODY,
+    trace: Trace | None = None,
+) -> AdapterMix:
+    """The same for the members of a mixture; `param` is the field of the request that names it, or them."""
+    terms = [MixTerm(member, param=param) for member in members]
+    mix = await _lease_all(service, terms, asker, admission)
+    return replace(mix, router=partial(service.routers.router, mixing=mixing, trace=trace))
+
+
+async def _lease_all(service: Service, terms: Sequence[MixTerm], asker: Asker, admission: Admission) -> AdapterMix:
+    for term in terms:
         admission.hold(await _lease(service, term, asker))
-    scales, params = tuple(term.scale for term in named), tuple(term.param for term in named)
+    scales, params = tuple(term.scale for term in terms), tuple(term.param for term in terms)
     mix = AdapterMix(admission.claim_memory(service.registry), scales, params)
     _note(mix.records)
     return mix
@@ -125,14 +177,20 @@ def _note(records: Sequence[VersionRecord]) -> None:
 
 
 def _named(service: Service, model: str, terms: Sequence[MixTerm]) -> Sequence[MixTerm]:
-    is_base = service.is_base(model)
-    if terms and not is_base:
-        message = f"adapters are added to the base: with them, model is {service.settings.base_id}"
-        raise RequestError("invalid_request", message, "model")
+    _check_base(service, model, terms)
     for term in terms:
         if service.is_base(term.name):
             raise RequestError("invalid_request", "the base is in every sum already", term.param)
-    return terms if is_base else [MixTerm(model)]
+        if service.registry.names.index.is_mixture(service.reference(term.name).removeprefix("base:")):
+            message = f"{term.name} is a mixture, which has no place in a sum: name it alone, as model"
+            raise RequestError("invalid_request", message, term.param)
+    return terms if service.is_base(model) else [MixTerm(model)]
+
+
+def _check_base(service: Service, model: str, terms: Sequence[MixTerm]) -> None:
+    if terms and not service.is_base(model):
+        message = f"adapters are added to the base: with them, model is {service.settings.base_id}"
+        raise RequestError("invalid_request", message, "model")
 
 
 async def _lease(service: Service, term: MixTerm, asker: Asker) -> Lease:

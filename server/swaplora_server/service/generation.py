@@ -12,6 +12,7 @@ import structlog
 
 from swaplora_adapters.files.naming import DEFAULT_TENANT
 from swaplora_adapters.store.records import VersionRecord
+from swaplora_adapters.weights.router import Trace
 from swaplora_server.access.limits import NOTHING, Reservation
 from swaplora_server.base.fingerprint import digest_of
 from swaplora_server.base.vocabulary import Vocabulary
@@ -63,6 +64,7 @@ class GenerationTask:
     format: GrammarSource | None = None  # what the text keeps to
     asker: Asker = NOBODY
     operation: str = "text_completion"  # or chat, for traces
+    trace: Trace | None = None  # shown what the tokens take of a mixture's members
     prompt_param: Callable[[int], str] = lambda _number: "prompt"  # of the prompt of this number
     length_param: str = "max_tokens"
 
@@ -393,7 +395,7 @@ async def _prepared(
     most = sum(map(len, prompts)) + len(prompts) * task.n * params.max_tokens
     reservation = service.reserve_tokens(most, task.length_param)
     try:
-        mix = await lease_mix(service, task.model, task.adapters, task.asker, admission)
+        mix = await lease_mix(service, task.model, task.adapters, task.asker, admission, task.trace)
         asked_at = time.monotonic()
         uses = await mix.uses()
         _check_generating(uses)

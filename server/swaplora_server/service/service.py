@@ -45,6 +45,7 @@ from swaplora_server.service.grammar.vocabulary import grammar_tokenizer
 from swaplora_server.service.ingest import Ingest, TenantIngest
 from swaplora_server.service.metrics.metrics import Metrics
 from swaplora_server.service.metrics.records import ServerState
+from swaplora_server.service.mixtures.routers import Routers
 from swaplora_server.service.offload import GilTurns, Offload
 from swaplora_server.service.pooling.encoder_engine import check_settings, encoder_engine, max_input_len
 from swaplora_server.service.prompts import LONG_CHARACTERS, PromptTokenizer
@@ -85,6 +86,7 @@ class Service:
     evaluations: Evaluations
     tokenizer: PromptTokenizer
     grammars: Grammars
+    routers: Routers
     max_model_len: int
     kv_cache_bytes: int
     fingerprint: str  # of all that answers depend on, requests and adapters aside
@@ -186,6 +188,7 @@ class Service:
             opened.callback(self.derivations.stop)
             for name in self.registry.pins_not_kept():
                 _log.warning("not all pinned adapters fit in memory: this one may leave it", adapter=name)
+            self.routers = Routers(self.base.backend, self.base.paths, self.offload)
             self.tokenizer = PromptTokenizer(self.base.tokenizer, self.max_model_len, self.offload)
             if self.generates:
                 self.grammars = self._make_grammars()

@@ -6,7 +6,12 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from swaplora_adapters.errors import AdapterNotFoundError, AliasNotFoundError, VersionNotFoundError
+from swaplora_adapters.errors import (
+    AdapterNotFoundError,
+    AliasNotFoundError,
+    MixtureNotFoundError,
+    VersionNotFoundError,
+)
 from swaplora_adapters.store.records import Alias, VersionRecord
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
@@ -22,7 +27,7 @@ router = APIRouter()
 @router.get("/v1/models")
 @needs(KeyScope.GENERATE, KeyScope.READ)
 async def list_models(service: Serving) -> dict[str, Any]:
-    """The base, every adapter that is not known to be damaged, and every alias."""
+    """The base, every adapter that is not known to be damaged, every alias and every mixture."""
     service.check_serving()
     cards = await asyncio.to_thread(service.registry.cards)
     adapters = [_adapter(service, card.record) for card in cards if card.state != "failed"]
@@ -59,8 +64,10 @@ def _model(service: Service, model: str, param: str = "model") -> dict[str, Any]
     try:
         if index.is_alias(alias):
             return _alias(service, index.alias(alias)) | {"id": model}
+        if index.is_mixture(alias):
+            return _alias(service, index.mixture(alias)) | {"id": model}
         return _adapter(service, index.resolve_name(reference)) | {"id": model}
-    except (AdapterNotFoundError, AliasNotFoundError) as error:
+    except (AdapterNotFoundError, AliasNotFoundError, MixtureNotFoundError) as error:
         raise RequestError("model_not_found", f"there is no model {model[:128]!r}", param) from error
 
 
@@ -89,16 +96,16 @@ def _adapter(service: Service, record: VersionRecord) -> dict[str, Any]:
 
 
 def _aliases(service: Service) -> list[dict[str, Any]]:
-    """In order, without one that was deleted, and then what it led to, since they were listed."""
-    found = []
-    for alias in service.registry.names.index.aliases():
+    """In order, mixtures last, without one that was deleted, and then what it led to, since they were listed."""
+    found, index = [], service.registry.names.index
+    for alias in (*index.aliases(), *index.mixtures()):
         with suppress(AdapterNotFoundError, VersionNotFoundError):
             found.append(_alias(service, alias))
     return found
 
 
 def _alias(service: Service, alias: Alias) -> dict[str, Any]:
-    """As the version that it leads to; a split has no root, since no one digest answers for it."""
+    """As the version that it leads to; a split or a mixture has no root, since no one digest answers for it."""
     records = [service.registry.names.index.resolve_name(target.reference) for target in alias.targets]
     root = records[0].digest if len(records) == 1 else None
     return _adapter(service, records[0]) | {"id": alias.alias, "root": root}

@@ -48,9 +48,9 @@ class TorchLora:
 
 
 def shares_of(x: Tensor, router: Router, number: int) -> Tensor:
-    """How much of each member every row takes at a module. x: [num_rows, in_features] → float32 [num_rows, num_members].
+    """How much of each member every row takes at a module; of members that are equally like, the first is taken.
 
-    Of members that are equally like, the first.
+    x: [num_rows, in_features] → float32 [num_rows, num_members].
     """
     prototypes = torch.stack([vector for each in router.members if (vector := each.vectors[number]) is not None])
     likeness = (x.float() @ prototypes.t()).abs()

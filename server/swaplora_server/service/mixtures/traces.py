@@ -1,0 +1,98 @@
+"""Which members of a mixture the tokens of one prompt take, layer by layer and module by module."""
+
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from swaplora_adapters.store.records import Mixing, VersionRecord
+from swaplora_adapters.weights.router import Shares
+from swaplora_server.engine.request import SamplingParams
+from swaplora_server.service.errors import RequestError
+from swaplora_server.service.generation import GenerationTask, generate
+from swaplora_server.service.service import Service
+
+MAX_TRACED_TOKENS = 256
+_LAYER = re.compile(r"\.([0-9]+)\.")
+
+
+@dataclass(eq=False)
+class PromptTrace:
+    """What the engine's thread notes, of `num_tokens` tokens. No cached block is used: its key is nobody else's."""
+
+    num_tokens: int
+    key: str = field(default_factory=lambda: secrets.token_hex(16))
+    shares: Shares | None = None  # [num_modules, num_tokens, num_members]
+
+    def note(self, start: int, shares: Shares) -> None:
+        """See `Trace`. What is computed twice comes to the same."""
+        if self.shares is None:
+            num_modules, _, num_members = shares.shape
+            self.shares = np.full((num_modules, self.num_tokens, num_members), np.nan, np.float32)
+        seen = self.shares[:, start : start + shares.shape[1]]
+        np.fmax(seen, shares, out=seen)  # which takes no NaN where there is a number
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleChoices:
+    """At one module: of each token the members that it takes, most of all first, and how much of each."""
+
+    path: str
+    layer: int | None  # None outside of layers
+    members: list[list[int]]
+    shares: list[list[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class TracedPrompt:
+    """A prompt's tokens, the versions of the members, and what was chosen at every module that these add to."""
+
+    token_ids: Sequence[int]
+    records: Sequence[VersionRecord]
+    modules: list[ModuleChoices]
+
+
+async def trace(service: Service, name: str, mixing: Mixing, token_ids: Sequence[int]) -> TracedPrompt:
+    """Have a mixture read a prompt, in the shared batch, with one token behind it that nobody sees.
+
+    Raises RequestError, also for a prompt that is too long to be shown, and AdapterError.
+    """
+    if len(token_ids) > MAX_TRACED_TOKENS:
+        message = f"the prompt has {len(token_ids)} tokens, and a trace shows at most {MAX_TRACED_TOKENS}: shorten it"
+        raise RequestError("invalid_request", message, "prompt")
+    seen = PromptTrace(len(token_ids))
+
+    async def encode() -> Sequence[Sequence[int]]:
+        return [token_ids]
+
+    # scores of the prompt bring every row through the whole of the last layer
+    sampling = SamplingParams(1, temperature=0.0, num_prompt_logprobs=0)
+    task = GenerationTask(model=name, encode=encode, sampling=sampling, max_tokens=1, operation="trace", trace=seen)
+    generation = await generate(service, task)
+    try:
+        while generation.outcome is None:
+            await generation.arrival()
+            for _ in generation.arrived():
+                pass
+    finally:
+        generation.abort()
+    found = seen.shares
+    if found is None:
+        raise RequestError("engine_failed", "nothing was seen of the mixture's choices; see the server's log")
+    paths = service.base.paths
+
+    def choices() -> list[ModuleChoices]:
+        seen_at = [(path, shares) for path, shares in zip(paths, found, strict=True) if not np.isnan(shares).all()]
+        return [_choices(path, shares, mixing.top_k) for path, shares in seen_at]
+
+    return TracedPrompt(token_ids, generation.records, await service.offload.do(found.size, choices))
+
+
+def _choices(path: str, shares: Shares, top_k: int) -> ModuleChoices:
+    """shares: [num_tokens, num_members] at one module."""
+    order = np.argsort(-shares, axis=1, kind="stable")[:, :top_k]
+    layer = _LAYER.search(path)
+    taken = np.take_along_axis(shares, order, axis=1).astype(np.float64).round(6)
+    return ModuleChoices(path, layer and int(layer[1]), order.tolist(), taken.tolist())
