@@ -174,6 +174,30 @@ class Client:
         """Remove an alias."""
         self._send("DELETE", _alias_path(alias))
 
+    def mixtures(self) -> list[Mapping[str, Any]]:
+        """Every mixture with its members."""
+        return list(self._json("GET", "/v1/mixtures")["data"])
+
+    def mixture(self, name: str) -> Mapping[str, Any]:
+        """One mixture with its members."""
+        return self._json("GET", _mixture_path(name))
+
+    def put_mixture(
+        self, name: str, members: Sequence[str], top_k: int, *, temperature: float = 1.0
+    ) -> Mapping[str, Any]:
+        """Make or change a mixture, of which each token takes the `top_k` members that are likest to it."""
+        body = {"name": name, "members": list(members), "top_k": top_k, "temperature": temperature}
+        return self._json("POST", "/v1/mixtures", json=body)
+
+    def trace_mixture(self, name: str, prompt: str | Sequence[int]) -> Mapping[str, Any]:
+        """Which members each token of a prompt takes, and how much of each, by layer and module."""
+        given = prompt if isinstance(prompt, str) else list(prompt)
+        return self._json("POST", f"{_mixture_path(name)}/trace", json={"prompt": given})
+
+    def delete_mixture(self, name: str) -> None:
+        """Remove a mixture. Its members stay."""
+        self._send("DELETE", _mixture_path(name))
+
     def begin_evaluation(
         self,
         task: str | Sequence[Mapping[str, Any]],
@@ -285,6 +309,10 @@ def _path(name: str) -> str:
 
 def _evaluation_path(name: str) -> str:
     return f"/v1/evaluations/{quote(name, safe='')}"
+
+
+def _mixture_path(name: str) -> str:
+    return f"/v1/mixtures/{quote(name, safe='')}"
 
 
 def _alias_path(alias: str) -> str:

@@ -15,7 +15,7 @@ from raw_http import connected, read_answer, request
 from serving import Running, serving, settings
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.access.key_file import create_key, revoke_key
-from swaplora_server.http import evaluations, operations, pooling, routes
+from swaplora_server.http import evaluations, mixtures, operations, pooling, routes
 from swaplora_server.http.auth import check_declared
 from swaplora_server.http.foreign import lora_adapters
 from swaplora_server.http.pages import routes_page
@@ -28,6 +28,8 @@ ANY = frozenset(KeyScope)
 FOR = {
     "/v1/adapters": {"GET": READ},
     "/v1/aliases": {"GET": READ},
+    "/v1/mixtures/{name}/trace": {"POST": GENERATE},
+    "/v1/mixtures": {"GET": READ},
     "/v1/merged": {},
     "/v1/load_lora_adapter": {},
     "/v1/unload_lora_adapter": {},
@@ -57,7 +59,7 @@ def _scopes(method: str, path: str) -> frozenset[KeyScope]:
 
 
 def _routes() -> Iterator[Route]:
-    rooms = (routes, operations, pooling, evaluations)
+    rooms = (routes, operations, pooling, evaluations, mixtures)
     found = [module for room in rooms for module in iter_modules(room.__path__, f"{room.__name__}.")]
     modules = [import_module(module.name) for module in found]
     routed = [module for module in modules if hasattr(module, "router")]

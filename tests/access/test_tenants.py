@@ -356,7 +356,7 @@ OPERATORS = {
     Registry: {"check_integrity", "close", "host_bytes", "memory_budget", "pins_not_kept", "resident_bytes", "states"}
     | {"stop"},
     Names: {"change", "origin", "outdated", "publish", "put_alias", "remove", "remove_alias", "set_origin", "state"}
-    | {"successor", "was_used", "check_is_not_base"},
+    | {"successor", "was_used", "check_is_not_base", "put_mixture", "remove_mixture"},
     Index: {"aliases_that_need", "digests", "names_of", "put", "put_alias", "remove", "remove_alias"},
 }
 

@@ -60,7 +60,7 @@ def added(segments: Sequence[Segment], x: Tensor, ys: dict[str, Tensor]) -> list
 
 def exactly(segments: Sequence[Segment], x: Tensor, y: Tensor, path: str) -> Tensor:
     exact = y.double()
-    for weights, scale, start, stop in segments:
+    for weights, scale, start, stop, _ in segments:
         if (module := weights.modules.get(path)) is not None:
             delta = x[start:stop].double() @ module.lora_A.double().t() @ module.lora_B.double().t()
             out = exact[start:stop] + scale * delta

@@ -70,7 +70,7 @@ def rows_in(rows: list[ScheduledRows]) -> list[tuple[Sequence, int]]:
 def applied(segments: Segments, num_rows: int) -> list[list[tuple[str, float]]]:
     """Of each row, the adapters that apply to it, in the order of the segments."""
     found: list[list[tuple[str, float]]] = [[] for _ in range(num_rows)]
-    for weights, scale, start, stop in segments:
+    for weights, scale, start, stop, _ in segments:
         for row in range(start, stop):
             found[row].append((weights.digest, scale))
     return found

@@ -43,7 +43,14 @@ FOREIGN_FLAGS = {
     *("--build-arg", "--detach", "--file", "--from-literal", "--help", "--profile", "--set", "--strict", "--wait")
 }
 METRIC = ("swaplora_", "vllm:")
-FOREIGN_NAMES = {"BitsAndBytesConfig", "Upgrade", "adapter_names", "pre_classifier", "track_order"}  # of others
+FOREIGN_NAMES = {
+    "BitsAndBytesConfig",
+    "Upgrade",
+    "adapter_names",
+    "pre_classifier",
+    "track_order",
+    "use_gks",
+}  # of others
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 

@@ -1,13 +1,14 @@
 """PEFT, in the test's process, as the reference for what an adapter does."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.arrow import create_arrow_model
+from peft.tuners.lora.arrow import ArrowLoraLinearLayer, create_arrow_model
 from peft.tuners.lora.config import ArrowConfig
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 
@@ -63,3 +64,30 @@ class ArrowOracle(Oracle):
         config = ArrowConfig(top_k=top_k, router_temperature=temperature, rng_seed=0)
         self._model = create_arrow_model(model, [str(folder) for folder in adapters], config)
         self._model.eval()
+
+    @torch.no_grad()
+    def shares(self, token_ids: list[int]) -> dict[str, Tensor]:
+        """By module [num_tokens, num_members]: how much each token takes of each adapter."""
+        found: dict[str, Tensor] = {}
+
+        def note(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                arrow: Any = layer
+                likeness = (inputs[0][0] @ arrow.prototypes.T).abs()
+                top, chosen = likeness.topk(arrow.top_k, dim=1)
+                scores = torch.full_like(likeness, -torch.inf).scatter_(1, chosen, top)
+                found[path] = (scores / arrow.temperature).softmax(1)
+
+            return hook
+
+        self.logprobs(token_ids)  # which makes the prototypes
+        layers = [(name, layer) for name, layer in self._model.named_modules() if name.endswith("arrow_router")]
+        handles = [
+            layer.register_forward_pre_hook(note(name.removeprefix("base_model.model.").partition(".lora_arrow")[0]))
+            for name, layer in layers
+            if isinstance(layer, ArrowLoraLinearLayer)
+        ]
+        self.logprobs(token_ids)
+        for handle in handles:
+            handle.remove()
+        return found

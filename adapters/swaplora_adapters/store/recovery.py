@@ -102,13 +102,18 @@ class Recovery:
             self.notes.append(f"{len(missing)} names or aliases are described in the catalogue alone: {error}")
 
 
+def _is_gone(manifest: Manifest) -> bool:
+    """Whether it is an alias's or a mixture's that was deleted."""
+    return manifest.facts.get("targets", ()) is None and manifest.facts.get("mixture") is None
+
+
 class _Difference:
     """What manifests tell that the catalogue has not heard of, and of what it knows more than they tell."""
 
     def __init__(self, revisions: Mapping[str, int], described: Mapping[str, Manifest]) -> None:
         """`revisions` are the catalogue's. An alias that was deleted is known to it by its absence."""
         told = {name: manifest.revision for name, manifest in described.items()}
-        gone = {n for n, d in described.items() if n not in revisions and d.facts.get("targets", ()) is None}
+        gone = {n for n, d in described.items() if n not in revisions and _is_gone(d)}
         self.news = {n: d for n, d in described.items() if n not in gone and d.revision > revisions.get(n, -1)}
         self.untold = [name for name, revision in revisions.items() if revision > told.get(name, -1)]
         self.last_revision = max([0, *revisions.values(), *told.values()])

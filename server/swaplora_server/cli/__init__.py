@@ -18,6 +18,7 @@ from swaplora_server.cli import (
     evaluate,
     inspect,
     keys,
+    mixtures,
     serve,
     update,
 )
@@ -81,6 +82,18 @@ app.add_typer(
         {"list": aliases.list_aliases, "set": aliases.set_alias, "delete": aliases.delete_alias},
     ),
     name="aliases",
+)
+app.add_typer(
+    _group(
+        "Manage the mixtures of a running server: adapters under one name, among which every token chooses.",
+        {
+            "list": mixtures.list_mixtures,
+            "create": mixtures.create_mixture,
+            "delete": mixtures.delete_mixture,
+            "trace": mixtures.trace_mixture,
+        },
+    ),
+    name="mixtures",
 )
 app.add_typer(
     _group(

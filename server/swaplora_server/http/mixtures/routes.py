@@ -70,9 +70,10 @@ async def put_mixture(
         raise RequestError("invalid_adapter_name", f"{body.name} is an adapter; choose another name", "name")
     if is_first:
         service.registry.names.check_adapter_name(body.name)
-    _check_names(service, body.members)
-    await until_disconnect(request.receive, _try(service, body.members, mixing))
-    made = await asyncio.to_thread(service.registry.put_mixture, body.name, body.members, mixing)
+    members = [service.reference(member).removeprefix("base:") for member in body.members]
+    _check_names(service, members)
+    await until_disconnect(request.receive, _try(service, members, mixing))
+    made = await asyncio.to_thread(service.registry.put_mixture, body.name, members, mixing)
     return JSONResponse(mixture_body(made), 201 if is_first else 200)
 
 
