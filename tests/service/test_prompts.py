@@ -2,12 +2,12 @@
 
 import asyncio
 from collections.abc import Sequence
-from typing import cast
+from itertools import pairwise
+from typing import NamedTuple, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from swaplora_server.service import prompts as tokenizing
@@ -20,20 +20,31 @@ LONGEST = 50
 PIECE = 100
 
 
+class Encoded(NamedTuple):
+    ids: list[int]
+
+
 class CountingTokenizer:
-    """A token for each `characters` of a text, and note of what it was asked."""
+    """A token for each `characters` of a text, and note of what it was asked, text by text and job by job."""
 
     def __init__(self, characters: int) -> None:
         self.asked: list[str] = []
-        self.backend_tokenizer = Tokenizer(models.BPE())
+        self.jobs: list[int] = []
+        self.backend_tokenizer = self
         self._characters = characters
 
     def get_vocab(self) -> dict[str, int]:
         return {"x": 0, "x" * LONGEST: 1}
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        self.asked.append(text)
-        return [0] * -(-len(text) // self._characters)
+    def no_truncation(self) -> None: ...
+
+    def no_padding(self) -> None: ...
+
+    def encode_batch_fast(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[Encoded]:
+        del add_special_tokens
+        self.asked += texts
+        self.jobs.append(sum(map(len, texts)))
+        return [Encoded([0] * -(-len(text) // self._characters)) for text in texts]
 
 
 @pytest.fixture(autouse=True)
@@ -87,4 +98,17 @@ def test_what_is_encoded_is_what_the_tokenizer_makes_of_the_whole(lengths: list[
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizing, "LONG_CHARACTERS", PIECE // 2)
         patch.setattr(tokenizing, "PIECE_CHARACTERS", PIECE)
-        assert encode(CountingTokenizer(LONGEST), texts) == [[0] * -(-length // LONGEST) for length in lengths]
+        tokenizer = CountingTokenizer(LONGEST)
+        assert encode(tokenizer, texts) == [[0] * -(-length // LONGEST) for length in lengths]
+
+
+@given(st.lists(st.integers(0, PIECE), min_size=1, max_size=40))
+def test_many_short_texts_are_few_jobs_that_are_no_larger_than_a_piece(lengths: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizing, "LONG_CHARACTERS", PIECE // 2)
+        patch.setattr(tokenizing, "PIECE_CHARACTERS", PIECE)
+        tokenizer = CountingTokenizer(LONGEST)
+        assert encode(tokenizer, ["x" * length for length in lengths]) == [[0] * -(-n // LONGEST) for n in lengths]
+    assert max(tokenizer.jobs) <= PIECE
+    assert all(one + other > PIECE for one, other in pairwise(tokenizer.jobs[:-1]))
+    assert sum(tokenizer.jobs) == sum(lengths)

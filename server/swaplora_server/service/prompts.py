@@ -1,6 +1,6 @@
 """Texts of clients as token ids. What cannot fit the context is refused before it costs much."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -54,56 +54,64 @@ class PromptTokenizer:
 
         Raises RequestError for a text that cannot fit, whose field `param` names by the prompt's number.
         """
-        if truncation is not None:
-            return [
-                await self._encode_truncated(prompt, param(number), add_special_tokens, truncation)
-                for number, prompt in enumerate(prompts)
-            ]
         texts = {number: prompt for number, prompt in enumerate(prompts) if isinstance(prompt, str)}
-        for number, text in texts.items():
-            self._check_length(text, param(number))
-        is_long = sum(map(len, texts.values())) > LONG_CHARACTERS
+        looked_at = {number: self._looked_at(text, truncation) for number, text in texts.items()}
+        if truncation is None:
+            for number, text in texts.items():
+                self._check_length(text, param(number))
+            for number, text in texts.items():
+                if len(text) > PIECE_CHARACTERS:
+                    await self._check_pieces(text, param(number))
+        encode = partial(self._encoded, add_special_tokens=add_special_tokens, truncation=truncation)
+        of_texts = dict(zip(texts, await self._in_batches(list(looked_at.values()), encode), strict=True))
+        if truncation is not None:
+            for number, token_ids in of_texts.items():
+                self._check_cut(texts[number], looked_at[number], token_ids, truncation, param(number))
         return [
-            await self._encode(prompt, param(number), is_long, add_special_tokens)
-            if isinstance(prompt, str)
-            else prompt
+            of_texts[number] if isinstance(prompt, str) else prompt if truncation is None else kept(prompt, truncation)
             for number, prompt in enumerate(prompts)
         ]
 
-    async def _encode(self, text: str, param: str, is_long: bool, add_special_tokens: bool) -> list[int]:
-        def encode() -> list[int]:
-            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
-
-        if not is_long:
-            return encode()
-        if len(text) > PIECE_CHARACTERS:
-            await self._check_pieces(text, param)
-        return await self._offload.do(len(text), encode)
-
-    async def _encode_truncated(
-        self, prompt: str | list[int], param: str, add_special_tokens: bool, truncation: Truncation
-    ) -> list[int]:
-        """What is kept of `prompt`. Of a text no more is looked at than may matter; RequestError where it did."""
-        if not isinstance(prompt, str):
-            return kept(prompt, truncation)
-        num_characters = truncation.num_tokens * self._max_token_characters * LOOKED_AT
-        text = prompt[-num_characters:] if truncation.keeps_end else prompt[:num_characters]
-        encode = partial(self._truncated, text, add_special_tokens, truncation)
-        token_ids = encode() if len(text) <= LONG_CHARACTERS else await self._offload.do(len(text), encode)
-        if len(text) < len(prompt) and len(token_ids) < truncation.num_tokens:
-            reason = f"{param} has {len(prompt)} characters, of which {num_characters} are looked at"
-            raise self._too_long(param, f"{reason}, and these are {len(token_ids)} tokens")
+    async def _in_batches(
+        self, texts: Sequence[str], encode: Callable[[Sequence[str]], list[list[int]]]
+    ) -> list[list[int]]:
+        """By jobs of `PIECE_CHARACTERS` at most, or of one text, unless all are short together."""
+        if sum(map(len, texts)) <= LONG_CHARACTERS:
+            return encode(texts)
+        token_ids: list[list[int]] = []
+        for batch in _batches(texts):
+            token_ids += await self._offload.do(sum(map(len, batch)), partial(encode, batch))
         return token_ids
 
-    def _truncated(self, text: str, add_special_tokens: bool, truncation: Truncation) -> list[int]:
-        """The special tokens stay, around fewer others."""
+    def _encoded(
+        self, texts: Sequence[str], *, add_special_tokens: bool, truncation: Truncation | None
+    ) -> list[list[int]]:
+        """All of each, or what is kept, where the special tokens stay around fewer others."""
         backend = self._tokenizer.backend_tokenizer
+        if truncation is None:
+            return [
+                encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+            ]
         num_special = backend.num_special_tokens_to_add(False) if add_special_tokens else 0
-        encoding = backend.encode(text, add_special_tokens=False)
-        encoding.truncate(
-            max(0, truncation.num_tokens - num_special), direction="left" if truncation.keeps_end else "right"
-        )
-        return kept(backend.post_process(encoding, None, add_special_tokens).ids, truncation)
+        num_kept = max(0, truncation.num_tokens - num_special)
+        token_ids = []
+        for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
+            encoding.truncate(num_kept, direction="left" if truncation.keeps_end else "right")
+            token_ids.append(kept(backend.post_process(encoding, None, add_special_tokens).ids, truncation))
+        return token_ids
+
+    def _looked_at(self, text: str, truncation: Truncation | None) -> str:
+        """No more of it than may matter."""
+        if truncation is None:
+            return text
+        num_characters = truncation.num_tokens * self._max_token_characters * LOOKED_AT
+        return text[-num_characters:] if truncation.keeps_end else text[:num_characters]
+
+    def _check_cut(self, text: str, looked_at: str, token_ids: list[int], truncation: Truncation, param: str) -> None:
+        """Raise RequestError where more than was looked at did matter."""
+        if len(looked_at) < len(text) and len(token_ids) < truncation.num_tokens:
+            reason = f"{param} has {len(text)} characters, of which {len(looked_at)} are looked at"
+            raise self._too_long(param, f"{reason}, and these are {len(token_ids)} tokens")
 
     def _check_length(self, text: str, param: str) -> None:
         if len(text) > self.max_characters:
@@ -118,16 +126,25 @@ class PromptTokenizer:
         num_tokens = 0
         for start in range(0, len(text), PIECE_CHARACTERS):
             piece = text[start : start + PIECE_CHARACTERS]
-            num_tokens += await self._offload.do(len(piece), partial(self._num_tokens, piece))
+            encode = partial(self._encoded, [piece], add_special_tokens=False, truncation=None)
+            num_tokens += len((await self._offload.do(len(piece), encode))[0])
             if num_tokens > 2 * self._max_model_len:
                 raise self._too_long(param, f"{param}, of {len(text)} characters, has more than that")
-
-    def _num_tokens(self, text: str) -> int:
-        return len(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _too_long(self, param: str, reason: str) -> RequestError:
         message = f"This model's maximum context length is {self._max_model_len} tokens. However, {reason}. Shorten it."
         return RequestError("context_length_exceeded", message, param)
+
+
+def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """In their order, each of no more than `PIECE_CHARACTERS`, or one text."""
+    begun, size = 0, 0
+    for number, text in enumerate(texts):
+        if number > begun and size + len(text) > PIECE_CHARACTERS:
+            yield texts[begun:number]
+            begun, size = number, 0
+        size += len(text)
+    yield texts[begun:]
 
 
 def kept(token_ids: Sequence[int], truncation: Truncation) -> list[int]:
