@@ -18,6 +18,8 @@ from hidden_oracle import HiddenOracle, Vector
 from serving import BASE, Running, serving, settings
 from swaplora_server.engine.scheduling.batch import Batch
 from swaplora_server.kernels.step import Wants
+from swaplora_server.service.adapter_mix import invoked_at
+from swaplora_server.service.pooling import pooling
 
 TOLERANCE = 1e-4
 NAMES = tuple(f"a{number}" for number in range(8))
@@ -277,6 +279,30 @@ def test_an_adapter_whose_numbers_run_over_fails_by_itself(loaded: Running, base
     answer = ask(loaded, "wild", [TEXT, "b"])
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "adapter_failed")
     assert np.isfinite(embedded(loaded, BASE, TEXT)[0]).all()
+
+
+def test_an_activated_adapters_invocation_is_looked_for_in_one_input_after_the_other(
+    loaded: Running, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tiny.save_adapter(tmp_path / "alora", base, seed=3)
+    tiny.edit_config(adapter, alora_invocation_tokens=[7])
+    assert loaded.put("alora", adapter).status_code == 201
+    turns: list[int] = []  # of the event loop, between two inputs
+    waited: list[int] = []
+
+    def noting(*given: Any) -> int:
+        asyncio.get_running_loop().call_soon(turns.append, 1)
+        waited.append(len(turns))
+        return invoked_at(*given)
+
+    monkeypatch.setattr(pooling, "invoked_at", noting)
+    given = [[number, 7, 9] for number in range(10, 16)]
+    vectors = embedded(loaded, "alora", given)
+    assert waited == list(range(6))
+    of_base = embedded(loaded, BASE, given)
+    assert min(np.abs(one - other).max() for one, other in zip(vectors, of_base, strict=True)) > 100 * TOLERANCE
+    error = ask(loaded, "alora", [*given, [1, 2]]).json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_request", "input[6]")
 
 
 def test_what_was_embedded_is_counted(loaded: Running) -> None:

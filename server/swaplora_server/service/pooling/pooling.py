@@ -18,7 +18,7 @@ from swaplora_server.service.adapter_mix import NOBODY, AdapterMix, Asker, MixTe
 from swaplora_server.service.admission import NO_HURRY, Admission, Urgency
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.metrics.records import Outcome, PoolingRecord
-from swaplora_server.service.pooling.inputs import Encoded, Reading
+from swaplora_server.service.pooling.inputs import Encoded, Input, Reading
 from swaplora_server.service.service import Service
 from swaplora_server.service.tracing.tracing import Asked
 from swaplora_server.service.wakeups import in_time
@@ -73,14 +73,24 @@ async def pool(service: Service, task: PoolingTask) -> Pooled:
             uses = await mix.uses()
             seconds = time.monotonic() - asked_at
         reading = encoded.reading(uses)
-        is_invoked = any(use.weights.invocation for use in uses)
-        starts = [invoked_at(one.filled().token_ids, uses, one.param) if is_invoked else 0 for one in reading.inputs]
+        starts = await _starts(reading.inputs, uses)
     except BaseException:
         reservation.settle(0)
         admission.release(has_run=False)
         raise
     pooling = _Pooling(service, task, reading, mix, began, seconds, reservation)
     return await pooling.run(uses, starts, admission, width)
+
+
+async def _starts(inputs: Sequence[Input], uses: Sequence[AdapterUse]) -> Sequence[int]:
+    """Of each input the token that its adapter applies to first. Raises RequestError for one without the invocation."""
+    if not any(use.weights.invocation for use in uses):
+        return [0] * len(inputs)
+    starts = []
+    for one in inputs:
+        starts.append(invoked_at(one.filled().token_ids, uses, one.param))
+        await asyncio.sleep(0)  # many long ones, made and looked through, would hold the event loop
+    return starts
 
 
 class _Pooling:
