@@ -73,6 +73,12 @@ class AdapterBusyError(AdapterError):
     code = "adapter_busy"
 
 
+class GateFailedError(AdapterError):
+    """The version has not passed its name's gate; the message says why."""
+
+    code = "gate_failed"
+
+
 class SourceNotAllowedError(AdapterError, ValueError):
     """The source is not one that the operator enabled, or is written wrongly."""
 

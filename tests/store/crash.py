@@ -180,7 +180,8 @@ def everything(store: Store) -> dict[str, Any]:
     """All that a store answers."""
     names = {name: (store.current(name), store.versions(name), store.is_pinned(name)) for name in store.names()}
     shared_with = {name: store.shared_with(name) for name in names}
-    return {"names": names, "shared_with": shared_with, "origins": store.origins(), "aliases": store.aliases()}
+    told = {"names": names, "shared_with": shared_with, "gates": {name: store.gate(name) for name in names}}
+    return {**told, "origins": store.origins(), "aliases": store.aliases()}
 
 
 def without_catalogue(data_dir: Path, copy: Path) -> Path:

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from swaplora_adapters.files.disk import raising_storage_errors
 from swaplora_adapters.store import blobs, manifests
 from swaplora_adapters.store.catalogue import Catalogue
 from swaplora_adapters.store.manifests import Manifests
-from swaplora_adapters.store.records import Alias, Target
+from swaplora_adapters.store.records import Alias, Standing, Target, VersionRecord
 from swaplora_adapters.store.store import Store, StoreError
 from test_store import link_to, publish, replace_by_folder
 
@@ -33,7 +34,7 @@ def data_dir(tmp_path: Path) -> Path:
 
 
 def fill(store: Store) -> None:
-    """Something of all that can be done: replace, delete whole and in part, roll back, pin, take in, alias."""
+    """Something of all that can be done: replace, delete whole and in part, roll back, pin, take in, alias, judge."""
     for content in (b"one", b"two", b"three"):
         publish(store, "sql", content, source="hf://org/sql")
     store.change("sql", current=2, is_pinned=True, shared_with=("acme", "zeta"))
@@ -42,6 +43,13 @@ def fill(store: Store) -> None:
     for name in ("json", "gone", "Gone"):
         publish(store, name, b"one")
     store.set_origin("json", "a folder")
+    publish(store, "gated", b"one")
+    store.set_gate("gated", "a gate")
+    for version, standing in ((2, Standing.PASSED), (3, Standing.FAILED), (4, None)):
+        publish(store, "gated", str(version).encode())
+        if standing is not None:
+            is_current = standing is Standing.PASSED
+            store.judge("gated", version, standing, json.dumps({"reason": None}), is_current=is_current)
     store.put_alias(Alias("canary", (Target("sql", 90), Target("json@1", 10))))
     store.put_alias(Alias("old", (Target("json", 1),)))
     store.put_alias(Alias("org/sql", (Target("sql", 1),)))
@@ -120,7 +128,7 @@ def test_a_catalogue_that_is_lost_or_damaged_is_set_aside_and_made_anew(data_dir
     assert everything(store) == before
     assert len(store.notes) == 2
     assert "it is made anew from what the files of the adapters say" in store.notes[0]
-    assert "4 names and 2 aliases" in store.notes[1]  # the deleted ones are known too
+    assert "5 names and 2 aliases" in store.notes[1]  # the deleted ones are known too
     assert (store.quarantined, list((data_dir / "staging").iterdir())) == ([], [])
     aside = data_dir / "quarantine" / "catalogue" / CATALOGUE
     assert (aside.read_bytes() if left is not None else None) == left
@@ -189,24 +197,38 @@ def test_descriptions_out_of_a_backup_do_not_undo_what_the_catalogue_knows(data_
     store.close()
 
 
-def shared_with_nobody(found: dict[str, Any]) -> dict[str, Any]:
-    """As before adapters could be shared."""
-    return found | {"shared_with": dict.fromkeys(found["shared_with"], ())}
+NEWS = (
+    "ALTER TABLE names DROP COLUMN shared_with; ALTER TABLE names DROP COLUMN gate;"
+    "ALTER TABLE versions DROP COLUMN standing; ALTER TABLE versions DROP COLUMN verdict;"
+)
+
+
+def as_before(found: dict[str, Any]) -> dict[str, Any]:
+    """As before adapters could be shared, and had gates."""
+
+    def ungated(record: VersionRecord) -> VersionRecord:
+        return replace(record, standing=None, verdict=None)
+
+    names = {
+        name: (ungated(current), [ungated(version) for version in versions], is_pinned)
+        for name, (current, versions, is_pinned) in found["names"].items()
+    }
+    nobody, no_gate = dict.fromkeys(found["shared_with"], ()), dict.fromkeys(found["gates"])
+    return found | {"names": names, "shared_with": nobody, "gates": no_gate}
 
 
 def make_previous_release(data_dir: Path) -> None:
     """Take from a data directory what releases before this one did not write."""
     execute(
         "ALTER TABLE names DROP COLUMN revision; ALTER TABLE names DROP COLUMN removed;"
-        "ALTER TABLE names DROP COLUMN shared_with;"
-        "ALTER TABLE aliases DROP COLUMN revision; PRAGMA user_version = 4"
+        f"{NEWS} ALTER TABLE aliases DROP COLUMN revision; PRAGMA user_version = 4"
     )(data_dir)
     for folder in ("names", "aliases"):
         shutil.rmtree(data_dir / folder)
 
 
 def test_what_an_earlier_release_stored_is_described_at_the_first_start(data_dir: Path) -> None:
-    before = shared_with_nobody(filled(data_dir))
+    before = as_before(filled(data_dir))
     make_previous_release(data_dir)
     store = Store(data_dir)
     assert (everything(store), store.notes) == (before, [])
@@ -217,12 +239,14 @@ def test_what_an_earlier_release_stored_is_described_at_the_first_start(data_dir
     store.close()
 
 
-def test_what_an_earlier_release_described_is_shared_with_nobody(data_dir: Path) -> None:
-    before = shared_with_nobody(filled(data_dir))
-    execute("ALTER TABLE names DROP COLUMN shared_with; PRAGMA user_version = 5")(data_dir)
+def test_what_an_earlier_release_described_is_shared_with_nobody_and_has_no_gate(data_dir: Path) -> None:
+    before = as_before(filled(data_dir))
+    execute(f"{NEWS} PRAGMA user_version = 5")(data_dir)
     manifests = Manifests(data_dir / "names", data_dir / "staging")
     for name, manifest in manifests.read()[0].items():
-        del manifest.facts["shared_with"]
+        del manifest.facts["shared_with"], manifest.facts["gate"]
+        for version in manifest.facts["versions"]:
+            del version["standing"], version["verdict"]
         with manifests.undone_on_error():
             manifests.put(name, manifest)
     store = Store(data_dir)

@@ -28,6 +28,7 @@ from swaplora_adapters.errors import (
     AdapterNotFoundError,
     AdapterTooLargeError,
     AliasNotFoundError,
+    GateFailedError,
     InvalidAdapterError,
     InvalidAdapterNameError,
     PreconditionFailedError,
@@ -36,9 +37,10 @@ from swaplora_adapters.errors import (
 )
 from swaplora_adapters.files.digest import digest_of
 from swaplora_adapters.files.disk import raising_storage_errors
-from swaplora_adapters.store.catalogue import MIGRATIONS, Catalogue
+from swaplora_adapters.store.catalogue import Catalogue
 from swaplora_adapters.store.conditions import Conditions, NameState
-from swaplora_adapters.store.records import Alias, Target
+from swaplora_adapters.store.records import Alias, Standing, Target
+from swaplora_adapters.store.schema import MIGRATIONS
 from swaplora_adapters.store.store import Details, Published, Staging, Store, StoreError
 
 Disturb = Callable[[Path], object]
@@ -577,36 +579,57 @@ class StoreMachine(RuleBasedStateMachine):
         self.aliases: dict[str, Alias] = {}
         self.pinned: set[str] = set()
         self.shared_with: dict[str, tuple[str, ...]] = {}
+        self.gated: set[str] = set()
+        self.standings: dict[str, dict[int, Standing]] = {}
         self.backup = self.folder.with_name("backup")
         shutil.copy(self.folder / "catalogue.sqlite3", self.backup)
 
     @rule(name=NAMES, content=CONTENTS)
     def publish(self, name: str, content: bytes) -> None:
         published = publish(self.store, name, content)
-        is_same = name in self.current and self.versions[name][self.current[name]] == content
-        assert published.is_new is not is_same
-        if not is_same:
-            self.last[name] = self.current[name] = self.last.get(name, 0) + 1
-            self.versions.setdefault(name, {})[self.last[name]] = content
-        assert published.record.version == self.current[name]
+        known, standings = self.versions.setdefault(name, {}), self.standings.setdefault(name, {})
+        newest = max(known, default=0)
+        is_held = name in self.gated and standings.get(newest) in (Standing.CANDIDATE, Standing.FAILED)
+        same = [each for each in (self.current.get(name), newest if is_held else 0) if each and known[each] == content]
+        assert published.is_new is not bool(same)
+        if not same:
+            self.last[name] = self.last.get(name, 0) + 1
+            known[self.last[name]] = content
+            if name in self.gated:
+                standings[self.last[name]] = Standing.CANDIDATE
+            else:
+                self.current[name] = self.last[name]
+        assert published.record.version == (same[0] if same else self.last[name])
 
     @rule(name=NAMES, version=st.none() | st.integers(1, 4))
     def delete(self, name: str, version: int | None) -> None:
         known = self.versions.get(name, {})
         doomed = [number for number in known if version in (None, number)]
+        standings = self.standings.get(name, {})
+        follow = [
+            number
+            for number in known.keys() - {*doomed}
+            if name not in self.gated or standings.get(number) in (None, Standing.PASSED)
+        ]
         try:
             removed = self.store.delete(name, version)
+        except GateFailedError:
+            assert not follow
+            assert self.current[name] in doomed != [*known]
+            return
         except AdapterError:
             removed = []
         assert [record.version for record in removed] == doomed
         for record in removed:
             del known[record.version]
+            standings.pop(record.version, None)
             self.store.discard_unreferenced(record.digest)
         if not known:
             self.versions.pop(name, None)
             self.current.pop(name, None)
+            self.gated.discard(name)
         elif self.current[name] not in known:
-            self.current[name] = max(known)
+            self.current[name] = max(follow)
 
     @rule(name=NAMES, version=st.integers(1, 4))
     def roll_back(self, name: str, version: int) -> None:
@@ -664,6 +687,24 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.change(name, shared_with=tenants)
             self.shared_with[name] = tenants
 
+    @rule(name=NAMES, is_gated=st.booleans())
+    def gate(self, name: str, is_gated: bool) -> None:
+        if name in self.current:
+            self.store.set_gate(name, "a gate" if is_gated else None)
+            self.gated = self.gated - {name} | ({name} if is_gated else set())
+            for version, standing in self.standings.get(name, {}).items():
+                if is_gated and standing is Standing.FAILED and version > self.current[name]:
+                    self.standings[name][version] = Standing.CANDIDATE
+
+    @rule(name=NAMES, version=st.integers(1, 4), has_passed=st.booleans(), is_current=st.booleans())
+    def judge(self, name: str, version: int, has_passed: bool, is_current: bool) -> None:
+        if self.standings.get(name, {}).get(version) is Standing.CANDIDATE:
+            standing = Standing.PASSED if has_passed else Standing.FAILED
+            self.store.judge(name, version, standing, '{"reason": null}', is_current=is_current)
+            self.standings[name][version] = standing
+            if is_current:
+                self.current[name] = version
+
     @invariant()
     def agrees(self) -> None:
         self.pinned &= self.current.keys()
@@ -676,6 +717,8 @@ class StoreMachine(RuleBasedStateMachine):
             records = self.store.versions(name)
             contents = {r.version: self.store.blob_paths(r.digest).weights.read_bytes() for r in records}
             assert contents == known
+            assert {r.version: r.standing for r in records if r.standing} == self.standings.get(name, {})
+            assert (self.store.gate(name) is not None) == (name in self.gated)
             assert self.store.current(name).version == self.current[name]
         self.store.check_integrity()
 

@@ -31,6 +31,7 @@ class Card:
     last_used: float | None
     last_failure: Failure | None
     shared_with: tuple[str, ...] | None  # None for whom it is shared with
+    is_gated: bool | None = False  # likewise
 
 
 class AdapterState(NamedTuple):
@@ -47,4 +48,5 @@ class PutResult(NamedTuple):
     """An upload's outcome."""
 
     card: Card
+    record: VersionRecord  # what was put: the current version, but where there is a gate
     is_first: bool  # of its name

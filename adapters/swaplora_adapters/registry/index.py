@@ -15,7 +15,7 @@ from swaplora_adapters.errors import (
     VersionNotFoundError,
 )
 from swaplora_adapters.files.naming import DEFAULT_TENANT, TENANT_MARK, tenant_of
-from swaplora_adapters.store.records import Alias, Target, VersionRecord
+from swaplora_adapters.store.records import Alias, Standing, Target, VersionRecord
 
 EVERYBODY = "*"  # in place of tenants
 _REFERENCE = re.compile(
@@ -50,6 +50,17 @@ class NamedVersions:
     versions: tuple[VersionRecord, ...]
     is_pinned: bool
     shared_with: tuple[str, ...] = ()
+    gate: str | None = None  # what new versions must show, in words that are not ours
+
+    def may_follow(self, record: VersionRecord) -> bool:
+        """Whether the name may stand for this one of its versions."""
+        return self.gate is None or record.has_passed
+
+    @property
+    def candidates(self) -> list[VersionRecord]:
+        """Versions that its gate is to judge, newest first."""
+        newer = (r for r in self.versions if r.version > self.current.version and r.standing is Standing.CANDIDATE)
+        return [] if self.gate is None else [*newer][::-1]
 
 
 MayAsk = Callable[[NamedVersions], bool]
@@ -68,13 +79,19 @@ class Index:
 
     def __init__(self) -> None:
         self._names: dict[str, NamedVersions] = {}
+        self._gated: dict[str, NamedVersions] = {}
         self._aliases: dict[str, Alias] = {}
 
     def put(self, name: str, named: NamedVersions) -> None:
         self._names[name] = named
+        if named.gate is not None:
+            self._gated[name] = named
+        else:
+            self._gated.pop(name, None)
 
     def remove(self, name: str) -> None:
         self._names.pop(name, None)
+        self._gated.pop(name, None)
 
     def put_alias(self, alias: Alias) -> None:
         self._aliases[alias.alias] = alias
@@ -94,6 +111,10 @@ class Index:
     def all(self) -> list[NamedVersions]:
         """In order of name, as they are at one moment."""
         return [named for _, named in sorted(self._names.items())]
+
+    def gated(self) -> list[NamedVersions]:
+        """Those that have a gate."""
+        return list(self._gated.values())
 
     def aliases(self) -> list[Alias]:
         """In order of alias."""

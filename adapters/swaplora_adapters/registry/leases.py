@@ -5,10 +5,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from typing import TypeVar
 
 from swaplora_adapters.registry.memory_queue import Claim
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_adapters.weights.served import AdapterWeights
+
+Key = TypeVar("Key", str, tuple[str, int])
 
 
 class Lease:
@@ -70,6 +73,20 @@ class LeaseCounts:
         self._by_digest: Counter[str] = Counter()
         self._last_used: dict[str, float] = {}
         self._removals: list[Removal] = []
+        self._kept: Counter[tuple[str, int]] = Counter()
+
+    def keep(self, record: VersionRecord) -> Lease:
+        """A version that is not to go by being outdated, until this is given back."""
+        with self.lock:
+            self._kept[record.name, record.version] += 1
+        return Lease(record, self._let_go)
+
+    def is_kept(self, record: VersionRecord) -> bool:
+        return (record.name, record.version) in self._kept
+
+    def _let_go(self, kept: Lease) -> None:
+        with self.lock:
+            _count_down(self._kept, (kept.record.name, kept.record.version))
 
     def take(self, record: VersionRecord) -> None:
         """Count one lease more. Needs `lock`."""
@@ -128,7 +145,7 @@ class LeaseCounts:
                 raise RuntimeError("no lease is out, and a removal still waits")
 
 
-def _count_down(counter: Counter[str], key: str) -> None:
+def _count_down(counter: Counter[Key], key: Key) -> None:
     counter[key] -= 1
     if not counter[key]:
         del counter[key]

@@ -1,22 +1,37 @@
 """Who is called what: the store's names and aliases, known in memory as well. Every change reaches the disk first."""
 
+import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from swaplora_adapters.errors import (
     AdapterBusyError,
     AdapterNotFoundError,
+    GateFailedError,
     InvalidAdapterNameError,
 )
 from swaplora_adapters.files.disk import raising_storage_errors
 from swaplora_adapters.files.naming import validate_name
 from swaplora_adapters.registry.index import Index, NamedVersions
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions, NameState
-from swaplora_adapters.store.records import Alias, Details, Mixing, Published, Target, VersionRecord
+from swaplora_adapters.store.records import Alias, Details, Mixing, Published, Standing, Target, VersionRecord
 from swaplora_adapters.store.staging import Staging
 from swaplora_adapters.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a gate has found of a version beside the one that was current."""
+
+    gate: str
+    version: int
+    against: int  # the current version
+    has_passed: bool
+    verdict: Mapping[str, Any]  # JSON, with a `reason`
 
 
 class Names:
@@ -87,29 +102,72 @@ class Names:
             return published
 
     def outdated(self, name: str) -> list[VersionRecord]:
-        """Versions beyond those that are kept, without the current one and those that an alias leads to."""
+        """Versions beyond those that are kept, without the current one and those that an alias leads to.
+
+        As many are kept of those that may be current and of those that a gate holds back.
+        """
         named = self.index.get(name)
-        oldest = named.versions[: -self._keep_versions]
+        free = [record for record in named.versions if named.may_follow(record)]
+        held = [record for record in named.versions if not named.may_follow(record)]
+        oldest = [*free[: -self._keep_versions], *held[: -self._keep_versions]]
         return [r for r in oldest if r != named.current and not self.index.aliases_that_need(name, {r.version})]
 
     def change(
-        self, name: str, *, current: int | None, is_pinned: bool | None, shared_with: Sequence[str] | None
+        self,
+        name: str,
+        *,
+        current: int | None,
+        is_pinned: bool | None,
+        shared_with: Sequence[str] | None,
+        is_forced: bool = False,
     ) -> NamedVersions:
         """Roll a name to another of its versions, pin it, share it, or all at once.
 
-        Raises AdapterNotFoundError and VersionNotFoundError.
+        Raises AdapterNotFoundError, VersionNotFoundError, and GateFailedError for a version that has not passed, unless
+        it `is_forced`.
         """
         with self.changes:
-            self._store.change(name, current=current, is_pinned=is_pinned, shared_with=shared_with)
+            has_failed = current is not None and not self._may_follow(name, current)
+            if has_failed and not is_forced:
+                raise _held(self.index.resolve_name(f"{name}@{current}"))
+            self._store.change(
+                name, current=current, is_pinned=is_pinned, shared_with=shared_with, is_forced=has_failed
+            )
             self._refresh(name)
             return self.index.get(name)
+
+    def set_gate(self, name: str, gate: str | None) -> NamedVersions:
+        """Have new versions of `name` wait for a judgement, or no longer. Raises AdapterNotFoundError."""
+        with self.changes:
+            self.index.get(name)
+            self._store.set_gate(name, gate)
+            self._refresh(name)
+            return self.index.get(name)
+
+    def is_due(self, name: str, found: Judgement) -> bool:
+        """Whether it is of the gate, the version and the current version that there are now. Needs `changes`."""
+        named = self.index.get(name) if name in self.index else None
+        if named is None or named.gate != found.gate or named.current.version != found.against:
+            return False
+        return found.version in (record.version for record in named.candidates)
+
+    def judge(self, name: str, found: Judgement, *, is_current: bool) -> None:
+        """Note a judgement that is due, and let the name stand for the version if `is_current`. Needs `changes`."""
+        standing = Standing.PASSED if found.has_passed else Standing.FAILED
+        self._store.judge(name, found.version, standing, json.dumps(found.verdict), is_current=is_current)
+        self._refresh(name)
+
+    def _may_follow(self, name: str, version: int) -> bool:
+        named = self.index.get(name)
+        return version == named.current.version or named.may_follow(self.index.resolve_name(f"{name}@{version}"))
 
     def successor(self, name: str, version: int | None) -> VersionRecord | None:
         """What `name` would stand for without this version of it, or without any; AdapterNotFoundError."""
         named = self.index.get(name)
         if version != named.current.version:
             return None if version is None else named.current
-        return next((record for record in reversed(named.versions) if record.version != version), None)
+        left = (record for record in reversed(named.versions) if record.version != version)
+        return next((record for record in left if named.may_follow(record)), None)
 
     def remove(self, name: str, version: int | None) -> list[VersionRecord]:
         """Remove a name or one version of it, and return what was removed.
@@ -206,6 +264,12 @@ class Names:
         try:
             versions, current = tuple(self._store.versions(name)), self._store.current(name)
             is_pinned, shared_with = self._store.is_pinned(name), self._store.shared_with(name)
-            self.index.put(name, NamedVersions(current, versions, is_pinned, shared_with))
+            self.index.put(name, NamedVersions(current, versions, is_pinned, shared_with, self._store.gate(name)))
         except AdapterNotFoundError:
             self.index.remove(name)
+
+
+def _held(record: VersionRecord) -> GateFailedError:
+    """Why a version may not be current."""
+    reason = "it is not judged yet" if record.verdict is None else json.loads(record.verdict)["reason"]
+    return GateFailedError(f"{record.name}@{record.version} has not passed the gate of {record.name}: {reason}")

@@ -84,7 +84,7 @@ class Naming:
         """As the tenant knows it."""
         if self.is_own(record.name):
             return replace(record, name=self.said(record.name)) if self._prefix else record
-        return replace(record, name=self.said(record.name), source=SHARED, provenance=None)
+        return replace(record, name=self.said(record.name), source=SHARED, provenance=None, standing=None, verdict=None)
 
     def alias(self, alias: Alias) -> Alias:
         """An alias or a mixture as the tenant knows it."""
@@ -93,15 +93,16 @@ class Naming:
 
     def named(self, named: NamedVersions) -> NamedVersions:
         """As the tenant knows it."""
-        return replace(
-            named, current=self.record(named.current), versions=tuple(self.record(each) for each in named.versions)
-        )
+        gate = named.gate if self.is_own(named.current.name) else None
+        versions = tuple(self.record(each) for each in named.versions)
+        return replace(named, current=self.record(named.current), versions=versions, gate=gate)
 
     def card(self, card: Card) -> Card:
         """As the tenant knows it; of another's not how its owner came by it, and who else asks it."""
         told = replace(card, record=self.record(card.record), versions=[self.record(each) for each in card.versions])
         if not self.is_own(card.record.name):
-            return replace(told, num_in_flight=None, last_used=None, last_failure=None, shared_with=None)
+            told = replace(told, num_in_flight=None, last_used=None, last_failure=None)
+            return replace(told, shared_with=None, is_gated=None)
         failure = card.last_failure and card.last_failure._replace(reason=self.unsaid(card.last_failure.reason))
         return replace(told, last_failure=failure)
 

@@ -14,7 +14,13 @@ from typing import Protocol
 import torch
 
 from swaplora_adapters.cancellation import Cancellation
-from swaplora_adapters.errors import AdapterError, PreconditionFailedError, StorageFailedError, StorageFullError
+from swaplora_adapters.errors import (
+    AdapterError,
+    MemoryFullError,
+    PreconditionFailedError,
+    StorageFailedError,
+    StorageFullError,
+)
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.intake import inspect_files
 from swaplora_adapters.priority import SHARE_OF_LOADS, lower_priority, pause
@@ -22,7 +28,7 @@ from swaplora_adapters.registry.card import AdapterState, Card, Failure, PutResu
 from swaplora_adapters.registry.host_tier import HostTier
 from swaplora_adapters.registry.index import NamedVersions
 from swaplora_adapters.registry.leases import Lease, LeaseCounts, Removal, RequestLeases
-from swaplora_adapters.registry.names import Names
+from swaplora_adapters.registry.names import Judgement, Names
 from swaplora_adapters.registry.residency import Residency
 from swaplora_adapters.registry.usage import Stages, Unheard, UsageByName, UsageListener
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
@@ -151,7 +157,7 @@ class Registry:
         make: Make | None = None,
         admit: Admit = admit_all,
     ) -> PutResult:
-        """Check staged files whole and make them the current version of `name`, durably.
+        """Check staged files whole and make them the current version of `name`, or a candidate of its gate, durably.
 
         `make` makes them first, or makes them into others; `admit` is asked when they are known. Raises what these do,
         InvalidAdapterError with every reason, AdapterTooLargeError, PreconditionFailedError, StorageFullError, and
@@ -190,18 +196,53 @@ class Registry:
         current: int | None = None,
         is_pinned: bool | None = None,
         shared_with: Sequence[str] | None = None,
+        is_forced: bool = False,
     ) -> Card:
         """Roll `name` to one of its versions, keep it in memory or no longer, share it with others, or all at once.
 
-        Raises AdapterNotFoundError, VersionNotFoundError, and MemoryFullError when all that is pinned would not fit.
+        Raises AdapterNotFoundError, VersionNotFoundError, MemoryFullError when all that is pinned would not fit, and
+        GateFailedError for a version that has not passed, unless it `is_forced`.
         """
         with self._names.changes:
             record = self._names.index.resolve_name(name if current is None else f"{name}@{current}")
             if self._names.index.get(name).is_pinned if is_pinned is None else is_pinned:
                 self._check_pins(name, record.digest, self._num_bytes(record))
-            named = self._names.change(name, current=current, is_pinned=is_pinned, shared_with=shared_with)
+            named = self._names.change(
+                name, current=current, is_pinned=is_pinned, shared_with=shared_with, is_forced=is_forced
+            )
             self._residency.pin(self._pinned())
             return self._card(named)
+
+    def set_gate(self, name: str, gate: str | None) -> Card:
+        """See `Names.set_gate`."""
+        return self._card(self._names.set_gate(name, gate))
+
+    def judge(self, name: str, found: Judgement) -> Card | None:
+        """Note what a gate has found, and let `name` stand for a version that has passed: both at once, durably.
+
+        None, and nothing is done, where gate, version or current version have changed since it was asked.
+        """
+        with self._names.changes:
+            if not self._names.is_due(name, found):
+                return None
+            record, is_current = self._names.index.resolve_name(f"{name}@{found.version}"), found.has_passed
+            if is_current and self._names.index.get(name).is_pinned:
+                try:
+                    self._check_pins(name, record.digest, self._num_bytes(record))
+                except MemoryFullError as error:
+                    is_current, verdict = False, {**found.verdict, "reason": f"it has passed, but is pinned: {error}"}
+                    found = replace(found, verdict=verdict)
+            self._names.judge(name, found, is_current=is_current)
+            self._residency.pin(self._pinned())
+            return self.card(name)
+
+    def keep(self, reference: str) -> Lease:
+        """Have the version that this names stay until it is given back or deleted, however many newer ones come.
+
+        Raises AdapterNotFoundError and VersionNotFoundError.
+        """
+        with self._names.changes:
+            return self._lease_counts.keep(self._names.index.resolve_name(reference))
 
     def delete(self, name: str, version: int | None = None) -> Removal:
         """Remove a name, or one version of it, for new requests now; running ones end on what they hold.
@@ -304,16 +345,18 @@ class Registry:
         file_bytes = staging.config_path.stat().st_size + staging.weights_path.stat().st_size
         with self._names.changes:
             admit(name, details.digest, file_bytes)
-            if name in self._names.index and self._names.index.get(name).is_pinned:
+            named = self._names.index.get(name) if name in self._names.index else None
+            if named is not None and named.is_pinned and named.gate is None:
                 self._check_pins(name, details.digest, nbytes)
             published = self._names.publish(name, staging, details, source=source, conditions=conditions)
             self._residency.forget_failure(details.digest)  # its file may have been damaged, and is whole again
             self._last_failure.pop(name, None)
             with suppress(StorageFullError, StorageFailedError):  # one too many is kept until the next replace
                 for record in self._names.outdated(name):
-                    self._remove(name, record.version)
+                    if not self._lease_counts.is_kept(record):
+                        self._remove(name, record.version)
             self._residency.pin(self._pinned())
-            return PutResult(self.card(name), is_first=published.previous is None)
+            return PutResult(self.card(name), published.record, is_first=published.previous is None)
 
     def _num_bytes(self, record: VersionRecord) -> int:
         """In memory."""
@@ -347,6 +390,7 @@ class Registry:
             self._lease_counts.last_used(record.name),
             self._last_failure.get(record.name),
             named.shared_with,
+            named.gate is not None,
         )
 
     def _give_back(self, lease: Lease) -> None:

@@ -105,8 +105,7 @@ class TenantRegistry(Registry):
             put = self._registry.put(
                 stored, staging, source=source, conditions=conditions, make=make, admit=self._admitting(admit)
             )
-            change.came_to(put.card.record)
-            return put._replace(card=self._naming.card(put.card))
+            return self._told(change, put)
 
     def put_source(
         self,
@@ -130,8 +129,7 @@ class TenantRegistry(Registry):
                 cancellation=cancellation,
                 admit=self._admitting(admit),
             )
-            change.came_to(put.card.record)
-            return put._replace(card=self._naming.card(put.card))
+            return self._told(change, put)
 
     def change(
         self,
@@ -140,15 +138,26 @@ class TenantRegistry(Registry):
         current: int | None = None,
         is_pinned: bool | None = None,
         shared_with: Sequence[str] | None = None,
+        is_forced: bool = False,
     ) -> Card:
-        kinds = {"adapter.current": current is not None, "adapter.pin": is_pinned, "adapter.unpin": is_pinned is False}
-        kinds["adapter.share"] = shared_with is not None
+        kinds = {"adapter.force" if is_forced else "adapter.current": current is not None, "adapter.pin": is_pinned}
+        kinds |= {"adapter.unpin": is_pinned is False, "adapter.share": shared_with is not None}
         with self._changing(" ".join(kind for kind, is_asked in kinds.items() if is_asked), name) as change:
             change.shared_with = shared_with
             stored = self._own(name)
-            card = self._registry.change(stored, current=current, is_pinned=is_pinned, shared_with=shared_with)
+            card = self._registry.change(
+                stored, current=current, is_pinned=is_pinned, shared_with=shared_with, is_forced=is_forced
+            )
             change.came_to(card.record)
             return self._naming.card(card)
+
+    def set_gate(self, name: str, gate: str | None) -> Card:
+        with self._changing("gate.delete" if gate is None else "gate.put", name):
+            return self._naming.card(self._registry.set_gate(self._own(name), gate))
+
+    def keep(self, reference: str) -> Lease:
+        kept = self._registry.keep(self._tenant_names.stored_version(reference))
+        return Lease(self._naming.record(kept.record), lambda _own: kept.release())
 
     def delete(self, name: str, version: int | None = None) -> Removal:
         with self._changing("adapter.delete", name) as change:
@@ -193,6 +202,10 @@ class TenantRegistry(Registry):
         if key in self._registry.names.index and self._sees(card := self._registry.card(key)):
             return self._naming.card(card)
         raise unknown(name)
+
+    def _told(self, change: Change, put: PutResult) -> PutResult:
+        change.came_to(put.record)
+        return put._replace(card=self._naming.card(put.card), record=self._naming.record(put.record))
 
     def _sees(self, card: Card) -> bool:
         return self._naming.sees(card.record.name, card.shared_with or ())

@@ -32,6 +32,11 @@ class TenantIndex(Index):
     def is_mixture(self, name: str) -> bool:
         return TENANT_MARK not in name and self._index.is_mixture(self._naming.stored_mixture(name))
 
+    def gated(self) -> list[NamedVersions]:
+        """Its own that have a gate."""
+        own = (named for named in self._index.gated() if self._naming.is_own(named.current.name))
+        return [self._naming.named(named) for named in own]
+
     def aliases(self) -> list[Alias]:
         """In order of alias."""
         return [self._naming.alias(alias) for alias in self._index.aliases() if self._naming.is_own(alias.alias)]
@@ -108,6 +113,11 @@ class TenantNames(Names):
         if not self._naming.is_own(record.name):
             name = self._naming.said(record.name)
             raise NotOwnerError(f"{name} is shared with this tenant, which may ask it: all else is its owner's")
+
+    def stored_version(self, reference: str) -> str:
+        """A version that this tenant may ask, as the registry knows it. AdapterNotFoundError, VersionNotFoundError."""
+        record = self.index.find_name(reference)
+        return f"{record.name}@{record.version}"
 
     def link_files(self, reference: str, folder: Path) -> VersionRecord:
         """See `Names.link_files`. Raises NotOwnerError as well: a copy would outlive that it is shared."""

@@ -11,61 +11,17 @@ from typing import Any
 
 from swaplora_adapters.files.disk import StoreError, raising_storage_errors
 from swaplora_adapters.store.manifests import Facts, Manifest
-from swaplora_adapters.store.records import Alias, Details, Mixing, Target, VersionRecord
+from swaplora_adapters.store.records import Alias, Details, Mixing, Standing, Target, VersionRecord
+from swaplora_adapters.store.schema import MIGRATIONS
 
-# Each script brings `user_version` one further. Never change one that was released: append.
-MIGRATIONS = (
-    """
-    CREATE TABLE blobs (
-        digest TEXT PRIMARY KEY,
-        config_bytes INTEGER NOT NULL,
-        weights_bytes INTEGER NOT NULL,
-        failure TEXT
-    ) STRICT;
-    CREATE TABLE names (
-        name TEXT PRIMARY KEY,
-        current INTEGER,
-        last_version INTEGER NOT NULL
-    ) STRICT;
-    CREATE TABLE versions (
-        name TEXT NOT NULL REFERENCES names,
-        version INTEGER NOT NULL,
-        digest TEXT NOT NULL REFERENCES blobs,
-        rank INTEGER NOT NULL,
-        targets TEXT NOT NULL,
-        base_model TEXT,
-        num_parameters INTEGER NOT NULL,
-        created REAL NOT NULL,
-        source TEXT NOT NULL,
-        warnings TEXT NOT NULL,
-        PRIMARY KEY (name, version)
-    ) STRICT;
-    CREATE INDEX versions_by_digest ON versions (digest);
-    """,
-    """
-    ALTER TABLE names ADD COLUMN is_pinned INTEGER NOT NULL DEFAULT 0;
-    ALTER TABLE names ADD COLUMN origin TEXT;
-    CREATE TABLE aliases (
-        alias TEXT PRIMARY KEY,
-        targets TEXT NOT NULL
-    ) STRICT;
-    """,
-    "ALTER TABLE versions ADD COLUMN provenance TEXT;",
-    """ALTER TABLE versions ADD COLUMN kinds TEXT NOT NULL DEFAULT '["lora"]';""",
-    """
-    ALTER TABLE names ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
-    ALTER TABLE names ADD COLUMN removed TEXT NOT NULL DEFAULT '[]';
-    ALTER TABLE aliases ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
-    """,
-    "ALTER TABLE names ADD COLUMN shared_with TEXT NOT NULL DEFAULT '[]';",
-    "ALTER TABLE aliases ADD COLUMN mixing TEXT NOT NULL DEFAULT 'null';",
-)
 # What a description of a name holds: of the name, and of each of its versions.
-_OF_NAME = ("current", "last_version", "is_pinned", "origin", "removed", "shared_with")
+_OF_NAME = ("current", "last_version", "is_pinned", "origin", "removed", "shared_with", "gate")
 _OF_VERSION = (
     *("version", "digest", "kinds", "rank", "targets", "base_model", "num_parameters", "created", "source"),
-    *("warnings", "provenance"),
+    *("warnings", "provenance", "standing", "verdict"),
 )
+_UNTOLD_OF_NAME: Facts = {"shared_with": [], "gate": None}  # by descriptions of earlier releases
+_UNTOLD_OF_VERSION: Facts = {"standing": None, "verdict": None}
 _OF_ALIAS = ("alias", "revision", "targets", "mixing")
 _LISTS = ("kinds", "targets", "warnings", "removed", "shared_with", "mixing")  # JSON in the tables
 # Answers of SQLite that speak of the disk or of other programs. All others mean that the catalogue is damaged.
@@ -214,14 +170,14 @@ class Catalogue:
 
     def adopt_name(self, name: str, manifest: Manifest, config_bytes: Mapping[str, int]) -> None:
         """Take what a manifest says for what is kept of the name; `config_bytes` are the files', by digest."""
-        facts = {"shared_with": [], **manifest.facts}  # which one of an earlier release does not say
+        facts = _UNTOLD_OF_NAME | manifest.facts
         self._execute("DELETE FROM versions WHERE name = ?", name)
         self._insert("names", {"name": name, "revision": manifest.revision, **facts}, ("name", "revision", *_OF_NAME))
         for version in facts["versions"]:
             digest = version["digest"]
             if not self.is_blob(digest):
                 self.put_blob(digest, config_bytes[digest], version["weights_bytes"])
-            self._insert("versions", {"name": name, **version}, ("name", *_OF_VERSION))
+            self._insert("versions", {"name": name, **_UNTOLD_OF_VERSION, **version}, ("name", *_OF_VERSION))
 
     def adopt_alias(self, alias: str, manifest: Manifest) -> None:
         """Take what a manifest says, which may be that the alias is no more."""
@@ -252,18 +208,23 @@ class Catalogue:
         self._execute("UPDATE blobs SET failure = ? WHERE digest = ?", failure, digest)
 
     def add_version(self, name: str, details: Details, source: str) -> int:
-        """Give the name a new version, make it current, and return its number."""
-        [(version,)] = self._query(
+        """Give the name a new version, and return its number: the current one, or a candidate where there is a gate."""
+        [(version, gate)] = self._query(
             "INSERT INTO names (name, current, last_version) VALUES (?, 1, 1) ON CONFLICT (name) DO UPDATE"
-            " SET last_version = last_version + 1, current = last_version + 1 RETURNING last_version",
+            " SET last_version = last_version + 1, current = iif(gate IS NULL, last_version + 1, current)"
+            " RETURNING last_version, gate",
             name,
         )
+        standing = None if gate is None else Standing.CANDIDATE
         facts = {"name": name, "version": version, "created": time.time(), "source": source, **asdict(details)}
-        self._insert("versions", facts, ("name", *_OF_VERSION))
+        self._insert("versions", _UNTOLD_OF_VERSION | facts | {"standing": standing}, ("name", *_OF_VERSION))
         return int(version)
 
     def remove_versions(self, records: Iterable[VersionRecord]) -> None:
-        """Delete versions, and a blob's row with its last one; a name without its current one moves to its newest."""
+        """Delete versions, and a blob's row with its last one.
+
+        A name without its current one moves to its newest, or where there is a gate to the newest that has passed.
+        """
         for record in records:
             key = (record.name, record.version)
             self._execute("DELETE FROM versions WHERE name = ? AND version = ?", *key)
@@ -273,12 +234,13 @@ class Catalogue:
                 record.digest,
             )
             self._execute(
-                "UPDATE names SET current = (SELECT max(version) FROM versions v WHERE v.name = names.name)"
-                " WHERE name = ? AND current = ?",
+                "UPDATE names SET current = (SELECT max(version) FROM versions v WHERE v.name = names.name"
+                " AND (gate IS NULL OR standing IS NULL OR standing = 'passed')) WHERE name = ? AND current = ?",
                 *key,
             )
             self._execute(
-                "UPDATE names SET is_pinned = 0, shared_with = '[]' WHERE name = ? AND current IS NULL", record.name
+                "UPDATE names SET is_pinned = 0, shared_with = '[]', gate = NULL WHERE name = ? AND current IS NULL",
+                record.name,
             )
 
     def set_current(self, name: str, version: int) -> None:
@@ -292,6 +254,25 @@ class Catalogue:
     def set_shared_with(self, name: str, tenants: Sequence[str]) -> None:
         """Note who, besides whose it is, may ask the name."""
         self._execute("UPDATE names SET shared_with = ? WHERE name = ?", json.dumps(tenants), name)
+
+    def gate(self, name: str) -> str | None:
+        """What new versions of the name must show."""
+        return next((gate for (gate,) in self._query("SELECT gate FROM names WHERE name = ?", name)), None)
+
+    def set_gate(self, name: str, gate: str | None) -> None:
+        """Note what new versions must show; those that another gate has held back are to be judged anew."""
+        self._execute("UPDATE names SET gate = ? WHERE name = ?", gate, name)
+        if gate is not None:
+            self._execute(
+                "UPDATE versions SET standing = 'candidate', verdict = NULL WHERE name = ? AND standing = 'failed'"
+                " AND version > (SELECT current FROM names n WHERE n.name = versions.name)",
+                name,
+            )
+
+    def set_standing(self, name: str, version: int, standing: Standing, verdict: str | None) -> None:
+        """Note what has become of a version, and why."""
+        sql = "UPDATE versions SET standing = ?, verdict = ? WHERE name = ? AND version = ?"
+        self._execute(sql, standing, verdict, name, version)
 
     def set_origin(self, name: str, origin: str) -> None:
         """Note what the name was taken in from, so that it is not taken in again unchanged."""
@@ -380,7 +361,8 @@ class Catalogue:
 
 def _record(row: dict[str, Any]) -> VersionRecord:
     lists = {name: tuple(json.loads(row[name])) for name in ("kinds", "targets", "warnings")}
-    return VersionRecord(**row | lists)
+    standing = None if row["standing"] is None else Standing(row["standing"])
+    return VersionRecord(**row | lists | {"standing": standing})
 
 
 def _alias(alias: str, targets: list[tuple[str, int]], mixing: tuple[int, float] | None) -> Alias:

@@ -1,7 +1,17 @@
 """What is kept of a stored adapter besides its files. Plain data: no tensors, no SQL."""
 
+import enum
 from dataclasses import dataclass
 from typing import NamedTuple
+
+
+class Standing(enum.StrEnum):
+    """What has become of a version that came under its name's gate."""
+
+    CANDIDATE = "candidate"  # not judged yet
+    PASSED = "passed"
+    FAILED = "failed"
+    FORCED = "forced"  # made current all the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +46,13 @@ class VersionRecord:
     failure: str | None  # why its files cannot be used
     provenance: str | None = None  # as in Details
     kinds: tuple[str, ...] = ("lora",)
+    standing: Standing | None = None  # None for one that came where there was no gate
+    verdict: str | None = None  # a JSON object with a `reason`, once it is judged
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether a gate lets it be what its name stands for; what came without one has been that already."""
+        return self.standing in (None, Standing.PASSED)
 
 
 class Target(NamedTuple):
@@ -65,7 +82,7 @@ class Alias:
 
 
 class Published(NamedTuple):
-    """The outcome of a publish: `is_new` is false when the name's current version already was these bytes."""
+    """The outcome of a publish: `is_new` is false when the version that `record` is already was these bytes."""
 
     record: VersionRecord
     is_new: bool

@@ -24,6 +24,7 @@ from swaplora_adapters.errors import (
     AdapterFailedError,
     AdapterNotFoundError,
     AliasNotFoundError,
+    GateFailedError,
     StorageFailedError,
     StorageFullError,
     VersionNotFoundError,
@@ -34,7 +35,7 @@ from swaplora_adapters.store.blobs import BlobPaths, Blobs
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
 from swaplora_adapters.store.data_dir import DataDir, unusable
 from swaplora_adapters.store.manifests import Manifest, Manifests, NotUndoneError
-from swaplora_adapters.store.records import Alias, Details, Published, Quarantined, VersionRecord
+from swaplora_adapters.store.records import Alias, Details, Published, Quarantined, Standing, VersionRecord
 from swaplora_adapters.store.recovery import Recovery
 from swaplora_adapters.store.staging import Staging
 
@@ -87,10 +88,11 @@ class Store:
         source: str = "upload",
         conditions: Conditions = UNCONDITIONAL,
     ) -> Published:
-        """Make the staged files the current version of `name`; durable when this returns.
+        """Make the staged files the current version of `name`, or a candidate where that has a gate; then durable.
 
-        A new version is made only if the current one has another digest, also where an older one has the same; files
-        are shared by digest, and files that are there and sound are not touched. Raises PreconditionFailedError if
+        A new version is made only if the current one has another digest, also where an older one has the same, and the
+        newest is no candidate with these bytes. Files are shared by digest, and files that are there and sound are not
+        touched. Raises PreconditionFailedError if
         one of the `conditions` does not hold, InvalidAdapterNameError, InvalidAdapterError if a file is missing, and
         StorageFullError; then the store is as before. After StorageFailedError, too, but the next start may find the
         change made.
@@ -103,7 +105,8 @@ class Store:
                     previous = self._catalogue.current(name)
                     conditions.check(name, self._catalogue.was_used(name), previous)
                     self._keep_or_place(staging, details.digest)
-                    is_new = previous is None or previous.digest != details.digest
+                    stored = self._same(name, previous, details.digest)
+                    is_new = stored is None
                     if is_new:
                         self._catalogue.add_version(name, details, source)
                         self._write_manifest(name)
@@ -116,7 +119,8 @@ class Store:
                 if not (had_files or may_stand):
                     self._blobs.discard(details.digest)
                 raise
-            return Published(self.current(name), is_new, previous)
+            record = self.versions(name)[-1] if stored is None else self.version(name, stored.version)
+            return Published(record, is_new, previous)
 
     def current(self, name: str) -> VersionRecord:
         """The version that `name` stands for; AdapterNotFoundError."""
@@ -153,8 +157,11 @@ class Store:
         current: int | None = None,
         is_pinned: bool | None = None,
         shared_with: Sequence[str] | None = None,
+        is_forced: bool = False,
     ) -> None:
         """Let `name` stand for another of its versions, pin it, share it, or all at once.
+
+        A version that `is_forced` is noted to be current though it has not passed.
 
         Raises AdapterNotFoundError, VersionNotFoundError and StorageFullError; then nothing has changed.
         """
@@ -166,6 +173,9 @@ class Store:
             with self._change():
                 if current is not None:
                     self._catalogue.set_current(name, current)
+                    if is_forced:
+                        verdict = self.version(name, current).verdict
+                        self._catalogue.set_standing(name, current, Standing.FORCED, verdict)
                 if is_pinned is not None:
                     self._catalogue.set_pinned(name, is_pinned)
                 if shared_with is not None:
@@ -181,6 +191,28 @@ class Store:
         """The tenants, besides whose it is, that may ask `name`, which is there."""
         with self._mutex:
             return self._catalogue.shared_with(name)
+
+    def gate(self, name: str) -> str | None:
+        """What new versions of `name` must show, in words that are not ours."""
+        with self._mutex:
+            return self._catalogue.gate(name)
+
+    def set_gate(self, name: str, gate: str | None) -> None:
+        """Have new versions of `name`, which is there, be candidates; None lets each be current at once."""
+        with self._mutex, self._change():
+            self._catalogue.set_gate(name, gate)
+            self._write_manifest(name)
+
+    def judge(self, name: str, version: int, standing: Standing, verdict: str, *, is_current: bool) -> None:
+        """Note what has become of a candidate, and let `name` stand for it if `is_current`: both or neither.
+
+        Raises StorageFullError.
+        """
+        with self._mutex, self._change():
+            self._catalogue.set_standing(name, version, standing, verdict)
+            if is_current:
+                self._catalogue.set_current(name, version)
+            self._write_manifest(name)
 
     def origins(self) -> dict[str, str | None]:
         """What each name was last taken in from by itself, for all that were ever used, the deleted ones too."""
@@ -214,12 +246,13 @@ class Store:
     def delete(self, name: str, version: int | None = None) -> list[VersionRecord]:
         """Remove a name, or one version of it, and return what was removed; the files stay until they are discarded.
 
-        Without its current version a name stands for the newest that remains. Its version numbers never start again.
-        Works on a full disk too, where the reserve makes room for the catalogue's own change. Raises
-        AdapterNotFoundError or VersionNotFoundError.
+        Without its current version a name stands for the newest that remains, of those that its gate lets. Its version
+        numbers never start again. Works on a full disk too, where the reserve makes room for the catalogue's own
+        change. Raises AdapterNotFoundError, VersionNotFoundError, and GateFailedError if none is left that may follow.
         """
         with self._mutex:
             doomed = self.versions(name) if version is None else [self.version(name, version)]
+            self._check_follows(name, doomed)
             self._even_if_full(lambda is_hard: self._remove_versions(name, doomed, is_hard))
             return doomed
 
@@ -258,6 +291,23 @@ class Store:
                     complaints.append(f"{digest}: {complaint}")
         if complaints:
             raise StoreError("; ".join(complaints))
+
+    def _same(self, name: str, current: VersionRecord | None, digest: str) -> VersionRecord | None:
+        """The version that these bytes are already, if they were put again: the current one, or the newest one held."""
+        if current is None or current.digest == digest:
+            return current
+        newest = self._catalogue.versions(name)[-1]
+        is_held = self._catalogue.gate(name) is not None and newest.standing in (Standing.CANDIDATE, Standing.FAILED)
+        return newest if is_held and newest.digest == digest else None
+
+    def _check_follows(self, name: str, doomed: Sequence[VersionRecord]) -> None:
+        left = [record for record in self.versions(name) if record not in doomed]
+        is_held = bool(left) and self._catalogue.gate(name) is not None
+        if is_held and self.current(name) in doomed and not any(record.has_passed for record in left):
+            raise GateFailedError(
+                f"{name} would stand for nothing: the versions that would be left have not passed its gate; "
+                "make one of them current by force first, or delete all of it"
+            )
 
     def _keep_or_place(self, staging: Staging, digest: str) -> None:
         """Files that others rely on are replaced only if they are damaged: a crash could part them from their row.

@@ -20,6 +20,7 @@ from swaplora_server.access.key_file import (
     read_keys,
     revoke_key,
 )
+from swaplora_server.access.limits import NO_LIMITS, TenantLimits
 
 LOOK_SECONDS = 1.0
 _Seen = tuple[int, int, int] | None
@@ -77,6 +78,22 @@ class KeyRing:
         if known is None or not hmac.compare_digest(known.digest, digest):
             return None
         return known.caller if known.expires is None or time.time() < known.expires else None
+
+    def is_good(self, caller: Caller) -> bool:
+        """Whether the key that `caller` came with still is one to generate with."""
+        if self.is_open:
+            return True
+        now, known = time.time(), self._known.values()
+        good = (k.caller for k in known if k.expires is None or now < k.expires)
+        return any(
+            (found.key_id, found.tenant) == (caller.key_id, caller.tenant) and found.may({KeyScope.GENERATE})
+            for found in good
+        )
+
+    def tenant_limits(self, tenant: str) -> TenantLimits:
+        """Of all keys of a tenant together."""
+        callers = (known.caller for known in self._known.values())
+        return next((caller.tenant_limits for caller in callers if caller.tenant == tenant), NO_LIMITS)
 
     def refresh(self) -> None:
         """Read the file again if it is another than the one that was last looked at."""

@@ -17,6 +17,7 @@ from swaplora_server.http.auth import authorise, check_declared, is_public, need
 from swaplora_server.http.dependencies import note_trace
 from swaplora_server.http.described import REFUSED, with_keys
 from swaplora_server.http.errors import on_client_gone, on_defect, on_http_error, on_invalid_parameter, on_request_error
+from swaplora_server.http.evaluations import gates
 from swaplora_server.http.evaluations import routes as evaluations
 from swaplora_server.http.foreign import lora_adapters
 from swaplora_server.http.mixtures import routes as mixtures
@@ -44,6 +45,7 @@ from swaplora_server.http.transport.request_id import RequestIdMiddleware
 from swaplora_server.http.transport.request_line import RequestLine
 from swaplora_server.http.transport.request_log import ASKED_TIME_AND_AGAIN
 from swaplora_server.service.errors import RequestError
+from swaplora_server.service.gates.judging import judged
 from swaplora_server.service.service import Service
 
 _HANDLERS: dict[int | type[Exception], Any] = {
@@ -65,6 +67,7 @@ def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
     root_path = service.settings.root_path
     app = FastAPI(
         title="swaplora",
+        lifespan=lambda _app: judged(service),
         dependencies=[Depends(note_trace), Depends(authorise)],
         telemetry=_telemetry(service, root_path),
         exception_handlers=_HANDLERS,
@@ -91,6 +94,7 @@ def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
         score,
         rerank,
         adapters,
+        gates,
         inspection,
         compose,
         aliases,

@@ -44,6 +44,7 @@ _STATUS = {
     "request_timeout": 408,
     "adapter_busy": 409,
     "adapter_failed": 409,
+    "gate_failed": 409,
     "precondition_failed": 412,
     "body_too_large": 413,
     "adapter_too_large": 413,
@@ -77,7 +78,9 @@ _RETRY_AFTER = {
     "source_failed": "5",
 }
 # asking again is in vain, or too late
-_FINAL = frozenset({"adapter_busy", "adapter_failed", "deadline_exceeded", "storage_full", "storage_failed"})
+_FINAL = frozenset(
+    {"adapter_busy", "adapter_failed", "gate_failed", "deadline_exceeded", "storage_full", "storage_failed"}
+)
 RETRY_HEADERS = ("retry-after", "x-should-retry")
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}

@@ -40,6 +40,8 @@ from swaplora_server.service.chat_template import ChatTemplate
 from swaplora_server.service.derivations import Derivations
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.evaluations.evaluations import Evaluations
+from swaplora_server.service.gates.gates import Gates
+from swaplora_server.service.gates.task_files import TaskFiles
 from swaplora_server.service.grammar.grammars import Grammars
 from swaplora_server.service.grammar.vocabulary import grammar_tokenizer
 from swaplora_server.service.ingest import Ingest, TenantIngest
@@ -84,6 +86,7 @@ class Service:
     engine: Engine
     derivations: Derivations
     evaluations: Evaluations
+    gates: Gates
     tokenizer: PromptTokenizer
     grammars: Grammars
     routers: Routers
@@ -127,6 +130,11 @@ class Service:
     def tenant(self) -> str:
         """Whose requests these are; "" for the default one."""
         return ""
+
+    @property
+    def is_key_good(self) -> bool:
+        """Whether the caller's key, with which something longer was begun, still lets it generate."""
+        return True
 
     def check_room(self) -> None:
         """Raise RequestError where no request of the caller's tenant would be let in, whatever it asks for."""
@@ -179,6 +187,7 @@ class Service:
             self._registry = self._open_registry()
             opened.callback(self._registry.close)
             self.evaluations = Evaluations(settings.data_dir / "evaluations")
+            self.gates = Gates(TaskFiles(settings.data_dir / "gates"), self._registry)
             self._take_in_named_adapters()
             self._ingest = Ingest(self.registry, settings.adapter_dir, settings.resolver, _report_ingest)
             opened.callback(self._ingest.join)

@@ -28,6 +28,11 @@ class TenantService(Service):
         """Whose requests these are; the default one is nameless."""
         return self._tenant
 
+    @property
+    def is_key_good(self) -> bool:
+        """See `Service.is_key_good`."""
+        return self.keys.is_good(self._caller)
+
     def reserve_tokens(self, num_tokens: int, param: str) -> Reservation:
         """See `Service.reserve_tokens`."""
         try:

@@ -15,7 +15,7 @@ from swaplora_adapters.registry.index import EVERYBODY
 from swaplora_adapters.store.conditions import Conditions
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
-from swaplora_server.http.cards import CARD, card_body
+from swaplora_server.http.cards import CARD, card_body, put_body, whole_body
 from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
 from swaplora_server.http.described import TEXT, answers, object_of
 from swaplora_server.http.sse import until_disconnect
@@ -94,7 +94,7 @@ async def put_adapter(
     make = None if convert is None else partial(service.derivations.deriver.convert, convert_energy or DEFAULT_ENERGY)
     take_in = _fetch if is_json(request.headers.get("content-type", "")) else _receive
     put = await take_in(request, service, name, conditions, make)
-    return JSONResponse(card_body(service, put.card), 201 if put.is_first else 200)
+    return JSONResponse(put_body(service, put), 201 if put.is_first else 200)
 
 
 async def _receive(
@@ -142,23 +142,26 @@ async def list_adapters(
 @router.get("/v1/adapters/{name}")
 @needs(KeyScope.READ)
 async def get_adapter(service: Serving, name: str) -> dict[str, Any]:
-    """One card."""
+    """One card, with what its versions have shown."""
     service.check_serving()
-    return card_body(service, service.registry.card(name))
+    return whole_body(service, service.registry.card(name))
 
 
 @router.patch("/v1/adapters/{name}", openapi_extra=body_schema(ChangeBody))
 @needs(KeyScope.WRITE)
 async def change_adapter(
-    service: Serving, name: str, body: Annotated[ChangeBody, Depends(json_body(ChangeBody))]
+    service: Serving, name: str, body: Annotated[ChangeBody, Depends(json_body(ChangeBody))], force: bool = False
 ) -> dict[str, Any]:
     """Roll back or forward (`current`), keep in memory or no longer (`pinned`), let other tenants ask (`shared_with`).
 
-    When this answers, it is durable, and nobody whom it is not shared with any more is answered by it from then on.
+    A version that has not passed the adapter's gate is made current with `force` alone. When this answers, it is
+    durable, and nobody whom it is not shared with any more is answered by it from then on.
     """
     service.check_serving()
+    if force and body.current is None:
+        raise RequestError("invalid_request", "force is for current: say which version", "force")
     change = partial(service.registry.change, name, current=body.current, is_pinned=body.pinned)
-    card = await asyncio.to_thread(change, shared_with=body.shared_with)
+    card = await asyncio.to_thread(change, shared_with=body.shared_with, is_forced=force)
     return card_body(service, card)
 
 

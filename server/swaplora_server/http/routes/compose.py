@@ -15,7 +15,7 @@ from swaplora_adapters.derive.recipe import OPTIONAL, REQUIRED, Method, Recipe
 from swaplora_adapters.registry.card import PutResult
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
-from swaplora_server.http.cards import CARD, card_body
+from swaplora_server.http.cards import CARD, put_body
 from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
 from swaplora_server.http.described import answers
 from swaplora_server.http.sse import until_disconnect
@@ -70,7 +70,7 @@ async def compose_adapter(
     chosen = _chosen(service, body.ingredients)
     compose = partial(_compose, service, body.name, chosen, recipe, body.materialise)
     put = await until_disconnect(request.receive, service.derivations.make(compose))
-    return JSONResponse(card_body(service, put.card), 201 if put.is_first else 200)
+    return JSONResponse(put_body(service, put), 201 if put.is_first else 200)
 
 
 def _recipe(body: MergedBody) -> Recipe:

@@ -133,7 +133,7 @@ async def _load(
         if is_pinned:
             await asyncio.to_thread(service.registry.change, stored, is_pinned=True)
         if is_warm:
-            await service.warm(stored)
+            await service.warm(f"{stored}@{put.record.version}")
         if stored != name and not is_known:
             await asyncio.to_thread(service.registry.put_alias, name, [Target(stored, 1)])
     except AdapterError:
@@ -175,7 +175,7 @@ async def _fetch(service: Service, name: str, stored: str, path: str, *, replace
 def _take_back(service: Service, put: PutResult) -> None:
     """Delete what was just published, and nothing that others put in its place."""
     with suppress(AdapterError):
-        service.registry.delete(put.card.record.name, put.card.record.version)
+        service.registry.delete(put.record.name, put.record.version)
 
 
 async def _unload(service: Service, name: str) -> Response:

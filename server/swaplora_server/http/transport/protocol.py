@@ -41,7 +41,7 @@ class HttpConfig(uvicorn.Config):
             ws="none",
             log_config=None,
             access_log=False,
-            lifespan="off",
+            lifespan="on",
             timeout_graceful_shutdown=grace_seconds,
         )
         self.settings = settings

@@ -55,18 +55,32 @@ class Evaluations:
         return found
 
     def admit(self, evaluation: Evaluation) -> None:
-        """Take it in, not yet on the disk. Raises RequestError for one more than a tenant may have."""
-        self.check_room(evaluation.tenant)
+        """Take it in, not yet on the disk. Raises RequestError for one more than a tenant may have.
+
+        What a gate asks for has its own room: see `surplus`.
+        """
+        if evaluation.gate is None:
+            self.check_room(evaluation.tenant)
         self._kept[evaluation.id] = evaluation
 
     def check_room(self, tenant: str) -> None:
         """Raise RequestError where a tenant has as many as it may."""
-        own = self.of(tenant)
+        own = [one for one in self.of(tenant) if one.gate is None]
         if len(own) >= MAX_KEPT:
             message = f"{MAX_KEPT} evaluations are kept: delete some with DELETE /v1/evaluations/{{evaluation_id}}"
             raise RequestError("quota_exceeded", message)
         if sum(one.is_open for one in own) >= MAX_OPEN:
             raise RequestError("overloaded", f"{MAX_OPEN} evaluations run or wait already: wait for one, or cancel it")
+
+    def surplus(self, tenant: str) -> list[Evaluation]:
+        """Those of a tenant's gates that are to go before another comes."""
+        return [one for one in self.of(tenant) if one.gate is not None][MAX_KEPT - 1 :]
+
+    def scores_of(self, tenant: str, digest: str) -> dict[str, Evaluation]:
+        """Of a version, by task, the last evaluation that was done."""
+        done = [one for one in self.of(tenant) if one.state is State.DONE]
+        of_it = [one for one in done if digest in (model.digest for model in one.models)]
+        return {one.task_digest: one for one in reversed(of_it)}
 
     def whole(self, evaluation: Evaluation) -> dict[str, Any]:
         """What the API tells of it; any thread may ask."""

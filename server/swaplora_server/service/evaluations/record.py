@@ -58,6 +58,7 @@ class Evaluation(BaseModel):
     stop: list[str]
     fingerprint: str  # of all that answers depend on, adapters aside
     models: list[Evaluated]
+    gate: str | None = None  # of the adapter whose gate asks, if it was not a request
     scores: list[list[list[float] | None]]  # of each model, of each item; None until it is answered
     num_done: int = 0
     results: list[dict[str, Any]] | None = None  # once it has ended
@@ -94,6 +95,7 @@ class Evaluation(BaseModel):
             "stop": self.stop,
             "fingerprint": self.fingerprint,
             "models": [model.model_dump() for model in self.models],
+            "gate": self.gate,
             "progress": {"done": self.num_done, "total": self.num_items * len(self.models)},
             "error": None if self.error is None else self.error.model_dump(),
         }

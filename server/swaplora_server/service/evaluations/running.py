@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from contextvars import Context
+from functools import partial
 
 import structlog
 
@@ -21,10 +23,13 @@ _STOPPED = frozenset({"draining", "not_ready", "engine_failed"})
 _log = structlog.get_logger(__name__)
 
 
-async def begin(service: Service, task: Task, models: Sequence[str], asking: Asking) -> Evaluation:
+async def begin(
+    service: Service, task: Task, models: Sequence[str], asking: Asking, gate: str | None = None
+) -> Evaluation:
     """Bind the names to versions and have the task asked of them; when this returns, that it was wanted is durable.
 
-    Raises RequestError and AdapterError.
+    The versions stay until it has ended, unless they are deleted. `gate` is the adapter whose gate asks. Raises
+    RequestError and AdapterError.
     """
     service.check_serving()
     service.check_generating()
@@ -41,18 +46,24 @@ async def begin(service: Service, task: Task, models: Sequence[str], asking: Ask
         fingerprint=service.fingerprint,
         models=_bound(service, models),
         scores=[[None] * len(task.items) for _ in models],
+        gate=gate,
     )
     service.evaluations.admit(evaluation)
-    try:
-        await asyncio.to_thread(service.evaluations.save, evaluation)
-    except BaseException:
-        service.evaluations.forget(evaluation)
-        raise
-    if not evaluation.is_open:
-        return evaluation  # it was cancelled meanwhile
-    run = asyncio.create_task(_run(service, evaluation, task.items, asking), context=Context())
-    service.evaluations.runs[evaluation.id] = run
-    run.add_done_callback(lambda _done: service.evaluations.runs.pop(evaluation.id, None))
+    with ExitStack() as held:
+        try:
+            for one in evaluation.models:
+                if one.name is not None:
+                    held.callback(service.registry.keep(f"{one.name}@{one.version}").release)
+            await asyncio.to_thread(service.evaluations.save, evaluation)
+        except BaseException:
+            service.evaluations.forget(evaluation)
+            raise
+        if not evaluation.is_open:
+            return evaluation  # it was cancelled meanwhile
+        run = asyncio.create_task(_run(service, evaluation, task.items, asking), context=Context())
+        service.evaluations.runs[evaluation.id] = run
+        run.add_done_callback(lambda _done: service.evaluations.runs.pop(evaluation.id, None))
+        run.add_done_callback(partial(_let_go, held.pop_all()))
     return evaluation
 
 
@@ -71,6 +82,10 @@ async def forget(service: Service, evaluation: Evaluation) -> None:
     """End it, and keep nothing of it."""
     await cancel(service, evaluation)
     await asyncio.to_thread(service.evaluations.forget, evaluation)
+
+
+def _let_go(held: ExitStack, _run: object) -> None:
+    held.close()
 
 
 def _bound(service: Service, models: Sequence[str]) -> list[Evaluated]:
@@ -120,8 +135,7 @@ async def _run(service: Service, evaluation: Evaluation, items: Sequence[Item], 
 
 async def _ask_all(service: Service, evaluation: Evaluation, items: Sequence[Item], asking: Asking) -> None:
     """Some items of one model and then of the next, so that they can be compared early. Raises the first error."""
-    blocks = [range(len(items))[start : start + BLOCK_ITEMS] for start in range(0, len(items), BLOCK_ITEMS)]
-    work = ((number, model) for block in blocks for model in range(len(evaluation.models)) for number in block)
+    work = _work(service, evaluation)
     askers = [asyncio.create_task(_ask_some(service, evaluation, items, asking, work)) for _ in range(NUM_AT_ONCE)]
     saving = asyncio.create_task(_save_at_times(service, evaluation))
     try:
@@ -130,6 +144,17 @@ async def _ask_all(service: Service, evaluation: Evaluation, items: Sequence[Ite
         for each in (*askers, saving):
             each.cancel()
         await asyncio.wait({*askers, saving})
+
+
+def _work(service: Service, evaluation: Evaluation) -> Iterator[tuple[int, int]]:
+    """Items and models, by their numbers. Raises RequestError, and has it cancelled, once its key is no longer good."""
+    for start in range(0, evaluation.num_items, BLOCK_ITEMS):
+        for model in range(len(evaluation.models)):
+            if evaluation.gate is None and not service.is_key_good:
+                message = "the key that began it has expired, was revoked, or may not generate any more"
+                evaluation.end(State.CANCELLED, Failure(code="invalid_api_key", message=message))
+                raise RequestError("invalid_api_key", message)
+            yield from ((number, model) for number in range(start, min(start + BLOCK_ITEMS, evaluation.num_items)))
 
 
 async def _ask_some(

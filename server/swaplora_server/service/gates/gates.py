@@ -1,0 +1,66 @@
+"""Gates of a server's adapters: set and removed, with the tasks that they name."""
+
+import asyncio
+from collections.abc import Sequence
+
+from swaplora_adapters.registry.index import NamedVersions
+from swaplora_adapters.registry.registry import Registry
+from swaplora_server.evaluation.gate import Gate
+from swaplora_server.evaluation.task import Task
+from swaplora_server.service.errors import RequestError
+from swaplora_server.service.gates.task_files import TaskFiles
+
+MAX_GATES = 200  # of one tenant
+MAX_TASK_BYTES = 1 << 20  # of a task that a gate names
+
+
+class Gates:
+    """What gates there are stands with the names in the registry; here are their tasks. Lives on the event loop."""
+
+    def __init__(self, files: TaskFiles, registry: Registry) -> None:
+        """`registry` is that of all tenants. What no gate names any more is removed."""
+        self.files = files
+        self._registry = registry
+        self._changes = asyncio.Lock()  # or a task could be swept before its gate is there
+        self._sweep()
+
+    async def put(self, registry: Registry, name: str, gate: Gate, tasks: Sequence[Task]) -> None:
+        """Have new versions of `name`, of a tenant's `registry`, judged by this; durable when it returns.
+
+        Raises RequestError for one more than a tenant may have, and AdapterError.
+        """
+        async with self._changes:
+            registry.names.check_is_own(name)
+            if registry.names.index.get(name).gate is None and len(registry.names.index.gated()) >= MAX_GATES:
+                raise RequestError("quota_exceeded", f"{MAX_GATES} adapters have a gate: remove one first")
+            try:
+                for task in tasks:
+                    await asyncio.to_thread(self.files.put, task)
+                await asyncio.to_thread(registry.set_gate, name, gate.model_dump_json())
+            finally:
+                await asyncio.to_thread(self._sweep)
+
+    async def remove(self, registry: Registry, name: str) -> None:
+        """Let each new version be current at once. Raises RequestError where there is no gate, and AdapterError."""
+        async with self._changes:
+            gate_of(registry, name)
+            await asyncio.to_thread(registry.set_gate, name, None)
+            await asyncio.to_thread(self._sweep)
+
+    def _sweep(self) -> None:
+        gated = self._registry.names.index.gated()
+        self.files.sweep({task.digest for named in gated for task in read_gate(named).tasks})
+
+
+def gate_of(registry: Registry, name: str) -> Gate:
+    """Raises RequestError where there is none, AdapterNotFoundError, and NotOwnerError for another tenant's."""
+    registry.names.check_is_own(name)
+    named = registry.names.index.get(name)
+    if named.gate is None:
+        raise RequestError("not_found", f"{name[:128]} has no gate: each new version is current at once")
+    return read_gate(named)
+
+
+def read_gate(named: NamedVersions) -> Gate:
+    """Of a name that has one."""
+    return Gate.model_validate_json(named.gate or "")

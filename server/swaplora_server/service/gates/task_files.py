@@ -1,0 +1,58 @@
+"""Tasks that gates name, each a file called by its digest.
+
+gates/<sha256 of the task>.jsonl
+"""
+
+import secrets
+from collections.abc import Collection
+from pathlib import Path
+
+from swaplora_adapters.files.disk import StoreError, raising_storage_errors, sync_folder
+from swaplora_adapters.store.staging import Writer
+from swaplora_server.evaluation.task import MAX_TASK_BYTES, Task, TaskError, parse_task
+
+
+class TaskFiles:
+    """What lies in one folder. Any thread may ask."""
+
+    def __init__(self, folder: Path) -> None:
+        """Made if need be. Raises StoreError."""
+        if folder.is_symlink():
+            raise StoreError(f"{folder} is a link, and nothing in a data directory may be one")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self._folder = folder
+
+    def put(self, task: Task) -> None:
+        """Keep it, durable when this returns. Raises StorageFullError and StorageFailedError."""
+        content = "".join(f"{item.canonical}\n" for item in task.items).encode()
+        partial = self._folder / f"{secrets.token_hex(8)}.part"
+        with raising_storage_errors():
+            try:
+                with Writer(partial, len(content)) as writer:
+                    writer.write(content)
+                partial.replace(self._path(task.digest))
+            finally:
+                partial.unlink(missing_ok=True)
+            sync_folder(self._folder)
+
+    def read(self, digest: str) -> Task:
+        """Raises TaskError for what is not there, or is another by now."""
+        try:
+            with self._path(digest).open("rb") as file:
+                task = parse_task(file.read(MAX_TASK_BYTES + 1).decode())
+        except (OSError, UnicodeDecodeError) as error:
+            raise TaskError(f"the file of the task {digest} cannot be read") from error
+        if task.digest != digest:
+            raise TaskError(f"the file of the task {digest} is damaged")
+        return task
+
+    def sweep(self, wanted: Collection[str]) -> None:
+        """Remove all but the tasks with these digests."""
+        names = {self._path(digest).name for digest in wanted}
+        with raising_storage_errors():
+            for path in self._folder.iterdir():
+                if path.name not in names:
+                    path.unlink()
+
+    def _path(self, digest: str) -> Path:
+        return self._folder / f"{digest.removeprefix('sha256:')}.jsonl"
