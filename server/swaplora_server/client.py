@@ -15,6 +15,7 @@ from urllib.parse import quote
 import httpx
 
 Card = Mapping[str, Any]  # an adapter as the server describes it: docs/api.md lists what it has
+Task = str | Sequence[Mapping[str, Any]]  # JSONL, or its objects
 Message = Mapping[str, str]  # {"role": …, "content": …}
 
 # An upload is answered when it is durable, a delete when its memory is free, a token when its turn comes: all may take
@@ -127,9 +128,37 @@ class Client:
         """Keep an adapter in memory, or no longer."""
         return self._json("PATCH", _path(name), json={"pinned": pinned})
 
-    def set_current(self, name: str, version: int) -> Card:
-        """Let a name stand for another of its versions."""
-        return self._json("PATCH", _path(name), json={"current": version})
+    def set_current(self, name: str, version: int, *, force: bool = False) -> Card:
+        """Let a name stand for another of its versions; by `force` for one that has not passed its gate."""
+        params = {"force": "true"} if force else {}
+        return self._json("PATCH", _path(name), params=params, json={"current": version})
+
+    def gate(self, name: str) -> Mapping[str, Any]:
+        """What new versions of an adapter must show, and what each version has."""
+        return self._json("GET", f"{_path(name)}/gate")
+
+    def set_gate(
+        self,
+        name: str,
+        task: Task,
+        min_score: float,
+        *,
+        must_keep: tuple[Task, float] | None = None,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Mapping[str, Any]:
+        """Have new versions be current only once they reach `min_score` of `task`.
+
+        `must_keep` is another task, and how much lower they may score at it than the current version.
+        """
+        body = {"task": task, "min_score": min_score, "stop": list(stop)}
+        body |= {} if must_keep is None else {"must_keep": {"task": must_keep[0], "max_drop": must_keep[1]}}
+        body |= {} if max_tokens is None else {"max_tokens": max_tokens}
+        return self._json("PUT", f"{_path(name)}/gate", json=body)
+
+    def remove_gate(self, name: str) -> None:
+        """Have new versions be current at once again."""
+        self._send("DELETE", f"{_path(name)}/gate")
 
     def share_adapter(self, name: str, shared_with: Sequence[str]) -> Card:
         """Let these tenants ask an adapter, and no others; `["*"]` is everybody, `[]` nobody else."""
@@ -200,7 +229,7 @@ class Client:
 
     def begin_evaluation(
         self,
-        task: str | Sequence[Mapping[str, Any]],
+        task: Task,
         models: Sequence[str],
         *,
         max_tokens: int | None = None,

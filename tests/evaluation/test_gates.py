@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import tiny
-from runs import GUARD_SECONDS, full
+from runs import GUARD_SECONDS, begin, ended, full
 from serving import BASE, Running, serving, settings
 from swaplora_adapters.registry.names import Judgement
 from swaplora_adapters.registry.registry import Registry
@@ -351,17 +351,12 @@ def test_versions_that_are_asked_are_kept(base: Path, adapters: list[Path], tmp_
     with serving(settings(base, tmp_path, keep_versions=1)) as server:
         server.put("a", adapters[0])
         with full(server):
-            begun = server.client.post(
-                "/v1/evaluations", json={"task": [{"prompt": "a", "answer": "b"}], "models": ["a"]}
-            )
+            begun = begin(server, [{"prompt": "a", "answer": "b"}], ["a"], max_tokens=1)
             for number in (1, 2, 3):
                 server.put("a", adapters[number])
             versions = server.client.get("/v1/adapters/a").json()["versions"]
             assert [one["version"] for one in versions] == [1, 4]
-        deadline = time.monotonic() + GUARD_SECONDS
-        while (told := server.client.get(f"/v1/evaluations/{begun.json()['id']}").json())["ended"] is None:
-            assert time.monotonic() < deadline
-        assert told["state"] == "done"
+        assert ended(server, begun["id"])["state"] == "done"
         server.wait_idle()
         server.put("a", adapters[4])
         assert [one["version"] for one in server.client.get("/v1/adapters/a").json()["versions"]] == [5]
@@ -379,13 +374,11 @@ def test_an_evaluation_ends_with_its_key(
         server.put("a", adapters[1])
         task = [{"prompt": str(number), "answer": "b"} for number in range(50)]
         with full(server):
-            begun = server.client.post("/v1/evaluations", json={"task": task, "models": ["a"]}).json()
+            begun = begin(server, task, ["a"], max_tokens=1)
             revoke_key(keys, stored.id)
             server.service.keys.refresh()
         server.client.headers["authorization"] = f"Bearer {other}"
-        deadline = time.monotonic() + GUARD_SECONDS
-        while (told := server.client.get(f"/v1/evaluations/{begun['id']}").json())["ended"] is None:
-            assert time.monotonic() < deadline
+        told = ended(server, begun["id"])
         assert (told["state"], told["error"]["code"]) == ("cancelled", "invalid_api_key")
         assert told["progress"]["done"] < len(task)
         gated(server, "gated", adapters[4])  # a gate needs nobody's key
@@ -434,10 +427,8 @@ def test_evaluations_of_gates_have_their_own_room(
         assert judged(server, "room", number - 3)["standing"] == "failed"
     listed = server.client.get("/v1/evaluations").json()["data"]
     assert sum(one["gate"] == "room" for one in listed) == sum(one["gate"] is not None for one in listed) == 2
-    body = {"task": [{"prompt": "a", "answer": "b"}], "models": [BASE]}
-    begun = server.client.post("/v1/evaluations", json=body)
-    assert begun.status_code == 201
-    assert server.client.delete(f"/v1/evaluations/{begun.json()['id']}").status_code == 200
+    begun = begin(server, [{"prompt": "a", "answer": "b"}], [BASE], max_tokens=1)
+    assert server.client.delete(f"/v1/evaluations/{begun['id']}").status_code == 200
 
 
 @pytest.mark.parametrize(

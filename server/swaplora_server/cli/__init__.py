@@ -15,13 +15,13 @@ from swaplora_server.cli import (
     chat,
     compose,
     doctor,
-    evaluate,
     inspect,
     keys,
     mixtures,
     serve,
     update,
 )
+from swaplora_server.cli.judging import evaluate, gates
 from swaplora_server.cli.offline import extract, merge, validate
 from swaplora_server.cli.settings import PLAIN_HELP, SettingsCommand
 
@@ -51,6 +51,7 @@ app = _group(
         "chat": chat.chat,
         "bench": bench.bench,
         "evaluate": evaluate.evaluate,
+        "promote": gates.promote,
         "merge": merge.merge,
         "extract": extract.extract,
         "doctor": doctor.doctor,
@@ -75,6 +76,13 @@ app.add_typer(
         },
     ),
     name="adapters",
+)
+app.add_typer(
+    _group(
+        "Have new versions of adapters be judged before they are current.",
+        {"set": gates.set_gate, "show": gates.show_gate, "remove": gates.remove_gate},
+    ),
+    name="gate",
 )
 app.add_typer(
     _group(

@@ -101,7 +101,10 @@ def put_adapter(
     if as_json:
         show_json(card)
     else:
-        say(f"{name}@{card.get('version')} is stored ({short_digest(card)})")
+        stored = card.get("stored", card)
+        say(f"{name}@{stored.get('version')} is stored ({short_digest(stored)})")
+        if stored.get("standing") == "candidate":
+            say(f"{name} stands for {name}@{card['version']} until the new one has passed: swaplora gate show {name}")
 
 
 def _upload(client: "Client", name: str, folder: Path, **how: Any) -> "Card":

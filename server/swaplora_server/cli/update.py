@@ -75,9 +75,10 @@ def roll_back(
 
 
 def _version_before(card: "Card") -> int:
-    """The highest version below the current one; ends the command if there is none."""
+    """The highest version below the current one, of those that its gate lets; ends the command if there is none."""
     current = card["version"]
-    earlier = [version["version"] for version in card["versions"] if version["version"] < current]
+    passed = [version for version in card["versions"] if version.get("standing") in (None, "passed")]
+    earlier = [version["version"] for version in passed if version["version"] < current]
     if not earlier:
         fail(f"{card['name']} has no version before {current}: choose another with --to, or upload the old one again")
     return int(max(earlier))

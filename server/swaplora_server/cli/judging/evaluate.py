@@ -32,7 +32,7 @@ def evaluate(
     Ended by Ctrl-C, it is cancelled, and the server keeps what has come.
     """
     with connected(url, api_key) as client:
-        found = _run(client, _read(task), models, max_tokens, stop or [])
+        found = _run(client, read_task(task), models, max_tokens, stop or [])
     if as_json:
         show_json(found)
     else:
@@ -44,7 +44,8 @@ def evaluate(
         fail(f"the evaluation {found['id']} was not done but {found['state']}{reason}")
 
 
-def _read(path: Path) -> str:
+def read_task(path: Path) -> str:
+    """A task file's text; ends the command for one that is no text."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

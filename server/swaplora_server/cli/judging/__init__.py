@@ -1,0 +1,1 @@
+"""Commands that judge versions of adapters: evaluations, gates, and what follows from them."""
