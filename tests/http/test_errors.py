@@ -49,7 +49,7 @@ def test_openais_client_asks_again_where_that_may_help_and_when_it_is_told_to(co
     answer = httpx2.Response(_STATUS[code], headers=dict(told))
     client = openai.OpenAI(base_url="http://localhost", api_key="key")
     asks_again = client._should_retry(answer)  # noqa: SLF001 - what is asked of it is its own rule
-    in_vain = {"adapter_busy", "adapter_failed", "deadline_exceeded", "storage_full", "storage_failed"}
+    in_vain = {"adapter_busy", "adapter_failed", "gate_failed", "deadline_exceeded", "storage_full", "storage_failed"}
     by_itself = _STATUS[code] in (408, 409, 429) or _STATUS[code] >= 500
     assert asks_again == (by_itself and code not in in_vain)
     if "retry-after" in told:
