@@ -241,8 +241,7 @@ class Registry:
 
         Raises AdapterNotFoundError and VersionNotFoundError.
         """
-        with self._names.changes:
-            return self._lease_counts.keep(self._names.index.resolve_name(reference))
+        return self._lease_counts.keep(self._names.index.resolve_name(reference))
 
     def delete(self, name: str, version: int | None = None) -> Removal:
         """Remove a name, or one version of it, for new requests now; running ones end on what they hold.
