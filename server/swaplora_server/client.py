@@ -151,7 +151,7 @@ class Client:
 
         `must_keep` is another task, and how much lower they may score at it than the current version.
         """
-        body = {"task": task, "min_score": min_score, "stop": list(stop)}
+        body: dict[str, Any] = {"task": task, "min_score": min_score, "stop": list(stop)}
         body |= {} if must_keep is None else {"must_keep": {"task": must_keep[0], "max_drop": must_keep[1]}}
         body |= {} if max_tokens is None else {"max_tokens": max_tokens}
         return self._json("PUT", f"{_path(name)}/gate", json=body)

@@ -248,7 +248,8 @@ def test_what_changes_meanwhile_is_judged_anew_or_not_at_all(
         server.put(name, folder)
     task = [{"prompt": "a", "regex": "."}]
     gate_of(server, name, task, must_keep={"task": answers(server, f"{name}@2"), "max_drop": 0.0})
-    judge, noted = Registry.judge, []
+    judge = Registry.judge
+    noted: list[Judgement] = []
 
     def late(self: Registry, stored: str, found: Judgement) -> Any:
         if is_late and not noted:
@@ -409,8 +410,8 @@ def test_a_gate_is_its_tenants(base: Path, adapters: list[Path], tmp_path: Path)
         as_("acme")
         server.client.patch("/v1/adapters/sql", json={"shared_with": ["zeta"]})
         as_("zeta")
-        for method, fields in (("GET", {}), ("PUT", {"json": body}), ("DELETE", {})):
-            refused = server.client.request(method, "/v1/adapters/acme~sql/gate", **fields)
+        for method, sent in (("GET", None), ("PUT", body), ("DELETE", None)):
+            refused = server.client.request(method, "/v1/adapters/acme~sql/gate", json=sent)
             assert (refused.status_code, refused.json()["error"]["code"]) == (403, "not_owner")
         card = server.client.get("/v1/adapters/acme~sql").json()
         assert (card["gated"], [one["standing"] for one in card["versions"]]) == (None, [None, None])
@@ -458,8 +459,8 @@ def test_there_is_no_gate_without_an_adapter_and_no_more_than_so_many(
     server: Running, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = {"task": [{"prompt": "a", "answer": "b"}], "min_score": 0.5}
-    for method, fields in (("PUT", {"json": body}), ("GET", {}), ("DELETE", {})):
-        refused = server.client.request(method, "/v1/adapters/nobody/gate", **fields)
+    for method, sent in (("PUT", body), ("GET", None), ("DELETE", None)):
+        refused = server.client.request(method, "/v1/adapters/nobody/gate", json=sent)
         assert (refused.status_code, refused.json()["error"]["code"]) == (404, "adapter_not_found")
     server.put("many", adapters[1])
     monkeypatch.setattr(gates, "MAX_GATES", 0)
