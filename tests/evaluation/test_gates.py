@@ -12,6 +12,7 @@ import pytest
 import tiny
 from runs import GUARD_SECONDS, begin, ended, full
 from serving import BASE, Running, serving, settings
+from swaplora_adapters.errors import OverloadedError
 from swaplora_adapters.registry.names import Judgement
 from swaplora_adapters.registry.registry import Registry
 from swaplora_server.access.caller import KeyScope
@@ -281,13 +282,19 @@ def test_a_restart_at_any_moment_leaves_it_to_be_judged(
     base: Path, adapters: list[Path], alike: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(base, tmp_path)
-    with serving(config) as server:
-        gated(server, "a", adapters[4])
-        with full(server):
-            server.put("a", alike)
-    told = []
-    with monkeypatch.context() as patched:  # killed between the evaluation's end and its judgement
-        patched.setattr(Registry, "judge", lambda _self, _name, found: told.append(found))
+    told: list[Judgement] = []
+
+    def killed(_self: Registry, _name: str, found: Judgement) -> None:
+        told.append(found)
+        raise OverloadedError("killed between the evaluation's end and its judgement")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Registry, "judge", killed)
+        with serving(config) as server:
+            gated(server, "a", adapters[4])
+            with full(server):  # the first ends before anything was asked
+                server.put("a", alike)
+        del told[:]
         with serving(config) as server:
             assert (current(server, "a"), version(server, "a", 2)["standing"]) == (1, "candidate")
             deadline = time.monotonic() + GUARD_SECONDS
