@@ -2,8 +2,11 @@
 //
 // Several linears that share x (q, k, v; gate, up) go in one call. Neighbours of one format go to its kernel together.
 #include "abi.h"
+#include "team/cores.h"
 
 namespace {
+
+constexpr int64_t SHARED = 1 << 16;  // multiply-adds from which on a team shares them
 
 LinearKernel* kernel_of(const LinearJob& job) {
     switch (job.weight->format) {
@@ -18,6 +21,7 @@ LinearKernel* kernel_of(const LinearJob& job) {
 
 extern "C" void linear(const float* x, int64_t rows, int64_t in, const LinearJob* jobs, int64_t count, const Span* prefetch,
                        int64_t num_prefetch, int threads) {
+    if (rows * in * jobs->weight->out >= SHARED) keep_apart(threads);
     for (const LinearJob *job = jobs, *end = jobs + count; job < end;) {
         LinearKernel* kernel = kernel_of(*job);
         const LinearJob* next = job + 1;
