@@ -121,6 +121,9 @@ LONG_CHAIN = {f"a{n}": {"$ref": f"#/$defs/a{n + 1}"} for n in range(3000)} | {"a
         ({"$ref": "#/$defs/a29", "$defs": CHAIN, "unevaluatedProperties": False}, "unevaluatedProperties"),
         ({"items": {"unevaluatedItems": False}}, "unevaluatedItems"),
         ({"items": {"$dynamicRef": "#"}}, "$dynamicRef"),
+        ({"properties": {"properties": {"unevaluatedItems": False}}}, "unevaluatedItems"),
+        ({"$ref": "#/properties", "properties": {"unevaluatedItems": False}}, "unevaluatedItems"),
+        ({"x": {"dependentSchemas": {"a": {"unevaluatedProperties": False}}}}, "unevaluatedProperties"),
         ({"allOf": [{"$ref": "#"}]}, "may not contain itself"),
         ({"allOf": [{"items": {"$ref": "#"}}] * 2}, "may not contain itself"),
         ({"$ref": "#/$defs/a0", "$defs": LONG_CHAIN}, "nested deeper than 256"),
@@ -135,6 +138,14 @@ def test_a_schema_that_unfolds_to_much_is_refused_by_name(schema: dict[str, Any]
         parse_task([{"prompt": "a", "schema": schema}])
     assert str(refused.value).startswith("task[0]: schema: ")
     assert complaint in str(refused.value)
+
+
+def test_a_name_is_no_keyword() -> None:
+    names = {"unevaluatedItems": {"type": "integer"}, "$dynamicRef": {}, "properties": {"properties": {"$id": {}}}}
+    schema = {"properties": names, "$defs": {"unevaluatedProperties": True}, "dependencies": {"$recursiveRef": ["a"]}}
+    [item] = parse_task([{"prompt": "a", "schema": schema}]).items
+    assert answer_scores(item, '{"unevaluatedItems": 1}') == [1.0]
+    assert answer_scores(item, '{"unevaluatedItems": "1"}') == [0.0]
 
 
 def test_a_schema_may_name_a_part_of_it_again_and_again() -> None:

@@ -27,16 +27,24 @@ _SHOWN = {"object": TEXT, "id": TEXT, "state": TEXT, "task": OBJECT, "models": O
 _WHOLE = object_of(**_SHOWN, results=OBJECTS, comparisons=OBJECTS)
 
 
+def _check_room(service: Serving) -> None:
+    """A dependency that comes before the body: what there is no room for is not read."""
+    service.check_serving()
+    service.evaluations.check_room(service.tenant)
+
+
 @router.post(
-    "/v1/evaluations", status_code=201, openapi_extra=body_schema(EvaluationBody), responses=answers(_WHOLE, 201)
+    "/v1/evaluations",
+    status_code=201,
+    dependencies=[Depends(_check_room)],
+    openapi_extra=body_schema(EvaluationBody),
+    responses=answers(_WHOLE, 201),
 )
 @needs(KeyScope.GENERATE)
 async def begin_evaluation(
     request: Request, service: Serving, body: Annotated[EvaluationBody, Depends(json_body(EvaluationBody))]
 ) -> JSONResponse:
     """Ask a task of models: 201 once it is wanted for good; it runs behind all other requests."""
-    service.check_serving()
-    service.evaluations.check_room(service.tenant)
     try:
         parse = partial(service.gil_turns.do, partial(parse_task, body.task))
         task = await service.offload.do(account_of(request.scope).num_bytes, parse)
