@@ -1,4 +1,4 @@
-"""The packed linear against torch's, over ragged shapes; that a row does not depend on its neighbours; and who shares the work."""
+"""The packed linear against torch's, over ragged shapes; rows that do not depend on their neighbours; threads kept apart."""
 
 import ctypes
 import os
