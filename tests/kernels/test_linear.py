@@ -1,4 +1,4 @@
-"""The packed linear against torch's, over ragged shapes; rows that do not depend on their neighbours; threads kept apart."""
+"""The packed linear against torch's, over ragged shapes; rows that depend on no neighbours; threads kept apart."""
 
 import ctypes
 import os
