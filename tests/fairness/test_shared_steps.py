@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scheduler_harness import Client, adapter, make, run_all, run_step, submit
 from swaplora_server.engine.request import Sequence
 from swaplora_server.engine.scheduling import scheduler as scheduler_module
-from swaplora_server.engine.scheduling.scheduler import STEPS_BETWEEN_TAKINGS, Scheduler
+from swaplora_server.engine.scheduling.giving_way import STEPS_BETWEEN
+from swaplora_server.engine.scheduling.scheduler import Scheduler
 
 NUM_FLOOD = 40
 
@@ -40,7 +41,7 @@ def test_beside_a_flood_that_has_all_places_another_begins_at_once(of: str, max_
     scheduler = make(num_blocks=400, max_num_seqs=4, max_batch_tokens=64)
     flood = [submit(scheduler, [number] * 5, max_tokens=max_tokens, **flooding()) for number in range(NUM_FLOOD)]
     for number in range(5):
-        for _ in range(STEPS_BETWEEN_TAKINGS):
+        for _ in range(STEPS_BETWEEN):
             run_step(scheduler)
         victim = submit(scheduler, [90 + number] * 5, max_tokens=1, **beside(of))
         assert steps_until(victim, scheduler) <= 2
@@ -113,9 +114,9 @@ def test_floods_take_places_from_each_other_now_and_then_alone_and_each_has_some
                 ids = [number, len(clients[number]), *range(prompt)]
                 clients[number].append(submit(scheduler, ids, max_tokens=max_tokens, **beside(of, str(number))))
         run_step(scheduler)
-        if step == 6 + STEPS_BETWEEN_TAKINGS * len(sizes) and len(sizes) * 2 <= num_places:
+        if step == 6 + STEPS_BETWEEN * len(sizes) and len(sizes) * 2 <= num_places:
             assert all(any(client.events for client in own) for own in clients)
-    assert scheduler.num_preempted <= 60 / STEPS_BETWEEN_TAKINGS
+    assert scheduler.num_preempted <= 60 / STEPS_BETWEEN
     scheduler.fail_all("", "")
 
 

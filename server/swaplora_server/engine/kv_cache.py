@@ -7,7 +7,7 @@ first, then the least recently used. Only full blocks are ever shared, and a ful
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 
 
@@ -55,6 +55,10 @@ class BlockPool:
     def num_taken(self, found: Sequence[int], num_tokens: int) -> int:
         """How many free blocks a table of `num_tokens` that begins with `found` takes; those held already cost none."""
         return self.blocks_for(num_tokens) - sum(block in self._num_holders for block in found)
+
+    def num_released(self, block_table: Iterable[int], shared: Collection[int]) -> int:
+        """How many blocks are free for another once a table lets go of them: those of no other, but for `shared`."""
+        return sum(self._num_holders[block] == 1 and block not in shared for block in block_table)
 
     def share(self, block_table: list[int], found: Sequence[int]) -> None:
         """Append what `find` has just found to an empty `block_table`, as one more holder."""

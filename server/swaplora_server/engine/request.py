@@ -224,6 +224,11 @@ class Request:
         return tuple(use.digest for use in self.adapters)
 
     @cached_property
+    def line(self) -> tuple[str, tuple[str, ...]]:
+        """Equal for the requests of one tenant for the same adapters, which wait in one line."""
+        return self.tenant, self.digests
+
+    @cached_property
     def adapter_ranks(self) -> dict[str, int]:
         """The largest rank of each of its adapters, by digest."""
         return {use.digest: use.weights.rank for use in self.adapters}
@@ -258,9 +263,11 @@ class Sequence:
     arrival: int = field(default_factory=lambda: next(_arrivals))
     awaited_key: bytes | None = None  # of a block that another sequence was computing when this one was looked at
     passed_over_since: int | None = None  # the step in which it first had to let others go before it
+    has_lacked_ranks: bool = False  # since it last waited
     lacking_since: int | None = None  # the step in which there were first too few blocks for it
     num_lacking: int = 0  # how many it takes, as it last turned out
     begun_in: int | None = None  # the step in which it last began
+    num_tokens_before: int = 0  # how many it had then
     was_preempted: bool = False
     _block_keys: list[bytes] = field(default_factory=list, init=False)
 
@@ -348,6 +355,11 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Tokens whose keys and values are not in the cache yet: the rest of a prompt, or 1 while decoding."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_tokens_since(self) -> int:
+        """How many it has generated since it last began."""
+        return self.num_tokens - self.num_tokens_before
 
     @property
     def is_recomputed(self) -> bool:

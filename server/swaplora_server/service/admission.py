@@ -14,6 +14,8 @@ from swaplora_adapters.registry.registry import Registry
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.offload import EndRate
 
+FOR_LINES, FOR_TENANTS = 1 / 4, 1 / 8  # of all places, so many more for adapters and tenants that hold few
+
 
 class Urgency(NamedTuple):
     """How soon a request is to be done: its `priority` among its tenant's own, of which the lower goes first.
@@ -84,9 +86,10 @@ class Admissions:
     others ended lately: a longer queue makes all wait and no more be done. Never more than `max_waiting`, and that many
     while nothing is known.
 
-    When all these places are taken there are a quarter as many again for those who hold few: a tenant, or where one
-    tenant holds all of them an adapter, may have one there as long as it holds no more than are left (dynamic
-    thresholds, as switches share their buffers), or no more than its share of what runs. So whoever floods gets none.
+    When all these places are taken there are a quarter as many again for those who hold few: a tenant, or one of its
+    adapters, may have one there as long as it holds no more than are left (dynamic thresholds, as switches share their
+    buffers), or no more than its share of what runs. So whoever floods gets none. An eighth more is for tenants that
+    hold few alone: by ever so many adapters nobody takes these from others.
     """
 
     def __init__(
@@ -97,7 +100,6 @@ class Admissions:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limit = max_waiting + max_running
-        self._most = self._limit + self._limit // 4
         self._max_running = max_running
         self._max_wait_seconds = max_wait_seconds
         self._num_held: Counter[str | tuple[str, str]] = Counter()  # by tenant, and by tenant and what it is for
@@ -123,8 +125,7 @@ class Admissions:
     def check_room(self, tenant: str = "") -> None:
         """Raise RequestError where there is no room for any request of the tenant, whatever it is for."""
         with self._lock:
-            is_alone = self._num_held[tenant] == self.num_sequences
-            if not self._has_room(1, tenant, None if is_alone else tenant):
+            if not self._has_room(1, tenant, None):
                 raise self._refusal()
 
     def admit(self, num_sequences: int, tenant: str = "", wanted: str = "") -> Admission:
@@ -134,21 +135,29 @@ class Admissions:
         """
         sharers = (tenant, (tenant, wanted))
         with self._lock:
-            is_alone = self._num_held[tenant] == self.num_sequences
-            if not self._has_room(num_sequences, tenant, sharers[is_alone]):
+            if not self._has_room(num_sequences, tenant, wanted):
                 raise self._refusal()
             self._count(num_sequences, sharers)
         return Admission(partial(self._leave, num_sequences, sharers))
 
-    def _has_room(self, num_sequences: int, tenant: str, sharer: str | tuple[str, str] | None) -> bool:
-        """For so many of a tenant, or of one of its adapters where it is alone; None is one that holds none."""
+    def _has_room(self, num_sequences: int, tenant: str, wanted: str | None) -> bool:
+        """For so many of a tenant; with None, for what it holds none for."""
         here, limit = self.num_sequences, self._num_good()
         if here < limit and here + num_sequences <= self._limit:
             return True
-        num_held = self._num_held.get(sharer, 0) if sharer is not None else 0
-        num_sharers = (len(self._num_lines) if sharer == tenant else self._num_lines[tenant]) + (not num_held)
-        few = max(limit + limit // 4 - here, self._max_running // num_sharers, 1)
-        return num_held + num_sequences <= few and here + num_sequences <= self._most
+        held = self._num_held.get(tenant, 0)
+        num_tenants = len(self._num_lines) + (not held)
+        if self._is_few(held, num_sequences, num_tenants, FOR_LINES + FOR_TENANTS):
+            return True
+        held = 0 if wanted is None else self._num_held.get((tenant, wanted), 0)
+        num_lines = self._num_lines[tenant] + (not held)
+        return self._is_few(held, num_sequences, num_tenants * num_lines, FOR_LINES)
+
+    def _is_few(self, held: int, more: int, num_sharers: int, part: float) -> bool:
+        """Whether who holds so many may have more, of the part beyond all places that is for those who hold few."""
+        num_left = math.floor(self._num_good() * (1 + part)) - self.num_sequences
+        few = max(num_left, self._max_running // num_sharers, 1)
+        return held + more <= few and self.num_sequences + more <= math.floor(self._limit * (1 + part))
 
     def _num_good(self) -> int:
         """How many may be here of those who hold many."""

@@ -5,15 +5,15 @@ row each; what is left of the token budget goes to prefill, in chunks (chunked p
 that would take all of it leaves half to those who wait. What the prefix cache holds of a prompt is not computed again.
 When KV blocks run out, the youngest running sequence of whoever holds most of them is preempted: it gives its blocks
 back and is recomputed later, but for what the cache then still holds. The oldest of all is spared, so that something
-always comes to its end. A place is taken likewise, of the sequence of which least is computed, for one whose like have
-less than half as many, or fewer where nobody who waits has begun for long: who asks for little finds a place within a
-few steps, however long the answers of those who have all. That costs a block's tokens, computed again; without the
-cache it costs all, and who lost its place is spared until it comes to a next token.
+always comes to its end. Sequences also give way (giving_way.py) to one that waits for a place or for blocks, and whose
+like have less than half as many, or fewer where nobody who waits has begun for long: who asks for little begins within
+a few steps, however long the answers of those who have all.
 
 Waiting sequences begin in the order of the waiting line. One lets later ones go before it while its adapters do not fit
 beside those that run, and while another sequence is computing the very block it needs next, which it then shares. It
-does so for a bounded number of steps. One that lacks blocks lets those pass that fit beside it: it begins at the latest
-when all that ran before it have ended.
+does so for a bounded number of steps. Then those alone pass it that fit beside it, as those do that pass one that lacks
+blocks: it begins at the latest when all that ran before it have ended. Those who hold it up for its ranks, and have run
+for as long themselves, give way to it as well, if they are of who has more.
 
 What fails while one sequence is looked at ends its request, and that alone.
 """
@@ -38,15 +38,17 @@ from swaplora_server.engine.request import (
 )
 from swaplora_server.engine.sampling.constraint import ConstraintPendingError, UnmetConstraintError
 from swaplora_server.engine.scheduling.batch import Batch, Sampled, ScheduledRows, StepRoom
-from swaplora_server.engine.scheduling.holdings import Places, Standing, least_computed, standing
+from swaplora_server.engine.scheduling.giving_way import GivingWay
+from swaplora_server.engine.scheduling.holdings import Standing, standing
+from swaplora_server.engine.scheduling.kept import Kept
 from swaplora_server.engine.scheduling.step_ranks import StepRanks
-from swaplora_server.engine.scheduling.waiting_line import GENERATED_WEIGHT, PROMPT_WEIGHT, WaitingLine
+from swaplora_server.engine.scheduling.waiting_line import GENERATED_WEIGHT, PROMPT_WEIGHT, Line, WaitingLine
 from swaplora_server.kernels.step import Wants
 
 _log = structlog.get_logger(__name__)
 MAX_STEPS_PASSED_OVER = 64  # some seconds; then nothing begins before the one that waits
-FAR_BEHIND = 2  # times as many places as one who waits would have: then it need not wait for one to get free
-STEPS_BETWEEN_TAKINGS = 2  # of places: what is computed again is little beside all that is
+MAX_ASKING = 16  # of those that wait, for somebody to give way to them, in a step
+FAR_BEHIND = 2  # times as much as the like of one who waits would have: then it need not wait until that gets free
 
 
 class Scheduler:
@@ -77,15 +79,24 @@ class Scheduler:
         self._max_scored_rows = max_scored_rows
         self._appends_forced = appends_forced
         self._takes_whole = takes_whole
+        self._max_step_ranks = max_step_ranks
         self._ranks = StepRanks(max_step_ranks)
         self.num_failed = 0  # requests that `fail` ended; only grows, any thread may read it
         self.num_preempted = 0  # sequences that gave their blocks back; the same
         self._num_steps = 0
         self._last_begun_in = 0  # the step in which anybody did, or nobody waited
-        self._last_taken_in = -STEPS_BETWEEN_TAKINGS  # the step in which one had to give its place to another
+        self._ranks_due_in = 0  # the step from which on ranks are kept for those that were passed over for long
         self._next_deadline = math.inf  # of those that are here, or were
         self._waiting = WaitingLine()
         self._running: dict[Sequence, None] = {}  # in the order in which they began
+        self._giving_way = GivingWay(
+            self._running,
+            pool,
+            self._ranks,
+            max_num_seqs=max_num_seqs,
+            max_batch_tokens=max_batch_tokens,
+            has_cache=prefix_cache,
+        )
 
     @property
     def num_running(self) -> int:
@@ -105,13 +116,13 @@ class Scheduler:
             self._last_begun_in = self._num_steps
         for index in range(request.num_sequences):
             self._waiting.add(Sequence(request, index))
+        self._giving_way.forget()
         self._next_deadline = min(self._next_deadline, request.deadline or math.inf)
 
     def schedule(self) -> Batch:
         """Choose the next step's rows and give them blocks."""
         self._num_steps += 1
         self._end_overdue(time.monotonic())
-        self._make_place()
         room = StepRoom(self._max_batch_tokens, self._max_scored_rows, self._takes_whole)
         chosen: list[ScheduledRows] = []
         order = self._standing()
@@ -201,37 +212,43 @@ class Scheduler:
     def _admit(self, room: StepRoom, chosen: list[ScheduledRows]) -> list[ScheduledRows]:
         """Begin waiting sequences while they fit, in their order but for those that can let others go first.
 
-        Rows of `chosen` give their room back where their sequence gives its place up.
+        Rows of `chosen` give their room back where their sequence gives way.
         """
         begun: list[ScheduledRows] = []
-        lacking: Sequence | None = None  # the first for which there are too few blocks
-        places: Places | None = None  # as long as nobody begins or ends
-        for sequence in self._waiting.turns():
-            if not self._has_place and places is None:
-                places = self._places()
-            givers = [] if self._has_place or places is None else places.givers(sequence, FAR_BEHIND)
-            if not room.num_rows or not (self._has_place or givers):
+        kept = Kept(self._num_steps, self._running, self.pool, self._max_step_ranks)
+        is_stalled = self._num_steps - self._last_begun_in >= MAX_STEPS_PASSED_OVER
+        may_give = self._giving_way.begin_step(self._num_steps, is_stalled=is_stalled)
+        over: set[Line] = set()  # those of which nobody can begin
+        num_asking = 0
+        for sequence in self._waiting.turns(over) if self._has_place or may_give else ():
+            if not room.num_rows or not (self._has_place or may_give):
                 break
             try:
                 if sequence.num_generated and (self._finish_late(sequence) or sequence.is_held):
                     continue
-                if lacking is not None and not self._fits_beside(lacking, sequence):
+                if not kept.leaves_ranks(sequence) or self._should_wait_for_ranks(sequence):
+                    over.add(sequence.request.line)
                     continue
-                if self._should_wait(sequence):
-                    if self._is_overdue(sequence):
-                        break
+                if not kept.leaves_blocks(sequence) or self._should_wait_for_cache(sequence):
                     continue
                 found = self.cache.find(sequence)
-                if self._can_admit(sequence, found):
-                    if givers:
-                        self._take_place(least_computed(givers), room, chosen)
-                    places = None
-                    begun += self._begin(sequence, found, room)
-                elif lacking is None:
-                    lacking = sequence
+                if not self._can_begin(sequence, found):
+                    givers = self._givers(sequence, found, is_stalled) if may_give else []
+                    may_give &= not givers and (num_asking := num_asking + 1) < MAX_ASKING
+                    if not givers and self._has_place:
+                        self._keep(sequence, kept)
+                        continue
+                    if not givers:
+                        over.add(sequence.request.line)
+                        continue
+                    for giver in givers:
+                        self._give_way(giver, room, chosen)
+                kept.note(sequence)
+                begun += self._begin(sequence, found, room)
             except Exception as error:  # noqa: BLE001 - one request's boundary
                 self.fail(sequence.request, error)
-                places = None
+        if is_stalled:
+            self._last_begun_in = self._num_steps
         return begun
 
     @property
@@ -239,56 +256,79 @@ class Scheduler:
         """Whether one more may run, and has a block to begin with."""
         return len(self._running) < self._max_num_seqs and len(self._running) < self.pool.num_free
 
-    def _should_wait(self, sequence: Sequence) -> bool:
-        """Whether its adapters do not fit beside those that run, or its next block will soon be there to share."""
-        should_wait = not self._ranks.fits(sequence.request.adapter_ranks) or (
-            not self._is_overdue(sequence) and self.cache.is_worth_waiting(sequence)
+    def _should_wait_for_ranks(self, sequence: Sequence) -> bool:
+        """Whether its adapters do not fit beside those that run: not for long, since somebody last had to make room."""
+        if self._has_ranks(sequence):
+            return False
+        sequence.has_lacked_ranks = True
+        return self._is_passed_over(sequence) or self._num_steps < self._ranks_due_in
+
+    def _should_wait_for_cache(self, sequence: Sequence) -> bool:
+        """Whether its next block will soon be there to share."""
+        return not self._is_overdue(sequence) and (
+            self.cache.is_worth_waiting(sequence) and self._is_passed_over(sequence)
         )
-        if should_wait and sequence.passed_over_since is None:
+
+    def _is_passed_over(self, sequence: Sequence) -> bool:
+        """Whether later ones may go before it, if they can: for a number of steps from now on."""
+        if sequence.passed_over_since is None:
             sequence.passed_over_since = self._num_steps
-        return should_wait
+        return not self._is_overdue(sequence)
 
     def _is_overdue(self, sequence: Sequence) -> bool:
         since = sequence.passed_over_since
         return since is not None and self._num_steps - since >= MAX_STEPS_PASSED_OVER
 
-    def _can_admit(self, sequence: Sequence, found: list[int]) -> bool:
+    def _can_begin(self, sequence: Sequence, found: list[int]) -> bool:
         """Whether its whole prompt fits and leaves each running sequence a block, lest one be preempted at once."""
         sequence.num_lacking = self.pool.num_taken(found, sequence.num_tokens)
-        return self._has_enough(sequence, sequence.num_lacking + len(self._running) <= self.pool.num_free)
+        return self._has_place and self._has_blocks(sequence) and self._has_ranks(sequence)
 
-    def _fits_beside(self, lacking: Sequence, sequence: Sequence) -> bool:
-        """Whether all that began since the first came to lack blocks, and the second, leave it as many as it takes.
+    def _has_blocks(self, sequence: Sequence) -> bool:
+        return sequence.num_lacking + len(self._running) <= self.pool.num_free
 
-        The others are counted as long as they may get. One that was found to take more blocks than there are is not
-        looked at again.
-        """
-        if sequence.num_lacking + len(self._running) > self.pool.num_free:
-            return False
-        since = [other for other in self._running if (other.begun_in or 0) >= (lacking.lacking_since or 0)]
-        num_blocks = sum(self.pool.blocks_for(other.max_num_tokens) for other in [*since, sequence])
-        num_blocks += self.pool.blocks_for(lacking.num_tokens) + len(since) + 1
-        return self._has_enough(sequence, num_blocks <= self.pool.num_blocks)
+    def _has_ranks(self, sequence: Sequence) -> bool:
+        return self._ranks.fits(sequence.request.adapter_ranks)
 
-    def _has_enough(self, sequence: Sequence, has_enough: bool) -> bool:
-        """Take note of when there were first too few blocks for it."""
-        if not has_enough and sequence.lacking_since is None:
-            sequence.lacking_since = self._num_steps
-        return has_enough
+    def _givers(self, sequence: Sequence, found: list[int], is_stalled: bool) -> list[Sequence]:
+        """Who gives way to one that waits; to one that lacks ranks, those that have run for long."""
+        has_ranks = self._has_ranks(sequence)
+        times = FAR_BEHIND if has_ranks and not is_stalled else 1
+        num_steps = 1 if has_ranks else MAX_STEPS_PASSED_OVER
+        return self._giving_way.givers(sequence, found, times, self._num_steps - num_steps)
+
+    def _give_way(self, giver: Sequence, room: StepRoom, chosen: list[ScheduledRows]) -> None:
+        self._preempt(giver)
+        for rows in [rows for rows in chosen if rows.sequence is giver]:
+            chosen.remove(rows)
+            room.take_back(rows)
+
+    def _keep(self, sequence: Sequence, kept: Kept) -> None:
+        """Let those alone go before it that do not hold it up."""
+        if not self._has_blocks(sequence):
+            kept.keep_blocks(sequence)
+        if not self._has_ranks(sequence):
+            overdue_since = (sequence.passed_over_since or 0) + MAX_STEPS_PASSED_OVER
+            kept.keep_ranks(sequence, max(overdue_since, self._ranks_due_in))
 
     def _begin(self, sequence: Sequence, found: list[int], room: StepRoom) -> list[ScheduledRows]:
         """Let a sequence that fits run from the end of the blocks that were found for it.
 
         It has no rows yet where the step scores as many as it may.
         """
+        if sequence.has_lacked_ranks and self._is_overdue(sequence):
+            self._ranks_due_in = self._num_steps + MAX_STEPS_PASSED_OVER
         self._waiting.remove(sequence)
         self._running[sequence] = None
+        self._giving_way.forget()
         self._ranks.add(sequence.request.adapter_ranks)
         self.cache.begin(sequence, found)
         if sequence.begun_in is None:  # who was preempted has paid
             self._waiting.charge(sequence, sequence.num_uncomputed, PROMPT_WEIGHT)
         sequence.begun_in = self._last_begun_in = self._num_steps
+        sequence.num_tokens_before = sequence.num_tokens
         sequence.passed_over_since = sequence.lacking_since = None
+        sequence.has_lacked_ranks = False
         if sequence.request.begun_at is None:
             sequence.request.begun_at = time.monotonic()
         rows = room.take(sequence)
@@ -305,31 +345,6 @@ class Scheduler:
         """
         num_left = self.pool.num_free - len(self._running)
         return standing(self._running, is_scarce=num_left < self.pool.blocks_for(self._max_batch_tokens))
-
-    def _make_place(self) -> None:
-        """Where for long nobody has begun who waits, take a place for the first in line, if its like have fewer.
-
-        So a flood of long answers has no more of all places than its share for longer than that.
-        """
-        if self._num_steps - self._last_begun_in < MAX_STEPS_PASSED_OVER or not self._running:
-            return
-        first = next(self._waiting.turns(), None)
-        if first is not None and (givers := Places(self._running, self._num_steps).givers(first)):
-            self._preempt(least_computed(givers))
-        self._last_begun_in = self._num_steps
-
-    def _places(self) -> Places | None:
-        """Where all places are taken, now and then, those that one may be given of."""
-        if self._num_steps - self._last_taken_in < STEPS_BETWEEN_TAKINGS or len(self._running) < self._max_num_seqs:
-            return None
-        return Places(self._running, self._num_steps)
-
-    def _take_place(self, giving: Sequence, room: StepRoom, chosen: list[ScheduledRows]) -> None:
-        self._preempt(giving)
-        self._last_taken_in = self._num_steps
-        for rows in [rows for rows in chosen if rows.sequence is giving]:
-            chosen.remove(rows)
-            room.take_back(rows)
 
     def _make_room(self, rows: ScheduledRows, chosen: list[ScheduledRows], order: Mapping[Sequence, Standing]) -> bool:
         """Grow a sequence for its next rows, preempting others; False when it was its own turn to be."""
@@ -352,6 +367,7 @@ class Scheduler:
     def _stop(self, sequence: Sequence) -> None:
         """Take a sequence out of those that run, and its blocks from it."""
         del self._running[sequence]
+        self._giving_way.forget()
         self._ranks.remove(sequence.request.adapter_ranks)
         self.cache.end(sequence)
 

@@ -15,6 +15,11 @@ class StepRanks:
         self._num_users: dict[str, int] = {}
         self.total = 0
 
+    def copy(self) -> "StepRanks":
+        copied = StepRanks(self._limit)
+        copied._num_users, copied.total = dict(self._num_users), self.total
+        return copied
+
     def fits(self, ranks: Mapping[str, int]) -> bool:
         """Whether these adapters, rank by digest, may join. One that is too large by itself may run alone."""
         added = sum(rank for digest, rank in ranks.items() if digest not in self._num_users)

@@ -10,15 +10,20 @@ Within a tenant a lower `priority` goes first, whatever the adapter; what others
 the same, so that no tenant gains by it. Pure decisions: imports no torch.
 """
 
+import math
+from abc import abstractmethod
 from bisect import bisect_left, insort
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from heapq import heapify, heappop, heapreplace
+from itertools import takewhile
 from typing import Generic, TypeVar
 
 from swaplora_server.engine.request import Sequence
 
 PROMPT_WEIGHT = 1  # of a token; generated ones are dearer, as in the paper and in the price lists of the trade
 GENERATED_WEIGHT = 2
+
+Line = tuple[str, tuple[str, ...]]  # a tenant's sequences of the same adapters, by digest
 
 
 class Account:
@@ -27,6 +32,17 @@ class Account:
     def __init__(self) -> None:
         self.served = 0
         self.num_waiting = 0
+
+    @abstractmethod
+    def turns(self, over: Container[Line]) -> Iterator[Sequence]:
+        """Its sequences that wait, as they are now, in the order in which they may begin.
+
+        As soon as a line of them is in `over`, what is left of it has no turn.
+        """
+
+    @abstractmethod
+    def rank(self, first: Sequence | None = None) -> tuple[int, int, int]:
+        """The least has its turn next, which is that of `first`; without it, that of the first of all its turns."""
 
 
 A = TypeVar("A", bound=Account)
@@ -95,9 +111,12 @@ class AdapterLine(Account):
     def remove(self, sequence: Sequence) -> None:
         del self._sequences[bisect_left(self._sequences, _place(sequence), key=_place)]
 
-    def turns(self) -> Iterator[Sequence]:
-        """As it is now."""
-        return iter(tuple(self._sequences))
+    def turns(self, over: Container[Line]) -> Iterator[Sequence]:
+        return takewhile(lambda sequence: sequence.request.line not in over, tuple(self._sequences))
+
+    def rank(self, first: Sequence | None = None) -> tuple[int, int, int]:
+        priority, arrival = _place(first or self._sequences[0])
+        return priority, self.served, arrival
 
 
 class TenantLines(Account):
@@ -106,9 +125,13 @@ class TenantLines(Account):
     def __init__(self) -> None:
         super().__init__()
         self.lines = Accounts(AdapterLine)
+        self.since = 0  # the arrival of the first that came when none of it waited
 
-    def turns(self) -> Iterator[Sequence]:
-        return _by_turns({line: line.turns() for line in self.lines.waiting()}, lambda line, first: first.priority)
+    def turns(self, over: Container[Line]) -> Iterator[Sequence]:
+        return _by_turns(self.lines.waiting(), over)
+
+    def rank(self, first: Sequence | None = None) -> tuple[int, int, int]:
+        return 0, self.served, first.arrival if first else self.since
 
 
 class WaitingLine:
@@ -116,7 +139,8 @@ class WaitingLine:
 
     def __init__(self) -> None:
         self._tenants = Accounts(TenantLines)
-        self._sequences: dict[Sequence, None] = {}
+        self._sequences: dict[Sequence, int] = {}  # and how many had come, with it
+        self._num_added = 0
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -129,9 +153,12 @@ class WaitingLine:
         return sequence in self._sequences
 
     def add(self, sequence: Sequence) -> None:
-        request = sequence.request
-        self._sequences[sequence] = None
-        self._tenants.enter(request.tenant).lines.enter(request.digests).add(sequence)
+        self._num_added += 1
+        self._sequences[sequence] = self._num_added
+        tenant = self._tenants.enter(sequence.request.tenant)
+        if tenant.num_waiting == 1:
+            tenant.since = sequence.arrival
+        tenant.lines.enter(sequence.request.digests).add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Raises KeyError for one that does not wait."""
@@ -145,35 +172,38 @@ class WaitingLine:
         for account in (tenant, tenant.lines.account(sequence.request.digests)):
             account.served += weight * num_tokens
 
-    def turns(self) -> Iterator[Sequence]:
+    def turns(self, over: Container[Line] = ()) -> Iterator[Sequence]:
         """All that wait, each once, in the order in which they may begin.
 
-        Whom the last one is charged with counts at once. Those that come meanwhile are not among them.
+        Whom the last one is charged with counts at once. Those that come meanwhile are not among them, nor those whose
+        line is in `over` by then.
         """
-        turns = _by_turns({tenant: tenant.turns() for tenant in self._tenants.waiting()}, lambda _tenant, _first: 0)
-        return (sequence for sequence in turns if sequence in self._sequences)
+        num_added = self._num_added
+        turns = _by_turns(self._tenants.waiting(), over)
+        return (sequence for sequence in turns if self._sequences.get(sequence, math.inf) <= num_added)
 
 
 def _place(sequence: Sequence) -> tuple[int, int]:
     return sequence.priority, sequence.arrival
 
 
-def _by_turns(
-    turns_of: Mapping[A, Iterator[Sequence]], before_share: Callable[[A, Sequence], int]
-) -> Iterator[Sequence]:
-    """Of what each would have begin next that of the account which was served least, over and over; ties by age."""
+def _by_turns(accounts: Iterable[A], over: Container[Line]) -> Iterator[Sequence]:
+    """Of what each would have begin next that of the account which was served least, over and over; ties by age.
 
-    def rank(account: A, first: Sequence) -> tuple[int, int, int]:
-        return before_share(account, first), account.served, first.arrival
-
-    firsts = ((account, next(turns, None)) for account, turns in turns_of.items())
-    heap = [(rank(account, first), first, account) for account, first in firsts if first is not None]
+    What the others would have begin is not looked at before it is their turn.
+    """
+    heap: list[tuple[tuple[int, int, int], A, Sequence | None, Iterator[Sequence]]]
+    heap = [(account.rank(), account, None, iter(())) for account in accounts]
     heapify(heap)
     while heap:
-        _, first, account = heap[0]
-        yield first
-        following = next(turns_of[account], None)
+        _, account, first, turns = heap[0]
+        if first is None:
+            turns = account.turns(over)
+            first = next(turns, None)
+        if first is not None:
+            yield first
+        following = next(turns, None)
         if following is None:
             heappop(heap)
         else:
-            heapreplace(heap, (rank(account, following), following, account))
+            heapreplace(heap, (account.rank(following), account, following, turns))
