@@ -11,7 +11,7 @@ the same, so that no tenant gains by it. Pure decisions: imports no torch.
 """
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from heapq import heapify, heappop, heapreplace
@@ -26,7 +26,7 @@ GENERATED_WEIGHT = 2
 Line = tuple[str, tuple[str, ...]]  # a tenant's sequences of the same adapters, by digest
 
 
-class Account:
+class Account(ABC):
     """What one of those who share was served, in weighted tokens, and how many of its sequences wait."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Accounts(Generic[A]):
     def __init__(self, make: Callable[[], A]) -> None:
         self._make = make
         self._accounts: dict[Hashable, A] = {}
-        self._last: Account = Account()  # of those who have nobody waiting any more, the last to come to that
+        self._last: Account | None = None  # of those who have nobody waiting any more, the last to come to that
 
     def __len__(self) -> int:
         return len(self._accounts)
@@ -95,7 +95,8 @@ class Accounts(Generic[A]):
 
     def _least(self) -> int:
         """What those who wait were served at least; if nobody does, what the last who did has been."""
-        return min((account.served for account in self.waiting()), default=self._last.served)
+        last = self._last.served if self._last else 0
+        return min((account.served for account in self.waiting()), default=last)
 
 
 class AdapterLine(Account):
