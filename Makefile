@@ -75,8 +75,9 @@ tables: $(VENV)/.dev ## write the measured tables of the docs (some minutes)
 gpu-check: $(VENV)/.dev ## check what a GPU serves, and measure it against its floors (ARGS=--dry: a small form on the CPU)
 	PYTHONPATH=tools:server:adapters:tests/support:tests/kinds $(BIN)/python tools/gpu_check.py $(ARGS)
 
-demo-adapters: $(VENV)/.dev ## train the demo adapters again (about half an hour on two cores)
-	$(BIN)/python demo/train.py $(ARGS)
+demo-adapters: $(VENV)/.dev ## train the demo adapters again, into build/demo, and the classifiers (about half an hour on two cores)
+	$(BIN)/python demo/make_data.py build/demo
+	for name in sql json intent; do $(BIN)/swaplora train --config demo/recipes/$$name.toml $(ARGS) || exit; done
 	$(BIN)/python demo/train_classifiers.py
 
 clean: ## remove the environment and all caches

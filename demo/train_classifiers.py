@@ -23,12 +23,13 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from swaplora_server.embedded import MINILM, ensure_embedded_base, fetch_wheel
-from train import CACHE_DIR, fit, make_batches
 
 BASE_ID = "sentence-transformers/all-MiniLM-L6-v2"
 FOLDER = Path(__file__).parent / "classifiers"
 RANK, ALPHA, BATCH_SIZE, LEARNING_RATE, SEED = 16, 32, 16, 1e-3, 7
 MAX_TOKENS = 96
+WARMUP_SHARE = 0.1
+CACHE_DIR = Path("~/.cache/swaplora").expanduser()
 HELD_OUT_SHARE = 0.2
 Example = tuple[str, str]
 
@@ -54,11 +55,6 @@ class Encoded:
 
     ids: list[int]
     label: int
-
-    @property
-    def length(self) -> int:
-        """Number of tokens."""
-        return len(self.ids)
 
 
 def read_spam(content: str) -> Iterator[Example]:
@@ -125,9 +121,9 @@ def encode(tokenizer: Any, source: Source, examples: Sequence[Example]) -> list[
 
 def logits_of(model: Any, batch: Sequence[Encoded], pad_id: int) -> torch.Tensor:
     """[len(batch), num_labels]"""
-    longest = max(example.length for example in batch)
-    ids = [example.ids + [pad_id] * (longest - example.length) for example in batch]
-    mask = [[1] * example.length + [0] * (longest - example.length) for example in batch]
+    longest = max(len(example.ids) for example in batch)
+    ids = [example.ids + [pad_id] * (longest - len(example.ids)) for example in batch]
+    mask = [[1] * len(example.ids) + [0] * (longest - len(example.ids)) for example in batch]
     logits: torch.Tensor = model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).logits
     return logits
 
@@ -137,12 +133,35 @@ def batch_loss(model: Any, batch: Sequence[Encoded], pad_id: int) -> torch.Tenso
     return cross_entropy(logits_of(model, batch, pad_id), torch.tensor([example.label for example in batch]))
 
 
+def batches_of(examples: list[Encoded], size: int) -> list[list[Encoded]]:
+    """In their order."""
+    return [examples[start : start + size] for start in range(0, len(examples), size)]
+
+
+def fit(model: Any, batches: Sequence[Sequence[Encoded]], pad_id: int) -> None:
+    """One optimizer step a batch."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+    warmup = max(1, round(WARMUP_SHARE * len(batches)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (len(batches) - step) / (len(batches) - warmup + 1))
+    )
+    for batch in batches:
+        loss = batch_loss(model, batch, pad_id)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm=1.0)
+        optimizer.step()
+        schedule.step()
+
+
 @torch.no_grad()
 def num_correct(model: Any, held_out: list[Encoded], pad_id: int) -> int:
     """How many are given their label."""
+    ordered = sorted(held_out, key=lambda one: len(one.ids))
     return sum(
         int((logits_of(model, batch, pad_id).argmax(-1) == torch.tensor([one.label for one in batch])).sum())
-        for batch in make_batches(held_out, 64, SEED)
+        for batch in batches_of(ordered, 64)
     )
 
 
@@ -162,8 +181,7 @@ def train(source: Source, base: Path) -> None:
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="SEQ_CLS")
     peft_model: Any = get_peft_model(model, config)
     peft_model.train()
-    batches = [seen[start : start + BATCH_SIZE] for start in range(0, len(seen), BATCH_SIZE)]
-    fit(peft_model, batches, LEARNING_RATE, tokenizer.pad_token_id, batch_loss)
+    fit(peft_model, batches_of(seen, BATCH_SIZE), tokenizer.pad_token_id)
     save(peft_model, source)
     cpu_seconds = time.process_time() - started
     correct = num_correct(peft_model.float().eval(), held_out, tokenizer.pad_token_id)

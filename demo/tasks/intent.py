@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from task import ATTENTION, Example, Task, is_same_text
+from task import Example, Task, is_same_text
 
 
 @dataclass(frozen=True)
@@ -316,18 +316,9 @@ def held_out() -> list[Example]:
 
 TASK = Task(
     name="intent",
-    title="Customer intent",
-    data=(
-        f"Written for `tasks/intent.py`: {len(INTENTS)} intents, ten sentences each, with varied items, numbers, "
-        "openings and closings. The held-out messages are ten other sentences for each intent. The prompt does not "
-        "list the intents, so the base cannot know the form of the answer."
-    ),
     train=train,
     held_out=held_out,
     is_correct=is_same_text,
     accuracy_means="the answer is the intent's name and nothing else",
-    target_modules=ATTENTION,
-    rank=8,
-    num_steps=120,
     max_tokens=16,
 )

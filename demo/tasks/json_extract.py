@@ -8,7 +8,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from task import ALL_LINEAR, Example, Task
+from task import Example, Task
 
 NUM_HELD_OUT = 100
 MIN_FIELDS = 2
@@ -185,18 +185,9 @@ def is_correct(expected: str, answer: str) -> bool:
 
 TASK = Task(
     name="json",
-    title="Extraction to JSON",
-    data=(
-        f"Made by `tasks/json_extract.py`: {len(TRAIN_RECORDS)} kinds of record, any of their fields wanted in any "
-        "order. The held-out sentences use other phrasings, names, places and things; every fifth is of a kind of "
-        "record that training never showed."
-    ),
     train=train,
     held_out=held_out,
     is_correct=is_correct,
     accuracy_means="the whole answer parses as JSON and equals the expected object",
-    target_modules=ALL_LINEAR,
-    rank=8,
-    num_steps=120,
     max_tokens=96,
 )

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from task import ALL_LINEAR, Example, Task
+from task import Example, Task
 
 NUM_HELD_OUT = 100
 NUM_ROWS = 200
@@ -242,16 +242,8 @@ def is_correct(expected: str, answer: str) -> bool:
 
 TASK = Task(
     name="sql",
-    title="Text to SQL",
-    data=(
-        f"Made by `tasks/sql.py`: {len(FAMILIES)} shapes of query over {len(TRAIN_TABLES)} small tables. "
-        f"The held-out questions are about {len(HELD_OUT_TABLES)} other tables, with other values and phrasings."
-    ),
     train=train,
     held_out=held_out,
     is_correct=is_correct,
     accuracy_means="run in sqlite as it stands, the answer gives the rows the expected query gives",
-    target_modules=ALL_LINEAR,
-    rank=8,
-    num_steps=120,
 )

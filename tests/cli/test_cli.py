@@ -55,7 +55,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
 
 @pytest.mark.parametrize(
     ("command", "slow"),
-    [*((command, NEVER | OF_SETTINGS) for command in COMMANDS), *((command, NEVER) for command in TAKE_SETTINGS)],
+    [
+        *((command, NEVER | OF_SETTINGS) for command in COMMANDS),
+        *((command, NEVER) for command in (*TAKE_SETTINGS, "train")),
+    ],
 )
 def test_help_imports_nothing_slow(command: str, slow: frozenset[str]) -> None:
     report = f"print(*({set(slow)} & sys.modules.keys()), file=sys.stderr)"

@@ -23,6 +23,8 @@ NO_TORCH = (
     "swaplora_adapters.errors",
     "swaplora_adapters.registry.index",
     "swaplora_adapters.sources.source",
+    "swaplora_adapters.train.data",
+    "swaplora_adapters.train.recipe",
     "swaplora_server.bench.load",
     "swaplora_server.client",
     "swaplora_server.doctor.machine",

@@ -12,7 +12,7 @@ from repository import ROOT
 OTHERS = re.findall(r"^TOOL := PYTHONPATH=(\S+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[0]
 # audit.py runs beside a test; fuzz.py imports what it needs when it knows what for
 TOOLS = ("bench", "bench_encoders", "bench_life", "fuzz_api", "isolation", "kinds_table", "refused_list")
-DEMO = ("cards", "evaluate", "task", "tasks", "train")
+DEMO = ("cards", "evaluate", "make_data", "task", "tasks", "train_classifiers")
 
 
 @pytest.mark.parametrize(("folder", "programs", "others"), [("tools", TOOLS, OTHERS), ("demo", DEMO, "")])

@@ -1,7 +1,7 @@
 """The base's weights as its own files have them, one at a time: what serves is packed, and cannot be read back."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +28,11 @@ class BaseFiles:
         """A source without safetensors files has no weights here."""
         self._files = _files_by_name(source)
         self._norms: dict[str, float | None] = {}
+
+    @property
+    def paths(self) -> Sequence[Path]:
+        """The files, in the order of their names."""
+        return sorted(set(self._files.values()))
 
     def weight(self, path: str, shape: LinearShape) -> Tensor | None:
         """[out, in], or as the file has it [in, out], in the file's own format."""

@@ -22,10 +22,11 @@ from swaplora_server.cli import (
     update,
 )
 from swaplora_server.cli.judging import evaluate, gates
-from swaplora_server.cli.offline import extract, merge, validate
+from swaplora_server.cli.offline import extract, merge, train, validate
 from swaplora_server.cli.settings import PLAIN_HELP, SettingsCommand
 
 TAKE_SETTINGS = (serve.serve, merge.merge, extract.extract, doctor.doctor, validate.validate)
+CLASSES = dict.fromkeys(TAKE_SETTINGS, SettingsCommand) | {train.train: train.TrainCommand}
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def _group(description: str, commands: Mapping[str, Callable[..., None]]) -> typ
         **PLAIN_HELP,
     )
     for name, command in commands.items():
-        group.command(name, cls=SettingsCommand if command in TAKE_SETTINGS else None)(command)
+        group.command(name, cls=CLASSES.get(command))(command)
     return group
 
 
@@ -50,6 +51,7 @@ app = _group(
         "serve": serve.serve,
         "chat": chat.chat,
         "bench": bench.bench,
+        "train": train.train,
         "evaluate": evaluate.evaluate,
         "promote": gates.promote,
         "merge": merge.merge,

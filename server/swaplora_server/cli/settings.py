@@ -48,18 +48,22 @@ class SettingsCommand(TyperCommand):
 
     def make_context(self, *args: Any, **extra: Any) -> Any:
         app = typer.Typer(add_completion=False, **PLAIN_HELP)
-        app.command(self.name)(with_settings(unwrap(self.callback or self.main)))
+        app.command(self.name)(with_fields(unwrap(self.callback or self.main), self.fields()))
         return typer.main.get_command(app).make_context(*args, **extra)
 
+    def fields(self) -> "Mapping[str, FieldInfo]":
+        """What there is an option for each of."""
+        from swaplora_server.config import Settings
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """`command`, whose parameters that are settings are explained as these, and whose `**` is an option for each other.
+        return Settings.model_fields
+
+
+def with_fields(command: Callable[..., None], known: "Mapping[str, FieldInfo]") -> Callable[..., None]:
+    """`command`, whose parameters that are fields are explained as these, and whose `**` is an option for each other.
 
     Those options come after its positional parameters and before its keyword-only ones.
     """
-    from swaplora_server.config import Settings
-
-    fields = dict(Settings.model_fields)
+    fields = dict(known)
     own = [_explained(parameter, fields.pop(name, None)) for name, parameter in signature(command).parameters.items()]
 
     def of_kind(kind: Any) -> list[Parameter]:
