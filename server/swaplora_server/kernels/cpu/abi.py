@@ -137,6 +137,20 @@ class EncoderLayer(ctypes.Structure):
     )
 
 
+NUM_MODERN_LINEARS = 4  # qkv, o, up, down
+
+
+class ModernLayer(ctypes.Structure):
+    _fields_ = (
+        ("linears", ctypes.POINTER(LinearWeight) * NUM_MODERN_LINEARS),
+        ("numbers", ctypes.c_int64 * NUM_MODERN_LINEARS),
+        ("norms", NormWeight * 2),
+        ("norm_numbers", ctypes.c_int64 * 2),
+        ("eps", ctypes.c_double),
+        ("cache", LayerCache),
+    )
+
+
 class ReplacedRows(ctypes.Structure):
     _fields_ = (("start", ctypes.c_int64), ("stop", ctypes.c_int64), ("modules", ctypes.POINTER(ctypes.c_void_p)))
 
@@ -182,6 +196,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     Step,
     NormWeight,
     EncoderLayer,
+    ModernLayer,
     Router,
 )
 
@@ -210,6 +225,7 @@ def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
     _declare(library, "paged_attention", [ctypes.POINTER(LayerCache), pointer, size, *rows, number])
     _declare(library, "decode", [ctypes.POINTER(DecoderLayer), size, ctypes.POINTER(Step)])
     _declare(library, "encode", [ctypes.POINTER(EncoderLayer), size, ctypes.POINTER(Step)])
+    _declare(library, "encode_modern", [ctypes.POINTER(ModernLayer), ctypes.POINTER(Step)])
     return library
 
 

@@ -14,7 +14,7 @@ from swaplora_adapters.weights.memory import HugePages
 from swaplora_adapters.weights.placement import Placement
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.kernels.backend import Forward, Memory, PagedKV, RunningStep
-from swaplora_server.kernels.cpu import build, decoder, encoder, linear, panels, quantised_linear
+from swaplora_server.kernels.cpu import build, decoder, encoder, linear, modern_encoder, panels, quantised_linear
 from swaplora_server.kernels.cpu.adapter_tables import AdapterTables
 from swaplora_server.kernels.cpu.attention import CpuKV
 from swaplora_server.kernels.cpu.lora import CpuLora
@@ -94,7 +94,6 @@ class CpuBackend:
         """Nothing is recorded."""
 
     def wrap(self, model: PreTrainedModel, running: Callable[[], RunningStep]) -> Callable[[], None] | None:
-        """All layers in one native call."""
-        return encoder.wrap(self.library, self.dtype, model, running) or decoder.wrap(
-            self.library, self.dtype, model, running
-        )
+        """All layers in one native call, or each in one."""
+        given = self.library, self.dtype, model, running
+        return encoder.wrap(*given) or modern_encoder.wrap(*given) or decoder.wrap(*given)

@@ -14,7 +14,7 @@ struct Entry {
 const Entry ENTRIES[] = {ENTRY(LinearWeight), ENTRY(LinearJob),    ENTRY(Span),         ENTRY(Factors),
                          ENTRY(Segment),      ENTRY(LoraModule),   ENTRY(LayerCache),   ENTRY(Run),
                          ENTRY(DecoderLayer), ENTRY(ReplacedRows), ENTRY(Rows),         ENTRY(Step),
-                         ENTRY(NormWeight),   ENTRY(EncoderLayer), ENTRY(Router)};
+                         ENTRY(NormWeight),   ENTRY(EncoderLayer), ENTRY(ModernLayer),  ENTRY(Router)};
 #undef ENTRY
 
 }  // namespace

@@ -117,6 +117,18 @@ struct EncoderLayer {
     LayerCache cache;
 };
 
+enum { M_QKV, M_O, M_UP, M_DOWN, NUM_MODERN_LINEARS };
+
+// An encoder layer of ModernBERT's kind.
+struct ModernLayer {
+    const LinearWeight* linears[NUM_MODERN_LINEARS];
+    int64_t numbers[NUM_MODERN_LINEARS];  // of the linears, as adapters know them
+    NormWeight norms[2];                  // before attention, or null: none; before the MLP. A bias may be null
+    int64_t norm_numbers[2];
+    double eps;
+    LayerCache cache;
+};
+
 // Rows [start, stop) have modules of their adapter's own (modules_to_save) in place of the base's: by number a
 // LinearWeight, a NormWeight or the weight of an RMSNorm, null where the base's is at work.
 struct ReplacedRows {

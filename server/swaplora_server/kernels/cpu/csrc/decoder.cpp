@@ -24,16 +24,6 @@ void rms_norm_row(const float* from, const float* weight, int64_t width, double 
     for (int64_t i = 0; i < width; i++) to[i] = from[i] * scale * weight[i];
 }
 
-// rope: rotary positions as Llama's code has them, dimension i rotated with dimension i + half
-void rope_row(float* head, const float* cos, const float* sin, int64_t head_dim) {
-    const int64_t half = head_dim / 2;
-    for (int64_t i = 0; i < half; i++) {
-        const float low = head[i], high = head[i + half];
-        head[i] = low * cos[i] - high * sin[i];
-        head[i + half] = high * cos[i + half] + low * sin[i + half];
-    }
-}
-
 floats silu(floats x) {
     const floats zero = {}, one = zero + 1.0f;
     const floats e = exp_negative(x < zero ? x : -x);  // of -|x|, which cannot overflow

@@ -1,9 +1,13 @@
-// All encoder layers of a model of BERT's kind (BERT, RoBERTa, XLM-R, DistilBERT) fused, over one packed step in one call.
+// All encoder layers of a model of BERT's kind (BERT, RoBERTa, XLM-R, DistilBERT) fused, over one packed step in one call,
+// and a layer of ModernBERT's kind in one.
 //
 // Equation, per layer:  h = LayerNorm(h + o(attention(q(h), k(h), v(h)))),  h = LayerNorm(h + down(GELU(up(h)))).
-// Shapes: h [tokens, hidden_size], float32, read and written; q, k, v [tokens, num_heads * head_dim].
-// Layout, threads: as in decoder.cpp; norms and GELU are divided by rows, worked off one by one, so a row's result does not
-// depend on its neighbours.
+// ModernBERT's:         h += o(attention(rope(q), rope(k), v))  with q, k, v = qkv(LayerNorm(h)),
+//                       h += down(GELU(a) * b)                  with a, b = up(LayerNorm(h)).
+// Shapes: h [tokens, hidden_size], float32, read and written; q, k, v [tokens, num_heads * head_dim]; cos, sin
+// [tokens, head_dim].
+// Layout, threads: as in decoder.cpp; norms, rope and GELU are divided by rows, worked off one by one, so a row's result does
+// not depend on its neighbours.
 #include <cmath>
 #include "fused.h"
 
@@ -31,29 +35,51 @@ void gelu_row(float* x, int64_t width) {
     std::memcpy(x + whole, last, (width - whole) * sizeof(float));
 }
 
-// h = LayerNorm(h + delta)
-void add_and_norm_row(float* h, const float* delta, const NormWeight& norm, int64_t width, double eps) {
-    const int64_t whole = width - width % LANES;
-    floats sums = {};
-    float total = 0.0f;
-    for (int64_t i = 0; i < whole; i += LANES) {
-        const floats both = load(h + i) + load(delta + i);
-        store(both, h + i);
-        sums += both;
+// to = GELU(both) * (both + width), which is [2 * width]; the last few are worked off among lanes that nobody reads
+void gelu_and_mul_row(const float* both, int64_t width, float* to) {
+    for (int64_t i = 0; i < width; i += LANES) {
+        const int64_t count = std::min<int64_t>(LANES, width - i);
+        if (count == LANES) {
+            store(gelu(load(both + i)) * load(both + width + i), to + i);
+            continue;
+        }
+        float a[LANES] = {}, b[LANES] = {};
+        std::memcpy(a, both + i, count * sizeof(float));
+        std::memcpy(b, both + width + i, count * sizeof(float));
+        store(gelu(load(a)) * load(b), a);
+        std::memcpy(to + i, a, count * sizeof(float));
     }
-    for (int64_t i = whole; i < width; i++) total += h[i] += delta[i];
+}
+
+// h += delta
+void add_row(float* h, const float* delta, int64_t width) {
+    const int64_t whole = width - width % LANES;
+    for (int64_t i = 0; i < whole; i += LANES) store(load(h + i) + load(delta + i), h + i);
+    for (int64_t i = whole; i < width; i++) h[i] += delta[i];
+}
+
+// to = LayerNorm(from), without a bias if that is null; `to` may be `from`
+void layer_norm_row(const float* from, const float* weight, const float* bias, int64_t width, double eps, float* to) {
+    const int64_t whole = width - width % LANES;
+    floats sums = {}, squares = {};
+    float total = 0.0f, rest = 0.0f;
+    for (int64_t i = 0; i < whole; i += LANES) sums += load(from + i);
+    for (int64_t i = whole; i < width; i++) total += from[i];
     const float mean = (total + sum(sums)) / float(width);
-    floats squares = {};
-    float rest = 0.0f;
     for (int64_t i = 0; i < whole; i += LANES) {
-        const floats off = load(h + i) - mean;
+        const floats off = load(from + i) - mean;
         squares = mul_add(off, off, squares);
     }
-    for (int64_t i = whole; i < width; i++) rest = mul_add(h[i] - mean, h[i] - mean, rest);
+    for (int64_t i = whole; i < width; i++) rest = mul_add(from[i] - mean, from[i] - mean, rest);
     const float scale = 1.0f / std::sqrt((rest + sum(squares)) / float(width) + float(eps));
-    for (int64_t i = 0; i < whole; i += LANES)
-        store(mul_add((load(h + i) - mean) * scale, load(norm.weight + i), load(norm.bias + i)), h + i);
-    for (int64_t i = whole; i < width; i++) h[i] = mul_add((h[i] - mean) * scale, norm.weight[i], norm.bias[i]);
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const floats off = (load(from + i) - mean) * scale;
+        store(bias ? mul_add(off, load(weight + i), load(bias + i)) : off * load(weight + i), to + i);
+    }
+    for (int64_t i = whole; i < width; i++) {
+        const float off = (from[i] - mean) * scale;
+        to[i] = bias ? mul_add(off, weight[i], bias[i]) : off * weight[i];
+    }
 }
 
 struct Pass : FusedPass<EncoderLayer> {
@@ -88,7 +114,74 @@ struct Pass : FusedPass<EncoderLayer> {
         each_run(s.tokens, [&](int64_t start, int64_t stop, const ReplacedRows* own) {
             const NormWeight* norm = module_of(own, l.norm_numbers[which], &l.norms[which]);
             each_row(start, stop, width, [&](int64_t row) {
-                add_and_norm_row(s.hidden + row * width, delta + row * width, *norm, width, l.eps);
+                float* const h = s.hidden + row * width;
+                add_row(h, delta + row * width, width);
+                layer_norm_row(h, norm->weight, norm->bias, width, l.eps, h);
+            });
+        });
+    }
+};
+
+struct ModernPass : FusedPass<ModernLayer> {
+    float *normed, *qkv, *query, *key, *value, *attended, *both, *inner, *delta;
+
+    ModernPass(const Step& s, const ModernLayer& like, Buffers& buffers) : FusedPass{s, buffers.prefetch} {
+        const int64_t rows = s.tokens.count, width = like.linears[M_O]->in, inner_width = like.linears[M_DOWN]->in;
+        buffers.reset(rows * (2 * s.hidden_size + 7 * width + 3 * inner_width), 9);
+        normed = buffers.take(rows * s.hidden_size);
+        delta = buffers.take(rows * s.hidden_size);
+        qkv = buffers.take(rows * 3 * width);
+        query = buffers.take(rows * width);
+        key = buffers.take(rows * width);
+        value = buffers.take(rows * width);
+        attended = buffers.take(rows * width);
+        both = buffers.take(rows * 2 * inner_width);
+        inner = buffers.take(rows * inner_width);
+    }
+
+    void layer(const ModernLayer& l) const {
+        norm(l, 0);
+        linears<M_QKV>(l, s.tokens, normed, s.hidden_size, {qkv});
+        each_row(0, s.tokens.count, l.linears[M_QKV]->out, [&](int64_t row) { split_row(l, row); });
+        paged_attention(&l.cache, s.runs, s.num_runs, query, key, value, attended, int(s.threads));
+        linears<M_O>(l, s.tokens, attended, l.linears[M_O]->in, {delta});
+        add_delta();
+        norm(l, 1);
+        linears<M_UP>(l, s.tokens, normed, s.hidden_size, {both});
+        const int64_t width = l.linears[M_DOWN]->in;
+        each_row(0, s.tokens.count, width, [&](int64_t row) {
+            gelu_and_mul_row(both + row * 2 * width, width, inner + row * width);
+        });
+        linears<M_DOWN>(l, s.tokens, inner, width, {delta});
+        add_delta();
+    }
+
+  private:
+    // to queries and keys, rotated to their positions, and values
+    void split_row(const ModernLayer& l, int64_t row) const {
+        const int64_t dim = l.cache.head_dim, width = l.linears[M_O]->in;
+        float* const to[] = {query + row * width, key + row * width, value + row * width};
+        for (int i = 0; i < 3; i++) std::memcpy(to[i], qkv + (3 * row + i) * width, width * sizeof(float));
+        for (int i = 0; i < 2; i++)
+            for (float* head = to[i]; head < to[i] + width; head += dim) rope_row(head, s.cos + row * dim, s.sin + row * dim, dim);
+    }
+
+    void add_delta() const {
+        const int64_t width = s.hidden_size;
+        each_row(0, s.tokens.count, width, [&](int64_t row) { add_row(s.hidden + row * width, delta + row * width, width); });
+    }
+
+    // an adapter's own norm is a NormWeight, or without a bias its weight
+    void norm(const ModernLayer& l, int which) const {
+        const int64_t width = s.hidden_size;
+        const NormWeight& base = l.norms[which];
+        if (!base.weight) return void(std::memcpy(normed, s.hidden, s.tokens.count * width * sizeof(float)));
+        each_run(s.tokens, [&](int64_t start, int64_t stop, const ReplacedRows* own) {
+            const int64_t number = l.norm_numbers[which];
+            const NormWeight weights =
+                base.bias ? *module_of(own, number, &base) : NormWeight{module_of(own, number, base.weight), nullptr};
+            each_row(start, stop, width, [&](int64_t row) {
+                layer_norm_row(s.hidden + row * width, weights.weight, weights.bias, width, l.eps, normed + row * width);
             });
         });
     }
@@ -100,4 +193,9 @@ extern "C" void encode(const EncoderLayer* layers, int64_t num_layers, const Ste
     thread_local Buffers buffers;
     const Pass pass(*step, layers[0], buffers);
     for (int64_t i = 0; i < num_layers; i++) pass.layer(layers[i]);
+}
+
+extern "C" void encode_modern(const ModernLayer* layer, const Step* step) {
+    thread_local Buffers buffers;
+    ModernPass(*step, *layer, buffers).layer(*layer);
 }

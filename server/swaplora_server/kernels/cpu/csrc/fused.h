@@ -26,6 +26,16 @@ struct Buffers {
     }
 };
 
+// rope: rotary positions as Llama's code has them, dimension i rotated with dimension i + half
+inline void rope_row(float* head, const float* cos, const float* sin, int64_t head_dim) {
+    const int64_t half = head_dim / 2;
+    for (int64_t i = 0; i < half; i++) {
+        const float low = head[i], high = head[i + half];
+        head[i] = low * cos[i] - high * sin[i];
+        head[i + half] = high * cos[i + half] + low * sin[i + half];
+    }
+}
+
 // The layers' common half. `Layer` has `linears` and their `numbers`.
 template <typename Layer>
 struct FusedPass {
