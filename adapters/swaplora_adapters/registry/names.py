@@ -3,8 +3,9 @@
 import json
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from swaplora_adapters.files.disk import raising_storage_errors
 from swaplora_adapters.files.naming import validate_name
 from swaplora_adapters.registry.index import Index, NamedVersions
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions, NameState
-from swaplora_adapters.store.records import Alias, Details, Mixing, Published, Standing, Target, VersionRecord
+from swaplora_adapters.store.records import Alias, Canary, Details, Mixing, Published, Standing, Target, VersionRecord
 from swaplora_adapters.store.staging import Staging
 from swaplora_adapters.store.store import Store
 
@@ -200,7 +201,7 @@ class Names:
                 os.link(path, folder / path.name)
         return record
 
-    def put_alias(self, alias: str, targets: Sequence[Target]) -> Alias:
+    def put_alias(self, alias: str, targets: Sequence[Target], canary: Canary | None = None) -> Alias:
         """Make an alias, or point it elsewhere.
 
         Raises InvalidAdapterNameError, and AdapterNotFoundError or VersionNotFoundError for a target.
@@ -208,7 +209,20 @@ class Names:
         with self.changes:
             if self.index.is_mixture(alias):
                 raise InvalidAdapterNameError(f"{alias} is a mixture; choose another alias, or delete that first")
-            return self._put(Alias(alias, tuple(targets)))
+            return self._put(Alias(alias, tuple(targets), canary=canary))
+
+    def step_back(self, alias: str, canary: Canary, reason: str) -> bool:
+        """Give a canary no more requests; False if the alias has no such canary any more."""
+        with self.changes:
+            found = self.index.alias(alias) if self.index.is_alias(alias) else None
+            if found is None or found.canary != canary:
+                return False
+            targets = (t._replace(weight=0) if t.reference == canary.target else t for t in found.targets)
+            stepped = canary._replace(stepped_back=time.time(), reason=reason)
+            made = replace(found, targets=tuple(targets), canary=stepped)
+            self._store.put_alias(made)
+            self.index.put_alias(made)
+            return True
 
     def put_mixture(self, name: str, members: Sequence[str], mixing: Mixing) -> Alias:
         """Make a mixture of names or versions, or change what it is made of.

@@ -89,7 +89,8 @@ class Naming:
     def alias(self, alias: Alias) -> Alias:
         """An alias or a mixture as the tenant knows it."""
         targets = tuple(Target(self.said(target.reference), target.weight) for target in alias.targets)
-        return replace(alias, alias=self.said(alias.alias), targets=targets)
+        canary = alias.canary and alias.canary._replace(target=self.said(alias.canary.target))
+        return replace(alias, alias=self.said(alias.alias), targets=targets, canary=canary)
 
     def named(self, named: NamedVersions) -> NamedVersions:
         """As the tenant knows it."""

@@ -32,7 +32,7 @@ from swaplora_adapters.registry.names import Judgement, Names
 from swaplora_adapters.registry.residency import Residency
 from swaplora_adapters.registry.usage import Stages, Unheard, UsageByName, UsageListener
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
-from swaplora_adapters.store.records import Alias, Mixing, Target, VersionRecord
+from swaplora_adapters.store.records import Alias, Canary, Mixing, Target, VersionRecord
 from swaplora_adapters.store.staging import Staging
 from swaplora_adapters.store.store import Store
 from swaplora_adapters.weights.load import Fits, load_weights
@@ -257,9 +257,13 @@ class Registry:
             self._residency.pin(self._pinned())
             return removal
 
-    def put_alias(self, alias: str, targets: Sequence[Target]) -> Alias:
+    def put_alias(self, alias: str, targets: Sequence[Target], canary: Canary | None = None) -> Alias:
         """See `Names.put_alias`."""
-        return self._names.put_alias(alias, targets)
+        return self._names.put_alias(alias, targets, canary)
+
+    def step_back(self, alias: str, canary: Canary, reason: str) -> bool:
+        """See `Names.step_back`."""
+        return self._names.step_back(alias, canary, reason)
 
     def delete_alias(self, alias: str) -> None:
         """Raises AliasNotFoundError."""

@@ -24,7 +24,7 @@ from swaplora_adapters.registry.naming import Naming
 from swaplora_adapters.registry.registry import Admit, Make, Registry, admit_all
 from swaplora_adapters.registry.tenant_names import TenantNames
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
-from swaplora_adapters.store.records import Alias, Mixing, Target, VersionRecord
+from swaplora_adapters.store.records import Alias, Canary, Mixing, Target, VersionRecord
 from swaplora_adapters.store.staging import Staging
 
 
@@ -165,11 +165,13 @@ class TenantRegistry(Registry):
             change.came_to(removal.records[-1])
             return removal
 
-    def put_alias(self, alias: str, targets: Sequence[Target]) -> Alias:
+    def put_alias(self, alias: str, targets: Sequence[Target], canary: Canary | None = None) -> Alias:
         with self._changing("alias.put", alias):
             self._check_leads(alias, [target.reference for target in targets])
             stored = [Target(self._naming.stored(target.reference), target.weight) for target in targets]
-            return self._naming.alias(self._registry.put_alias(self._naming.stored_alias(alias), stored))
+            if canary is not None:
+                canary = canary._replace(target=self._naming.stored(canary.target))
+            return self._naming.alias(self._registry.put_alias(self._naming.stored_alias(alias), stored, canary))
 
     def delete_alias(self, alias: str) -> None:
         with self._changing("alias.delete", alias):

@@ -11,7 +11,7 @@ from typing import Any
 
 from swaplora_adapters.files.disk import StoreError, raising_storage_errors
 from swaplora_adapters.store.manifests import Facts, Manifest
-from swaplora_adapters.store.records import Alias, Details, Mixing, Standing, Target, VersionRecord
+from swaplora_adapters.store.records import Alias, Canary, Details, Mixing, Standing, Target, VersionRecord
 from swaplora_adapters.store.schema import MIGRATIONS
 
 # What a description of a name holds: of the name, and of each of its versions.
@@ -22,8 +22,8 @@ _OF_VERSION = (
 )
 _UNTOLD_OF_NAME: Facts = {"shared_with": [], "gate": None}  # by descriptions of earlier releases
 _UNTOLD_OF_VERSION: Facts = {"standing": None, "verdict": None}
-_OF_ALIAS = ("alias", "revision", "targets", "mixing")
-_LISTS = ("kinds", "targets", "warnings", "removed", "shared_with", "mixing")  # JSON in the tables
+_OF_ALIAS = ("alias", "revision", "targets", "mixing", "canary")
+_LISTS = ("kinds", "targets", "warnings", "removed", "shared_with", "mixing", "canary")  # JSON in the tables
 # Answers of SQLite that speak of the disk or of other programs. All others mean that the catalogue is damaged.
 _NOT_ITS_FAULT = (
     *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR),
@@ -124,8 +124,8 @@ class Catalogue:
 
     def aliases(self) -> list[Alias]:
         """In order of alias."""
-        rows = self._query("SELECT alias, targets, mixing FROM aliases ORDER BY alias")
-        return [_alias(alias, json.loads(targets), json.loads(mixing)) for alias, targets, mixing in rows]
+        rows = self._query("SELECT alias, targets, mixing, canary FROM aliases ORDER BY alias")
+        return [_alias(alias, *map(json.loads, facts)) for alias, *facts in rows]
 
     def is_referenced(self, digest: str) -> bool:
         """Whether any version has this digest."""
@@ -161,10 +161,10 @@ class Catalogue:
 
     def manifest_of_alias(self, alias: str) -> Manifest:
         """Where it leads. To releases that know no mixtures one is as if it were deleted, not a split."""
-        [(revision, *row)] = self._query("SELECT revision, targets, mixing FROM aliases WHERE alias = ?", alias)
-        targets, mixing = map(json.loads, row)
+        [(revision, *row)] = self._query("SELECT revision, targets, mixing, canary FROM aliases WHERE alias = ?", alias)
+        targets, mixing, canary = map(json.loads, row)
         if mixing is None:
-            return Manifest(revision, {"targets": targets})
+            return Manifest(revision, {"targets": targets} | ({} if canary is None else {"canary": canary}))
         members = [reference for reference, _ in targets]
         return Manifest(revision, {"targets": None, "mixture": {"members": members, "mixing": mixing}})
 
@@ -186,7 +186,11 @@ class Catalogue:
         if mixture is not None:
             targets = [Target(member, 1) for member in mixture["members"]]
         if targets is not None:
-            facts = {"targets": targets, "mixing": mixture and mixture["mixing"]}
+            facts = {
+                "targets": targets,
+                "mixing": mixture and mixture["mixing"],
+                "canary": manifest.facts.get("canary"),
+            }
             self._insert("aliases", {"alias": alias, "revision": manifest.revision, **facts}, _OF_ALIAS)
 
     def forget_unreferenced(self) -> None:
@@ -365,8 +369,13 @@ def _record(row: dict[str, Any]) -> VersionRecord:
     return VersionRecord(**row | lists | {"standing": standing})
 
 
-def _alias(alias: str, targets: list[tuple[str, int]], mixing: tuple[int, float] | None) -> Alias:
-    return Alias(alias, tuple(Target(*target) for target in targets), None if mixing is None else Mixing(*mixing))
+def _alias(alias: str, targets: list[list[Any]], mixing: list[Any] | None, canary: list[Any] | None) -> Alias:
+    return Alias(
+        alias,
+        tuple(Target(*target) for target in targets),
+        None if mixing is None else Mixing(*mixing),
+        None if canary is None else Canary(*canary),
+    )
 
 
 def _unpacked(columns: Sequence[str], row: Sequence[Any]) -> Facts:

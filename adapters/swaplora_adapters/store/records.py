@@ -69,6 +69,17 @@ class Mixing(NamedTuple):
     temperature: float
 
 
+class Canary(NamedTuple):
+    """A target that gets no more requests once more than a share of the last ones failed by the server's fault."""
+
+    target: str  # a version, as the alias has it
+    max_error_rate: float
+    min_requests: int  # of the window, before anything is concluded
+    window_seconds: float
+    stepped_back: float | None = None  # when, in seconds since the epoch
+    reason: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Alias:
     """A name that stands for others; with several targets it splits what is asked of it by their weights.
@@ -79,6 +90,7 @@ class Alias:
     alias: str
     targets: tuple[Target, ...]
     mixing: Mixing | None = None
+    canary: Canary | None = None
 
 
 class Published(NamedTuple):

@@ -51,4 +51,5 @@ MIGRATIONS = (
     ALTER TABLE versions ADD COLUMN standing TEXT;
     ALTER TABLE versions ADD COLUMN verdict TEXT;
     """,
+    "ALTER TABLE aliases ADD COLUMN canary TEXT NOT NULL DEFAULT 'null';",
 )

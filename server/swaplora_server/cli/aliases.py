@@ -32,12 +32,19 @@ def set_alias(
     target: Annotated[
         list[str], typer.Argument(metavar="TARGET[=WEIGHT]", help="Who answers: sql@2, or sql@2=90 sql@3=10.")
     ],
+    canary: Annotated[
+        str | None,
+        typer.Option(help="A version among them that gets no more requests once too many of its have failed."),
+    ] = None,
+    max_error_rate: Annotated[float, typer.Option(help="The share of failures that is not too many.")] = 0.05,
     url: Url = LOCAL,
     api_key: Key = None,
     as_json: AsJson = False,
 ) -> None:
     """Let an alias stand for one target, or share its requests among several by weight."""
     body = _body(target)
+    if canary is not None:
+        body["canary"] = {"target": canary, "max_error_rate": max_error_rate}
     with connected(url, api_key) as client:
         content = client.set_alias(alias, body)
     if as_json:

@@ -78,4 +78,5 @@ def _stored(record: VersionRecord) -> dict[str, Any]:
 def alias_body(alias: Alias) -> dict[str, Any]:
     """An alias with all of its targets; a single one has the whole weight, whatever its number."""
     targets = [{"target": target.reference, "weight": target.weight} for target in alias.targets]
-    return {"object": "alias", "alias": alias.alias, "targets": targets}
+    canary = {} if alias.canary is None else {"canary": alias.canary._asdict()}
+    return {"object": "alias", "alias": alias.alias, "targets": targets, **canary}

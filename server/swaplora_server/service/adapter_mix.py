@@ -14,6 +14,7 @@ from swaplora_server.engine.request import AdapterUse
 from swaplora_server.log_lines import notes
 from swaplora_server.service.admission import Admission
 from swaplora_server.service.errors import RequestError
+from swaplora_server.service.gates.canaries import Trial
 from swaplora_server.service.mixtures.routers import MemberError
 from swaplora_server.service.service import Service
 from swaplora_server.service.wakeups import result_of
@@ -48,6 +49,12 @@ class AdapterMix:
     scales: tuple[float, ...]
     params: tuple[str, ...]  # the request's fields that name them
     router: Callable[[Sequence[AdapterWeights]], Awaitable[Router]] | None = None
+    trial: Trial | None = None  # of an alias's canary, which is to hear how it ended
+
+    def tell(self, *, has_failed: bool) -> None:
+        """A canary answered, or could not, which is not the request's fault."""
+        if self.trial is not None:
+            self.trial(has_failed)
 
     @property
     def leases(self) -> tuple[Lease, ...]:
@@ -66,6 +73,8 @@ class AdapterMix:
         try:
             weights = await result_of(self.request_leases.weights)
         except (AdapterFailedError, AdapterTooLargeError, MemoryFullError) as error:
+            if not isinstance(error, MemoryFullError):
+                self.tell(has_failed=True)
             raise RequestError(error.code, str(error), self._param_at_fault()) from error
         digests = [record.digest for record in self.records]
         uses = tuple(
@@ -148,7 +157,14 @@ async def _lease_all(service: Service, terms: Sequence[MixTerm], asker: Asker, a
     scales, params = tuple(term.scale for term in terms), tuple(term.param for term in terms)
     mix = AdapterMix(admission.claim_memory(service.registry), scales, params)
     _note(mix.records)
-    return mix
+    return mix if len(terms) != 1 else replace(mix, trial=_trial(service, terms[0].name, mix.records[0]))
+
+
+def _trial(service: Service, name: str, record: VersionRecord) -> Trial | None:
+    alias = service.reference(name).removeprefix("base:")
+    if not service.registry.names.index.is_alias(alias):
+        return None
+    return service.canaries.trial(service.stored_name(alias), service.stored_name(record.name), record)
 
 
 def wanted_by(service: Service, model: str, terms: Sequence[MixTerm]) -> str:

@@ -18,7 +18,7 @@ from swaplora_server.base.fingerprint import digest_of
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.request import AdapterUse, FinishReason, Logprobs, Request, SamplingParams, TokenEvent
 from swaplora_server.log_lines import notes
-from swaplora_server.service.adapter_mix import NOBODY, Asker, MixTerm, invoked_at, lease_mix, wanted_by
+from swaplora_server.service.adapter_mix import NOBODY, AdapterMix, Asker, MixTerm, invoked_at, lease_mix, wanted_by
 from swaplora_server.service.admission import NO_HURRY, Admission, Urgency
 from swaplora_server.service.detokenize import Detokenizer, Echo, Settled, TextRules, TextToken, echo_of
 from swaplora_server.service.errors import RequestError
@@ -104,8 +104,12 @@ class Generation:
         grammar: Grammar | None = None,
         seconds_for_adapters: float = 0.0,
         reservation: Reservation = NOTHING,
+        tell: Callable[[bool], None] | None = None,
     ) -> None:
-        """`began` is the moment, on the monotonic clock, at which the client's wait began."""
+        """`began` is the moment, on the monotonic clock, at which the client's wait began.
+
+        `tell` hears whether it has failed, once it has or is whole.
+        """
         self._service = service
         self._task = task
         self._prompts = prompts
@@ -114,6 +118,7 @@ class Generation:
         self._began = began
         self._seconds_for_adapters = seconds_for_adapters
         self._reservation = reservation
+        self._tell = tell
         self._grammar = grammar
         self._notes = notes()
         self._context = service.tracing.context()
@@ -236,6 +241,8 @@ class Generation:
         self._requests.clear()  # which point back here: weights must not wait for the cycle collector
         self._reservation.settle(self.num_prompt_tokens + sum(self.num_generated))
         self._service.metrics.observe(record)
+        if self._tell is not None and outcome in (Outcome.COMPLETED, Outcome.FAILED):
+            self._tell(outcome is Outcome.FAILED)
         self._service.tracing.record(record, self._asked)
         self._notes.update(record.told())
 
@@ -398,11 +405,11 @@ async def _prepared(
         mix = await lease_mix(service, task.model, task.adapters, task.asker, admission, task.trace)
         asked_at = time.monotonic()
         uses = await mix.uses()
-        _check_generating(uses)
+        _check_generating(mix, uses)
         seconds = time.monotonic() - asked_at
         starts = [invoked_at(prompt, uses, task.prompt_param(number)) for number, prompt in enumerate(prompts)]
         generation = Generation(
-            service, task, prompts, params, mix.records, began, echoes, grammar, seconds, reservation
+            service, task, prompts, params, mix.records, began, echoes, grammar, seconds, reservation, mix.trial
         )
     except BaseException:
         reservation.settle(0)
@@ -410,9 +417,10 @@ async def _prepared(
     return generation, uses, starts
 
 
-def _check_generating(uses: Sequence[AdapterUse]) -> None:
+def _check_generating(mix: AdapterMix, uses: Sequence[AdapterUse]) -> None:
     """Raise RequestError for an adapter that was trained to classify."""
     if any(use.weights.head is not None for use in uses):
+        mix.tell(has_failed=True)
         message = "the adapter classifies, and generates nothing: ask it at POST /classify, or for tokens at /pooling"
         raise RequestError("invalid_request", message, "model")
 

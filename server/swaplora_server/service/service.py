@@ -40,6 +40,7 @@ from swaplora_server.service.chat_template import ChatTemplate
 from swaplora_server.service.derivations import Derivations
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.evaluations.evaluations import Evaluations
+from swaplora_server.service.gates.canaries import Canaries
 from swaplora_server.service.gates.gates import Gates
 from swaplora_server.service.gates.task_files import TaskFiles
 from swaplora_server.service.grammar.grammars import Grammars
@@ -86,6 +87,7 @@ class Service:
     engine: Engine
     derivations: Derivations
     evaluations: Evaluations
+    canaries: Canaries
     gates: Gates
     tokenizer: PromptTokenizer
     grammars: Grammars
@@ -187,6 +189,7 @@ class Service:
             self._registry = self._open_registry()
             opened.callback(self._registry.close)
             self.evaluations = Evaluations(settings.data_dir / "evaluations")
+            self.canaries = Canaries(self._registry, self.audit, self.metrics.count_step_back)
             self.gates = Gates(TaskFiles(settings.data_dir / "gates"), self._registry)
             self._take_in_named_adapters()
             self._ingest = Ingest(self.registry, settings.adapter_dir, settings.resolver, _report_ingest)

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends
 from pydantic import Field, model_validator
 
 from swaplora_adapters.files.naming import validate_alias
-from swaplora_adapters.store.records import Target
+from swaplora_adapters.store.records import Canary, Target
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
 from swaplora_server.http.cards import alias_body
@@ -27,11 +27,21 @@ class WeightedTarget(ClosedModel):
     weight: int = Field(ge=0, le=MAX_WEIGHT)
 
 
+class CanaryBody(ClosedModel):
+    """One of the targets, a version, and how often it may fail before it gets no more requests."""
+
+    target: str = Field(min_length=1, max_length=256)
+    max_error_rate: float = Field(ge=0, lt=1)
+    min_requests: int = Field(20, ge=1, le=1_000_000)
+    window_seconds: float = Field(300, ge=1, le=86_400)
+
+
 class AliasBody(ClosedModel):
-    """Either `target`, or `targets` with their weights."""
+    """Either `target`, or `targets` with their weights, of which one may be a canary."""
 
     target: str | None = Field(None, min_length=1, max_length=256)
     targets: list[WeightedTarget] | None = Field(None, min_length=1, max_length=MAX_TARGETS)
+    canary: CanaryBody | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -41,7 +51,16 @@ class AliasBody(ClosedModel):
             raise ValueError("targets: at least one weight must be greater than 0")
         if self.targets is not None and len({target.target for target in self.targets}) < len(self.targets):
             raise ValueError("targets: one is given twice")
+        if self.canary is not None:
+            self._check_canary(self.canary.target)
         return self
+
+    def _check_canary(self, target: str) -> None:
+        weights = {each.target: each.weight for each in self.targets or []}
+        if target not in weights or "@" not in target:
+            raise ValueError("canary: its target must be one of the targets, and a version, such as mine@3")
+        if not any(weight for other, weight in weights.items() if other != target):
+            raise ValueError("canary: another target must have a weight greater than 0, or nobody could take over")
 
     def as_targets(self) -> list[Target]:
         if self.targets is None:
@@ -74,7 +93,8 @@ async def put_alias(
     """Make an alias or point it elsewhere, durably: requests that are admitted from now on follow it."""
     service.check_serving()
     validate_alias(alias)
-    return alias_body(await asyncio.to_thread(service.registry.put_alias, alias, body.as_targets()))
+    canary = None if body.canary is None else Canary(**body.canary.model_dump())
+    return alias_body(await asyncio.to_thread(service.registry.put_alias, alias, body.as_targets(), canary))
 
 
 @router.delete("/v1/aliases/{alias:path}")

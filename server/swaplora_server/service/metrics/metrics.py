@@ -51,6 +51,9 @@ class Metrics:
             registry=self.registry,
         )
         self._pooled_inputs = Counter("swaplora_pooled_inputs", "Inputs of these", registry=self.registry)
+        self._step_backs = Counter(
+            "swaplora_canary_step_backs", "Canaries that get no more requests", registry=self.registry
+        )
         self._prompt_tokens = Counter("swaplora_prompt_tokens", "Prompt tokens", registry=self.registry)
         self._generated_tokens = Counter("swaplora_generated_tokens", "Generated tokens", registry=self.registry)
         self._queued = self._histogram("queue_time", "From the request until its prompt was begun", _TO_FIRST)
@@ -64,6 +67,10 @@ class Metrics:
     def count_request(self, route: str, status: int | None) -> None:
         """One HTTP request is over. `route` is its template; status None is one whose answer was never begun."""
         self._requests.labels(route, "none" if status is None else f"{status // 100}xx").inc()
+
+    def count_step_back(self) -> None:
+        """The canary of an alias has failed too often."""
+        self._step_backs.inc()
 
     def observe_pooling(self, record: PoolingRecord) -> None:
         """One request for what is read of its inputs is over."""

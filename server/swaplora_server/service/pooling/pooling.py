@@ -111,6 +111,7 @@ class _Pooling:
         self._task = task
         self._reads, self._inputs = reading
         self._records = mix.records
+        self._mix = mix
         self._began = began
         self._seconds_for_adapters = seconds_for_adapters
         self._reservation = reservation
@@ -205,6 +206,8 @@ class _Pooling:
         self._reservation.settle(self._num_tokens(self._num_begun))
         record = self._record()
         self._service.metrics.observe_pooling(record)
+        if record.outcome in (Outcome.COMPLETED, Outcome.FAILED):
+            self._mix.tell(has_failed=record.outcome is Outcome.FAILED)
         self._service.tracing.record(record, self._asked)
         self._notes.update(record.told())
         self._admission.release()
