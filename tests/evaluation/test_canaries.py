@@ -5,6 +5,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_one_that_cannot_be_loaded_steps_back_for_good(server: Running, adapters
     shutil.rmtree(config.data_dir / "blobs" / digest.removeprefix("sha256:"))
     server.service.registry._residency.drop(digest)  # noqa: SLF001 - as if others had needed the room
     split = [{"target": "sql", "weight": 1}, {"target": "broken@1", "weight": 999}]
-    body = {"targets": split, "canary": CANARY | {"target": "broken@1"}}
+    body: dict[str, Any] = {"targets": split, "canary": CANARY | {"target": "broken@1"}}
     told = server.client.put("/v1/aliases/live", json=body).json()
     assert told["canary"] == body["canary"] | {"stepped_back": None, "reason": None}
     failed = 0
@@ -101,7 +102,7 @@ def test_only_a_canarys_own_failures_count_and_enough_of_them(server: Running, m
     def tell(*failures: bool) -> None:
         one = trial(server, "counts")
         for has_failed in failures:
-            server.service.wakeups.post(lambda has_failed=has_failed: one(has_failed))
+            server.service.wakeups.post(partial(one, has_failed))
         server.generate("counts", PROMPT, 1)  # behind all of them
 
     tell(True, True)

@@ -15,7 +15,7 @@ from adapter_files import write_adapter
 from chromium import Shown, chromium, opened
 from serving import BASE, Running
 
-PARTS = ("compare", "adapters", "inspect", "live")
+PARTS = ("compare", "adapters", "inspect", "evaluations", "live")
 PROMPT = "hello"
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
 
@@ -430,5 +430,13 @@ def fill(page: Page, part: str) -> None:
         page.get_by_label("Adapter", exact=True).fill("one")
         page.locator("#inspect-form").get_by_role("button").click()
         expect(page.locator(".heat")).to_be_visible()
+    elif part == "evaluations":
+        page.get_by_label("Task, a line").fill('{"prompt": "a", "answer": "b"}')
+        page.get_by_label("Models").fill("one, two")
+        page.get_by_label("Tokens").first.fill("1")
+        page.get_by_role("button", name="Evaluate").click()
+        expect(page.locator("#evaluation")).to_contain_text("done: 2 of 2 answers")
+        page.get_by_text("Set a gate").click()
+        expect(page.locator("#gate-versions table")).to_be_visible()
     else:
         expect(page.locator("#live-adapters table")).to_be_visible()

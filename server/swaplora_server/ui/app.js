@@ -2,6 +2,7 @@
 
 import { showAdapters } from "./adapters/adapters.js";
 import { showCompare } from "./compare/compare.js";
+import { showEvaluations } from "./evaluations/evaluations.js";
 import { showInspect } from "./inspect/inspect.js";
 import { showLive } from "./live/live.js";
 import { byId } from "./shared/dom.js";
@@ -10,7 +11,7 @@ import { loadModels } from "./shared/models.js";
 import { goTo } from "./shared/parts.js";
 import { startTheme } from "./shared/theme.js";
 
-const PARTS = { compare: showCompare, adapters: showAdapters, inspect: showInspect, live: showLive };
+const PARTS = { compare: showCompare, adapters: showAdapters, inspect: showInspect, evaluations: showEvaluations, live: showLive };
 const tabs = [...document.querySelectorAll("[role=tab]")];
 let leave = () => {};
 

@@ -3,6 +3,7 @@
 import { ApiError, ask } from "../shared/api.js";
 import { confirmed } from "../shared/dialog.js";
 import { byId, element, tell } from "../shared/dom.js";
+import { moment } from "../shared/format.js";
 
 const FULL = 100;
 let onChange = () => {};
@@ -25,7 +26,7 @@ export async function showAliases() {
   try {
     const { data } = await ask("v1/aliases");
     const none = element("p", { class: "empty" }, "No aliases. One can split its traffic between versions.");
-    byId("aliases").replaceChildren(...(data.length ? data.map(({ alias, targets }) => editor(alias, targets, false)) : [none]));
+    byId("aliases").replaceChildren(...(data.length ? data.map(({ alias, targets, canary }) => editor(alias, targets, false, canary)) : [none]));
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
     byId("aliases").replaceChildren(element("p", { class: "empty error" }, error.message));
@@ -40,7 +41,7 @@ function openNew(alias, targets) {
 }
 
 /** A form for one alias: a slider for each target. */
-function editor(alias, targets, isNew) {
+function editor(alias, targets, isNew, canary = null) {
   const name = element("input", { value: alias, required: true, maxlength: "256", spellcheck: "false", autocomplete: "off", "aria-label": "Alias" });
   const sides = element("div", { class: "sides" });
   const tellShares = () => {
@@ -67,9 +68,10 @@ function editor(alias, targets, isNew) {
   };
   return element(
     "form",
-    { class: isNew ? "alias new" : "alias", onsubmit: act(() => save(isNew ? name.value.trim() : alias, sides)) },
+    { class: isNew ? "alias new" : "alias", onsubmit: act(() => save(isNew ? name.value.trim() : alias, sides, canary)) },
     isNew ? name : element("h3", {}, alias),
     sides,
+    canary && element("p", { class: canary.stepped_back ? "told error" : "told" }, wordsOf(canary)),
     element(
       "div",
       { class: "actions" },
@@ -100,9 +102,14 @@ const pathOf = (alias) => `v1/aliases/${alias.split("/").map(encodeURIComponent)
 
 const weightOf = (row) => row.querySelector("[type=range]").valueAsNumber;
 
-async function save(alias, sides) {
+const wordsOf = ({ target, max_error_rate: most, stepped_back: at, reason }) =>
+  at ? `${target} gets no more requests since ${moment(at)}: ${reason}. Saving tries it again.` : `${target} gets no more requests once more than ${Number((100 * most).toFixed(1))} % of its fail.`;
+
+async function save(alias, sides, canary) {
   const targets = [...sides.children].map((row) => ({ target: row.querySelector(".target").value.trim(), weight: weightOf(row) }));
-  await ask(pathOf(alias), { method: "PUT", json: { targets } });
+  const { stepped_back: _at, reason: _why, ...kept } = canary ?? {};
+  const isThere = canary !== null && targets.some(({ target }) => target === canary.target);
+  await ask(pathOf(alias), { method: "PUT", json: { targets, ...(isThere ? { canary: kept } : {}) } });
   return `${alias} is saved: requests from now on follow it.`;
 }
 

@@ -7,9 +7,11 @@ import { bytes, count, moment, short } from "../shared/format.js";
 import { goTo } from "../shared/parts.js";
 import { addAnswerer } from "../compare/compare.js";
 import { inspectNext } from "../inspect/inspect.js";
+import { makeCurrent } from "../shared/current.js";
 import { splitBetween } from "./aliases.js";
+import { share } from "./share.js";
 
-const COLUMNS = [{ title: "Version", isNumber: true }, { title: "Digest" }, { title: "Made" }, { title: "Size", isNumber: true }, { title: "Change" }];
+const COLUMNS = [{ title: "Version", isNumber: true }, { title: "Digest" }, { title: "Made" }, { title: "Size", isNumber: true }, { title: "Gate" }, { title: "Change" }];
 
 /** The nodes of a card; `refresh` is called after each change. */
 export function cardView(card, refresh) {
@@ -43,10 +45,11 @@ export function cardView(card, refresh) {
     ? action("Unpin", "no longer kept in memory", () => change(path, { pinned: false }))
     : action("Pin", "kept in memory", () => change(path, { pinned: true }));
   const warm = action("Warm", "in memory", () => ask(`${path}/warm`, { method: "POST" }).then(() => "in memory"));
+  const shared = action("Share", "", () => share(card));
   const remove = action("Delete", "", () => removeAll(card, path), { class: "danger" });
   return [
     element("h2", {}, card.name),
-    element("div", { class: "actions" }, ...(isOwn ? [pin] : []), warm, ...links(card, isOwn), element("span", { class: "spring" }), ...(isOwn ? [remove] : [])),
+    element("div", { class: "actions" }, ...(isOwn ? [pin] : []), warm, ...links(card, isOwn), element("span", { class: "spring" }), ...(isOwn ? [shared, remove] : [])),
     said,
     warnings(card),
     facts(card),
@@ -101,6 +104,7 @@ function versions(card, path, action) {
       element("code", { title: version.digest }, short(version.digest)),
       moment(version.created),
       bytes(version.bytes),
+      version.standing ?? "–",
       version.version === card.version ? "current" : action ? versionActions(card, version.version, path, action) : "",
     ],
   }));
@@ -111,7 +115,7 @@ function versions(card, path, action) {
 
 function versionActions(card, version, path, action) {
   const label = version < card.version ? "Roll back" : "Make current";
-  const use = action(label, `version ${version} is current`, () => change(path, { current: version }), { "aria-label": `${label} to version ${version}` });
+  const use = action(label, `version ${version} is current`, async () => ((await makeCurrent(card.name, version)) ? undefined : false), { "aria-label": `${label} to version ${version}` });
   const remove = action(
     "Delete",
     `version ${version} is deleted`,

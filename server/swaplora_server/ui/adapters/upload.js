@@ -73,7 +73,9 @@ async function send(onCard) {
       progress.value = share;
       if (share === 1) tell(said, "being checked");
     });
-    tell(said, `${card.name}@${card.version} is stored, and answers from now on.`);
+    const isHeld = card.stored.version !== card.version;
+    const from = isHeld ? `and ${card.name} stands for version ${card.version} until it has passed the gate` : "and answers from now on";
+    tell(said, `${card.name}@${card.stored.version} is stored, ${from}.`);
     chosen = {};
     byId("upload-form").reset();
     tell(byId("upload-chosen"), "");
