@@ -116,7 +116,7 @@ def test_a_worse_version_is_stopped_forced_and_rolled_back_by_clicks(
     page: Page, stocked: Running, adapters: list[Path]
 ) -> None:
     served = stocked.token_ids("mine", [1, 2, 3])
-    page.get_by_label("Of adapter").select_option("mine")
+    page.get_by_label("Of adapter", exact=True).select_option("mine")
     expect(page.locator("#gate-told")).to_have_text("mine has no gate: each new version is current at once.")
     page.get_by_text("Set a gate").click()
     page.get_by_label("Task that a new version").fill(task_of(stocked, "mine"))
@@ -132,7 +132,7 @@ def test_a_worse_version_is_stopped_forced_and_rolled_back_by_clicks(
     stored = "mine@2 is stored, and mine stands for version 1 until it has passed the gate."
     expect(page.locator("#upload-said")).to_have_text(stored)
     page.get_by_role("tab", name="Evaluations").click()
-    page.get_by_label("Of adapter").select_option("mine")
+    page.get_by_label("Of adapter", exact=True).select_option("mine")
     versions = page.locator("#gate-versions")
     expect(versions).to_contain_text("mine@2: min_score: its score is")
     assert stocked.token_ids("mine", [1, 2, 3]) == served

@@ -433,7 +433,7 @@ def fill(page: Page, part: str) -> None:
     elif part == "evaluations":
         page.get_by_label("Task, a line").fill('{"prompt": "a", "answer": "b"}')
         page.get_by_label("Models").fill("one, two")
-        page.get_by_label("Tokens").first.fill("1")
+        page.locator("#evaluation-tokens").fill("1")
         page.get_by_role("button", name="Evaluate").click()
         expect(page.locator("#evaluation")).to_contain_text("done: 2 of 2 answers")
         page.get_by_text("Set a gate").click()

@@ -28,4 +28,4 @@ export const between = ({ low, high }) => `${rate(low)} to ${rate(high)}`;
 export const cellsOf = (score, wanted = null) => [rate(score.mean), element("span", { class: "nowrap" }, between(score)), bar(score, wanted)];
 
 /** The columns of these. */
-export const RATE_COLUMNS = [{ title: "Mean", isNumber: true }, { title: "95 %" }, { title: "" }];
+export const RATE_COLUMNS = [{ title: "Mean", isNumber: true }, { title: "95 %" }, { title: "0 to 1" }];
