@@ -46,6 +46,7 @@ def put(server: Running, alias: str, **canary: Any) -> dict[str, Any]:
 
 def stepped_back(server: Running, alias: str) -> dict[str, Any]:
     deadline = time.monotonic() + GUARD_SECONDS
+    told: dict[str, Any]
     while (told := server.client.get(f"/v1/aliases/{alias}").json())["canary"]["stepped_back"] is None:
         assert time.monotonic() < deadline, told
         time.sleep(0.01)
