@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import count
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -121,41 +121,65 @@ def bodies(format_: Format | None, salt: int, num: int) -> list[bytes]:
     return [json.dumps(plain | dict(format_(salt + i) if format_ else {})).encode() for i in range(num)]
 
 
-def send(
-    url: str, requests: list[bytes], has_begun: Event, is_over: Event, statuses: "multiprocessing.Queue[list[int]]"
+class Sender:
+    """A process of its own, that asks while it is told to, however long its requests take."""
+
+    def __init__(self, url: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._jobs: multiprocessing.Queue[list[bytes] | None] = context.Queue()
+        self._statuses: multiprocessing.Queue[list[int]] = context.Queue()
+        self._has_begun, self._is_over = context.Event(), context.Event()
+        arguments = (url, self._jobs, self._has_begun, self._is_over, self._statuses)
+        self._process = context.Process(target=send_all, args=arguments)
+        self._process.start()
+
+    @contextmanager
+    def sending(self, requests: list[bytes], seen: list[int]) -> Iterator[None]:
+        """Whatever runs in the block runs beside it; `seen` has the answers' statuses afterwards."""
+        self._is_over.clear()
+        self._jobs.put(requests)
+        self._has_begun.wait()
+        self._has_begun.clear()
+        yield
+        self._is_over.set()
+        seen += self._statuses.get(timeout=120)
+
+    def close(self) -> None:
+        self._jobs.put(None)
+        self._process.join()
+
+
+def send_all(
+    url: str,
+    jobs: "multiprocessing.Queue[list[bytes] | None]",
+    has_begun: Event,
+    is_over: Event,
+    statuses: "multiprocessing.Queue[list[int]]",
 ) -> None:
-    """The sender's process: a request each `SECONDS_APART`, whether or not the ones before were answered."""
-    seen: list[int] = []
+    """The sender's process."""
     with httpx.Client(base_url=url, timeout=60, limits=httpx.Limits(max_connections=64)) as client:
-
-        def one(body: bytes) -> None:
-            answer = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
-            seen.append(answer.status_code)
-
-        threads = []
-        has_begun.set()
-        for body in requests:
-            if is_over.wait(SECONDS_APART):
-                break
-            threads.append(threading.Thread(target=one, args=(body,)))
-            threads[-1].start()
-        for thread in threads:
-            thread.join()
-    statuses.put(seen)
+        while (requests := jobs.get()) is not None:
+            has_begun.set()
+            statuses.put(send(client, requests, is_over))
 
 
-@contextmanager
-def beside(url: str, requests: list[bytes], seen: list[int]) -> Iterator[None]:
-    """Whatever runs in the block runs beside the sender."""
-    context = multiprocessing.get_context("spawn")
-    has_begun, is_over, statuses = context.Event(), context.Event(), context.Queue()
-    sender = context.Process(target=send, args=(url, requests, has_begun, is_over, statuses))
-    sender.start()
-    has_begun.wait()
-    yield
-    is_over.set()
-    seen += statuses.get(timeout=120)
-    sender.join()
+def send(client: httpx.Client, requests: list[bytes], is_over: Event) -> list[int]:
+    """Statuses: a request each `SECONDS_APART`, whether or not the ones before were answered."""
+    seen: list[int] = []
+
+    def one(body: bytes) -> None:
+        answer = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+        seen.append(answer.status_code)
+
+    threads = []
+    for body in requests:
+        if is_over.wait(SECONDS_APART):
+            break
+        threads.append(threading.Thread(target=one, args=(body,)))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    return seen
 
 
 def watch(url: str) -> list[float]:
@@ -169,12 +193,12 @@ def watch(url: str) -> list[float]:
     return [after - before for before, after in zip(stamps[SETTLING:], stamps[SETTLING + 1 :], strict=False)]
 
 
-def measure(url: str, label: str, format_: Format | None, salts: Iterator[int], rounds: int) -> None:
+def measure(url: str, sender: Sender, label: str, format_: Format | None, salts: Iterator[int], rounds: int) -> None:
     found: list[list[float]] = []
     statuses: list[int] = []
     for _ in range(rounds):
         requests = bodies(format_, next(salts) * 1000, 40)
-        with beside(url, requests, statuses):
+        with sender.sending(requests, statuses):
             found.append(watch(url))
         time.sleep(1)
     gaps = quantiles(gap for run in found for gap in run) or {}
@@ -194,16 +218,21 @@ def main() -> None:
     arguments = parser.parse_args()
     base = ensure_embedded_base(Settings().cache_dir, console.print)
     salts = count(1)
-    with tempfile.TemporaryDirectory() as folder, process(base, Path(folder), *SERVED) as (_, client):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        process(base, Path(folder), *SERVED) as (_, client),
+        closing(Sender(str(client.base_url))) as sender,
+    ):
         url = str(client.base_url)
-        watch(url)
+        with sender.sending(bodies(None, 0, 8), []):  # nothing is measured that is done for the first time
+            watch(url)
         alone = quantiles(gap for _ in range(arguments.rounds) for gap in watch(url)) or {}
         console.print(
             f"{'alone':20} gap p50 {alone['p50']:5.1f}  p99 {alone['p99']:5.1f}  longest {alone['max']:5.1f} ms"
         )
         for label in arguments.only:
-            measure(url, "no format", None, salts, arguments.rounds)
-            measure(url, label, HOSTILE[label], salts, arguments.rounds)
+            measure(url, sender, "no format", None, salts, arguments.rounds)
+            measure(url, sender, label, HOSTILE[label], salts, arguments.rounds)
     console.print(machine())
 
 
