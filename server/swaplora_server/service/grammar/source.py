@@ -10,7 +10,7 @@ from llguidance import LLMatcher
 from pydantic_core import to_json
 
 from swaplora_server.service.grammar.gbnf import is_lark, lark_of
-from swaplora_server.service.grammar.tags import lark_of_tags, quoted
+from swaplora_server.service.grammar.tags import alternatives, lark_of_tags
 from swaplora_server.service.offload import GilTurns
 
 MAX_BYTES = 256 << 10
@@ -81,8 +81,10 @@ def _json_schema(text: str) -> str:
 
 def _choice(text: str) -> str:
     """A terminal, which however many choices are one item of a parser's row."""
-    choices = " | ".join(_literal(choice) for choice in json.loads(text))
-    return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
+    choices = json.loads(text)
+    if "" in choices:
+        raise ValueError("may not have an empty text")
+    return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {alternatives(choices)}")
 
 
 def _structural_tag(text: str) -> str:
@@ -96,12 +98,6 @@ def _parsed(text: str) -> Any:
         raise ValueError("is nested too deeply") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON: {error.msg}") from error
-
-
-def _literal(text: str) -> str:
-    if not text:
-        raise ValueError("may not have an empty text")
-    return quoted(text)
 
 
 _WRITERS = {

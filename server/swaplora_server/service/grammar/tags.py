@@ -213,11 +213,13 @@ def _trigger_of(begin: str, triggers: Sequence[str]) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text in Lark, which takes JSON's strings, but for the one control character that JSON lets stand.
+    """A text in Lark; of no text nothing."""
+    return alternatives([text]) if text else ""
 
-    Of no text nothing.
-    """
-    return json.dumps(text).replace("\x7f", r"\u007f") if text else ""
+
+def alternatives(texts: Sequence[str]) -> str:
+    """Texts between bars, none of them empty. Lark takes strings of JSON, but for a control character in them."""
+    return json.dumps(texts, separators=(" | ", ":"))[1:-1].replace("\x7f", r"\u007f")
 
 
 def _slashed(pattern: str) -> str:
