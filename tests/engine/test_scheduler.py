@@ -99,6 +99,20 @@ def test_whatever_happens_every_sequence_ends_exactly_once(limits: dict[str, Any
         check_hidden(client)
 
 
+@pytest.mark.parametrize("num_blocks", [200, 30])
+def test_a_decoding_sequence_has_a_token_in_every_step_beside_many_prompts_of_which_vectors_are_wanted(
+    num_blocks: int,
+) -> None:
+    scheduler = make(num_blocks=num_blocks, max_batch_tokens=16)
+    stream = submit(scheduler, range(6), max_tokens=60)
+    run_step(scheduler)
+    vectors = [submit(scheduler, range(100 * n, 100 * n + 40), max_tokens=0, wants_hidden=True) for n in range(1, 21)]
+    while not all(client.has_ended for client in vectors):
+        told = len(stream.events)
+        assert sum(rows.num_rows for rows in run_step(scheduler).rows) <= 16
+        assert len(stream.events) == told + 1
+
+
 def check_hidden(client: Client) -> None:
     """A hidden state is there where it was asked for and the prompt was computed, and is its last token's."""
     request = client.request

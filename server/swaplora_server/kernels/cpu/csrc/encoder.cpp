@@ -127,16 +127,16 @@ struct ModernPass : FusedPass<ModernLayer> {
 
     ModernPass(const Step& s, const ModernLayer& like, Buffers& buffers) : FusedPass{s, buffers.prefetch} {
         const int64_t rows = s.tokens.count, width = like.linears[M_O]->in, inner_width = like.linears[M_DOWN]->in;
-        buffers.reset(rows * (2 * s.hidden_size + 7 * width + 3 * inner_width), 9);
+        const int64_t widest = 3 * std::max(2 * width, inner_width);
+        buffers.reset(rows * (2 * s.hidden_size + widest), 3);
         normed = buffers.take(rows * s.hidden_size);
         delta = buffers.take(rows * s.hidden_size);
-        qkv = buffers.take(rows * 3 * width);
-        query = buffers.take(rows * width);
-        key = buffers.take(rows * width);
-        value = buffers.take(rows * width);
-        attended = buffers.take(rows * width);
-        both = buffers.take(rows * 2 * inner_width);
-        inner = buffers.take(rows * inner_width);
+        // the rest is of one half of a layer alone, and inputs may be long: the halves share their memory
+        qkv = attended = both = buffers.take(rows * widest);  // qkv is done with when attention begins
+        query = qkv + rows * 3 * width;
+        key = query + rows * width;
+        value = key + rows * width;
+        inner = both + rows * 2 * inner_width;
     }
 
     void layer(const ModernLayer& l) const {
