@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
 from chromium import chromium, opened
@@ -73,3 +74,35 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(locked: Locked) -> None:
         expect(page.locator("#adapter-list")).to_contain_text("send a valid API key")
         shown.refusals(401, 403)
         assert {url for url in asked if not url.startswith(f"{locked.server.url}/models/")} == set()
+
+
+def test_who_runs_the_server_makes_and_revokes_keys(locked: Locked) -> None:
+    with (
+        chromium() as browser,
+        opened(browser, bypass_csp=True, viewport={"width": 400, "height": 800}) as shown,
+    ):
+        page = shown.page
+        page.goto(f"{locked.server.url}/models/ui")
+        page.get_by_label("Key", exact=True).fill("all")
+        page.keyboard.press("Enter")
+        page.get_by_role("tab", name="Keys").click()
+        page.get_by_label("Tenant", exact=True).fill("acme")
+        page.get_by_label("adapters:write").check()
+        page.get_by_label("Days").fill("7")
+        page.get_by_role("button", name="Make a key").click()
+        made = page.locator("#code-text").text_content() or ""
+        page.get_by_role("button", name="Close").click()
+        listed = locked.server.client.get("/v1/keys").json()["data"]
+        [one] = [each for each in listed if each["tenant"] == "acme"]
+        assert one["scopes"] == ["generate", "adapters:read", "adapters:write"]
+        asked = locked.server.client.get("/v1/adapters", headers={"Authorization": f"Bearer {made}"})
+        assert asked.json()["data"] == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        found = Axe().run(page).response["violations"]
+        assert [(each["id"], each["nodes"][0]["html"]) for each in found] == []
+        page.get_by_role("button", name=f"Revoke {one['id']}").click()
+        page.get_by_role("dialog").get_by_role("button", name="Revoke").click()
+        expect(page.locator("#keys-said")).to_have_text(f"{one['id']} is revoked.")
+        refused = locked.server.client.get("/v1/adapters", headers={"Authorization": f"Bearer {made}"})
+        assert refused.status_code == 401
+        shown.refusals(401)

@@ -4,14 +4,15 @@ import { showAdapters } from "./adapters/adapters.js";
 import { showCompare } from "./compare/compare.js";
 import { showEvaluations } from "./evaluations/evaluations.js";
 import { showInspect } from "./inspect/inspect.js";
+import { showKeys } from "./keys/keys.js";
 import { showLive } from "./live/live.js";
 import { byId } from "./shared/dom.js";
-import { startKey } from "./shared/key.js";
+import { currentKey, KEY_CHANGED, startKey } from "./shared/key.js";
 import { loadModels } from "./shared/models.js";
 import { goTo } from "./shared/parts.js";
 import { startTheme } from "./shared/theme.js";
 
-const PARTS = { compare: showCompare, adapters: showAdapters, inspect: showInspect, evaluations: showEvaluations, live: showLive };
+const PARTS = { compare: showCompare, adapters: showAdapters, inspect: showInspect, evaluations: showEvaluations, live: showLive, keys: showKeys };
 const tabs = [...document.querySelectorAll("[role=tab]")];
 let leave = () => {};
 
@@ -33,13 +34,20 @@ function wanted() {
   return Object.hasOwn(PARTS, part) ? part : "compare";
 }
 
-for (const [index, tab] of tabs.entries()) {
+/** Only who came with a key can have more of them. */
+function showTabs() {
+  byId("tab-keys").hidden = currentKey() === null;
+}
+
+for (const tab of tabs) {
   tab.addEventListener("click", () => goTo(tab.getAttribute("aria-controls")));
   tab.addEventListener("keydown", (event) => {
+    const there = tabs.filter(({ hidden }) => !hidden);
+    const index = there.indexOf(tab);
     const to = { ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0, End: -1 }[event.key];
     if (to === undefined) return;
     event.preventDefault();
-    const next = tabs.at(to % tabs.length);
+    const next = there.at(to % there.length);
     next.focus();
     next.click();
   });
@@ -51,6 +59,8 @@ function restart() {
   if (wanted() !== "compare") loadModels().catch(() => {}); // the part that is shown tells of it
 }
 
+showTabs();
+addEventListener(KEY_CHANGED, showTabs);
 startTheme();
 startKey(restart);
 addEventListener("hashchange", () => show(wanted()));

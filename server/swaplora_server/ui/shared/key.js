@@ -3,6 +3,7 @@
 import { byId } from "./dom.js";
 
 const STORED = "swaplora-key";
+export const KEY_CHANGED = "key-changed"; // an event of the window
 let asking = null;
 
 /** The key in use, or null. */
@@ -29,6 +30,7 @@ async function question(why) {
   byId("key-input").value = "";
   if (dialog.returnValue !== "use" || !key) return false;
   sessionStorage.setItem(STORED, key);
+  dispatchEvent(new Event(KEY_CHANGED));
   return true;
 }
 
@@ -40,6 +42,7 @@ export function startKey(onChange) {
   byId("key-cancel").addEventListener("click", () => byId("key-dialog").close("cancel")); // Enter is for the other button
   byId("key-forget").addEventListener("click", () => {
     sessionStorage.removeItem(STORED);
+    dispatchEvent(new Event(KEY_CHANGED));
     byId("key-dialog").close("forget");
     onChange();
   });
