@@ -54,12 +54,12 @@ def put_body(service: Service, put: PutResult) -> dict[str, Any]:
 def whole_body(service: Service, card: Card) -> dict[str, Any]:
     """The card, with what its versions have shown: to its gate, and of each task what the last evaluation said."""
     told = card_body(service, card)
+    asked = service.evaluations.last_of(service.tenant, [version.digest for version in card.versions])
     for shown, judged in zip(told["versions"], judged_versions(card), strict=True):
-        scores = service.evaluations.scores_of(service.tenant, shown["digest"])
         shown["verdict"] = judged["verdict"]
         shown["scores"] = [
             {"task": task, "evaluation": one.id, "ended": one.ended, **score}
-            for task, one in scores.items()
+            for task, one in asked[shown["digest"]].items()
             for result in one.results or ()
             if result["digest"] == shown["digest"] and (score := result["metrics"].get(SCORE))
         ][:MAX_SCORES]

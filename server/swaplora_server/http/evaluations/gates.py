@@ -69,13 +69,17 @@ async def delete_gate(service: Serving, name: str) -> dict[str, Any]:
 
 async def _task(request: Request, service: Service, given: TaskText, param: str) -> Task:
     """Raises RequestError, with `param` for the field."""
-    parse = partial(service.gil_turns.do, partial(parse_task, given))
+    parse = partial(service.gil_turns.do, partial(_bounded, given))
     try:
-        task = await service.offload.do(account_of(request.scope).num_bytes, parse)
+        return await service.offload.do(account_of(request.scope).num_bytes, parse)
     except TaskError as error:
         raise RequestError("invalid_request", f"{param}: {error}", param) from error
+
+
+def _bounded(given: TaskText) -> Task:
+    task = parse_task(given)
     if sum(len(item.canonical.encode()) + 1 for item in task.items) > MAX_TASK_BYTES:
-        raise RequestError("invalid_request", f"{param}: a gate's task may have {MAX_TASK_BYTES} bytes", param)
+        raise TaskError(f"a gate's task may have {MAX_TASK_BYTES} bytes")
     return task
 
 

@@ -7,6 +7,7 @@ import asyncio
 import os
 import threading
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,14 @@ class Evaluations:
         """Those of a tenant's gates that are to go before another comes."""
         return [one for one in self.of(tenant) if one.gate is not None][MAX_KEPT - 1 :]
 
-    def scores_of(self, tenant: str, digest: str) -> dict[str, Evaluation]:
-        """Of a version, by task, the last evaluation that was done."""
-        done = [one for one in self.of(tenant) if one.state is State.DONE]
-        of_it = [one for one in done if digest in (model.digest for model in one.models)]
-        return {one.task_digest: one for one in reversed(of_it)}
+    def last_of(self, tenant: str, digests: Iterable[str]) -> dict[str, dict[str, Evaluation]]:
+        """Of each of these versions, by task, the last evaluation that was done."""
+        found: dict[str, dict[str, Evaluation]] = {digest: {} for digest in digests}
+        for one in reversed(self.of(tenant)):
+            for model in one.models if one.state is State.DONE else ():
+                if model.digest in found:
+                    found[model.digest][one.task_digest] = one
+        return found
 
     def whole(self, evaluation: Evaluation) -> dict[str, Any]:
         """What the API tells of it; any thread may ask."""

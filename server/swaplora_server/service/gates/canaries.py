@@ -77,7 +77,8 @@ class Canaries:
     def _note(self, alias: str, canary: Canary, has_failed: bool) -> None:
         counted, window = self._windows.get(alias, (None, None))
         if counted != canary or window is None:
-            window = Window(canary.window_seconds, self._clock)
+            window, index = Window(canary.window_seconds, self._clock), self._registry.names.index
+            self._windows = {alias: counted for alias, counted in self._windows.items() if index.is_alias(alias)}
             self._windows[alias] = canary, window
         num, num_failed = window.note(has_failed=has_failed)
         if num >= canary.min_requests and num_failed > canary.max_error_rate * num:
