@@ -13,7 +13,7 @@ from fuzz_api import ALIAS, KEY, STORED, Fuzzer, fuzzed
 from serving import BASE, Running, serving, settings
 from swaplora_server.http.pages.routes_page import page_of
 
-NUM_CASES, NUM_EDGES = 2000, 60  # of the cases at most so many edges an operation
+NUM_CASES, NUM_EDGES = 2000, 45  # of the cases at most so many edges an operation
 # what the fields beside the one under test are, as JSON, so that it is that one which is looked at
 SOUND = {
     "model": f'"{STORED}"',
