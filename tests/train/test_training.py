@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from fake_server import run_fake_server, swaplora
-from lessons import chat, letters, save_base, train, write
+from lessons import TEMPLATE, chat, letters, save_base, train, write
 from repository import ROOT
 from server_process import Forked
 from swaplora_adapters.train import train as training
@@ -104,7 +104,9 @@ def test_the_loss_on_the_holdout_is_that_of_the_adapter_that_is_kept(taught: Pat
 def test_what_a_run_hangs_on_is_on_its_card(taught: Path, data: Path, whole: tuple[Path, dict[str, Any]]) -> None:
     out, told = whole
     card = (out / "README.md").read_text()
-    assert all(part in card for part in (told["base"], told["data"], "base_model: tiny", "27 examples learnt, 3 held"))
+    assert all(
+        part in card for part in (told["base"], told["data"], 'base_model: "tiny"', "27 examples learnt, 3 held")
+    )
     recipe = tomllib.loads(card.partition("```toml\n")[2].partition("```")[0])
     assert (recipe["rank"], recipe["epochs"], recipe["target"]) == (4, 2.0, ["all-linear"])
     picture = ElementTree.fromstring((out / "curves.svg").read_text())
@@ -185,6 +187,7 @@ def test_without_a_gain_it_ends_early_and_keeps_the_best(taught: Path, tmp_path:
     told = json.loads(done.stdout)
     best = min(told["held_out"][1:], key=lambda point: point["loss"])
     assert told["kept"] == best["step"]
+    assert best["loss"] == pytest.approx(mean(losses(taught, others, tmp_path / "out")), rel=1e-4)
     assert told["steps"] == told["kept"] + 2 < 20
     assert any(remark.startswith("ended early") for remark in told["remarks"])
 
@@ -209,6 +212,20 @@ def test_kinds_are_those_that_were_asked_for(
     assert {name: config[name] for name in expected} == expected
     assert any(factor.any() for name, factor in load_file(out / WEIGHTS).items() if "lora_B" in name)
     assert swaplora("adapters", "validate", str(out), "--base", str(taught)).exit_code == 0
+
+
+def test_a_base_of_another_kind_is_taught_and_its_number_format_kept(tmp_path: Path) -> None:
+    """Conv1D in the place of linears, learnt positions, and bfloat16 in its files."""
+    fields = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+    base = tiny.save_tiny_base(tmp_path / "gpt2", fields)
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    (base / "chat_template.jinja").write_text(TEMPLATE)
+    data, out = letters(tmp_path / "d.jsonl"), tmp_path / "out"
+    done = train(base, data, out, "--checkpoint-steps", "8")
+    assert done.exit_code == 0, done.output
+    assert {factor.dtype for factor in load_file(out / WEIGHTS).values()} == {torch.bfloat16}
+    assert mean(losses(base, data, out)) < 0.9 * mean(losses(base, data))
+    assert swaplora("adapters", "validate", str(out), "--base", str(base)).exit_code == 0
 
 
 def test_an_adapter_is_gone_on_from_and_its_intruders_are_told(taught: Path, data: Path, tmp_path: Path) -> None:
@@ -285,7 +302,7 @@ def test_what_cannot_be_done_is_refused_by_name(
     assert done.exit_code in (1, 2)
     assert words in done.stderr
     assert "Traceback" not in done.output
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize(
@@ -317,6 +334,12 @@ def test_a_base_that_is_quantised_already_is_refused(taught: Path, data: Path, t
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
     done = train(base, data, tmp_path / "out")
     assert "the base is quantised (gptq)" in done.stderr
+
+
+def test_an_encoder_is_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    assert "bert is an encoder" in train(tmp_path / "bert", data, tmp_path / "out").stderr
 
 
 def test_an_adapter_of_another_base_is_not_gone_on_from(taught: Path, data: Path, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from swaplora_adapters.config.parse import read_spec
@@ -38,8 +37,6 @@ def load_base(source: str | Path, recipe: Recipe, device: torch.device) -> Any:
     Raises TrainingError for a base that cannot be trained, OSError and ValueError for one that cannot be loaded.
     """
     config = AutoConfig.from_pretrained(source)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise TrainingError(f"a base of type {config.model_type} does not generate: nothing here trains it")
     if (quantization := getattr(config, "quantization_config", None)) is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         raise TrainingError(
@@ -111,8 +108,9 @@ def digest_of_base(source: str | Path) -> str | None:
     return f"sha256:{whole.hexdigest()}" if paths else None
 
 
-def save_adapter(model: Any, folder: Path, base_id: str, dtype: torch.dtype) -> None:
-    """The two files, naming the base by its id in the place of where it was read from."""
+def save_adapter(model: Any, folder: Path, source: str | Path, base_id: str) -> None:
+    """The two files, in the number format of the base's own, naming it by its id in the place of where it lies."""
+    dtype = AutoConfig.from_pretrained(source).dtype or torch.float32
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)

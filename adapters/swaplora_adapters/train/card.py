@@ -1,5 +1,6 @@
 """The README.md of a trained adapter: of what, on what, how, and how it went."""
 
+import json
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ CURVES_FILE, CARD_FILE = "curves.svg", "README.md"
 class Origin:
     """What an adapter was learnt from, by digests."""
 
+    name: str  # of the folder it is written to
     base_id: str
     base_digest: str | None
     data: Data
@@ -40,12 +42,12 @@ def write_card(
     (folder / CURVES_FILE).write_text(curves_svg(curves), encoding="utf-8")
     (folder / CARD_FILE).write_text(
         f"""---
-base_model: {origin.base_id}
+base_model: {json.dumps(origin.base_id)}
 library_name: peft
 pipeline_tag: text-generation
 tags: [lora]
 ---
-# {folder.name}
+# {origin.name}
 
 {_list(_facts(origin, history, continued, cpu_seconds))}
 {_section("Remarks", _list(remarks)) if remarks else ""}

@@ -65,7 +65,7 @@ class Encoder:
                 return self._marked(messages)
             text = self._render(messages)
             turns = [self._turn(messages, n) for n, message in enumerate(messages) if message["role"] == "assistant"]
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise EncodingError(f"the chat template refuses it: {error}") from error
         for number, (before, after) in turns:
             if not (text.startswith(after) and after.startswith(before)):
@@ -140,6 +140,8 @@ def encode_all(encoder: Encoder, data: Data, examples: Sequence[Example], limit:
                     "shorten it, or have its beginning cut off (too_long truncate)"
                 )
             tokens = Tokens(tokens.ids[-limit.max_tokens :], tokens.is_learnt[-limit.max_tokens :])
+        if not any(tokens.is_learnt[1:]):
+            reasons.append(f"line {example.line} has no answer in its last {limit.max_tokens} tokens")
         found.append(tokens)
     if reasons:
         raise DataError(data.path, reasons)

@@ -24,7 +24,7 @@ from swaplora_adapters.train.remarks import Continued
 from swaplora_adapters.train.run import History, Progress, learn
 
 WORK_SUFFIX = ".training"
-_RUN_FILE = "run.json"
+_RUN_FILE, _ADAPTER = "run.json", "adapter"  # beside the checkpoints
 _UNBOUNDED = 1 << 20  # tokens: of a base that says no context, or says a number that stands for none
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "seq_length")
 
@@ -69,7 +69,8 @@ def train(
     others = None if recipe.holdout_share is not None else read_data(Path(recipe.holdout))
     parts = split(data, recipe.holdout_share or 0.0, recipe.seed) if others is None else split_by_file(data, others)
     base_digest = base_model.digest_of_base(task.source)
-    _claim(task, _facts(base_digest, data, others, recipe), resume=resume)
+    facts = _facts(base_digest, data, others, recipe)
+    _check_begun(task, facts, resume=resume)
     base = base_model.load_base(task.source, recipe, task.device)
     continued = None if recipe.init_from is None else _continued(recipe.init_from, base, task)
     tokenizer = AutoTokenizer.from_pretrained(task.source)
@@ -79,6 +80,9 @@ def train(
     for remark in said:
         report(remark)
     model = base_model.with_adapter(base, recipe)
+    if not resume:  # only now: a run that is refused leaves nothing behind
+        task.work.mkdir(parents=True)
+        (task.work / _RUN_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     history = learn(
         model,
         steps_of(learnt, recipe.batch_size, recipe.epochs, recipe.seed),
@@ -89,15 +93,15 @@ def train(
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         only_learnt="logits_to_keep" in inspect.signature(base.forward).parameters,
     )
-    folder = task.work / task.out.name
-    base_model.save_adapter(model, folder, task.base_id, base.config.dtype)
+    folder = task.work / _ADAPTER
+    base_model.save_adapter(model, folder, task.source, task.base_id)
     if continued is not None and continued.intruders_before is not None:
         after = base_model.num_intruders(folder, model.unload(), task.source)
         continued = replace(continued, intruders_after=after)
     for remark in remarks.on_result(history, continued):
         report(remark)
         said.append(remark)
-    origin = Origin(task.base_id, base_digest, data, others, len(parts.learnt), len(parts.held_out))
+    origin = Origin(task.out.name, task.base_id, base_digest, data, others, len(parts.learnt), len(parts.held_out))
     write_card(folder, origin, recipe, history, said, continued, time.process_time() - started)
     folder.rename(task.out)
     shutil.rmtree(task.work)
@@ -110,15 +114,13 @@ def _facts(base_digest: str | None, data: Data, others: Data | None, recipe: Rec
     return {"base": base_digest, "data": data.digest, **recipe.model_dump(mode="json"), **held_out}
 
 
-def _claim(task: Task, facts: dict[str, Any], *, resume: bool) -> None:
-    """Make the folder of checkpoints, or find that of a run of the same."""
-    file = task.work / _RUN_FILE
+def _check_begun(task: Task, facts: dict[str, Any], *, resume: bool) -> None:
+    """Raise unless there is a run of the same to go on with, or none where none is to be gone on with."""
     if not resume:
         if task.work.exists():
             raise FileExistsError(f"{task.work} is there, of a run that did not end: go on with --resume, or remove it")
-        task.work.mkdir(parents=True)
-        file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         return
+    file = task.work / _RUN_FILE
     if not file.is_file():
         raise TrainingError(f"{task.work} has no run to go on with: leave --resume out")
     before = json.loads(file.read_bytes())

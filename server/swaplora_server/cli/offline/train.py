@@ -90,6 +90,7 @@ def _train(job: "Job", settings: "Settings", *, resume: bool) -> "Trained":
     from swaplora_adapters.errors import InvalidAdapterError
     from swaplora_adapters.train.data import DataError
     from swaplora_adapters.train.train import Task, train
+    from swaplora_server.base.encoder.encoder_base import is_encoder
     from swaplora_server.base.loading import pick_device, source_of
     from swaplora_server.embedded import EmbeddedBaseError
     from swaplora_server.serve import configure_logging
@@ -99,6 +100,8 @@ def _train(job: "Job", settings: "Settings", *, resume: bool) -> "Trained":
     transformers.logging.disable_progress_bar()
     try:
         source = source_of(settings, lambda step: say(step, err=True))
+        if is_encoder(transformers.AutoConfig.from_pretrained(source)):
+            fail(f"{settings.base_id} is an encoder, which answers nothing: name a base that generates")
         task = Task(source, settings.base_id, job.data, job.out, pick_device(settings.device))
         with _bar() as progress:
             return train(task, job.recipe, resume=resume, report=_remark, progress=progress)
@@ -107,7 +110,8 @@ def _train(job: "Job", settings: "Settings", *, resume: bool) -> "Trained":
     except (EmbeddedBaseError, OSError, ValueError) as error:
         fail(str(error))
     except KeyboardInterrupt:
-        say(f"swaplora: interrupted; the same command with --resume goes on from {job.out}.training", err=True)
+        begun = Path(f"{job.out}.training").exists()
+        say(f"swaplora: interrupted{'; the same command with --resume goes on' if begun else ''}", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
