@@ -133,7 +133,12 @@ async def lease_mix(
     mixture = index.mixture(name)
     assert mixture.mixing is not None
     members = [target.reference for target in mixture.targets]
-    return await lease_members(service, members, mixture.mixing, admission, "model", asker, trace)
+    try:
+        return await lease_members(service, members, mixture.mixing, admission, "model", asker, trace)
+    except RequestError as error:  # another tenant's, which is shared no more
+        if error.code != "model_not_found":
+            raise
+        raise RequestError(error.code, f"the mixture {name!r} has lost a member: {error}", error.param) from error
 
 
 async def lease_members(

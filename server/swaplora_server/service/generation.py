@@ -129,6 +129,7 @@ class Generation:
         self._has_come = asyncio.Event()
         self._is_read_at_once = task.is_streamed or bool(task.stops)
         self._requests: list[Request] = []
+        self._use_keys: list[str] = []  # of those that answer
         rules = _text_rules(service, task)
         ends = [rules.end_of(prompt) for prompt in prompts]  # once for all choices: a prompt may be long
         self._detokenizers = [Detokenizer(rules, end, is_echoed=task.has_echo) for end in ends for _ in range(task.n)]
@@ -152,8 +153,8 @@ class Generation:
 
     @property
     def fingerprint(self) -> str:
-        """Of all that decides the answer to its request: what computes it, and the versions that take part."""
-        return f"fp_{digest_of([self._service.fingerprint, [record.digest for record in self.records]])[:16]}"
+        """Of all that decides the answer to its request: what computes it, and the versions that take part, and how."""
+        return f"fp_{digest_of([self._service.fingerprint, self._use_keys])[:16]}"
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -186,6 +187,7 @@ class Generation:
         `starts` says for each prompt which token its adapter applies to first.
         """
         release = admission.release_after(len(self._prompts))
+        self._use_keys = [use.key for use in uses]
         grammar = self._grammar
         constraint = None if grammar is None else partial(grammar.constraint, self._params.stop_token_ids)
         for number, (prompt, start) in enumerate(zip(self._prompts, starts, strict=True)):

@@ -1,11 +1,13 @@
 """/v1/mixtures: make, list, show and delete mixtures, and see what the tokens of a prompt take of one."""
 
 import asyncio
+import json
+from functools import partial
 from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import Field, model_validator
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from swaplora_adapters.files.naming import validate_name
 from swaplora_adapters.store.records import Alias, Mixing
@@ -106,18 +108,20 @@ async def delete_mixture(service: Serving, name: str) -> dict[str, Any]:
 @needs(KeyScope.GENERATE)
 async def trace_prompt(
     request: Request, service: Serving, name: str, body: Annotated[TraceBody, Depends(json_body(TraceBody))]
-) -> JSONResponse:
+) -> Response:
     """Which members each token of a prompt takes, and how much of each, by layer and module."""
     service.check_serving()
     service.check_generating()
-    return JSONResponse(await until_disconnect(request.receive, _traced(service, name, body.prompt)))
+    traced = await until_disconnect(request.receive, _traced(service, name, body.prompt))
+    return Response(traced, media_type="application/json")
 
 
-async def _traced(service: Service, name: str, prompt: str | list[int]) -> dict[str, Any]:
+async def _traced(service: Service, name: str, prompt: str | list[int]) -> bytes:
     made = service.registry.names.index.mixture(name)
     assert made.mixing is not None
     [token_ids] = await service.tokenizer.encode_all([prompt], lambda _number: "prompt", add_special_tokens=True)
-    return _trace_body(service, name, await trace(service, name, made.mixing, token_ids))
+    traced = await trace(service, name, made.mixing, token_ids)
+    return await service.offload.do(traced.num_choices, partial(_trace_body, service, name, traced))
 
 
 def _check_names(service: Service, members: list[str]) -> None:
@@ -155,15 +159,14 @@ def mixture_body(mixture: Alias) -> dict[str, Any]:
     return {"object": "mixture", "name": mixture.alias, "members": members, **mixture.mixing._asdict()}
 
 
-def _trace_body(service: Service, name: str, traced: TracedPrompt) -> dict[str, Any]:
+def _trace_body(service: Service, name: str, traced: TracedPrompt) -> bytes:
+    """Module by module, so that nobody waits long for the interpreter meanwhile."""
     pieces = service.base.vocabulary.pieces(traced.token_ids)
-    return {
+    told = {
         "object": "mixture.trace",
         "name": name,
         "members": [f"{record.name}@{record.version}" for record in traced.records],
         "tokens": [{"id": id_, "text": text} for id_, text in zip(traced.token_ids, pieces, strict=True)],
-        "modules": [
-            {"module": each.path, "layer": each.layer, "members": each.members, "shares": each.shares}
-            for each in traced.modules
-        ],
     }
+    modules = ",".join(json.dumps(choices._asdict()) for choices in traced.choices())
+    return f'{json.dumps(told)[:-1]}, "modules": [{modules}]}}'.encode()

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from functools import partial
 from weakref import WeakKeyDictionary
 
+import numpy as np
+
 from swaplora_adapters.store.records import Mixing
 from swaplora_adapters.weights.router import Prototypes, Router, Trace
-from swaplora_adapters.weights.served import AdapterWeights, LinearWeights
+from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.kernels.backend import Backend
 from swaplora_server.service.offload import Offload
 
@@ -30,37 +32,37 @@ class Routers:
         self._prototypes: WeakKeyDictionary[AdapterWeights, Prototypes] = WeakKeyDictionary()
 
     async def router(self, weights: Sequence[AdapterWeights], mixing: Mixing, trace: Trace | None = None) -> Router:
-        """Raises MemberError, and RequestError where more waits than is good."""
-        check_members(weights, self._backend)
-        members = [await self._of(each) for each in weights]
+        """Raises MemberError, and RequestError where more waits than is good.
+
+        PEFT wants equal ranks as well; here they may differ, which comes to the same as zeros in place of what is
+        missing.
+        """
+        members = [await self._of(number, each) for number, each in enumerate(weights)]
+        for number, member in enumerate(members):
+            odd = np.flatnonzero((member.addresses == 0) != (members[0].addresses == 0))
+            if len(odd):
+                where = self._paths[odd[0]]
+                raise MemberError(number, f"adds to other modules than the first member does, such as {where}")
         return Router(tuple(members), mixing.top_k, mixing.temperature, trace)
 
-    async def _of(self, weights: AdapterWeights) -> Prototypes:
+    async def _of(self, number: int, weights: AdapterWeights) -> Prototypes:
+        """Those whose prototypes were made are known to be good."""
         found = self._prototypes.get(weights)
         if found is None:
+            check_member(number, weights, self._backend)
             found = await self._offload.do(weights.num_parameters, partial(Prototypes, weights, self._paths))
             self._prototypes[weights] = found
         return found
 
 
-def check_members(weights: Sequence[AdapterWeights], backend: Backend) -> None:
-    """Raise MemberError for the first that adds otherwise than by plain factors, or elsewhere than the others.
-
-    PEFT wants equal ranks as well; here they may differ, which comes to the same as zeros in place of what is missing.
-    """
+def check_member(number: int, weights: AdapterWeights, backend: Backend) -> None:
+    """Raise MemberError for one that adds otherwise than by plain factors, and where nobody can be in a mixture."""
     if not backend.routes:
-        raise MemberError(0, f"the server computes with {backend.description}, whose kernels know no mixtures yet")
-    for number, each in enumerate(weights):
-        if not each.is_sum or each.embeddings or any(map(_has_bias, each.modules.values())):
-            message = (
-                "does more than add the product of two factors to linears (DoRA, biases, embeddings, "
-                "modules of its own, a head, an invocation)"
-            )
-            raise MemberError(number, message)
-        odd = sorted(each.modules.keys() ^ weights[0].modules.keys())
-        if odd:
-            raise MemberError(number, f"adds to other modules than the first member does: one of them does at {odd[0]}")
-
-
-def _has_bias(module: LinearWeights) -> bool:
-    return module.shift is not None
+        raise MemberError(number, f"the server computes with {backend.description}, whose kernels know no mixtures yet")
+    has_bias = any(module.shift is not None for module in weights.modules.values())
+    if has_bias or not weights.is_sum or weights.embeddings:
+        message = (
+            "does more than add the product of two factors to linears (DoRA, biases, embeddings, "
+            "modules of its own, a head, an invocation)"
+        )
+        raise MemberError(number, message)

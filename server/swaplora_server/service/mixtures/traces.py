@@ -2,8 +2,9 @@
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from swaplora_server.service.generation import GenerationTask, generate
 from swaplora_server.service.service import Service
 
 MAX_TRACED_TOKENS = 256
+MAX_CHOICES = 2**17  # that one answer shows
 _LAYER = re.compile(r"\.([0-9]+)\.")
 
 
@@ -35,11 +37,10 @@ class PromptTrace:
         np.fmax(seen, shares, out=seen)  # which takes no NaN where there is a number
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleChoices:
+class ModuleChoices(NamedTuple):
     """At one module: of each token the members that it takes, most of all first, and how much of each."""
 
-    path: str
+    module: str
     layer: int | None  # None outside of layers
     members: list[list[int]]
     shares: list[list[float]]
@@ -51,7 +52,20 @@ class TracedPrompt:
 
     token_ids: Sequence[int]
     records: Sequence[VersionRecord]
-    modules: list[ModuleChoices]
+    shares: dict[str, Shares]  # by module [num_tokens, num_members]
+    top_k: int
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.shares) * len(self.token_ids) * self.top_k
+
+    def choices(self) -> Iterator[ModuleChoices]:
+        """Of one module after the other; long, all together."""
+        for path, shares in self.shares.items():
+            order = np.argsort(-shares, axis=1, kind="stable")[:, : self.top_k]
+            layer = _LAYER.search(path)
+            taken = np.take_along_axis(shares, order, axis=1).astype(np.float64).round(6)
+            yield ModuleChoices(path, layer and int(layer[1]), order.tolist(), taken.tolist())
 
 
 async def trace(service: Service, name: str, mixing: Mixing, token_ids: Sequence[int]) -> TracedPrompt:
@@ -78,21 +92,13 @@ async def trace(service: Service, name: str, mixing: Mixing, token_ids: Sequence
                 pass
     finally:
         generation.abort()
-    found = seen.shares
-    if found is None:
+    if seen.shares is None:
         raise RequestError("engine_failed", "nothing was seen of the mixture's choices; see the server's log")
-    paths = service.base.paths
-
-    def choices() -> list[ModuleChoices]:
-        seen_at = [(path, shares) for path, shares in zip(paths, found, strict=True) if not np.isnan(shares).all()]
-        return [_choices(path, shares, mixing.top_k) for path, shares in seen_at]
-
-    return TracedPrompt(token_ids, generation.records, await service.offload.do(found.size, choices))
-
-
-def _choices(path: str, shares: Shares, top_k: int) -> ModuleChoices:
-    """shares: [num_tokens, num_members] at one module."""
-    order = np.argsort(-shares, axis=1, kind="stable")[:, :top_k]
-    layer = _LAYER.search(path)
-    taken = np.take_along_axis(shares, order, axis=1).astype(np.float64).round(6)
-    return ModuleChoices(path, layer and int(layer[1]), order.tolist(), taken.tolist())
+    seen_at = zip(service.base.paths, seen.shares, strict=True)
+    shares = {path: shares for path, shares in seen_at if not np.isnan(shares).all()}
+    traced = TracedPrompt(token_ids, generation.records, shares, mixing.top_k)
+    if traced.num_choices > MAX_CHOICES:
+        most = MAX_CHOICES * len(token_ids) // traced.num_choices
+        message = f"a trace shows at most {MAX_CHOICES} choices, of this mixture those of {most} tokens: shorten it"
+        raise RequestError("invalid_request", message, "prompt")
+    return traced
