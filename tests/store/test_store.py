@@ -39,7 +39,7 @@ from swaplora_adapters.files.digest import digest_of
 from swaplora_adapters.files.disk import raising_storage_errors
 from swaplora_adapters.store.catalogue import Catalogue
 from swaplora_adapters.store.conditions import Conditions, NameState
-from swaplora_adapters.store.records import Alias, Canary, Standing, Target
+from swaplora_adapters.store.records import Alias, Canary, Mixing, Standing, Target
 from swaplora_adapters.store.schema import MIGRATIONS
 from swaplora_adapters.store.store import Details, Published, Staging, Store, StoreError
 
@@ -667,11 +667,17 @@ class StoreMachine(RuleBasedStateMachine):
         self.restart()
         shutil.copy(self.folder / "catalogue.sqlite3", self.backup)
 
-    @rule(alias=st.sampled_from(["x", "y"]), leads_to=st.lists(st.tuples(NAMES, st.integers(1, 9)), max_size=2))
-    def point_alias(self, alias: str, leads_to: list[tuple[str, int]]) -> None:
+    @rule(
+        alias=st.sampled_from(["x", "y"]),
+        leads_to=st.lists(st.tuples(NAMES, st.integers(1, 9)), max_size=2),
+        mixing=st.sampled_from([None, Mixing(2, 0.5)]),
+    )
+    def point_alias(self, alias: str, leads_to: list[tuple[str, int]], mixing: Mixing | None) -> None:
         if leads_to:
-            canary = Canary(leads_to[0][0], 0.5, 2, 60.0, leads_to[0][1], "why") if len(leads_to) > 1 else None
-            self.aliases[alias] = Alias(alias, tuple(Target(*target) for target in leads_to), canary=canary)
+            targets = (Target(name, weight if mixing is None else 1) for name, weight in leads_to)
+            is_canary = len(leads_to) > 1 and mixing is None
+            canary = Canary(leads_to[0][0], 0.5, 2, 60.0, leads_to[0][1], "why") if is_canary else None
+            self.aliases[alias] = Alias(alias, tuple(targets), mixing, canary)
             self.store.put_alias(self.aliases[alias])
         elif self.aliases.pop(alias, None) is not None:
             self.store.remove_alias(alias)

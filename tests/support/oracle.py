@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer, create_arrow_model
 from peft.tuners.lora.config import ArrowConfig
@@ -64,6 +66,13 @@ class ArrowOracle(Oracle):
         config = ArrowConfig(top_k=top_k, router_temperature=temperature, rng_seed=0)
         self._model = create_arrow_model(model, [str(folder) for folder in adapters], config)
         self._model.eval()
+
+    @torch.no_grad()
+    def hidden(self, token_ids: list[int]) -> NDArray[np.float32]:
+        """[len(token_ids), hidden_size]: behind the last norm."""
+        output = self._model(torch.tensor([token_ids]), output_hidden_states=True)
+        states: NDArray[np.float32] = output.hidden_states[-1][0].numpy()
+        return states
 
     @torch.no_grad()
     def shares(self, token_ids: list[int]) -> dict[str, Tensor]:
