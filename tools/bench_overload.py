@@ -1,19 +1,24 @@
 """`make bench-overload`: what a server of one's own does when more is asked of it than it can do, over HTTP.
 
-An open loop at the capacity and at three times it, and what is left when it ends. Then one who asks for little beside a
-flood of fifty times the capacity, by another adapter and by another tenant, against the same one beside 63 requests
-that are always at work, where a place is free. The load comes from this process; the server has its own.
+An open loop at the capacity and at three times it, and what is left when it ends. Then one who asks for a tenth of the
+capacity: alone, beside an equal who keeps all places busy, which is what its share gives, and beside a flood of fifty
+times the capacity, by another adapter of its tenant and by another tenant. Who is beside it asks from a process of its
+own, at low priority; the server has its own too.
 """
 
 import argparse
 import asyncio
 import hashlib
 import json
+import math
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -33,11 +38,13 @@ from swaplora_server.embedded import ensure_embedded_base
 
 PROMPT_TOKENS, OUTPUT_TOKENS, VOCAB_SIZE, NUM_PLACES = 64, 32, 40_000, 64
 SURGE, FLOOD, LONG = 3, 50, 10  # times the capacity
-LONG_SECONDS = 300.0
+SECONDS, LONG_SECONDS = 30.0, 300.0
 LITTLE = 0.1  # of the capacity: what one asks for beside the others, whose share would be half
+SECONDS_BEFORE = 3.0  # that the others have begun before it
+NICENESS = 10  # of the others: on few cores they are not to be what holds it up
 TENANTS = ("acme", "beta")
 ADAPTERS = ("sql", "json", "intent")
-PARTS = ("surge", "share", "adapter", "tenant")
+PARTS = ("surge", "adapter", "tenant")
 
 
 @dataclass(frozen=True)
@@ -111,17 +118,35 @@ def requests(models: Sequence[str], count: int, seed: str) -> list[PromptRequest
     return [PromptRequest(None, OUTPUT_TOKENS, json.dumps(body).encode()) for body in bodies]
 
 
-async def keep_at_work(endpoint: Endpoint, models: Sequence[str], concurrency: int, until: asyncio.Event) -> None:
-    """So many requests in flight, until it is set."""
-    pool = iter(requests(models, 100_000 // PROMPT_TOKENS, "at work"))
+@dataclass(frozen=True)
+class AtWork:
+    """So many requests of one tenant in flight at all times, to some models."""
 
-    async def work() -> None:
-        while not until.is_set():
-            await ask(endpoint, Answer(next(pool), time.perf_counter()))
+    endpoint: Endpoint
+    models: Sequence[str]
+    concurrency: int
+    seconds: float
 
-    async with asyncio.TaskGroup() as workers:
-        for _ in range(concurrency):
-            workers.create_task(work())
+    async def run(self) -> list[Answer]:
+        pool = iter(requests(self.models, round(self.seconds * 1000), "at work"))
+        answers, end = [], time.perf_counter() + self.seconds
+
+        async def work() -> None:
+            while time.perf_counter() < end:
+                answers.append(Answer(next(pool), time.perf_counter()))
+                await ask(self.endpoint, answers[-1])
+
+        async with asyncio.TaskGroup() as workers:
+            for _ in range(self.concurrency):
+                workers.create_task(work())
+        return answers
+
+
+def run_beside(load: Flow | AtWork) -> tuple[list[Answer], float]:
+    """Its answers, and how much processor time it took to ask."""
+    before = time.process_time()
+    answers = asyncio.run(load.run())
+    return answers, time.process_time() - before
 
 
 def times(seconds: Sequence[float]) -> str:
@@ -138,6 +163,12 @@ def served(answers: Sequence[Answer]) -> list[Answer]:
 
 def is_refusal(answer: Answer) -> bool:
     return (answer.failure or "").startswith("HTTP 429")
+
+
+def p99(answers: Sequence[Answer]) -> float:
+    """Of the time to the first token, in seconds; infinite where one in a hundred has none."""
+    found = sorted(answer.ttft if answer.failure is None else math.inf for answer in answers)
+    return found[min(len(found) - 1, len(found) * 99 // 100)]
 
 
 def show_open(label: str, answers: Sequence[Answer], seconds: float) -> float:
@@ -167,69 +198,81 @@ async def measure_capacity(server: Server) -> float:
 
 async def surge(server: Server, capacity: float, seconds: float, factor: int) -> None:
     models = ("base", *ADAPTERS)
-    once = await Flow(server.acme, models, capacity, seconds, "once").run()
-    before = show_open("at the capacity", once, seconds)
+    seconds_before = min(seconds, SECONDS)
+    once = await Flow(server.acme, models, capacity, seconds_before, "once").run()
+    before = show_open("at the capacity", once, seconds_before)
     flood = await Flow(server.acme, models, factor * capacity, seconds, "surge").run()
     after = show_open(f"at {factor} times it", flood, seconds)
     console.print(f"goodput at {factor} times the capacity, to that at it: {after / before:.2f}")
 
 
-async def share(server: Server, capacity: float, seconds: float) -> None:
-    """One who asks for little, beside 63 requests that are always at work: what is nobody's fault."""
-    until = asyncio.Event()
-    busy = asyncio.create_task(keep_at_work(server.acme, ("sql",), NUM_PLACES - 1, until))
-    await asyncio.sleep(3)
-    answers = await Flow(server.acme, ("json",), LITTLE * capacity, seconds, "share").run()
-    until.set()
-    await busy
-    show_open(f"one beside {NUM_PLACES - 1} at work", answers, seconds)
-
-
-async def beside_flood(server: Server, capacity: float, seconds: float, of: str) -> None:
-    flood = Flow(server.acme, ("sql",), FLOOD * capacity, seconds + 3, f"flood of one {of}")
-    pending = asyncio.create_task(flood.run())
-    await asyncio.sleep(3)
+async def isolation(server: Server, processes: Executor, capacity: float, seconds: float, of: str) -> None:
+    """One who asks for little, alone and beside others, of another adapter or of another tenant."""
     victim = (server.acme, ("json",)) if of == "adapter" else (server.beta, ("sql",))
-    answers = await Flow(*victim, LITTLE * capacity, seconds, f"one beside a flood of one {of}").run()
-    show_open(f"one beside a flood of one {of}", answers, seconds)
-    show_open(f"that flood of {FLOOD} times the capacity", await pending, seconds + 3)
+    all_seconds = SECONDS_BEFORE + seconds
+    beside: dict[str, Flow | AtWork | None] = {
+        "alone": None,
+        f"beside another {of} with {NUM_PLACES} at work": AtWork(server.acme, ("sql",), NUM_PLACES, all_seconds),
+        f"beside a flood of another {of}": Flow(server.acme, ("sql",), FLOOD * capacity, all_seconds, f"flood {of}"),
+    }
+    found = [
+        await one_beside(label, processes, load, Flow(*victim, LITTLE * capacity, seconds, f"{of} {label}"))
+        for label, load in beside.items()
+    ]
+    alone, share, flood = map(p99, found)
+    console.print(
+        f"{of}: p99 of the first token alone {alone * 1e3:.0f} ms, at its share {share * 1e3:.0f}, "
+        f"beside a flood {flood * 1e3:.0f}: {flood / share:.2f} of that at its share"
+    )
+
+
+async def one_beside(label: str, processes: Executor, load: Flow | AtWork | None, victim: Flow) -> list[Answer]:
+    if load is None:
+        answers = await victim.run()
+    else:
+        pending = asyncio.get_running_loop().run_in_executor(processes, run_beside, load)
+        await asyncio.sleep(SECONDS_BEFORE)
+        answers = await victim.run()
+        others, cpu_seconds = await pending
+        show_open(f"  the others, in {cpu_seconds:.0f} s of processor time", others, load.seconds)
+    show_open(f"one {label}", answers, victim.seconds)
+    return answers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=PARTS, action="append", help="some parts of it")
-    parser.add_argument("--seconds", type=float, default=30.0, help="that each load goes on")
+    parser.add_argument(
+        "--seconds", type=float, help=f"that each load goes on (default {SECONDS:.0f}, long {LONG_SECONDS:.0f})"
+    )
     parser.add_argument("--capacity", type=float, help="requests a second (default: measured)")
-    parser.add_argument("--long", action="store_true", help=f"{LONG} times the capacity for five minutes, alone")
+    parser.add_argument("--long", action="store_true", help=f"{LONG} times the capacity, alone")
     parser.add_argument("server_flags", nargs="*", help="after --: flags of swaplora serve")
     arguments = parser.parse_args()
     base = ensure_embedded_base(Settings().cache_dir, console.print)
-    with running(base, arguments.server_flags) as server:
-        asyncio.run(measure(server, arguments))
+    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=os.nice, initargs=(NICENESS,))
+    with pool as processes, running(base, arguments.server_flags) as server:
+        processes.submit(time.sleep, 0).result()  # it has imported all that it needs
+        asyncio.run(measure(server, processes, arguments))
     console.print(machine())
 
 
-async def measure(server: Server, arguments: argparse.Namespace) -> None:
+async def measure(server: Server, processes: Executor, arguments: argparse.Namespace) -> None:
     warm = requests(("base", *ADAPTERS), NUM_PLACES, "warm")
     for endpoint in (server.acme, server.beta):
         await closed_loop(endpoint, warm, NUM_PLACES)
     capacity = arguments.capacity or await measure_capacity(server)
     console.print(f"capacity: {capacity:.1f} requests/s with {NUM_PLACES} in flight; {resident_mib(server.pid)} MiB")
+    seconds = arguments.seconds or (LONG_SECONDS if arguments.long else SECONDS)
     if arguments.long:
-        show_open(
-            f"{LONG} times the capacity",
-            await Flow(server.acme, ("base", *ADAPTERS), LONG * capacity, LONG_SECONDS, "long").run(),
-            LONG_SECONDS,
-        )
+        await surge(server, capacity, seconds, LONG)
     else:
         for part in arguments.only or PARTS:
             match part:
                 case "surge":
-                    await surge(server, capacity, arguments.seconds, SURGE)
-                case "share":
-                    await share(server, capacity, arguments.seconds)
+                    await surge(server, capacity, seconds, SURGE)
                 case of:
-                    await beside_flood(server, capacity, arguments.seconds, of)
+                    await isolation(server, processes, capacity, seconds, of)
     console.print(f"{resident_mib(server.pid)} MiB")
 
 

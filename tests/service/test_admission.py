@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from swaplora_adapters.registry.leases import Lease
 from swaplora_adapters.store.records import VersionRecord
+from swaplora_server.end_rate import MAX_RETRY_SECONDS, MIN_RETRY_SECONDS, RATE_SECONDS
 from swaplora_server.service.admission import Admission, Admissions
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.offload import MAX_RETRY_SECONDS, MIN_RETRY_SECONDS, RATE_SECONDS
 
 RECORD = VersionRecord("sql", 1, "sha256:" + "a" * 64, 8, ("q_proj",), None, 10, 100, 0.0, "upload", (), None)
 

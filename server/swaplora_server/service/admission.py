@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from swaplora_adapters.registry.leases import Lease, RequestLeases
 from swaplora_adapters.registry.registry import Registry
+from swaplora_server.end_rate import EndRate
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.offload import EndRate
 
 FOR_LINES, FOR_TENANTS = 1 / 4, 1 / 8  # of all places, so many more for adapters and tenants that hold few
 

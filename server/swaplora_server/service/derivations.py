@@ -17,10 +17,13 @@ from swaplora_adapters.fit.base import LinearShape
 from swaplora_adapters.sources.workers import Workers
 from swaplora_server.base.loading import source_of
 from swaplora_server.config import Settings
+from swaplora_server.end_rate import EndRate
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.wakeups import ended, result_of
 
 MAX_JOBS = 8  # of a kind, waiting and running
+RATE_SECONDS = 600.0  # in which some of them end
+UNKNOWN_SECONDS = 10  # until it is worth asking again, where none has ended lately
 _JOIN_SECONDS = 3.0
 T = TypeVar("T")
 Counts = dict[str, int | None]  # by module
@@ -42,6 +45,7 @@ class Derivations:
         self.deriver = Deriver(self._making, shapes, settings.base_id, settings.max_adapter_bytes)
         self._settings = settings
         self._makers, self._counters = Workers(1, "derive-make"), Workers(1, "derive-count")
+        self._ends = {workers: EndRate(seconds=RATE_SECONDS) for workers in (self._makers, self._counters)}
         self._shared: dict[str, _Shared] = {}
 
     @property
@@ -65,7 +69,7 @@ class Derivations:
         Raises RequestError when more would wait than is good.
         """
         cancellation = Cancellation()
-        future = _submit(self._makers, partial(job, cancellation), cancellation)
+        future = self._submit(self._makers, partial(job, cancellation), cancellation)
         try:
             return await result_of(future)
         finally:
@@ -81,7 +85,7 @@ class Derivations:
         if shared is None or shared.future.done() or not shared.cancellation.join():
             cancellation = Cancellation()
             count = partial(in_a_folder, partial(self._count, cancellation))
-            shared = self._shared[digest] = _Shared(_submit(self._counters, count, cancellation), cancellation)
+            shared = self._shared[digest] = _Shared(self._submit(self._counters, count, cancellation), cancellation)
         try:
             return await result_of(shared.future)
         finally:
@@ -105,8 +109,12 @@ class Derivations:
         counts: Counts = self._counting.run("count_intruders", arguments, cancellation)
         return counts
 
-
-def _submit(workers: Workers, job: Callable[[], T], cancellation: Cancellation) -> Future[T]:
-    if workers.num_jobs >= MAX_JOBS:
-        raise RequestError("overloaded", f"{MAX_JOBS} others of this kind are waited for; try again in a moment")
-    return workers.submit(job, cancellation=cancellation)
+    def _submit(self, workers: Workers, job: Callable[[], T], cancellation: Cancellation) -> Future[T]:
+        ends = self._ends[workers]
+        if workers.num_jobs >= MAX_JOBS:
+            seconds = ends.retry_seconds(1, UNKNOWN_SECONDS)
+            message = f"{MAX_JOBS} others of this kind are waited for; try again in {seconds} s"
+            raise RequestError("overloaded", message, retry_seconds=seconds)
+        future = workers.submit(job, cancellation=cancellation)
+        future.add_done_callback(lambda _future: ends.note())
+        return future

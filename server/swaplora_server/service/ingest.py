@@ -11,6 +11,7 @@ from swaplora_adapters.errors import (
     AdapterFailedError,
     InvalidAdapterError,
     InvalidAdapterNameError,
+    OverloadedError,
     PreconditionFailedError,
     SourceNotAllowedError,
 )
@@ -23,11 +24,14 @@ from swaplora_adapters.sources.watcher import FolderWatcher
 from swaplora_adapters.sources.workers import Workers
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions, NameState
 from swaplora_adapters.store.staging import Staging
+from swaplora_server.end_rate import EndRate
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.wakeups import result_of
 
 NUM_FETCHERS = 4
 MAX_FETCHES = 16  # waiting and running
+RATE_SECONDS = 600.0  # as long as a fetch may take
+UNKNOWN_SECONDS = 5  # until it is worth asking again, where none has ended lately
 _JOIN_SECONDS = 3.0
 # As the registry's Make, but it ends when it is cancelled.
 CancellableMake = Callable[[Cancellation, Staging], str]
@@ -48,6 +52,7 @@ class Ingest:
         self._folder = None if folder is None else FolderWatcher(registry, folder, report)
         self._resolver = Resolver(self._take_in, has_folder=folder is not None, template=template)
         self._fetchers = Workers(NUM_FETCHERS, "adapter-fetch")
+        self._fetched, self._looked = EndRate(seconds=RATE_SECONDS), EndRate(seconds=RATE_SECONDS)
 
     def start(self, interval: float) -> None:
         """Look into the folder now, and every `interval` seconds from now on unless that is 0."""
@@ -85,7 +90,7 @@ class Ingest:
         Raises RequestError when more would wait than is good.
         """
         if self._fetchers.num_jobs >= MAX_FETCHES:
-            raise RequestError("overloaded", f"{MAX_FETCHES} adapters are being fetched; try again in a moment")
+            raise _refusal(f"{MAX_FETCHES} adapters are being fetched", self._fetched)
         cancellation = Cancellation()
         put = partial(
             (registry or self._registry).put_source,
@@ -96,6 +101,7 @@ class Ingest:
             cancellation=cancellation,
         )
         fetch = self._fetchers.submit(put, cancellation=cancellation)
+        fetch.add_done_callback(lambda _fetch: self._fetched.note())
         try:
             return await result_of(fetch)
         finally:
@@ -107,7 +113,8 @@ class Ingest:
         Looking takes turns between peers, whose addresses tell them apart, and ends with the last who waits.
 
         Raises AdapterFailedError for one that was found and does not fit, SourceFailedError for a source that cannot be
-        asked, OverloadedError, and AdapterNotFoundError for what no adapter can be called.
+        asked, RequestError when more would be looked for than is good, and AdapterNotFoundError for what no adapter can
+        be called.
         """
         name = parse_reference(reference).name
         names = self._registry.names
@@ -117,8 +124,11 @@ class Ingest:
                 look = self._resolver.find(name, peer)
                 try:
                     await result_of(look.future)
+                    self._looked.note()
                 finally:
                     look.cancellation.leave()
+            except OverloadedError as error:
+                raise _refusal("too many other adapters are being looked for", self._looked) from error
             except InvalidAdapterNameError:
                 return False
             except InvalidAdapterError as error:
@@ -159,3 +169,9 @@ class TenantIngest:
     async def resolve(self, reference: str, peer: str) -> bool:
         """See `Ingest.resolve`: looked for by the default tenant alone."""
         return self._is_default and await self._ingest.resolve(reference, peer)
+
+
+def _refusal(why: str, ends: EndRate) -> RequestError:
+    """It is worth asking again when one of them has ended."""
+    seconds = ends.retry_seconds(1, UNKNOWN_SECONDS)
+    return RequestError("overloaded", f"{why}; try again in {seconds} s", retry_seconds=seconds)

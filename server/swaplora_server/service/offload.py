@@ -1,60 +1,21 @@
-"""Work of requests that is too long for the event loop: few threads of its own, a bounded queue, how fast it ends."""
+"""Work of requests that is too long for the event loop: few threads of its own, a bounded queue."""
 
 import asyncio
 import heapq
 import itertools
-import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Generic, TypeVar
 
+from swaplora_server.end_rate import EndRate
 from swaplora_server.service.errors import RequestError
 
 GIL_PAUSE = 3
 PATIENCE = 16  # a job lets later ones before it that are together this many times as large, and no more
-RATE_SECONDS = 30.0
-MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 1, 60
 T = TypeVar("T")
-
-
-class EndRate:
-    """How fast things end, by those that did in the last half minute. Not thread-safe."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._ends: deque[tuple[float, int]] = deque()  # when, and how many
-        self._num_ends = 0
-
-    def note(self, count: int = 1) -> None:
-        """So many have just ended."""
-        self._ends.append((self._clock(), count))
-        self._num_ends += count
-        self.per_second()  # forgets those of long ago
-
-    def forget(self) -> None:
-        """Nothing is known any more."""
-        self._ends.clear()
-        self._num_ends = 0
-
-    def per_second(self) -> float | None:
-        """None where none has ended."""
-        now = self._clock()
-        while self._ends and self._ends[0][0] < now - RATE_SECONDS:
-            self._num_ends -= self._ends.popleft()[1]
-        if not self._ends:
-            return None
-        return self._num_ends / max(now - self._ends[0][0], MIN_RETRY_SECONDS)
-
-    def retry_seconds(self, count: int) -> int:
-        """When it may be worth asking again: once so many more have ended."""
-        rate = self.per_second()
-        if rate is None:
-            return MIN_RETRY_SECONDS
-        return min(max(math.ceil(count / rate), MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
 
 
 class WorkQueue(Generic[T]):

@@ -2,6 +2,7 @@
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from swaplora_server.end_rate import EndRate
 from swaplora_server.service.errors import RequestError
 
 _ACCOUNT = "swaplora.body_account"
@@ -12,6 +13,7 @@ class BodyMemory:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
+        self._given_back = EndRate()  # bytes
         self.used_bytes = 0
 
     def account(self) -> "BodyAccount":
@@ -20,11 +22,15 @@ class BodyMemory:
     def take(self, num_bytes: int) -> None:
         """Raises RequestError when that is too much. Nobody waits: two halves of bodies could wait for each other."""
         if self.used_bytes + num_bytes > self._limit:
-            raise RequestError("overloaded", "the bodies of running requests fill their memory; try again in a moment")
+            seconds = self._given_back.retry_seconds(self.used_bytes + num_bytes - self._limit)
+            message = f"the bodies of running requests fill their memory; try again in {seconds} s"
+            raise RequestError("overloaded", message, retry_seconds=seconds)
         self.used_bytes += num_bytes
 
     def give_back(self, num_bytes: int) -> None:
         self.used_bytes -= num_bytes
+        if num_bytes:
+            self._given_back.note(num_bytes)
 
 
 class BodyAccount:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from swaplora_adapters.errors import StorageFailedError, StorageFullError
 from swaplora_adapters.files.disk import StoreError, raising_storage_errors, sync_folder
+from swaplora_server.end_rate import MAX_RETRY_SECONDS
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.evaluations.record import Evaluation, State
 
@@ -71,7 +72,8 @@ class Evaluations:
             message = f"{MAX_KEPT} evaluations are kept: delete some with DELETE /v1/evaluations/{{evaluation_id}}"
             raise RequestError("quota_exceeded", message)
         if sum(one.is_open for one in own) >= MAX_OPEN:
-            raise RequestError("overloaded", f"{MAX_OPEN} evaluations run or wait already: wait for one, or cancel it")
+            message = f"{MAX_OPEN} evaluations run or wait already: wait for one, or cancel it"
+            raise RequestError("overloaded", message, retry_seconds=MAX_RETRY_SECONDS)
 
     def surplus(self, tenant: str) -> list[Evaluation]:
         """Those of a tenant's gates that are to go before another comes."""
