@@ -218,6 +218,8 @@ def test_malformed(fields: dict[str, Any], complaint: str) -> None:
 
 UNSUPPORTED: dict[str, dict[str, Any]] = {
     "LoHa": {"peft_type": "LOHA"},
+    "X-LoRA": {"peft_type": "XLORA"},
+    "Arrow": {"arrow_config": {"top_k": 3, "router_temperature": 1.0, "use_gks": False}},
     "task": {"task_type": "SEQ_2_SEQ_LM"},
     "layers twice": {"layer_replication": [[0, 1], [0, 1]]},
 }

@@ -15,6 +15,7 @@ from torch.nn import functional
 import tiny
 from oracle import ArrowOracle, Oracle
 from serving import BASE, Running, Streamed, serving, settings, stream_chat
+from swaplora_server.http.mixtures import routes as mixture_routes
 
 TOLERANCE = 1e-4
 PROMPT = list(range(40, 60))
@@ -231,6 +232,39 @@ def test_no_other_name_takes_a_mixtures_and_it_has_no_place_elsewhere(
     assert "one is a mixture" in summed["message"]
     assert mixing.generate("one", PROMPT, adapters=[{"name": "a"}]).json()["error"]["param"] == "model"
     assert mixing.generate("one@1", PROMPT).json()["error"]["code"] == "model_not_found"
+
+
+def test_of_two_that_make_one_name_at_once_one_is_the_change(mixing: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, lease = asyncio.Barrier(2), mixture_routes.lease_members
+
+    async def together(*given: Any) -> Any:
+        await both.wait()
+        return await lease(*given)
+
+    async def made() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=mixing.url, timeout=60) as client:
+            bodies = [{"name": "twice", "members": members, "top_k": 1} for members in (["a", "b"], ["c", "d"])]
+            return list(await asyncio.gather(*(client.post("/v1/mixtures", json=body) for body in bodies)))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mixture_routes, "lease_members", together)
+        answers = {answer.status_code: answer.json() for answer in asyncio.run(made())}
+    assert answers.keys() == {201, 200}
+    assert mixing.client.get("/v1/mixtures/twice").json() == answers[200]
+    mixing.client.delete("/v1/mixtures/twice")
+
+
+def test_a_mixture_is_not_evaluated_and_has_no_gate(mixing: Running) -> None:
+    task = [{"prompt": "a", "answer": "b"}]
+    for name in ("one", "base:one"):
+        answer = mixing.client.post("/v1/evaluations", json={"task": task, "models": [BASE, name]})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_request", "models[1]")
+        assert f"{name} is a mixture" in error["message"]
+    refused = mixing.client.put("/v1/adapters/one/gate", json={"task": task, "min_score": 0.5})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_request")
+    assert "one is a mixture" in refused.json()["error"]["message"]
+    assert mixing.client.get("/v1/evaluations").json()["data"] == []
 
 
 def test_a_member_cannot_be_deleted_from_under_a_mixture(mixing: Running) -> None:

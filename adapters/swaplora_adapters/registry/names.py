@@ -224,15 +224,16 @@ class Names:
             self.index.put_alias(made)
             return True
 
-    def put_mixture(self, name: str, members: Sequence[str], mixing: Mixing) -> Alias:
-        """Make a mixture of names or versions, or change what it is made of.
+    def put_mixture(self, name: str, members: Sequence[str], mixing: Mixing) -> tuple[Alias, bool]:
+        """Make a mixture of names or versions, or change what it is made of; and whether it is the first of its name.
 
         Raises InvalidAdapterNameError, and AdapterNotFoundError or VersionNotFoundError for a member.
         """
         with self.changes:
             if self.index.is_alias(name):
                 raise InvalidAdapterNameError(f"{name} is an alias; choose another name, or delete that first")
-            return self._put(Alias(name, tuple(Target(member, 1) for member in members), mixing))
+            is_first = not self.index.is_mixture(name)
+            return self._put(Alias(name, tuple(Target(member, 1) for member in members), mixing)), is_first
 
     def _put(self, made: Alias) -> Alias:
         """Needs `changes`."""

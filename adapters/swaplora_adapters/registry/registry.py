@@ -269,7 +269,7 @@ class Registry:
         """Raises AliasNotFoundError."""
         self._names.remove_alias(alias)
 
-    def put_mixture(self, name: str, members: Sequence[str], mixing: Mixing) -> Alias:
+    def put_mixture(self, name: str, members: Sequence[str], mixing: Mixing) -> tuple[Alias, bool]:
         """See `Names.put_mixture`."""
         return self._names.put_mixture(name, members, mixing)
 

@@ -177,11 +177,12 @@ class TenantRegistry(Registry):
         with self._changing("alias.delete", alias):
             self._registry.delete_alias(self._naming.stored_alias(alias))
 
-    def put_mixture(self, name: str, members: Sequence[str], mixing: Mixing) -> Alias:
+    def put_mixture(self, name: str, members: Sequence[str], mixing: Mixing) -> tuple[Alias, bool]:
         with self._changing("mixture.put", name):
             self._check_leads(name, members)
             stored = [self._naming.stored(member) for member in members]
-            return self._naming.alias(self._registry.put_mixture(self._naming.stored_mixture(name), stored, mixing))
+            made, is_first = self._registry.put_mixture(self._naming.stored_mixture(name), stored, mixing)
+            return self._naming.alias(made), is_first
 
     def delete_mixture(self, name: str) -> None:
         with self._changing("mixture.delete", name):

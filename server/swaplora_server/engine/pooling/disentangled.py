@@ -111,7 +111,7 @@ class _OfPlan:
             reach = max(stop - start for start, stop in bounds) - 1
             first, last = self._numbers[self._middle - reach], self._numbers[self._middle + reach]
             stop_of_own = reached + last + 1 - first
-            segments += [Segment(one.weights, one.scale, reached, stop_of_own) for one in own]
+            segments += [one._replace(start=reached, stop=stop_of_own) for one in own]
             inputs += [self._input(start, stop, reached - first) for start, stop in bounds]
             chosen.append(torch.arange(first, last + 1))
             reached = stop_of_own
@@ -127,14 +127,14 @@ class _OfPlan:
 
 
 def _groups(runs: Runs, segments: Segments) -> list[tuple[Sequence[Segment], list[Bounds]]]:
-    """The inputs of each set of adapters, and these, at the same scales."""
-    groups: dict[tuple[tuple[str, float], ...], tuple[Sequence[Segment], list[Bounds]]] = {}
+    """The inputs of each set of adapters, and these, at the same scales, or chosen among in the same way."""
+    groups: dict[tuple[tuple[str, float, str | None], ...], tuple[Sequence[Segment], list[Bounds]]] = {}
     ahead = deque(segments)
     for start, stop in zip(runs.starts.tolist(), runs.stops.tolist(), strict=True):
         while ahead and ahead[0].stop <= start:
             ahead.popleft()
         own = list(takewhile(partial(_is_of, start), ahead))
-        key = tuple((segment.weights.digest, segment.scale) for segment in own)
+        key = tuple((each.weights.digest, each.scale, each.route and each.route.router.key) for each in own)
         groups.setdefault(key, (own, []))[1].append((start, stop))
     return list(groups.values())
 

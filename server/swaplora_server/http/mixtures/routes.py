@@ -67,15 +67,14 @@ async def put_mixture(
     service.check_serving()
     validate_name(body.name)
     index, mixing = service.registry.names.index, Mixing(body.top_k, body.temperature)
-    is_first = not index.is_mixture(body.name)
     if body.name in index:
         raise RequestError("invalid_adapter_name", f"{body.name} is an adapter; choose another name", "name")
-    if is_first:
+    if not index.is_mixture(body.name):
         service.registry.names.check_adapter_name(body.name)
     members = [service.reference(member).removeprefix("base:") for member in body.members]
     _check_names(service, members)
     await until_disconnect(request.receive, _try(service, members, mixing))
-    made = await asyncio.to_thread(service.registry.put_mixture, body.name, members, mixing)
+    made, is_first = await asyncio.to_thread(service.registry.put_mixture, body.name, members, mixing)
     return JSONResponse(mixture_body(made), 201 if is_first else 200)
 
 

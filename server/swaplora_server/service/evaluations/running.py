@@ -101,8 +101,12 @@ def _bound(service: Service, models: Sequence[str]) -> list[Evaluated]:
 def _evaluated(service: Service, model: str, param: str) -> Evaluated:
     if service.is_base(model):
         return Evaluated(model=model)
+    index, reference = service.registry.names.index, service.reference(model).removeprefix("base:")
+    if index.is_mixture(reference):
+        message = f"{model[:128]} is a mixture, which is bound to no version; name its members instead"
+        raise RequestError("invalid_request", message, param)
     try:
-        record = service.registry.names.index.resolve_name(service.reference(model).removeprefix("base:"))
+        record = index.resolve_name(reference)
     except AdapterNotFoundError as error:
         message = f"there is no adapter {model[:128]!r}; name the base, adapters, or versions of them, but no alias"
         raise RequestError("model_not_found", message, param) from error

@@ -27,8 +27,11 @@ class Gates:
     async def put(self, registry: Registry, name: str, gate: Gate, tasks: Sequence[Task]) -> None:
         """Have new versions of `name`, of a tenant's `registry`, judged by this; durable when it returns.
 
-        Raises RequestError for one more than a tenant may have, and AdapterError.
+        Raises RequestError for one more than a tenant may have and for a mixture, and AdapterError.
         """
+        if registry.names.index.is_mixture(name):
+            message = f"{name[:128]} is a mixture, which has no versions: put the gate on its members"
+            raise RequestError("invalid_request", message)
         async with self._changes:
             registry.names.check_is_own(name)
             if registry.names.index.get(name).gate is None and len(registry.names.index.gated()) >= MAX_GATES:
