@@ -15,7 +15,8 @@ from torch.nn import functional
 import tiny
 from oracle import ArrowOracle, Oracle
 from serving import BASE, Running, Streamed, serving, settings, stream_chat
-from swaplora_server.http.mixtures import routes as mixture_routes
+from swaplora_server.http.mixtures import routes
+from swaplora_server.service.adapter_mix import lease_members
 
 TOLERANCE = 1e-4
 PROMPT = list(range(40, 60))
@@ -235,11 +236,11 @@ def test_no_other_name_takes_a_mixtures_and_it_has_no_place_elsewhere(
 
 
 def test_of_two_that_make_one_name_at_once_one_is_the_change(mixing: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    both, lease = asyncio.Barrier(2), mixture_routes.lease_members
+    both = asyncio.Barrier(2)
 
     async def together(*given: Any) -> Any:
         await both.wait()
-        return await lease(*given)
+        return await lease_members(*given)
 
     async def made() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=mixing.url, timeout=60) as client:
@@ -247,7 +248,7 @@ def test_of_two_that_make_one_name_at_once_one_is_the_change(mixing: Running, mo
             return list(await asyncio.gather(*(client.post("/v1/mixtures", json=body) for body in bodies)))
 
     with monkeypatch.context() as patched:
-        patched.setattr(mixture_routes, "lease_members", together)
+        patched.setattr(routes, "lease_members", together)
         answers = {answer.status_code: answer.json() for answer in asyncio.run(made())}
     assert answers.keys() == {201, 200}
     assert mixing.client.get("/v1/mixtures/twice").json() == answers[200]

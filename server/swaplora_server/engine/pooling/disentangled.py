@@ -134,9 +134,12 @@ def _groups(runs: Runs, segments: Segments) -> list[tuple[Sequence[Segment], lis
         while ahead and ahead[0].stop <= start:
             ahead.popleft()
         own = list(takewhile(partial(_is_of, start), ahead))
-        key = tuple((each.weights.digest, each.scale, each.route and each.route.router.key) for each in own)
-        groups.setdefault(key, (own, []))[1].append((start, stop))
+        groups.setdefault(tuple(map(_key, own)), (own, []))[1].append((start, stop))
     return list(groups.values())
+
+
+def _key(segment: Segment) -> tuple[str, float, str | None]:
+    return segment.weights.digest, segment.scale, None if segment.route is None else segment.route.router.key
 
 
 def _is_of(row: int, segment: Segment) -> bool:
