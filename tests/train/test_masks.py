@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, normalizers, processors
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
@@ -78,6 +78,38 @@ def test_a_token_across_the_edge_is_made_into_two() -> None:
     assert found == Tokens([0, 1, 2, 3, 5], [False, False, True, True, True])
 
 
+def test_an_answer_behind_a_torn_token_begins_with_no_space_of_its_own() -> None:
+    """SentencePiece's kind puts one before any text: `cd` alone would be `▁cd`."""
+    pieces = ["<unk>", "<s>", "</s>", *"▁abcd0|", "bc", "▁c"]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    model = Tokenizer(models.BPE(vocab=vocab, merges=[("b", "c"), ("▁", "c")], unk_token="<unk>"))
+    model.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>", unk_token="<unk>")
+    found = Encoder(tokenizer, frozenset()).encode(Example(1, {"prompt": "ab", "completion": "cd"}))
+    assert tokenizer.convert_ids_to_tokens(list(found.ids)) == ["▁", "a", "b", "c", "d", "</s>"]
+    assert list(found.is_learnt) == [False] * 3 + [True] * 3
+
+
+def test_an_answer_that_is_no_tokens_of_its_own_is_refused() -> None:
+    """Its first letter is always of one token with the one before it."""
+    befores = "0|a\n"
+    pieces = ["<eos>", *befores, "x", *(f"{letter}x" for letter in befores)]
+    merges = [(letter, "x") for letter in befores]
+    model = models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=merges)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="<eos>")
+    with pytest.raises(EncodingError, match="no tokens of 'x' apart"):
+        Encoder(tokenizer, frozenset()).encode(Example(1, {"prompt": "a", "completion": "x"}))
+
+
+def test_of_several_templates_the_default_is_taken_and_none_is_refused() -> None:
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.chat_template = {"default": TEMPLATE, "tool_use": MARKED}
+    assert Encoder(tokenizer, frozenset()).encode(Example(1, chat(*TURNS))) == by_hand(BY_HAND)
+    tokenizer.chat_template = {"rag": TEMPLATE, "tool_use": MARKED}
+    with pytest.raises(EncodingError, match="several chat templates, rag, tool_use, and none is called default"):
+        Encoder(tokenizer, frozenset()).encode(Example(1, chat(*TURNS)))
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [
@@ -118,6 +150,18 @@ def test_what_is_too_long_is_refused_by_line_or_cut_and_counted(tmp_path: Path) 
     assert num_cut == 2
     assert [tokens.length for tokens in found] == [5, 10, 10]
     assert [sum(tokens.is_learnt) for tokens in found] == [2, 2, 2]
+
+
+def test_what_begins_every_text_is_not_cut_off(tmp_path: Path) -> None:
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{tokenizer.pad_token} $A", special_tokens=[(tokenizer.pad_token, tiny.PAD)]
+    )
+    data = read_data(write(tmp_path / "d.jsonl", [{"prompt": "abcdef", "completion": "b"}]))
+    ((tokens,), num_cut) = encode_all(Encoder(tokenizer, frozenset()), data, data.examples, Limit(5, may_cut=True))
+    plain = tokenizer("ef", add_special_tokens=False)["input_ids"]
+    assert (list(tokens.ids[:3]), tokens.length, num_cut) == ([tiny.PAD, *plain], 5, 1)
+    assert list(tokens.is_learnt) == [False, False, False, True, True]
 
 
 @pytest.mark.parametrize("only_learnt", [True, False])

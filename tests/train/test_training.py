@@ -24,8 +24,9 @@ from server_process import Forked
 from swaplora_adapters.train import train as training
 from swaplora_adapters.train.data import Example
 from swaplora_adapters.train.encode import Encoder
+from swaplora_adapters.train.recipe import Recipe
 from swaplora_adapters.train.remarks import on_result
-from swaplora_adapters.train.run import History, learn
+from swaplora_adapters.train.run import History
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -98,7 +99,10 @@ def test_the_loss_on_the_holdout_is_that_of_the_adapter_that_is_kept(taught: Pat
     by_step = {point["step"]: point["loss"] for point in told["held_out"]}
     assert by_step[0] == pytest.approx(mean(losses(taught, others)), rel=1e-4)
     assert by_step[told["kept"]] == pytest.approx(mean(losses(taught, others, out)), rel=1e-4)
-    assert f"| {by_step[told['kept']]:.4f} |" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert f"| {by_step[told['kept']]:.4f} |" in card
+    assert 'holdout = "others.jsonl"' in card
+    assert str(tmp_path) not in card
 
 
 def test_what_a_run_hangs_on_is_on_its_card(taught: Path, data: Path, whole: tuple[Path, dict[str, Any]]) -> None:
@@ -114,48 +118,6 @@ def test_what_a_run_hangs_on_is_on_its_card(taught: Path, data: Path, whole: tup
         told["steps"],
         len(told["held_out"]),
     ]
-
-
-class Killed(BaseException):
-    """Stands for what ends a process in the middle."""
-
-
-def test_a_run_that_was_interrupted_comes_to_the_same(
-    taught: Path, data: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With dropout, whose random numbers go on as well, and half a checkpoint of a kill while it was written."""
-    out = tmp_path / "letters"
-    flags = ("--dropout", "0.1", "--checkpoint-steps", "1")
-    assert train(taught, data, tmp_path / "whole", *flags).exit_code == 0
-
-    run: Any = learn
-
-    def until_killed(*args: Any, **how: Any) -> Any:
-        *others, progress = args
-
-        def noting(done: int, *rest: Any) -> None:
-            if done == 5:
-                raise Killed
-            progress(done, *rest)
-
-        return run(*others, noting, **how)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(training, "learn", until_killed)
-        with pytest.raises(Killed):
-            train(taught, data, out, *flags)
-    work = tmp_path / "letters.training"
-    assert (work / "checkpoint-4").is_dir()
-    (work / "checkpoint-5").mkdir()
-    (work / "checkpoint-5" / "trainer_state.json").write_text('{"global_step"')
-    assert "go on with --resume" in train(taught, data, out, *flags).stderr
-    refused = train(taught, data, out, *flags, "--resume", "--seed", "1")
-    assert "seed: not as in the run to go on with" in refused.stderr
-    done = train(taught, data, out, *flags, "--resume")
-    assert done.exit_code == 0, done.output
-    assert "step 1 of" not in done.stderr
-    assert (out / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
-    assert (out / "curves.svg").read_text() == (tmp_path / "whole" / "curves.svg").read_text()
 
 
 def test_a_process_that_was_killed_is_gone_on_from(
@@ -242,6 +204,10 @@ def test_an_adapter_is_gone_on_from_and_its_intruders_are_told(taught: Path, dat
     num, _, rest = found.partition(" before, ")
     assert rest.startswith(f"{num} after")
     assert int(num) > 0
+    lines = (out / "README.md").read_text().partition("```toml\n")[2].partition("```")[0]
+    recipe = Recipe(**tomllib.loads(lines))
+    assert (recipe.init_from, recipe.epochs, "rank" in lines) == (Path("before"), 1.0, False)
+    assert str(tmp_path) not in (out / "README.md").read_text()
 
 
 def test_a_file_of_choices_is_read_and_flags_win(taught: Path, data: Path, tmp_path: Path) -> None:
@@ -253,12 +219,14 @@ def test_a_file_of_choices_is_read_and_flags_win(taught: Path, data: Path, tmp_p
         "rank = 2",
         "epochs = 5",
         "holdout = 0",
+        "dora = true",
     ]
     config.write_text("\n".join(lines))
-    done = swaplora("train", "--config", str(config), "--epochs", "0.5", "--json")
+    done = swaplora("train", "--config", str(config), "--epochs", "0.5", "--no-dora", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["steps"] == 2
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 2
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (written["r"], written["use_dora"]) == (2, False)
 
 
 def test_what_was_trained_is_uploaded(taught: Path, data: Path, tmp_path: Path) -> None:
@@ -312,6 +280,7 @@ def test_what_cannot_be_done_is_refused_by_name(
         ("learning_rat = 1", "learning_rat: no such key; did you mean learning_rate?"),
         ("rank", "is no TOML"),
         ("rank = 'much'", "rank: "),
+        ("holdout = true", "holdout: a share of the examples, or a file of others"),
     ],
 )
 def test_a_file_of_choices_with_a_wrong_key_is_refused(tmp_path: Path, line: str, words: str) -> None:
@@ -359,6 +328,18 @@ def test_a_loss_that_is_no_number_ends_the_run(taught: Path, data: Path, tmp_pat
     model.save_pretrained(base)
     done = train(base, data, tmp_path / "out", "--holdout", "0")
     assert "the loss is no number any more at step 1" in done.stderr
+
+
+def test_a_device_with_too_little_memory_is_told(
+    taught: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(training, "learn", too_much)
+    done = train(taught, data, tmp_path / "out")
+    assert done.exit_code == 1
+    assert all(part in done.stderr for part in ("memory is too small", "batch_size", "max_tokens"))
 
 
 def test_what_was_noticed_is_remarked(taught: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from swaplora_adapters.train.curves import curves_svg
 from swaplora_adapters.train.data import Data
-from swaplora_adapters.train.recipe import Recipe
+from swaplora_adapters.train.recipe import OF_THE_ADAPTER, Recipe
 from swaplora_adapters.train.remarks import Continued
 from swaplora_adapters.train.run import History
 
@@ -58,7 +58,7 @@ tags: [lora]
 {_scores(history)}
 ## Recipe
 
-`swaplora train --config` takes it again from a file of these lines, with `base`, `data` and `out`.
+`swaplora train --config` takes it again from a file of these lines, with `base`, `data` and `out`{_paths(recipe)}.
 
 ```toml
 {as_toml(recipe)}```
@@ -68,13 +68,22 @@ tags: [lora]
 
 
 def as_toml(recipe: Recipe) -> str:
-    """Every choice that is not none, as a config file has it."""
-    lines = [
-        f"{name} = {_value(value)}\n" for name, value in recipe.model_dump(mode="json").items() if value is not None
-    ]
-    text = "".join(lines)
+    """Every choice that is one, as a config file has it; of files and folders the names alone."""
+    values = recipe.model_dump(mode="json", exclude=set() if recipe.init_from is None else set(OF_THE_ADAPTER))
+    values |= {name: Path(values[name]).name for name in _of_files(recipe)}
+    text = "".join(f"{name} = {_value(value)}\n" for name, value in values.items() if value is not None)
     tomllib.loads(text)
     return text
+
+
+def _of_files(recipe: Recipe) -> list[str]:
+    """The choices that name a folder or a file."""
+    is_one = {"init_from": recipe.init_from is not None, "holdout": recipe.holdout_share is None}
+    return [name for name, named in is_one.items() if named]
+
+
+def _paths(recipe: Recipe) -> str:
+    return "".join(f", and `{name}` where that lies" for name in _of_files(recipe))
 
 
 def _value(value: object) -> str:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 from jinja2 import TemplateError
@@ -47,6 +47,11 @@ class Encoder:
             raise EncodingError("the base's tokenizer has no end-of-sequence token: an answer would never end")
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids | {tokenizer.eos_token_id}
+        self._start = self._ids("", special=True)
+
+    def num_leading(self, ids: Sequence[int]) -> int:
+        """How many of the first ids begin any text, as a begin-of-sequence token does."""
+        return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(ids, self._start, strict=False))))
 
     def encode(self, example: Example) -> Tokens:
         """Raises EncodingError."""
@@ -60,8 +65,15 @@ class Encoder:
         template = self._tokenizer.chat_template
         if template is None:
             raise EncodingError("the base has no chat template: write prompt and completion in the place of messages")
+        if not isinstance(template, str):
+            if "default" not in template:
+                raise EncodingError(
+                    f"the base has several chat templates, {', '.join(sorted(template))}, and none is called default: "
+                    "write prompt and completion in the place of messages"
+                )
+            template = template["default"]
         try:
-            if _MARKS.search(template if isinstance(template, str) else template["default"]):
+            if _MARKS.search(template):
                 return self._marked(messages)
             text = self._render(messages)
             turns = [self._turn(messages, n) for n, message in enumerate(messages) if message["role"] == "assistant"]
@@ -110,13 +122,22 @@ class Encoder:
         for start, end in pairwise([*edges, len(text)]):
             places.append(len(ids))
             longer = self._ids(text[:end], special=special)
-            ids = longer if longer[: len(ids)] == ids else ids + self._ids(text[start:end], special=False)
+            ids = longer if longer[: len(ids)] == ids else ids + self._inner_ids(text[start:end])
         return ids, places
+
+    def _inner_ids(self, text: str) -> list[int]:
+        """The ids of a text that others come before: SentencePiece's kind begins a text by a space, and no other."""
+        for before in _BEFORE:
+            own, both = self._ids(before, special=False), self._ids(before + text, special=False)
+            if both[: len(own)] == own and self._tokenizer.unk_token_id not in own:
+                return both[len(own) :]
+        raise EncodingError(f"the tokenizer makes no tokens of {text[:20]!r} apart from what comes before it")
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=special)["input_ids"]) if text or special else []
 
 
+_BEFORE = ("0", "|", "a", "\n")  # of which one at least is in no token with what comes behind it
 _NO_END = "the chat template ends the assistant's turn with no end-of-sequence token: an answer would never end"
 
 
@@ -139,13 +160,19 @@ def encode_all(encoder: Encoder, data: Data, examples: Sequence[Example], limit:
                     f"line {example.line} has {tokens.length} tokens and may have {limit.max_tokens}: "
                     "shorten it, or have its beginning cut off (too_long truncate)"
                 )
-            tokens = Tokens(tokens.ids[-limit.max_tokens :], tokens.is_learnt[-limit.max_tokens :])
+            tokens = _cut(tokens, limit.max_tokens, min(encoder.num_leading(tokens.ids), limit.max_tokens - 1))
         if not any(tokens.is_learnt[1:]):
             reasons.append(f"line {example.line} has no answer in its last {limit.max_tokens} tokens")
         found.append(tokens)
     if reasons:
         raise DataError(data.path, reasons)
     return found, num_cut
+
+
+def _cut(tokens: Tokens, most: int, kept: int) -> Tokens:
+    """The first `kept` tokens, and of the last as many as make `most`."""
+    last = tokens.length - (most - kept)
+    return Tokens([*tokens.ids[:kept], *tokens.ids[last:]], [*tokens.is_learnt[:kept], *tokens.is_learnt[last:]])
 
 
 def _tokens(ids: Sequence[int], learnt: Sequence[range]) -> Tokens:

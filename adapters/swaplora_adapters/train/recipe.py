@@ -11,6 +11,12 @@ ALL_LINEAR = "all-linear"  # as PEFT calls them: every linear but the output hea
 OF_THE_ADAPTER = ("rank", "alpha", "dropout", "target", "dora", "rslora")
 
 
+def _text(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("a share of the examples, or a file of others")
+    return str(value)
+
+
 def _tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
@@ -40,7 +46,7 @@ class Recipe(BaseModel):
     too_long: Literal["refuse", "truncate"] = Field(
         "refuse", description="What becomes of longer examples: truncate cuts off their beginnings"
     )
-    holdout: Annotated[str, BeforeValidator(str)] = Field(
+    holdout: Annotated[str, BeforeValidator(_text)] = Field(
         "0.1", min_length=1, description="Share of the examples to hold out, 0 for none, or a file of others"
     )
     patience: int = Field(3, ge=0, description="Measurements without a gain that end training; 0 is never")

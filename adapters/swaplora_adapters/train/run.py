@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from swaplora_adapters.train.base_model import TrainingError
 from swaplora_adapters.train.batches import Batch, collate
@@ -56,9 +63,13 @@ def learn(
 ) -> History:
     """Train `model` in place, from the last whole checkpoint in `work` if there is one; it has the kept weights then.
 
-    Raises TrainingError when the loss is no number any more.
+    Raises TrainingError when the loss is no number any more, and when the best checkpoint is not there any more.
     """
+    work = work.resolve()  # the Trainer notes where checkpoints lie
     checkpoint = last_checkpoint(work)
+    if checkpoint is not None and (history := _ended(checkpoint, len(steps))) is not None:
+        model.load_adapter(str(work / f"checkpoint-{history.kept}"), "default", is_trainable=True)
+        return history
     every = recipe.checkpoint_steps or max(1, math.ceil(len(steps) / NUM_CHECKPOINTS))
     is_measured = bool(held_out)
     arguments = TrainingArguments(
@@ -93,6 +104,8 @@ def learn(
         report_to="none",
         disable_tqdm=True,
     )
+    # with several it would take as many batches for a step, and fewer steps; it has no argument for it
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # noqa: SLF001
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -100,7 +113,7 @@ def learn(
         eval_dataset=held_out or None,
         data_collator=lambda items: collate([one for item in items for one in item], pad_id, only_learnt=only_learnt),
         callbacks=[
-            _Reporter(progress),
+            _Reporter(progress, len(steps)),
             *([EarlyStoppingCallback(recipe.patience)] if is_measured and recipe.patience else []),
         ],
     )
@@ -126,6 +139,16 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
+def _ended(checkpoint: Path, planned: int) -> History | None:
+    """Of a run that had come to its end, early or not, at this checkpoint; the Trainer would go on with it."""
+    state = TrainerState.load_from_json(str(checkpoint / _STATE))
+    best = state.best_model_checkpoint
+    if best is not None and not Path(best).is_dir():
+        raise TrainingError(f"the best checkpoint is not in {best} any more: put it back, or begin anew")
+    is_over = state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
+    return _history(state, planned) if is_over else None
+
+
 def _history(state: Any, planned: int) -> History:
     learnt = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
     held_out = [(entry["step"], entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry]
@@ -135,9 +158,15 @@ def _history(state: Any, planned: int) -> History:
 class _Reporter(TrainerCallback):  # type: ignore[misc]
     """Tells how far it is, and ends what cannot become anything."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, planned: int) -> None:
         self._progress = progress
+        self._planned = planned
         self._losses: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Raises TrainingError where several devices or processes would share the steps."""
+        if state.max_steps != self._planned:
+            raise TrainingError(f"the Trainer would take {state.max_steps} steps in the place of {self._planned}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **others: Any) -> None:
         """Raises TrainingError."""

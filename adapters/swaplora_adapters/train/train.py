@@ -1,30 +1,28 @@
 """`train`: from a base and a file of examples to an adapter's folder."""
 
+import hashlib
 import inspect
-import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from swaplora_adapters.derive.whole_models.new_folder import require_new
-from swaplora_adapters.train import base_model, remarks
+from swaplora_adapters.train import base_model, remarks, work
 from swaplora_adapters.train.base_model import TrainingError
 from swaplora_adapters.train.batches import in_order, steps_of
 from swaplora_adapters.train.card import Origin, write_card
 from swaplora_adapters.train.data import Data, Split, read_data, split, split_by_file
-from swaplora_adapters.train.encode import Encoder, EncodingError, Limit, encode_all
+from swaplora_adapters.train.encode import Encoder, EncodingError, Limit, Tokens, encode_all
 from swaplora_adapters.train.recipe import Recipe
 from swaplora_adapters.train.remarks import Continued
 from swaplora_adapters.train.run import History, Progress, learn
 
 WORK_SUFFIX = ".training"
-_RUN_FILE, _ADAPTER = "run.json", "adapter"  # beside the checkpoints
+_ADAPTER = "adapter"  # beside the checkpoints
 _UNBOUNDED = 1 << 20  # tokens: of a base that says no context, or says a number that stands for none
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "seq_length")
 
@@ -42,7 +40,8 @@ class Task:
     @property
     def work(self) -> Path:
         """Where the checkpoints are until the adapter is there."""
-        return self.out.with_name(self.out.name + WORK_SUFFIX)
+        out = self.out.resolve()
+        return out.with_name(out.name + WORK_SUFFIX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,70 +63,71 @@ def train(
     TrainingError.
     """
     started = time.process_time()
-    require_new(task.out)
+    task = replace(task, out=task.out.resolve())  # a link stays, and what it names is what the adapter's folder becomes
+    done = work.result_of(task.work, task.out) if resume else None
+    if done is None:
+        work.require_place(task.out)
     data = read_data(task.data)
     others = None if recipe.holdout_share is not None else read_data(Path(recipe.holdout))
     parts = split(data, recipe.holdout_share or 0.0, recipe.seed) if others is None else split_by_file(data, others)
-    base_digest = base_model.digest_of_base(task.source)
-    facts = _facts(base_digest, data, others, recipe)
-    _check_begun(task, facts, resume=resume)
+    facts = _facts(data, others, recipe)
+    work.require(task.work, facts, resume=resume)
+    origin = Origin(task.out.name, task.base_id, None, data, others, len(parts.learnt), len(parts.held_out))
+    if done is not None:
+        before, result = done
+        work.clear(task.work)
+        report(f"the adapter was in {task.out} already; nothing was left to do but to remove {task.work.name}")
+        return Trained(History(**result["history"]), replace(origin, base_digest=before["base"]), result["remarks"])
     base = base_model.load_base(task.source, recipe, task.device)
+    origin = replace(origin, base_digest=base_model.digest_of_base(task.source))  # a hub id has its files only now
     continued = None if recipe.init_from is None else _continued(recipe.init_from, base, task)
     tokenizer = AutoTokenizer.from_pretrained(task.source)
     learnt, held_out, num_cut = _encoded(tokenizer, base, recipe, data, others, parts)
+    facts |= {"base": origin.base_digest, "tokens": _digest([learnt, held_out])}
+    facts |= {"init_from": None if continued is None else continued.digest}
     said = [*remarks.on_data(data, parts, num_cut), *remarks.on_recipe(recipe)]
     said += [] if continued is None else remarks.on_start(continued)
     for remark in said:
         report(remark)
     model = base_model.with_adapter(base, recipe)
-    if not resume:  # only now: a run that is refused leaves nothing behind
-        task.work.mkdir(parents=True)
-        (task.work / _RUN_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    history = learn(
-        model,
-        steps_of(learnt, recipe.batch_size, recipe.epochs, recipe.seed),
-        in_order(held_out, recipe.batch_size),
-        recipe,
-        task.work,
-        progress,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        only_learnt="logits_to_keep" in inspect.signature(base.forward).parameters,
-    )
-    folder = task.work / _ADAPTER
-    base_model.save_adapter(model, folder, task.source, task.base_id)
-    if continued is not None and continued.intruders_before is not None:
-        after = base_model.num_intruders(folder, model.unload(), task.source)
-        continued = replace(continued, intruders_after=after)
-    for remark in remarks.on_result(history, continued):
-        report(remark)
-        said.append(remark)
-    origin = Origin(task.out.name, task.base_id, base_digest, data, others, len(parts.learnt), len(parts.held_out))
-    write_card(folder, origin, recipe, history, said, continued, time.process_time() - started)
-    folder.rename(task.out)
-    shutil.rmtree(task.work)
+    with work.hold(task.work, facts, resume=resume):  # only now: a run that is refused leaves nothing behind
+        history = learn(
+            model,
+            steps_of(learnt, recipe.batch_size, recipe.epochs, recipe.seed),
+            in_order(held_out, recipe.batch_size),
+            recipe,
+            task.work,
+            progress,
+            pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            only_learnt="logits_to_keep" in inspect.signature(base.forward).parameters,
+        )
+        folder = task.work / _ADAPTER
+        base_model.save_adapter(model, folder, task.source, task.base_id)
+        if continued is not None and continued.intruders_before is not None:
+            after = base_model.num_intruders(folder, model.unload(), task.source)
+            continued = replace(continued, intruders_after=after)
+        for remark in remarks.on_result(history, continued):
+            report(remark)
+            said.append(remark)
+        write_card(folder, origin, recipe, history, said, continued, time.process_time() - started)
+        work.end(task.work, folder, task.out, {"history": asdict(history), "remarks": said})
     return Trained(history, origin, said)
 
 
-def _facts(base_digest: str | None, data: Data, others: Data | None, recipe: Recipe) -> dict[str, Any]:
-    """All that a run hangs on, by the names of the flags."""
+def _facts(data: Data, others: Data | None, recipe: Recipe) -> dict[str, Any]:
+    """What a run hangs on and is known before the base is loaded, by the names of the flags."""
     held_out = {} if others is None else {"holdout": others.digest}
-    return {"base": base_digest, "data": data.digest, **recipe.model_dump(mode="json"), **held_out}
+    return {"data": data.digest, **recipe.model_dump(mode="json", exclude={"init_from"}), **held_out}
 
 
-def _check_begun(task: Task, facts: dict[str, Any], *, resume: bool) -> None:
-    """Raise unless there is a run of the same to go on with, or none where none is to be gone on with."""
-    if not resume:
-        if task.work.exists():
-            raise FileExistsError(f"{task.work} is there, of a run that did not end: go on with --resume, or remove it")
-        return
-    file = task.work / _RUN_FILE
-    if not file.is_file():
-        raise TrainingError(f"{task.work} has no run to go on with: leave --resume out")
-    before = json.loads(file.read_bytes())
-    if others := sorted(name for name in facts.keys() | before.keys() if facts.get(name) != before.get(name)):
-        raise TrainingError(
-            f"{', '.join(others)}: not as in the run to go on with; give the same, or leave --resume out"
-        )
+def _digest(parts: Sequence[Sequence[Tokens]]) -> str:
+    """Of every example's ids and of which are learnt: other files of the tokenizer make other ones."""
+    whole = hashlib.sha256()
+    for part in parts:
+        for tokens in part:
+            whole.update(f"{list(tokens.ids)} {list(tokens.is_learnt)}\n".encode())
+        whole.update(b"\n")
+    return f"sha256:{whole.hexdigest()}"
 
 
 def _continued(folder: Path, base: Any, task: Task) -> Continued:

@@ -92,7 +92,7 @@ def _explained(parameter: Parameter, field: "FieldInfo | None") -> Parameter:
 def _option(name: str, field: "FieldInfo") -> Parameter:
     """What is not given is None, so that it leaves the environment and the file in force."""
     flags = FLAGS.get(name, (f"--{name.replace('_', '-')}",))
-    if field.default is True:
+    if field.annotation is bool:  # both, so that a flag can undo what the environment or a file says
         flags = (f"{flags[0]}/--no-{flags[0].removeprefix('--')}",)
     kind, metavar = (str, "SIZE") if _is_size(field) else (_type(field.annotation), METAVARS.get(name))
     info = typer.Option(*flags, metavar=metavar, help=_help(field))

@@ -85,6 +85,7 @@ def _train(job: "Job", settings: "Settings", *, resume: bool) -> "Trained":
     # OpenMP's runtime reads this when torch loads it: on cores that others use too, threads that spin while they wait
     # for each other take several times as long
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    import torch
     import transformers
 
     from swaplora_adapters.errors import InvalidAdapterError
@@ -107,10 +108,15 @@ def _train(job: "Job", settings: "Settings", *, resume: bool) -> "Trained":
             return train(task, job.recipe, resume=resume, report=_remark, progress=progress)
     except (DataError, InvalidAdapterError) as error:
         fail(*error.reasons)
+    except torch.OutOfMemoryError:
+        fail(
+            f"the device's memory is too small: remove {job.out}.training and begin anew with a smaller batch_size, or "
+            "with smaller max_tokens"
+        )
     except (EmbeddedBaseError, OSError, ValueError) as error:
         fail(str(error))
     except KeyboardInterrupt:
-        begun = Path(f"{job.out}.training").exists()
+        begun = Path(f"{job.out.resolve()}.training").exists()
         say(f"swaplora: interrupted{'; the same command with --resume goes on' if begun else ''}", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
