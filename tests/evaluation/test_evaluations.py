@@ -19,7 +19,7 @@ from serving import BASE, Running, serving, settings
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.access.key_file import create_key
 from swaplora_server.engine.engine import Engine
-from swaplora_server.engine.request import Request
+from swaplora_server.engine.request import LAST_PRIORITY, Request
 from swaplora_server.evaluation.task import Item, parse_task
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.evaluations import asking, evaluations, running
@@ -161,7 +161,7 @@ def test_beside_live_requests_each_has_the_bits_that_it_has_alone(
     assert [beside[number] for number in range(len(live))] == alone
     same = ("task", "models", "results", "comparisons", "fingerprint")
     assert {key: again[key] for key in same} == {key: told[key] for key in same}
-    assert sum(request.priority == asking.LAST for request in submitted) == len(submitted) - 2 * len(live)
+    assert sum(request.priority == LAST_PRIORITY for request in submitted) == len(submitted) - 2 * len(live)
 
 
 def test_no_more_run_at_once_than_are_allowed_and_none_while_the_server_is_full(

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler_harness import Client, adapter, make, run_all, run_step, said_of, submit
-from swaplora_server.engine.request import Sequence
+from swaplora_server.engine.request import LAST_PRIORITY, Sequence
 from swaplora_server.engine.scheduling import scheduler as scheduler_module
 from swaplora_server.engine.scheduling.giving_way import SHARE_COMPUTED_AGAIN, STEPS_BETWEEN
+from swaplora_server.engine.scheduling.kept import MAX_LACKING, MAX_LACKING_OF_LINE, Kept
 from swaplora_server.engine.scheduling.scheduler import MAX_STEPS_PASSED_OVER, Scheduler
 
 
@@ -229,3 +230,64 @@ def test_nobody_gives_way_in_vain_everybody_ends_and_what_is_computed_again_is_b
     if watched.scheduler.num_preempted == sum(len(gave) for _, gave in watched.given):
         most_again = (watched.num_steps + 40) * limits["max_batch_tokens"] / SHARE_COMPUTED_AGAIN
         assert watched.num_rows - num_needed <= most_again
+
+
+@pytest.mark.parametrize("lacking", ["places", "blocks"])
+@pytest.mark.parametrize(
+    ("running", "waiting", "of", "gives_way"),
+    [
+        (-100, 100, "adapter", False),
+        (0, LAST_PRIORITY, "adapter", False),
+        (100, -100, "adapter", True),
+        (LAST_PRIORITY, LAST_PRIORITY, "adapter", True),
+        (-100, 100, "tenant", True),
+        (0, LAST_PRIORITY, "tenant", False),
+    ],
+)
+def test_nobody_gives_way_to_a_later_priority_of_its_tenant_nor_to_the_last_of_any(
+    lacking: str, running: int, waiting: int, of: str, gives_way: bool
+) -> None:
+    """Between tenants no other priority counts."""
+    num_blocks, max_num_seqs = (900, 8) if lacking == "places" else (40, 30)
+    scheduler = make(num_blocks=num_blocks, block_size=4, max_num_seqs=max_num_seqs, max_batch_tokens=64)
+    watched = Watched(scheduler)
+    flooding: dict[str, Any] = {"tenant": "acme", "adapters": (adapter("sql"),)}
+    for number in range(12):
+        submit(scheduler, [number] * 12, 60, priority=running, **flooding)
+    for _ in range(6):
+        watched.step()
+    assert scheduler.num_waiting
+    other: dict[str, Any] = {"tenant": "beta"} if of == "tenant" else {"adapters": (adapter("legal"),)}
+    client = submit(scheduler, [99] * 14, 4, priority=waiting, **(flooding | other))
+    for _ in range(12):
+        watched.step()
+    assert has_begun(client) == gives_way
+    assert any(waiting.request is client.request for waiting, _ in watched.given) == gives_way
+    scheduler.fail_all("", "")
+
+
+@pytest.mark.parametrize("num_adapters", [1, 5, 2000])
+def test_however_many_lack_blocks_no_more_than_some_are_looked_at_in_a_step(
+    num_adapters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short one of another adapter passes them all the same, where one adapter floods."""
+    scheduler = make(num_blocks=60, block_size=4, max_num_seqs=30, max_batch_tokens=400, prefix_cache=False)
+    submit(scheduler, [1] * 200, 60)
+    run_step(scheduler)
+    looks: list[Sequence] = []
+    leaves_blocks = Kept.leaves_blocks
+
+    def counting(kept: Kept, sequence: Sequence) -> bool:
+        looks.append(sequence)
+        return leaves_blocks(kept, sequence)
+
+    monkeypatch.setattr(Kept, "leaves_blocks", counting)
+    for number in range(2000):
+        submit(scheduler, [2] * 100, 8, adapters=(adapter(f"a{number % num_adapters}"),))
+    short = submit(scheduler, [3] * 3, 1, adapters=(adapter("short"),))
+    for _ in range(4):
+        looks.clear()
+        run_step(scheduler)
+        assert 0 < len(looks) <= MAX_LACKING + 1
+    assert has_begun(short) == (num_adapters < MAX_LACKING // MAX_LACKING_OF_LINE)
+    scheduler.fail_all("", "")

@@ -2,7 +2,9 @@
 
 import ctypes
 import os
+import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -15,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from repository import KERNEL_CACHE
 from swaplora_adapters.weights.memory import HugePages
-from swaplora_server.kernels.cpu import abi
+from swaplora_server.kernels.cpu import abi, build
 from swaplora_server.kernels.cpu import linear as cpu_linear
 
 LIBRARY = abi.load_library(KERNEL_CACHE, lambda _message: None)
@@ -91,7 +93,14 @@ def placed(cores: list[int], allowed: list[int]) -> list[int]:
 
 @pytest.mark.parametrize(
     ("cores", "expected"),
-    [([0, 1], [0, 1]), ([1, 1], [1, 0]), ([3, 3, 3], [3, 0, 1]), ([0, 2, 0, 2], [0, 2, 1, 3]), ([0, 0, 1, 2, 3], None)],
+    [
+        ([0, 1], [0, 1]),
+        ([1, 1], [1, 2]),
+        ([3, 3, 3], [3, 0, 1]),
+        ([0, 2, 0, 2], [0, 2, 1, 3]),
+        ([0, 0, 1, 2, 3], None),
+        ([3, 3], [3, 0]),
+    ],
 )
 def test_who_shares_a_core_goes_to_one_that_nobody_has(cores: list[int], expected: list[int] | None) -> None:
     assert placed(cores, [0, 1, 2, 3]) == (expected or cores)
@@ -112,5 +121,78 @@ def test_a_thread_that_was_moved_may_go_where_it_might_before() -> None:
     cores = os.sched_getaffinity(0)
     with ThreadPoolExecutor(1) as pool:
         for core in (*cores, max(cores) + 1):
-            pool.submit(LIBRARY.move_to, core).result()
+            assert pool.submit(LIBRARY.move_to, core).result() == (core in cores)
             assert pool.submit(os.sched_getaffinity, 0).result() == cores
+        narrow = {min(cores)}
+        pool.submit(os.sched_setaffinity, 0, narrow).result()
+        for core in cores:
+            assert pool.submit(LIBRARY.move_to, core).result() == (core in narrow)
+            assert pool.submit(os.sched_getaffinity, 0).result() == narrow
+
+
+FAKE = r"""
+#include <sched.h>
+extern "C" {
+unsigned long cpuset = 3, asked = ~0ul;  // of the first 64 cores
+int is_blind = 0, num_asked = 0;
+static thread_local int at = 0;
+int fake_get(int, size_t, cpu_set_t* set) noexcept {
+    CPU_ZERO(set);
+    for (int core = 0; core < 64; core++)
+        if (cpuset & asked & 1ul << core) CPU_SET(core, set);
+    return 0;
+}
+int fake_set(int, size_t, const cpu_set_t* set) noexcept {
+    unsigned long wanted = 0;
+    for (int core = 63; core >= 0; core--)
+        if (CPU_ISSET(core, set)) wanted |= 1ul << core, at = cpuset & 1ul << core ? core : at;
+    if (!(wanted & cpuset)) return -1;
+    __atomic_add_fetch(&num_asked, 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&asked, wanted, __ATOMIC_SEQ_CST);
+    return 0;
+}
+int fake_cpu() noexcept { return is_blind ? 0 : at; }
+}
+void keep_apart(int threads);
+extern "C" void part(int threads) { keep_apart(threads); }
+"""
+
+
+@pytest.fixture(scope="module")
+def cores(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """What moves threads, on a kernel that keeps what was asked for and cuts it to the cpuset, as Linux 6.2 does."""
+    folder = tmp_path_factory.mktemp("cores")
+    (folder / "fake.cpp").write_text(FAKE)
+    names = {"sched_getaffinity": "fake_get", "sched_setaffinity": "fake_set", "sched_getcpu": "fake_cpu"}
+    renamed = [f"-D{name}={fake}" for name, fake in names.items()]
+    sources = [str(build.CSRC / "team" / "cores.cpp"), str(folder / "fake.cpp")]
+    command = ["g++", "-std=c++17", "-fopenmp", "-fPIC", "-shared", *renamed, *sources, "-o", str(folder / "cores.so")]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(folder / "cores.so"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody is moved")
+@pytest.mark.parametrize(("asked", "then"), [(0b11, 0b1111), (0b01, 0b01)])
+def test_a_thread_that_was_moved_has_what_its_cpuset_gets_later_unless_it_had_less(
+    cores: ctypes.CDLL, asked: int, then: int
+) -> None:
+    cpuset, mask = (ctypes.c_ulong.in_dll(cores, name) for name in ("cpuset", "asked"))
+    cpuset.value, mask.value = 0b11, asked
+    assert cores.move_to(0) == 1
+    assert mask.value & cpuset.value == asked
+    cpuset.value = 0b1111
+    assert mask.value & cpuset.value == then
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody is moved")
+def test_where_the_number_of_a_core_is_always_the_same_nobody_is_moved_for_ever(cores: ctypes.CDLL) -> None:
+    cpuset, mask = (ctypes.c_ulong.in_dll(cores, name) for name in ("cpuset", "asked"))
+    num_asked, is_blind = (ctypes.c_int.in_dll(cores, name) for name in ("num_asked", "is_blind"))
+    cpuset.value, mask.value, is_blind.value, counts = 0b11, (1 << 64) - 1, 1, []
+    for _ in range(60):
+        cores.part(2)
+        counts.append(num_asked.value)
+        time.sleep(0.0015)
+    assert counts[0] > 0
+    assert counts[20] > counts[2], "it is tried more than once"
+    assert counts[-1] == counts[40]

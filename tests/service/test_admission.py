@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from swaplora_adapters.registry.leases import Lease
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_server.end_rate import MAX_RETRY_SECONDS, MIN_RETRY_SECONDS, RATE_SECONDS
+from swaplora_server.service.adapter_mix import MixTerm, wanted_by
 from swaplora_server.service.admission import Admission, Admissions
 from swaplora_server.service.errors import RequestError
 
@@ -119,6 +120,29 @@ def test_a_tenant_has_no_more_places_by_asking_for_many_adapters() -> None:
     assert sum(len(admitted(admissions, "acme", name)) for name in names) == 10 - 8, "a quarter of all, for adapters"
     assert sum(len(admitted(admissions, "beta", name)) for name in names) == 0
     assert len(admitted(admissions, "zeta", "sql")) == 3
+
+
+class Names:
+    """Of a service what knows names."""
+
+    def reference(self, model: str) -> str:
+        return f"base:{model.removeprefix('tiny:')}" if model.startswith("tiny:") else model
+
+
+def test_no_places_are_had_by_writing_the_same_in_other_words_and_the_base_has_its_own() -> None:
+    service: Any = Names()
+
+    def wanted(model: str, *names: str) -> str:
+        return wanted_by(service, model, [MixTerm(name) for name in names])
+
+    one = [wanted("sql"), wanted("tiny:sql@2"), wanted("tiny", "sql"), wanted("tiny", "sql", "sql@1")]
+    sums = [wanted("tiny", *names) for names in (["a", "b"], ["b", "a"], ["a", "a", "b"], ["a", "c"], ["sql", "a"])]
+    assert {*one} == {"sql"}
+    assert len({wanted("tiny"), wanted("sql"), *sums}) == 3
+    admissions = Admissions(30, 10)
+    many = [wanted("tiny", f"a{one}", f"a{other}") for one in range(20) for other in range(20) if one != other]
+    assert sum(len(admitted(admissions, "", name)) for name in many) == 40
+    assert len(admitted(admissions, "", wanted("tiny"))) > 0
 
 
 def test_a_tenant_alone_with_a_hundred_adapters_leaves_places_to_another() -> None:

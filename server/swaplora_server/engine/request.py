@@ -37,6 +37,7 @@ _log = structlog.get_logger(__name__)
 
 # what is told of a request that was not done by its deadline
 OVERDUE, OVERDUE_CODE = "the time that the request was given has passed", "deadline_exceeded"
+LAST_PRIORITY = 2**31 - 1  # behind all other requests, whoever's
 # a temperature beneath this is greedy in the limit, and too small to divide by
 _GREEDY_BELOW = 1e-5
 

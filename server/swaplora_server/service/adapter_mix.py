@@ -36,6 +36,7 @@ class Asker(NamedTuple):
 
 
 NOBODY = Asker()
+SUMS = "+"  # which is nobody's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +174,15 @@ def _trial(service: Service, name: str, record: VersionRecord) -> Trial | None:
 
 
 def wanted_by(service: Service, model: str, terms: Sequence[MixTerm]) -> str:
-    """What a request is for, whichever version of it: the base, an adapter, or several."""
-    names = [model, *(term.name for term in terms)]
-    return " ".join(service.reference(name).removeprefix("base:").partition("@")[0] for name in names)
+    """What a request is for, whichever version of it: the base, an adapter, a mixture, or any sum.
+
+    All sums are one: a client could make any number of them up.
+    """
+    names = {service.reference(term.name).removeprefix("base:").partition("@")[0] for term in terms}
+    if len(names) > 1:
+        return SUMS
+    [name] = names or {service.reference(model).removeprefix("base:").partition("@")[0]}
+    return name
 
 
 def invoked_at(prompt: Sequence[int], uses: Sequence[AdapterUse], param: str = "prompt") -> int:

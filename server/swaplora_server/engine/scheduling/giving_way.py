@@ -1,7 +1,8 @@
 """Who of those that run gives way to one that waits, so that it has a place, blocks and ranks. Imports no torch.
 
 Nobody does unless the other begins in the same step. Who gives way is of those that have most, tenant and then adapter;
-of these the ones of which least is computed, and no more of them than it takes. Who gave way before is spared until it
+of these the ones of which least is computed, and no more of them than it takes. Nobody does to one of its own tenant
+of which the priority comes later, nor anybody to one of the last priority, which evaluations have. Who gave way before is spared until it
 has come to a next token, and to as many as make up for what it would compute again; the oldest of all keeps its blocks.
 Of the tokens that steps have room for, a quarter is computed again at most.
 """
@@ -9,7 +10,7 @@ Of the tokens that steps have room for, a quarter is computed again at most.
 from collections.abc import Collection
 
 from swaplora_server.engine.kv_cache import BlockPool
-from swaplora_server.engine.request import Sequence
+from swaplora_server.engine.request import LAST_PRIORITY, Sequence
 from swaplora_server.engine.scheduling.holdings import Holdings
 from swaplora_server.engine.scheduling.step_ranks import StepRanks
 
@@ -123,7 +124,7 @@ class GivingWay:
                 is_behind[line] = (not lacks_blocks or held.is_behind(waiting, other, times, waiting.num_lacking)) and (
                     not lacks_else or self._held(of_blocks=False).is_behind(waiting, other, times)
                 )
-        behind = [other for other in self._running if is_behind[other.request.line]]
+        behind = [other for other in self._running if is_behind[other.request.line] and _goes_after(other, waiting)]
         return sorted(behind, key=lambda other: (*(-of for of in held.of(other)), other.num_computed, -other.arrival))
 
     def _held(self, of_blocks: bool) -> Holdings:
@@ -146,3 +147,9 @@ class GivingWay:
     def _note(self, givers: Collection[Sequence], lost_blocks: bool) -> None:
         num_again = sum(self._num_computed_again(giver, lost_blocks) for giver in givers)
         self._next_in = self._step + max(STEPS_BETWEEN, -(-SHARE_COMPUTED_AGAIN * num_again // self._max_batch_tokens))
+
+
+def _goes_after(other: Sequence, waiting: Sequence) -> bool:
+    """Whether priorities let `other` give way: they count within a tenant, and the last one is behind all others'."""
+    is_own = waiting.request.tenant == other.request.tenant
+    return other.priority >= waiting.priority or not (is_own or waiting.priority == LAST_PRIORITY)

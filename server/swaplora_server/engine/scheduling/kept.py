@@ -2,14 +2,19 @@
 
 It is kept for the first that lacks blocks, and for the first that waits for ranks and was passed over for long. Those
 alone pass it that fit beside it and all that began since then, as long as they may get: so it begins at the latest when
-all that ran before have ended, however many others come.
+all that ran before have ended, however many others come. No more than a number of those that lack blocks are looked at
+in a step, of one line and of all: however many wait, a step is no longer for it.
 """
 
+from collections import Counter
 from collections.abc import Collection
 
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import Sequence
 from swaplora_server.engine.scheduling.step_ranks import StepRanks
+from swaplora_server.engine.scheduling.waiting_line import Line
+
+MAX_LACKING, MAX_LACKING_OF_LINE = 64, 8  # blocks, of those that are looked at in a step
 
 
 class Kept:
@@ -23,6 +28,7 @@ class Kept:
         self._ranks_since = StepRanks(max_step_ranks)
         self._has_ranks_for: Sequence | None = None
         self._has_blocks_for: Sequence | None = None
+        self._num_lacking: Counter[Line] = Counter()  # of those that were looked at
         self._num_blocks_since = 0  # that those may come to hold, and one more for each
 
     def keep_blocks(self, waiting: Sequence) -> None:
@@ -68,8 +74,15 @@ class Kept:
             return False
         return True
 
+    def has_looked_enough(self, line: Line | None = None) -> bool:
+        """Whether so many of a line lack blocks, or of all, that nobody else of them is looked at."""
+        if line is None:
+            return self._num_lacking.total() >= MAX_LACKING
+        return self._num_lacking[line] >= MAX_LACKING_OF_LINE
+
     def _note_lack(self, sequence: Sequence) -> int:
         """Since when it has lacked blocks, now at the latest."""
+        self._num_lacking[sequence.request.line] += 1
         if sequence.lacking_since is None:
             sequence.lacking_since = self._step
         return sequence.lacking_since

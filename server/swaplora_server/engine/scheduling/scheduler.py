@@ -221,15 +221,20 @@ class Scheduler:
         over: set[Line] = set()  # those of which nobody can begin
         num_asking = 0
         for sequence in self._waiting.turns(over) if self._has_place or may_give else ():
-            if not room.num_rows or not (self._has_place or may_give):
+            if not room.num_rows or kept.has_looked_enough() or not (self._has_place or may_give):
                 break
+            line = sequence.request.line
             try:
                 if sequence.num_generated and (self._finish_late(sequence) or sequence.is_held):
                     continue
                 if not kept.leaves_ranks(sequence) or self._should_wait_for_ranks(sequence):
-                    over.add(sequence.request.line)
+                    over.add(line)
                     continue
-                if not kept.leaves_blocks(sequence) or self._should_wait_for_cache(sequence):
+                if not kept.leaves_blocks(sequence):
+                    if kept.has_looked_enough(line):
+                        over.add(line)
+                    continue
+                if self._should_wait_for_cache(sequence):
                     continue
                 found = self.cache.find(sequence)
                 if not self._can_begin(sequence, found):
@@ -237,9 +242,11 @@ class Scheduler:
                     may_give &= not givers and (num_asking := num_asking + 1) < MAX_ASKING
                     if not givers and self._has_place:
                         self._keep(sequence, kept)
+                        if kept.has_looked_enough(line):
+                            over.add(line)
                         continue
                     if not givers:
-                        over.add(sequence.request.line)
+                        over.add(line)
                         continue
                     for giver in givers:
                         self._give_way(giver, room, chosen)

@@ -220,7 +220,7 @@ def load_library(cache_dir: Path, report: Callable[[str], None]) -> ctypes.CDLL:
     factor = [pointer, number, number, pointer]
     _declare(library, "place_factors", [size, size, size, ctypes.c_float, *factor, *factor], number)
     _declare(library, "core_for", [pointer, number, number, pointer, number], number)
-    _declare(library, "move_to", [number])
+    _declare(library, "move_to", [number], number)
     rows = [pointer] * 4
     _declare(library, "paged_attention", [ctypes.POINTER(LayerCache), pointer, size, *rows, number])
     _declare(library, "decode", [ctypes.POINTER(DecoderLayer), size, ctypes.POINTER(Step)])

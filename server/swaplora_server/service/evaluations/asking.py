@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from swaplora_server.engine.request import SamplingParams
+from swaplora_server.engine.request import LAST_PRIORITY, SamplingParams
 from swaplora_server.evaluation.metrics import answer_scores, choice_scores
 from swaplora_server.evaluation.task import Item
 from swaplora_server.service.admission import Urgency
@@ -14,7 +14,6 @@ from swaplora_server.service.errors import RequestError
 from swaplora_server.service.generation import Generation, GenerationTask, generate
 from swaplora_server.service.service import Service
 
-LAST = 2**31 - 1  # of priorities
 LOOK_SECONDS = 0.02
 _AGAIN = frozenset({"overloaded", "rate_limited", "memory_full"})
 _MEMORY_SECONDS = 1
@@ -124,7 +123,7 @@ async def _generated(
         max_tokens=asking.max_tokens if sampling.max_tokens else 0,
         stops=asking.stop if sampling.max_tokens else (),
         cache_salt=asking.cache_salt,
-        urgency=Urgency(LAST),
+        urgency=Urgency(LAST_PRIORITY),
         prompt_param=_param,
     )
     return await generate(service, task)

@@ -10,11 +10,13 @@
 // microseconds: a team that waits for itself comes here rarely, and so is looked at each time.
 void keep_apart(int threads);
 
-// Where a team's `thread` belongs that is on cores[thread]: there, but for a core that a thread before it has. Then on one of
-// `allowed` that no thread has, of which each who is to move takes another; where there is none, it stays.
+// Where a team's `thread` belongs that is on cores[thread]: there, but for a core that a thread before it has. Then on the
+// next of `allowed` behind its own that no thread has, and none that moves before it takes: two programs that look for the
+// lowest would both go there. Where there is none, it stays.
 extern "C" {
 int core_for(const int* cores, int threads, int thread, const int* allowed, int num_allowed);
 
-// Move the caller to a core, if it may be there. It may go on from there as before.
-void move_to(int core);
+// Move the caller to a core, if it may be there, and say whether it was. It may go on from there as before, and to cores that
+// its cpuset gets later.
+int move_to(int core);
 }
