@@ -2,9 +2,9 @@
 
 Nobody does unless the other begins in the same step. Who gives way is of those that have most, tenant and then adapter;
 of these the ones of which least is computed, and no more of them than it takes. Nobody does to one of its own tenant
-of which the priority comes later, nor anybody to one of the last priority, which evaluations have. Who gave way before is spared until it
-has come to a next token, and to as many as make up for what it would compute again; the oldest of all keeps its blocks.
-Of the tokens that steps have room for, a quarter is computed again at most.
+of which the priority comes later, nor anybody to one of the last priority, which evaluations have. Who gave way before
+is spared until it has come to a next token, and to as many as make up for what it would compute again; the oldest of
+all keeps its blocks. Of the tokens that steps have room for, a quarter is computed again at most.
 """
 
 from collections.abc import Collection
