@@ -49,6 +49,7 @@ def test_each_change_is_noted_and_nothing_else(audited: Running, file: Path, ada
     client.put("/v1/adapters/sql", json={"source": "hf://org/repo"})
     client.patch("/v1/adapters/sql", json={"current": 1, "pinned": True})
     client.patch("/v1/adapters/sql", json={"pinned": False})
+    client.patch("/v1/adapters/sql", json={"current": 1}, params={"force": True})  # which nothing held back
     client.put(f"/v1/aliases/{BASE}", json={"target": "sql"})
     client.put("/v1/aliases/prod", json={"target": "sql"})
     client.delete("/v1/adapters/sql")  # an alias leads there
@@ -67,6 +68,7 @@ def test_each_change_is_noted_and_nothing_else(audited: Running, file: Path, ada
         (key, "acme", "adapter.fetch", "sql", None, "source_not_allowed"),
         (key, "acme", "adapter.current adapter.pin", "sql", 1, "done"),
         (key, "acme", "adapter.unpin", "sql", 1, "done"),
+        (key, "acme", "adapter.current", "sql", 1, "done"),
         (key, "acme", "alias.put", BASE, None, "invalid_adapter_name"),
         (key, "acme", "alias.put", "prod", None, "done"),
         (key, "acme", "adapter.delete", "sql", None, "adapter_busy"),
@@ -76,7 +78,7 @@ def test_each_change_is_noted_and_nothing_else(audited: Running, file: Path, ada
         (key, "acme", "adapter.delete", "gone", None, "adapter_not_found"),
     ]
     assert (told[0]["digest"], told[0]["request"]) == (put.json()["digest"], "trace-me")
-    assert told[10]["digest"] == put.json()["digest"]
+    assert told[11]["digest"] == put.json()["digest"]
 
 
 def test_a_line_is_on_the_disk_before_the_change_is_answered(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

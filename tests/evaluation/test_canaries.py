@@ -100,21 +100,56 @@ def test_only_a_canarys_own_failures_count_and_enough_of_them(server: Running, m
     asked: list[str] = []
     monkeypatch.setattr(Registry, "step_back", lambda _self, _alias, _canary, reason: asked.append(reason))
 
-    def tell(*failures: bool) -> None:
-        one = trial(server, "counts")
-        for has_failed in failures:
-            server.service.wakeups.post(partial(one, has_failed))
+    def tell(*errors: str | None, one: Any = None) -> None:
+        one = one or trial(server, "counts")
+        for error in errors:
+            server.service.wakeups.post(partial(one, error))
         server.generate("counts", PROMPT, 1)  # behind all of them
 
-    tell(True, True)
+    failed, old = "engine_failed", trial(server, "counts")
+    tell(failed, "adapter_failed")
     assert not asked  # too few, and what was answered counts as well
+    put(server, "counts")  # the same again: a canary of its own
+    tell(failed)
+    tell(failed, failed, failed, failed, one=old)
     put(server, "counts", min_requests=5)
-    tell(True, True, False, False, True)
+    tell("invalid_request", "deadline_exceeded", "memory_full", "invalid_request", "context_length_exceeded")
+    tell(failed, "internal_error", None, None, failed, failed)  # and one answer each behind these two
     deadline = time.monotonic() + GUARD_SECONDS
     while not asked:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert asked == ["3 of 5 requests failed in 60 s"]
+    assert asked == ["4 of 7 requests failed in 60 s"]
+
+
+def test_what_a_client_asks_in_vain_is_not_counted(server: Running, adapters: list[Path]) -> None:
+    put(server, "asked", max_error_rate=0, min_requests=1)
+    impossible = {"model": "asked", "prompt": "a", "structured_outputs": {"regex": "a"}, "allowed_token_ids": [66]}
+    for number in range(20):
+        refused = server.client.post("/v1/completions", json={**impossible, "user": str(number)})
+        assert refused.status_code == 400, refused.text
+    canaries = server.service.canaries
+    assert "acme~asked" not in canaries._windows  # noqa: SLF001
+    assert not canaries._steps  # noqa: SLF001
+    assert server.client.delete("/v1/aliases/asked").status_code == 200
+
+
+def test_one_that_is_shared_no_more_steps_back(server: Running, adapters: list[Path]) -> None:
+    own = {"authorization": "Bearer own"}
+    client, theirs = server.client, server.client.headers["authorization"]
+    client.headers["authorization"] = own["authorization"]
+    assert server.put("lent", adapters[1]).status_code == 201
+    assert client.patch("/v1/adapters/lent", json={"shared_with": ["acme"]}).status_code == 200
+    client.headers["authorization"] = theirs
+    split = [{"target": "sql@1", "weight": 1}, {"target": "default~lent@1", "weight": 999}]
+    canary = CANARY | {"target": "default~lent@1", "max_error_rate": 0.0, "min_requests": 2}
+    assert client.put("/v1/aliases/lost", json={"targets": split, "canary": canary}).status_code == 200
+    assert client.patch("/v1/adapters/lent", json={"shared_with": []}, headers=own).status_code == 200
+    answers = [server.generate("lost", PROMPT, 1, user=None).status_code for _ in range(8)]
+    assert answers.count(404) >= 2
+    assert "2 of 2 requests failed" in stepped_back(server, "lost")["canary"]["reason"]
+    assert server.generate("lost", PROMPT, 1).headers["x-swaplora-adapter"] == "sql@1"
+    assert client.delete("/v1/aliases/lost").status_code == 200
 
 
 def test_a_window_forgets() -> None:
@@ -136,8 +171,9 @@ def test_one_that_was_changed_meanwhile_stays(server: Running) -> None:
     registry = server.service.registry
     before = registry.names.index.alias("acme~changed").canary
     assert before is not None
-    put(server, "changed", min_requests=9)
-    assert not registry.step_back("acme~changed", before, "why")
+    for changed in ({}, {"min_requests": 9}):
+        put(server, "changed", **changed)
+        assert not registry.step_back("acme~changed", before, "why")
     assert server.client.get("/v1/aliases/changed").json()["targets"] == SPLIT
     assert server.client.delete("/v1/aliases/changed").status_code == 200
     assert not registry.step_back("acme~changed", before, "why")

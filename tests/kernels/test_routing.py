@@ -37,6 +37,9 @@ class Watching:
 
     key = "watched"
 
+    def begin(self, top_k: int) -> None:
+        raise AssertionError
+
     def note(self, start: int, shares: Shares) -> None:
         raise NotImplementedError
 

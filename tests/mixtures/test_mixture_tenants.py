@@ -10,8 +10,11 @@ import pytest
 
 import tiny
 from serving import BASE, Running, serving, settings
+from swaplora_adapters.registry import names
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.access.key_file import create_key
+from swaplora_server.http.mixtures import routes
+from swaplora_server.service.mixtures.traces import trace
 
 PROMPT = [5, 6, 7, 8, 9]
 ALL = (KeyScope.GENERATE, KeyScope.READ, KeyScope.WRITE)
@@ -95,14 +98,24 @@ def test_one_name_is_two_mixtures(shared: Running, keys: dict[str, str]) -> None
     assert shared.token_ids("mix", PROMPT, 16) == mine
 
 
-def test_a_member_may_be_anothers_as_long_as_it_is_shared(shared: Running, keys: dict[str, str]) -> None:
+def test_a_member_may_be_anothers_as_long_as_it_is_shared(
+    shared: Running, keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     client = become(shared, keys["zeta"])
-    assert error_of(make(shared, "theirs", ["a", "acme~a"]))["code"] == "adapter_not_found"
+    error = error_of(make(shared, "theirs", ["a", "acme~a"]))
+    assert (error["code"], error["param"]) == ("adapter_not_found", "members")
+    error = error_of(make(shared, "theirs", ["a", "b@9"]))
+    assert (error["code"], error["param"]) == ("version_not_found", "members")
     become(shared, keys["acme"]).patch("/v1/adapters/a", json={"shared_with": ["zeta"]})
     become(shared, keys["zeta"])
     assert make(shared, "theirs", ["a", "acme~a"]).status_code == 201
     assert client.get("/v1/mixtures/theirs").json()["members"] == ["a", "acme~a"]
     assert shared.generate("theirs", PROMPT).headers["x-swaplora-adapter"] == "a@1, acme~a@1"
+    traced = client.post("/v1/mixtures/theirs/trace", json={"prompt": PROMPT})  # which would tell the weights
+    assert (traced.status_code, error_of(traced)["code"]) == (403, "not_owner")
+    monkeypatch.setattr(routes, "_check_own", lambda _service, _name: None)  # as if it had changed since
+    traced = client.post("/v1/mixtures/theirs/trace", json={"prompt": PROMPT})
+    assert (traced.status_code, error_of(traced)["code"]) == (403, "not_owner")
     become(shared, keys["acme"]).patch("/v1/adapters/a", json={"shared_with": []})
     become(shared, keys["zeta"])
     lost = error_of(shared.generate("theirs", PROMPT))
@@ -111,6 +124,31 @@ def test_a_member_may_be_anothers_as_long_as_it_is_shared(shared: Running, keys:
     assert "acme~a" in lost["message"]
     assert "theirs" not in [model["id"] for model in client.get("/v1/models").json()["data"]]
     assert client.delete("/v1/mixtures/theirs").status_code == 200
+
+
+def test_a_name_that_is_no_mixture_by_then_has_no_trace(
+    shared: Running, keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = become(shared, keys["acme"])
+    monkeypatch.setattr(routes, "trace", lambda service, _name, ids: trace(service, "a", ids))
+    traced = client.post("/v1/mixtures/mix/trace", json={"prompt": PROMPT})
+    assert (traced.status_code, error_of(traced)["code"]) == (404, "mixture_not_found")
+
+
+def test_a_tenant_may_have_so_many_aliases_and_mixtures(
+    shared: Running, keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    become(shared, keys["acme"])
+    monkeypatch.setattr(names, "MAX_ALIASES", 2)
+    client = become(shared, keys["zeta"])
+    assert client.put("/v1/aliases/one", json={"target": "a"}).status_code == 200
+    assert make(shared, "two", ["a", "b"]).status_code == 201
+    for more in (make(shared, "three", ["a", "b"]), client.put("/v1/aliases/three", json={"target": "a"})):
+        assert (more.status_code, error_of(more)["code"]) == (429, "quota_exceeded")
+        assert "2 aliases and mixtures" in error_of(more)["message"]
+    assert make(shared, "two", ["b", "a"]).status_code == 200
+    assert client.put("/v1/aliases/one", json={"target": "b"}).status_code == 200
+    assert client.delete("/v1/mixtures/two").status_code == client.delete("/v1/aliases/one").status_code == 200
 
 
 def test_a_key_that_may_not_write_makes_none(shared: Running, keys: dict[str, str]) -> None:

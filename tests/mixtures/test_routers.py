@@ -1,5 +1,6 @@
 """Who may be in a mixture, how long prototypes are kept, what a trace puts together, and vectors of inputs."""
 
+import asyncio
 import gc
 from pathlib import Path
 from weakref import ref
@@ -12,8 +13,10 @@ import tiny
 from oracle import ArrowOracle
 from serving import serving, settings
 from swaplora_adapters.store.records import Mixing
+from swaplora_adapters.weights.router import Prototypes, Router
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 from swaplora_server.kernels.torch.backend import TorchBackend
+from swaplora_server.service.mixtures import routers as routers_module
 from swaplora_server.service.mixtures.routers import MemberError, Routers
 from swaplora_server.service.mixtures.traces import PromptTrace
 from swaplora_server.service.offload import Offload
@@ -43,6 +46,31 @@ async def test_prototypes_are_made_once_and_go_with_their_weights() -> None:
     del first, second, one
     gc.collect()
     assert [prototypes() is None for prototypes in kept] == [True, False]
+
+
+async def test_who_asks_while_prototypes_are_made_waits_for_these(monkeypatch: pytest.MonkeyPatch) -> None:
+    makes, made, one, two = routers(), list[str](), weights(0), weights(1)
+
+    def counted(member: AdapterWeights, paths: list[str]) -> Prototypes:
+        made.append(member.digest)
+        return Prototypes(member, paths)
+
+    monkeypatch.setattr(routers_module, "Prototypes", counted)
+    asked = [asyncio.create_task(makes.router([one, two], MIXING)) for _ in range(3)]
+    await asyncio.sleep(0)
+    asked[0].cancel()
+    _, *found = await asyncio.gather(*asked, return_exceptions=True)
+    assert made == [one.digest, two.digest]
+    assert [type(each) for each in found] == [Router, Router]
+
+
+async def test_prototypes_that_could_not_be_made_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    makes, one, two = routers(), weights(0), weights(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(routers_module, "Prototypes", lambda _weights, _paths: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            await makes.router([one, two], MIXING)
+    assert len((await makes.router([one, two], MIXING)).members) == 2
 
 
 @pytest.mark.parametrize(

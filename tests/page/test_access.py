@@ -92,6 +92,7 @@ def test_who_runs_the_server_makes_and_revokes_keys(locked: Locked) -> None:
         page.get_by_role("button", name="Make a key").click()
         made = page.locator("#code-text").text_content() or ""
         page.get_by_role("button", name="Close").click()
+        expect(page.locator("#code-text")).to_have_text("")
         listed = locked.server.client.get("/v1/keys").json()["data"]
         [one] = [each for each in listed if each["tenant"] == "acme"]
         assert one["scopes"] == ["generate", "adapters:read", "adapters:write"]

@@ -20,7 +20,7 @@ from swaplora_adapters.files.disk import raising_storage_errors
 from swaplora_adapters.store import blobs, manifests
 from swaplora_adapters.store.catalogue import Catalogue
 from swaplora_adapters.store.manifests import Manifests
-from swaplora_adapters.store.records import Alias, Standing, Target, VersionRecord
+from swaplora_adapters.store.records import Alias, Mixing, Standing, Target, VersionRecord
 from swaplora_adapters.store.store import Store, StoreError
 from test_store import link_to, publish, replace_by_folder
 
@@ -517,4 +517,28 @@ def test_a_stored_config_that_is_refused_today_stays_where_it_is(
     assert list((data_dir / "quarantine").iterdir()) == []
     store.verify(record.digest)
     assert store.current("sql").failure is None
+    store.close()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_mixture_that_is_called_as_an_adapter_is_set_aside(data_dir: Path, lost: bool) -> None:
+    """A release that knows no mixtures gives an adapter the name of one."""
+    store = Store(data_dir)
+    for name in ("one", "two"):
+        publish(store, name, name.encode())
+    store.put_alias(Alias("both", (Target("one", 1), Target("two", 1)), Mixing(1, 1.0)))
+    publish(store, "both", b"both")
+    store.close()
+    if lost:
+        for path in data_dir.glob(f"{CATALOGUE}*"):
+            path.unlink()
+    store = Store(data_dir)
+    assert store.current("both").version == 1
+    assert store.aliases() == []
+    [note] = [note for note in store.notes if "'both' is called as an adapter is" in note]
+    assert "in the quarantine as 'aliases-both'" in note
+    assert (data_dir / "quarantine" / "aliases-both").exists()
+    store.close()
+    store = Store(data_dir)
+    assert (store.aliases(), store.notes) == ([], [])
     store.close()

@@ -124,6 +124,10 @@ class Index:
         """In order of name."""
         return [alias for _, alias in sorted(self._aliases.items()) if alias.mixing is not None]
 
+    def num_aliases(self, tenant: str) -> int:
+        """How many aliases and mixtures a tenant has."""
+        return sum(tenant_of(alias) == tenant for alias in list(self._aliases))
+
     def names_of(self, digest: str) -> list[str]:
         """The names that have a version with this digest."""
         return [n.current.name for n in self.all() if any(record.digest == digest for record in n.versions)]
@@ -184,7 +188,9 @@ class Index:
         """The aliases and mixtures, of whose it is, that would lead nowhere without these versions of `name`."""
         left = [record for record in self.get(name).versions if record.version not in versions]
         own = (alias for alias in list(self._aliases.values()) if tenant_of(alias.alias) == tenant_of(name))
-        references = ((alias.alias, parse_reference(t.reference)) for alias in own for t in alias.targets)
+        # most are of other names, which costs less to see than to take them apart
+        near = ((alias.alias, t.reference) for alias in own for t in alias.targets if name in t.reference)
+        references = ((alias, parse_reference(reference)) for alias, reference in near)
         found = {alias for alias, ref in references if ref.name == name and not any(map(ref.means, left))}
         return sorted(found)
 

@@ -14,14 +14,17 @@ from swaplora_adapters.errors import (
     AdapterNotFoundError,
     GateFailedError,
     InvalidAdapterNameError,
+    QuotaExceededError,
 )
 from swaplora_adapters.files.disk import raising_storage_errors
-from swaplora_adapters.files.naming import validate_name
+from swaplora_adapters.files.naming import tenant_of, validate_name
 from swaplora_adapters.registry.index import Index, NamedVersions
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions, NameState
 from swaplora_adapters.store.records import Alias, Canary, Details, Mixing, Published, Standing, Target, VersionRecord
 from swaplora_adapters.store.staging import Staging
 from swaplora_adapters.store.store import Store
+
+MAX_ALIASES = 1000  # and mixtures of one tenant: all of them are gone through when a version is deleted or retired
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +131,7 @@ class Names:
         it `is_forced`.
         """
         with self.changes:
-            has_failed = current is not None and not self._may_follow(name, current)
+            has_failed = current is not None and not self.may_follow(name, current)
             if has_failed and not is_forced:
                 raise _held(self.index.resolve_name(f"{name}@{current}"))
             self._store.change(
@@ -158,7 +161,8 @@ class Names:
         self._store.judge(name, found.version, standing, json.dumps(found.verdict), is_current=is_current)
         self._refresh(name)
 
-    def _may_follow(self, name: str, version: int) -> bool:
+    def may_follow(self, name: str, version: int) -> bool:
+        """Whether it may be made current without force. Raises AdapterNotFoundError and VersionNotFoundError."""
         named = self.index.get(name)
         return version == named.current.version or named.may_follow(self.index.resolve_name(f"{name}@{version}"))
 
@@ -204,18 +208,19 @@ class Names:
     def put_alias(self, alias: str, targets: Sequence[Target], canary: Canary | None = None) -> Alias:
         """Make an alias, or point it elsewhere.
 
-        Raises InvalidAdapterNameError, and AdapterNotFoundError or VersionNotFoundError for a target.
+        Raises InvalidAdapterNameError, QuotaExceededError, and of a target AdapterNotFoundError, VersionNotFoundError.
         """
         with self.changes:
             if self.index.is_mixture(alias):
                 raise InvalidAdapterNameError(f"{alias} is a mixture; choose another alias, or delete that first")
-            return self._put(Alias(alias, tuple(targets), canary=canary))
+            # a copy: whoever counts for a canary knows it by identity, and one that is put again is another
+            return self._put(Alias(alias, tuple(targets), canary=canary and canary._replace()))
 
     def step_back(self, alias: str, canary: Canary, reason: str) -> bool:
-        """Give a canary no more requests; False if the alias has no such canary any more."""
+        """Give a canary no more requests; False if the alias has another by now, or the same put again."""
         with self.changes:
             found = self.index.alias(alias) if self.index.is_alias(alias) else None
-            if found is None or found.canary != canary:
+            if found is None or found.canary is not canary:
                 return False
             targets = (t._replace(weight=0) if t.reference == canary.target else t for t in found.targets)
             stepped = canary._replace(stepped_back=time.time(), reason=reason)
@@ -227,7 +232,7 @@ class Names:
     def put_mixture(self, name: str, members: Sequence[str], mixing: Mixing) -> tuple[Alias, bool]:
         """Make a mixture of names or versions, or change what it is made of; and whether it is the first of its name.
 
-        Raises InvalidAdapterNameError, and AdapterNotFoundError or VersionNotFoundError for a member.
+        Raises InvalidAdapterNameError, QuotaExceededError, and of a member AdapterNotFoundError, VersionNotFoundError.
         """
         with self.changes:
             if self.index.is_alias(name):
@@ -241,6 +246,10 @@ class Names:
             raise InvalidAdapterNameError(f"{made.alias} is what the base or an adapter is called; choose another name")
         for target in made.targets:
             self.index.resolve_name(target.reference)
+        is_new = not (self.index.is_alias(made.alias) or self.index.is_mixture(made.alias))
+        if is_new and self.index.num_aliases(tenant_of(made.alias)) >= MAX_ALIASES:
+            message = f"a tenant may have {MAX_ALIASES} aliases and mixtures, both together: delete one first"
+            raise QuotaExceededError(message)
         self._store.put_alias(made)
         self.index.put_alias(made)
         return made

@@ -140,14 +140,17 @@ class TenantRegistry(Registry):
         shared_with: Sequence[str] | None = None,
         is_forced: bool = False,
     ) -> Card:
-        kinds = {"adapter.force" if is_forced else "adapter.current": current is not None, "adapter.pin": is_pinned}
+        kinds = {"adapter.current": current is not None, "adapter.pin": is_pinned}
         kinds |= {"adapter.unpin": is_pinned is False, "adapter.share": shared_with is not None}
         with self._changing(" ".join(kind for kind, is_asked in kinds.items() if is_asked), name) as change:
             change.shared_with = shared_with
-            stored = self._own(name)
-            card = self._registry.change(
-                stored, current=current, is_pinned=is_pinned, shared_with=shared_with, is_forced=is_forced
-            )
+            stored, names = self._own(name), self._registry.names
+            with names.changes:
+                if is_forced and current is not None and not names.may_follow(stored, current):
+                    change.kind = change.kind.replace("adapter.current", "adapter.force")
+                card = self._registry.change(
+                    stored, current=current, is_pinned=is_pinned, shared_with=shared_with, is_forced=is_forced
+                )
             change.came_to(card.record)
             return self._naming.card(card)
 

@@ -67,7 +67,7 @@ class Manifests:
 
         Raises StorageFullError and StorageFailedError.
         """
-        staged, target, content = self._beside(), self._path(name), _encoded(name, manifest)
+        staged, target, content = self._beside(), self.path(name), _encoded(name, manifest)
         with raising_storage_errors():
             with Writer(staged, len(content)) as writer:
                 writer.write(content)
@@ -85,12 +85,12 @@ class Manifests:
             if staged:
                 os.sync()
             for name, path in staged.items():
-                path.replace(self._path(name))
+                path.replace(self.path(name))
             sync_folder(self._folder)
 
     def take_away(self, name: str) -> None:
         """Remove one, in an `undone_on_error`, where none can be written; as durably as a failing disk lets it be."""
-        target, before = self._path(name), self._beside()
+        target, before = self.path(name), self._beside()
         with raising_storage_errors(), suppress(FileNotFoundError):
             target.rename(before)
             self._replaced.append((target, before))
@@ -112,7 +112,8 @@ class Manifests:
             self._leftovers.clear()
             self._replaced.clear()
 
-    def _path(self, name: str) -> Path:
+    def path(self, name: str) -> Path:
+        """Where one is, or would be."""
         return self._folder / name.replace("/", _SLASH)
 
     def _beside(self) -> Path:

@@ -63,8 +63,9 @@ class Recovery:
                 catalogue.forget_unreferenced()
             told = f"{len(names.news)} names and {len(aliases.news)} aliases"
             self.notes.append(f"the catalogue was brought up to date from the files beside it: {told}")
+        untold = set(aliases.untold) - self._set_namesakes_aside(catalogue)
         self._write(self._names, {name: catalogue.manifest_of_name(name) for name in names.untold})
-        self._write(self._aliases, {alias: catalogue.manifest_of_alias(alias) for alias in aliases.untold})
+        self._write(self._aliases, {alias: catalogue.manifest_of_alias(alias) for alias in untold})
         return max(names.last_revision, aliases.last_revision)
 
     def sweep(self, catalogue: Catalogue) -> None:
@@ -93,6 +94,20 @@ class Recovery:
         for path in self._damaged:
             aside = self._folders.set_aside(path, f"{path.parent.name}-{path.name}")
             self.notes.append(f"the description of {path.name!a} is damaged, and in the quarantine as {aside.name!a}")
+
+    def _set_namesakes_aside(self, catalogue: Catalogue) -> set[str]:
+        """Mixtures that are called as an adapter is, which an earlier release made that knows no mixtures."""
+        found = catalogue.alias_revisions().keys() & catalogue.revisions().keys()
+        for name in sorted(found):
+            path, told = self._aliases.path(name), ""
+            if path.exists():
+                told = f": it is in the quarantine as {self._folders.set_aside(path, f'aliases-{path.name}').name!a}"
+            self.notes.append(f"the mixture or alias {name!a} is called as an adapter is, which keeps the name{told}")
+        if found:
+            with catalogue.transaction():
+                for name in found:
+                    catalogue.remove_alias(name)
+        return found
 
     def _write(self, manifests: Manifests, missing: Mapping[str, Manifest]) -> None:
         """A disk without room for them leaves them to the next start."""

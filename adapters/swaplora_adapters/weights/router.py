@@ -56,6 +56,9 @@ class Trace(Protocol):
     def key(self) -> str:
         """No other's."""
 
+    def begin(self, top_k: int) -> None:
+        """The mixture that is traced takes so many members at once."""
+
     def note(self, start: int, shares: Shares) -> None:
         """Those of its tokens from `start` on, of all modules or of some; the rest may come in another call."""
 

@@ -5,7 +5,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
-from swaplora_adapters.errors import AdapterFailedError, AdapterNotFoundError, AdapterTooLargeError, MemoryFullError
+from swaplora_adapters.errors import (
+    AdapterFailedError,
+    AdapterNotFoundError,
+    AdapterTooLargeError,
+    MemoryFullError,
+    VersionNotFoundError,
+)
 from swaplora_adapters.registry.leases import Lease, RequestLeases
 from swaplora_adapters.store.records import Mixing, VersionRecord
 from swaplora_adapters.weights.router import Route, Router, Trace
@@ -52,10 +58,10 @@ class AdapterMix:
     router: Callable[[Sequence[AdapterWeights]], Awaitable[Router]] | None = None
     trial: Trial | None = None  # of an alias's canary, which is to hear how it ended
 
-    def tell(self, *, has_failed: bool) -> None:
-        """A canary answered, or could not, which is not the request's fault."""
+    def tell(self, error: str | None) -> None:
+        """A canary answered, or ended with an error of this code."""
         if self.trial is not None:
-            self.trial(has_failed)
+            self.trial(error)
 
     @property
     def leases(self) -> tuple[Lease, ...]:
@@ -74,8 +80,7 @@ class AdapterMix:
         try:
             weights = await result_of(self.request_leases.weights)
         except (AdapterFailedError, AdapterTooLargeError, MemoryFullError) as error:
-            if not isinstance(error, MemoryFullError):
-                self.tell(has_failed=True)
+            self.tell(error.code)
             raise RequestError(error.code, str(error), self._param_at_fault()) from error
         digests = [record.digest for record in self.records]
         uses = tuple(
@@ -227,6 +232,7 @@ async def _lease(service: Service, term: MixTerm, asker: Asker) -> Lease:
     Raises RequestError model_not_found, and VersionNotFoundError.
     """
     reference = service.reference(term.name)
+    name = reference.removeprefix("base:")
     try:
         try:
             return service.registry.lease(reference, asker.client)
@@ -234,12 +240,27 @@ async def _lease(service: Service, term: MixTerm, asker: Asker) -> Lease:
             if not await service.ingest.resolve(reference, asker.peer):
                 raise
             return service.registry.lease(reference, asker.client)
+    except VersionNotFoundError:
+        _note_if_lost(service, name)
+        raise
     except AdapterNotFoundError as error:
-        name = reference.removeprefix("base:")
+        _note_if_lost(service, name)
         is_known = service.registry.names.index.is_alias(name)
         leads = f"the alias {name!r} leads nowhere: {error}" if is_known else f"there is no model {term.name[:128]!r}"
         message = f"{leads}; GET /v1/models lists what there is"
         raise RequestError("model_not_found", message, term.param) from error
+
+
+def _note_if_lost(service: Service, alias: str) -> None:
+    """A canary that another tenant has deleted or shares no more has failed."""
+    index = service.registry.names.index
+    canary = index.alias(alias).canary if index.is_alias(alias) else None
+    if canary is None:
+        return
+    try:
+        index.resolve_name(canary.target)
+    except (AdapterNotFoundError, VersionNotFoundError):
+        service.canaries.miss(service.stored_name(alias))
 
 
 def _last(prompt: Sequence[int], invocation: Sequence[int], param: str) -> int:

@@ -18,10 +18,11 @@ from swaplora_server.base.fingerprint import digest_of
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.request import AdapterUse, FinishReason, Logprobs, Request, SamplingParams, TokenEvent
 from swaplora_server.log_lines import notes
-from swaplora_server.service.adapter_mix import NOBODY, AdapterMix, Asker, MixTerm, invoked_at, lease_mix, wanted_by
+from swaplora_server.service.adapter_mix import NOBODY, Asker, MixTerm, invoked_at, lease_mix, wanted_by
 from swaplora_server.service.admission import NO_HURRY, Admission, Urgency
 from swaplora_server.service.detokenize import Detokenizer, Echo, Settled, TextRules, TextToken, echo_of
 from swaplora_server.service.errors import RequestError
+from swaplora_server.service.gates.canaries import Trial
 from swaplora_server.service.grammar.grammars import Grammar
 from swaplora_server.service.grammar.source import GrammarSource
 from swaplora_server.service.metrics.records import GenerationRecord, Outcome
@@ -104,11 +105,11 @@ class Generation:
         grammar: Grammar | None = None,
         seconds_for_adapters: float = 0.0,
         reservation: Reservation = NOTHING,
-        tell: Callable[[bool], None] | None = None,
+        tell: Trial | None = None,
     ) -> None:
         """`began` is the moment, on the monotonic clock, at which the client's wait began.
 
-        `tell` hears whether it has failed, once it has or is whole.
+        `tell` hears the code of the error that it ended with, or None once it is whole.
         """
         self._service = service
         self._task = task
@@ -230,12 +231,12 @@ class Generation:
         if self._open:
             self._abort(Outcome.ABANDONED)
 
-    def _abort(self, outcome: Outcome) -> None:
+    def _abort(self, outcome: Outcome, error: str | None = None) -> None:
         for request in self._requests:
             self._service.engine.abort(request)
-        self._end(outcome)
+        self._end(outcome, error)
 
-    def _end(self, outcome: Outcome) -> None:
+    def _end(self, outcome: Outcome, error: str | None = None) -> None:
         self.outcome = outcome
         self._num_cached_tokens = self.num_cached_tokens
         record = self._record(outcome)
@@ -243,8 +244,8 @@ class Generation:
         self._requests.clear()  # which point back here: weights must not wait for the cycle collector
         self._reservation.settle(self.num_prompt_tokens + sum(self.num_generated))
         self._service.metrics.observe(record)
-        if self._tell is not None and outcome in (Outcome.COMPLETED, Outcome.FAILED):
-            self._tell(outcome is Outcome.FAILED)
+        if self._tell is not None and outcome is not Outcome.ABANDONED:
+            self._tell(error)
         self._service.tracing.record(record, self._asked)
         self._notes.update(record.told())
 
@@ -305,13 +306,13 @@ class Generation:
     def _piece(self, choice: int, event: TokenEvent) -> Piece:
         if event.finish_reason is FinishReason.ERROR:
             self._notes["error"] = event.error_code
-            self._abort(Outcome.of_error(event.error_code))
+            self._abort(Outcome.of_error(event.error_code), event.error_code)
             raise RequestError(event.error_code, event.error)
         try:
             settled = self._settled(choice, event)
         except Exception as error:
             _log.exception("text cannot be made", error=repr(error))
-            self._abort(Outcome.FAILED)
+            self._abort(Outcome.FAILED, "engine_failed")
             message = "no text can be made of the tokens of this answer; see the server's log"
             raise RequestError("engine_failed", message) from error
         reason = event.finish_reason
@@ -407,7 +408,7 @@ async def _prepared(
         mix = await lease_mix(service, task.model, task.adapters, task.asker, admission, task.trace)
         asked_at = time.monotonic()
         uses = await mix.uses()
-        _check_generating(mix, uses)
+        _check_generating(uses)
         seconds = time.monotonic() - asked_at
         starts = [invoked_at(prompt, uses, task.prompt_param(number)) for number, prompt in enumerate(prompts)]
         generation = Generation(
@@ -419,10 +420,9 @@ async def _prepared(
     return generation, uses, starts
 
 
-def _check_generating(mix: AdapterMix, uses: Sequence[AdapterUse]) -> None:
+def _check_generating(uses: Sequence[AdapterUse]) -> None:
     """Raise RequestError for an adapter that was trained to classify."""
     if any(use.weights.head is not None for use in uses):
-        mix.tell(has_failed=True)
         message = "the adapter classifies, and generates nothing: ask it at POST /classify, or for tokens at /pooling"
         raise RequestError("invalid_request", message, "model")
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field, model_validator
 from starlette.responses import JSONResponse, Response
 
+from swaplora_adapters.errors import AdapterNotFoundError, VersionNotFoundError
 from swaplora_adapters.files.naming import validate_name
 from swaplora_adapters.store.records import Alias, Mixing
 from swaplora_server.access.caller import KeyScope
@@ -116,15 +117,21 @@ async def trace_prompt(
 
 
 async def _traced(service: Service, name: str, prompt: str | list[int]) -> bytes:
-    made = service.registry.names.index.mixture(name)
-    assert made.mixing is not None
+    _check_own(service, name)
     [token_ids] = await service.tokenizer.encode_all([prompt], lambda _number: "prompt", add_special_tokens=True)
-    traced = await trace(service, name, made.mixing, token_ids)
+    traced = await trace(service, name, token_ids)
     return await service.offload.do(traced.num_choices, partial(_trace_body, service, name, traced))
 
 
+def _check_own(service: Service, name: str) -> None:
+    """Raise NotOwnerError for a mixture with a member that is shared with the tenant; MixtureNotFoundError."""
+    names = service.registry.names
+    for member in names.index.mixture(name).targets:
+        names.check_is_own(member.reference)
+
+
 def _check_names(service: Service, members: list[str]) -> None:
-    """Raise RequestError for a member that is no adapter, or is listed twice; AdapterNotFoundError and the like."""
+    """Raise RequestError for a member that is no adapter, is not there, or is listed twice."""
     index, seen = service.registry.names.index, set()
     for member in members:
         for kind, is_kind in (
@@ -135,7 +142,10 @@ def _check_names(service: Service, members: list[str]) -> None:
             if is_kind:
                 message = f"members: {member[:128]} is {kind}, and a mixture is of adapters: name these"
                 raise RequestError("invalid_request", message, "members")
-        name = index.resolve_name(member).name
+        try:
+            name = index.resolve_name(member).name
+        except (AdapterNotFoundError, VersionNotFoundError) as error:
+            raise RequestError(error.code, f"members: {error}; GET /v1/adapters lists them", "members") from error
         if name in seen:
             raise RequestError("invalid_request", f"members: {name} is listed twice", "members")
         seen.add(name)

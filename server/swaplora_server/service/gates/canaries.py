@@ -23,7 +23,9 @@ from swaplora_server.access.caller import Caller
 KEY_ID = "canary"  # in the audit log, in place of a key
 NUM_PARTS = 60  # of a window: as exact as it is
 _log = structlog.get_logger(__name__)
-Trial = Callable[[bool], None]  # hears whether a request that went to a canary has failed
+Trial = Callable[[str | None], None]  # hears how a request that went to a canary ended: with which error's code, if one
+# the server's fault; others are a client's doing, or say nothing of the version
+FAULTS = frozenset({"adapter_failed", "adapter_too_large", "engine_failed", "internal_error"})
 
 
 class Window:
@@ -74,13 +76,24 @@ class Canaries:
         target = parse_reference(canary.target)
         return partial(self._note, alias, canary) if target.name == name and target.means(record) else None
 
-    def _note(self, alias: str, canary: Canary, has_failed: bool) -> None:
+    def miss(self, alias: str) -> None:
+        """The canary of `alias` is not there any more: whoever was asked for it was answered with that."""
+        index = self._registry.names.index
+        canary = index.alias(alias).canary if index.is_alias(alias) else None
+        if canary is not None and canary.stepped_back is None:
+            self._note(alias, canary, "adapter_failed")
+
+    def _note(self, alias: str, canary: Canary, error: str | None) -> None:
+        index = self._registry.names.index
+        is_meant = index.is_alias(alias) and index.alias(alias).canary is canary  # not put again since it was asked
+        if not is_meant or (error is not None and error not in FAULTS):
+            return
         counted, window = self._windows.get(alias, (None, None))
-        if counted != canary or window is None:
-            window, index = Window(canary.window_seconds, self._clock), self._registry.names.index
+        if counted is not canary or window is None:
+            window = Window(canary.window_seconds, self._clock)
             self._windows = {alias: counted for alias, counted in self._windows.items() if index.is_alias(alias)}
             self._windows[alias] = canary, window
-        num, num_failed = window.note(has_failed=has_failed)
+        num, num_failed = window.note(has_failed=error is not None)
         if num >= canary.min_requests and num_failed > canary.max_error_rate * num:
             del self._windows[alias]
             reason = f"{num_failed} of {num} requests failed in {canary.window_seconds:g} s"
@@ -100,4 +113,5 @@ class Canaries:
             tenant = tenant_of(alias)
             caller = Caller(KEY_ID, tenant or DEFAULT_TENANT, frozenset())
             version = parse_reference(canary.target).version
-            self._audit.write(caller, "", "alias.step_back", Naming(tenant).said(alias), version, None, "done")
+            name = Naming(tenant).said(alias)
+            await asyncio.to_thread(self._audit.write, caller, "", "alias.step_back", name, version, None, "done")

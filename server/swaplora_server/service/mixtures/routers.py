@@ -1,5 +1,6 @@
 """Who may be in a mixture, and how it chooses: made of the weights of its members, whichever versions these are."""
 
+import asyncio
 from collections.abc import Sequence
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -29,7 +30,7 @@ class Routers:
         self._backend = backend
         self._paths = paths
         self._offload = offload
-        self._prototypes: WeakKeyDictionary[AdapterWeights, Prototypes] = WeakKeyDictionary()
+        self._prototypes: WeakKeyDictionary[AdapterWeights, asyncio.Future[Prototypes]] = WeakKeyDictionary()
 
     async def router(self, weights: Sequence[AdapterWeights], mixing: Mixing, trace: Trace | None = None) -> Router:
         """Raises MemberError, and RequestError where more waits than is good.
@@ -43,16 +44,23 @@ class Routers:
             if len(odd):
                 where = self._paths[odd[0]]
                 raise MemberError(number, f"adds to other modules than the first member does, such as {where}")
+        if trace is not None:
+            trace.begin(mixing.top_k)
         return Router(tuple(members), mixing.top_k, mixing.temperature, trace)
 
     async def _of(self, number: int, weights: AdapterWeights) -> Prototypes:
-        """Those whose prototypes were made are known to be good."""
+        """Those whose prototypes were made are known to be good; who asks while they are made waits for the same."""
         found = self._prototypes.get(weights)
         if found is None:
             check_member(number, weights, self._backend)
-            found = await self._offload.do(weights.num_parameters, partial(Prototypes, weights, self._paths))
-            self._prototypes[weights] = found
-        return found
+            made = self._offload.do(weights.num_parameters, partial(Prototypes, weights, self._paths))
+            found = self._prototypes[weights] = asyncio.ensure_future(made)
+            found.add_done_callback(partial(self._forget_failed, weights))
+        return await asyncio.shield(found)  # whoever leaves does not end it for the others
+
+    def _forget_failed(self, weights: AdapterWeights, made: asyncio.Future[Prototypes]) -> None:
+        if made.cancelled() or made.exception() is not None:
+            self._prototypes.pop(weights, None)
 
 
 def check_member(number: int, weights: AdapterWeights, backend: Backend) -> None:

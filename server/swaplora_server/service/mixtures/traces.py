@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from swaplora_adapters.store.records import Mixing, VersionRecord
+from swaplora_adapters.errors import MixtureNotFoundError
+from swaplora_adapters.store.records import VersionRecord
 from swaplora_adapters.weights.router import Shares
 from swaplora_server.engine.request import SamplingParams
 from swaplora_server.service.errors import RequestError
@@ -27,6 +28,11 @@ class PromptTrace:
     num_tokens: int
     key: str = field(default_factory=lambda: secrets.token_hex(16))
     shares: Shares | None = None  # [num_modules, num_tokens, num_members]
+    top_k: int | None = None  # of the mixture that has begun
+
+    def begin(self, top_k: int) -> None:
+        """See `Trace`."""
+        self.top_k = top_k
 
     def note(self, start: int, shares: Shares) -> None:
         """See `Trace`. What is computed twice comes to the same."""
@@ -68,10 +74,11 @@ class TracedPrompt:
             yield ModuleChoices(path, layer and int(layer[1]), order.tolist(), taken.tolist())
 
 
-async def trace(service: Service, name: str, mixing: Mixing, token_ids: Sequence[int]) -> TracedPrompt:
+async def trace(service: Service, name: str, token_ids: Sequence[int]) -> TracedPrompt:
     """Have a mixture read a prompt, in the shared batch, with one token behind it that nobody sees.
 
-    Raises RequestError, also for a prompt that is too long to be shown, and AdapterError.
+    Raises RequestError, also for a prompt that is too long to be shown, and AdapterError: NotOwnerError where a member
+    is another's, whose weights the shares would tell.
     """
     if len(token_ids) > MAX_TRACED_TOKENS:
         message = f"the prompt has {len(token_ids)} tokens, and a trace shows at most {MAX_TRACED_TOKENS}: shorten it"
@@ -86,17 +93,21 @@ async def trace(service: Service, name: str, mixing: Mixing, token_ids: Sequence
     task = GenerationTask(model=name, encode=encode, sampling=sampling, max_tokens=1, operation="trace", trace=seen)
     generation = await generate(service, task)
     try:
+        for record in generation.records:
+            service.registry.names.check_is_own(record.name)
         while generation.outcome is None:
             await generation.arrival()
             for _ in generation.arrived():
                 pass
     finally:
         generation.abort()
+    if seen.top_k is None:  # the name has come to stand for something else
+        raise MixtureNotFoundError(f"there is no mixture called {name[:128]!r}")
     if seen.shares is None:
         raise RequestError("engine_failed", "nothing was seen of the mixture's choices; see the server's log")
     seen_at = zip(service.base.paths, seen.shares, strict=True)
     shares = {path: shares for path, shares in seen_at if not np.isnan(shares).all()}
-    traced = TracedPrompt(token_ids, generation.records, shares, mixing.top_k)
+    traced = TracedPrompt(token_ids, generation.records, shares, seen.top_k)
     if traced.num_choices > MAX_CHOICES:
         most = MAX_CHOICES * len(token_ids) // traced.num_choices
         message = f"a trace shows at most {MAX_CHOICES} choices, of this mixture those of {most} tokens: shorten it"

@@ -206,8 +206,8 @@ class _Pooling:
         self._reservation.settle(self._num_tokens(self._num_begun))
         record = self._record()
         self._service.metrics.observe_pooling(record)
-        if record.outcome in (Outcome.COMPLETED, Outcome.FAILED):
-            self._mix.tell(has_failed=record.outcome is Outcome.FAILED)
+        if not self._is_left:
+            self._mix.tell(self._failure and self._failure.code)
         self._service.tracing.record(record, self._asked)
         self._notes.update(record.told())
         self._admission.release()

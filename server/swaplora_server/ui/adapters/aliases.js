@@ -103,7 +103,7 @@ const pathOf = (alias) => `v1/aliases/${alias.split("/").map(encodeURIComponent)
 const weightOf = (row) => row.querySelector("[type=range]").valueAsNumber;
 
 const wordsOf = ({ target, max_error_rate: most, stepped_back: at, reason }) =>
-  at ? `${target} gets no more requests since ${moment(at)}: ${reason}. Saving tries it again.` : `${target} gets no more requests once more than ${Number((100 * most).toFixed(1))} % of its fail.`;
+  at ? `${target} gets no more requests since ${moment(at)}: ${reason}. Give it a weight again and save to try it once more.` : `${target} gets no more requests once more than ${Number((100 * most).toFixed(1))} % of its fail.`;
 
 async function save(alias, sides, canary) {
   const targets = [...sides.children].map((row) => ({ target: row.querySelector(".target").value.trim(), weight: weightOf(row) }));

@@ -10,6 +10,7 @@ import { resultsView } from "./results.js";
 import { readTask } from "./task.js";
 
 const COLUMNS = [{ title: "Begun" }, { title: "Task" }, { title: "Models" }, { title: "State" }, { title: "Change" }];
+const MOST = 50; // that are listed, the newest
 const AGAIN_MS = 1000;
 const IDLE_MS = 4000;
 let chosen = null; // an id
@@ -66,7 +67,7 @@ async function follow(signal) {
 /** Whether one of them runs or waits. */
 async function refresh(signal) {
   try {
-    const { data } = await ask("v1/evaluations?limit=50", { signal });
+    const { data } = await ask(`v1/evaluations?limit=${MOST}`, { signal });
     if (signal?.aborted) return false;
     showList(data);
     await showChosen(data, signal);
@@ -135,13 +136,29 @@ async function forget(id) {
 }
 
 let shown = null; // what the view below is of: it is made anew only if that has changed
+let last = null; // the evaluation that it shows
 
 async function showChosen(evaluations, signal) {
   chosen ??= evaluations.at(0)?.id ?? null;
   const listed = evaluations.find(({ id }) => id === chosen);
-  const now = listed ? JSON.stringify([chosen, listed.state, listed.progress]) : null;
+  const mayBeOlder = !listed && chosen !== null && evaluations.length === MOST;
+  if (mayBeOlder && last?.id === chosen && last.ended !== null) return;
+  const whole = mayBeOlder ? await asked(chosen, signal) : null;
+  const found = listed ?? whole;
+  const now = found ? JSON.stringify([chosen, found.state, found.progress]) : null;
   if (now === shown && now !== null) return;
   shown = now;
-  const view = listed ? resultsView(await ask(`v1/evaluations/${chosen}`, { signal })) : [element("p", { class: "empty" }, "What came of an evaluation is shown here.")];
+  last = found ? (whole ?? (await ask(`v1/evaluations/${chosen}`, { signal }))) : null;
+  const view = last ? resultsView(last) : [element("p", { class: "empty" }, "What came of an evaluation is shown here.")];
   if (!signal?.aborted) byId("evaluation").replaceChildren(...view);
+}
+
+/** One that is older than those that are listed; null once it is gone. */
+async function asked(id, signal) {
+  try {
+    return await ask(`v1/evaluations/${id}`, { signal });
+  } catch (error) {
+    if (error instanceof ApiError && error.status === 404) return null;
+    throw error;
+  }
 }

@@ -28,5 +28,13 @@ export function showCode(title, code) {
       tell(byId("code-said"), "Selected: the browser lets this page copy by hand only.");
     }
   };
-  byId("code-dialog").showModal();
+  const dialog = byId("code-dialog");
+  dialog.addEventListener("close", forgetCode, { once: true });
+  dialog.showModal();
+}
+
+/** It may be a key's secret, which is not to be found in the page later. */
+function forgetCode() {
+  byId("code-text").textContent = "";
+  byId("code-copy").onclick = null;
 }
