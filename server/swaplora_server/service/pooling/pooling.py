@@ -207,7 +207,7 @@ class _Pooling:
         record = self._record()
         self._service.metrics.observe_pooling(record)
         if not self._is_left:
-            self._mix.tell(self._failure and self._failure.code)
+            self._mix.tell(None if self._failure is None else self._failure.code)
         self._service.tracing.record(record, self._asked)
         self._notes.update(record.told())
         self._admission.release()
