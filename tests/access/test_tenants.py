@@ -356,9 +356,9 @@ OPERATORS = {
     Registry: {"check_integrity", "close", "host_bytes", "memory_budget", "pins_not_kept", "resident_bytes", "states"}
     | {"judge", "step_back", "stop"},
     Names: {"change", "origin", "outdated", "publish", "put_alias", "remove", "remove_alias", "set_origin", "state"}
-    | {"is_due", "judge", "set_gate", "successor", "was_used", "check_is_not_base", "put_mixture"}
+    | {"is_due", "judge", "may_follow", "set_gate", "successor", "was_used", "check_is_not_base", "put_mixture"}
     | {"remove_mixture", "step_back"},
-    Index: {"aliases_that_need", "digests", "names_of", "put", "put_alias", "remove", "remove_alias"},
+    Index: {"aliases_that_need", "digests", "names_of", "num_aliases", "put", "put_alias", "remove", "remove_alias"},
 }
 
 
