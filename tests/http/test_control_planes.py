@@ -48,6 +48,16 @@ def assert_refused(answer: httpx.Response, status: int, kind: str, words: str) -
     assert words in nested["message"]
 
 
+def test_one_that_a_gate_holds_back_is_said_to_wait(controlled: Running) -> None:
+    load(controlled, lora_name="held", lora_path="store/a1")
+    gate = {"task": [{"prompt": "a", "regex": "^no such answer$"}], "min_score": 1, "max_tokens": 1}
+    assert controlled.client.put("/v1/adapters/held/gate", json=gate).status_code == 200
+    answer = load(controlled, lora_name="held", lora_path="store/a2", load_inplace=True)
+    held = "as version 2, which its gate holds back (candidate): version 1 answers until it has passed."
+    assert (answer.status_code, answer.text) == (200, f"Success: LoRA adapter 'held' added successfully {held}")
+    assert unload(controlled, lora_name="held").status_code == 200
+
+
 def test_an_adapter_is_loaded_replaced_and_unloaded(controlled: Running) -> None:
     answer = load(controlled, lora_name="sql", lora_path=folder_of(controlled, "a1"))
     assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'sql' added successfully.")

@@ -124,6 +124,11 @@ def test_a_worse_version_is_stopped_forced_and_rolled_back_by_clicks(
     page.locator("#gate-tokens").fill("4")
     page.get_by_role("button", name="Set the gate").click()
     expect(page.locator("#gate-told")).to_contain_text("New versions must score 0.9 at 4 items")
+    body = {"task": task_of(stocked, "mine"), "min_score": 0.9, "max_tokens": 4, "stop": ["no such text"]}
+    assert stocked.client.put("/v1/adapters/mine/gate", json=body).status_code == 200
+    with page.expect_response(lambda answer: answer.request.method == "PUT"):
+        page.get_by_role("button", name="Set the gate").click()
+    assert stocked.client.get("/v1/adapters/mine/gate").json()["stop"] == ["no such text"]
     page.get_by_role("tab", name="Adapters").click()
     files = [adapters[5] / "adapter_config.json", adapters[5] / "adapter_model.safetensors"]
     page.locator("#upload-files").set_input_files(files)

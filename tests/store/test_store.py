@@ -581,6 +581,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.shared_with: dict[str, tuple[str, ...]] = {}
         self.gated: set[str] = set()
         self.standings: dict[str, dict[int, Standing]] = {}
+        self.put_back: set[tuple[str, int]] = set()
         self.backup = self.folder.with_name("backup")
         shutil.copy(self.folder / "catalogue.sqlite3", self.backup)
 
@@ -590,7 +591,12 @@ class StoreMachine(RuleBasedStateMachine):
         known, standings = self.versions.setdefault(name, {}), self.standings.setdefault(name, {})
         newest = max(known, default=0)
         is_held = name in self.gated and standings.get(newest) in (Standing.CANDIDATE, Standing.FAILED)
+        is_held &= (name, newest) not in self.put_back
         same = [each for each in (self.current.get(name), newest if is_held else 0) if each and known[each] == content]
+        for version, standing in standings.items() if same and same[0] == self.current[name] else ():
+            if name in self.gated and standing is Standing.CANDIDATE and version > self.current[name]:
+                standings[version] = Standing.FAILED
+                self.put_back.add((name, version))
         assert published.is_new is not bool(same)
         if not same:
             self.last[name] = self.last.get(name, 0) + 1
@@ -600,6 +606,11 @@ class StoreMachine(RuleBasedStateMachine):
             else:
                 self.current[name] = self.last[name]
         assert published.record.version == (same[0] if same else self.last[name])
+
+    def let_pass(self, name: str) -> None:
+        standings = self.standings.get(name, {})
+        if name not in self.gated and standings.get(self.current[name]) is not Standing.PASSED:
+            standings.pop(self.current[name], None)
 
     @rule(name=NAMES, version=st.none() | st.integers(1, 4))
     def delete(self, name: str, version: int | None) -> None:
@@ -630,12 +641,15 @@ class StoreMachine(RuleBasedStateMachine):
             self.gated.discard(name)
         elif self.current[name] not in known:
             self.current[name] = max(follow)
+        if known:
+            self.let_pass(name)
 
     @rule(name=NAMES, version=st.integers(1, 4))
     def roll_back(self, name: str, version: int) -> None:
         if version in self.versions.get(name, {}):
             self.store.change(name, current=version)
             self.current[name] = version
+            self.let_pass(name)
 
     @rule()
     def restart(self) -> None:
@@ -698,9 +712,12 @@ class StoreMachine(RuleBasedStateMachine):
     def gate(self, name: str, is_gated: bool) -> None:
         if name in self.current:
             self.store.set_gate(name, "a gate" if is_gated else None)
+            self.let_pass(name)
             self.gated = self.gated - {name} | ({name} if is_gated else set())
+            self.let_pass(name)
             for version, standing in self.standings.get(name, {}).items():
-                if is_gated and standing is Standing.FAILED and version > self.current[name]:
+                is_back = (name, version) in self.put_back
+                if is_gated and standing is Standing.FAILED and version > self.current[name] and not is_back:
                     self.standings[name][version] = Standing.CANDIDATE
 
     @rule(name=NAMES, version=st.integers(1, 4), has_passed=st.booleans(), is_current=st.booleans())

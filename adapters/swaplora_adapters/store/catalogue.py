@@ -11,7 +11,16 @@ from typing import Any
 
 from swaplora_adapters.files.disk import StoreError, raising_storage_errors
 from swaplora_adapters.store.manifests import Facts, Manifest
-from swaplora_adapters.store.records import Alias, Canary, Details, Mixing, Standing, Target, VersionRecord
+from swaplora_adapters.store.records import (
+    PUT_BACK,
+    Alias,
+    Canary,
+    Details,
+    Mixing,
+    Standing,
+    Target,
+    VersionRecord,
+)
 from swaplora_adapters.store.schema import MIGRATIONS
 
 # What a description of a name holds: of the name, and of each of its versions.
@@ -269,9 +278,29 @@ class Catalogue:
         if gate is not None:
             self._execute(
                 "UPDATE versions SET standing = 'candidate', verdict = NULL WHERE name = ? AND standing = 'failed'"
-                " AND version > (SELECT current FROM names n WHERE n.name = versions.name)",
+                " AND version > (SELECT current FROM names n WHERE n.name = versions.name)"
+                " AND ifnull(json_extract(verdict, '$.reason'), '') != ?",
                 name,
+                PUT_BACK,
             )
+
+    def let_pass(self, name: str) -> None:
+        """The current version is so without a gate, which counts as passed: forget what an earlier one said of it."""
+        self._execute(
+            "UPDATE versions SET standing = NULL, verdict = NULL WHERE name = ? AND standing != 'passed'"
+            " AND version = (SELECT current FROM names n WHERE n.name = versions.name)",
+            name,
+        )
+
+    def put_back(self, name: str) -> bool:
+        """Have the candidates that are newer than the current version be judged no more; whether there was one."""
+        told = {"reason": PUT_BACK, "at": time.time(), "bars": [], "evaluations": []}
+        sql = (
+            "UPDATE versions SET standing = 'failed', verdict = json_set(?, '$.against', n.current) FROM names n"
+            " WHERE versions.name = ? AND n.name = versions.name AND n.gate IS NOT NULL AND standing = 'candidate'"
+            " AND version > n.current RETURNING version"
+        )
+        return bool(self._query(sql, json.dumps(told), name))
 
     def set_standing(self, name: str, version: int, standing: Standing, verdict: str | None) -> None:
         """Note what has become of a version, and why."""

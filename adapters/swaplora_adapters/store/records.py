@@ -1,8 +1,11 @@
 """What is kept of a stored adapter besides its files. Plain data: no tensors, no SQL."""
 
 import enum
+import json
 from dataclasses import dataclass
 from typing import NamedTuple
+
+PUT_BACK = "put back: what the name stands for was put again while this one was not judged yet"
 
 
 class Standing(enum.StrEnum):
@@ -53,6 +56,11 @@ class VersionRecord:
     def has_passed(self) -> bool:
         """Whether a gate lets it be what its name stands for; what came without one has been that already."""
         return self.standing in (None, Standing.PASSED)
+
+    @property
+    def is_put_back(self) -> bool:
+        """Whether the current version was put again before this one was judged, which then counts as withdrawn."""
+        return self.standing is Standing.FAILED and json.loads(self.verdict or "{}").get("reason") == PUT_BACK
 
 
 class Target(NamedTuple):

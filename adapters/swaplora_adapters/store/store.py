@@ -91,7 +91,8 @@ class Store:
         """Make the staged files the current version of `name`, or a candidate where that has a gate; then durable.
 
         A new version is made only if the current one has another digest, also where an older one has the same, and the
-        newest is no candidate with these bytes. Files are shared by digest, and files that are there and sound are not
+        newest is no candidate with these bytes. The current one's put again hold back for good what waits to follow it.
+        Files are shared by digest, and files that are there and sound are not
         touched. Raises PreconditionFailedError if
         one of the `conditions` does not hold, InvalidAdapterNameError, InvalidAdapterError if a file is missing, and
         StorageFullError; then the store is as before. After StorageFailedError, too, but the next start may find the
@@ -109,6 +110,7 @@ class Store:
                     is_new = stored is None
                     if is_new:
                         self._catalogue.add_version(name, details, source)
+                    if is_new or (stored == previous and self._catalogue.put_back(name)):
                         self._write_manifest(name)
                     is_committing = True
             except BaseException as error:
@@ -176,6 +178,7 @@ class Store:
                     if is_forced:
                         verdict = self.version(name, current).verdict
                         self._catalogue.set_standing(name, current, Standing.FORCED, verdict)
+                    self._let_pass(name)
                 if is_pinned is not None:
                     self._catalogue.set_pinned(name, is_pinned)
                 if shared_with is not None:
@@ -200,7 +203,9 @@ class Store:
     def set_gate(self, name: str, gate: str | None) -> None:
         """Have new versions of `name`, which is there, be candidates; None lets each be current at once."""
         with self._mutex, self._change():
+            self._let_pass(name)  # it has been current without one until now
             self._catalogue.set_gate(name, gate)
+            self._let_pass(name)
             self._write_manifest(name)
 
     def judge(self, name: str, version: int, standing: Standing, verdict: str, *, is_current: bool) -> None:
@@ -298,7 +303,12 @@ class Store:
             return current
         newest = self._catalogue.versions(name)[-1]
         is_held = self._catalogue.gate(name) is not None and newest.standing in (Standing.CANDIDATE, Standing.FAILED)
-        return newest if is_held and newest.digest == digest else None
+        return newest if is_held and newest.digest == digest and not newest.is_put_back else None
+
+    def _let_pass(self, name: str) -> None:
+        """Where there is no gate, the current version counts as passed."""
+        if self._catalogue.gate(name) is None:
+            self._catalogue.let_pass(name)
 
     def _check_follows(self, name: str, doomed: Sequence[VersionRecord]) -> None:
         left = [record for record in self.versions(name) if record not in doomed]
@@ -339,6 +349,7 @@ class Store:
 
     def _remove_versions(self, name: str, doomed: Sequence[VersionRecord], is_hard: bool) -> None:
         self._catalogue.remove_versions(doomed)
+        self._let_pass(name)
         with self._if_unwritten(is_hard and self._catalogue.current(name) is None, lambda: self._names.take_away(name)):
             self._write_manifest(name, [record.digest for record in doomed])
 

@@ -90,6 +90,12 @@ class KeyRing:
             for found in good
         )
 
+    def has_tenant(self, tenant: str) -> bool:
+        """Whether somebody can come for it: it has a key that is good now, or no key is asked for."""
+        now, known = time.time(), self._known.values()
+        is_good = (k.caller.tenant == tenant for k in known if k.expires is None or now < k.expires)
+        return self.is_open or any(is_good)
+
     def tenant_limits(self, tenant: str) -> TenantLimits:
         """Of all keys of a tenant together."""
         callers = (known.caller for known in self._known.values())

@@ -46,22 +46,26 @@ class Gate(_Fixed):
         """As the API tells it."""
         return self.model_dump()
 
-    def bars(self, scores: Sequence[tuple[Rate, Rate]]) -> list[dict[str, Any]]:
-        """Each bar, whether it `is_met`, and else how far it was missed; of each task the new and the current score."""
+    def bars(self, scores: Sequence[tuple[Rate, Rate | None]]) -> list[dict[str, Any]]:
+        """Each bar, whether it `is_met`, and else how far it was missed; of each task the new and the current score.
+
+        Without a current score of the first task there is the bar of that alone.
+        """
         (new, current), *kept = scores
         short = self.min_score - new["mean"]
         bars = [_bar("min_score", self.task, self.min_score, new, current, short)]
         for new, current in kept if self.must_keep else []:
             assert self.must_keep is not None
+            assert current is not None
             most = self.must_keep.max_drop
             bars.append(_bar("max_drop", self.must_keep, most, new, current, current["mean"] - new["mean"] - most))
         return bars
 
 
-def _bar(name: str, task: GateTask, wanted: float, new: Rate, current: Rate, short: float) -> dict[str, Any]:
+def _bar(name: str, task: GateTask, wanted: float, new: Rate, current: Rate | None, short: float) -> dict[str, Any]:
     is_met = short <= TOLERANCE
     missed_by = 0.0 if is_met else short
-    rates = {"score": dict(new), "current_score": dict(current)}
+    rates = {"score": dict(new), "current_score": None if current is None else dict(current)}
     return {"bar": name, "task": task.digest, "wanted": wanted, **rates, "is_met": is_met, "missed_by": missed_by}
 
 
@@ -71,8 +75,9 @@ def reason_of(bars: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _words(bar: Mapping[str, Any]) -> str:
-    score, current, wanted, by = bar["score"]["mean"], bar["current_score"]["mean"], bar["wanted"], bar["missed_by"]
+    score, wanted, by = bar["score"]["mean"], bar["wanted"], bar["missed_by"]
     if bar["bar"] == "min_score":
         return f"min_score: its score is {score:.4g}, {by:.4g} below {wanted:.4g}"
+    current = bar["current_score"]["mean"]
     drop = f"from {current:.4g} to {score:.4g}, {by:.4g} more than {wanted:.4g}"
     return f"max_drop: its score on what it must keep drops by {current - score:.4g}, {drop}"

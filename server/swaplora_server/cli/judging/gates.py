@@ -106,7 +106,7 @@ def _rows(gate: Mapping[str, Any], version: Mapping[str, Any]) -> Iterator[list[
         score, current = bar["score"], bar["current_score"]
         between = f"{score['low']:.3f} to {score['high']:.3f}"
         met = "yes" if bar["is_met"] else f"missed by {bar['missed_by']:.3f}"
-        means = f"{score['mean']:.3f}", between, f"{current['mean']:.3f}"
+        means = f"{score['mean']:.3f}", between, "-" if current is None else f"{current['mean']:.3f}"
         yield [*begins, bar["bar"], *means, f"{bar['wanted']:.3f}", met]
     if not bars:
         yield [*begins, *("-" for _ in range(6))]

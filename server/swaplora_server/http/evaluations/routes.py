@@ -52,7 +52,7 @@ async def begin_evaluation(
         raise RequestError("invalid_request", f"task: {error}", "task") from error
     asking = Asking(body.max_tokens, tuple(body.stop), salt_of(request, None))
     evaluation = await begin(service, task, body.models, asking)
-    _note(request, service, "evaluation.create", evaluation)
+    await _note(request, service, "evaluation.create", evaluation)
     return JSONResponse(await _whole(service, evaluation), 201)
 
 
@@ -83,10 +83,9 @@ async def get_evaluation(service: Serving, evaluation_id: str) -> dict[str, Any]
 @needs(KeyScope.GENERATE)
 async def cancel_evaluation(request: Request, service: Serving, evaluation_id: str) -> dict[str, Any]:
     """End it, and keep what has come; one that has ended stays as it is."""
-    service.check_serving()
-    evaluation = service.evaluations.get(service.tenant, evaluation_id)
+    evaluation = _to_end(request, service, evaluation_id)
     await cancel(service, evaluation)
-    _note(request, service, "evaluation.cancel", evaluation)
+    await _note(request, service, "evaluation.cancel", evaluation)
     return await _whole(service, evaluation)
 
 
@@ -94,10 +93,9 @@ async def cancel_evaluation(request: Request, service: Serving, evaluation_id: s
 @needs(KeyScope.GENERATE)
 async def delete_evaluation(request: Request, service: Serving, evaluation_id: str) -> dict[str, Any]:
     """End it, and keep nothing of it."""
-    service.check_serving()
-    evaluation = service.evaluations.get(service.tenant, evaluation_id)
+    evaluation = _to_end(request, service, evaluation_id)
     await forget(service, evaluation)
-    _note(request, service, "evaluation.delete", evaluation)
+    await _note(request, service, "evaluation.delete", evaluation)
     return {"object": "evaluation.deleted", "id": evaluation.id}
 
 
@@ -106,5 +104,16 @@ async def _whole(service: Service, evaluation: Evaluation) -> dict[str, Any]:
     return await asyncio.to_thread(service.evaluations.whole, evaluation)
 
 
-def _note(request: Request, service: Service, change: str, evaluation: Evaluation) -> None:
-    service.audit.write(caller_of(request), request_id(), change, evaluation.id, None, evaluation.task_digest, "done")
+def _to_end(request: Request, service: Service, evaluation_id: str) -> Evaluation:
+    """Raises RequestError for what is not there, and where a gate asks and the key may not change what that judges."""
+    service.check_serving()
+    evaluation = service.evaluations.get(service.tenant, evaluation_id)
+    if evaluation.gate is not None and not caller_of(request).may({KeyScope.WRITE}):
+        message = f"the gate of {evaluation.gate} asks this: it needs a key with the scope {KeyScope.WRITE}"
+        raise RequestError("insufficient_scope", message)
+    return evaluation
+
+
+async def _note(request: Request, service: Service, change: str, evaluation: Evaluation) -> None:
+    write = partial(service.audit.write, caller_of(request), request_id(), change, evaluation.id)
+    await asyncio.to_thread(write, None, evaluation.task_digest, "done")

@@ -79,8 +79,8 @@ async def load_lora_adapter(request: Request, service: Serving) -> Response:
     """Take in an adapter from below the adapter folder, or from an enabled source."""
     body = await read_json(request, service, LoadBody)
     refuse_unsupported(body)
-    await _load(request, service, body.lora_name, body.lora_path, replace=body.load_inplace)
-    return _added(body.lora_name)
+    put = await _load(request, service, body.lora_name, body.lora_path, replace=body.load_inplace)
+    return _added(body.lora_name, put)
 
 
 @router.post("/v1/unload_lora_adapter", openapi_extra=body_schema(UnloadBody))
@@ -97,8 +97,8 @@ async def unload_lora_adapter(request: Request, service: Serving) -> Response:
 async def register_adapter(request: Request, service: Serving) -> Response:
     """Take in an adapter, keep it in memory if asked to, and load it now unless told not to: all of it or nothing."""
     body = await read_json(request, service, RegisterBody)
-    await _load(request, service, body.name, body.src, replace=False, is_pinned=body.pin, is_warm=body.preload)
-    return _added(body.name)
+    put = await _load(request, service, body.name, body.src, replace=False, is_pinned=body.pin, is_warm=body.preload)
+    return _added(body.name, put)
 
 
 @router.delete("/adapters/{name:path}")
@@ -117,7 +117,7 @@ async def _load(
     replace: bool,
     is_pinned: bool = False,
     is_warm: bool = False,
-) -> None:
+) -> PutResult:
     """Take it in, and what else is asked for: all of it or nothing. A name with slashes becomes an alias for it.
 
     A fetch ends with its client; what comes after it does not.
@@ -139,6 +139,7 @@ async def _load(
     except AdapterError:
         await asyncio.to_thread(_take_back, service, put)
         raise
+    return put
 
 
 def _stored_name(service: Service, name: str) -> str:
@@ -204,5 +205,9 @@ def _delete(registry: Registry, name: str) -> None:
             raise
 
 
-def _added(name: str) -> Response:
-    return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+def _added(name: str, put: PutResult) -> Response:
+    said, current = f"Success: LoRA adapter '{name}' added successfully", put.card.record.version
+    if put.record.version != current:
+        held = f"as version {put.record.version}, which its gate holds back ({put.record.standing})"
+        said = f"{said} {held}: version {current} answers until it has passed"
+    return PlainTextResponse(f"{said}.")

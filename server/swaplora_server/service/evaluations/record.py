@@ -41,6 +41,7 @@ class Failure(BaseModel):
 
     code: str
     message: str
+    model: str | None = None  # what could not be asked, if it was one
 
 
 class Evaluation(BaseModel):

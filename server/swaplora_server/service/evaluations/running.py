@@ -23,6 +23,14 @@ _STOPPED = frozenset({"draining", "not_ready", "engine_failed"})
 _log = structlog.get_logger(__name__)
 
 
+class _CannotAskError(RequestError):
+    """One item could not be asked of one model."""
+
+    def __init__(self, code: str, message: str, model: str) -> None:
+        super().__init__(code, message)
+        self.model = model
+
+
 async def begin(
     service: Service, task: Task, models: Sequence[str], asking: Asking, gate: str | None = None
 ) -> Evaluation:
@@ -56,7 +64,7 @@ async def begin(
                     held.callback(service.registry.keep(f"{one.name}@{one.version}").release)
             await asyncio.to_thread(service.evaluations.save, evaluation)
         except BaseException:
-            service.evaluations.forget(evaluation)
+            await asyncio.to_thread(service.evaluations.forget, evaluation)
             raise
         if not evaluation.is_open:
             return evaluation  # it was cancelled meanwhile
@@ -127,8 +135,9 @@ async def _run(service: Service, evaluation: Evaluation, items: Sequence[Item], 
         evaluation.end(State.INTERRUPTED)  # unless it was cancelled by who wanted it
         raise
     except (RequestError, AdapterError) as error:
-        is_stopped = error.code in _STOPPED
-        evaluation.end(State.INTERRUPTED if is_stopped else State.FAILED, Failure(code=error.code, message=str(error)))
+        is_stopped, model = error.code in _STOPPED, error.model if isinstance(error, _CannotAskError) else None
+        failure = Failure(code=error.code, message=str(error), model=model)
+        evaluation.end(State.INTERRUPTED if is_stopped else State.FAILED, failure)
     except Exception as error:  # noqa: BLE001 - nobody waits for it who could be told otherwise
         _log.exception("an evaluation failed", evaluation=evaluation.id, error=repr(error))
         message = "the server made a mistake; its log says more under the evaluation's id"
@@ -171,7 +180,7 @@ async def _ask_some(
             scores = await scores_of(service, asking, reference, items[number])
         except (RequestError, AdapterError) as error:
             message = f"item {number + 1}, asked of {reference}: {error}"
-            raise RequestError(error.code, message) from error
+            raise _CannotAskError(error.code, message, bound.model) from error
         evaluation.note(model, number, scores)
 
 

@@ -12,6 +12,7 @@ from swaplora_server.service.gates.task_files import TaskFiles
 
 MAX_GATES = 200  # of one tenant
 MAX_TASK_BYTES = 1 << 20  # of a task that a gate names
+MAX_TENANT_BYTES = 32 << 20  # of all of them, of one tenant
 
 
 class Gates:
@@ -39,6 +40,7 @@ class Gates:
             try:
                 for task in tasks:
                     await asyncio.to_thread(self.files.put, task)
+                await asyncio.to_thread(self._check_room, registry, name, tasks)
                 await asyncio.to_thread(registry.set_gate, name, gate.model_dump_json())
             finally:
                 await asyncio.to_thread(self._sweep)
@@ -49,6 +51,14 @@ class Gates:
             gate_of(registry, name)
             await asyncio.to_thread(registry.set_gate, name, None)
             await asyncio.to_thread(self._sweep)
+
+    def _check_room(self, registry: Registry, name: str, tasks: Sequence[Task]) -> None:
+        """Raise RequestError where these and those of the tenant's other gates are too much."""
+        others = [named for named in registry.names.index.gated() if named.current.name != name]
+        digests = {task.digest for named in others for task in read_gate(named).tasks}
+        if (has := self.files.num_bytes(digests | {task.digest for task in tasks})) > MAX_TENANT_BYTES:
+            message = f"the tasks of your gates would have {has} bytes, and may have {MAX_TENANT_BYTES}"
+            raise RequestError("quota_exceeded", f"{message}: remove a gate, or name smaller tasks")
 
     def _sweep(self) -> None:
         gated = self._registry.names.index.gated()

@@ -46,6 +46,11 @@ class TaskFiles:
             raise TaskError(f"the file of the task {digest} is damaged")
         return task
 
+    def num_bytes(self, digests: Collection[str]) -> int:
+        """Of these, as far as they are there. Raises StorageFailedError."""
+        with raising_storage_errors():
+            return sum(path.stat().st_size for path in map(self._path, digests) if path.exists())
+
     def sweep(self, wanted: Collection[str]) -> None:
         """Remove all but the tasks with these digests."""
         names = {self._path(digest).name for digest in wanted}

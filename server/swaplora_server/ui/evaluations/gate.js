@@ -56,8 +56,10 @@ async function set() {
   const task = await readTask("gate");
   const kept = await readTask("gate-keep");
   const must_keep = kept.trim() ? { task: kept, max_drop: byId("gate-drop").valueAsNumber } : null;
-  const json = { task, min_score: byId("gate-score").valueAsNumber, must_keep, max_tokens: byId("gate-tokens").valueAsNumber };
-  await ask(`${pathOf(chosen())}/gate`, { method: "PUT", json });
+  const path = pathOf(chosen());
+  const { stop } = (await ask(path)).gated ? await ask(`${path}/gate`) : { stop: [] }; // what has no field here is kept
+  const json = { task, min_score: byId("gate-score").valueAsNumber, must_keep, max_tokens: byId("gate-tokens").valueAsNumber, stop };
+  await ask(`${path}/gate`, { method: "PUT", json });
 }
 
 async function remove() {
