@@ -20,6 +20,7 @@ from swaplora_server.access.key_file import create_key, revoke_key
 from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.evaluations import running
+from swaplora_server.service.evaluations.asking import scores_of
 from swaplora_server.service.gates import gates, judging
 
 ANYTHING = [{"prompt": "a", "regex": "."}]
@@ -93,13 +94,14 @@ def test_who_may_only_generate_ends_no_evaluation_of_a_gate_and_an_ended_one_is_
 def test_what_passes_is_tried_again(
     server: Running, adapters: list[Path], monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
-    name, ask, failed = f"passing-{code}", running.scores_of, []
+    name = f"passing-{code}"
+    failed: list[str] = []
 
     async def fails_once(*given: Any) -> list[float]:
         if not failed:
             failed.append(code)
             raise RuntimeError if code == "internal_error" else RequestError(code, "only now")
-        return await ask(*given)
+        return await scores_of(*given)
 
     monkeypatch.setattr(running, "scores_of", fails_once)
     server.put(name, adapters[4])
@@ -206,7 +208,8 @@ def test_a_full_disk_has_the_judgement_written_again_and_nothing_asked_again(
 def test_a_look_that_fails_is_not_the_last(
     server: Running, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gated_ones, failed = Index.gated, []
+    gated_ones = Index.gated
+    failed: list[Index] = []
 
     def fails_once(self: Index) -> list[NamedVersions]:
         if not failed:
