@@ -27,6 +27,8 @@ FLAGS = {  # with what other servers call the same
     "adapter": ADAPTER_FLAGS,
     "cuda_graphs": ("--cuda-graphs/--no-cuda-graphs", " /--enforce-eager"),
     "max_batch_tokens": ("--max-batch-tokens", "--max-num-batched-tokens"),
+    # both, so that a flag undoes what a file of a training's choices says
+    **{name: (f"--{name}/--no-{name}",) for name in ("dora", "rslora", "qlora")},
 }
 METAVARS = {
     "api_key": "KEY",
@@ -92,7 +94,7 @@ def _explained(parameter: Parameter, field: "FieldInfo | None") -> Parameter:
 def _option(name: str, field: "FieldInfo") -> Parameter:
     """What is not given is None, so that it leaves the environment and the file in force."""
     flags = FLAGS.get(name, (f"--{name.replace('_', '-')}",))
-    if field.annotation is bool:  # both, so that a flag can undo what the environment or a file says
+    if field.default is True:
         flags = (f"{flags[0]}/--no-{flags[0].removeprefix('--')}",)
     kind, metavar = (str, "SIZE") if _is_size(field) else (_type(field.annotation), METAVARS.get(name))
     info = typer.Option(*flags, metavar=metavar, help=_help(field))
