@@ -123,14 +123,12 @@ def test_only_a_canarys_own_failures_count_and_enough_of_them(server: Running, m
 
 
 def test_what_a_client_asks_in_vain_is_not_counted(server: Running, adapters: list[Path]) -> None:
-    put(server, "asked", max_error_rate=0, min_requests=1)
+    put(server, "asked", min_requests=1000)
     impossible = {"model": "asked", "prompt": "a", "structured_outputs": {"regex": "a"}, "allowed_token_ids": [66]}
     for number in range(20):
         refused = server.client.post("/v1/completions", json={**impossible, "user": str(number)})
         assert refused.status_code == 400, refused.text
-    canaries = server.service.canaries
-    assert "acme~asked" not in canaries._windows  # noqa: SLF001
-    assert not canaries._steps  # noqa: SLF001
+    assert "acme~asked" not in server.service.canaries._windows  # noqa: SLF001
     assert server.client.delete("/v1/aliases/asked").status_code == 200
 
 
