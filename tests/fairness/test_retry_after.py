@@ -37,7 +37,7 @@ def test_at_a_steady_rate_so_many_have_ended_by_then(gap: float, count: int, num
         clock[0] += gap
         ends.note()
     seconds = ends.retry_seconds(count)
-    assert MIN_RETRY_SECONDS <= seconds <= min(MAX_RETRY_SECONDS, count * gap + 1)
+    assert MIN_RETRY_SECONDS <= seconds <= max(MIN_RETRY_SECONDS, min(MAX_RETRY_SECONDS, count * gap + 1))
     clock[0] += 1000
     assert ends.retry_seconds(count, unknown=7) == 7
 
