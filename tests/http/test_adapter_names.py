@@ -34,7 +34,7 @@ def refusal(name: str) -> str:
     if name == BASE:
         return f"{name} is what the base is called; choose another name"
     if name == "taken":
-        return "taken is an alias; choose another name, or delete the alias first"
+        return "taken is an alias; choose another name, or delete that first"
     with pytest.raises(InvalidAdapterNameError) as caught:
         validate_name(name)
     return str(caught.value)
