@@ -90,6 +90,7 @@ def test_who_runs_the_server_makes_and_revokes_keys(locked: Locked) -> None:
         page.get_by_label("adapters:write").check()
         page.get_by_label("Days").fill("7")
         page.get_by_role("button", name="Make a key").click()
+        expect(page.locator("#code-text")).not_to_have_text("")
         made = page.locator("#code-text").text_content() or ""
         page.get_by_role("button", name="Close").click()
         expect(page.locator("#code-text")).to_have_text("")
