@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,15 +48,19 @@ class HeldTokenizer:
     def __init__(self, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun: list[str] = []
         self.may_go_on = threading.Event()
-        self._real = server.service.base.tokenizer
+        self._real = server.service.base.tokenizer.backend_tokenizer
         monkeypatch.setattr(tokenizing, "LONG_CHARACTERS", len(LONG) - 1)
         monkeypatch.setattr(server.service.tokenizer, "_tokenizer", self)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        if len(text) >= len(LONG):
-            self.begun.append(text)
+    @property
+    def backend_tokenizer(self) -> "HeldTokenizer":
+        return self
+
+    def encode_batch_fast(self, texts: Sequence[str], add_special_tokens: bool) -> Any:
+        if held := [text for text in texts if len(text) >= len(LONG)]:
+            self.begun += held
             assert self.may_go_on.wait(GUARD_SECONDS)
-        return list(self._real.encode(text, add_special_tokens=add_special_tokens))
+        return self._real.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
 
 
 @pytest.fixture
