@@ -49,11 +49,12 @@ class InFlight:
         self.count = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.count += 1
+        is_request = scope["type"] == "http"  # and not the app's whole life
+        self.count += is_request
         try:
             await self.app(scope, receive, send)
         finally:
-            self.count -= 1
+            self.count -= is_request
 
 
 @dataclass
