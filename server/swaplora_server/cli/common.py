@@ -27,6 +27,8 @@ Key = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 VersionedName = Annotated[str, typer.Argument(help="The adapter's name, or one version of it: sql@2.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Most tokens of an answer (default: the server's, 256).")]
+Stop = Annotated[list[str] | None, typer.Option(help="A text that ends answers.")]
 
 
 def say(text: str = "", *, err: bool = False, nl: bool = True) -> None:

@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from swaplora_server.cli.common import LOCAL, AsJson, Key, Url, cell, connected, fail, say, show_json, show_table
+from swaplora_server.cli.common import (
+    LOCAL,
+    AsJson,
+    Key,
+    MaxTokens,
+    Stop,
+    Url,
+    cell,
+    connected,
+    fail,
+    say,
+    show_json,
+    show_table,
+)
 
 if TYPE_CHECKING:
     from swaplora_server.client import Client
@@ -19,10 +32,8 @@ INTERRUPTED = 130  # as a shell has it
 def evaluate(
     task: Annotated[Path, typer.Argument(metavar="TASK.jsonl", help="A line of JSON for each thing to ask.")],
     models: Annotated[list[str], typer.Option("--model", help="Who is asked: the base, sql or sql@2; once for each.")],
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of an answer (default: the server's, 256).")
-    ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="A text that ends answers.")] = None,
+    max_tokens: MaxTokens = None,
+    stop: Stop = None,
     url: Url = LOCAL,
     api_key: Key = None,
     as_json: AsJson = False,

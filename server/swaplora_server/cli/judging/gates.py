@@ -11,7 +11,9 @@ from swaplora_server.cli.common import (
     LOCAL,
     AsJson,
     Key,
+    MaxTokens,
     Name,
+    Stop,
     Url,
     cell,
     connected,
@@ -34,10 +36,8 @@ def set_gate(
     max_drop: Annotated[
         float | None, typer.Option(help="By how much it may be worse at that all the same, from 0 to 1.")
     ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of an answer (default: the server's, 256).")
-    ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="A text that ends answers.")] = None,
+    max_tokens: MaxTokens = None,
+    stop: Stop = None,
     url: Url = LOCAL,
     api_key: Key = None,
     as_json: AsJson = False,

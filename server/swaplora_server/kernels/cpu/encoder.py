@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from swaplora_server.kernels.backend import RunningStep
 from swaplora_server.kernels.bert_like import Parts, layers_of
-from swaplora_server.kernels.cpu.abi import NUM_ENCODER_LINEARS, EncoderLayer, LinearWeight, NormWeight, Step
+from swaplora_server.kernels.cpu.abi import NUM_ENCODER_LINEARS, EncoderLayer, LinearWeight, NormWeight, Rows, Step
 from swaplora_server.kernels.cpu.attention import CpuStep
 from swaplora_server.kernels.cpu.decoder import replaced_of, rows_of
 from swaplora_server.kernels.cpu.linear import CpuLinear
@@ -54,26 +54,12 @@ class CpuEncoder(nn.Module):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *_: object, **__: object) -> Tensor:
         """hidden_states: [1, num_rows, hidden_size] → the same after every layer."""
         step = self._running()
-        if not isinstance(step.paged, CpuStep):
-            raise RuntimeError("a fused encoder ran over another backend's step")
-        if hidden_states.dtype != torch.float32:
-            raise TypeError(f"a fused encoder takes rows of float32, not of {hidden_states.dtype}")
-        if attention_mask is not None:
-            raise ValueError("a fused encoder was given a mask: inputs are told apart by their runs")
-        self._point_at(step.paged)
+        paged = checked_step(step, hidden_states, attention_mask)
+        self._point_at(paged)
         hidden = hidden_states.clone()
         replaced = replaced_of(step.tokens.segments.replacing)
-        runs = step.paged.table
-        native_step = Step(
-            tokens=rows_of(hidden.shape[1], step.tokens, replaced),
-            hidden_size=hidden.shape[2],
-            hidden=hidden.data_ptr(),
-            runs=runs.address,
-            num_runs=len(runs),
-            threads=torch.get_num_threads(),
-            is_bf16=self._is_bf16,
-        )
-        self._encode(self._entries, len(self._entries), native_step)
+        tokens = rows_of(hidden.shape[1], step.tokens, replaced)
+        self._encode(self._entries, len(self._entries), native_step(hidden, tokens, paged, is_bf16=self._is_bf16))
         return hidden
 
     def _point_at(self, step: CpuStep) -> None:
@@ -84,6 +70,30 @@ class CpuEncoder(nn.Module):
             like = torch.empty(layer.num_heads, layer.head_dim)
             entry.cache = step.kv.layer_cache(layer.attention, layer.num_heads, like)
         self._cached_for = step.kv
+
+
+def checked_step(step: RunningStep, hidden_states: Tensor, attention_mask: Tensor | None) -> CpuStep:
+    """What the attention of a fused encoder runs over. Raises for a step, rows or a mask that it does not take."""
+    if not isinstance(step.paged, CpuStep):
+        raise RuntimeError("a fused encoder ran over another backend's step")
+    if hidden_states.dtype != torch.float32:
+        raise TypeError(f"a fused encoder takes rows of float32, not of {hidden_states.dtype}")
+    if attention_mask is not None:
+        raise ValueError("a fused encoder was given a mask: inputs are told apart by their runs")
+    return step.paged
+
+
+def native_step(hidden: Tensor, tokens: Rows, paged: CpuStep, *, is_bf16: bool) -> Step:
+    """A step over hidden [1, num_rows, hidden_size], which is written in place. Points into all that it is given."""
+    return Step(
+        tokens=tokens,
+        hidden_size=hidden.shape[2],
+        hidden=hidden.data_ptr(),
+        runs=paged.table.address,
+        num_runs=len(paged.table),
+        threads=torch.get_num_threads(),
+        is_bf16=is_bf16,
+    )
 
 
 def _entry(parts: Parts) -> EncoderLayer:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from swaplora_server.kernels.backend import RunningStep
-from swaplora_server.kernels.cpu.abi import NUM_MODERN_LINEARS, LinearWeight, ModernLayer, NormWeight, Step
+from swaplora_server.kernels.cpu.abi import NUM_MODERN_LINEARS, LinearWeight, ModernLayer, NormWeight
 from swaplora_server.kernels.cpu.attention import CpuStep
 from swaplora_server.kernels.cpu.decoder import replaced_of, rows_of
+from swaplora_server.kernels.cpu.encoder import checked_step, native_step
 from swaplora_server.kernels.cpu.linear import CpuLinear
 from swaplora_server.kernels.modern_like import Parts, layers_of
 
@@ -56,29 +57,17 @@ class CpuModernLayer(nn.Module):
     ) -> Tensor:
         """hidden_states: [1, num_rows, hidden_size] → the same after the layer."""
         step = self._running()
-        if not isinstance(step.paged, CpuStep):
-            raise RuntimeError("a fused encoder ran over another backend's step")
-        if hidden_states.dtype != torch.float32:
-            raise TypeError(f"a fused encoder takes rows of float32, not of {hidden_states.dtype}")
-        if attention_mask is not None or position_embeddings is None:
-            raise ValueError("a fused encoder takes angles, and no mask: inputs are told apart by their runs")
-        self._point_at(step.paged)
+        paged = checked_step(step, hidden_states, attention_mask)
+        if position_embeddings is None:
+            raise ValueError("a fused layer of ModernBERT's kind was given no angles")
+        self._point_at(paged)
         hidden = hidden_states.clone()
         cos, sin = (angles.contiguous() for angles in position_embeddings)
         replaced = replaced_of(step.tokens.segments.replacing)
-        runs = step.paged.table
-        native_step = Step(
-            tokens=rows_of(hidden.shape[1], step.tokens, replaced),
-            hidden_size=hidden.shape[2],
-            hidden=hidden.data_ptr(),
-            cos=cos.data_ptr(),
-            sin=sin.data_ptr(),
-            runs=runs.address,
-            num_runs=len(runs),
-            threads=torch.get_num_threads(),
-            is_bf16=self._is_bf16,
-        )
-        self._encode(self._entry, native_step)
+        tokens = rows_of(hidden.shape[1], step.tokens, replaced)
+        native = native_step(hidden, tokens, paged, is_bf16=self._is_bf16)
+        native.cos, native.sin = cos.data_ptr(), sin.data_ptr()
+        self._encode(self._entry, native)
         return hidden
 
     def _point_at(self, step: CpuStep) -> None:

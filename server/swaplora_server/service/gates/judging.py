@@ -36,8 +36,15 @@ AGAIN_SECONDS = 30.0  # after what went wrong on the way to a judgement, and twi
 MAX_AGAIN_SECONDS = 3600.0
 # an evaluation that ended so says something of its task or of what was asked; all else is the server's
 _VERDICTS = frozenset(
-    {"invalid_request", "unsupported_field", "context_length_exceeded", "adapter_failed", "adapter_too_large"}
-    | {"invalid_adapter", "unsupported_adapter"}
+    {
+        "invalid_request",
+        "unsupported_field",
+        "context_length_exceeded",
+        "adapter_failed",
+        "adapter_too_large",
+        "invalid_adapter",
+        "unsupported_adapter",
+    }
 )
 _log = structlog.get_logger(__name__)
 
