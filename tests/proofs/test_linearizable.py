@@ -27,6 +27,7 @@ NAMES = ("one", "two", "three")
 NUM_CLIENTS, ROUND = 16, 48
 PROMPT = [97, 31, 200, 5, 66, 142]
 MAX_TOKENS = 6
+GUARD_SECONDS = 300
 NEW = State()
 Kind = Literal["put", "delete", "roll", "read"]
 CHANGES: dict[str, Kind] = {"put": "put", "delete": "delete", "roll": "roll"}
@@ -153,8 +154,9 @@ class Clients:
         for _ in range(2):
             async with httpx.AsyncClient(base_url=self.server.url) as fresh:  # stands in line behind all that came
                 await fresh.get("/health")
-        while self.app.count:
-            await asyncio.sleep(0.005)
+        async with asyncio.timeout(GUARD_SECONDS):  # or what never ends would have this hang
+            while self.app.count:
+                await asyncio.sleep(0.005)
 
     async def all_at_once(self, rngs: list[random.Random]) -> dict[str, list[Operation]]:
         """Everyone at once; then, with the server at rest, a look at each name. All that was seen of each."""
