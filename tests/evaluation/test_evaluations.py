@@ -24,7 +24,7 @@ from swaplora_server.evaluation.task import Item, parse_task
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.evaluations import asking, evaluations, running
 from swaplora_server.service.evaluations.evaluations import NUM_AT_ONCE, Evaluations
-from swaplora_server.service.evaluations.record import Evaluation
+from swaplora_server.service.evaluations.record import Evaluated, Evaluation
 from swaplora_server.service.generation import Generation, GenerationTask, generate
 from swaplora_server.service.service import Service
 
@@ -118,9 +118,9 @@ def test_results_say_of_what_they_are(server: Running, task: list[dict[str, Any]
     assert told["task"] == {"digest": parse_task(task).digest, "num_items": len(task)}
     first = next(one["digest"] for one in versions if one["version"] == 1)
     assert told["models"] == [
-        {"model": BASE, "name": None, "version": None, "digest": None},
-        {"model": "a", "name": "a", "version": 1, "digest": digests["a"]},
-        {"model": "b@1", "name": "b", "version": 1, "digest": first},
+        {"model": BASE, "name": None, "version": None, "digest": None, "mixture": None},
+        {"model": "a", "name": "a", "version": 1, "digest": digests["a"], "mixture": None},
+        {"model": "b@1", "name": "b", "version": 1, "digest": first, "mixture": None},
     ]
     score = told["results"][1]["metrics"]["score"]
     assert score["num"] == len(task)
@@ -384,8 +384,8 @@ def test_a_mistake_of_the_servers_leaves_no_run_that_seems_to_go_on(
 def test_models_take_turns_by_blocks_of_items(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str | None]] = []
 
-    async def noting(_service: Service, _asking: asking.Asking, model: str, item: Item) -> list[float]:
-        asked.append((model, item.prompt))
+    async def noting(_service: Service, _asking: asking.Asking, model: Evaluated, item: Item) -> list[float]:
+        asked.append((model.reference, item.prompt))
         return [1.0, 1.0]
 
     monkeypatch.setattr(running, "scores_of", noting)

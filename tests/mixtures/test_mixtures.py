@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import tiny
 from oracle import ArrowOracle, Oracle
+from runs import begin, ended, full
 from serving import BASE, Running, Streamed, serving, settings, stream_chat
 from swaplora_server.http.mixtures import routes
 from swaplora_server.service.adapter_mix import lease_members
@@ -255,17 +256,66 @@ def test_of_two_that_make_one_name_at_once_one_is_the_change(mixing: Running, mo
     mixing.client.delete("/v1/mixtures/twice")
 
 
-def test_a_mixture_is_not_evaluated_and_has_no_gate(mixing: Running) -> None:
-    task = [{"prompt": "a", "answer": "b"}]
-    for name in ("one", "base:one"):
-        answer = mixing.client.post("/v1/evaluations", json={"task": task, "models": [BASE, name]})
-        error = answer.json()["error"]
-        assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_request", "models[1]")
-        assert f"{name} is a mixture" in error["message"]
-    refused = mixing.client.put("/v1/adapters/one/gate", json={"task": task, "min_score": 0.5})
+def test_a_mixture_has_no_gate(mixing: Running) -> None:
+    body = {"task": [{"prompt": "a", "answer": "b"}], "min_score": 0.5}
+    refused = mixing.client.put("/v1/adapters/one/gate", json=body)
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_request")
     assert "one is a mixture" in refused.json()["error"]["message"]
-    assert mixing.client.get("/v1/evaluations").json()["data"] == []
+
+
+def said_by(server: Running, name: str) -> str:
+    """Its greedy answer to a prompt."""
+    body = {"model": name, "prompt": "go on", "max_tokens": 12, "temperature": 0}
+    answer = server.client.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    text: str = answer.json()["choices"][0]["text"]
+    return text
+
+
+def test_an_evaluation_asks_a_mixture_of_the_versions_that_it_was_of(
+    mixing: Running, base: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    for name in "ab":
+        mixing.put(f"bound-{name}", folders[name])
+    members = ["bound-a", "bound-b"]
+    make(mixing, "bound", members, 2, 0.3)
+    asked = {"max_tokens": 12}
+    task = [
+        {"prompt": "go on", "answer": said_by(mixing, "bound")},
+        {"prompt": "go", "choices": [" a", " b"], "correct": 0},
+    ]
+    other = tiny.save_adapter(tmp_path / "other", base, seed=98, rank=6, alpha=60)
+    with full(mixing):
+        waits = begin(mixing, task, [BASE, "bound", "bound-a"], **asked)
+        mixing.put("bound-a", other)
+        make(mixing, "bound", [*members, "c"], 1)
+    told = ended(mixing, waits["id"])
+    cards = [mixing.client.get(f"/v1/adapters/{name}").json() for name in members]
+    versions = [card["versions"][-1] if name == "bound-b" else min(card["versions"], key=lambda one: one["version"])
+                for name, card in zip(members, cards, strict=True)]  # fmt: skip
+    bound = told["models"][1]
+    assert bound["mixture"] == {
+        "members": [
+            {"name": name, "version": 1, "digest": version["digest"]}
+            for name, version in zip(members, versions, strict=True)
+        ],
+        "top_k": 2,
+        "temperature": 0.3,
+    }
+    assert (told["state"], bound["name"], bound["version"]) == ("done", None, None)
+    assert told["models"][0]["mixture"] is told["models"][2]["mixture"] is None
+    means_then = {one["model"]: one["metrics"]["exact_match"]["mean"] for one in told["results"]}
+    assert means_then["bound"] == 1.0
+    now = ended(mixing, begin(mixing, task, ["bound"], **asked)["id"])
+    assert now["results"][0]["metrics"]["exact_match"]["mean"] == 0.0
+    assert now["models"][0]["digest"] != bound["digest"]
+    twice = mixing.client.post("/v1/evaluations", json={"task": task, "models": ["bound", "base:bound"]}).json()[
+        "error"
+    ]
+    assert (twice["code"], twice["param"]) == ("invalid_request", "models[1]")
+    for name in (waits["id"], now["id"]):
+        mixing.client.delete(f"/v1/evaluations/{name}")
+    mixing.client.delete("/v1/mixtures/bound")
 
 
 def test_a_member_cannot_be_deleted_from_under_a_mixture(mixing: Running) -> None:

@@ -45,6 +45,13 @@ NOBODY = Asker()
 SUMS = "+"  # which is nobody's name
 
 
+class BoundMixture(NamedTuple):
+    """What a mixture's name stood for when somebody looked: its members, and how each token chooses among them."""
+
+    members: Sequence[str]
+    mixing: Mixing
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterMix:
     """The adapters whose deltas are added to the base, each times its scale. None of them: the base.
@@ -126,25 +133,34 @@ async def lease_mix(
     asker: Asker,
     admission: Admission,
     trace: Trace | None = None,
+    mixture: BoundMixture | None = None,
 ) -> AdapterMix:
     """Lease all that a request names, and claim memory for it: `admission` holds them.
 
-    `trace` is shown what its tokens take, if it is for a mixture. Raises RequestError, and AdapterError for an adapter
-    that cannot be had.
+    `trace` is shown what its tokens take, if it is for a mixture. `mixture` is what `model` stands for, where that was
+    looked up before. Raises RequestError, and AdapterError for an adapter that cannot be had.
     """
-    index, name = service.registry.names.index, service.reference(model).removeprefix("base:")
-    if not index.is_mixture(name):
+    name = service.reference(model).removeprefix("base:")
+    mixture = mixture or bound_mixture(service, name)
+    if mixture is None:
         return await _lease_all(service, _named(service, model, terms), asker, admission)
     _check_base(service, model, terms)
-    mixture = index.mixture(name)
-    assert mixture.mixing is not None
-    members = [target.reference for target in mixture.targets]
     try:
-        return await lease_members(service, members, mixture.mixing, admission, "model", asker, trace)
+        return await lease_members(service, *mixture, admission, "model", asker, trace)
     except RequestError as error:  # another tenant's, which is shared no more
         if error.code != "model_not_found":
             raise
         raise RequestError(error.code, f"the mixture {name!r} has lost a member: {error}", error.param) from error
+
+
+def bound_mixture(service: Service, name: str) -> BoundMixture | None:
+    """What the name of a mixture stands for now; None for any other."""
+    index = service.registry.names.index
+    if not index.is_mixture(name):
+        return None
+    found = index.mixture(name)
+    assert found.mixing is not None
+    return BoundMixture([target.reference for target in found.targets], found.mixing)
 
 
 async def lease_members(

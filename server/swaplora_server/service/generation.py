@@ -18,7 +18,15 @@ from swaplora_server.base.fingerprint import digest_of
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.request import AdapterUse, FinishReason, Logprobs, Request, SamplingParams, TokenEvent
 from swaplora_server.log_lines import notes
-from swaplora_server.service.adapter_mix import NOBODY, Asker, MixTerm, invoked_at, lease_mix, wanted_by
+from swaplora_server.service.adapter_mix import (
+    NOBODY,
+    Asker,
+    BoundMixture,
+    MixTerm,
+    invoked_at,
+    lease_mix,
+    wanted_by,
+)
 from swaplora_server.service.admission import NO_HURRY, Admission, Urgency
 from swaplora_server.service.detokenize import Detokenizer, Echo, Settled, TextRules, TextToken, echo_of
 from swaplora_server.service.errors import RequestError
@@ -65,6 +73,7 @@ class GenerationTask:
     format: GrammarSource | None = None  # what the text keeps to
     asker: Asker = NOBODY
     operation: str = "text_completion"  # or chat, for traces
+    mixture: BoundMixture | None = None  # what the model stands for, where that was looked up before
     trace: Trace | None = None  # shown what the tokens take of a mixture's members
     prompt_param: Callable[[int], str] = lambda _number: "prompt"  # of the prompt of this number
     length_param: str = "max_tokens"
@@ -405,7 +414,7 @@ async def _prepared(
     most = sum(map(len, prompts)) + len(prompts) * task.n * params.max_tokens
     reservation = service.reserve_tokens(most, task.length_param)
     try:
-        mix = await lease_mix(service, task.model, task.adapters, task.asker, admission, task.trace)
+        mix = await lease_mix(service, task.model, task.adapters, task.asker, admission, task.trace, task.mixture)
         asked_at = time.monotonic()
         uses = await mix.uses()
         _check_generating(uses)

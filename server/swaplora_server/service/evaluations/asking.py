@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from swaplora_adapters.store.records import Mixing
 from swaplora_server.engine.request import LAST_PRIORITY, SamplingParams
 from swaplora_server.evaluation.metrics import answer_scores, choice_scores
 from swaplora_server.evaluation.task import Item
+from swaplora_server.service.adapter_mix import BoundMixture
 from swaplora_server.service.admission import Urgency
 from swaplora_server.service.errors import RequestError
+from swaplora_server.service.evaluations.record import Evaluated
 from swaplora_server.service.generation import Generation, GenerationTask, generate
 from swaplora_server.service.service import Service
 
@@ -30,7 +33,7 @@ class Asking:
     cache_salt: str | None = None
 
 
-async def scores_of(service: Service, asking: Asking, model: str, item: Item) -> list[float]:
+async def scores_of(service: Service, asking: Asking, model: Evaluated, item: Item) -> list[float]:
     """What `model` makes of `item`, as METRICS has them. Raises RequestError and AdapterError."""
     text, has_marks = await _prompt(service, item)
     if item.choices is None:
@@ -82,13 +85,15 @@ async def _ids(service: Service, text: str, *, has_marks: bool) -> list[int]:
     return token_ids
 
 
-async def _answer(service: Service, asking: Asking, model: str, text: str, *, has_marks: bool) -> str:
+async def _answer(service: Service, asking: Asking, model: Evaluated, text: str, *, has_marks: bool) -> str:
     token_ids = await _ids(service, text, has_marks=has_marks)
     generation = await _generated(service, asking, model, token_ids, SamplingParams(1, temperature=0.0))
     return await _read(generation)
 
 
-async def _logprob(service: Service, asking: Asking, model: str, text: str, choice: str, *, has_marks: bool) -> float:
+async def _logprob(
+    service: Service, asking: Asking, model: Evaluated, text: str, choice: str, *, has_marks: bool
+) -> float:
     """The natural logarithm of how likely the tokens of `choice` are behind the prompt.
 
     The choice's are those from the first on that the prompt alone does not have, which may have grown together with
@@ -111,13 +116,16 @@ def _num_shared(ids: Sequence[int], others: Sequence[int]) -> int:
 
 
 async def _generated(
-    service: Service, asking: Asking, model: str, token_ids: Sequence[int], sampling: SamplingParams
+    service: Service, asking: Asking, model: Evaluated, token_ids: Sequence[int], sampling: SamplingParams
 ) -> Generation:
     async def encode() -> Sequence[Sequence[int]]:
         return [token_ids]
 
+    mixture = model.mixture
+    members = [] if mixture is None else [member.reference for member in mixture.members]
     task = GenerationTask(
-        model=model,
+        model=model.reference,
+        mixture=None if mixture is None else BoundMixture(members, Mixing(mixture.top_k, mixture.temperature)),
         encode=encode,
         sampling=sampling,
         max_tokens=asking.max_tokens if sampling.max_tokens else 0,

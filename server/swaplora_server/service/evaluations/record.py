@@ -1,6 +1,8 @@
 """What is kept of an evaluation: plain data, which a restart reads again. No prompt and no answer is in it."""
 
 import enum
+import hashlib
+import json
 import time
 import uuid
 from collections.abc import Sequence
@@ -23,8 +25,41 @@ class State(enum.StrEnum):
     INTERRUPTED = "interrupted"  # the server ended first
 
 
+class Version(BaseModel):
+    """A version of an adapter, known by its bytes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    version: int
+    digest: str
+
+    @property
+    def reference(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+class Mixture(BaseModel):
+    """The versions that a mixture was of when it was bound, and how its tokens chose among them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    members: list[Version]
+    top_k: int
+    temperature: float
+
+    @property
+    def digest(self) -> str:
+        """Of all that it answers by, names aside."""
+        parts = [[member.digest for member in self.members], self.top_k, self.temperature]
+        return f"sha256:{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}"
+
+
 class Evaluated(BaseModel):
-    """A model as it was asked for, and the version that this was bound to; the base has no name and no version."""
+    """A model as it was asked for, and what this was bound to.
+
+    The base has no name, version and digest, a mixture its members' in the place of name and version.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -32,6 +67,19 @@ class Evaluated(BaseModel):
     name: str | None = None
     version: int | None = None
     digest: str | None = None
+    mixture: Mixture | None = None
+
+    @property
+    def reference(self) -> str:
+        """What it is asked by."""
+        return self.model if self.name is None else f"{self.name}@{self.version}"
+
+    @property
+    def kept(self) -> Sequence[str]:
+        """The versions that it needs until it has ended."""
+        if self.mixture is not None:
+            return [member.reference for member in self.mixture.members]
+        return [] if self.name is None else [self.reference]
 
 
 class Failure(BaseModel):

@@ -10,10 +10,11 @@ import structlog
 
 from swaplora_adapters.errors import AdapterError, AdapterNotFoundError
 from swaplora_server.evaluation.task import Item, Task
+from swaplora_server.service.adapter_mix import bound_mixture
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.evaluations.asking import Asking, scores_of
 from swaplora_server.service.evaluations.evaluations import NUM_AT_ONCE
-from swaplora_server.service.evaluations.record import Evaluated, Evaluation, Failure, State
+from swaplora_server.service.evaluations.record import Evaluated, Evaluation, Failure, Mixture, State, Version
 from swaplora_server.service.service import Service
 
 MAX_ANSWERS = 20_000  # of items times models
@@ -60,8 +61,8 @@ async def begin(
     with ExitStack() as held:
         try:
             for one in evaluation.models:
-                if one.name is not None:
-                    held.callback(service.registry.keep(f"{one.name}@{one.version}").release)
+                for version in one.kept:
+                    held.callback(service.registry.keep(version).release)
             await asyncio.to_thread(service.evaluations.save, evaluation)
         except BaseException:
             await asyncio.to_thread(service.evaluations.forget, evaluation)
@@ -100,7 +101,7 @@ def _bound(service: Service, models: Sequence[str]) -> list[Evaluated]:
     bound: list[Evaluated] = []
     for number, model in enumerate(models):
         one = _evaluated(service, model, f"models[{number}]")
-        if any((one.name, one.version) == (other.name, other.version) for other in bound):
+        if any(one.model_copy(update={"model": other.model}) == other for other in bound):
             raise RequestError("invalid_request", f"models[{number}] was listed before", f"models[{number}]")
         bound.append(one)
     return bound
@@ -109,16 +110,24 @@ def _bound(service: Service, models: Sequence[str]) -> list[Evaluated]:
 def _evaluated(service: Service, model: str, param: str) -> Evaluated:
     if service.is_base(model):
         return Evaluated(model=model)
-    index, reference = service.registry.names.index, service.reference(model).removeprefix("base:")
-    if index.is_mixture(reference):
-        message = f"{model[:128]} is a mixture, which is bound to no version; name its members instead"
-        raise RequestError("invalid_request", message, param)
+    reference = service.reference(model).removeprefix("base:")
     try:
-        record = index.resolve_name(reference)
+        if (mixture := bound_mixture(service, reference)) is not None:
+            members = [_version(service, member) for member in mixture.members]
+            bound = Mixture(members=members, **mixture.mixing._asdict())
+            return Evaluated(model=model, digest=bound.digest, mixture=bound)
+        return Evaluated(model=model, **_version(service, reference).model_dump())
     except AdapterNotFoundError as error:
-        message = f"there is no adapter {model[:128]!r}; name the base, adapters, or versions of them, but no alias"
+        message = (
+            f"there is no adapter {model[:128]!r}, or it is a mixture that has lost a member; name the base, adapters, "
+            "versions of them or mixtures, but no alias"
+        )
         raise RequestError("model_not_found", message, param) from error
-    return Evaluated(model=model, name=record.name, version=record.version, digest=record.digest)
+
+
+def _version(service: Service, reference: str) -> Version:
+    record = service.registry.names.index.resolve_name(reference)
+    return Version(name=record.name, version=record.version, digest=record.digest)
 
 
 async def _run(service: Service, evaluation: Evaluation, items: Sequence[Item], asking: Asking) -> None:
@@ -175,11 +184,10 @@ async def _ask_some(
 ) -> None:
     for number, model in work:
         bound = evaluation.models[model]
-        reference = bound.model if bound.name is None else f"{bound.name}@{bound.version}"
         try:
-            scores = await scores_of(service, asking, reference, items[number])
+            scores = await scores_of(service, asking, bound, items[number])
         except (RequestError, AdapterError) as error:
-            message = f"item {number + 1}, asked of {reference}: {error}"
+            message = f"item {number + 1}, asked of {bound.reference}: {error}"
             raise _CannotAskError(error.code, message, bound.model) from error
         evaluation.note(model, number, scores)
 
