@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check isolation fuzz soak bench bench-life bench-overload bench-encoders bench-formats clients tables gpu-check demo-adapters clean
+.PHONY: help serve test check isolation fuzz soak bench bench-life bench-overload bench-encoders bench-formats bench-extract clients tables picture gpu-check demo-adapters clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -64,12 +64,18 @@ bench-encoders: $(VENV)/.dev ## measure an encoder's vectors beside sentence-tra
 bench-overload: $(VENV)/.dev ## measure a server that is asked for more than it can do, and who pays for a flood
 	$(TOOL) tools/bench_overload.py $(ARGS)
 
+bench-extract: $(VENV)/.dev ## measure how much of a full fine-tune adapters of each rank keep (half an hour)
+	PYTHONPATH=tests/support:demo $(BIN)/python tools/bench_extract.py $(ARGS)
+
 clients: $(VENV)/.dev ## run other people's clients against a server, and write the table of docs/clients.md (some minutes)
 	$(TOOL) tools/clients $(ARGS)
 
 tables: $(VENV)/.dev ## write the measured tables of the docs (some minutes)
 	$(TOOL) tools/kinds_table.py
 	$(TOOL) tools/refused_list.py
+
+picture: $(VENV)/.dev ## take the README's picture of the page again (needs Chromium)
+	PYTHONPATH=tests/support:tests/page $(BIN)/python tools/page_picture.py
 
 # the path is set, so that it runs from the tree alone where the packages are there and this one is not installed
 gpu-check: $(VENV)/.dev ## check what a GPU serves, and measure it against its floors (ARGS=--dry: a small form on the CPU)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from make_data import NUM_EXAMPLES, SEED, line
@@ -40,6 +41,7 @@ from tasks import TASKS
 RECIPES = Path(__file__).parents[1] / "demo" / "recipes"
 OTHERS = ("*norm*", "*embed_tokens*")  # what a full fine-tune changes and no adapter holds
 LEARNING_RATE, MAX_TOKENS = 1e-4, 512
+console = Console(soft_wrap=True)
 
 
 def fine_tune(base: Path, task: Task, scratch: Path, learning_rate: float) -> Path:
@@ -59,7 +61,7 @@ def fine_tune(base: Path, task: Task, scratch: Path, learning_rate: float) -> Pa
 
     def progress(done: int, total: int, loss: float | None, _held_out: float | None) -> None:
         if done % 10 == 0:
-            print(f"step {done} of {total}, loss {loss or math.nan:.3f}", flush=True)
+            console.print(f"step {done} of {total}, loss {loss or math.nan:.3f}")
 
     learn(model, steps, [], recipe, scratch / "run", progress, pad_id=tokenizer.pad_token_id, only_learnt=True)
     for saved in (model, tokenizer):
@@ -71,13 +73,13 @@ def score(client: Client, model: str, items: Sequence[Any], max_tokens: int) -> 
     """Its share of right answers with the 95 % interval, as `swaplora evaluate` has them."""
     found = client.wait_for_evaluation(client.begin_evaluation(items, [model], max_tokens=max_tokens)["id"])
     metric = found["results"][0]["metrics"]["exact_match"]
-    return f"{metric['mean']:.2f} ({metric['low']:.3f}–{metric['high']:.3f})"
+    return f"{metric['mean']:.2f} ({metric['low']:.3f} to {metric['high']:.3f})"
 
 
 def row(name: str, size: int | None, energy: float | None, accuracy: str) -> None:
     """A line of the table, once it is known."""
     kept, megabytes = "" if energy is None else f"{energy:.1%}", "" if size is None else f"{size / 1e6:.0f} MB"
-    print(f"| {name} | {accuracy} | {kept} | {megabytes} |", flush=True)
+    console.print(f"| {name} | {accuracy} | {kept} | {megabytes} |")
 
 
 def energy_of(parts: Sequence[LowRank]) -> float:
@@ -94,11 +96,11 @@ def main() -> None:
     task = TASKS[arguments.task]
     items = [{"messages": one.messages, "answer": one.answer} for one in task.held_out()]
     transformers.logging.set_verbosity_error()
-    base = ensure_embedded_base(Settings().cache_dir, print)
+    base = ensure_embedded_base(Settings().cache_dir, console.print)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         full = fine_tune(base, task, scratch, arguments.learning_rate)
-        print("| | accuracy | energy | file |\n| --- | --- | --- | --- |")
+        console.print("| | accuracy | energy | file |\n| --- | --- | --- | --- |")
         weights = (full / "model.safetensors").stat().st_size
         with process(full, scratch / "data-full", "--dtype", "fp32", "--served-model-name", "full") as (_, http):
             row("all weights", weights, None, score(Client(str(http.base_url)), "full", items, task.max_tokens))
@@ -114,8 +116,8 @@ def main() -> None:
                 accuracy = score(client, "extracted", items, task.max_tokens)
                 row(f"rank {rank}", size, energy_of([*found.modules.values()]), accuracy)
         moved = {name: part for name, part in found.left_out.items() if "norm" not in name}
-        print(f"left out: {json.dumps(moved)}, norms by at most {max(found.left_out.values()):.2%}")
-    print(machine_line(measure_machine()))
+        console.print(f"left out: {json.dumps(moved)}, norms by at most {max(found.left_out.values()):.2%}")
+    console.print(machine_line(measure_machine()))
 
 
 if __name__ == "__main__":

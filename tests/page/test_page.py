@@ -15,7 +15,7 @@ from adapter_files import write_adapter
 from chromium import Shown, chromium, opened
 from serving import BASE, Running
 
-PARTS = ("compare", "adapters", "inspect", "evaluations", "live")
+PARTS = ("compare", "adapters", "mixtures", "inspect", "evaluations", "live")
 PROMPT = "hello"
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
 
@@ -426,6 +426,8 @@ def fill(page: Page, part: str) -> None:
     elif part == "adapters":
         page.get_by_role("button", name="two", exact=True).click()
         expect(page.locator(".alias")).to_have_count(1)
+    elif part == "mixtures":
+        expect(page.locator("#mixture-list .empty")).to_be_visible()
     elif part == "inspect":
         page.get_by_label("Adapter", exact=True).fill("one")
         page.locator("#inspect-form").get_by_role("button").click()

@@ -6,13 +6,14 @@ import { showEvaluations } from "./evaluations/evaluations.js";
 import { showInspect } from "./inspect/inspect.js";
 import { showKeys } from "./keys/keys.js";
 import { showLive } from "./live/live.js";
+import { showMixtures } from "./mixtures/mixtures.js";
 import { byId } from "./shared/dom.js";
 import { currentKey, KEY_CHANGED, startKey } from "./shared/key.js";
 import { loadModels } from "./shared/models.js";
 import { goTo } from "./shared/parts.js";
 import { startTheme } from "./shared/theme.js";
 
-const PARTS = { compare: showCompare, adapters: showAdapters, inspect: showInspect, evaluations: showEvaluations, live: showLive, keys: showKeys };
+const PARTS = { compare: showCompare, adapters: showAdapters, mixtures: showMixtures, inspect: showInspect, evaluations: showEvaluations, live: showLive, keys: showKeys };
 const tabs = [...document.querySelectorAll("[role=tab]")];
 let leave = () => {};
 

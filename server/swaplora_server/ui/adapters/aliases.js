@@ -3,7 +3,7 @@
 import { ApiError, ask } from "../shared/api.js";
 import { confirmed } from "../shared/dialog.js";
 import { byId, element, tell } from "../shared/dom.js";
-import { moment } from "../shared/format.js";
+import { canaryFields } from "./canary.js";
 
 const FULL = 100;
 let onChange = () => {};
@@ -44,10 +44,12 @@ function openNew(alias, targets) {
 function editor(alias, targets, isNew, canary = null) {
   const name = element("input", { value: alias, required: true, maxlength: "256", spellcheck: "false", autocomplete: "off", "aria-label": "Alias" });
   const sides = element("div", { class: "sides" });
+  const fields = canaryFields(canary, () => targetsOf(sides));
   const tellShares = () => {
     const rows = [...sides.children];
     const whole = rows.reduce((sum, row) => sum + weightOf(row), 0);
     for (const row of rows) row.querySelector("output").textContent = whole ? `${Number(((100 * weightOf(row)) / whole).toFixed(1))} %` : "–";
+    fields.offer();
   };
   const addSide = (target) => {
     sides.append(side(target, tellShares));
@@ -68,10 +70,10 @@ function editor(alias, targets, isNew, canary = null) {
   };
   return element(
     "form",
-    { class: isNew ? "alias new" : "alias", onsubmit: act(() => save(isNew ? name.value.trim() : alias, sides, canary)) },
+    { class: isNew ? "alias new" : "alias", onsubmit: act(() => save(isNew ? name.value.trim() : alias, targetsOf(sides), fields.read())) },
     isNew ? name : element("h3", {}, alias),
     sides,
-    canary && element("p", { class: canary.stepped_back ? "told error" : "told" }, wordsOf(canary)),
+    ...fields.nodes,
     element(
       "div",
       { class: "actions" },
@@ -85,16 +87,16 @@ function editor(alias, targets, isNew, canary = null) {
   );
 }
 
-function side({ target, weight }, onWeight) {
+function side({ target, weight }, onChanged) {
   numMade += 1;
   const id = `weight-${numMade}`;
   return element(
     "div",
     { class: "side" },
-    element("input", { class: "target", value: target, list: "models", required: true, maxlength: "256", spellcheck: "false", autocomplete: "off", "aria-label": "Target", placeholder: "name or name@version" }),
-    element("input", { type: "range", id, min: "0", max: String(Math.max(FULL, weight)), value: String(weight), "aria-label": `Weight of ${target || "this target"}`, oninput: onWeight }),
+    element("input", { class: "target", value: target, list: "models", required: true, maxlength: "256", spellcheck: "false", autocomplete: "off", "aria-label": "Target", placeholder: "name or name@version", oninput: onChanged }),
+    element("input", { type: "range", id, min: "0", max: String(Math.max(FULL, weight)), value: String(weight), "aria-label": `Weight of ${target || "this target"}`, oninput: onChanged }),
     element("output", { for: id }),
-    element("button", { type: "button", class: "quiet", "aria-label": `Remove ${target || "this target"}`, title: "Remove", onclick: ({ target: button }) => { button.closest(".side").remove(); onWeight(); } }, "×"),
+    element("button", { type: "button", class: "quiet", "aria-label": `Remove ${target || "this target"}`, title: "Remove", onclick: ({ target: button }) => { button.closest(".side").remove(); onChanged(); } }, "×"),
   );
 }
 
@@ -102,14 +104,10 @@ const pathOf = (alias) => `v1/aliases/${alias.split("/").map(encodeURIComponent)
 
 const weightOf = (row) => row.querySelector("[type=range]").valueAsNumber;
 
-const wordsOf = ({ target, max_error_rate: most, stepped_back: at, reason }) =>
-  at ? `${target} gets no more requests since ${moment(at)}: ${reason}. Give it a weight again and save to try it once more.` : `${target} gets no more requests once more than ${Number((100 * most).toFixed(1))} % of its fail.`;
+const targetsOf = (sides) => [...sides.children].map((row) => ({ target: row.querySelector(".target").value.trim(), weight: weightOf(row) }));
 
-async function save(alias, sides, canary) {
-  const targets = [...sides.children].map((row) => ({ target: row.querySelector(".target").value.trim(), weight: weightOf(row) }));
-  const { stepped_back: _at, reason: _why, ...kept } = canary ?? {};
-  const isThere = canary !== null && targets.some(({ target }) => target === canary.target);
-  await ask(pathOf(alias), { method: "PUT", json: { targets, ...(isThere ? { canary: kept } : {}) } });
+async function save(alias, targets, canary) {
+  await ask(pathOf(alias), { method: "PUT", json: { targets, ...canary } });
   return `${alias} is saved: requests from now on follow it.`;
 }
 

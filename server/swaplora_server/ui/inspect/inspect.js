@@ -3,8 +3,9 @@
 import { allCards, ApiError, ask } from "../shared/api.js";
 import { byId, element, tell } from "../shared/dom.js";
 import { count, digits } from "../shared/format.js";
+import { heatMap } from "../shared/heatmap.js";
 import { namesOf, suggest } from "../shared/models.js";
-import { heatMap, placed } from "./heatmap.js";
+import { inOrder, layerRows, placed } from "../shared/modules.js";
 import { spectrum } from "./spectrum.js";
 
 // what can be shown of each module: how it is called, and whether 0 is in the middle
@@ -82,7 +83,7 @@ function view(found) {
     chosen.module = module;
     side.replaceChildren(...moduleView(module));
   };
-  const show = (measure) => map.replaceChildren(heatMap(found.modules, measure, MEASURES[measure], chosen.module, choose));
+  const show = (measure) => map.replaceChildren(heatMap(mapOf(found.modules, measure), chosen.module, choose));
   const choices = measures.map((measure, index) =>
     element("label", {}, element("input", { type: "radio", name: "measure", value: measure, checked: index === 0, onchange: () => show(measure) }), ` ${MEASURES[measure].title}`),
   );
@@ -98,6 +99,23 @@ function view(found) {
     notes(found.warnings),
   ].filter(Boolean);
 }
+
+function mapOf(modules, measure) {
+  const { title, isSigned } = MEASURES[measure];
+  const places = modules.map((module) => ({ ...placed(module.module), module, value: typeof module[measure] === "number" ? module[measure] : null }));
+  const most = Math.max(...places.map(({ value }) => Math.abs(value ?? 0)), Number.MIN_VALUE);
+  return {
+    caption: `${title}: full colour is ${digits(most)}`,
+    corner: "layer",
+    rows: layerRows(places.map(({ layer }) => layer)),
+    columns: inOrder(places.map(({ part }) => part)).map((part) => ({ key: part, title: part })),
+    cells: places.map(({ layer, part, module, value }) => ({ row: layer, column: part, words: `${titleOf(layer, part)}: ${value === null ? "not known" : digits(value)}`, value, item: module })),
+    most,
+    isSigned,
+  };
+}
+
+const titleOf = (layer, part) => (layer === null ? part : `${part}, layer ${layer}`);
 
 const strongest = (modules, measure) => modules.reduce((most, module) => ((module[measure] ?? 0) > (most[measure] ?? 0) ? module : most));
 
@@ -124,7 +142,7 @@ function moduleView(module) {
   };
   const known = Object.entries(facts).filter(([, value]) => typeof value === "number");
   return [
-    element("h3", {}, layer === null ? part : `${part}, layer ${layer}`),
+    element("h3", {}, titleOf(layer, part)),
     spectrum(module.singular_values),
     element("dl", {}, known.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, digits(value))])),
   ];
