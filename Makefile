@@ -65,7 +65,7 @@ bench-overload: $(VENV)/.dev ## measure a server that is asked for more than it 
 	$(TOOL) tools/bench_overload.py $(ARGS)
 
 bench-extract: $(VENV)/.dev ## measure how much of a full fine-tune adapters of each rank keep (half an hour)
-	PYTHONPATH=tests/support:demo $(BIN)/python tools/bench_extract.py $(ARGS)
+	PYTHONPATH=tests/support:demo $(BIN)/python tools/loop/bench_extract.py $(ARGS)
 
 clients: $(VENV)/.dev ## run other people's clients against a server, and write the table of docs/clients.md (some minutes)
 	$(TOOL) tools/clients $(ARGS)
@@ -75,7 +75,7 @@ tables: $(VENV)/.dev ## write the measured tables of the docs (some minutes)
 	$(TOOL) tools/refused_list.py
 
 picture: $(VENV)/.dev ## take the README's picture of the page again (needs Chromium)
-	PYTHONPATH=tests/support:tests/page $(BIN)/python tools/page_picture.py
+	PYTHONPATH=tests/support:tests/page $(BIN)/python tools/pictures/page.py
 
 # the path is set, so that it runs from the tree alone where the packages are there and this one is not installed
 gpu-check: $(VENV)/.dev ## check what a GPU serves, and measure it against its floors (ARGS=--dry: a small form on the CPU)

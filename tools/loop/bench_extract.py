@@ -38,7 +38,7 @@ from swaplora_server.embedded import ensure_embedded_base
 from task import Task
 from tasks import TASKS
 
-RECIPES = Path(__file__).parents[1] / "demo" / "recipes"
+RECIPES = Path(__file__).parents[2] / "demo" / "recipes"
 OTHERS = ("*norm*", "*embed_tokens*")  # what a full fine-tune changes and no adapter holds
 LEARNING_RATE, MAX_TOKENS = 1e-4, 512
 console = Console(soft_wrap=True)
