@@ -37,7 +37,8 @@ def test_at_a_steady_rate_so_many_have_ended_by_then(gap: float, count: int, num
         clock[0] += gap
         ends.note()
     seconds = ends.retry_seconds(count)
-    assert MIN_RETRY_SECONDS <= seconds <= max(MIN_RETRY_SECONDS, min(MAX_RETRY_SECONDS, count * gap + 1))
+    each = max(gap, 1 / num_ends)  # a rate is of a second at least
+    assert MIN_RETRY_SECONDS <= seconds <= max(MIN_RETRY_SECONDS, min(MAX_RETRY_SECONDS, count * each + 1))
     clock[0] += 1000
     assert ends.retry_seconds(count, unknown=7) == 7
 

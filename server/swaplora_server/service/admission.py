@@ -14,6 +14,7 @@ from swaplora_adapters.registry.registry import Registry
 from swaplora_server.end_rate import EndRate
 from swaplora_server.service.errors import RequestError
 
+UNKNOWN_SECONDS = 10.0  # that a sequence runs, while none has ended that ran beside as many as may run
 FOR_LINES, FOR_TENANTS = 1 / 4, 1 / 8  # of all places, so many more for adapters and tenants that hold few
 
 
@@ -82,9 +83,9 @@ class Admission:
 class Admissions:
     """Lets requests in, as many sequences as may run and some that wait. Any thread may ask.
 
-    As many may wait as run, and more as long as one more would begin within `max_wait_seconds`, at the rate at which
-    others ended lately: a longer queue makes all wait and no more be done. Never more than `max_waiting`, and that many
-    while nothing is known.
+    Half as many may wait as run, and more as long as one more would begin within `max_wait_seconds`, at the rate at
+    which others ended lately: a longer queue makes all wait and no more be done. While nothing is known each is taken
+    to run for `UNKNOWN_SECONDS`. Never more than `max_waiting`.
 
     When all these places are taken there are a quarter as many again for those who hold few: a tenant, or one of its
     adapters, may have one there as long as it holds no more than are left (dynamic thresholds, as switches share their
@@ -161,10 +162,11 @@ class Admissions:
 
     def _num_good(self) -> int:
         """How many may be here of those who hold many."""
-        rate = self._ends.per_second()
-        if rate is None or self._max_wait_seconds is None:
+        if self._max_wait_seconds is None:
             return self._limit
-        return min(self._limit, self._max_running + max(self._max_running, math.ceil(rate * self._max_wait_seconds)))
+        rate = self._ends.per_second()
+        num_in_time = self._max_wait_seconds * (self._max_running / UNKNOWN_SECONDS if rate is None else rate)
+        return min(self._limit, self._max_running + math.ceil(max(self._max_running / 2, num_in_time)))
 
     def _refusal(self) -> RequestError:
         seconds = self._ends.retry_seconds(max(0, self.num_sequences - self._max_running))
@@ -173,15 +175,16 @@ class Admissions:
 
     def _leave(self, num_sequences: int, sharers: tuple[str, tuple[str, str]], has_run: bool) -> None:
         with self._lock:
-            is_any_waiting = self.num_sequences > self._max_running
-            self._count(-num_sequences, sharers)
-            if not is_any_waiting:  # then ends come as fast as requests do, and do not tell how fast they could
+            if self.num_sequences <= self._max_running:  # then ends come as fast as requests do, and not as they could
                 self._ends.forget()
             elif has_run:
                 self._ends.note(num_sequences)
+            self._count(-num_sequences, sharers)
 
     def _count(self, num_sequences: int, sharers: tuple[str, tuple[str, str]]) -> None:
         self.num_sequences += num_sequences
+        if self.num_sequences > self._max_running:
+            self._ends.begin()
         tenant, line = sharers
         was_here = line in self._num_held
         for sharer in sharers:
