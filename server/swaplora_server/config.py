@@ -207,7 +207,7 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(64, ge=1, le=2**16, description="Most requests running at once")
     max_waiting: int = Field(256, ge=0, le=2**20, description="Most requests waiting; then 429")
     max_wait_seconds: float = Field(
-        5, ge=0, le=86_400, description="Longest wait to be expected of a request; then 429, if half as many wait as run"
+        5, ge=0, le=86_400, description="Longest wait to be expected; then 429, if half as many wait as run"
     )
     max_batch_tokens: int = Field(512, ge=1, le=2**20, description="Most tokens in one step")
     max_step_ranks: int = Field(
