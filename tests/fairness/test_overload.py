@@ -18,6 +18,7 @@ from swaplora_server.engine.scheduling import scheduler as scheduler_module
 from swaplora_server.engine.scheduling.batch import Batch, Sampled
 
 MAX_WAITING = 3
+PEER = "127.0.0.1"
 HEADER = "X-Request-Timeout"
 GUARD_SECONDS = 60
 ROUTES: dict[str, dict[str, Any]] = {
@@ -59,7 +60,7 @@ def test_where_all_places_are_taken_one_more_is_refused_before_its_text_is_looke
 
     monkeypatch.setattr(narrow.service.tokenizer, "encode_all", not_to_be_asked)
     monkeypatch.setattr(narrow.service.chat_template, "render", not_to_be_asked)
-    admission = narrow.service.admissions.admit(1 + MAX_WAITING, "", BASE)
+    admission = narrow.service.admissions.admit(1 + MAX_WAITING, "", BASE, PEER)
     answer = ask(narrow, path)
     admission.release()
     assert answer.status_code == 429
@@ -70,7 +71,7 @@ def test_where_all_places_are_taken_one_more_is_refused_before_its_text_is_looke
 @pytest.mark.parametrize("path", ROUTES)
 def test_where_there_is_room_for_nobody_a_body_is_not_even_read(narrow: Running, path: str) -> None:
     """What cannot be read is a 400 as long as there is room."""
-    most = narrow.service.admissions.admit(1 + MAX_WAITING, "", BASE), narrow.service.admissions.admit(1, "acme")
+    most = narrow.service.admissions.admit(1 + MAX_WAITING, "", BASE, PEER), narrow.service.admissions.admit(1, "acme")
     assert narrow.client.post(path, content=b"{").status_code == 429
     for admission in most:
         admission.release()
@@ -78,7 +79,7 @@ def test_where_there_is_room_for_nobody_a_body_is_not_even_read(narrow: Running,
 
 
 def test_counting_tokens_takes_no_place(narrow: Running) -> None:
-    most = narrow.service.admissions.admit(1 + MAX_WAITING, "", BASE), narrow.service.admissions.admit(1, "acme")
+    most = narrow.service.admissions.admit(1 + MAX_WAITING, "", BASE, PEER), narrow.service.admissions.admit(1, "acme")
     body = {"model": BASE, "messages": [{"role": "user", "content": "hi"}]}
     assert narrow.client.post("/v1/messages/count_tokens", json=body).status_code == 200
     assert narrow.client.post("/tokenize", json=body).status_code == 200
@@ -87,7 +88,7 @@ def test_counting_tokens_takes_no_place(narrow: Running) -> None:
 
 
 def test_a_flood_of_one_adapter_leaves_a_place_to_another(narrow: Running) -> None:
-    admission = narrow.service.admissions.admit(1 + MAX_WAITING, "", "sql")
+    admission = narrow.service.admissions.admit(1 + MAX_WAITING, "", "sql", PEER)
     assert error_of(ask(narrow, model="sql")) == (429, "overloaded")
     assert error_of(ask(narrow, model="sql@1")) == (429, "overloaded")
     assert ask(narrow).status_code == 200

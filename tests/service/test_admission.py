@@ -2,6 +2,7 @@
 
 import math
 from contextlib import suppress
+from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import count
 from random import Random
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from swaplora_adapters.registry.index import Index, NamedVersions
 from swaplora_adapters.registry.leases import Lease
-from swaplora_adapters.store.records import VersionRecord
+from swaplora_adapters.store.records import Alias, Target, VersionRecord
 from swaplora_server.end_rate import MAX_RETRY_SECONDS, MIN_RETRY_SECONDS, RATE_SECONDS
 from swaplora_server.service.adapter_mix import MixTerm, wanted_by
 from swaplora_server.service.admission import Admission, Admissions
@@ -126,10 +128,24 @@ def test_a_tenant_has_no_more_places_by_asking_for_many_adapters() -> None:
 
 
 class Names:
-    """Of a service what knows names."""
+    """Of a service what knows names: three adapters, and an alias of each of the first two."""
+
+    def __init__(self) -> None:
+        self.names = self
+        self.registry = self
+        self.index = Index()
+        for name in ("sql", "a", "b"):
+            record = replace(RECORD, name=name)
+            self.index.put(name, NamedVersions(record, (record,), is_pinned=False))
+        self.index.put_alias(Alias("stable", (Target("sql@1", 9), Target("a", 1))))
+        self.index.put_alias(Alias("newest", (Target("a", 1),)))
+        self.index.put_alias(Alias("nowhere", (Target("gone", 1),)))
 
     def reference(self, model: str) -> str:
         return f"base:{model.removeprefix('tiny:')}" if model.startswith("tiny:") else model
+
+    def is_base(self, model: str) -> bool:
+        return model == "tiny"
 
 
 def test_no_places_are_had_by_writing_the_same_in_other_words_and_the_base_has_its_own() -> None:
@@ -138,12 +154,14 @@ def test_no_places_are_had_by_writing_the_same_in_other_words_and_the_base_has_i
     def wanted(model: str, *names: str) -> str:
         return wanted_by(service, model, [MixTerm(name) for name in names])
 
-    one = [wanted("sql"), wanted("tiny:sql@2"), wanted("tiny", "sql"), wanted("tiny", "sql", "sql@1")]
+    one = [wanted("sql"), wanted("tiny:sql@2"), wanted("tiny", "sql"), wanted("tiny", "sql", "sql@1"), wanted("stable")]
     sums = [wanted("tiny", *names) for names in (["a", "b"], ["b", "a"], ["a", "a", "b"], ["a", "c"], ["sql", "a"])]
     assert {*one} == {"sql"}
-    assert len({wanted("tiny"), wanted("sql"), *sums}) == 3
+    assert wanted("newest") == wanted("a") == "a"
+    nobody = [wanted("gone"), wanted("other@3"), wanted("nowhere"), wanted("tiny", "gone", "other")]
+    assert len({wanted("tiny"), wanted("sql"), *sums, *nobody}) == 4
     admissions = Admissions(30, 10)
-    many = [wanted("tiny", f"a{one}", f"a{other}") for one in range(20) for other in range(20) if one != other]
+    many = [wanted("tiny", one, other) for one in ("sql", "a", "b") for other in ("sql", "a", "b") if one != other]
     assert sum(len(admitted(admissions, "", name)) for name in many) == 40
     assert len(admitted(admissions, "", wanted("tiny"))) > 0
 
@@ -152,6 +170,20 @@ def test_a_tenant_alone_with_a_hundred_adapters_leaves_places_to_another() -> No
     admissions = Admissions(30, 10)
     assert sum(len(admitted(admissions, "acme", f"adapter {number}")) for number in range(100)) == 40 + 10
     assert len(admitted(admissions, "beta", "sql")) == 5
+
+
+def test_without_keys_one_address_leaves_places_to_another_however_many_adapters_it_asks_for() -> None:
+    admissions = Admissions(30, 10)
+    held = []
+    for number in range(100):
+        with suppress(RequestError):
+            held.append(admissions.admit(1, "", f"adapter {number}", "10.0.0.1"))
+    assert len(held) == 40 + 10
+    with pytest.raises(RequestError):
+        admissions.check_room("", "10.0.0.1")
+    admissions.check_room("", "10.0.0.2")
+    admissions.admit(1, "", "adapter 1", "10.0.0.2")
+    assert admissions.num_held() == {"": 51}
 
 
 def test_an_adapter_beside_a_flood_of_its_tenant_is_let_in_whoever_else_is_here() -> None:
@@ -272,7 +304,7 @@ def test_who_is_refused_before_it_is_known_what_for_would_have_been_refused_for_
                 with suppress(RequestError):
                     admissions.admit(1, other, "fr").release()
                     continue
-                assert admissions._num_held[other] == admissions.num_sequences  # noqa: SLF001 - it is alone
+                assert admissions.num_held()[other] == admissions.num_sequences  # it is alone
 
 
 def test_who_is_refused_is_told_when_those_who_wait_will_have_begun() -> None:

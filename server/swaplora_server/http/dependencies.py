@@ -16,7 +16,13 @@ async def _service(request: Request) -> Service:
     """With the caller's adapters alone, where there is a caller; public routes look at none."""
     service: Service = request.app.state.service
     caller: Caller | None = getattr(request.state, "caller", None)
-    return service if caller is None else TenantService(service, caller, request_id())
+    return service if caller is None else TenantService(service, caller, request_id(), peer_of(request))
+
+
+def peer_of(request: Request) -> str:
+    """The address that it came from, if it did from one."""
+    peer, _ = request.scope.get("client") or ("", 0)
+    return str(peer)
 
 
 def request_id() -> str:

@@ -6,6 +6,7 @@ from starlette.requests import Request
 
 from swaplora_adapters.files.naming import DEFAULT_TENANT
 from swaplora_server.http.auth import caller_of
+from swaplora_server.http.dependencies import peer_of
 from swaplora_server.http.foreign.names import terms_of
 from swaplora_server.http.wire import GenerationBody
 from swaplora_server.service.adapter_mix import Asker
@@ -64,8 +65,7 @@ def task_of(
 def asker_of(request: Request, user: str | None) -> Asker:
     """Whoever wants an answer; a session's name goes before a user's."""
     client = request.headers.get(_SESSION_HEADER) or user or None  # an empty one names nobody
-    peer, _ = request.scope.get("client") or ("", 0)
-    return Asker(client, peer)
+    return Asker(client, peer_of(request))
 
 
 def urgency_of(request: Request, priority: int) -> Urgency:

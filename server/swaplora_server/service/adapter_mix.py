@@ -1,6 +1,7 @@
 """Who answers a request: the base alone, one adapter, a sum of several or a mixture; each is leased while it runs."""
 
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from swaplora_adapters.errors import (
     AdapterFailedError,
     AdapterNotFoundError,
     AdapterTooLargeError,
+    AliasNotFoundError,
     MemoryFullError,
     VersionNotFoundError,
 )
@@ -42,7 +44,7 @@ class Asker(NamedTuple):
 
 
 NOBODY = Asker()
-SUMS = "+"  # which is nobody's name
+SUMS, UNKNOWN = "+", "?"  # which are nobody's names
 
 
 class BoundMixture(NamedTuple):
@@ -197,13 +199,22 @@ def _trial(service: Service, name: str, record: VersionRecord) -> Trial | None:
 def wanted_by(service: Service, model: str, terms: Sequence[MixTerm]) -> str:
     """What a request is for, whichever version of it: the base, an adapter, a mixture, or any sum.
 
-    All sums are one: a client could make any number of them up.
+    An alias is for what it leads to. All sums are one, as are all names that stand for nothing here: a client could
+    make any number of them up.
     """
-    names = {service.reference(term.name).removeprefix("base:").partition("@")[0] for term in terms}
-    if len(names) > 1:
-        return SUMS
-    [name] = names or {service.reference(model).removeprefix("base:").partition("@")[0]}
-    return name
+    names = {_leads_to(service, term.name) for term in terms} or {_leads_to(service, model)}
+    return names.pop() if len(names) == 1 else SUMS
+
+
+def _leads_to(service: Service, model: str) -> str:
+    """Without its version; of an alias that splits, where it leads first."""
+    name, index = service.reference(model).removeprefix("base:"), service.registry.names.index
+    if service.is_base(model) or index.is_mixture(name):
+        return name
+    with suppress(AdapterNotFoundError, AliasNotFoundError):
+        reference = index.alias(name).targets[0].reference if index.is_alias(name) else name
+        return index.resolve_name(reference.partition("@")[0]).name
+    return UNKNOWN
 
 
 def invoked_at(prompt: Sequence[int], uses: Sequence[AdapterUse], param: str = "prompt") -> int:

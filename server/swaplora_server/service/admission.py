@@ -35,6 +35,20 @@ class Urgency(NamedTuple):
 NO_HURRY = Urgency()
 
 
+class Sharer(NamedTuple):
+    """A tenant; of the one that asks without keys, those at one address."""
+
+    tenant: str
+    peer: str
+
+
+class Line(NamedTuple):
+    """What a sharer asks for, and what for."""
+
+    sharer: Sharer
+    wanted: str
+
+
 class Admission:
     """One request's part of the sequences that may be here, its leases, and memory for their weights.
 
@@ -90,7 +104,8 @@ class Admissions:
     When all these places are taken there are a quarter as many again for those who hold few: a tenant, or one of its
     adapters, may have one there as long as it holds no more than are left (dynamic thresholds, as switches share their
     buffers), or no more than its share of what runs. So whoever floods gets none. An eighth more is for tenants that
-    hold few alone: by ever so many adapters nobody takes these from others.
+    hold few alone: by ever so many adapters nobody takes these from others. Where no key tells who asks, those who ask
+    from one address count as a tenant here: `peer`.
     """
 
     def __init__(
@@ -103,8 +118,8 @@ class Admissions:
         self._limit = max_waiting + max_running
         self._max_running = max_running
         self._max_wait_seconds = max_wait_seconds
-        self._num_held: Counter[str | tuple[str, str]] = Counter()  # by tenant, and by tenant and what it is for
-        self._num_lines: Counter[str] = Counter()  # by tenant, of what its requests are for
+        self._num_held: Counter[Sharer | Line] = Counter()
+        self._num_lines: Counter[Sharer] = Counter()  # of what its requests are for
         self._ends = EndRate(clock)  # of sequences
         self.num_sequences = 0  # of requests that were let in and have not given everything back
         self._lock = threading.Lock()
@@ -120,39 +135,42 @@ class Admissions:
 
     def num_held(self) -> dict[str, int]:
         """How many sequences of each tenant run or wait."""
+        counts: Counter[str] = Counter()
         with self._lock:
-            return {tenant: count for tenant, count in self._num_held.items() if isinstance(tenant, str)}
+            for sharer in self._num_lines:
+                counts[sharer.tenant] += self._num_held[sharer]
+        return dict(counts)
 
-    def check_room(self, tenant: str = "") -> None:
+    def check_room(self, tenant: str = "", peer: str = "") -> None:
         """Raise RequestError where there is no room for any request of the tenant, whatever it is for."""
         with self._lock:
-            if not self._has_room(1, tenant, None):
+            if not self._has_room(1, Sharer(tenant, peer), None):
                 raise self._refusal()
 
-    def admit(self, num_sequences: int, tenant: str = "", wanted: str = "") -> Admission:
+    def admit(self, num_sequences: int, tenant: str = "", wanted: str = "", peer: str = "") -> Admission:
         """Raises RequestError when more would wait than is good, with when it may be worth asking again.
 
         `wanted` is what the tenant's request is for: an adapter, several, or the base.
         """
-        sharers = (tenant, (tenant, wanted))
+        line = Line(Sharer(tenant, peer), wanted)
         with self._lock:
-            if not self._has_room(num_sequences, tenant, wanted):
+            if not self._has_room(num_sequences, line.sharer, wanted):
                 raise self._refusal()
-            self._count(num_sequences, sharers)
-        return Admission(partial(self._leave, num_sequences, sharers))
+            self._count(num_sequences, line)
+        return Admission(partial(self._leave, num_sequences, line))
 
-    def _has_room(self, num_sequences: int, tenant: str, wanted: str | None) -> bool:
-        """For so many of a tenant; with None, for what it holds none for."""
+    def _has_room(self, num_sequences: int, sharer: Sharer, wanted: str | None) -> bool:
+        """For so many of a sharer; with None, for what it holds none for."""
         here, limit = self.num_sequences, self._num_good()
         if here < limit and here + num_sequences <= self._limit:
             return True
-        held = self._num_held.get(tenant, 0)
-        num_tenants = len(self._num_lines) + (not held)
-        if self._is_few(held, num_sequences, num_tenants, FOR_LINES + FOR_TENANTS):
+        held = self._num_held.get(sharer, 0)
+        num_sharers = len(self._num_lines) + (not held)
+        if self._is_few(held, num_sequences, num_sharers, FOR_LINES + FOR_TENANTS):
             return True
-        held = 0 if wanted is None else self._num_held.get((tenant, wanted), 0)
-        num_lines = self._num_lines[tenant] + (not held)
-        return self._is_few(held, num_sequences, num_tenants * num_lines, FOR_LINES)
+        held = 0 if wanted is None else self._num_held.get(Line(sharer, wanted), 0)
+        num_lines = self._num_lines[sharer] + (not held)
+        return self._is_few(held, num_sequences, num_sharers * num_lines, FOR_LINES)
 
     def _is_few(self, held: int, more: int, num_sharers: int, part: float) -> bool:
         """Whether who holds so many may have more, of the part beyond all places that is for those who hold few."""
@@ -173,24 +191,23 @@ class Admissions:
         message = f"too many requests are waiting; try again in {seconds} s"
         return RequestError("overloaded", message, retry_seconds=seconds)
 
-    def _leave(self, num_sequences: int, sharers: tuple[str, tuple[str, str]], has_run: bool) -> None:
+    def _leave(self, num_sequences: int, line: Line, has_run: bool) -> None:
         with self._lock:
             if self.num_sequences <= self._max_running:  # then ends come as fast as requests do, and not as they could
                 self._ends.forget()
             elif has_run:
                 self._ends.note(num_sequences)
-            self._count(-num_sequences, sharers)
+            self._count(-num_sequences, line)
 
-    def _count(self, num_sequences: int, sharers: tuple[str, tuple[str, str]]) -> None:
+    def _count(self, num_sequences: int, line: Line) -> None:
         self.num_sequences += num_sequences
         if self.num_sequences > self._max_running:
             self._ends.begin()
-        tenant, line = sharers
         was_here = line in self._num_held
-        for sharer in sharers:
-            self._num_held[sharer] += num_sequences
-            if not self._num_held[sharer]:
-                del self._num_held[sharer]
-        self._num_lines[tenant] += (line in self._num_held) - was_here
-        if not self._num_lines[tenant]:
-            del self._num_lines[tenant]
+        for holder in (line.sharer, line):
+            self._num_held[holder] += num_sequences
+            if not self._num_held[holder]:
+                del self._num_held[holder]
+        self._num_lines[line.sharer] += (line in self._num_held) - was_here
+        if not self._num_lines[line.sharer]:
+            del self._num_lines[line.sharer]

@@ -388,7 +388,7 @@ async def generate(service: Service, task: GenerationTask) -> Generation:
     service.check_generating()
     service.admissions.check_number(task.n, task.num_prompts)
     wanted = wanted_by(service, task.model, task.adapters)
-    admission = service.admissions.admit(task.n * task.num_prompts, service.tenant, wanted)
+    admission = service.admissions.admit(task.n * task.num_prompts, service.tenant, wanted, service.peer)
     try:
         async with in_time(task.urgency.deadline(began)):
             generation, uses, starts = await _prepared(service, task, began, admission)

@@ -134,13 +134,18 @@ class Service:
         return ""
 
     @property
+    def peer(self) -> str:
+        """The address that they come from, where no key tells whose they are."""
+        return ""
+
+    @property
     def is_key_good(self) -> bool:
         """Whether the caller's key, with which something longer was begun, still lets it generate."""
         return True
 
     def check_room(self) -> None:
         """Raise RequestError where no request of the caller's tenant would be let in, whatever it asks for."""
-        self.admissions.check_room(self.tenant)
+        self.admissions.check_room(self.tenant, self.peer)
 
     def reserve_tokens(self, num_tokens: int, param: str) -> Reservation:
         """Take what a request may come to from what its key and its tenant may have; `param` says how much that is.

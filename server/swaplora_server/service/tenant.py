@@ -4,7 +4,7 @@ from swaplora_adapters.files.naming import DEFAULT_TENANT
 from swaplora_adapters.registry.naming import Naming
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.registry.tenant import Change, Room, TenantRegistry
-from swaplora_server.access.caller import Caller
+from swaplora_server.access.caller import ANYBODY, Caller
 from swaplora_server.access.limits import LimitReachedError, Reservation
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.ingest import Ingest, TenantIngest
@@ -14,19 +14,25 @@ from swaplora_server.service.service import Service
 class TenantService(Service):
     """What a route works with. The changes that are asked of it are the caller's, in the audit log too."""
 
-    __slots__ = ("_caller", "_request_id", "_tenant")  # the rest is shared, what comes to be later too
+    __slots__ = ("_caller", "_peer", "_request_id", "_tenant")  # the rest is shared, what comes to be later too
 
-    def __init__(self, whole: Service, caller: Caller, request_id: str) -> None:
-        """`request_id` is that of the request, as its answer and the log have it."""
+    def __init__(self, whole: Service, caller: Caller, request_id: str, peer: str = "") -> None:
+        """`request_id` is that of the request, as its answer and the log have it; `peer` the address it came from."""
         self.__dict__ = whole.__dict__
         self._caller = caller
         self._request_id = request_id
+        self._peer = peer if caller is ANYBODY else ""
         self._tenant = "" if caller.tenant == DEFAULT_TENANT else caller.tenant
 
     @property
     def tenant(self) -> str:
         """Whose requests these are; the default one is nameless."""
         return self._tenant
+
+    @property
+    def peer(self) -> str:
+        """See `Service.peer`."""
+        return self._peer
 
     @property
     def is_key_good(self) -> bool:

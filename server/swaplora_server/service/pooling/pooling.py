@@ -62,7 +62,7 @@ async def pool(service: Service, task: PoolingTask) -> Pooled:
     service.check_serving()
     width = min(task.num_at_once, service.max_rows)
     wanted = wanted_by(service, task.model, task.adapters)
-    admission, reservation = service.admissions.admit(width, service.tenant, wanted), NOTHING
+    admission, reservation = service.admissions.admit(width, service.tenant, wanted, service.peer), NOTHING
     try:
         async with in_time(task.urgency.deadline(began)):
             encoded = await task.encode()
