@@ -3,7 +3,8 @@
 It is kept for the first that lacks blocks, and for the first that waits for ranks and was passed over for long. Those
 alone pass it that fit beside it and all that began since then, as long as they may get: so it begins at the latest when
 all that ran before have ended, however many others come. No more than a number of those that lack blocks are looked at
-in a step, of one line and of all: however many wait, a step is no longer for it.
+in a step, of one line and of all, and of lines that lack ranks, of one tenant and of all: however many wait, a step is
+no longer for it.
 """
 
 from collections import Counter
@@ -15,6 +16,7 @@ from swaplora_server.engine.scheduling.step_ranks import StepRanks
 from swaplora_server.engine.scheduling.waiting_line import Line
 
 MAX_LACKING, MAX_LACKING_OF_LINE = 64, 8  # blocks, of those that are looked at in a step
+MAX_LACKING_RANKS, MAX_LACKING_RANKS_OF_TENANT = 64, 16
 
 
 class Kept:
@@ -28,7 +30,8 @@ class Kept:
         self._ranks_since = StepRanks(max_step_ranks)
         self._has_ranks_for: Sequence | None = None
         self._has_blocks_for: Sequence | None = None
-        self._num_lacking: Counter[Line] = Counter()  # of those that were looked at
+        self._num_lacking: Counter[Line] = Counter()  # blocks, of those that were looked at
+        self._num_lacking_ranks: Counter[str] = Counter()  # the same, by tenant
         self._num_blocks_since = 0  # that those may come to hold, and one more for each
 
     def keep_blocks(self, waiting: Sequence) -> None:
@@ -79,6 +82,23 @@ class Kept:
         if line is None:
             return self._num_lacking.total() >= MAX_LACKING
         return self._num_lacking[line] >= MAX_LACKING_OF_LINE
+
+    def lacks_ranks(self, sequence: Sequence) -> bool:
+        """Note that it does. Whether so many of its tenant do that nobody else of it is looked at in its turn."""
+        tenant = sequence.request.tenant
+        self._num_lacking_ranks[tenant] += 1
+        return self._num_lacking_ranks[tenant] >= MAX_LACKING_RANKS_OF_TENANT
+
+    @property
+    def has_looked_enough_for_ranks(self) -> bool:
+        """The same of all tenants."""
+        return self._num_lacking_ranks.total() >= MAX_LACKING_RANKS
+
+    @property
+    def is_leaving_out(self) -> bool:
+        """Whether there may be some that lack no ranks, and have not been looked at for those that do."""
+        most = max(self._num_lacking_ranks.values(), default=0)
+        return self.has_looked_enough_for_ranks or most >= MAX_LACKING_RANKS_OF_TENANT
 
     def _note_lack(self, sequence: Sequence) -> int:
         """Since when it has lacked blocks, now at the latest."""

@@ -20,7 +20,8 @@ What fails while one sequence is looked at ends its request, and that alone.
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import takewhile
 
 import structlog
 
@@ -42,7 +43,7 @@ from swaplora_server.engine.scheduling.giving_way import GivingWay
 from swaplora_server.engine.scheduling.holdings import Standing, standing
 from swaplora_server.engine.scheduling.kept import Kept
 from swaplora_server.engine.scheduling.step_ranks import StepRanks
-from swaplora_server.engine.scheduling.waiting_line import GENERATED_WEIGHT, PROMPT_WEIGHT, Line, WaitingLine
+from swaplora_server.engine.scheduling.waiting_line import GENERATED_WEIGHT, PROMPT_WEIGHT, Line, Over, WaitingLine
 from swaplora_server.kernels.step import Wants
 
 _log = structlog.get_logger(__name__)
@@ -218,9 +219,9 @@ class Scheduler:
         kept = Kept(self._num_steps, self._running, self.pool, self._max_step_ranks)
         is_stalled = self._num_steps - self._last_begun_in >= MAX_STEPS_PASSED_OVER
         may_give = self._giving_way.begin_step(self._num_steps, is_stalled=is_stalled)
-        over: set[Line] = set()  # those of which nobody can begin
+        over: set[Line | str] = set()  # those of which nobody can begin
         num_asking = 0
-        for sequence in self._waiting.turns(over) if self._has_place or may_give else ():
+        for sequence in self._turns(over, kept) if self._has_place or may_give else ():
             if not room.num_rows or kept.has_looked_enough() or not (self._has_place or may_give):
                 break
             line = sequence.request.line
@@ -229,6 +230,8 @@ class Scheduler:
                     continue
                 if not kept.leaves_ranks(sequence) or self._should_wait_for_ranks(sequence):
                     over.add(line)
+                    if kept.lacks_ranks(sequence):
+                        over.add(sequence.request.tenant)
                     continue
                 if not kept.leaves_blocks(sequence):
                     if kept.has_looked_enough(line):
@@ -257,6 +260,12 @@ class Scheduler:
         if is_stalled:
             self._last_begun_in = self._num_steps
         return begun
+
+    def _turns(self, over: Over, kept: Kept) -> Iterator[Sequence]:
+        """Those that wait, in their order; after so many that lack ranks, those alone whose adapters run already."""
+        yield from takewhile(lambda _sequence: not kept.has_looked_enough_for_ranks, self._waiting.turns(over))
+        if kept.is_leaving_out:
+            yield from self._waiting.turns_of({sequence.request.line for sequence in self._running}, over)
 
     @property
     def _has_place(self) -> bool:

@@ -24,6 +24,7 @@ PROMPT_WEIGHT = 1  # of a token; generated ones are dearer, as in the paper and 
 GENERATED_WEIGHT = 2
 
 Line = tuple[str, tuple[str, ...]]  # a tenant's sequences of the same adapters, by digest
+Over = Container[Line | str]  # lines, or tenants with all of theirs, that have no turn any more
 
 
 class Account(ABC):
@@ -34,10 +35,10 @@ class Account(ABC):
         self.num_waiting = 0
 
     @abstractmethod
-    def turns(self, over: Container[Line]) -> Iterator[Sequence]:
+    def turns(self, over: Over) -> Iterator[Sequence]:
         """Its sequences that wait, as they are now, in the order in which they may begin.
 
-        As soon as a line of them is in `over`, what is left of it has no turn.
+        As soon as a line of them is in `over`, or their tenant, what is left of it has no turn.
         """
 
     @abstractmethod
@@ -112,7 +113,7 @@ class AdapterLine(Account):
     def remove(self, sequence: Sequence) -> None:
         del self._sequences[bisect_left(self._sequences, _place(sequence), key=_place)]
 
-    def turns(self, over: Container[Line]) -> Iterator[Sequence]:
+    def turns(self, over: Over) -> Iterator[Sequence]:
         return takewhile(lambda sequence: sequence.request.line not in over, tuple(self._sequences))
 
     def rank(self, first: Sequence | None = None) -> tuple[int, int, int]:
@@ -128,8 +129,8 @@ class TenantLines(Account):
         self.lines = Accounts(AdapterLine)
         self.since = 0  # the arrival of the first that came when none of it waited
 
-    def turns(self, over: Container[Line]) -> Iterator[Sequence]:
-        return _by_turns(self.lines.waiting(), over)
+    def turns(self, over: Over) -> Iterator[Sequence]:
+        return takewhile(lambda sequence: sequence.request.tenant not in over, _by_turns(self.lines.waiting(), over))
 
     def rank(self, first: Sequence | None = None) -> tuple[int, int, int]:
         return 0, self.served, first.arrival if first else self.since
@@ -173,14 +174,24 @@ class WaitingLine:
         for account in (tenant, tenant.lines.account(sequence.request.digests)):
             account.served += weight * num_tokens
 
-    def turns(self, over: Container[Line] = ()) -> Iterator[Sequence]:
+    def turns(self, over: Over = ()) -> Iterator[Sequence]:
         """All that wait, each once, in the order in which they may begin.
 
         Whom the last one is charged with counts at once. Those that come meanwhile are not among them, nor those whose
-        line is in `over` by then.
+        line or tenant is in `over` by then.
         """
+        return self._here(_by_turns(self._tenants.waiting(), over))
+
+    def turns_of(self, lines: Iterable[Line], over: Over) -> Iterator[Sequence]:
+        """The same for some lines, each of which has all its turns before the next: whoever was served least first."""
+        tenants = ((self._tenants.account(tenant), digests) for tenant, digests in lines)
+        accounts = [(tenant, tenant.lines.account(digests)) for tenant, digests in tenants if tenant.num_waiting]
+        accounts.sort(key=lambda account: (account[0].served, account[1].served))
+        return self._here(sequence for _, line in accounts if line.num_waiting for sequence in line.turns(over))
+
+    def _here(self, turns: Iterator[Sequence]) -> Iterator[Sequence]:
+        """Those of them that wait by then, and did when this was called."""
         num_added = self._num_added
-        turns = _by_turns(self._tenants.waiting(), over)
         return (sequence for sequence in turns if self._sequences.get(sequence, math.inf) <= num_added)
 
 
@@ -188,7 +199,7 @@ def _place(sequence: Sequence) -> tuple[int, int]:
     return sequence.priority, sequence.arrival
 
 
-def _by_turns(accounts: Iterable[A], over: Container[Line]) -> Iterator[Sequence]:
+def _by_turns(accounts: Iterable[A], over: Over) -> Iterator[Sequence]:
     """Of what each would have begin next that of the account which was served least, over and over; ties by age.
 
     What the others would have begin is not looked at before it is their turn.
