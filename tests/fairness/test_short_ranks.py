@@ -1,6 +1,7 @@
 """Where adapters wait for ranks, and ever so many of them do: how many are looked at, and who begins all the same."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from swaplora_server.engine.scheduling.kept import MAX_LACKING_RANKS, MAX_LACKIN
 from swaplora_server.engine.scheduling.scheduler import Scheduler
 
 MANY = 300
-WIDE = {"num_blocks": 4000, "max_num_seqs": 64, "max_batch_tokens": 256, "max_step_ranks": 8}
+WIDE: dict[str, Any] = {"num_blocks": 4000, "max_num_seqs": 64, "max_batch_tokens": 256, "max_step_ranks": 8}
 
 
 def crowded(num_tenants: int) -> Scheduler:
@@ -65,8 +66,7 @@ def test_one_whose_adapter_runs_joins_it_however_many_lack_ranks_before_it() -> 
 def test_many_adapters_of_one_tenant_hold_up_nobody_of_another_who_lacks_no_ranks() -> None:
     """Though the other was served more."""
     scheduler = make(**WIDE)
-    submit(scheduler, [1] * 99, max_tokens=500, tenant="beta")
-    submit(scheduler, [1] * 5, max_tokens=500, tenant="beta", adapters=(adapter("runs"),))
+    submit(scheduler, [1] * 99, max_tokens=500, tenant="beta", adapters=(adapter("runs"),))
     run_step(scheduler)
     for number in range(MANY):
         submit(scheduler, [2] * 5, max_tokens=1, tenant="acme", adapters=(adapter(f"waits {number}"),))
