@@ -52,7 +52,7 @@ soak: $(VENV)/.dev ## the long forms of the tests that have one (an hour or more
 bench: $(VENV)/.dev ## measure throughput on this machine, base against adapters (ARGS=--quick for one short round)
 	$(TOOL) tools/bench.py $(ARGS)
 
-bench-life: $(VENV)/.dev ## measure what loads, uploads and a working set beyond the memory cost
+bench-life: $(VENV)/.dev ## measure what loads, uploads, vectors of long inputs and a working set beyond the memory cost
 	$(TOOL) tools/bench_life.py $(ARGS)
 
 bench-formats: $(VENV)/.dev ## measure what hostile grammars cost a stream beside them

@@ -1,14 +1,17 @@
-"""`make bench-life`: what loads, uploads and a working set beyond the memory cost, on a server of one's own over HTTP.
+"""`make bench-life`: what loads, uploads, vectors of long inputs and a working set beyond the memory cost, over HTTP.
 
 Random adapters of rank 16 on every linear of the embedded base. Answers are compared with those given undisturbed.
+Gaps of streams say whose they are: beside them stands how long the server's busiest thread was ready to run, and had no
+core (Linux). Where that is most of a gap, other programs have the machine.
 """
 
 import argparse
 import asyncio
 import json
+import random
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -22,6 +25,7 @@ from swaplora_server.embedded import ensure_embedded_base
 
 NUM_ADAPTERS, NUM_RESIDENT, NUM_STREAMS, STREAM_TOKENS = 32, 8, 8, 150
 ADAPTER_BYTES = 2 * 30 * RANK * 10_176  # of one in memory: bfloat16, 30 layers, in + out features of the seven linears
+NUM_INPUTS, INPUT_TOKENS = 100, 512  # of one request for vectors
 SETTLING = 8  # first tokens of a stream, among which the other streams' prompts are computed
 
 Disturb = Callable[[httpx.AsyncClient], Awaitable[None]]
@@ -83,19 +87,38 @@ def disturbances(names: Sequence[str], folder: Path) -> dict[str, Disturb]:
         }
         (await client.put("/v1/adapters/replaced", files=files)).raise_for_status()
 
-    return {"nothing": nothing, "loads": load, "uploads": upload}
+    async def embed(client: httpx.AsyncClient) -> None:
+        rng = random.Random(next(turn))
+        inputs = [[rng.randrange(1_000, 40_000) for _ in range(INPUT_TOKENS)] for _ in range(NUM_INPUTS)]
+        (await client.post("/v1/embeddings", json={"model": "base", "input": inputs})).raise_for_status()
+
+    vectors = f"vectors of {NUM_INPUTS} inputs of {INPUT_TOKENS} tokens"
+    return {"nothing": nothing, "loads": load, "uploads": upload, vectors: embed}
 
 
-def show_life(url: str, names: Sequence[str], folder: Path) -> None:
+def waited(pid: int) -> dict[str, float]:
+    """Seconds that each thread of a process was ready to run and had no core, since it began."""
+    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return {str(one): int(one.read_text().split()[1]) / 1e9 for one in threads}
+
+
+def show_times(url: str, names: Sequence[str]) -> None:
     cold, warm = asyncio.run(cold_and_warm(url, names))
     console.print(
         f"time to first token: cold {median(cold) * 1e3:.0f} ms, warm {median(warm) * 1e3:.0f} ms, "
         f"difference {(median(cold) - median(warm)) * 1e3:.0f} ms (medians of {len(names)} adapters)"
     )
+
+
+def show_gaps(url: str, pid: int, beside: Mapping[str, Disturb]) -> None:
+    """The first of `beside` is no disturbance."""
     control: list[list[int]] = []
     undisturbed = 0.0  # milliseconds, 99th percentile
-    for label, disturb in disturbances(names, folder).items():
+    for label, disturb in beside.items():
+        before, began = waited(pid), time.perf_counter()
         answers, found = asyncio.run(gaps(url, disturb))
+        seconds = time.perf_counter() - began
+        longest_wait = max(of - before.get(thread, 0.0) for thread, of in waited(pid).items())
         control = control or answers
         if answers != control:
             raise SystemExit(f"streams beside {label} differ from undisturbed ones: not measured")
@@ -104,7 +127,7 @@ def show_life(url: str, names: Sequence[str], folder: Path) -> None:
         console.print(
             f"{NUM_STREAMS} streams beside {label}: gap between tokens p50 {gap_ms['p50']:.0f} ms, "
             f"p99 {gap_ms['p99']:.0f} ms ({gap_ms['p99'] / undisturbed:.2f} of undisturbed), "
-            f"longest {gap_ms['max']:.0f} ms"
+            f"longest {gap_ms['max']:.0f} ms; of {seconds:.0f} s a thread had no core for {longest_wait:.1f}"
         )
 
 
@@ -116,7 +139,8 @@ def measure(base: Path, scratch: Path, num_resident: int, num_requests: int) -> 
     with process(base, scratch / "data", *flags, "--adapter-memory-bytes", budget) as (server, client):
         url = str(client.base_url)
         if num_resident < NUM_ADAPTERS:
-            show_life(url, names, scratch / "adapters")
+            show_times(url, names)
+            show_gaps(url, server.pid, disturbances(names, scratch / "adapters"))
         else:
             asyncio.run(cold_and_warm(url, names))
         label = f"{NUM_ADAPTERS} adapters in traffic, memory for {num_resident}"
@@ -125,13 +149,24 @@ def measure(base: Path, scratch: Path, num_resident: int, num_requests: int) -> 
     return run.tokens_per_second
 
 
+def beside_vectors(base: Path, scratch: Path) -> None:
+    """The streams undisturbed, and beside requests for vectors, on a server without adapters."""
+    with process(base, scratch / "data", "--served-model-name", "base") as (server, client):
+        beside = disturbances((), scratch)
+        kept = {label: disturb for label, disturb in beside.items() if label == "nothing" or "vectors" in label}
+        show_gaps(str(client.base_url), server.pid, kept)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vectors", action="store_true", help="gaps beside vectors of long inputs alone, two minutes")
     parser.add_argument("--requests", type=int, default=96, help="requests of each throughput run, 16 in flight")
     arguments = parser.parse_args()
     base = ensure_embedded_base(Settings().cache_dir, console.print)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
+        if arguments.vectors:
+            return beside_vectors(base, scratch)
         make_adapters(base, scratch / "adapters", NUM_ADAPTERS)
         within, beyond = (measure(base, scratch, count, arguments.requests) for count in (NUM_ADAPTERS, NUM_RESIDENT))
     console.print(f"beyond the memory / within it: {beyond / within:.2f} ({machine()})")

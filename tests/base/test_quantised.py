@@ -21,7 +21,12 @@ from swaplora_server.base import proof, quantisation
 from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.base.layers import weight_of
 from swaplora_server.base.proof import UnsupportedModelError
-from swaplora_server.base.quantisation import Quantization, loading_arguments, multiply_dequantised
+from swaplora_server.base.quantisation import (
+    Quantization,
+    loading_arguments,
+    multiply_bytes_dequantised,
+    multiply_dequantised,
+)
 from swaplora_server.engine.lora.modules import LoraLinear
 from swaplora_server.kernels.backend import Backend, RunningStep
 from swaplora_server.kernels.cpu import abi
@@ -144,6 +149,30 @@ def test_logits_do_not_depend_on_the_batch(kind: Quantization, count: int, base:
         alone = batch.alone(number)
         assert len(alone) == NUM_DECODED + 1
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(alone, together[number], strict=True))
+
+
+def moved_by_a_neighbour(linear: nn.Module) -> float:
+    """By how much a row of it changes beside one with an outlier in every other column."""
+    rng = torch.Generator().manual_seed(0)
+    row = torch.randn(1, 128, generator=rng)
+    outlier = 50.0 * torch.ones(1, 128) * (torch.arange(128) % 2)
+    return float((linear(torch.cat([row, outlier]))[:1] - linear(row)).abs().max() / linear(row).abs().max())
+
+
+@torch.inference_mode()
+def test_a_gpus_int8_rows_move_by_no_more_than_rounding_beside_an_outlier(base: Path) -> None:
+    model = stock(base, CONFIGS["int8"])
+    linear = model.get_submodule("model.layers.0.self_attn.q_proj")
+    dense = weight_of(linear).clone()
+    assert moved_by_a_neighbour(linear) > 1e-3, "the stock product was to depend on neighbours"
+    multiply_bytes_dequantised(model)
+    assert moved_by_a_neighbour(linear) < 1e-6
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(linear(x), x @ dense.t())
+    for dtype in (torch.bfloat16, torch.float16):
+        half = linear(x.to(dtype))
+        assert half.dtype == dtype
+        torch.testing.assert_close(half.float(), x @ dense.t(), atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -151,6 +151,20 @@ def test_a_fault_in_distances_is_found_at_start(
         loaded(folder)
 
 
+@pytest.mark.parametrize("architecture", ["deberta", "deberta-v2"])
+def test_what_is_kept_of_distances_counts_among_the_bases_weights(architecture: str, tmp_path: Path) -> None:
+    base = loaded(save_encoder(tmp_path, architecture))
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*base.model.parameters(), *base.model.buffers())}
+    attention = [layer.attention.self.forward for layer in base.model.encoder.layer]
+    table = attention[0].table
+    kept = [
+        *([] if table.data_ptr() in held else [table]),
+        *(rows for own in attention for rows in own.of_base.values()),
+    ]
+    assert len(kept) == 4 + (architecture == "deberta-v2"), "its norm makes another table"
+    assert base.weight_bytes == sum(held.values()) + sum(tensor.nbytes for tensor in kept)
+
+
 def test_heads_that_talk_to_each_other_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ARCHITECTURES, "deberta", {**ARCHITECTURES["deberta"], "talking_head": True})
     with pytest.raises(

@@ -1,14 +1,17 @@
 """What an encoder's folder says of its vectors, which adapters fit it, and which bases are refused by their name."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
 
 import tiny
@@ -120,6 +123,47 @@ def test_pooling_is_what_its_name_says(length: int, seed: int) -> None:
     assert expected.keys() == set(PoolingKind)
     for kind, right in expected.items():
         assert np.abs(Pooling(kind).vector(states).numpy() - right).max() < 1e-5, kind
+
+
+def without(folder: Path, *gone: str, **more: torch.Tensor) -> Path:
+    """The base's files without some tensors, and with others."""
+    path = folder / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.endswith(gone)}
+    save_file({**tensors, **more}, path, {"format": "pt"})
+    return folder
+
+
+def test_a_head_that_adapters_bring_is_not_told_as_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("transformers")
+    monkeypatch.setattr(logger, "propagate", True)
+    folder = save_encoder(tmp_path / "base", "bert")
+    load(folder)
+    assert "classifier" not in caplog.text
+    with pytest.raises(RuntimeError):  # of another shape than the config has it
+        load(without(folder, "word_embeddings.weight", **{"embeddings.word_embeddings.weight": torch.zeros(3, 32)}))
+    assert "MISMATCH" in caplog.text
+
+
+@pytest.mark.parametrize("architecture", ["bert", "deberta-v2", "modernbert"])
+def test_tensors_of_the_encoder_itself_that_are_missing_are_named(architecture: str, tmp_path: Path) -> None:
+    folder = save_encoder(tmp_path, architecture)
+    names = sorted(load_file(folder / "model.safetensors"))
+    gone = [name for name in names if name.startswith(("encoder.layer.1", "layers.1"))]
+    with pytest.raises(UnsupportedModelError) as refused:
+        load(without(folder, *gone))
+    assert all(name in str(refused.value) for name in gone[:3])
+    assert f"and {len(gone) - 3} more: this is no whole {architecture}" in str(refused.value)
+
+
+def test_tensors_that_nothing_reads_are_told(tmp_path: Path) -> None:
+    folder = without(save_encoder(tmp_path, "bert"), **{"encoder.layer.7.output.dense.bias": torch.zeros(3)})
+    with structlog.testing.capture_logs() as told:
+        load(folder)
+    assert [line["tensors"] for line in told if "nothing reads" in line["event"]] == [
+        "encoder.layer.7.output.dense.bias"
+    ]
 
 
 def test_which_bases_are_encoders() -> None:

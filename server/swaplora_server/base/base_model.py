@@ -27,7 +27,12 @@ from swaplora_server.base.proof import (
     short_windows,
     stock_forward,
 )
-from swaplora_server.base.quantisation import Quantization, loading_arguments, multiply_dequantised
+from swaplora_server.base.quantisation import (
+    Quantization,
+    loading_arguments,
+    multiply_bytes_dequantised,
+    multiply_dequantised,
+)
 from swaplora_server.base.task_heads import OF_LAST_TOKEN, TaskHeads
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine import attention
@@ -225,6 +230,8 @@ def _load_model(
         return model.to(device)
     if device.type == "cpu":
         multiply_dequantised(model)
+    else:
+        multiply_bytes_dequantised(model)
     return model
 
 

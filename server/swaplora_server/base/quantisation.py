@@ -68,19 +68,34 @@ def _saved(config: PretrainedConfig) -> str | None:
 def multiply_dequantised(model: nn.Module) -> None:
     """Have bitsandbytes' linears on a CPU compute x Wᵀ in float32 with the dequantised W, as they do in training.
 
-    Their other product of 8 bits rounds x as well and treats columns with outliers apart, those of all rows as soon
-    as one row has them: a row would depend on its neighbours. The one of 4 bits would compute in whatever type the
-    files name, and on some processors lay the weight out anew. Its dequantisation for processors with AVX512 takes
-    wrong scales where a block goes on from one row to the next, so those linears get ours.
+    Their other product of 8 bits is none for rows of many requests: see `multiply_bytes_dequantised`. The one of 4 bits
+    would compute in whatever type the files name, and on some processors lay the weight out anew. Its dequantisation
+    for processors with AVX512 takes wrong scales where a block goes on from one row to the next, so those linears get
+    ours.
     """
     for linear in filter(is_quantised, model.modules()):
         linear.train()
         if is_nibbles(linear):
             linear.compute_dtype = torch.float32  # type: ignore[assignment]
             if has_blocks_across_rows(linear):
-                linear.forward = partial(_multiply, linear)
+                linear.forward = partial(_multiply_wide, linear)
+
+
+def multiply_bytes_dequantised(model: nn.Module) -> None:
+    """Have bitsandbytes' linears of 8 bits on a GPU compute x Wᵀ with the dequantised W, in x's number format.
+
+    Their own product rounds x to 8 bits as well and treats columns with outliers apart, those of all rows as soon as
+    one row has them: what a request is answered would depend on its neighbours.
+    """
+    for linear in filter(is_quantised, model.modules()):
+        if not is_nibbles(linear):
+            linear.forward = partial(_multiply, linear)
 
 
 def _multiply(linear: Any, x: Tensor) -> Tensor:
-    bias = None if linear.bias is None else linear.bias.float()
-    return product(x.float(), codes_of(linear).dense(), bias).to(x.dtype)
+    bias = None if linear.bias is None else linear.bias.to(x.dtype)
+    return product(x, codes_of(linear).dense().to(x.dtype), bias)
+
+
+def _multiply_wide(linear: Any, x: Tensor) -> Tensor:
+    return _multiply(linear, x.float()).to(x.dtype)

@@ -1,7 +1,9 @@
 """An encoder as a base: loaded by transformers, given our attention and wrapped linears, proven before it serves."""
 
 import inspect
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from swaplora_server.engine.step import running
 from swaplora_server.kernels.backend import Backend
 
 _log = structlog.get_logger(__name__)
+_NAMED = 3  # tensors of a refusal or a warning, before it counts the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +68,53 @@ def load_encoder(source: str | Path, *, device: torch.device, dtype: torch.dtype
 def _load(source: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """The encoder, and what its files have of a classifier's head behind it.
 
-    A pooler of which the files have nothing is left out.
+    A pooler of which the files have nothing is left out. Raises UnsupportedModelError where they lack what is the
+    encoder's own.
     """
-    model, loaded = AutoModelForSequenceClassification.from_pretrained(
-        source, dtype=dtype, attn_implementation="eager", output_loading_info=True
-    )
+    with _held_report():
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            source, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        )
     root = model.base_model_prefix
     missing = set(loaded["missing_keys"])
     if any(name.startswith(f"{root}.pooler.") for name in missing):
         model.base_model.pooler = None
     absent = sorted(name for name in missing if name.startswith(f"{root}.") and ".pooler." not in name)
     if absent:
-        raise UnsupportedModelError(f"its files have no {absent[0]}: this is no whole {model.config.model_type}")
+        raise UnsupportedModelError(f"its files have no {_named(absent)}: this is no whole {model.config.model_type}")
+    if unread := sorted(loaded["unexpected_keys"]):
+        _log.warning("the base's files have tensors that nothing reads", tensors=_named(unread))
     own = {name: tensor for name, tensor in model.named_parameters() if not name.startswith(f"{root}.")}
     return model.base_model, {name: tensor.detach() for name, tensor in own.items() if name not in missing}
+
+
+@contextmanager
+def _held_report() -> Iterator[None]:
+    """Within it transformers' report of a load is not logged, unless the load fails.
+
+    It lists a missing classifier's head as if something were wrong with the base: heads come with adapters here.
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+    held: list[logging.LogRecord] = []
+
+    def is_other(record: logging.LogRecord) -> bool:
+        is_report = "LOAD REPORT" in record.getMessage()
+        held.extend([record] * is_report)
+        return not is_report
+
+    logger.addFilter(is_other)
+    try:
+        yield
+        held.clear()
+    finally:
+        logger.removeFilter(is_other)
+        for record in held:
+            logger.handle(record)
+
+
+def _named(names: list[str]) -> str:
+    rest = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def prepare_encoder(
@@ -109,7 +145,7 @@ def prepare_encoder(
     )
     if device.type == "cpu":
         make_batch_invariant(model, None)
-    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    weights = [*model.parameters(), *model.buffers()]
     if pooler is not None:
         model.pooler = None  # which would read the first row of all
     trial = InputTrial(model, pooler, backend, max_positions, expected)
@@ -140,7 +176,7 @@ def prepare_encoder(
         max_positions=max_positions,
         eos_token_ids=frozenset(),
         kv_bytes_per_token=0,
-        weight_bytes=weight_bytes,
+        weight_bytes=sum(tensor.nbytes for tensor in (*weights, *seam.kept)),
         copier=None if device.type == "cpu" else DeviceCopier(device),
         fingerprint=fingerprint,
         tolerance=expected.tolerance,

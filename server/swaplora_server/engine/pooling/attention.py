@@ -1,5 +1,6 @@
 """Attention of whole inputs, put into transformers' encoders through its attention interface."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -48,6 +49,7 @@ class InterfaceLayers:
     """The layers of a model whose attention goes through transformers' interface."""
 
     of_distances: frozenset[str] = frozenset()  # see `DisentangledLayers`
+    kept: Sequence[Tensor] = ()  # the same
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model

@@ -63,11 +63,14 @@ class DisentangledLayers:
         self._parts = [parts_of(layer) for layer in encoder.layer]
         table = table_of(encoder)
         of_plan = _OfPlan(table, rows_of_distances(encoder, max_positions).to(table.device), backend)
+        self._attention = [_Attention(parts, table) for parts in self._parts]
+        self._table = table
+        self._weights = {tensor.data_ptr() for tensor in model.parameters()}
         self._exchanged: list[tuple[nn.Module, str, Callable[..., Any]]] = [
             (encoder, "get_rel_embedding", lambda: None),
             (encoder, "get_rel_pos", lambda *_: of_plan(running().plan)),
             (encoder, "get_attention_mask", lambda mask: mask),
-            *((parts.module, "forward", _Attention(parts, table)) for parts in self._parts),
+            *((own.parts.module, "forward", own) for own in self._attention),
         ]
         convolution = getattr(encoder, "conv", None)
         if convolution is not None:
@@ -77,6 +80,12 @@ class DisentangledLayers:
     def of_distances(self) -> frozenset[str]:
         """Paths of the linears that the table goes through."""
         return frozenset(linear.path for parts in self._parts for linear in parts.of_distances)
+
+    @property
+    def kept(self) -> Sequence[Tensor]:
+        """What was made of the table of distances and is held beside the model's weights, once a step has run."""
+        made = [tensor for own in self._attention for tensor in own.of_base.values()]
+        return made if self._table.data_ptr() in self._weights else [self._table, *made]
 
     def put_in(self) -> None:
         """Have the model read packed steps from here on."""
@@ -150,15 +159,15 @@ class _Attention:
     """Stands in for the forward of one layer's attention."""
 
     def __init__(self, parts: Parts, table: Tensor) -> None:
-        self._parts = parts
-        self._table = table
-        self._of_base: dict[str, Tensor] = {}  # by path
+        self.parts = parts
+        self.table = table
+        self.of_base: dict[str, Tensor] = {}  # what the base makes of the table, by the linear's path
 
     def __call__(
         self, hidden_states: Tensor, _mask: Tensor, *_: object, relative_pos: StepDistances, **__: object
     ) -> tuple[Tensor, None]:
         """hidden_states: [1, num_rows, hidden_size] → the same shape, each input by itself."""
-        parts = self._parts
+        parts = self.parts
         query, key, value = parts.heads(hidden_states)
         keys, queries = (self._heads_of(linear, relative_pos) for linear in (parts.of_keys, parts.of_queries))
         scaling = float((query.shape[-1] * parts.num_terms) ** -0.5)
@@ -178,10 +187,10 @@ class _Attention:
         """[num_rows, num_heads, head_dim]"""
         if linear is None:
             return None
-        if linear.path not in self._of_base:
-            self._of_base[linear.path] = linear.base(self._table)
-        rows = distances.through(linear, self._of_base[linear.path])
-        return rows.view(len(rows), self._parts.num_heads, -1)
+        if linear.path not in self.of_base:
+            self.of_base[linear.path] = linear.base(self.table)
+        rows = distances.through(linear, self.of_base[linear.path])
+        return rows.view(len(rows), self.parts.num_heads, -1)
 
 
 def _one_by_one(forward: Callable[..., Tensor], rows: Tensor, residual: Tensor, mask: Tensor) -> Tensor:
