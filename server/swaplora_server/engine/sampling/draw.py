@@ -7,21 +7,27 @@ needs some hundreds of random numbers where it has a hundred thousand tokens.
 
 from collections.abc import Sequence
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from swaplora_server.engine.sampling.groups import group_sum, members
 from swaplora_server.engine.sampling.noise import DrawKey, exponentials
-from swaplora_server.engine.sampling.transfers import send_tensor
 
 _GROUP = 256
 
 
-def draw(probs: Tensor, keys: Sequence[DrawKey]) -> Tensor:
-    """One place of each row, [rows]. probs: [rows, vocab_size], not below 0; a row need not sum to 1, but not to 0."""
-    of_groups = group_sum(probs, _GROUP)
-    noise = send_tensor(torch.from_numpy(exponentials(keys, _GROUP + of_groups.shape[-1])), probs.device)
-    group = _winner(of_groups, noise[:, _GROUP:])
+def noise_of(keys: Sequence[DrawKey], vocab_size: int) -> NDArray[np.float32]:
+    """What a draw of each of these takes, [len(keys), n]."""
+    return exponentials(keys, _GROUP + -(-vocab_size // _GROUP))
+
+
+def draw(probs: Tensor, noise: Tensor) -> Tensor:
+    """One place of each row, [rows]. probs: [rows, vocab_size], not below 0; a row need not sum to 1, but not to 0.
+
+    noise: as `noise_of` has it.
+    """
+    group = _winner(group_sum(probs, _GROUP), noise[:, _GROUP:])
     places, is_within = members(group, _GROUP, probs.shape[-1])
     within = probs.gather(1, places).masked_fill(~is_within, 0.0)
     return places.gather(1, _winner(within, noise[:, :_GROUP])).squeeze(-1)

@@ -3,13 +3,14 @@
 from collections.abc import Sequence as Rows
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from swaplora_server.engine.request import Logprobs
 from swaplora_server.engine.sampling.largest import largest
 from swaplora_server.engine.sampling.rows import Row
-from swaplora_server.engine.sampling.transfers import send
+from swaplora_server.engine.sampling.transfers import Outgoing, send
 
 _LEAST = -9999.0  # JSON has no infinity
 _SCORED_TOGETHER = 32  # rows of which there are several numbers for each token of the vocabulary at once
@@ -18,13 +19,15 @@ _SCORED_TOGETHER = 32  # rows of which there are several numbers for each token 
 class PendingLogprobs:
     """Those of the rows that ask for them. They may still be computed on a device until they are read."""
 
-    def __init__(self, logits: Tensor, token_ids: Tensor, rows: Rows[Row]) -> None:
-        """logits: [rows, vocab_size], as the model gave them. token_ids: [rows], what was chosen."""
+    def __init__(self, rows: Rows[Row], outgoing: Outgoing) -> None:
         self._asked = [(row.number, row.params.num_logprobs) for row in rows if row.params.num_logprobs is not None]
+        self._numbers = outgoing.put(np.array([number for number, _ in self._asked])) if self._asked else None
         self.packed: tuple[Tensor, ...] = ()  # at most one, to be read
-        if self._asked:
-            numbers = send([number for number, _ in self._asked], torch.int64, logits.device)
-            most = max(count for _, count in self._asked)
+
+    def compute(self, logits: Tensor, token_ids: Tensor) -> None:
+        """logits: [rows, vocab_size], as the model gave them. token_ids: [rows], what was chosen."""
+        if self._numbers is not None:
+            numbers, most = self._numbers.tensor, max(count for _, count in self._asked)
             self.packed = (_packed(logits[numbers], token_ids[numbers], min(most, logits.shape[-1])),)
 
     def read(self, packed: Rows[list[float]] = ()) -> dict[int, Logprobs]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from swaplora_server.engine.request import Request, Sequence
 from swaplora_server.engine.sampling.constraint import WORD_BITS, TokenBits, token_bits
-from swaplora_server.engine.sampling.transfers import send_tensor
+from swaplora_server.engine.sampling.transfers import Outgoing, Sent
 
 
 class AllowedTokens:
@@ -38,15 +38,21 @@ class AllowedTokens:
         return bits
 
 
-def forbid_others(logits: Tensor, allowed: Rows[TokenBits | None]) -> None:
-    """Set to -inf, in each row of `logits` [rows, vocab_size], every token that is not in its part of `allowed`.
-
-    A row of None is left as it is. A NaN stays one.
-    """
-    everything = np.full(-(-logits.shape[-1] // WORD_BITS), -1, np.int32)
+def put_allowed(allowed: Rows[TokenBits | None], vocab_size: int, outgoing: Outgoing) -> Sent | None:
+    """The bits of all rows, as bytes; None where each allows all tokens, as a row of None does."""
+    if all(row is None for row in allowed):
+        return None
+    everything = np.full(-(-vocab_size // WORD_BITS), -1, np.int32)
     words = np.concatenate([everything if row is None else row for row in allowed])
-    of_eight = send_tensor(torch.from_numpy(words.view(np.uint8)), logits.device)
-    limits = torch.index_select(_limits_of_bytes(logits.device), 0, of_eight.int()).view(len(logits), -1)
+    return outgoing.put(words.view(np.uint8))
+
+
+def forbid_others(logits: Tensor, allowed: Tensor) -> None:
+    """Set to -inf, in each row of `logits` [rows, vocab_size], every token whose bit is not in `allowed`.
+
+    A NaN stays one.
+    """
+    limits = torch.index_select(_limits_of_bytes(logits.device), 0, allowed.int()).view(len(logits), -1)
     logits.clamp_(max=limits[:, : logits.shape[-1]])
 
 

@@ -1,13 +1,16 @@
 """How often each token stands in the sequences that ask for a penalty, and what that does to their logits."""
 
 from collections.abc import Sequence as Rows
+from itertools import chain
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from swaplora_server.engine.request import Sequence
-from swaplora_server.engine.sampling.transfers import send_tensor
+from swaplora_server.engine.sampling.transfers import Outgoing, Sent
 
 
 class TokenCounts:
@@ -32,26 +35,45 @@ class TokenCounts:
         return counts
 
 
-def penalise(logits: Tensor, rows: Tensor, sequences: Rows[Sequence], counts: TokenCounts) -> None:
-    """Make less likely, in these rows of `logits`, what stands in their sequences already; the rest is not touched.
+class Penalised(NamedTuple):
+    """Logits that are made less likely: [n] each, one for every token that stands in a sequence already."""
+
+    rows: Sent
+    token_ids: Sent
+    num_generated: Sent
+    repetition: Sent
+    frequency: Sent
+    presence: Sent
+
+
+def put_penalised(sequences: Rows[tuple[int, Sequence]], counts: TokenCounts, outgoing: Outgoing) -> Penalised | None:
+    """Of these sequences, each with the number of its row, those that ask for a penalty; None where none does."""
+    asked = [(row, sequence, sequence.request.params) for row, sequence in sequences]
+    asked = [(row, sequence, params) for row, sequence, params in asked if params.is_penalised]
+    if not asked:
+        return None
+    counted = [counts.of(sequence) for _, sequence, _ in asked]
+    lengths = [len(each) for each in counted]
+    token_ids, num_generated = (
+        np.array(list(chain.from_iterable(parts)), np.int64) for parts in (counted, (each.values() for each in counted))
+    )
+    penalties = np.array(
+        [(params.repetition_penalty, params.frequency_penalty, params.presence_penalty) for *_, params in asked],
+        np.float32,
+    )
+    columns = np.repeat(penalties, lengths, axis=0).T
+    rows = np.repeat([row for row, *_ in asked], lengths)
+    return Penalised(*map(outgoing.put, (rows, token_ids, num_generated, *columns)))
+
+
+def penalise(logits: Tensor, asked: Penalised) -> None:
+    """Make less likely, in rows of `logits`, what stands in their sequences already; the rest is not touched.
 
     As vLLM has it: repetition_penalty first, of the prompt and what was generated; then, as OpenAI has them,
     frequency_penalty and presence_penalty of what was generated.
     """
-    counted = [counts.of(sequence) for sequence in sequences]
-    lengths = torch.tensor([len(each) for each in counted])
-    tokens = torch.tensor([(token, count) for each in counted for token, count in each.items()])
-    tokens = tokens.long().view(-1, 2)
-    token_ids, num_generated = send_tensor(tokens, logits.device).unbind(1)
-    asked = [sequence.request.params for sequence in sequences]
-    repetition, frequency, presence = (
-        send_tensor(torch.tensor(values, dtype=logits.dtype).repeat_interleave(lengths), logits.device)
-        for values in zip(
-            *((each.repetition_penalty, each.frequency_penalty, each.presence_penalty) for each in asked), strict=True
-        )
-    )
-    counts_of = send_tensor(lengths, rows.device)
-    places = rows.repeat_interleave(counts_of, output_size=len(tokens)), token_ids
+    rows, token_ids, num_generated, repetition, frequency, presence = (sent.tensor for sent in asked)
+    places = rows, token_ids
     x = logits[places]
     x = torch.where(x > 0, x / repetition, x * repetition).clamp_(max=torch.finfo(x.dtype).max)
     logits[places] = x - frequency * num_generated - presence * (num_generated > 0)
