@@ -30,7 +30,11 @@ serve-encoder: $(VENV)/.runtime ## serve the embedded encoder and the demo class
 # Two processes, a file's tests in one of them, for the servers that they share. Whichever is free takes the next file, in
 # the order of the rooms: the long files of kinds, proofs and store come well before the end, so that neither waits long.
 test: $(VENV)/.dev ## run the tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/ray $(ARGS)
+
+.PHONY: test-ray
+test-ray: $(VENV)/.ray ## install Ray, and run the tests of replicas on it (some minutes)
+	$(BIN)/python -m pytest tests/ray $(ARGS)
 
 check: $(VENV)/.dev ## lint, format check, types, who imports whom, Dockerfile, compose file
 	$(BIN)/ruff check .
@@ -102,6 +106,11 @@ $(VENV)/.torch:
 $(VENV)/.runtime: pyproject.toml $(VENV)/.torch
 	@echo "installing swaplora"
 	@$(INSTALL) $(TORCH) -e .
+	@touch $@
+
+$(VENV)/.ray: $(VENV)/.dev
+	@echo "installing Ray"
+	@$(INSTALL) $(TORCH) -e '.[dev,ray]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 # read when torch is loaded, and by programs that tests start: threads that wait for each other in native code sleep.
@@ -22,6 +23,7 @@ from serving import Running, serving, settings
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduling.batch import Batch, Sampled
 
+collect_ignore = [] if find_spec("ray") else ["ray"]  # `make test-ray` installs it, and runs these
 MEMORY = Path("/dev/shm")
 ROOM_BYTES = 4 << 30  # several times what all tests write, so that small machines and containers go on using the disk
 

@@ -88,6 +88,13 @@ def _check_origin(value: str) -> str:
     return value.lower()
 
 
+def _check_range(value: str) -> str:
+    fewest, _, most = value.partition("-")
+    if not 1 <= int(fewest) <= int(most or fewest):
+        raise ValueError(f"{value!r} is no number of replicas: write 2, or 1-4")
+    return value
+
+
 def _none_if_auto(value: object) -> object:
     return None if value == "auto" else value
 
@@ -133,6 +140,7 @@ ApiKey = Annotated[SecretStr, Field(min_length=1)]
 Origin = Annotated[str, AfterValidator(_check_origin)]
 Prefix = Annotated[str, AfterValidator(_check_prefix)]
 RootPath = Annotated[str, AfterValidator(_check_root_path)]
+ReplicaRange = Annotated[str, Field(pattern=r"^[0-9]{1,4}(-[0-9]{1,4})?$"), AfterValidator(_check_range)]
 Dtype = Literal["auto", "bfloat16", "float16", "float32", "bf16", "fp16", "fp32", "half", "float"]
 Template = Annotated[str, AfterValidator(check_template)]
 
@@ -242,6 +250,12 @@ class Settings(BaseSettings):
     min_bytes_per_second: int = Field(256, ge=1, le=2**30, description="Least it sends or reads, such rests aside")
     max_unread_bytes: Size = Field(4 * 2**20, description="Most of a stream that may lie unread")
 
+    ray: bool = Field(False, description="Serve with replicas on Ray Serve, this process in front of them")
+    ray_address: str | None = Field(None, description="Ray cluster to join: auto, HOST:PORT (default: one of its own)")
+    ray_replicas: ReplicaRange | None = Field(None, description="Replicas: 2, or 1-4 for as many as are needed")
+    ray_cpus: float | None = Field(None, gt=0, le=4096, description="CPUs of each replica (default: 1)")
+    ray_gpus: float | None = Field(None, ge=0, le=64, description="GPUs of each replica (default: 0)")
+
     config: HomePath | None = Field(None, description="YAML file with settings, named as the flags")
     data_dir: HomePath = Field(
         default_factory=lambda: _xdg_folder("XDG_DATA_HOME", ".local/share"), description="Uploaded adapters"
@@ -280,6 +294,20 @@ class Settings(BaseSettings):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:  # a host name: who can reach it is not known here
             return False
+
+    @property
+    def num_replicas(self) -> tuple[int, int]:
+        """The fewest and the most on Ray Serve."""
+        fewest, _, most = (self.ray_replicas or "1").partition("-")
+        return int(fewest), int(most or fewest)
+
+    @model_validator(mode="after")
+    def _check_ray(self) -> Self:
+        own = [name for name in type(self).model_fields if name.startswith("ray_")]
+        given = [name for name in own if getattr(self, name) is not None]
+        if given and not self.ray:
+            raise ValueError(f"{given[0]}: it is for replicas on Ray Serve: give --ray as well, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _check_adapters(self) -> Self:

@@ -2,10 +2,12 @@
 
 import io
 import logging
+import sys
 from collections.abc import MutableMapping
 from contextvars import ContextVar
 from typing import Any, TextIO
 
+import structlog
 from structlog.dev import plain_traceback
 from structlog.typing import ExcInfo
 
@@ -53,3 +55,24 @@ class LineFormatter(logging.Formatter):
 
 def _in_lines(text: str) -> str:
     return f"\n{_INDENT}".join(map(visible, text.split("\n")))
+
+
+def configure_logging(least: str, *, as_json: bool) -> None:
+    """Log lines on stderr, for people or as JSON; what libraries log goes through the same lines."""
+    level = logging.getLevelNamesMapping()[least.upper()]
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        show_values,
+    ]
+    plain = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=indented_traceback)
+    json_lines = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    structlog.configure(
+        processors=[*shared, *(json_lines if as_json else [plain])],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    library_lines = logging.StreamHandler()
+    library_lines.setFormatter(LineFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=max(level, logging.WARNING), handlers=[library_lines])

@@ -8,6 +8,7 @@ import resource
 import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from types import FrameType
@@ -15,6 +16,7 @@ from types import FrameType
 import structlog
 import uvicorn
 from rich.console import Console
+from starlette.types import ASGIApp
 from uvicorn.loops.auto import auto_loop_factory
 
 from swaplora_adapters.errors import AdapterError
@@ -29,7 +31,7 @@ from swaplora_server.http.app import create_app
 from swaplora_server.http.transport.body_memory import BodyMemory
 from swaplora_server.http.transport.connections import num_allowed
 from swaplora_server.http.transport.protocol import HttpConfig
-from swaplora_server.log_lines import LineFormatter, indented_traceback, show_values
+from swaplora_server.log_lines import configure_logging
 from swaplora_server.service.offload import in_own_thread
 from swaplora_server.service.service import Service
 from swaplora_server.service.tracing.provider import TracingError
@@ -37,6 +39,7 @@ from swaplora_server.service.tracing.provider import TracingError
 # beyond the time that running requests get, for what they are told at its end, and for the last bytes to go out
 _LAST_ANSWERS_SECONDS = 1
 _LAST_BYTES_SECONDS = 5
+_log = structlog.get_logger(__name__)
 
 
 class StartError(RuntimeError):
@@ -45,8 +48,11 @@ class StartError(RuntimeError):
 
 def run(settings: Settings) -> None:
     """Serve until told to stop. Raises StartError."""
-    configure_logging(settings)
+    configure_logging(settings.log_level, as_json=settings.log_json)
     _allow_files(settings)
+    if settings.ray:
+        _run_in_front(settings)
+        return
     try:
         service = Service(settings)
     except (KeyFileError, AuditLogError, TracingError) as error:
@@ -55,6 +61,24 @@ def run(settings: Settings) -> None:
         has_ended = runner.run(_serve(service, listener))
     if not has_ended:
         _leave()
+
+
+def _run_in_front(settings: Settings) -> None:
+    """Serve what replicas on Ray Serve answer. Raises StartError."""
+    try:
+        from swaplora_server.cluster.build import DeployError, deployed
+    except ModuleNotFoundError as error:
+        raise StartError("ray: Ray is not installed: pip install 'swaplora[ray]', or leave --ray out") from error
+    with _listen(settings) as listener:
+        try:
+            with deployed(settings) as app, asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+                server = _Server(app, settings, lambda: None, lambda: None)
+                fewest, most = settings.num_replicas
+                replicas = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+                _log.info("serving with replicas on Ray", url=_url(settings, listener), replicas=replicas)
+                runner.run(server.serve(sockets=[listener]))
+        except (DeployError, KeyFileError) as error:
+            raise StartError(str(error)) from error
 
 
 def _leave() -> None:
@@ -81,7 +105,8 @@ def _allow_files(settings: Settings) -> None:
 async def _serve(service: Service, listener: socket.socket) -> bool:
     """Whether all has ended with it: not so a start that takes longer than was waited for, or a step that hangs."""
     began = time.monotonic()
-    server = _Server(service)
+    app = create_app(service, BodyMemory(service.settings.body_memory_bytes))
+    server = _Server(app, service.settings, partial(setattr, service, "is_draining", True), service.stop)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         with Progress() as progress:
@@ -107,18 +132,22 @@ async def _serve(service: Service, listener: socket.socket) -> bool:
 class _Server(uvicorn.Server):
     """uvicorn's server, which on a first signal lets requests end and on a second does not."""
 
-    def __init__(self, service: Service) -> None:
-        grace_seconds = int(service.settings.drain_seconds) + _LAST_BYTES_SECONDS + 1
-        app = create_app(service, BodyMemory(service.settings.body_memory_bytes))
-        self._http = HttpConfig(app, service.settings, grace_seconds)
+    def __init__(
+        self, app: ASGIApp, settings: Settings, begin_to_drain: Callable[[], None], end_all: Callable[[], None]
+    ) -> None:
+        """`begin_to_drain` is called at the first signal; `end_all` tells all requests of the app when time is up."""
+        grace_seconds = int(settings.drain_seconds) + _LAST_BYTES_SECONDS + 1
+        self._http = HttpConfig(app, settings, grace_seconds)
         super().__init__(self._http)
-        self._service = service
+        self._drain_seconds = settings.drain_seconds
+        self._begin_to_drain = begin_to_drain
+        self._end_all = end_all
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop taking requests; when the time to drain is over, or at a second signal, end what still runs."""
         self.force_exit = self.should_exit
         self.should_exit = True
-        self._service.is_draining = True
+        self._begin_to_drain()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         deadline = asyncio.create_task(self._end_in_time())
@@ -127,38 +156,16 @@ class _Server(uvicorn.Server):
 
     async def _end_in_time(self) -> None:
         """Tell all whose request runs or waits, and then those whose request is not here yet."""
-        await asyncio.sleep(self._service.settings.drain_seconds)
-        stopping = asyncio.create_task(in_own_thread(self._service.stop))
+        await asyncio.sleep(self._drain_seconds)
+        stopping = asyncio.create_task(in_own_thread(self._end_all))
         await asyncio.sleep(_LAST_ANSWERS_SECONDS)
         self._http.connections.refuse_unanswered()
         await stopping
 
 
-def configure_logging(settings: Settings) -> None:
-    """Log lines on stderr, for people or as JSON; what libraries log goes through the same lines."""
-    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
-    shared: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        show_values,
-    ]
-    plain = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=indented_traceback)
-    as_json = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-    structlog.configure(
-        processors=[*shared, *(as_json if settings.log_json else [plain])],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
-    library_lines = logging.StreamHandler()
-    library_lines.setFormatter(LineFormatter("%(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=max(level, logging.WARNING), handlers=[library_lines])
-
-
 def _show(service: Service, listener: socket.socket, seconds: float) -> None:
     settings = service.settings
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = f"http://{host}:{listener.getsockname()[1]}"
+    url = _url(settings, listener)
     show_banner(
         Console(stderr=True),
         url=url,
@@ -170,6 +177,11 @@ def _show(service: Service, listener: socket.socket, seconds: float) -> None:
         adapters=[named.current.name for named in service.registry.names.index.all()],
         seconds=seconds,
     )
+
+
+def _url(settings: Settings, listener: socket.socket) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"http://{host}:{listener.getsockname()[1]}"
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 from serving import BASE, Running, settings
 from swaplora_server.engine.runner import Runner
-from swaplora_server.log_lines import visible
-from swaplora_server.serve import configure_logging
+from swaplora_server.log_lines import configure_logging, visible
 
 # each would begin a line of its own somewhere, or move a cursor
 HOSTILE = "/x\n\r\x0b\x0c\x1b[2K\x1c\x1d\x85\u2028\u2029\u202e\x9b2K\ud8002026-01-01 [error] forged"
@@ -32,7 +31,8 @@ def logging_set_up(folder: Path, **fields: Any) -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     root.handlers.clear()  # else nothing would be set up
-    configure_logging(settings(folder, folder, **fields))
+    chosen = settings(folder, folder, **fields)
+    configure_logging(chosen.log_level, as_json=chosen.log_json)
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
 """Who may ask for what: each route says which scope it needs, and one that does not say so is served to nobody."""
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -57,7 +57,7 @@ async def authorise(request: Request) -> AsyncIterator[None]:
         yield
         return
     service: Service = request.app.state.service
-    caller = service.keys.find(_given(request))
+    caller = service.keys.find(given_key(request.headers))
     if caller is None:
         raise RequestError("invalid_api_key", "send a valid API key as Authorization: Bearer KEY")
     request.state.caller = caller
@@ -75,11 +75,11 @@ async def authorise(request: Request) -> AsyncIterator[None]:
         end()  # if no answer was begun, or none ended
 
 
-def _given(request: Request) -> str | None:
-    """The key that a request carries."""
-    if "authorization" not in request.headers:
-        return request.headers.get("x-api-key")
-    scheme, _, key = request.headers["authorization"].partition(" ")
+def given_key(headers: Mapping[str, str]) -> str | None:
+    """The key that a request carries. Headers are looked up whatever their case."""
+    if "authorization" not in headers:
+        return headers.get("x-api-key")
+    scheme, _, key = headers["authorization"].partition(" ")
     return key.strip() if scheme.lower() == "bearer" else None
 
 

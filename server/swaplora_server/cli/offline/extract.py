@@ -42,9 +42,9 @@ def extract(
     from swaplora_adapters.errors import AdapterTooLargeError
     from swaplora_server.base.loading import source_of
     from swaplora_server.embedded import EmbeddedBaseError
-    from swaplora_server.serve import configure_logging
+    from swaplora_server.log_lines import configure_logging
 
-    configure_logging(settings)
+    configure_logging(settings.log_level, as_json=settings.log_json)
     try:
         source = source_of(settings, lambda step: say(step, err=True))
         with Progress(console=Console(stderr=True), transient=True) as bar:

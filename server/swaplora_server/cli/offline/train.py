@@ -94,9 +94,9 @@ def _train(job: "Job", settings: "Settings", *, resume: bool) -> "Trained":
     from swaplora_server.base.encoder.encoder_base import is_encoder
     from swaplora_server.base.loading import pick_device, source_of
     from swaplora_server.embedded import EmbeddedBaseError
-    from swaplora_server.serve import configure_logging
+    from swaplora_server.log_lines import configure_logging
 
-    configure_logging(settings)
+    configure_logging(settings.log_level, as_json=settings.log_json)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

@@ -45,9 +45,9 @@ def _load(settings: "Settings") -> "BaseModel":
     from swaplora_server.banner import Progress
     from swaplora_server.base.loading import load_chosen_base
     from swaplora_server.embedded import EmbeddedBaseError
-    from swaplora_server.serve import configure_logging
+    from swaplora_server.log_lines import configure_logging
 
-    configure_logging(settings)
+    configure_logging(settings.log_level, as_json=settings.log_json)
     try:
         with Progress() as progress:
             return load_chosen_base(settings, progress.step)

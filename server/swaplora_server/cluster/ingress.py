@@ -1,0 +1,271 @@
+"""The ingress: plain ASGI in front of the replicas. It parses nothing but who is to answer, and changes no answer."""
+
+import asyncio
+import re
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from dataclasses import replace
+from typing import Any
+
+import structlog
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message, Receive, Scope, Send
+
+from swaplora_server.access.key_ring import KeyRing
+from swaplora_server.cluster.affinity import RouteKey
+from swaplora_server.cluster.engines import Engines, ReplicaLostError
+from swaplora_server.cluster.exchange import WANTS_BODY, Forwarded, scope_to_send
+from swaplora_server.cluster.gathered import ALL_OF_A_LIST, Gathered, best, gathered_as, is_page
+from swaplora_server.cluster.lost import last_event
+from swaplora_server.cluster.route_key import ANYWHERE, key_of_body, key_of_path
+from swaplora_server.config import Settings
+from swaplora_server.http.auth import given_key
+from swaplora_server.http.dependencies import request_id
+from swaplora_server.http.errors import error_response
+from swaplora_server.http.transport.body import is_json
+from swaplora_server.http.transport.body_memory import BodyMemory
+from swaplora_server.http.transport.browsers import early_headers
+from swaplora_server.http.transport.encoding import body_chunks
+from swaplora_server.http.transport.request_id import RequestIdMiddleware
+from swaplora_server.service.errors import RequestError
+
+PART_BYTES = 4 << 20  # of a body that is not read whole: what of it is here at once
+_START_SECONDS = 30.0  # that a replica may take to have a request
+_LOST = RequestError(
+    "engine_failed", "the replica that was answering this request has gone; ask again", retry_seconds=1
+)
+_NONE = RequestError("not_ready", "no replica can take the request yet; GET /health/ready says when one can")
+_OF_ONE = re.compile(r"/v1/adapters/[^/]+")  # what one replica alone may know of yet: an adapter on its way
+_log = structlog.get_logger(__name__)
+
+
+def ingress(settings: Settings, engines: Engines, keys: KeyRing) -> RequestIdMiddleware:
+    """The whole HTTP surface of the replicas. `keys` are those of the settings: whose a request is, others decide."""
+    return RequestIdMiddleware(_Ingress(settings, engines, keys))
+
+
+class _Ingress:
+    def __init__(self, settings: Settings, engines: Engines, keys: KeyRing) -> None:
+        self._settings = settings
+        self._engines = engines
+        self._keys = keys
+        self._bodies = BodyMemory(settings.body_memory_bytes)
+        self._early_headers = early_headers(settings)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _live(receive, send)
+            return
+        answering = _Answering(send)
+        account = self._bodies.account()
+        try:
+            path, tenant = scope["path"].removeprefix(self._settings.root_path), self._tenant(scope)
+            how = gathered_as(scope["method"], path)
+            if how is not None:
+                await self._gather(how, scope, receive, answering)
+                return
+            key, body, is_whole = key_of_path(path, tenant or ""), b"", not _has_body(scope)
+            if tenant is not None and scope["method"] == "POST" and _is_json(scope):
+                body, is_whole = await self._read(receive, account.add)
+                key = await self._key(scope, body, tenant) if is_whole and key == ANYWHERE else key
+            request = Forwarded(scope_to_send(scope, request_id()), body, is_whole, uuid.uuid4().hex)
+            may_be_elsewhere = scope["method"] in ("GET", "HEAD", "DELETE") and _OF_ONE.match(path) is not None
+            await self._exchange(key, request, receive, answering, may_be_elsewhere=may_be_elsewhere)
+        except ClientDisconnect:
+            return
+        except RequestError as error:
+            await self._refuse(error, scope, receive, answering)
+        except ReplicaLostError as error:
+            _log.error("a replica was lost while it answered", path=scope["path"], reason=str(error))
+            await self._refuse(_LOST, scope, receive, answering)
+        finally:
+            account.close()
+
+    def _tenant(self, scope: Scope) -> str | None:
+        """Whose request it is; None for a key that is not good, with which nothing is read."""
+        caller = self._keys.find(given_key(Headers(scope=scope)))
+        return None if caller is None else caller.tenant
+
+    async def _read(self, receive: Receive, count: Any) -> tuple[bytes, bool]:
+        """A body, or as much of it as one may have, and whether that is all."""
+        body = bytearray()
+        while len(body) <= self._settings.max_body_bytes:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            count(len(message.get("body", b"")))
+            body += message.get("body", b"")
+            if not message.get("more_body", False):
+                return bytes(body), True
+        return bytes(body), False
+
+    async def _key(self, scope: Scope, body: bytes, tenant: str) -> RouteKey:
+        """A body that cannot be read is refused where it is answered."""
+        limit = self._settings.max_body_bytes
+        decoded = bytearray()
+        try:
+            async for chunk in body_chunks(Request(scope, _whole(body)), limit):
+                decoded += chunk
+                if len(decoded) > limit:
+                    return ANYWHERE
+        except RequestError:
+            return ANYWHERE
+        parse = (bytes(decoded), tenant, self._settings.base_id)
+        if len(decoded) <= PART_BYTES >> 7:
+            return key_of_body(*parse)
+        return await asyncio.to_thread(key_of_body, *parse)
+
+    async def _exchange(
+        self, key: RouteKey, request: Forwarded, receive: Receive, answering: "_Answering", *, may_be_elsewhere: bool
+    ) -> None:
+        """Pass on what is asked and what is answered, each as the other side takes it."""
+        incoming: asyncio.Task[tuple[bytes, bool]] | None = None
+        if request.is_whole:
+            incoming = asyncio.ensure_future(_until_gone(receive))
+        async with aclosing(self._engines.stream(key, request)) as messages:
+            upcoming = asyncio.ensure_future(_begun(messages))
+            try:
+                while True:
+                    waited = {upcoming} if incoming is None else {upcoming, incoming}
+                    await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+                    if upcoming.done():
+                        sent = upcoming.result()
+                        if sent is None:
+                            return
+                        for message in sent:
+                            if message["type"] == WANTS_BODY:
+                                incoming = asyncio.ensure_future(_next_part(receive))
+                            elif may_be_elsewhere and message.get("status") == 404:
+                                await self._ask_others(request, answering)
+                                return
+                            else:
+                                await answering(message)
+                        if answering.is_whole:
+                            return
+                        upcoming = asyncio.ensure_future(anext(messages, None))
+                    if incoming is not None and incoming.done():
+                        body, is_last = incoming.result()  # raises ClientDisconnect
+                        incoming = asyncio.ensure_future(_until_gone(receive)) if is_last else None
+                        await self._engines.feed(request.exchange_id, body, is_last=is_last)
+            finally:
+                for task in filter(None, (upcoming, incoming)):
+                    task.cancel()
+                    with suppress(BaseException):
+                        await task
+
+    async def _ask_others(self, request: Forwarded, answering: "_Answering") -> None:
+        answer = best(await self._engines.ask_all(request))
+        for message in answer.messages if answer is not None else ():
+            await answering(message)
+
+    async def _gather(self, how: Gathered, scope: Scope, receive: Receive, answering: "_Answering") -> None:
+        """Ask all replicas, and answer once."""
+        body = b""
+        if _has_body(scope):
+            body, is_whole = await self._read(receive, lambda _num_bytes: None)
+            if not is_whole:
+                raise RequestError("body_too_large", f"the body is larger than {self._settings.max_body_bytes} bytes")
+        request = Forwarded(scope_to_send(scope, request_id()), body, True, uuid.uuid4().hex)
+        answers = await self._engines.ask_all(request)
+        if is_page(scope, how) and any(answer.status == 200 for answer in answers):
+            whole_lists = {**request.scope, "query_string": ALL_OF_A_LIST}
+            answers = await self._engines.ask_all(replace(request, scope=whole_lists))
+        if not answers:
+            raise _NONE
+        for message in how(answers, scope).messages:
+            await answering(message)
+
+    async def _refuse(self, error: RequestError, scope: Scope, receive: Receive, answering: "_Answering") -> None:
+        if answering.is_whole:
+            return
+        if not answering.has_begun:
+            origin = Headers(scope=scope).get("origin")
+            await error_response(error, self._early_headers(origin))(scope, receive, answering)
+        elif answering.is_event_stream:
+            path = scope["path"].removeprefix(self._settings.root_path)
+            body = last_event(path, error, answering.num_events)
+            await answering({"type": "http.response.body", "body": body, "more_body": False})
+        else:  # the client sees that it is not whole: the connection ends
+            raise ConnectionAbortedError(error.message)
+
+
+class _Answering:
+    """An ASGI `send` that knows how far its answer is."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.has_begun = False
+        self.is_whole = False
+        self.is_event_stream = False
+        self.num_events = 0  # that were sent whole
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.has_begun = True
+            headers = {bytes(name).lower(): bytes(value) for name, value in message["headers"]}
+            self.is_event_stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+        else:
+            self.is_whole = not message.get("more_body", False)
+            if self.is_event_stream:
+                body = message.get("body", b"")
+                self.num_events += body.count(b"\n\n") - body.count(b": ping\n\n")
+        await self._send(message)
+
+
+async def _begun(messages: AsyncGenerator[list[Message]]) -> list[Message] | None:
+    """The first of them. Raises RequestError where no replica takes the request in time."""
+    try:
+        return await asyncio.wait_for(anext(messages, None), _START_SECONDS)
+    except TimeoutError as error:
+        raise _NONE from error
+
+
+async def _next_part(receive: Receive) -> tuple[bytes, bool]:
+    """What comes next of a body, PART_BYTES of it where there are as many, and whether it is the last.
+
+    Raises ClientDisconnect.
+    """
+    part = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        part += message.get("body", b"")
+        is_last = not message.get("more_body", False)
+        if is_last or len(part) >= PART_BYTES:
+            return bytes(part), is_last
+
+
+async def _until_gone(receive: Receive) -> tuple[bytes, bool]:
+    """Raises ClientDisconnect when the client goes."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    raise ClientDisconnect
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    """The lifespan of an application that has none of its own."""
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
+
+
+def _whole(body: bytes) -> Receive:
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive
+
+
+def _has_body(scope: Scope) -> bool:
+    headers = Headers(scope=scope)
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+
+
+def _is_json(scope: Scope) -> bool:
+    content_type = Headers(scope=scope).get("content-type", "")
+    return not content_type or is_json(content_type)

@@ -1,0 +1,118 @@
+"""A replica: the engine and the whole application within one Ray actor, without a connection of its own."""
+
+import asyncio
+import gc
+from collections.abc import AsyncGenerator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import structlog
+from filelock import FileLock, Timeout
+from ray import serve
+from starlette.types import Message
+from uvicorn import Config
+from uvicorn.lifespan.on import LifespanOn
+
+from swaplora_adapters.registry.index import parse_reference
+from swaplora_server.cluster.affinity import RouteKey
+from swaplora_server.cluster.exchange import Answer, Exchanges, Forwarded, whole_answer
+from swaplora_server.config import Settings
+from swaplora_server.http.app import create_app
+from swaplora_server.http.transport.body_memory import BodyMemory
+from swaplora_server.log_lines import configure_logging
+from swaplora_server.service.offload import in_own_thread
+from swaplora_server.service.service import Service
+
+MAX_ON_A_NODE = 64
+_HANDOVER_SECONDS = 60.0  # beyond the time to drain, that a replica before this one may take to leave its folder
+_log = structlog.get_logger(__name__)
+
+
+class EngineReplica:
+    """What Ray Serve makes one of for each replica, and asks. All of it on one event loop."""
+
+    async def __init__(self, settings: Settings, *, is_alone: bool) -> None:  # type: ignore[misc]  # Ray Serve waits for it
+        """Returns when requests can be answered. Raises what `Service.start` does.
+
+        `is_alone` says that there is never another, whose data directory must be another as well.
+        """
+        configure_logging(settings.log_level, as_json=settings.log_json)
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._folder, self._lock = await asyncio.to_thread(claim_folder, settings, is_alone=is_alone)
+        self._service = Service(settings.model_copy(update={"data_dir": self._folder}))
+        await in_own_thread(partial(self._service.start, partial(_log.info, "starting")))
+        gc.freeze()
+        app = create_app(self._service, BodyMemory(settings.body_memory_bytes))
+        self._exchanges = Exchanges(app)
+        self._lifespan = LifespanOn(Config(app, lifespan="on", log_config=None))
+        await self._lifespan.startup()
+
+    async def stream(self, _key: RouteKey, request: Forwarded) -> AsyncGenerator[list[Message]]:
+        """See `Engines.stream`."""
+        messages = self._exchanges.stream(request)
+        try:
+            async for sent in messages:
+                yield sent
+        finally:
+            await messages.aclose()
+
+    async def feed(self, exchange_id: str, part: list[Any], is_last: bool) -> None:
+        """See `Engines.feed`. All replicas are told, and the one that has the request fetches `part`: a reference."""
+        if self._exchanges.has(exchange_id):
+            self._exchanges.feed(exchange_id, await part[0], is_last=is_last)
+
+    async def answer(self, request: Forwarded) -> Answer:
+        """See `Engines.ask_all`."""
+        return await whole_answer(self._exchanges, request, self._id)
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """For the router, every now and then: what is in memory by stored name, and how much there is to do."""
+        service = self._service
+        snapshot = service.engine.snapshot()
+        resident = {state.name for state in service.registry.states() if state.tier == "device"}
+        for alias in service.registry.names.index.aliases():
+            if all(parse_reference(target.reference).name in resident for target in alias.targets):
+                resident.add(alias.alias)
+        return {
+            "resident": sorted(resident),
+            "queue": snapshot.num_waiting,
+            "running": snapshot.num_running,
+            "capacity": service.max_rows,
+        }
+
+    def check_health(self) -> None:
+        """Raise RuntimeError for an engine that has failed or hangs: Ray Serve then has another replica instead."""
+        if not self._service.is_healthy:
+            raise RuntimeError("the engine has failed")
+
+    async def __del__(self) -> None:
+        """What Ray Serve calls when no request runs any more."""
+        if "_lifespan" in vars(self):
+            await self._lifespan.shutdown()
+            await in_own_thread(self._service.stop)
+            self._lock.release()
+
+
+def claim_folder(settings: Settings, *, is_alone: bool) -> tuple[Path, FileLock]:
+    """A data directory of this replica's own, which the next one takes over: what lies there need not come again.
+
+    One that is alone has the configured one, others the first below it that no replica of this node has.
+    Raises RuntimeError.
+    """
+    data_dir = settings.data_dir
+    data_dir.mkdir(parents=True, exist_ok=True)
+    if is_alone:
+        lock = FileLock(data_dir / "replica.lock")
+        lock.acquire(timeout=settings.drain_seconds + _HANDOVER_SECONDS)
+        return data_dir, lock
+    for number in range(MAX_ON_A_NODE):
+        folder = data_dir / f"replica-{number}"
+        lock = FileLock(data_dir / f"{folder.name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            continue
+        folder.mkdir(exist_ok=True)
+        return folder, lock
+    raise RuntimeError(f"data_dir: {MAX_ON_A_NODE} replicas on this node have their folders there already")

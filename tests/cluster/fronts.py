@@ -1,0 +1,83 @@
+"""A server in front of replicas that are applications in this process: all that passes between them, and no Ray."""
+
+import threading
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import httpx
+import uvicorn
+from starlette.types import ASGIApp, Message
+
+from swaplora_server.access.key_ring import KeyRing
+from swaplora_server.cluster.affinity import RouteKey
+from swaplora_server.cluster.engines import ReplicaLostError
+from swaplora_server.cluster.exchange import Answer, Exchanges, Forwarded, whole_answer
+from swaplora_server.cluster.ingress import ingress
+from swaplora_server.config import Settings
+from swaplora_server.http.transport.protocol import HttpConfig
+
+
+@dataclass
+class LocalEngines:
+    """Replicas by name; which one answers next, and what they are asked, is for the test to say and see."""
+
+    replicas: dict[str, Exchanges]
+    chosen: str
+    keys: list[RouteKey] = field(default_factory=list)
+    num_parts: int = 0
+    lost_after: int | None = None  # messages, from which on the replica is gone
+
+    async def stream(self, key: RouteKey, request: Forwarded) -> AsyncGenerator[list[Message]]:
+        self.keys.append(key)
+        num_sent = 0
+        messages = self.replicas[self.chosen].stream(request)
+        try:
+            async for sent in messages:
+                if self.lost_after is None:
+                    yield sent
+                    continue
+                for message in sent:
+                    num_sent += 1
+                    if num_sent > self.lost_after:
+                        raise ReplicaLostError("a fault of the test")
+                    yield [message]
+        finally:
+            await messages.aclose()
+
+    async def feed(self, exchange_id: str, body: bytes, *, is_last: bool) -> None:
+        self.num_parts += 1
+        for replica in self.replicas.values():
+            replica.feed(exchange_id, body, is_last=is_last)
+
+    async def ask_all(self, request: Forwarded) -> list[Answer]:
+        return [await whole_answer(exchanges, request, name) for name, exchanges in self.replicas.items()]
+
+
+@dataclass(frozen=True)
+class Front:
+    url: str
+    client: httpx.Client
+    engines: LocalEngines
+
+
+@contextmanager
+def front_of(settings: Settings, *apps: ASGIApp) -> Iterator[Front]:
+    """A server in front of these; the first is asked unless the test says otherwise."""
+    engines = LocalEngines({f"r{number}": Exchanges(app) for number, app in enumerate(apps)}, "r0")
+    keys = KeyRing([key.get_secret_value() for key in settings.api_key], settings.key_file)
+    http = HttpConfig(ingress(settings, engines, keys), settings)
+    http.port = 0
+    server = uvicorn.Server(http)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    try:
+        with httpx.Client(base_url=url, timeout=120) as client:
+            yield Front(url, client, engines)
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,98 @@
+"""Two replicas of their own state, asked as one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from fronts import Front, front_of
+from serving import BASE, Running, serving, settings
+from swaplora_server.http.app import create_app
+from swaplora_server.http.transport.body_memory import BodyMemory
+
+
+@pytest.fixture(scope="module")
+def two(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, Running]]:
+    configs = [settings(base, tmp_path_factory.mktemp("data")) for _ in range(2)]
+    with serving(configs[0]) as first, serving(configs[1]) as second:
+        yield first, second
+
+
+@pytest.fixture(scope="module")
+def front(two: tuple[Running, Running]) -> Iterator[Front]:
+    apps = [create_app(running.service, BodyMemory(1 << 20)) for running in two]
+    with front_of(two[0].service.settings, *apps) as found:
+        yield found
+
+
+def evaluation(front: Front, at: str) -> str:
+    task = [{"prompt": "a", "answer": "b"}]
+    front.engines.chosen = at
+    answer = front.client.post("/v1/evaluations", json={"models": [BASE], "task": task, "max_tokens": 1})
+    front.engines.chosen = "r0"
+    assert answer.status_code == 201, answer.text
+    found: str = answer.json()["id"]
+    return found
+
+
+def test_what_one_replica_has_is_found_whichever_it_is(front: Front) -> None:
+    ids = [evaluation(front, at) for at in ("r0", "r1", "r0", "r1")]
+
+    def listed(query: str = "") -> Any:
+        return front.client.get(f"/v1/evaluations{query}").json()
+
+    assert [one["id"] for one in listed()["data"]] == ids[::-1]
+    assert listed("?limit=2") == {**listed(), "data": listed()["data"][:2], "has_more": True}
+    assert [one["id"] for one in listed(f"?limit=2&after={ids[2]}")["data"]] == [ids[1], ids[0]]
+    assert front.client.get("/v1/evaluations?after=nobody").status_code == 404
+    assert front.client.get("/v1/evaluations?limit=0").status_code == 400
+    for each in ids:
+        assert front.client.get(f"/v1/evaluations/{each}").json()["id"] == each
+        assert front.client.post(f"/v1/evaluations/{each}/cancel").status_code == 200
+        assert front.client.delete(f"/v1/evaluations/{each}").status_code == 200
+        assert front.client.get(f"/v1/evaluations/{each}").status_code == 404
+    assert listed()["data"] == []
+
+
+def test_an_adapter_on_its_way_is_found_where_it_is(
+    two: tuple[Running, Running], front: Front, adapters: list[Path]
+) -> None:
+    assert two[1].put("late", adapters[0]).status_code == 201
+    assert front.client.get("/v1/adapters/late").json()["name"] == "late"
+    assert front.client.head("/v1/adapters/late").status_code == 200
+    assert front.client.delete("/v1/adapters/late").status_code in (200, 202)
+    assert front.client.get("/v1/adapters/late").status_code == 404
+
+
+def test_metrics_are_each_replicas(two: tuple[Running, Running], front: Front) -> None:
+    front.client.post("/v1/completions", json={"model": BASE, "prompt": "a", "max_tokens": 2})
+    answer = front.client.get("/metrics")
+    assert answer.headers["content-type"] == two[0].client.get("/metrics").headers["content-type"]
+    families = {family.name: family for family in text_string_to_metric_families(answer.text)}
+    own = {family.name: family for family in text_string_to_metric_families(two[0].client.get("/metrics").text)}
+    assert families.keys() == own.keys()
+    assert all(families[name].type == own[name].type for name in own)
+    told = {sample.labels["replica"] for family in families.values() for sample in family.samples}
+    assert told == {"r0", "r1"}
+    openmetrics = front.client.get("/metrics", headers={"accept": "application/openmetrics-text"})
+    assert openmetrics.text.endswith("# EOF\n")
+
+
+def test_the_whole_is_ready_while_one_is(two: tuple[Running, Running], front: Front) -> None:
+    for path in ("/health", "/health/ready", "/ping"):
+        assert front.client.get(path).status_code == 200
+    two[0].service.is_draining = True
+    try:
+        assert front.client.get("/health/ready").json() == {"ready": True}
+        two[1].service.is_draining = True
+        assert front.client.get("/health/ready").status_code == 503
+    finally:
+        two[0].service.is_draining = two[1].service.is_draining = False
+    front.engines.replicas, kept = {}, front.engines.replicas
+    try:
+        answer = front.client.get("/health/ready")
+    finally:
+        front.engines.replicas = kept
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")

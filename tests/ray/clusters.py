@@ -1,0 +1,91 @@
+"""A Ray cluster of nodes on this machine with replicas of a tiny base, and the server in front of them."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import ray
+import uvicorn
+from ray import serve
+from ray.cluster_utils import Cluster
+
+from repository import ROOT
+from swaplora_server.cluster.build import APPLICATION, ENGINE, engines, key_ring
+from swaplora_server.cluster.ingress import ingress
+from swaplora_server.cluster.ray_engines import RayEngines
+from swaplora_server.config import Settings
+from swaplora_server.http.transport.protocol import HttpConfig
+
+_STORE_BYTES = 150 << 20
+_PATHS = [str(ROOT / folder) for folder in ("server", "adapters", "tests/support", "tests/ray")]
+
+
+@contextmanager
+def ray_nodes(count: int, cpus: float) -> Iterator[Cluster]:
+    """A cluster of `count` nodes, and Ray Serve on it without proxies."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # of those that Ray starts; a test's own process has them from pytest
+    os.environ["PYTHONPATH"] = os.pathsep.join([*_PATHS, os.environ.get("PYTHONPATH", "")])
+    node = {"num_cpus": cpus, "object_store_memory": _STORE_BYTES, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        for _ in range(count - 1):
+            cluster.add_node(num_cpus=cpus, object_store_memory=_STORE_BYTES)
+        ray.init(address=cluster.address, log_to_driver=bool(os.environ.get("SHOW_RAY")), configure_logging=False)
+        serve.start(proxy_location="Disabled")
+        yield cluster
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@dataclass(frozen=True)
+class Front:
+    """A server in front of replicas."""
+
+    url: str
+    client: httpx.Client
+    handle: Any
+
+    def ask_replicas(self, method: str, *args: Any) -> list[Any]:
+        """What a method of each replica returns."""
+        found: list[Any] = self.handle.broadcast(method, *args).results(timeout_s=60)
+        return found
+
+
+@contextmanager
+def in_front(settings: Settings) -> Iterator[Front]:
+    """Replicas as the settings say, and a server in front of them in this process."""
+    handle = serve.run(engines(settings), name=APPLICATION, route_prefix=None)
+    try:
+        with fronting(settings, handle) as front:
+            yield front
+    finally:
+        serve.delete(APPLICATION)
+
+
+@contextmanager
+def fronting(settings: Settings, handle: Any) -> Iterator[Front]:
+    http = HttpConfig(ingress(settings, RayEngines(handle), key_ring(settings)), settings)
+    http.port = 0
+    server = uvicorn.Server(http)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    try:
+        with httpx.Client(base_url=url, timeout=120) as client:
+            yield Front(url, client, handle)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+__all__ = ["APPLICATION", "ENGINE", "Front", "fronting", "in_front", "ray_nodes"]
