@@ -153,6 +153,12 @@ class StorageFailedError(AdapterError, OSError):
     code = "storage_failed"
 
 
+class StoreUnreachableError(StorageFailedError):
+    """The store that several servers share does not answer; what is known of it is served on, and nothing changed."""
+
+    code = "store_unreachable"
+
+
 class MemoryFullError(AdapterError):
     """Every resident adapter is in use, and the budget leaves no room for another."""
 

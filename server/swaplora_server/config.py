@@ -82,6 +82,14 @@ def _check_prefix(value: str) -> str:
     return value
 
 
+def _check_shared(value: str) -> str:
+    if value.startswith("s3://"):
+        parse_prefix(value)
+    elif "://" in value:
+        raise ValueError(f"{value!r} is neither a folder nor s3://BUCKET/PREFIX")
+    return os.path.expanduser(value)
+
+
 def _check_origin(value: str) -> str:
     if value != "*" and not ORIGIN.fullmatch(value):
         raise ValueError(f"{value!r} is not an origin: write https://HOST or https://HOST:PORT, without a path, or *")
@@ -142,6 +150,7 @@ Prefix = Annotated[str, AfterValidator(_check_prefix)]
 RootPath = Annotated[str, AfterValidator(_check_root_path)]
 ReplicaRange = Annotated[str, Field(pattern=r"^[0-9]{1,4}(-[0-9]{1,4})?$"), AfterValidator(_check_range)]
 Dtype = Literal["auto", "bfloat16", "float16", "float32", "bf16", "fp16", "fp32", "half", "float"]
+SharedAddress = Annotated[str, Field(min_length=1), AfterValidator(_check_shared)]
 Template = Annotated[str, AfterValidator(check_template)]
 
 
@@ -259,6 +268,9 @@ class Settings(BaseSettings):
     config: HomePath | None = Field(None, description="YAML file with settings, named as the flags")
     data_dir: HomePath = Field(
         default_factory=lambda: _xdg_folder("XDG_DATA_HOME", ".local/share"), description="Uploaded adapters"
+    )
+    shared_store: SharedAddress | None = Field(
+        None, description="Folder or s3://BUCKET/PREFIX through which servers share their adapters"
     )
     cache_dir: HomePath = Field(
         default_factory=lambda: _xdg_folder("XDG_CACHE_HOME", ".cache"), description="Downloads and compiled code"

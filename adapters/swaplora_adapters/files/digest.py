@@ -29,3 +29,8 @@ def hex_of(digest: str) -> str:
     if not _DIGEST.fullmatch(digest):
         raise ValueError("a digest is sha256: and 64 lower-case hex digits")
     return digest.removeprefix(_PREFIX)
+
+
+def is_hex(text: str) -> bool:
+    """Whether it is what `hex_of` makes of some digest."""
+    return _DIGEST.fullmatch(_PREFIX + text) is not None

@@ -2,9 +2,8 @@
 
 import json
 import os
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,20 @@ from swaplora_adapters.errors import (
 )
 from swaplora_adapters.files.disk import raising_storage_errors
 from swaplora_adapters.files.naming import tenant_of, validate_name
+from swaplora_adapters.registry.changes import Changes
 from swaplora_adapters.registry.index import Index, NamedVersions
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions, NameState
-from swaplora_adapters.store.records import Alias, Canary, Details, Mixing, Published, Standing, Target, VersionRecord
+from swaplora_adapters.store.records import (
+    Alias,
+    Canary,
+    Details,
+    Mixing,
+    Published,
+    Standing,
+    Target,
+    Touched,
+    VersionRecord,
+)
 from swaplora_adapters.store.staging import Staging
 from swaplora_adapters.store.store import Store
 
@@ -39,12 +49,23 @@ class Judgement:
 
 
 class Names:
-    """Owns the index. Readers use `index` at any time; a change holds `changes`, which serialises them."""
+    """Owns the index. Readers use `index` at any time; changes are made by `changes`, one after the other."""
 
-    def __init__(self, store: Store, *, base_model: str, keep_versions: int) -> None:
-        """Raises InvalidAdapterNameError if something stored is called as the base is."""
+    def __init__(
+        self,
+        store: Store,
+        *,
+        base_model: str,
+        keep_versions: int,
+        on_adopted: Callable[[Touched, set[VersionRecord]], None] = lambda _touched, _gone: None,
+    ) -> None:
+        """`on_adopted` hears what other servers have changed, and which versions are gone by that.
+
+        Raises InvalidAdapterNameError if something stored is called as the base is.
+        """
         self.index = Index()
-        self.changes = threading.RLock()
+        self.changes = Changes(store, self._adopt)
+        self._on_adopted = on_adopted
         self._store = store
         self._base_model = base_model
         self._keep_versions = keep_versions
@@ -96,14 +117,13 @@ class Names:
         source: str,
         conditions: Conditions = UNCONDITIONAL,
     ) -> Published:
-        """See `Store.publish`."""
-        with self.changes:
-            self.check_is_free(name)
-            published = self._store.publish(name, staging, details, source=source, conditions=conditions)
-            for affected in {name, *self.index.names_of(details.digest)}:  # damaged files are whole again for all
-                self._refresh(affected)
-            self._origins.setdefault(name, None)  # only now: who finds a name used expects it in the index
-            return published
+        """See `Store.publish`. Within a change that is made."""
+        self.check_is_free(name)
+        published = self._store.publish(name, staging, details, source=source, conditions=conditions)
+        for affected in {name, *self.index.names_of(details.digest)}:  # damaged files are whole again for all
+            self._refresh(affected)
+        self._origins.setdefault(name, None)  # only now: who finds a name used expects it in the index
+        return published
 
     def outdated(self, name: str) -> list[VersionRecord]:
         """Versions beyond those that are kept, without the current one and those that an alias leads to.
@@ -128,25 +148,25 @@ class Names:
         """Roll a name to another of its versions, pin it, share it, or all at once.
 
         Raises AdapterNotFoundError, VersionNotFoundError, and GateFailedError for a version that has not passed, unless
-        it `is_forced`.
+        it `is_forced`. Within a change that is made.
         """
-        with self.changes:
-            has_failed = current is not None and not self.may_follow(name, current)
-            if has_failed and not is_forced:
-                raise _held(self.index.resolve_name(f"{name}@{current}"))
-            self._store.change(
-                name, current=current, is_pinned=is_pinned, shared_with=shared_with, is_forced=has_failed
-            )
-            self._refresh(name)
-            return self.index.get(name)
+        has_failed = current is not None and not self.may_follow(name, current)
+        if has_failed and not is_forced:
+            raise _held(self.index.resolve_name(f"{name}@{current}"))
+        self._store.change(name, current=current, is_pinned=is_pinned, shared_with=shared_with, is_forced=has_failed)
+        self._refresh(name)
+        return self.index.get(name)
 
     def set_gate(self, name: str, gate: str | None) -> NamedVersions:
         """Have new versions of `name` wait for a judgement, or no longer. Raises AdapterNotFoundError."""
-        with self.changes:
+
+        def change() -> NamedVersions:
             self.index.get(name)
             self._store.set_gate(name, gate)
             self._refresh(name)
             return self.index.get(name)
+
+        return self.changes.make(change)
 
     def is_due(self, name: str, found: Judgement) -> bool:
         """Whether it is of the gate, the version and the current version that there are now. Needs `changes`."""
@@ -178,17 +198,17 @@ class Names:
         """Remove a name or one version of it, and return what was removed.
 
         Raises AdapterNotFoundError, VersionNotFoundError, and AdapterBusyError if an alias would then lead nowhere.
+        Within a change that is made.
         """
-        with self.changes:
-            doomed = {record.version for record in self.index.get(name).versions} if version is None else {version}
-            aliases = self.index.aliases_that_need(name, doomed)
-            if aliases:
-                raise AdapterBusyError(
-                    f"{', '.join(aliases)} leads there: point the alias elsewhere, or delete it, or the mixture, first"
-                )
-            removed = self._store.delete(name, version)
-            self._refresh(name)
-            return removed
+        doomed = {record.version for record in self.index.get(name).versions} if version is None else {version}
+        aliases = self.index.aliases_that_need(name, doomed)
+        if aliases:
+            raise AdapterBusyError(
+                f"{', '.join(aliases)} leads there: point the alias elsewhere, or delete it, or the mixture, first"
+            )
+        removed = self._store.delete(name, version)
+        self._refresh(name)
+        return removed
 
     def link_files(self, reference: str, folder: Path) -> VersionRecord:
         """Give a version's files a second place in `folder`, made on the store's disk, where no delete reaches them.
@@ -197,6 +217,7 @@ class Names:
         AdapterFailedError and StorageFullError.
         """
         record = self.index.resolve_name(reference)
+        self._store.bring(record.digest)
         self._store.verify(record.digest)
         with self.changes, raising_storage_errors():
             self.index.resolve_name(f"{record.name}@{record.version}")  # which may be deleted by now
@@ -210,15 +231,19 @@ class Names:
 
         Raises InvalidAdapterNameError, QuotaExceededError, and of a target AdapterNotFoundError, VersionNotFoundError.
         """
-        with self.changes:
+
+        def put() -> Alias:
             if self.index.is_mixture(alias):
                 raise InvalidAdapterNameError(f"{alias} is a mixture; choose another alias, or delete that first")
             # a copy: whoever counts for a canary knows it by identity, and one that is put again is another
             return self._put(Alias(alias, tuple(targets), canary=canary and canary._replace()))
 
+        return self.changes.make(put)
+
     def step_back(self, alias: str, canary: Canary, reason: str) -> bool:
         """Give a canary no more requests; False if the alias has another by now, or the same put again."""
-        with self.changes:
+
+        def step() -> bool:
             found = self.index.alias(alias) if self.index.is_alias(alias) else None
             if found is None or found.canary is not canary:
                 return False
@@ -229,19 +254,23 @@ class Names:
             self.index.put_alias(made)
             return True
 
+        return self.changes.make(step)
+
     def put_mixture(self, name: str, members: Sequence[str], mixing: Mixing) -> tuple[Alias, bool]:
         """Make a mixture of names or versions, or change what it is made of; and whether it is the first of its name.
 
         Raises InvalidAdapterNameError, QuotaExceededError, and of a member AdapterNotFoundError, VersionNotFoundError.
         """
-        with self.changes:
+
+        def put() -> tuple[Alias, bool]:
             if self.index.is_alias(name):
                 raise InvalidAdapterNameError(f"{name} is an alias; choose another name, or delete that first")
             is_first = not self.index.is_mixture(name)
             return self._put(Alias(name, tuple(Target(member, 1) for member in members), mixing)), is_first
 
+        return self.changes.make(put)
+
     def _put(self, made: Alias) -> Alias:
-        """Needs `changes`."""
         if made.alias == self._base_model or made.alias in self.index:
             raise InvalidAdapterNameError(f"{made.alias} is what the base or an adapter is called; choose another name")
         for target in made.targets:
@@ -256,16 +285,13 @@ class Names:
 
     def remove_alias(self, alias: str) -> None:
         """Raises AliasNotFoundError."""
-        with self.changes:
-            self._remove(self.index.alias(alias))
+        self.changes.make(lambda: self._remove(self.index.alias(alias)))
 
     def remove_mixture(self, name: str) -> None:
         """Raises MixtureNotFoundError."""
-        with self.changes:
-            self._remove(self.index.mixture(name))
+        self.changes.make(lambda: self._remove(self.index.mixture(name)))
 
     def _remove(self, made: Alias) -> None:
-        """Needs `changes`."""
         self._store.remove_alias(made.alias)
         self.index.remove_alias(made.alias)
 
@@ -279,9 +305,30 @@ class Names:
 
     def set_origin(self, name: str, origin: str) -> None:
         """Note what a name in use was taken in from."""
-        with self.changes:
+
+        def note() -> None:
             self._store.set_origin(name, origin)
             self._origins[name] = origin
+
+        self.changes.make(note)
+
+    def _adopt(self, touched: Touched) -> None:
+        """Know what other servers have changed. Needs `changes`."""
+        before = self._records(touched)
+        for name in touched.names:
+            self._refresh(name)
+            self._origins |= self._store.origins(name)
+        for alias in touched.aliases:
+            if found := self._store.aliases(alias):
+                self.index.put_alias(found[0])
+            else:
+                self.index.remove_alias(alias)
+        self._on_adopted(touched, before - self._records(touched))
+
+    def _records(self, touched: Touched) -> set[VersionRecord]:
+        """Of all versions of these names; what was found out about them is nothing here."""
+        named = (self.index.get(name) for name in touched.names if name in self.index)
+        return {replace(r, standing=None, verdict=None, failure=None) for each in named for r in each.versions}
 
     def _refresh(self, name: str) -> None:
         """Let the index know a name as the store does. Needs `changes`."""

@@ -6,9 +6,10 @@ memory: `Names.changes` serialises what touches the disk, and the lock that leas
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.errors import (
     AdapterError,
+    AdapterNotFoundError,
     MemoryFullError,
     PreconditionFailedError,
     StorageFailedError,
@@ -25,14 +27,15 @@ from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.intake import inspect_files
 from swaplora_adapters.priority import SHARE_OF_LOADS, lower_priority, pause
 from swaplora_adapters.registry.card import AdapterState, Card, Failure, PutResult, Tier
+from swaplora_adapters.registry.changes import Looks
 from swaplora_adapters.registry.host_tier import HostTier
 from swaplora_adapters.registry.index import NamedVersions
 from swaplora_adapters.registry.leases import Lease, LeaseCounts, Removal, RequestLeases
 from swaplora_adapters.registry.names import Judgement, Names
-from swaplora_adapters.registry.residency import Residency
+from swaplora_adapters.registry.residency import Residency, show
 from swaplora_adapters.registry.usage import Stages, Unheard, UsageByName, UsageListener
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
-from swaplora_adapters.store.records import Alias, Canary, Mixing, Target, VersionRecord
+from swaplora_adapters.store.records import Alias, Canary, Mixing, Target, Touched, VersionRecord
 from swaplora_adapters.store.staging import Staging
 from swaplora_adapters.store.store import Store
 from swaplora_adapters.weights.load import Fits, load_weights
@@ -78,6 +81,7 @@ class Registry:
         prepare: Callable[[AdapterWeights], AdapterWeights] = lambda weights: weights,
         host_budget: int = 0,
         listener: UsageListener | None = None,
+        report: Callable[[Exception], None] = show,
     ) -> None:
         """`layers` are the base's that adapters may change; weights are kept in `dtype`.
 
@@ -85,7 +89,7 @@ class Registry:
         made for another one is taken with a warning. `placement` lays the factors of linears into memory, and `prepare`
         makes of an adapter's weights what is served, the same on their device with `tables` filled in: both on the
         thread that loads. `host_budget` is of bytes that are kept of adapters as they were before `prepare`. `listener`
-        is told what becomes of adapters in memory.
+        is told what becomes of adapters in memory, and `report` why what other servers change is not known here.
         """
         self._store = store
         self._sources = sources
@@ -95,7 +99,9 @@ class Registry:
         self._placement = placement
         self._prepare = prepare
         self._base_model = base_model
-        self._names = Names(store, base_model=base_model, keep_versions=keep_versions)
+        self._names = Names(
+            store, base_model=base_model, keep_versions=keep_versions, on_adopted=self._know_others_changes
+        )
         self._usage = UsageByName(Unheard() if listener is None else listener)
         self._residency = Residency(self._load, memory_budget, wait_seconds, on_evict=self._usage.evicted)
         self._host = HostTier(host_budget)
@@ -104,6 +110,23 @@ class Registry:
         self._verifier = ThreadPoolExecutor(1, "adapter-verify", initializer=lower_priority, initargs=(SHARE_OF_LOADS,))
         self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-free")
         self._residency.pin(self._pinned())
+        self._looks = Looks(self._names.changes, store.tidy, report) if store.is_shared else None
+
+    def seen(self) -> Future[None]:
+        """Done once every change is known here that any server has acknowledged before; fails where that is not known.
+
+        Fails with StoreUnreachableError, at once where the store has not answered for some time.
+        """
+        if self._looks is not None:
+            return self._looks.wanted()
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    @property
+    def revision(self) -> int:
+        """Of the last change that is known here."""
+        return self._store.revision
 
     def pins_not_kept(self) -> list[str]:
         """Names that are pinned and may leave memory all the same, because all pinned ones do not fit at once."""
@@ -203,7 +226,8 @@ class Registry:
         Raises AdapterNotFoundError, VersionNotFoundError, MemoryFullError when all that is pinned would not fit, and
         GateFailedError for a version that has not passed, unless it `is_forced`.
         """
-        with self._names.changes:
+
+        def change() -> Card:
             record = self._names.index.resolve_name(name if current is None else f"{name}@{current}")
             if self._names.index.get(name).is_pinned if is_pinned is None else is_pinned:
                 self._check_pins(name, record.digest, self._num_bytes(record))
@@ -212,6 +236,8 @@ class Registry:
             )
             self._residency.pin(self._pinned())
             return self._card(named)
+
+        return self._names.changes.make(change)
 
     def set_gate(self, name: str, gate: str | None) -> Card:
         """See `Names.set_gate`."""
@@ -222,7 +248,8 @@ class Registry:
 
         None, and nothing is done, where gate, version or current version have changed since it was asked.
         """
-        with self._names.changes:
+
+        def judge(found: Judgement) -> Card | None:
             if not self._names.is_due(name, found):
                 return None
             record, is_current = self._names.index.resolve_name(f"{name}@{found.version}"), found.has_passed
@@ -235,6 +262,8 @@ class Registry:
             self._names.judge(name, found, is_current=is_current)
             self._residency.pin(self._pinned())
             return self.card(name)
+
+        return self._names.changes.make(lambda: judge(found))
 
     def keep(self, reference: str) -> Lease:
         """Have the version that this names stay until it is given back or deleted, however many newer ones come.
@@ -249,13 +278,16 @@ class Registry:
         Raises AdapterNotFoundError, VersionNotFoundError, AdapterBusyError, and MemoryFullError for a pinned name whose
         next version would not fit.
         """
-        with self._names.changes:
+
+        def delete() -> Removal:
             successor = self._names.successor(name, version)
             if successor is not None and self._names.index.get(name).is_pinned:
                 self._check_pins(name, successor.digest, self._num_bytes(successor))
             removal = self._remove(name, version)
             self._residency.pin(self._pinned())
             return removal
+
+        return self._names.changes.make(delete)
 
     def put_alias(self, alias: str, targets: Sequence[Target], canary: Canary | None = None) -> Alias:
         """See `Names.put_alias`."""
@@ -315,6 +347,8 @@ class Registry:
         self._residency.stop()
 
     def close(self) -> None:
+        if self._looks is not None:
+            self._looks.close()
         self._cleaner.shutdown()
         self._residency.close()
         self._verifier.shutdown()
@@ -346,20 +380,35 @@ class Registry:
         nbytes = details.num_parameters * self._dtype.itemsize
         self._residency.check_size(nbytes)
         file_bytes = staging.config_path.stat().st_size + staging.weights_path.stat().st_size
-        with self._names.changes:
+        self._store.send(staging, details.digest)
+
+        def publish() -> PutResult:
             admit(name, details.digest, file_bytes)
             named = self._names.index.get(name) if name in self._names.index else None
             if named is not None and named.is_pinned and named.gate is None:
                 self._check_pins(name, details.digest, nbytes)
             published = self._names.publish(name, staging, details, source=source, conditions=conditions)
+            return PutResult(self.card(name), published.record, is_first=published.previous is None)
+
+        with self._names.changes:
+            put = self._names.changes.make(publish)
             self._residency.forget_failure(details.digest)  # its file may have been damaged, and is whole again
             self._last_failure.pop(name, None)
-            with suppress(StorageFullError, StorageFailedError):  # one too many is kept until the next replace
-                for record in self._names.outdated(name):
-                    if not self._lease_counts.is_kept(record):
-                        self._remove(name, record.version)
+            self._retire(name)
             self._residency.pin(self._pinned())
-            return PutResult(self.card(name), published.record, is_first=published.previous is None)
+            return put._replace(card=self.card(name)) if name in self._names.index else put
+
+    def _retire(self, name: str) -> None:
+        """Remove versions beyond those that are kept; one too many is kept until the next replace."""
+
+        def remove(version: int) -> None:
+            if version in {record.version for record in self._names.outdated(name)}:  # or others rolled back to it
+                self._remove(name, version)
+
+        with suppress(StorageFullError, StorageFailedError, AdapterNotFoundError):
+            for record in self._names.outdated(name):
+                if not self._lease_counts.is_kept(record):
+                    self._names.changes.make(partial(remove, record.version))
 
     def _num_bytes(self, record: VersionRecord) -> int:
         """In memory."""
@@ -431,6 +480,8 @@ class Registry:
 
     def _read(self, digest: str, stages: Stages) -> AdapterWeights:
         """The files are hashed again beside the load, and what was loaded counts only if they are what they were."""
+        if self._store.is_shared:
+            stages.time("fetch", lambda: self._store.bring(digest))
         verified = self._verifier.submit(self._store.verify, digest)
         try:
             weights = stages.time("read", lambda: self._built(digest))
@@ -447,13 +498,27 @@ class Registry:
         )
 
     def _remove(self, name: str, version: int | None) -> Removal:
-        """Needs `Names.changes`."""
+        """Within a change that is made."""
         removal = self._lease_counts.add(self._names.remove(name, version))
         if name not in self._names.index:
             self._lease_counts.forget(name)
             self._last_failure.pop(name, None)
         self._cleaner.submit(self._finish_removals)
         return removal
+
+    def _know_others_changes(self, touched: Touched, gone: set[VersionRecord]) -> None:
+        """What another server has removed goes as if it had been removed here. Needs `Names.changes`."""
+        for name in touched.names:
+            self._last_failure.pop(name, None)
+            if name not in self._names.index:
+                self._lease_counts.forget(name)
+                continue
+            for record in self._names.index.get(name).versions:
+                self._residency.forget_failure(record.digest)
+        if gone:
+            self._lease_counts.add(list(gone))
+            self._cleaner.submit(self._finish_removals)
+        self._residency.pin(self._pinned())
 
     def _finish_removals(self) -> None:
         """The cleaner's job: free what was removed and is held by nobody any more, and tell who waits for it."""

@@ -24,7 +24,8 @@ from swaplora_adapters.registry.memory_queue import Claim, MemoryQueue, Resident
 from swaplora_adapters.weights.served import AdapterWeights
 
 
-def _show(error: BaseException) -> None:
+def show(error: BaseException) -> None:
+    """As Python tells of what nobody has caught."""
     sys.excepthook(type(error), error, error.__traceback__)
 
 
@@ -36,7 +37,7 @@ class Residency:
         load: Callable[[str], AdapterWeights],
         budget: int,
         wait_seconds: float,
-        report: Callable[[BaseException], None] = _show,
+        report: Callable[[BaseException], None] = show,
         on_evict: Callable[[str], None] = lambda _digest: None,
     ) -> None:
         """`load` reads one digest's weights into memory; `budget` is in bytes of weights.

@@ -145,12 +145,15 @@ class TenantRegistry(Registry):
         with self._changing(" ".join(kind for kind, is_asked in kinds.items() if is_asked), name) as change:
             change.shared_with = shared_with
             stored, names = self._own(name), self._registry.names
-            with names.changes:
+
+            def made() -> Card:
                 if is_forced and current is not None and not names.may_follow(stored, current):
                     change.kind = change.kind.replace("adapter.current", "adapter.force")
-                card = self._registry.change(
+                return self._registry.change(
                     stored, current=current, is_pinned=is_pinned, shared_with=shared_with, is_forced=is_forced
                 )
+
+            card = names.changes.make(made)
             change.came_to(card.record)
             return self._naming.card(card)
 

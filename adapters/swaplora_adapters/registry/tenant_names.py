@@ -1,10 +1,10 @@
 """The names that a tenant may say: its own, and those of what others share with it, as if there were no others."""
 
-import threading
 from pathlib import Path
 
 from swaplora_adapters.errors import NotOwnerError
 from swaplora_adapters.files.naming import TENANT_MARK, validate_name
+from swaplora_adapters.registry.changes import Changes
 from swaplora_adapters.registry.index import Index, MayAsk, NamedVersions, may_ask_all, unknown
 from swaplora_adapters.registry.names import Names
 from swaplora_adapters.registry.naming import Naming
@@ -91,7 +91,7 @@ class TenantNames(Names):
         self._names = names
         self._naming = naming
         self.index: TenantIndex = TenantIndex(names.index, naming)
-        self.changes: threading.RLock = names.changes
+        self.changes: Changes = names.changes
 
     def check_adapter_name(self, name: str) -> None:
         """See `Names.check_adapter_name`: what the base is called is nobody's name."""

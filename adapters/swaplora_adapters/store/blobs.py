@@ -10,7 +10,7 @@ from typing import NamedTuple
 from swaplora_adapters.config.parse import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, parse_spec
 from swaplora_adapters.config.spec import AdapterSpec
 from swaplora_adapters.errors import AdapterFailedError, InvalidAdapterError, UnsupportedAdapterError
-from swaplora_adapters.files.digest import digest_of, hex_of
+from swaplora_adapters.files.digest import digest_of, hex_of, is_hex
 from swaplora_adapters.files.disk import raising_storage_errors, read_bounded, regular_size, remove, sync_folder
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.files.strict_json import loads
@@ -43,6 +43,10 @@ class Blobs:
         folder = self._folder(digest)
         return BlobPaths(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 
+    def digests(self) -> list[str]:
+        """Of all that lie here."""
+        return [f"sha256:{path.name}" for path in self._blobs.iterdir() if is_hex(path.name)]
+
     def is_empty(self) -> bool:
         """Whether there is no blob at all."""
         return next(self._blobs.iterdir(), None) is None
@@ -53,9 +57,7 @@ class Blobs:
 
     def place(self, staging: Staging, digest: str) -> tuple[int, int]:
         """Move the staged files to their blob, over any files it has; durable when this returns their sizes."""
-        sizes = regular_size(staging.config_path), regular_size(staging.weights_path)
-        if sizes[0] is None or sizes[1] is None:
-            raise InvalidAdapterError([f"{CONFIG_FILE} and {WEIGHTS_FILE} must both be sent"])
+        sizes = self.staged_sizes(staging)
         folder = self._folder(digest)
         if folder.is_symlink() or not folder.is_dir():
             remove(folder)
@@ -66,6 +68,14 @@ class Blobs:
                 source.replace(target)
             sync_folder(folder)
         sync_folder(self._blobs)
+        return sizes
+
+    @staticmethod
+    def staged_sizes(staging: Staging) -> tuple[int, int]:
+        """Of both files, in bytes; InvalidAdapterError if one is missing."""
+        sizes = regular_size(staging.config_path), regular_size(staging.weights_path)
+        if sizes[0] is None or sizes[1] is None:
+            raise InvalidAdapterError([f"{CONFIG_FILE} and {WEIGHTS_FILE} must both be sent"])
         return sizes[0], sizes[1]
 
     def discard(self, digest: str) -> None:

@@ -29,6 +29,7 @@ _OF_VERSION = (
     *("version", "digest", "kinds", "rank", "targets", "base_model", "num_parameters", "created", "source"),
     *("warnings", "provenance", "standing", "verdict"),
 )
+_OF_BLOB = ("config_bytes", "weights_bytes", "place")
 _UNTOLD_OF_NAME: Facts = {"shared_with": [], "gate": None}  # by descriptions of earlier releases
 _UNTOLD_OF_VERSION: Facts = {"standing": None, "verdict": None}
 _OF_ALIAS = ("alias", "revision", "targets", "mixing", "canary")
@@ -77,6 +78,16 @@ class Catalogue:
         self._connection.close()
 
     @contextmanager
+    def draft(self) -> Iterator[None]:
+        """Nothing that the body changes stays."""
+        with raising_storage_errors():
+            self._connection.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._connection.execute("ROLLBACK")
+
+    @contextmanager
     def transaction(self) -> Iterator[None]:
         """All changes of the body or none, durable when it ends; StorageFullError if there is no room.
 
@@ -122,18 +133,19 @@ class Catalogue:
         """Whether there is or was a version of this name."""
         return bool(self._query("SELECT 1 FROM names WHERE name = ?", name))
 
-    def origins(self) -> dict[str, str | None]:
+    def origins(self, name: str | None = None) -> dict[str, str | None]:
         """What each name was last taken in from by itself, for all that were ever used, the deleted ones too."""
-        return dict(self._query("SELECT name, origin FROM names"))
+        return dict(self._query("SELECT name, origin FROM names WHERE ?1 IS NULL OR name = ?1", name))
 
     def removed(self, name: str | None = None) -> list[str]:
         """Digests of versions that the name had, or that any had, whose files may still be there."""
         rows = self._query("SELECT removed FROM names WHERE removed != '[]' AND (?1 IS NULL OR name = ?1)", name)
         return [digest for (digests,) in rows for digest in json.loads(digests)]
 
-    def aliases(self) -> list[Alias]:
-        """In order of alias."""
-        rows = self._query("SELECT alias, targets, mixing, canary FROM aliases ORDER BY alias")
+    def aliases(self, alias: str | None = None) -> list[Alias]:
+        """All, in order of alias, or the one that is called so."""
+        condition = "?1 IS NULL OR alias = ?1 ORDER BY alias"
+        rows = self._query(f"SELECT alias, targets, mixing, canary FROM aliases WHERE {condition}", alias)
         return [_alias(alias, *map(json.loads, facts)) for alias, *facts in rows]
 
     def is_referenced(self, digest: str) -> bool:
@@ -147,6 +159,11 @@ class Catalogue:
     def is_blob(self, digest: str) -> bool:
         """Whether the blob is recorded."""
         return bool(self._query("SELECT 1 FROM blobs WHERE digest = ?", digest))
+
+    def places(self, digest: str | None = None) -> dict[str, str]:
+        """Digest → where in the shared store the blob's files lie, for all that do, or for this one if it does."""
+        condition = "place IS NOT NULL AND (?1 IS NULL OR digest = ?1)"
+        return dict(self._query(f"SELECT digest, place FROM blobs WHERE {condition}", digest))
 
     def blobs(self) -> list[tuple[str, int, int, str | None]]:
         """Digest, config bytes, weights bytes and failure of every blob."""
@@ -162,7 +179,7 @@ class Catalogue:
 
     def manifest_of_name(self, name: str) -> Manifest:
         """All that is kept of a name, but for what was found out about its files."""
-        columns = (*_OF_VERSION, "weights_bytes")
+        columns = (*_OF_VERSION, *_OF_BLOB)
         joined = f"SELECT {', '.join(columns)} FROM versions JOIN blobs USING (digest) WHERE name = ? ORDER BY version"
         versions = [_unpacked(columns, row) for row in self._query(joined, name)]
         [(revision, *row)] = self._query(f"SELECT revision, {', '.join(_OF_NAME)} FROM names WHERE name = ?", name)
@@ -185,7 +202,8 @@ class Catalogue:
         for version in facts["versions"]:
             digest = version["digest"]
             if not self.is_blob(digest):
-                self.put_blob(digest, config_bytes[digest], version["weights_bytes"])
+                nbytes = config_bytes[digest] or version.get("config_bytes", 0)  # its own, if it is here
+                self.put_blob(digest, nbytes, version["weights_bytes"], version.get("place"))
             self._insert("versions", {"name": name, **_UNTOLD_OF_VERSION, **version}, ("name", *_OF_VERSION))
 
     def adopt_alias(self, alias: str, manifest: Manifest) -> None:
@@ -206,14 +224,16 @@ class Catalogue:
         """Delete the rows of blobs that no version has."""
         self._execute("DELETE FROM blobs WHERE digest NOT IN (SELECT digest FROM versions)")
 
-    def put_blob(self, digest: str, config_bytes: int, weights_bytes: int) -> None:
-        """Record a blob whose files are in place and sound."""
+    def put_blob(self, digest: str, config_bytes: int, weights_bytes: int, place: str | None = None) -> None:
+        """Record a blob whose files are in place and sound, here or at a `place` in the shared store."""
         self._execute(
-            "INSERT INTO blobs (digest, config_bytes, weights_bytes) VALUES (?, ?, ?) ON CONFLICT (digest) DO UPDATE"
-            " SET config_bytes = excluded.config_bytes, weights_bytes = excluded.weights_bytes, failure = NULL",
+            "INSERT INTO blobs (digest, config_bytes, weights_bytes, place) VALUES (?, ?, ?, ?)"
+            " ON CONFLICT (digest) DO UPDATE SET config_bytes = excluded.config_bytes,"
+            " weights_bytes = excluded.weights_bytes, place = excluded.place, failure = NULL",
             digest,
             config_bytes,
             weights_bytes,
+            place,
         )
 
     def mark_blob(self, digest: str, failure: str | None) -> None:

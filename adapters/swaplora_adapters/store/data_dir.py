@@ -1,5 +1,6 @@
 """The folders of a data directory, and its quarantine: what is doubted is moved there, never away."""
 
+import fcntl
 import os
 from itertools import count
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from swaplora_adapters.files.disk import StoreError, raising_storage_errors
 
 _MAX_ASIDE_CHARS = 200  # a number may follow, and a file's name has 255 bytes
-_FILES = ("catalogue.sqlite3", "lock", "reserve")
+_FILES = ("catalogue.sqlite3", "lock", "reserve", "shared")
 
 
 class DataDir:
@@ -20,15 +21,28 @@ class DataDir:
         """Make what is missing; StoreError for a directory that cannot be used as it is."""
         self.blobs, self.names, self.aliases = data_dir / "blobs", data_dir / "names", data_dir / "aliases"
         self.staging, self.quarantine = data_dir / "staging", data_dir / "quarantine"
-        self.catalogue, self.lock, self.reserve = (data_dir / name for name in _FILES)
+        self.catalogue, self.lock, self.reserve, self.shared = (data_dir / name for name in _FILES)
         try:
             data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for path in (self.names, self.aliases, self.catalogue, self.lock, self.reserve):
+            for path in (self.names, self.aliases, self.catalogue, self.lock, self.reserve, self.shared):
                 _refuse_link(path)
             for folder in (self.blobs, self.staging, self.quarantine):
                 _make(folder)
         except OSError as error:
             raise unusable(data_dir, error) from error
+
+    def hold(self) -> int:
+        """An exclusive lock on all of it, until the descriptor is closed or the process ends; StoreError."""
+        try:
+            descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode=0o600)
+        except OSError as error:
+            raise unusable(self.lock.parent, error) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise StoreError("the data directory is in use by another process") from None
+        return descriptor
 
     @property
     def has_manifests(self) -> bool:

@@ -115,3 +115,10 @@ class Quarantined(NamedTuple):
     name: str
     version: int
     reason: str
+
+
+class Touched(NamedTuple):
+    """What other servers have changed."""
+
+    names: frozenset[str] = frozenset()
+    aliases: frozenset[str] = frozenset()

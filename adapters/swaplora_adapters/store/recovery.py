@@ -68,9 +68,11 @@ class Recovery:
         self._write(self._aliases, {alias: catalogue.manifest_of_alias(alias) for alias in untold})
         return max(names.last_revision, aliases.last_revision)
 
-    def sweep(self, catalogue: Catalogue) -> None:
-        """Remove what was on its way in or was deleted; what nobody knows is set aside."""
+    def sweep(self, catalogue: Catalogue, *, is_copy: bool = False) -> None:
+        """Remove what was on its way in or was deleted; what nobody knows is set aside, unless it `is_copy` of all."""
         removed = catalogue.removed() if self.is_sound else ()
+        if is_copy:
+            removed = self._blobs.digests()
         num_unknown = self._blobs.sweep([digest for digest, *_ in catalogue.blobs()], removed)
         if num_unknown:
             self.notes.append(f"{num_unknown} folders of files that no adapter has were set aside in the quarantine")

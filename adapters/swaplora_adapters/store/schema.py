@@ -52,4 +52,5 @@ MIGRATIONS = (
     ALTER TABLE versions ADD COLUMN verdict TEXT;
     """,
     "ALTER TABLE aliases ADD COLUMN canary TEXT NOT NULL DEFAULT 'null';",
+    "ALTER TABLE blobs ADD COLUMN place TEXT;",
 )

@@ -12,13 +12,11 @@ manifest, catalogue committed. What a crash leaves behind is whole, or swept at 
 lost: it is made anew from the manifests.
 """
 
-import fcntl
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
 
 from swaplora_adapters.errors import (
     AdapterFailedError,
@@ -33,15 +31,14 @@ from swaplora_adapters.files.disk import StoreError
 from swaplora_adapters.files.naming import validate_alias, validate_name, without_tenant
 from swaplora_adapters.store.blobs import BlobPaths, Blobs
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
-from swaplora_adapters.store.data_dir import DataDir, unusable
-from swaplora_adapters.store.manifests import Manifest, Manifests, NotUndoneError
-from swaplora_adapters.store.records import Alias, Details, Published, Quarantined, Standing, VersionRecord
+from swaplora_adapters.store.data_dir import DataDir
+from swaplora_adapters.store.journal import Journal
+from swaplora_adapters.store.manifests import Manifests, NotUndoneError
+from swaplora_adapters.store.records import Alias, Details, Published, Quarantined, Standing, Touched, VersionRecord
 from swaplora_adapters.store.recovery import Recovery
 from swaplora_adapters.store.staging import Staging
 
 __all__ = ["BlobPaths", "Details", "Published", "Quarantined", "Staging", "Store", "StoreError", "VersionRecord"]
-
-T = TypeVar("T")
 
 
 class Store:
@@ -57,17 +54,56 @@ class Store:
         folders = DataDir(data_dir)
         self._blobs = Blobs(folders)
         self._names, self._aliases = (Manifests(f, folders.staging) for f in (folders.names, folders.aliases))
-        self._lock_descriptor = _lock(folders.lock)
+        self._lock_descriptor = folders.hold()
         try:
             recovery = Recovery(folders, self._blobs, self._names, self._aliases)
             self._catalogue = recovery.open_catalogue()
-            self._revision = recovery.agree(self._catalogue)
-            recovery.sweep(self._catalogue)
+            self._journal = self._open(folders, recovery)
             self.notes = recovery.notes
             self.quarantined = self._find_damage()
         except BaseException:
+            if "_catalogue" in vars(self):
+                self._catalogue.close()
             os.close(self._lock_descriptor)
             raise
+
+    def _open(self, folders: DataDir, recovery: Recovery) -> Journal:
+        """What changes are made with, once catalogue and files agree."""
+        if folders.shared.exists():
+            raise StoreError(
+                "the data directory is one server's part of a shared store: name that with --shared-store, or choose "
+                "another --data-dir"
+            )
+        revision = recovery.agree(self._catalogue)
+        recovery.sweep(self._catalogue)
+        return Journal(self._catalogue, self._names, self._aliases, self._blobs, revision)
+
+    @property
+    def revision(self) -> int:
+        """That of the last change of anything that is known here."""
+        return self._journal.revision
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other servers change the same names, and see what is changed here."""
+        return False
+
+    def is_behind(self, _revision: int) -> bool:
+        """Whether others have made a change after this one. Raises StoreUnreachableError."""
+        return False
+
+    def catch_up(self) -> Touched:
+        """Take over what others have changed, and say what of. Raises StoreUnreachableError."""
+        return Touched()
+
+    def send(self, staging: Staging, digest: str) -> None:
+        """Have staged files lie where all that share the store find them, before they are published."""
+
+    def bring(self, digest: str) -> None:
+        """Have the files of a digest lie here. Raises StoreUnreachableError, StorageFullError, AdapterFailedError."""
+
+    def tidy(self) -> None:
+        """What is to be done now and then, and may take long."""
 
     def close(self) -> None:
         """Let go of the data directory."""
@@ -102,7 +138,7 @@ class Store:
         with self._mutex:
             had_files, is_committing = self._blobs.has(details.digest), False
             try:
-                with self._change():
+                with self._journal.change():
                     previous = self._catalogue.current(name)
                     conditions.check(name, self._catalogue.was_used(name), previous)
                     self._keep_or_place(staging, details.digest)
@@ -111,14 +147,14 @@ class Store:
                     if is_new:
                         self._catalogue.add_version(name, details, source)
                     if is_new or (stored == previous and self._catalogue.put_back(name)):
-                        self._write_manifest(name)
+                        self._journal.write_name(name)
                     is_committing = True
             except BaseException as error:
                 # a commit that fails for anything but room may stand at the next start, and would want its files
                 may_stand = isinstance(error, NotUndoneError) or (
                     is_committing and not isinstance(error, StorageFullError)
                 )
-                if not (had_files or may_stand):
+                if not (had_files or may_stand or self.is_shared):
                     self._blobs.discard(details.digest)
                 raise
             record = self.versions(name)[-1] if stored is None else self.version(name, stored.version)
@@ -172,7 +208,7 @@ class Store:
                 self.current(name)
             else:
                 self.version(name, current)
-            with self._change():
+            with self._journal.change():
                 if current is not None:
                     self._catalogue.set_current(name, current)
                     if is_forced:
@@ -183,7 +219,7 @@ class Store:
                     self._catalogue.set_pinned(name, is_pinned)
                 if shared_with is not None:
                     self._catalogue.set_shared_with(name, shared_with)
-                self._write_manifest(name)
+                self._journal.write_name(name)
 
     def is_pinned(self, name: str) -> bool:
         """Whether the current version of `name` is to stay in memory."""
@@ -202,50 +238,49 @@ class Store:
 
     def set_gate(self, name: str, gate: str | None) -> None:
         """Have new versions of `name`, which is there, be candidates; None lets each be current at once."""
-        with self._mutex, self._change():
+        with self._mutex, self._journal.change():
             self._let_pass(name)  # it has been current without one until now
             self._catalogue.set_gate(name, gate)
             self._let_pass(name)
-            self._write_manifest(name)
+            self._journal.write_name(name)
 
     def judge(self, name: str, version: int, standing: Standing, verdict: str, *, is_current: bool) -> None:
         """Note what has become of a candidate, and let `name` stand for it if `is_current`: both or neither.
 
         Raises StorageFullError.
         """
-        with self._mutex, self._change():
+        with self._mutex, self._journal.change():
             self._catalogue.set_standing(name, version, standing, verdict)
             if is_current:
                 self._catalogue.set_current(name, version)
-            self._write_manifest(name)
+            self._journal.write_name(name)
 
-    def origins(self) -> dict[str, str | None]:
+    def origins(self, name: str | None = None) -> dict[str, str | None]:
         """What each name was last taken in from by itself, for all that were ever used, the deleted ones too."""
         with self._mutex:
-            return self._catalogue.origins()
+            return self._catalogue.origins(name)
 
     def set_origin(self, name: str, origin: str) -> None:
         """Note what `name` was taken in from; StorageFullError."""
-        with self._mutex, self._change():
+        with self._mutex, self._journal.change():
             self._catalogue.set_origin(name, origin)
-            self._write_manifest(name)
+            self._journal.write_name(name)
 
-    def aliases(self) -> list[Alias]:
-        """In order of alias."""
+    def aliases(self, alias: str | None = None) -> list[Alias]:
+        """All, in order of alias, or the one that is called so."""
         with self._mutex:
-            return self._catalogue.aliases()
+            return self._catalogue.aliases(alias)
 
     def put_alias(self, alias: Alias) -> None:
         """Make an alias, or let it stand for something else; InvalidAdapterNameError, StorageFullError."""
         validate_alias(without_tenant(alias.alias))
-        with self._mutex, self._change():
-            self._catalogue.put_alias(alias, self._next_revision())
-            self._aliases.put(alias.alias, self._catalogue.manifest_of_alias(alias.alias))
+        with self._mutex, self._journal.change():
+            self._journal.put_alias(alias)
 
     def remove_alias(self, alias: str) -> None:
         """Raises AliasNotFoundError. Works on a full disk too."""
         with self._mutex:
-            if not self._even_if_full(lambda is_hard: self._remove_alias(alias, is_hard)):
+            if not self._journal.even_if_full(lambda is_hard: self._journal.remove_alias(alias, may_be_none=is_hard)):
                 raise AliasNotFoundError(f"there is no alias called {alias[:128]!r}")
 
     def delete(self, name: str, version: int | None = None) -> list[VersionRecord]:
@@ -258,7 +293,7 @@ class Store:
         with self._mutex:
             doomed = self.versions(name) if version is None else [self.version(name, version)]
             self._check_follows(name, doomed)
-            self._even_if_full(lambda is_hard: self._remove_versions(name, doomed, is_hard))
+            self._journal.even_if_full(lambda is_hard: self._remove_versions(name, doomed, is_hard))
             return doomed
 
     def discard_unreferenced(self, digest: str) -> bool:
@@ -292,10 +327,13 @@ class Store:
         with self._mutex:
             complaints = self._catalogue.complaints()
             for digest, *sizes, failure in self._catalogue.blobs():
-                if failure is None and (complaint := self._blobs.size_complaint(digest, sizes)):
+                if failure is None and (complaint := self._size_complaint(digest, sizes)):
                     complaints.append(f"{digest}: {complaint}")
         if complaints:
             raise StoreError("; ".join(complaints))
+
+    def _size_complaint(self, digest: str, sizes: Sequence[int]) -> str | None:
+        return self._blobs.size_complaint(digest, sizes)
 
     def _same(self, name: str, current: VersionRecord | None, digest: str) -> VersionRecord | None:
         """The version that these bytes are already, if they were put again: the current one, or the newest one held."""
@@ -328,47 +366,11 @@ class Store:
         if not (is_recorded and self._blobs.digest_complaint(digest) is None):
             self._catalogue.put_blob(digest, *self._blobs.place(staging, digest))
 
-    @contextmanager
-    def _change(self) -> Iterator[None]:
-        """Changes of the catalogue and of manifests, all or none; durable when it ends. Needs `_mutex`."""
-        with self._names.undone_on_error(), self._aliases.undone_on_error(), self._catalogue.transaction():
-            yield
-
-    def _next_revision(self) -> int:
-        self._revision += 1
-        return self._revision
-
-    def _write_manifest(self, name: str, removed: Sequence[str] = ()) -> None:
-        """Write down what the catalogue has of a name that has changed, before that is committed.
-
-        `removed` are digests that it has lost. What was removed on purpose is not set aside at the next start.
-        """
-        left = [d for d in dict.fromkeys([*self._catalogue.removed(name), *removed]) if self._blobs.has(d)]
-        self._catalogue.set_revision(name, self._next_revision(), left)
-        self._names.put(name, self._catalogue.manifest_of_name(name))
-
     def _remove_versions(self, name: str, doomed: Sequence[VersionRecord], is_hard: bool) -> None:
         self._catalogue.remove_versions(doomed)
         self._let_pass(name)
-        with self._if_unwritten(is_hard and self._catalogue.current(name) is None, lambda: self._names.take_away(name)):
-            self._write_manifest(name, [record.digest for record in doomed])
-
-    def _remove_alias(self, alias: str, is_hard: bool) -> bool:
-        is_removed = self._catalogue.remove_alias(alias)
-        if is_removed:
-            with self._if_unwritten(is_hard, lambda: self._aliases.take_away(alias)):
-                self._aliases.put(alias, Manifest(self._next_revision(), {"targets": None}))
-        return is_removed
-
-    @contextmanager
-    def _if_unwritten(self, is_enough: bool, take_away: Callable[[], None]) -> Iterator[None]:
-        """Where what is no more cannot be described as such, no manifest at all says so too, if that `is_enough`."""
-        try:
-            yield
-        except (StorageFullError, StorageFailedError):
-            if not is_enough:
-                raise
-            take_away()
+        may_be_none = is_hard and self._catalogue.current(name) is None
+        self._journal.write_name(name, [record.digest for record in doomed], may_be_none=may_be_none)
 
     def _find_damage(self) -> list[Quarantined]:
         """Set aside what is damaged, and list the versions that cannot be used."""
@@ -391,30 +393,3 @@ class Store:
         """Note what was found about a blob; a full disk leaves that to the next start, which finds it again."""
         with suppress(StorageFullError, StorageFailedError), self._catalogue.transaction():
             self._catalogue.mark_blob(digest, failure)
-
-    def _even_if_full(self, change: Callable[[bool], T]) -> T:
-        """What `change` returns, in a transaction that takes its room from the reserve if the disk has none left.
-
-        `change` is told whether it has failed once, and may make do with less.
-        """
-        try:
-            with self._change():
-                return change(False)
-        except (StorageFullError, StorageFailedError):
-            self._blobs.free_reserve()
-            with self._change():
-                return change(True)
-
-
-def _lock(path: Path) -> int:
-    """An exclusive lock on the data directory, held until the descriptor is closed or the process ends."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode=0o600)
-    except OSError as error:
-        raise unusable(path.parent, error) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise StoreError("the data directory is in use by another process") from None
-    return descriptor

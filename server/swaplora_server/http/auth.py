@@ -9,6 +9,7 @@ from starlette.routing import BaseRoute
 
 from swaplora_server.access.caller import Caller, KeyScope
 from swaplora_server.access.limits import LimitReachedError
+from swaplora_server.http.errors import IS_BEHIND
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
 
@@ -70,6 +71,7 @@ async def authorise(request: Request) -> AsyncIterator[None]:
         raise RequestError("rate_limited", str(error), retry_seconds=error.retry_seconds or _NEVER_SECONDS) from error
     request.scope[COUNT_OUT] = end
     try:
+        request.scope[IS_BEHIND] = not await service.see_others_changes()
         yield
     finally:
         end()  # if no answer was begun, or none ended

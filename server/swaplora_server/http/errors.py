@@ -16,6 +16,7 @@ from swaplora_adapters.errors import (
     AliasNotFoundError,
     StorageFailedError,
     StorageFullError,
+    StoreUnreachableError,
     VersionMismatchError,
 )
 from swaplora_server.http.refusals import what_is_there
@@ -63,6 +64,7 @@ _STATUS = {
     "draining": 503,
     "engine_failed": 503,
     "too_many_connections": 503,
+    "store_unreachable": 503,
     "deadline_exceeded": 504,
     "storage_full": 507,
     "storage_failed": 507,
@@ -76,11 +78,17 @@ _RETRY_AFTER = {
     "draining": "5",
     "memory_full": "5",
     "source_failed": "5",
+    "store_unreachable": "5",
 }
 # asking again is in vain, or too late
 _FINAL = frozenset(
     {"adapter_busy", "adapter_failed", "gate_failed", "deadline_exceeded", "storage_full", "storage_failed"}
 )
+# what another server may have by now
+_UNKNOWN = frozenset(
+    {"model_not_found", "adapter_not_found", "version_not_found", "alias_not_found", "mixture_not_found"}
+)
+IS_BEHIND = "swaplora.is_behind"  # of a request's scope: others may have changed what is not known here
 RETRY_HEADERS = ("retry-after", "x-should-retry")
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
@@ -123,10 +131,12 @@ def _message(error: RequestError | AdapterError) -> str:
             return str(error)
 
 
-async def on_request_error(_request: Request, error: Exception) -> JSONResponse:
+async def on_request_error(request: Request, error: Exception) -> JSONResponse:
     """Exception handler for RequestError and AdapterError."""
     assert isinstance(error, RequestError | AdapterError)
-    if isinstance(error, StorageFullError | StorageFailedError):
+    if error.code in _UNKNOWN and request.scope.get(IS_BEHIND):
+        error = StoreUnreachableError(f"{error}; but the shared store does not answer, which may know more: try again")
+    if isinstance(error, StorageFullError | StorageFailedError) and not isinstance(error, StoreUnreachableError):
         _log.error("the data directory cannot be written", reason=str(error))
     return error_response(error)
 

@@ -1,5 +1,6 @@
 """The server's parts, put together: the base, the engine on it, and the registry of its adapters."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.sources.watcher import put_folder
 from swaplora_adapters.store.records import VersionRecord
-from swaplora_adapters.store.store import Store
+from swaplora_adapters.store.shared.store import open_store
 from swaplora_server.access.audit import AuditLog
 from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.access.limits import Meter, Reservation
@@ -75,6 +76,7 @@ ANSWERS_DEPEND_ON = (
     "block_size",
     "prefix_cache",
 )
+SEEN_SECONDS = 0.25  # that a request waits for the shared store, before it goes on with what is known
 _MESSAGE_CHARACTERS = 64  # a message costs a template about as much as so many characters more
 _log = structlog.get_logger(__name__)
 Result = TypeVar("Result")
@@ -230,6 +232,18 @@ class Service:
                 self._registry.stop()
                 self._opened.close()
 
+    async def see_others_changes(self) -> bool:
+        """Wait until all is known that any server has acknowledged by now, a moment at most; whether it is."""
+        if self.settings.shared_store is None or not self._is_ready.is_set():
+            return True
+        try:
+            async with asyncio.timeout(SEEN_SECONDS):
+                await result_of(self._registry.seen())
+        except (TimeoutError, AdapterError):
+            self.metrics.count_unseen()
+            return False
+        return True
+
     def check_serving(self) -> None:
         """Raise RequestError unless a new request can be taken."""
         if self.is_draining:
@@ -332,6 +346,7 @@ class Service:
             registry.states(),
             [(alias.alias, [parse_reference(target.reference).name for target in alias.targets]) for alias in aliases],
             self.admissions.num_held(),
+            registry.revision if self.settings.shared_store is not None else None,
         )
 
     def _is_adapter(self, name: str) -> bool:
@@ -343,7 +358,7 @@ class Service:
         self._sources = Sources(
             allowed=settings.allow_source, folder=settings.adapter_dir, max_weights_bytes=settings.max_adapter_bytes
         )
-        store = Store(settings.data_dir)
+        store = open_store(settings.data_dir, settings.shared_store)
         for note in store.notes:
             _log.warning(note)
         for name, version, reason in store.quarantined:
@@ -362,6 +377,7 @@ class Service:
                 prepare=self.base.prepared,
                 host_budget=self._host_budget(),
                 listener=self.metrics.adapters,
+                report=lambda error: _log.error("what other servers change is not seen", reason=_reason(error)),
             )
         except BaseException:
             store.close()

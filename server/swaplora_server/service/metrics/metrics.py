@@ -54,6 +54,11 @@ class Metrics:
         self._step_backs = Counter(
             "swaplora_canary_step_backs", "Canaries that get no more requests", registry=self.registry
         )
+        self._unseen = Counter(
+            "swaplora_shared_store_unseen_requests",
+            "Requests that went on with what was known, since the shared store did not answer",
+            registry=self.registry,
+        )
         self._prompt_tokens = Counter("swaplora_prompt_tokens", "Prompt tokens", registry=self.registry)
         self._generated_tokens = Counter("swaplora_generated_tokens", "Generated tokens", registry=self.registry)
         self._queued = self._histogram("queue_time", "From the request until its prompt was begun", _TO_FIRST)
@@ -71,6 +76,10 @@ class Metrics:
     def count_step_back(self) -> None:
         """The canary of an alias has failed too often."""
         self._step_backs.inc()
+
+    def count_unseen(self) -> None:
+        """A request may not have seen what other servers have acknowledged."""
+        self._unseen.inc()
 
     def observe_pooling(self, record: PoolingRecord) -> None:
         """One request for what is read of its inputs is over."""

@@ -1,0 +1,12 @@
+"""One catalogue for several servers: a log of changes, and files by digest, in a folder that all see or a bucket.
+
+    store.json                         which store this is: all else lies below its id
+    <id>/log/<revision>                one change: all that is kept of a name or an alias after it
+    <id>/snapshots/<revision>          all that was kept of every name and alias after a change
+    <id>/blobs/<digest>/<place>/...    an adapter's two files; a place is written once, and referred to by versions
+    <id>/tasks/<digest>                a task that a gate names
+
+The only thing that must be atomic is that an object is made if there is none of its name: who makes the next object of
+the log has made the next change. Each server keeps a copy of it all in its data directory, which takes over change
+after change. An object of the log is never written over and never removed.
+"""

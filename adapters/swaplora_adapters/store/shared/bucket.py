@@ -1,0 +1,121 @@
+"""Objects in a bucket of an S3-compatible store that knows conditional writes (`If-None-Match: *`)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from swaplora_adapters.errors import StorageFullError, StoreUnreachableError
+from swaplora_adapters.files.disk import StoreError, raising_storage_errors
+from swaplora_adapters.store.shared.objects import Listed
+
+CONNECT_SECONDS = 2.0
+ANSWER_SECONDS = 3.0  # of what is small
+FILE_SECONDS = 30.0  # that nothing comes of a file, or that the store takes after the last of it
+_MISSING = frozenset({"NoSuchKey", "404", "NotFound"})
+_THERE = frozenset({"PreconditionFailed", "412"})
+T = TypeVar("T")
+
+
+class BucketObjects:
+    """See `Objects`. Endpoint, region and credentials are those that boto3 finds by itself."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        """StoreError where no client can be made."""
+        self._bucket = bucket
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._small, self._files = _client(ANSWER_SECONDS), _client(FILE_SECONDS)
+
+    def get(self, key: str) -> bytes | None:
+        def read() -> bytes:
+            content: bytes = self._small.get_object(**self._at(key))["Body"].read()
+            return content
+
+        return _unless_missing(read)
+
+    def create(self, key: str, content: bytes) -> bool:
+        with _told():
+            try:
+                self._small.put_object(**self._at(key), Body=content, IfNoneMatch="*")
+                return True
+            except ClientError as error:
+                if _code(error) in _THERE:
+                    return False
+                raise
+
+    def put(self, key: str, path: Path) -> None:
+        with _told():
+            self._files.upload_file(str(path), self._bucket, self._prefix + key)
+
+    def fetch(self, key: str, path: Path) -> bool:
+        def read() -> bool:
+            body = self._files.get_object(**self._at(key))["Body"]
+            with raising_storage_errors(), path.open("xb") as file:
+                for chunk in body.iter_chunks(1 << 20):
+                    file.write(chunk)
+            return True
+
+        return _unless_missing(read) or False
+
+    def under(self, prefix: str) -> list[Listed]:
+        now = datetime.now(UTC)
+        with _told():
+            pages = self._small.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=self._prefix + prefix
+            )
+            return [
+                Listed(each["Key"].removeprefix(self._prefix), (now - each["LastModified"]).total_seconds())
+                for page in pages
+                for each in page.get("Contents", [])
+            ]
+
+    def remove(self, key: str) -> None:
+        with _told():
+            self._small.delete_object(**self._at(key))
+
+    def _at(self, key: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + key}
+
+
+def _client(seconds: float) -> Any:
+    """It tries once: whoever asks knows what may be tried again, and for how long."""
+    config = Config(connect_timeout=CONNECT_SECONDS, read_timeout=seconds, retries={"total_max_attempts": 1})
+    try:
+        return boto3.session.Session().client("s3", config=config)
+    except (BotoCoreError, ValueError) as error:
+        raise StoreError(
+            f"the shared store's bucket cannot be asked ({type(error).__name__}): check the AWS_ variables and files"
+        ) from None
+
+
+def _unless_missing(read: Callable[[], T]) -> T | None:
+    with _told():
+        try:
+            return read()
+        except ClientError as error:
+            if _code(error) in _MISSING:
+                return None
+            raise
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """The texts of these errors hold endpoints, and are not passed on."""
+    try:
+        yield
+    except (StorageFullError, StoreUnreachableError):
+        raise
+    except ClientError as error:
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        raise StoreUnreachableError(f"the shared store answered HTTP {status} ({_code(error)[:64]!a})") from None
+    except Exception as error:  # noqa: BLE001 - urllib3's, botocore's and boto3's have no root in common
+        raise StoreUnreachableError(f"the shared store does not answer ({type(error).__name__})") from None

@@ -1,0 +1,59 @@
+"""Adapters' files in a shared store: in places that are written once, and taken away from under no version.
+
+A version refers to a place that was made for it, or to one that a version before it refers to at that moment. A place
+that nothing refers to any more is therefore never referred to again, and can be removed without asking anybody.
+"""
+
+import secrets
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+
+from swaplora_adapters.errors import AdapterFailedError
+from swaplora_adapters.files.digest import hex_of
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.store.shared.log import tried
+from swaplora_adapters.store.shared.objects import Objects
+from swaplora_adapters.store.staging import Staging
+
+SWEPT_AFTER = 24 * 3600.0  # seconds: what is on its way in is published long before
+
+
+class SharedFiles:
+    """Any thread may call; each raises StoreUnreachableError."""
+
+    def __init__(self, objects: Objects, store_id: str) -> None:
+        self._objects = objects
+        self._prefix = f"{store_id}/blobs/"
+
+    def send(self, digest: str, config: Path, weights: Path) -> str:
+        """Both files to a new place, which this returns; durable then."""
+        place = secrets.token_hex(8)
+        for path, name in ((config, CONFIG_FILE), (weights, WEIGHTS_FILE)):
+            tried(partial(self._objects.put, self._key(digest, place, name), path))
+        return place
+
+    def fetch(self, digest: str, place: str, staging: Staging) -> None:
+        """Raises AdapterFailedError where they are not there, and StorageFullError."""
+        for path in (staging.config_path, staging.weights_path):
+            if not tried(partial(self._fetched, self._key(digest, place, path.name), path)):
+                raise AdapterFailedError(f"the shared store has lost its {path.name}")
+
+    def old(self) -> list[str]:
+        """What has lain there for so long that it is not on its way in."""
+        return [each.key for each in self._objects.under(self._prefix) if each.age > SWEPT_AFTER]
+
+    def remove(self, keys: Collection[str], referenced: Collection[tuple[str, str]]) -> int:
+        """All that lie in no place of these, (digest, place); how many."""
+        kept = {self._key(digest, place, "") for digest, place in referenced}
+        doomed = [key for key in keys if key[: key.rindex("/") + 1] not in kept]
+        for key in doomed:
+            self._objects.remove(key)
+        return len(doomed)
+
+    def _fetched(self, key: str, path: Path) -> bool:
+        path.unlink(missing_ok=True)  # of a try that broke off
+        return self._objects.fetch(key, path)
+
+    def _key(self, digest: str, place: str, name: str) -> str:
+        return f"{self._prefix}{hex_of(digest)}/{place}/{name}"

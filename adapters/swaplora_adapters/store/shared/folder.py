@@ -1,0 +1,116 @@
+"""Objects in a folder that all servers see: link(2), which fails where there is something, is the only lock."""
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from swaplora_adapters.errors import StorageFullError, StoreUnreachableError
+from swaplora_adapters.files.disk import StoreError, raising_storage_errors, sync_folder
+from swaplora_adapters.store.shared.objects import Listed
+
+_STAGING = "staging"  # below the folder; what a crash leaves there is swept with the rest
+
+
+class FolderObjects:
+    """See `Objects`. A key is a path below `root`; the file system must know hard links, as NFS does."""
+
+    def __init__(self, root: Path) -> None:
+        """Made if need be; StoreError if it cannot be used."""
+        self._root = root
+        self._staging = root / _STAGING
+        try:
+            self._staging.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"the shared store {root} cannot be used: {error.strerror}") from error
+
+    def get(self, key: str) -> bytes | None:
+        with _told():
+            try:
+                return (self._root / key).read_bytes()
+            except FileNotFoundError:
+                if not self._staging.exists():  # not mounted, or gone
+                    raise
+                return None
+
+    def create(self, key: str, content: bytes) -> bool:
+        path = self._root / key
+        with _told(), self._staged() as staged:
+            with staged.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            self._make_folder(path.parent)
+            try:
+                os.link(staged, path)
+                return True
+            except FileExistsError:
+                return False
+            finally:
+                sync_folder(path.parent)  # where it was there, too: perhaps by a try of ours that was not heard of
+
+    def put(self, key: str, path: Path) -> None:
+        target = self._root / key
+        with _told(), self._staged() as staged:
+            shutil.copyfile(path, staged)
+            with staged.open("rb") as file:
+                os.fsync(file.fileno())
+            self._make_folder(target.parent)
+            staged.replace(target)
+            sync_folder(target.parent)
+
+    def fetch(self, key: str, path: Path) -> bool:
+        with _told():
+            try:
+                source = (self._root / key).open("rb")
+            except FileNotFoundError:
+                return False
+            with source, raising_storage_errors(), path.open("xb") as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+                file.flush()
+                os.fsync(file.fileno())
+            return True
+
+    def under(self, prefix: str) -> list[Listed]:
+        folder, now = self._root / prefix.rpartition("/")[0], time.time()
+        with _told():
+            paths = sorted(path for path in folder.rglob("*") if path.is_file())
+            keys = ((path.relative_to(self._root).as_posix(), path) for path in paths)
+            return [Listed(key, now - path.stat().st_mtime) for key, path in keys if key.startswith(prefix)]
+
+    def remove(self, key: str) -> None:
+        path = self._root / key
+        with _told():
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # it is not empty
+                path.parent.rmdir()
+
+    @contextmanager
+    def _staged(self) -> Iterator[Path]:
+        path = self._staging / secrets.token_hex(16)
+        try:
+            yield path
+        finally:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def _make_folder(self, folder: Path) -> None:
+        """Each that is missing, durably."""
+        if not folder.is_dir():
+            self._make_folder(folder.parent)
+            with suppress(FileExistsError):
+                folder.mkdir()
+            sync_folder(folder.parent)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except (StorageFullError, StoreUnreachableError):
+        raise
+    except OSError as error:
+        raise StoreUnreachableError(f"the shared store cannot be used: {error.strerror}; try again") from error

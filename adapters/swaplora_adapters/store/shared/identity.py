@@ -1,0 +1,92 @@
+"""Which shared store a data directory is a copy of: no copy of one is ever taken for a copy of another.
+
+<data dir>/shared      {"id": …, "is_founding": …}; with the second the store was perhaps not made yet
+"""
+
+import json
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from swaplora_adapters.files.disk import StoreError, raising_storage_errors, sync_folder
+from swaplora_adapters.store.shared.log import tried
+from swaplora_adapters.store.shared.objects import Objects
+from swaplora_adapters.store.staging import Writer
+
+FORMAT = 1
+_KEY = "store.json"
+
+
+class Mark(NamedTuple):
+    """What a data directory says of itself."""
+
+    store_id: str
+    is_founding: bool = False
+
+    @classmethod
+    def read(cls, path: Path) -> "Mark | None":
+        """None where it is the copy of no shared store; StoreError."""
+        try:
+            told = json.loads(path.read_bytes())
+            return cls(told["id"], told["is_founding"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError) as error:
+            raise StoreError(f"{path.name} in the data directory is damaged: choose another --data-dir") from error
+
+    def write(self, path: Path) -> None:
+        """Durable when this returns."""
+        content = json.dumps({"id": self.store_id, "is_founding": self.is_founding}).encode()
+        staged = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+        with raising_storage_errors():
+            with Writer(staged, len(content)) as writer:
+                writer.write(content)
+            staged.replace(path)
+            sync_folder(path.parent)
+
+
+def found_or_join(objects: Objects, path: Path, *, is_filled: bool, publish: Callable[[str], None]) -> str:
+    """The id of the store, whose copy the data directory then is, as its mark at `path` says.
+
+    An empty store becomes one of what the directory holds: `publish` puts that below the id. Raises StoreError for a
+    directory that `is_filled` with what is not this store's, and StoreUnreachableError.
+    """
+    mark = Mark.read(path)
+    store_id = _found(objects)
+    if store_id is None:
+        if mark is not None and not mark.is_founding:
+            raise StoreError(
+                "there is no shared store at that address, and the data directory is a copy of one: is it right?"
+            )
+        mark = mark or Mark(secrets.token_hex(8), is_founding=True)
+        mark.write(path)
+        if is_filled:
+            publish(mark.store_id)
+        content = json.dumps({"format": FORMAT, "id": mark.store_id}).encode()
+        tried(lambda: objects.create(_KEY, content))
+        store_id = _found(objects)
+        assert store_id is not None
+    if mark is not None and mark.is_founding and mark.store_id != store_id:
+        mark = None  # another server was faster
+        path.unlink()
+    if mark is None and is_filled:
+        raise StoreError(
+            "the data directory holds adapters that the shared store does not know of: choose an empty --data-dir, and "
+            "upload them"
+        )
+    if mark is not None and mark.store_id != store_id:
+        raise StoreError("the data directory is a copy of another shared store: choose another --data-dir")
+    if mark is None or mark.is_founding:
+        Mark(store_id).write(path)
+    return store_id
+
+
+def _found(objects: Objects) -> str | None:
+    content = tried(lambda: objects.get(_KEY))
+    if content is None:
+        return None
+    told = json.loads(content)
+    if told["format"] > FORMAT:
+        raise StoreError("the shared store was made by a newer release: start that one")
+    return str(told["id"])

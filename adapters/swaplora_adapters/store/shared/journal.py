@@ -1,0 +1,104 @@
+"""How a change becomes one of all that share the store: drafted here, made in the log, and then taken over from there.
+
+What one server changes and what others have changed is taken over by the same steps.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from swaplora_adapters.store.blobs import Blobs
+from swaplora_adapters.store.catalogue import Catalogue
+from swaplora_adapters.store.journal import Journal, OutrunError
+from swaplora_adapters.store.manifests import Manifest, Manifests
+from swaplora_adapters.store.shared.log import Entry, Kind, Log, Snapshot
+
+T = TypeVar("T")
+_AT_ONCE = 8  # manifests: more are written with one wait for the disk
+
+
+class SharedJournal(Journal):
+    """For one thread at a time."""
+
+    def __init__(
+        self, catalogue: Catalogue, names: Manifests, aliases: Manifests, blobs: Blobs, revision: int, log: Log
+    ) -> None:
+        super().__init__(catalogue, names, aliases, blobs, revision)
+        self._log = log
+        self._draft: Entry | None = None
+
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """Raises OutrunError, and StoreUnreachableError."""
+        self._draft = None
+        with self._catalogue.draft():
+            yield
+        self._make_draft()
+
+    def _make_draft(self) -> None:
+        if (entry := self._draft) is not None:
+            if not self._log.append(entry):
+                raise OutrunError
+            self.adopt([entry])
+
+    def even_if_full(self, change: Callable[[bool], T]) -> T:
+        with self.change():
+            return change(False)
+
+    def adopt(self, entries: Sequence[Entry]) -> None:
+        """Take over changes, in order; StorageFullError where even the reserve has no room for them."""
+        newest = {(entry.kind, entry.name): entry for entry in entries}.values()
+        super().even_if_full(lambda _has_failed: self._take_over(newest))
+        self.revision = max(self.revision, *(entry.revision for entry in entries))
+
+    def adopt_all(self, snapshot: Snapshot) -> None:
+        """Take over all that there was at a moment after anything that is known here."""
+        names, aliases = self._catalogue.revisions(), self._catalogue.alias_revisions()
+        kinds: tuple[tuple[Kind, Mapping[str, Manifest], Mapping[str, int]], ...]
+        kinds = (("name", snapshot.names, names), ("alias", snapshot.aliases, aliases))
+        entries = [
+            Entry(manifest.revision, kind, name, manifest.facts)
+            for kind, manifests, known in kinds
+            for name, manifest in manifests.items()
+            if manifest.revision > known.get(name, -1)
+        ]
+        gone = aliases.keys() - snapshot.aliases.keys()
+        entries += [Entry(snapshot.revision, "alias", name, {"targets": None}) for name in gone]
+        super().even_if_full(lambda _has_failed: self._take_over(entries))
+        self.revision = snapshot.revision
+
+    def snapshot(self) -> Snapshot:
+        """All that there is now."""
+        catalogue = self._catalogue
+        return Snapshot(
+            self.revision,
+            {name: catalogue.manifest_of_name(name) for name in catalogue.revisions()},
+            {alias: catalogue.manifest_of_alias(alias) for alias in catalogue.alias_revisions()},
+        )
+
+    def _next_revision(self) -> int:
+        return self.revision + 1
+
+    def _left(self, name: str, removed: Sequence[str]) -> list[str]:
+        """Whose files still lie here is nothing to others."""
+        return []
+
+    def _write(self, manifests: Manifests, name: str, manifest: Manifest, may_be_none: bool) -> None:
+        self._draft = Entry(manifest.revision, "name" if manifests is self._names else "alias", name, manifest.facts)
+
+    def _take_over(self, entries: Collection[Entry]) -> None:
+        for kind, manifests in (("name", self._names), ("alias", self._aliases)):
+            told = {entry.name: entry.manifest for entry in entries if entry.kind == kind}
+            if len(told) > _AT_ONCE:
+                manifests.put_all(told)
+            else:
+                for name, manifest in told.items():
+                    manifests.put(name, manifest)
+        for entry in entries:
+            if entry.kind == "alias":
+                self._catalogue.adopt_alias(entry.name, entry.manifest)
+            else:
+                digests = (version["digest"] for version in entry.facts["versions"])
+                sizes = {digest: self._blobs.config_bytes(digest) for digest in digests}
+                self._catalogue.adopt_name(entry.name, entry.manifest, sizes)
+        self._catalogue.forget_unreferenced()

@@ -1,0 +1,235 @@
+"""The store of a server that shares its names with others: a copy of what all of them have, and the way to change it.
+
+The data directory is as ever, with `shared` beside it, which says what it is a copy of. Files of adapters are fetched
+when they are first wanted, so that those which are not here are not missing.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+from swaplora_adapters.errors import (
+    AdapterFailedError,
+    StorageFailedError,
+    StorageFullError,
+)
+from swaplora_adapters.files.disk import StoreError, regular_size
+from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
+from swaplora_adapters.store.data_dir import DataDir
+from swaplora_adapters.store.records import Details, Published, Quarantined, Touched
+from swaplora_adapters.store.recovery import Recovery
+from swaplora_adapters.store.shared.files import SWEPT_AFTER, SharedFiles
+from swaplora_adapters.store.shared.identity import found_or_join
+from swaplora_adapters.store.shared.journal import SharedJournal
+from swaplora_adapters.store.shared.log import Entry, Log
+from swaplora_adapters.store.shared.objects import Objects, open_objects
+from swaplora_adapters.store.staging import Staging
+from swaplora_adapters.store.store import Store
+
+SNAPSHOT_EVERY = 256  # changes: as many are read one by one at a start
+SWEEP_SECONDS = 3600.0
+_AT_ONCE = 64  # changes that are taken over together
+
+
+class _Sent(NamedTuple):
+    place: str
+    at: float  # when its first byte went, on the monotonic clock
+
+
+def open_store(data_dir: Path, address: str | None) -> Store:
+    """A data directory of one's own, or one that is a copy of the shared store at `address`.
+
+    Raises StoreError, and StoreUnreachableError.
+    """
+    return Store(data_dir) if address is None else SharedStore(data_dir, open_objects(address))
+
+
+class SharedStore(Store):
+    """One server's. Any thread may call any method.
+
+    Files that were found damaged here are fetched again: no version is marked as unusable.
+    """
+
+    _journal: SharedJournal
+
+    def __init__(self, data_dir: Path, objects: Objects) -> None:
+        """Raises StoreError, also for a data directory that is not this store's, and StoreUnreachableError."""
+        self._objects = objects
+        self._sent: WeakKeyDictionary[Staging, _Sent] = WeakKeyDictionary()
+        self._files_here = threading.Lock()  # held while files are moved in or out
+        self._fetching = threading.Lock()
+        self._fresh: set[str] = set()  # fetched, and not hashed yet
+        self._snapshot_at = 0
+        self._sweep_at = time.monotonic() + SWEEP_SECONDS
+        super().__init__(data_dir)
+
+    def _open(self, folders: DataDir, recovery: Recovery) -> SharedJournal:
+        is_copy = folders.shared.exists()
+        revision = recovery.agree(self._catalogue)
+        recovery.sweep(self._catalogue, is_copy=is_copy)
+        is_filled = bool(self._catalogue.revisions() or self._catalogue.alias_revisions())
+
+        def journal(store_id: str) -> SharedJournal:
+            log = Log(self._objects, store_id)
+            known = max(revision, 1) if is_filled else 0  # earlier releases count none
+            return SharedJournal(self._catalogue, self._names, self._aliases, self._blobs, known, log)
+
+        def publish(store_id: str) -> None:
+            self._send_all(SharedFiles(self._objects, store_id))
+            Log(self._objects, store_id).put_snapshot(journal(store_id).snapshot())
+
+        store_id = found_or_join(self._objects, folders.shared, is_filled=is_filled, publish=publish)
+        self._log, self._files = Log(self._objects, store_id), SharedFiles(self._objects, store_id)
+        opened = journal(store_id)
+        self._begin(opened)
+        self._places = self._catalogue.places()
+        return opened
+
+    def _begin(self, journal: SharedJournal) -> None:
+        """Take over what was changed before this server began, or while it was away."""
+        snapshot = self._log.newest_snapshot()
+        self._snapshot_at = snapshot.revision if snapshot else 0
+        if snapshot is not None and snapshot.revision > journal.revision:
+            journal.adopt_all(snapshot)
+        elif journal.revision > self._snapshot_at and self._log.read(journal.revision) is None:
+            raise StoreError(
+                "the data directory has changes that the shared store does not have, which was perhaps restored from a "
+                "backup: choose an empty --data-dir"
+            )
+        while entries := self._unread(journal.revision):
+            journal.adopt(entries)
+
+    def _send_all(self, files: SharedFiles) -> None:
+        """What the directory held before there was a shared store."""
+        for digest, config_bytes, weights_bytes, failure in self._catalogue.blobs():
+            if reason := failure or self._blobs.size_complaint(digest, (config_bytes, weights_bytes)):
+                raise StoreError(f"the shared store cannot be made of this data directory: {digest}: {reason}")
+            place = files.send(digest, *self._blobs.paths(digest))
+            with self._catalogue.transaction():
+                self._catalogue.put_blob(digest, config_bytes, weights_bytes, place)
+        self._names.put_all({name: self._catalogue.manifest_of_name(name) for name in self._catalogue.revisions()})
+
+    @property
+    def is_shared(self) -> bool:
+        return True
+
+    def is_behind(self, revision: int) -> bool:
+        return self._log.read(revision + 1) is not None
+
+    def catch_up(self) -> Touched:
+        names: set[str] = set()
+        aliases: set[str] = set()
+        while entries := self._unread(self.revision):
+            with self._mutex:
+                self._journal.adopt(entries)
+            for entry in entries:
+                (names if entry.kind == "name" else aliases).add(entry.name)
+                for version in entry.facts.get("versions", ()):
+                    self._places[version["digest"]] = version["place"]
+        return Touched(frozenset(names), frozenset(aliases))
+
+    def publish(
+        self,
+        name: str,
+        staging: Staging,
+        details: Details,
+        *,
+        source: str = "upload",
+        conditions: Conditions = UNCONDITIONAL,
+    ) -> Published:
+        with self._mutex:
+            published = super().publish(name, staging, details, source=source, conditions=conditions)
+            self._places |= self._catalogue.places(details.digest)
+        with self._files_here, suppress(StorageFullError, StorageFailedError):  # or it is fetched when it is wanted
+            if not self._is_here(details.digest):
+                self._blobs.place(staging, details.digest)
+        return published
+
+    def send(self, staging: Staging, digest: str) -> None:
+        if digest not in self._places:
+            began = time.monotonic()
+            self._blobs.staged_sizes(staging)
+            place = self._files.send(digest, staging.config_path, staging.weights_path)
+            self._sent[staging] = _Sent(place, began)
+
+    def bring(self, digest: str) -> None:
+        if self._is_here(digest):
+            return
+        with self._fetching:
+            place = self._places.get(digest)
+            if self._is_here(digest) or place is None:
+                return  # what reads them says that they are missing
+            with self.stage() as staging:
+                self._files.fetch(digest, place, staging)
+                with self._files_here:
+                    self._blobs.place(staging, digest)
+            self._fresh.add(digest)
+
+    def verify(self, digest: str) -> None:
+        complaint = self._blobs.digest_complaint(digest)
+        is_fresh = digest in self._fresh
+        self._fresh.discard(digest)
+        if complaint is None:
+            return
+        with self._files_here:
+            self._blobs.quarantine(digest)
+        if is_fresh:
+            raise AdapterFailedError(f"as the shared store has it: {complaint}")
+        raise StorageFailedError("the copy of its files was damaged, and is fetched again: try again")
+
+    def discard_unreferenced(self, digest: str) -> bool:
+        with self._files_here:
+            return super().discard_unreferenced(digest)
+
+    def tidy(self) -> None:
+        """A snapshot when there are enough changes, and once an hour what nothing refers to is removed."""
+        if self.revision - self._snapshot_at >= SNAPSHOT_EVERY:
+            with self._mutex:
+                snapshot = self._journal.snapshot()
+            self._log.put_snapshot(snapshot)
+            self._snapshot_at = snapshot.revision
+        if time.monotonic() >= self._sweep_at:
+            self._sweep_at = time.monotonic() + SWEEP_SECONDS
+            self.sweep()
+
+    def sweep(self) -> int:
+        """Remove what no version refers to, and has lain for long, from the shared store; how many objects."""
+        old = self._files.old()
+        if self.is_behind(self.revision):
+            return 0  # what is old may be referred to by what is not known yet
+        with self._mutex:
+            referenced = set(self._catalogue.places().items())
+        return self._files.remove(old, referenced)
+
+    def _unread(self, revision: int) -> list[Entry]:
+        """Some of the changes after this one."""
+        entries: list[Entry] = []
+        while len(entries) < _AT_ONCE and (entry := self._log.read(revision + len(entries) + 1)) is not None:
+            entries.append(entry)
+        return entries
+
+    def _is_here(self, digest: str) -> bool:
+        return all(regular_size(path) is not None for path in self._blobs.paths(digest))
+
+    def _size_complaint(self, digest: str, sizes: Sequence[int]) -> str | None:
+        return super()._size_complaint(digest, sizes) if self._is_here(digest) else None
+
+    def _find_damage(self) -> list[Quarantined]:
+        for digest, *sizes, _failure in self._catalogue.blobs():
+            if self._size_complaint(digest, sizes):
+                self._blobs.quarantine(digest)
+        self._blobs.fill_reserve()
+        return []
+
+    def _keep_or_place(self, staging: Staging, digest: str) -> None:
+        """Let versions refer to where the files lie; they are moved once the change is made."""
+        if self._catalogue.places(digest):
+            return
+        if staging not in self._sent or time.monotonic() - self._sent[staging].at > SWEPT_AFTER / 2:
+            self._places.pop(digest, None)  # it was there when it was to be sent, and was deleted since
+            self.send(staging, digest)
+        self._catalogue.put_blob(digest, *self._blobs.staged_sizes(staging), self._sent[staging].place)
