@@ -1,0 +1,177 @@
+"""Two whole servers on one shared store: what one has acknowledged, the other answers with."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+from rich.console import Console
+
+from replicas import Disturbed
+from serving import Running, serving, settings
+from swaplora_adapters.store.shared import store as shared_store
+
+PROMPT = [97, 31, 200, 5, 66, 142]
+MAX_TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def disturbed() -> Iterator[list[Disturbed]]:
+    """What the two servers have opened, in order."""
+    opened: list[Disturbed] = []
+    original = shared_store.open_objects
+
+    def disturb(address: str) -> Disturbed:
+        opened.append(Disturbed(original(address)))
+        return opened[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_store, "open_objects", disturb)
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def servers(
+    base: Path, disturbed: list[Disturbed], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Running, Running]]:
+    folder = tmp_path_factory.mktemp("servers")
+    with ExitStack() as stack:
+        one, other = (
+            stack.enter_context(serving(settings(base, folder / name, shared_store=str(folder / "shared"))))
+            for name in ("one", "other")
+        )
+        yield one, other
+
+
+@pytest.fixture(autouse=True)
+def at_peace(disturbed: list[Disturbed]) -> Iterator[None]:
+    yield
+    for each in disturbed:
+        each.come_back()
+
+
+def answer(server: Running, model: str) -> tuple[str, list[int]]:
+    """The digest of who answered, and what."""
+    response = server.generate(model, PROMPT, MAX_TOKENS)
+    assert response.status_code == 200, response.text
+    return response.headers["x-swaplora-digest"], response.json()["choices"][0]["token_ids"]
+
+
+def test_an_upload_is_called_and_listed_at_once_on_the_other_server(
+    servers: tuple[Running, Running], adapters: list[Path]
+) -> None:
+    one, other = servers
+    for number in range(10):
+        name = f"at-once-{number}"
+        assert one.put(name, adapters[number % 6]).status_code == 201
+        digest, said = answer(other, name)
+        assert (digest, said) == answer(one, name)
+        assert other.client.get(f"/v1/adapters/{name}").status_code == 200
+        assert name in {card["name"] for card in one.client.get("/v1/adapters").json()["data"]}
+        assert other.client.put(f"/v1/aliases/to-{name}", json={"target": name}).status_code in (200, 201)
+        assert answer(one, f"to-{name}") == (digest, said)
+        assert other.client.delete(f"/v1/aliases/to-{name}").status_code == 200
+        assert other.client.delete(f"/v1/adapters/{name}").status_code in (200, 202)
+        assert one.generate(name, PROMPT).status_code == 404
+
+
+def test_a_rolling_replace_under_traffic_gives_no_old_and_no_mixed_answer(
+    servers: tuple[Running, Running], adapters: list[Path]
+) -> None:
+    """Whoever asks after a replace was acknowledged, wherever that was, is answered by it or by a later one."""
+    one, other = servers
+    said: dict[str, list[int]] = {}
+    for folder in adapters[:4]:
+        one.put("alone", folder)
+        digest, said[digest] = answer(other, "alone")
+    assert len(set(map(tuple, said.values()))) == 4
+    one.put("rolling", adapters[0])
+    acknowledged, is_over = [1], threading.Event()
+    answers: list[tuple[int, int, str, list[int]]] = []
+
+    def ask(server: Running) -> None:
+        with httpx.Client(base_url=server.url, timeout=600) as client:
+            body = {"model": "rolling", "prompt": PROMPT, "max_tokens": MAX_TOKENS, "temperature": 0}
+            while not is_over.is_set():
+                least = acknowledged[-1]
+                response = client.post("/v1/completions", json=body | {"return_token_ids": True})
+                assert response.status_code == 200, response.text
+                version = int(response.headers["x-swaplora-adapter"].removeprefix("rolling@"))
+                ids = response.json()["choices"][0]["token_ids"]
+                answers.append((least, version, response.headers["x-swaplora-digest"], ids))
+
+    threads = [threading.Thread(target=ask, args=(server,)) for server in (one, other) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in range(1, 25):
+            response = (one, other)[number % 2].put("rolling", adapters[number % 4])
+            acknowledged.append(response.json()["version"])
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
+    assert acknowledged == list(range(1, 26))
+    assert len(answers) > 8
+    for least, version, digest, ids in answers:
+        assert version >= least
+        assert ids == said[digest]
+    Console().print(f"\n{len(answers)} answers beside 24 replaces")
+
+
+def test_what_is_known_is_served_while_the_store_is_away_and_changes_are_told_to_come_again(
+    servers: tuple[Running, Running], disturbed: list[Disturbed], adapters: list[Path]
+) -> None:
+    one, other = servers
+    one.put("known", adapters[0])
+    expected = answer(other, "known")
+    disturbed[1].vanish()
+    for _ in range(3):
+        assert answer(other, "known") == expected
+    unknown = other.generate("never-heard-of", PROMPT)
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (503, "store_unreachable")
+    assert int(unknown.headers["retry-after"]) > 0
+    assert other.client.get("/v1/adapters/never-heard-of").status_code == 503
+    for refused in (
+        other.put("refused", adapters[1]),
+        other.client.delete("/v1/adapters/known"),
+        other.client.put("/v1/aliases/best", json={"target": "known"}),
+        other.client.patch("/v1/adapters/known", json={"pinned": True}),
+    ):
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unreachable"), refused.text
+        assert int(refused.headers["retry-after"]) > 0
+    later = one.put("known", adapters[2]).json()
+    assert answer(other, "known")[0] != later["digest"]
+    metrics = other.client.get("/metrics").text
+    assert "swaplora_shared_store_unseen_requests_total 0.0" not in metrics
+    disturbed[1].come_back()
+    deadline = time.monotonic() + 60
+    while other.client.get("/v1/adapters/known").json()["digest"] != later["digest"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert other.generate("never-heard-of", PROMPT).status_code == 404
+    assert other.put("refused", adapters[1]).status_code == 201
+    assert answer(one, "refused") == answer(other, "refused")
+
+
+def test_a_store_that_hangs_holds_up_no_request_of_what_is_known(
+    servers: tuple[Running, Running], disturbed: list[Disturbed], adapters: list[Path]
+) -> None:
+    one, other = servers
+    one.put("cold", adapters[3])
+    expected = answer(other, "cold")
+    is_over = threading.Event()
+    disturbed[1].before = lambda _call, _key: is_over.wait(60) and None
+    upload = threading.Thread(target=other.put, args=("hanging", adapters[4]))
+    upload.start()
+    try:
+        for _ in range(3):
+            assert answer(other, "cold") == expected
+        assert not is_over.is_set()
+    finally:
+        is_over.set()
+        upload.join()
+    assert answer(one, "hanging") == answer(other, "hanging")
