@@ -8,7 +8,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from adapter_files import write_adapter
-from swaplora_adapters.store.shared.objects import open_objects
+from swaplora_adapters.store.shared.address import open_objects
 
 AWS = {
     "AWS_ACCESS_KEY_ID": "key",

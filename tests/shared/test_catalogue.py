@@ -24,7 +24,7 @@ from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.store.conditions import Conditions
 from swaplora_adapters.store.records import Mixing, Target
-from swaplora_adapters.store.shared.objects import open_objects
+from swaplora_adapters.store.shared.address import open_objects
 from swaplora_adapters.store.shared.store import open_store
 
 

@@ -200,7 +200,8 @@ def test_descriptions_out_of_a_backup_do_not_undo_what_the_catalogue_knows(data_
 NEWS = (
     "ALTER TABLE names DROP COLUMN shared_with; ALTER TABLE names DROP COLUMN gate;"
     "ALTER TABLE versions DROP COLUMN standing; ALTER TABLE versions DROP COLUMN verdict;"
-    "ALTER TABLE aliases DROP COLUMN mixing; ALTER TABLE aliases DROP COLUMN canary; ALTER TABLE blobs DROP COLUMN place;"
+    "ALTER TABLE aliases DROP COLUMN mixing; ALTER TABLE aliases DROP COLUMN canary;"
+    "ALTER TABLE blobs DROP COLUMN place;"
 )
 
 

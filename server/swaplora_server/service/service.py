@@ -346,7 +346,7 @@ class Service:
             registry.states(),
             [(alias.alias, [parse_reference(target.reference).name for target in alias.targets]) for alias in aliases],
             self.admissions.num_held(),
-            registry.revision if self.settings.shared_store is not None else None,
+            registry.revision,
         )
 
     def _is_adapter(self, name: str) -> bool:

@@ -2,11 +2,6 @@
 
 from pathlib import Path
 from typing import NamedTuple, Protocol
-from urllib.parse import urlsplit
-
-from swaplora_adapters.files.disk import StoreError
-
-BUCKET = "s3://"
 
 
 class Listed(NamedTuple):
@@ -39,17 +34,3 @@ class Objects(Protocol):
 
     def remove(self, key: str) -> None:
         """Harmless for what is not there."""
-
-
-def open_objects(address: str) -> Objects:
-    """`s3://BUCKET/PREFIX`, or a folder. Raises StoreError."""
-    if not address.startswith(BUCKET):
-        from swaplora_adapters.store.shared.folder import FolderObjects
-
-        return FolderObjects(Path(address))
-    try:
-        from swaplora_adapters.store.shared.bucket import BucketObjects
-    except ImportError as error:
-        raise StoreError("a shared store in a bucket needs boto3: pip install 'swaplora[s3]'") from error
-    parts = urlsplit(address)
-    return BucketObjects(parts.netloc, parts.path.strip("/"))

@@ -22,11 +22,12 @@ from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
 from swaplora_adapters.store.data_dir import DataDir
 from swaplora_adapters.store.records import Details, Published, Quarantined, Touched
 from swaplora_adapters.store.recovery import Recovery
+from swaplora_adapters.store.shared.address import open_objects
 from swaplora_adapters.store.shared.files import SWEPT_AFTER, SharedFiles
 from swaplora_adapters.store.shared.identity import found_or_join
 from swaplora_adapters.store.shared.journal import SharedJournal
 from swaplora_adapters.store.shared.log import Entry, Log
-from swaplora_adapters.store.shared.objects import Objects, open_objects
+from swaplora_adapters.store.shared.objects import Objects
 from swaplora_adapters.store.staging import Staging
 from swaplora_adapters.store.store import Store
 

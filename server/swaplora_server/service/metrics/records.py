@@ -96,4 +96,4 @@ class ServerState:
     adapters: Sequence[AdapterState]  # in order of name
     aliases: Sequence[tuple[str, Sequence[str]]] = ()  # each with the names of the adapters that it stands for
     tenants: Mapping[str, int] = field(default_factory=dict)  # sequences of each that run or wait
-    shared_revision: int | None = None  # the last change of the shared store that is known, if there is one
+    revision: int = 0  # of the last change of any name or alias

@@ -46,10 +46,7 @@ class StateCollector(Collector):
         )
         yield from self._adapters.families(state.adapters)
         yield self._tenants.family(state.tenants)
-        if state.shared_revision is not None:
-            yield GaugeMetricFamily(
-                "swaplora_shared_store_revision", "Last change of the shared store known here", state.shared_revision
-            )
+        yield GaugeMetricFamily("swaplora_catalogue_revision", "Last change of names and aliases", state.revision)
         yield from self._vllm.state_families(state)
 
 
