@@ -215,10 +215,7 @@ def test_a_quota_holds_for_all_servers_together(files: list[Path], tmp_path: Pat
 
             return check
 
-        jobs = [
-            lambda of=of, k=k: put(of, f"n{k}", files[k % 6], admit=admit(of))  # type: ignore[misc]
-            for k, of in enumerate(opened * 4)
-        ]
+        jobs = [lambda of=of, k=k: put(of, f"n{k}", files[k % 6], admit=admit(of)) for k, of in enumerate(opened * 4)]
         ended = at_once(*jobs)
         assert [isinstance(each, QuotaExceededError) for each in ended].count(True) == 8, ended
         for of in opened:

@@ -13,6 +13,7 @@ from rich.console import Console
 from replicas import Disturbed
 from serving import Running, serving, settings
 from swaplora_adapters.store.shared import store as shared_store
+from swaplora_adapters.store.shared.address import open_objects
 
 PROMPT = [97, 31, 200, 5, 66, 142]
 MAX_TOKENS = 6
@@ -22,10 +23,9 @@ MAX_TOKENS = 6
 def disturbed() -> Iterator[list[Disturbed]]:
     """What the two servers have opened, in order."""
     opened: list[Disturbed] = []
-    original = shared_store.open_objects
 
     def disturb(address: str) -> Disturbed:
-        opened.append(Disturbed(original(address)))
+        opened.append(Disturbed(open_objects(address)))
         return opened[-1]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -164,7 +164,11 @@ def test_a_store_that_hangs_holds_up_no_request_of_what_is_known(
     one.put("cold", adapters[3])
     expected = answer(other, "cold")
     is_over = threading.Event()
-    disturbed[1].before = lambda _call, _key: is_over.wait(60) and None
+
+    def hang(_call: str, _key: str) -> None:
+        is_over.wait(60)
+
+    disturbed[1].before = hang
     upload = threading.Thread(target=other.put, args=("hanging", adapters[4]))
     upload.start()
     try:
