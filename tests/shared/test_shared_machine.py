@@ -1,0 +1,133 @@
+"""Two servers and a dict: whatever is done by whom, in whatever order, with restarts and lost answers between."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from adapter_files import write_adapter
+from replicas import Disturbed, put, registry, see, unreachable
+from soak import size
+from swaplora_adapters.errors import AdapterBusyError, AdapterNotFoundError, AliasNotFoundError, VersionNotFoundError
+from swaplora_adapters.registry.registry import Registry
+from swaplora_adapters.store.records import Target
+from swaplora_adapters.store.shared.address import open_objects
+
+SERVERS, NAMES, CONTENTS = st.integers(0, 1), st.sampled_from(["a", "b"]), st.integers(0, 3)
+
+
+class Machine(RuleBasedStateMachine):
+    """Each rule has one of the two change something, of which the other has not been told."""
+
+    files: list[Path]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        root = Path(self.folder.name)
+        self.objects = [Disturbed(open_objects(str(root / "shared"))) for _ in range(2)]
+        self.servers: list[Registry] = []
+        for number in range(2):
+            self.servers.append(registry(root / f"data{number}", self.objects[number]))
+        self.names: dict[str, tuple[dict[int, int], int, int]] = {}  # contents by version, current, last
+        self.aliases: dict[str, str] = {}
+
+    @rule(by=SERVERS, name=NAMES, content=CONTENTS)
+    def put(self, by: int, name: str, content: int) -> None:
+        record = put(self.servers[by], name, self.files[content]).record
+        versions, current, last = self.names.get(name, ({}, 0, 0))
+        if versions.get(current) != content:
+            self.names[name] = (versions | {last + 1: content}, last + 1, last + 1)
+        assert record.version == self.names[name][1]
+
+    @rule(by=SERVERS, name=NAMES, version=st.integers(1, 4))
+    def roll(self, by: int, name: str, version: int) -> None:
+        versions, _, last = self.names.get(name, ({}, 0, 0))
+        try:
+            self.servers[by].change(name, current=version)
+            assert version in versions
+            self.names[name] = (versions, version, last)
+        except (AdapterNotFoundError, VersionNotFoundError):
+            assert version not in versions
+
+    @rule(by=SERVERS, name=NAMES)
+    def delete(self, by: int, name: str) -> None:
+        versions, _, last = self.names.get(name, ({}, 0, 0))
+        try:
+            self.servers[by].delete(name)
+            assert versions
+            assert name not in self.aliases.values()
+            self.names[name] = ({}, 0, last)
+        except AdapterNotFoundError:
+            assert not versions
+        except AdapterBusyError:
+            assert name in self.aliases.values()
+
+    @rule(by=SERVERS, alias=st.sampled_from(["x", "y"]), name=NAMES)
+    def put_alias(self, by: int, alias: str, name: str) -> None:
+        try:
+            self.servers[by].put_alias(alias, [Target(name, 1)])
+            assert self.names[name][0]
+            self.aliases[alias] = name
+        except AdapterNotFoundError:
+            assert not self.names.get(name, ({}, 0, 0))[0]
+
+    @rule(by=SERVERS, alias=st.sampled_from(["x", "y"]))
+    def delete_alias(self, by: int, alias: str) -> None:
+        try:
+            self.servers[by].delete_alias(alias)
+            del self.aliases[alias]
+        except AliasNotFoundError:
+            assert alias not in self.aliases
+
+    @rule(by=SERVERS)
+    def restart(self, by: int) -> None:
+        self.servers[by].close()
+        self.servers[by] = registry(Path(self.folder.name) / f"data{by}", self.objects[by])
+
+    @rule(by=SERVERS, is_after=st.booleans())
+    def lose_an_answer(self, by: int, is_after: bool) -> None:
+        """Of the next object that is made, before or after that was done."""
+        objects = self.objects[by]
+
+        def lose(call: str, _key: str) -> None:
+            if call == "create":
+                objects.come_back()
+                raise unreachable()
+
+        objects.come_back()
+        if is_after:
+            objects.after = lose
+        else:
+            objects.before = lose
+
+    @rule(by=SERVERS)
+    def snapshot(self, by: int) -> None:
+        see(self.servers[by])
+        self.servers[by]._store._snapshot_at = -1000  # type: ignore[attr-defined]  # noqa: SLF001 - one that is due
+        self.servers[by]._store.tidy()  # noqa: SLF001
+
+    @invariant()
+    def both_know_all(self) -> None:
+        for server in self.servers:
+            see(server)
+            index = server.names.index
+            told = {n.current.name: (n.current.version, [r.version for r in n.versions]) for n in index.all()}
+            assert told == {name: (c, sorted(v)) for name, (v, c, _) in self.names.items() if v}
+            assert {a.alias: a.targets[0].reference for a in index.aliases()} == self.aliases
+
+    def teardown(self) -> None:
+        close: list[Callable[[], None]] = [server.close for server in self.servers]
+        for each in close:
+            each()
+        self.folder.cleanup()
+
+
+def test_two_servers_do_what_one_would(tmp_path: Path) -> None:
+    Machine.files = [write_adapter(tmp_path / f"a{seed}", seed=seed) for seed in range(4)]
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        Machine, settings=settings(max_examples=size(12, 1000), stateful_step_count=20, deadline=None)
+    )
