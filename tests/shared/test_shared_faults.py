@@ -62,7 +62,7 @@ def test_a_store_that_fails_now_and_then_loses_nothing_that_was_acknowledged(
 
 def test_a_change_whose_answer_is_lost_is_found_to_be_made(files: list[Path], tmp_path: Path) -> None:
     objects = disturbed(tmp_path)
-    lost = []
+    lost: list[str] = []
     with replicas(tmp_path, objects) as (one, other):
 
         def lose(call: str, key: str) -> None:

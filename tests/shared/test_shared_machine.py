@@ -128,6 +128,6 @@ class Machine(RuleBasedStateMachine):
 
 def test_two_servers_do_what_one_would(tmp_path: Path) -> None:
     Machine.files = [write_adapter(tmp_path / f"a{seed}", seed=seed) for seed in range(4)]
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         Machine, settings=settings(max_examples=size(12, 1000), stateful_step_count=20, deadline=None)
     )
