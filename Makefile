@@ -85,6 +85,10 @@ picture: $(VENV)/.dev ## take the README's picture of the page again (needs Chro
 gpu-check: $(VENV)/.dev ## check what a GPU serves, and measure it against its floors (ARGS=--dry: a small form on the CPU)
 	PYTHONPATH=tools:server:adapters:tests/support:tests/kinds $(BIN)/python tools/gpu_check.py $(ARGS)
 
+.PHONY: dashboard-picture
+dashboard-picture: $(VENV)/.dev ## draw docs/dashboard.svg: what Prometheus (the program has to be there) answers to the dashboard's panels
+	$(TOOL) tools/dashboard_picture.py $(ARGS)
+
 demo-adapters: $(VENV)/.dev ## train the demo adapters again, into build/demo, and the classifiers (about half an hour on two cores)
 	$(BIN)/python demo/make_data.py build/demo
 	for name in sql json intent; do $(BIN)/swaplora train --config demo/recipes/$$name.toml $(ARGS) || exit; done

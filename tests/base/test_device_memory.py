@@ -1,5 +1,8 @@
 """A GPU that is too small is said at start, by the name of the setting to change, and not by the first request."""
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +21,7 @@ from swaplora_server.base.decode_graphs import RecordedSteps
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduling.batch import Batch
+from swaplora_server.kernels.cpu.attention import CpuKV
 from swaplora_server.kernels.pick import torch_backend
 from swaplora_server.kernels.torch.attention import TorchKV
 from swaplora_server.service import service as service_module
@@ -34,6 +38,29 @@ def out_of_memory(*_: object, **__: object) -> NoReturn:
 @pytest.fixture
 def service(base: Path, tmp_path: Path) -> Service:
     return Service(settings(base, tmp_path, kv_cache_bytes=KV_BYTES, adapter_memory_bytes=ADAPTER_BYTES))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which pages are there")
+def test_on_a_cpu_the_kv_cache_has_all_its_pages_before_anybody_asks(base: Path, tmp_path: Path) -> None:
+    """Else they are zeroed in the steps that first write to them, which takes as long as some steps."""
+    with serving(settings(base, tmp_path, kv_cache_bytes=8 << 20)) as server:
+        kv: Any = server.service.engine._runner._kv  # type: ignore[attr-defined]  # noqa: SLF001
+        if not isinstance(kv, CpuKV):
+            pytest.skip("native kernels need a compiler")
+        caches = [cache for layer in kv._layers.values() for cache in layer]  # noqa: SLF001
+        assert sum(cache.nbytes for cache in caches) > 7 << 20
+        assert all(map(is_resident, caches))
+
+
+def is_resident(tensor: Tensor) -> bool:
+    """Whether memory has been given to all of its pages."""
+    page = mmap.PAGESIZE
+    start = tensor.data_ptr() // page * page
+    num_pages = -(-(tensor.data_ptr() + tensor.nbytes - start) // page)
+    is_there = (ctypes.c_ubyte * num_pages)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(num_pages * page), is_there) == 0
+    return all(byte & 1 for byte in is_there)
 
 
 def let_be_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:

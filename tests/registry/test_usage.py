@@ -10,8 +10,10 @@ import torch
 import adapter_files
 from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.registry.registry import Registry
+from swaplora_adapters.registry.tenant import TenantRegistry
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.sources.watcher import put_folder
+from swaplora_adapters.store.staging import FILE_NAMES
 from swaplora_adapters.store.store import Store
 
 NUM_BYTES = 4 * sum(tensor.numel() for tensor in adapter_files.factors().values())
@@ -73,6 +75,24 @@ def use(registry: Registry, name: str) -> None:
 
 
 READ = ("read", "verify", "prepare")
+
+
+def test_what_a_tenant_calls_as_another_does_is_told_of_its_own(registry: Registry, told: Told, tmp_path: Path) -> None:
+    own = TenantRegistry(registry, "acme")
+    folder = adapter_files.write_adapter(tmp_path / "own", seed=7)
+    with own.stage() as staging:
+        for part, file in FILE_NAMES.items():
+            with staging.writer(part, 1 << 20) as writer:
+                writer.write((folder / file).read_bytes())
+        own.put("a", staging, source="upload")
+    use(own, "a")
+    use(registry, "b")
+    stored = own.names.stored_version("a").partition("@")[0]
+    assert stored not in ("a", "b")
+    assert [call[:2] for call in told.calls] == [
+        *(("missing", stored), ("loaded", stored)),
+        *(("evicted", stored), ("missing", "b"), ("loaded", "b")),
+    ]
 
 
 def test_who_is_there_who_is_loaded_and_who_goes_for_it(registry: Registry, told: Told) -> None:

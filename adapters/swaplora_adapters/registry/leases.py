@@ -15,10 +15,16 @@ Key = TypeVar("Key", str, tuple[str, int])
 
 
 class Lease:
-    """One request's hold on one version, from admission to its end: files and identity. Give it back exactly once."""
+    """One request's hold on one version, from admission to its end: files and identity. Give it back exactly once.
 
-    def __init__(self, record: VersionRecord, give_back: Callable[["Lease"], None]) -> None:
+    `stored` is the record as the registry has it, where the request's tenant knows it by another name.
+    """
+
+    def __init__(
+        self, record: VersionRecord, give_back: Callable[["Lease"], None], stored: VersionRecord | None = None
+    ) -> None:
         self.record = record
+        self.stored = stored or record
         self._give_back = give_back
         self._is_released = False
 

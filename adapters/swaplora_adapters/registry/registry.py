@@ -157,7 +157,7 @@ class Registry:
 
         Where memory is short tenants take turns. The leases are then given back with it.
         """
-        records = [lease.record for lease in leases]
+        records = [lease.stored for lease in leases]
         for record in records:
             self._usage.asked(record)
         claim = self._residency.retain({record.digest: self._num_bytes(record) for record in records}, tenant)

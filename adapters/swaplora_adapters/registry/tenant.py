@@ -82,7 +82,7 @@ class TenantRegistry(Registry):
     def lease_found(self, find: Callable[[], VersionRecord]) -> Lease:
         """`find` tells of what is stored."""
         lease = self._registry.lease_found(find)
-        return Lease(self._naming.record(lease.record), lambda _own: lease.release())
+        return Lease(self._naming.record(lease.record), lambda _own: lease.release(), lease.stored)
 
     def lease_weights(self, leases: Sequence[Lease], _tenant: str = "") -> RequestLeases:
         return self._registry.lease_weights(leases, self._naming.tenant)

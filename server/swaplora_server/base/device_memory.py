@@ -1,4 +1,4 @@
-"""A GPU's memory, taken at start. A CPU's is not counted: it is taken as it is written to, not when it is asked for."""
+"""A GPU's memory, taken at start. A CPU's is not counted, and of it the KV cache's alone is taken then."""
 
 from collections.abc import Callable
 
@@ -79,13 +79,21 @@ def peak_bytes(run_step: Callable[[], None], device: torch.device) -> int:
     return peak - before
 
 
-def take_kv_cache(run_step: Callable[[], None], device: torch.device, kv_bytes: int, adapter_bytes: int) -> None:
+def take_kv_cache(
+    run_step: Callable[[], None],
+    run_row: Callable[[], None],
+    device: torch.device,
+    kv_bytes: int,
+    adapter_bytes: int,
+) -> None:
     """Have the KV cache, and what a step needs beside it, take their memory now, and not with the first requests.
 
+    `run_step` runs the largest step; on a CPU `run_row` is enough, a step of one row, which makes the cache.
     Warns of adapters that will not fit beside it. Raises UnsupportedModelError when these do not fit.
     """
     free = free_bytes(device)
     if free is None:
+        run_row()
         return
     refusal = f"--kv-cache-bytes asks for {kv_bytes} bytes, and beside the base the GPU has {free} free: lower it"
     if kv_bytes > free:

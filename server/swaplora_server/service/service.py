@@ -32,7 +32,7 @@ from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.config import Settings
 from swaplora_server.engine.engine import Engine
 from swaplora_server.engine.kv_cache import BlockPool
-from swaplora_server.engine.probe import run_largest
+from swaplora_server.engine.probe import run_largest, run_probe
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduling.scheduler import Scheduler
 from swaplora_server.kernels.cuda.graphs.buckets import bucket_sizes
@@ -429,7 +429,8 @@ class Service:
         runner = base.runner(pool.num_blocks, settings.block_size)
         engine = Engine(scheduler, runner, settings.max_step_seconds)
         run_step = partial(self._run_largest, runner, pool, min(settings.max_batch_tokens, wanted))
-        take_kv_cache(run_step, base.device, self.kv_cache_bytes, settings.adapter_memory_bytes)
+        run_row = partial(run_probe, runner, pool)
+        take_kv_cache(run_step, run_row, base.device, self.kv_cache_bytes, settings.adapter_memory_bytes)
         if self._records_steps:
             self._recorded = record_steps(base, runner, pool, self.max_rows)
         return engine

@@ -93,10 +93,10 @@ class CpuKV:
         )
 
     def _allocate(self, numbers_per_token: int) -> Tensor:
-        """[blocks, numbers of a block]. Memory that no sequence has written to is not taken yet."""
+        """[blocks, numbers of a block], written to: the pages are taken now, and not in the first sequences' steps."""
         shape = (self._num_blocks + 1, self.block_size * numbers_per_token)
         numel = shape[0] * shape[1]
-        return self._pages.empty(numel + self._slack, self._cache_dtype)[:numel].view(shape)
+        return self._pages.empty(numel + self._slack, self._cache_dtype)[:numel].view(shape).zero_()
 
     def torch_step(self, runs: Runs) -> PagedStep:
         """The step of layers that the kernel has no code for."""
