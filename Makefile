@@ -81,13 +81,13 @@ tables: $(VENV)/.dev ## write the measured tables of the docs (some minutes)
 picture: $(VENV)/.dev ## take the README's picture of the page again (needs Chromium)
 	PYTHONPATH=tests/support:tests/page $(BIN)/python tools/pictures/page.py
 
+.PHONY: dashboard-picture
+dashboard-picture: $(VENV)/.dev ## draw the dashboard's panels as Prometheus answers them (apt install prometheus)
+	$(TOOL) tools/pictures/dashboard.py $(ARGS)
+
 # the path is set, so that it runs from the tree alone where the packages are there and this one is not installed
 gpu-check: $(VENV)/.dev ## check what a GPU serves, and measure it against its floors (ARGS=--dry: a small form on the CPU)
 	PYTHONPATH=tools:server:adapters:tests/support:tests/kinds $(BIN)/python tools/gpu_check.py $(ARGS)
-
-.PHONY: dashboard-picture
-dashboard-picture: $(VENV)/.dev ## draw docs/dashboard.svg: what Prometheus (the program has to be there) answers to the dashboard's panels
-	$(TOOL) tools/dashboard_picture.py $(ARGS)
 
 demo-adapters: $(VENV)/.dev ## train the demo adapters again, into build/demo, and the classifiers (about half an hour on two cores)
 	$(BIN)/python demo/make_data.py build/demo
