@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check isolation fuzz soak bench bench-life bench-overload bench-encoders bench-formats bench-extract clients tables picture gpu-check demo-adapters clean
+.PHONY: help serve test check isolation fuzz soak bench bench-life bench-overload bench-encoders bench-formats bench-extract bench-evaluation clients tables picture gpu-check demo-adapters clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -70,6 +70,9 @@ bench-overload: $(VENV)/.dev ## measure a server that is asked for more than it 
 
 bench-extract: $(VENV)/.dev ## measure how much of a full fine-tune adapters of each rank keep (half an hour)
 	PYTHONPATH=tests/support:demo $(BIN)/python tools/loop/bench_extract.py $(ARGS)
+
+bench-evaluation: $(VENV)/.dev ## measure what an evaluation costs the live stream beside it (four minutes)
+	PYTHONPATH=tools:tests/support:tests/kinds $(BIN)/python tools/loop/bench_evaluation.py $(ARGS)
 
 clients: $(VENV)/.dev ## run other people's clients against a server, and write the table of docs/clients.md (some minutes)
 	$(TOOL) tools/clients $(ARGS)

@@ -42,9 +42,11 @@ async def cold_and_warm(url: str, names: Sequence[str]) -> tuple[list[float], li
     return cold, warm
 
 
-async def stream(client: httpx.AsyncClient, number: int) -> tuple[list[int], list[float]]:
-    """A long answer of the base: its tokens, and the seconds between them."""
-    body = {"model": "base", "prompt": prompt(number), "max_tokens": STREAM_TOKENS, "temperature": 0, "stream": True}
+async def stream(
+    client: httpx.AsyncClient, number: int, num_tokens: int = STREAM_TOKENS, settling: int = SETTLING
+) -> tuple[list[int], list[float]]:
+    """An answer of the base: its tokens, and the seconds between them, after those of the first `settling`."""
+    body = {"model": "base", "prompt": prompt(number), "max_tokens": num_tokens, "temperature": 0, "stream": True}
     stamps, ids = [], []
     async with client.stream(
         "POST", "/v1/completions", json=body | {"ignore_eos": True, "return_token_ids": True}
@@ -53,7 +55,7 @@ async def stream(client: httpx.AsyncClient, number: int) -> tuple[list[int], lis
             if line.startswith("data: {"):
                 stamps.append(time.perf_counter())
                 ids += json.loads(line[6:])["choices"][0]["token_ids"]
-    return ids, [after - before for before, after in zip(stamps[SETTLING:], stamps[SETTLING + 1 :], strict=False)]
+    return ids, [after - before for before, after in zip(stamps[settling:], stamps[settling + 1 :], strict=False)]
 
 
 async def gaps(
