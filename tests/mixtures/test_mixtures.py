@@ -1,6 +1,7 @@
 """Mixtures over HTTP: answers are PEFT's Arrow's, alone and in one batch with all else, whatever becomes of members."""
 
 import asyncio
+import gc
 import json
 import warnings
 from collections.abc import Iterator
@@ -316,6 +317,27 @@ def test_an_evaluation_asks_a_mixture_of_the_versions_that_it_was_of(
     for name in (waits["id"], now["id"]):
         mixing.client.delete(f"/v1/evaluations/{name}")
     mixing.client.delete("/v1/mixtures/bound")
+
+
+def test_what_is_made_of_members_counts_as_their_memory(mixing: Running, base: Path, tmp_path: Path) -> None:
+    registry, routers = mixing.service.registry, mixing.service.routers
+    names = ["counted-1", "counted-2"]
+    for number, name in enumerate(names):
+        mixing.put(name, tiny.save_adapter(tmp_path / name, base, seed=70 + number, rank=6))
+        mixing.token_ids(name, PROMPT)
+    before = registry.resident_bytes
+    assert make(mixing, "counted", names, 1).status_code == 201
+    digests = {mixing.client.get(f"/v1/adapters/{name}").json()["digest"] for name in names}
+    made = [of.result() for weights, of in routers._prototypes.items() if weights.digest in digests]  # noqa: SLF001
+    vectors = [vector for one in made for vector in one.vectors if vector is not None]
+    assert registry.resident_bytes - before == sum(vector.nbytes for vector in vectors) > 0
+    mixing.client.delete("/v1/mixtures/counted")
+    for name in names:
+        assert mixing.client.delete(f"/v1/adapters/{name}").status_code == 200
+    mixing.wait_idle()
+    del made, vectors
+    gc.collect()
+    assert not [weights for weights in routers._prototypes if weights.digest in digests]  # noqa: SLF001
 
 
 def test_a_member_cannot_be_deleted_from_under_a_mixture(mixing: Running) -> None:

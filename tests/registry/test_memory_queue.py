@@ -1,5 +1,7 @@
 """Who comes next where memory is short: in order, all or nothing, not too long, and at nobody's cost who is served."""
 
+from types import SimpleNamespace
+
 from queue_simulation import QueueSimulation
 from swaplora_adapters.registry.memory_queue import PATIENCE_SECONDS, Claim
 
@@ -256,3 +258,46 @@ def test_what_is_in_memory_costs_its_tenant_no_turn() -> None:
     assert line.waiting == [first, *others]
     end(line, held)
     end(line, hot)
+
+
+def mixed(line: QueueSimulation, *digests: str, size: int, beside: int) -> Claim:
+    """What a request for a mixture does, which makes `beside` bytes of each member's weights."""
+    claim = Claim(dict.fromkeys(digests, size), line.now, beside=dict.fromkeys(digests, beside))
+    line.queue.add(claim)
+    while (admitted := line.queue.next_admitted(line.now)) is not None:
+        for resident in admitted.residents:
+            if resident.weights is None:
+                line.queue.loaded(resident, SimpleNamespace(nbytes=size))  # type: ignore[arg-type]
+    return claim
+
+
+def test_what_is_made_of_weights_counts_beside_them_as_long_as_they_stay() -> None:
+    line = QueueSimulation(30)
+    plain, idle = ask(line, "a", size=10), ask(line, "b", "c", size=10)
+    end(line, idle)
+    assert line.queue.used_bytes == 30
+    mixture = mixed(line, "a", "b", size=10, beside=2)
+    assert mixture.residents, "a is in use, and may grow all the same"
+    assert (line.queue.used_bytes, line.queue.find("c")) == (24, None), "who is idle makes room for it"
+    again = mixed(line, "a", "b", size=10, beside=2)
+    assert line.queue.used_bytes == 24, "what is there is not made twice"
+    for claim in (mixture, again):
+        line.queue.leave(claim)
+    line.leave(plain)
+    line.queue.check_integrity()
+    assert line.queue.used_bytes == 24
+    assert not mixed(line, "a", "b", size=10, beside=6).residents, "such a mixture can never be had"
+    line.queue.drop("a")
+    line.queue.drop("b")
+    assert line.queue.used_bytes == 0
+
+
+def test_what_is_pinned_and_mixed_leaves_the_rest_to_others() -> None:
+    line = QueueSimulation(30)
+    line.pin({"a": 10, "b": 10})
+    line.queue.leave(mixed(line, "a", "b", size=10, beside=4))
+    assert line.queue.used_bytes == 28
+    assert line.queue.kept_besides(Claim({"c": 1}, line.now)) == 28
+    assert ask(line, "c", size=2) in line.inside
+    late = mixed(line, "d", size=3, beside=0)
+    assert line.queue.next_refused(line.now) is late

@@ -1,20 +1,45 @@
-"""A tiny base whose chat template ends turns, and files of examples for it."""
+"""A tiny base whose chat template ends turns, files of examples for it, and fixtures that a module takes by name."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+import structlog
 from typer.testing import Result
 
 import tiny
 from fake_server import swaplora
+from repository import ROOT
 
 # as ChatML has it: a turn ends with the end-of-sequence token, and a line break that is nobody's
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}<|eos|>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the command finds in the environment."""
+    monkeypatch.setenv("SWAPLORA_LOG_LEVEL", "error")
+    monkeypatch.setenv("SWAPLORA_CACHE_DIR", str(ROOT / ".cache"))
+    monkeypatch.setenv("SWAPLORA_DTYPE", "float32")
+    yield
+    structlog.reset_defaults()  # its logger writes to the stderr of one run of the command
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that can be taught."""
+    return save_base(tmp_path_factory.mktemp("taught") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What it is taught."""
+    return letters(tmp_path_factory.mktemp("data") / "letters.jsonl")
 
 
 def save_base(folder: Path, **overrides: Any) -> Path:

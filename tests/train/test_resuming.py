@@ -4,19 +4,17 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
+import lessons
 import tiny
 from fake_server import swaplora
-from lessons import TEMPLATE, chat, letters, save_base, train, write
-from repository import ROOT
+from lessons import TEMPLATE, chat, save_base, train, write
 from swaplora_adapters.train import base_model, run, work
 from swaplora_adapters.train import train as training
 from swaplora_adapters.train.run import History
@@ -29,23 +27,7 @@ class Killed(BaseException):
     """Stands for what ends a process in the middle."""
 
 
-@pytest.fixture(autouse=True)
-def _settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("SWAPLORA_LOG_LEVEL", "error")
-    monkeypatch.setenv("SWAPLORA_CACHE_DIR", str(ROOT / ".cache"))
-    monkeypatch.setenv("SWAPLORA_DTYPE", "float32")
-    yield
-    structlog.reset_defaults()
-
-
-@pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("taught") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return letters(tmp_path_factory.mktemp("data") / "letters.jsonl")
+_settings, taught, data = lessons.settings, lessons.taught, lessons.data
 
 
 def killed(at: tuple[Any, str], *args: Any) -> None:

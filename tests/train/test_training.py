@@ -4,22 +4,20 @@ import json
 import shutil
 import time
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import structlog
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lessons
 import tiny
 from fake_server import run_fake_server, swaplora
 from lessons import TEMPLATE, chat, letters, save_base, train, write
-from repository import ROOT
 from server_process import Forked
 from swaplora_adapters.train import train as training
 from swaplora_adapters.train.data import Example
@@ -29,26 +27,7 @@ from swaplora_adapters.train.remarks import on_result
 from swaplora_adapters.train.run import History
 
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def _settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("SWAPLORA_LOG_LEVEL", "error")
-    monkeypatch.setenv("SWAPLORA_CACHE_DIR", str(ROOT / ".cache"))
-    monkeypatch.setenv("SWAPLORA_DTYPE", "float32")
-    yield
-    structlog.reset_defaults()  # its logger writes to the stderr of one run of the command
-
-
-@pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base that can be taught."""
-    return save_base(tmp_path_factory.mktemp("taught") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return letters(tmp_path_factory.mktemp("data") / "letters.jsonl")
+_settings, taught, data = lessons.settings, lessons.taught, lessons.data
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +62,7 @@ def test_it_learns_and_an_upload_takes_it(taught: Path, data: Path, whole: tuple
     assert mean(losses(taught, data, out)) < 0.8 * mean(losses(taught, data))
     assert {file.name for file in out.iterdir()} == {"README.md", "curves.svg", "adapter_config.json", WEIGHTS}
     assert not list(out.parent.glob("*.training"))
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {out.stat().st_mode & 0o666}
     done = swaplora("adapters", "validate", str(out), "--base", str(taught), "--json")
     assert (done.exit_code, json.loads(done.stdout)["rank"]) == (0, 4), done.output
     assert told["held_out"][0]["step"] == 0

@@ -40,16 +40,25 @@ PATIENCE_SECONDS = 0.5
 
 @dataclass(slots=True, eq=False)
 class Claim:
-    """All versions that one request wants in memory together, digest → bytes: it has all of them or none."""
+    """All versions that one request wants in memory together, digest → bytes: it has all of them or none.
+
+    `beside` are bytes of what it has made of their weights, and is kept with these.
+    """
 
     sizes: Mapping[str, int]
     asked_at: float
     tenant: str = ""
+    beside: Mapping[str, int] = field(default_factory=dict)
     turn: int = 0  # of its tenant: who has the lower one stands before it
     weights: Future[Mapping[str, AdapterWeights]] = field(default_factory=Future)  # by digest
     at_fault: str | None = None  # the digest that could not be loaded
     residents: tuple["Resident", ...] = ()  # what it uses, once it was admitted
     admitted_at: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that it wants."""
+        return sum(self.sizes.values()) + sum(self.beside.values())
 
     @property
     def is_loaded(self) -> bool:
@@ -62,11 +71,16 @@ class Resident:
     """A version in memory, or being loaded: its bytes count from the moment it is given room."""
 
     digest: str
-    nbytes: int
+    size: int  # bytes of the weights alone
+    beside: int = 0  # and of what was made of them
     weights: AdapterWeights | None = None  # None while they are loaded
     users: dict[Claim, None] = field(default_factory=dict)  # in the order in which they were admitted
     is_loading: bool = False  # somebody loads it
     is_dropped: bool = False  # gone as soon as nobody uses it
+
+    @property
+    def nbytes(self) -> int:
+        return self.size + self.beside
 
     @property
     def is_idle(self) -> bool:
@@ -181,7 +195,7 @@ class MemoryQueue:
     def pin(self, pinned: Mapping[str, int]) -> None:
         """Keep exactly these, digest → bytes, or as many as leave room for any single one of the others."""
         self.pinned = dict(pinned)
-        fitting = {digest: nbytes for digest, nbytes in pinned.items() if nbytes <= self.budget}
+        fitting = {digest: self._size(digest, nbytes) for digest, nbytes in pinned.items() if nbytes <= self.budget}
         self.kept = fitting
         if sum(fitting.values()) > self.budget:
             self.kept = _first_that_fit(fitting, self.budget - max(fitting.values()))
@@ -239,7 +253,7 @@ class MemoryQueue:
     def loaded(self, resident: Resident, weights: AdapterWeights) -> None:
         """It is there, and may be smaller than was foreseen."""
         resident.weights = weights
-        resident.nbytes = min(resident.nbytes, weights.nbytes)
+        resident.size = min(resident.size, weights.nbytes)
         self._free_if_dropped(resident)
 
     def forget(self, resident: Resident) -> list[Claim]:
@@ -259,7 +273,7 @@ class MemoryQueue:
 
     def kept_besides(self, claim: Claim) -> int:
         """Bytes of what is never evicted for it."""
-        return sum(nbytes for digest, nbytes in self.kept.items() if digest not in claim.sizes)
+        return sum(self._size(digest, nbytes) for digest, nbytes in self.kept.items() if digest not in claim.sizes)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if the budget is exceeded, a count is off, or what was dropped stays for nobody."""
@@ -309,7 +323,7 @@ class MemoryQueue:
         lacking = {digest: nbytes for digest, nbytes in claim.sizes.items() if digest not in self._residents}
         if lacking:
             self._last_turns[claim.tenant] = claim.turn
-        excess = self.used_bytes + sum(lacking.values()) - self.budget
+        excess = self._excess({digest: each.nbytes for digest, each in self._residents.items()}, claim)
         for resident in [resident for resident in self._residents.values() if self._is_evictable(resident)]:
             if excess > 0 and resident.digest not in claim.sizes:
                 self._remove(resident)
@@ -319,6 +333,7 @@ class MemoryQueue:
         claim.residents = tuple(self._residents[digest] for digest in claim.sizes)
         for resident in claim.residents:
             resident.users[claim] = None
+            resident.beside = max(resident.beside, claim.beside.get(resident.digest, 0))
             resident.is_dropped = False  # who had it dropped did not know of this one
 
     def _staying(self, draining: Iterable[Resident] = ()) -> dict[str, int]:
@@ -332,9 +347,16 @@ class MemoryQueue:
 
     def _excess(self, staying: Mapping[str, int], *claims: Claim) -> int:
         """Bytes beyond the budget, if what is `staying` and all that `claims` want were in memory together."""
-        wanted = {digest: nbytes for claim in claims for digest, nbytes in claim.sizes.items() if digest not in staying}
-        residents = {digest: self._residents[digest].nbytes for digest in wanted.keys() & self._residents.keys()}
-        return sum(staying.values()) + sum((wanted | residents).values()) - self.budget
+        held = dict(staying)
+        for claim in claims:
+            for digest, nbytes in claim.sizes.items():
+                held[digest] = max(held.get(digest, 0), self._size(digest, nbytes, claim.beside.get(digest, 0)))
+        return sum(held.values()) - self.budget
+
+    def _size(self, digest: str, nbytes: int, beside: int = 0) -> int:
+        """What it takes, or would take, if so much were made of its weights; `nbytes` are foreseen for these."""
+        resident = self._residents.get(digest)
+        return nbytes + beside if resident is None else resident.size + max(resident.beside, beside)
 
     def _free_if_dropped(self, resident: Resident) -> None:
         if resident.is_dropped and resident.is_idle:
@@ -349,7 +371,7 @@ class MemoryQueue:
         return claim.asked_at + self.wait_seconds
 
     def _is_refused(self, claim: Claim, now: float) -> bool:
-        return now >= self._gives_up_at(claim) or self.kept_besides(claim) + sum(claim.sizes.values()) > self.budget
+        return now >= self._gives_up_at(claim) or self.kept_besides(claim) + claim.nbytes > self.budget
 
 
 def _as_few_as_will_do(residents: Iterable[Resident], nbytes: int) -> list[Resident]:

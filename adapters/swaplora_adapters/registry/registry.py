@@ -40,6 +40,7 @@ from swaplora_adapters.store.staging import Staging
 from swaplora_adapters.store.store import Store
 from swaplora_adapters.weights.load import Fits, load_weights
 from swaplora_adapters.weights.placement import Placement
+from swaplora_adapters.weights.router import PROTOTYPE_ITEM_BYTES
 from swaplora_adapters.weights.served import AdapterWeights
 
 # Writes a staging folder's two files, or rewrites them, and says how: a version's provenance.
@@ -152,15 +153,17 @@ class Registry:
             self._lease_counts.take(record)
             return Lease(record, self._give_back)
 
-    def lease_weights(self, leases: Sequence[Lease], tenant: str = "") -> RequestLeases:
+    def lease_weights(self, leases: Sequence[Lease], tenant: str = "", *, are_routed: bool = False) -> RequestLeases:
         """Have the weights of all these in memory together, loaded if they are not there.
 
-        Where memory is short tenants take turns. The leases are then given back with it.
+        With `are_routed` there is room for their prototypes as well. Where memory is short tenants take turns. The
+        leases are then given back with it.
         """
         records = [lease.stored for lease in leases]
         for record in records:
             self._usage.asked(record)
-        claim = self._residency.retain({record.digest: self._num_bytes(record) for record in records}, tenant)
+        beside = {record.digest: self._prototype_bytes(record) for record in records if are_routed}
+        claim = self._residency.retain({record.digest: self._num_bytes(record) for record in records}, tenant, beside)
         were_there = claim.weights.done()
         if not (were_there and claim.weights.exception()):  # refused at once: nobody looked
             self._usage.looked_up(records, were_there=were_there)
@@ -413,6 +416,12 @@ class Registry:
     def _num_bytes(self, record: VersionRecord) -> int:
         """In memory."""
         return record.num_parameters * self._dtype.itemsize
+
+    def _prototype_bytes(self, record: VersionRecord) -> int:
+        """Of the vectors that a mixture makes of it: at most one for each linear of the names that it is for."""
+        linears = self._layers.linears.items()
+        inputs = [shape.in_features for path, shape in linears if path.rpartition(".")[2] in record.targets]
+        return PROTOTYPE_ITEM_BYTES * sum(inputs)
 
     def _pinned(self) -> dict[str, int]:
         """Digest → bytes of what is to stay in memory."""

@@ -117,14 +117,16 @@ class Residency:
         with self._changed:
             self._reasons.pop(digest, None)
 
-    def retain(self, sizes: Mapping[str, int], tenant: str = "") -> Claim:
+    def retain(self, sizes: Mapping[str, int], tenant: str = "", beside: Mapping[str, int] | None = None) -> Claim:
         """Have all of these, digest → bytes, loaded if they are not there, and keep them until `release`: for a tenant.
+
+        `beside` are bytes of what is to be made of their weights, which then counts for as long as these stay.
 
         Returns at once; what it returns holds no memory until there is room for all. Its weights fail with
         AdapterTooLargeError if that can never be, with MemoryFullError, StorageFailedError, or with AdapterFailedError
         if a stored version is at fault; that one is remembered, and fails at once until it is dropped.
         """
-        claim = Claim(sizes, time.monotonic(), tenant)
+        claim = Claim(sizes, time.monotonic(), tenant, beside or {})
         with self._changed:
             refusal = self._refusal(claim)
             if refusal is not None:
@@ -277,7 +279,7 @@ class Residency:
 
     def _no_room(self, claim: Claim) -> AdapterError:
         """Why it waits no longer."""
-        wanted, kept, budget = sum(claim.sizes.values()), self._queue.kept_besides(claim), self._queue.budget
+        wanted, kept, budget = claim.nbytes, self._queue.kept_besides(claim), self._queue.budget
         if wanted > budget:
             return AdapterTooLargeError(
                 f"the request's {len(claim.sizes)} adapters need {wanted} bytes of memory at once, and the server "

@@ -84,8 +84,8 @@ class TenantRegistry(Registry):
         lease = self._registry.lease_found(find)
         return Lease(self._naming.record(lease.record), lambda _own: lease.release(), lease.stored)
 
-    def lease_weights(self, leases: Sequence[Lease], _tenant: str = "") -> RequestLeases:
-        return self._registry.lease_weights(leases, self._naming.tenant)
+    def lease_weights(self, leases: Sequence[Lease], _tenant: str = "", *, are_routed: bool = False) -> RequestLeases:
+        return self._registry.lease_weights(leases, self._naming.tenant, are_routed=are_routed)
 
     def stage(self) -> Staging:
         return self._registry.stage()

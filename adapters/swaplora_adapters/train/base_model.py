@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from swaplora_adapters.config.parse import read_spec
 from swaplora_adapters.derive.base_files import BaseFiles
 from swaplora_adapters.derive.intruders import count_intruders
+from swaplora_adapters.derive.whole_models.new_folder import share_files
 from swaplora_adapters.errors import InvalidAdapterError, UnsupportedAdapterError
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.fit.base import LayerShapes, LinearShape
@@ -116,6 +117,7 @@ def save_adapter(model: Any, folder: Path, source: str | Path, base_id: str) -> 
             parameter.data = parameter.data.to(dtype)
     model.peft_config["default"].base_model_name_or_path = base_id
     model.save_pretrained(folder, save_embedding_layers=False)
+    share_files(folder)
 
 
 def _linears(base: Any) -> Iterator[tuple[str, nn.Module]]:

@@ -20,6 +20,7 @@ from swaplora_adapters.weights.served import AdapterWeights, LinearWeights
 Shares = NDArray[np.float32]  # [num_modules, num_rows, num_members], NaN for a module at which none were computed
 # `ArrowLoraLinearLayer.top_right_singular_vec_from_BA`, with an `rng_seed` of 0
 _ITERATIONS, _EPS, _SEED = 15, 1e-8, 0
+PROTOTYPE_ITEM_BYTES = 4  # of each number, in float32
 
 
 class Prototypes:

@@ -176,15 +176,17 @@ async def lease_members(
 ) -> AdapterMix:
     """The same for the members of a mixture; `param` is the field of the request that names it, or them."""
     terms = [MixTerm(member, param=param) for member in members]
-    mix = await _lease_all(service, terms, asker, admission)
+    mix = await _lease_all(service, terms, asker, admission, are_routed=True)
     return replace(mix, router=partial(service.routers.router, mixing=mixing, trace=trace))
 
 
-async def _lease_all(service: Service, terms: Sequence[MixTerm], asker: Asker, admission: Admission) -> AdapterMix:
+async def _lease_all(
+    service: Service, terms: Sequence[MixTerm], asker: Asker, admission: Admission, *, are_routed: bool = False
+) -> AdapterMix:
     for term in terms:
         admission.hold(await _lease(service, term, asker))
     scales, params = tuple(term.scale for term in terms), tuple(term.param for term in terms)
-    mix = AdapterMix(admission.claim_memory(service.registry), scales, params)
+    mix = AdapterMix(admission.claim_memory(service.registry, are_routed=are_routed), scales, params)
     _note(mix.records)
     return mix if len(terms) != 1 else replace(mix, trial=_trial(service, terms[0].name, mix.records[0]))
 

@@ -66,9 +66,9 @@ class Admission:
         """From now on it goes back with the rest."""
         self._leases.append(lease)
 
-    def claim_memory(self, registry: Registry) -> RequestLeases:
-        """Ask for the weights of all its leases, in memory together."""
-        self._request_leases = registry.lease_weights(self._leases)
+    def claim_memory(self, registry: Registry, *, are_routed: bool = False) -> RequestLeases:
+        """Ask for the weights of all its leases, in memory together, and for what a mixture makes of them."""
+        self._request_leases = registry.lease_weights(self._leases, are_routed=are_routed)
         return self._request_leases
 
     def release(self, *, has_run: bool = True) -> None:

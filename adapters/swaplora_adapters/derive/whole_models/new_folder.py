@@ -20,4 +20,11 @@ def new_folder(out: Path) -> Iterator[Path]:
         part = Path(folder) / out.name
         part.mkdir()
         yield part
+        share_files(part)
         part.rename(out)
+
+
+def share_files(folder: Path) -> None:
+    """Let whoever may look into a folder read its files: safetensors makes its own for their writer alone."""
+    for path in folder.iterdir():
+        path.chmod(folder.stat().st_mode & 0o666)

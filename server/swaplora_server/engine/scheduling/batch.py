@@ -7,7 +7,7 @@ no more go into a step than may be scored in one: each of them reaches the outpu
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from swaplora_server.engine.request import Logprobs, Request, Sequence, Vector
+from swaplora_server.engine.request import LAST_PRIORITY, Logprobs, Request, Sequence, Vector
 from swaplora_server.kernels.step import Wants
 
 
@@ -75,10 +75,11 @@ class Sampled(NamedTuple):
 
 @dataclass(slots=True)
 class StepRoom:
-    """What is left of a step: rows, and rows among them that are scored."""
+    """What is left of a step: rows, rows among them that are scored, and those that the last priority may have."""
 
     num_rows: int
     num_scored: int
+    num_last: int
     takes_whole: bool = False  # prompts, or nothing of them
 
     def take(self, sequence: Sequence, *, leaves_half: bool = False) -> ScheduledRows | None:
@@ -93,19 +94,25 @@ class StepRoom:
                 return None
             if leaves_half:
                 num_rows -= num_rows // 2
+        if sequence.priority == LAST_PRIORITY and num_rows > self.num_last:
+            num_rows = num_rows if self.takes_whole and self.num_last > 0 else max(0, self.num_last)
         if sequence.num_unscored > self.num_scored:
             num_rows = min(num_rows, sequence.num_scored - sequence.num_computed + self.num_scored)
         return rows_of(sequence, sequence.num_computed, sequence.num_computed + num_rows) if num_rows else None
 
     def count(self, rows: ScheduledRows) -> None:
         """Give room to rows that `take` found."""
-        self.num_rows -= rows.num_rows
-        self.num_scored -= rows.num_scored
+        self._add(rows, -1)
 
     def take_back(self, rows: ScheduledRows) -> None:
         """Have the room again that `count` gave."""
-        self.num_rows += rows.num_rows
-        self.num_scored += rows.num_scored
+        self._add(rows, 1)
+
+    def _add(self, rows: ScheduledRows, sign: int) -> None:
+        self.num_rows += sign * rows.num_rows
+        self.num_scored += sign * rows.num_scored
+        if rows.sequence.priority == LAST_PRIORITY:
+            self.num_last += sign * rows.num_rows
 
 
 def rows_of(sequence: Sequence, start: int, stop: int) -> ScheduledRows:

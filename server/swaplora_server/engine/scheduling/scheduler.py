@@ -38,6 +38,7 @@ from swaplora_server.engine.request import (
     Vector,
 )
 from swaplora_server.engine.sampling.constraint import ConstraintPendingError, UnmetConstraintError
+from swaplora_server.engine.scheduling.background import Background
 from swaplora_server.engine.scheduling.batch import Batch, Sampled, ScheduledRows, StepRoom
 from swaplora_server.engine.scheduling.giving_way import GivingWay
 from swaplora_server.engine.scheduling.holdings import Standing, standing
@@ -89,6 +90,7 @@ class Scheduler:
         self._ranks_due_in = 0  # the step from which on ranks are kept for those that were passed over for long
         self._next_deadline = math.inf  # of those that are here, or were
         self._waiting = WaitingLine()
+        self._background = Background()
         self._running: dict[Sequence, None] = {}  # in the order in which they began
         self._giving_way = GivingWay(
             self._running,
@@ -123,8 +125,10 @@ class Scheduler:
     def schedule(self) -> Batch:
         """Choose the next step's rows and give them blocks."""
         self._num_steps += 1
-        self._end_overdue(time.monotonic())
-        room = StepRoom(self._max_batch_tokens, self._max_scored_rows, self._takes_whole)
+        now = time.monotonic()
+        self._end_overdue(now)
+        num_last = self._background.num_rows(now, self._running, self._max_batch_tokens)
+        room = StepRoom(self._max_batch_tokens, self._max_scored_rows, num_last, self._takes_whole)
         chosen: list[ScheduledRows] = []
         order = self._standing()
         for sequence in sorted(self._running, key=lambda sequence: (sequence.num_uncomputed > 1, order[sequence])):
@@ -139,6 +143,7 @@ class Scheduler:
         chosen += self._admit(room, chosen)
         chosen = [rows for rows in chosen if rows.sequence.block_table]  # a sibling may have failed since
         chosen = [self._with_rest(rows, room) for rows in chosen]
+        self._background.note(chosen)
         return Batch(tuple(sorted(chosen, key=lambda rows: (rows.sequence.request.adapter_key, rows.sequence.arrival))))
 
     def commit(self, batch: Batch, outputs: Iterable[Sampled]) -> None:
