@@ -41,7 +41,7 @@ check: $(VENV)/.dev ## lint, format check, types, who imports whom, Dockerfile, 
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy server adapters tests tools demo
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/hadolint Dockerfile
+	$(BIN)/hadolint Dockerfile deploy/ray/Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
 
 isolation: $(VENV)/.dev ## the proof that no request is answered with another's weights

@@ -15,7 +15,8 @@ from ray import serve
 from ray.cluster_utils import Cluster
 
 from repository import ROOT
-from swaplora_server.cluster.build import APPLICATION, ENGINE, engines, key_ring
+from server_process import free_port
+from swaplora_server.cluster.build import APPLICATION, engines, key_ring
 from swaplora_server.cluster.ingress import ingress
 from swaplora_server.cluster.ray_engines import RayEngines
 from swaplora_server.config import Settings
@@ -25,9 +26,17 @@ _STORE_BYTES = 150 << 20
 _PATHS = [str(ROOT / folder) for folder in ("server", "adapters", "tests/support", "tests/ray")]
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """A cluster that is up, and where Ray Serve's own proxy listens."""
+
+    cluster: Cluster
+    proxy: str
+
+
 @contextmanager
-def ray_nodes(count: int, cpus: float) -> Iterator[Cluster]:
-    """A cluster of `count` nodes, and Ray Serve on it without proxies."""
+def ray_nodes(count: int, cpus: int) -> Iterator[Nodes]:
+    """A cluster of `count` nodes, and Ray Serve on it with a proxy on the first."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # of those that Ray starts; a test's own process has them from pytest
     os.environ["PYTHONPATH"] = os.pathsep.join([*_PATHS, os.environ.get("PYTHONPATH", "")])
@@ -37,8 +46,9 @@ def ray_nodes(count: int, cpus: float) -> Iterator[Cluster]:
         for _ in range(count - 1):
             cluster.add_node(num_cpus=cpus, object_store_memory=_STORE_BYTES)
         ray.init(address=cluster.address, log_to_driver=bool(os.environ.get("SHOW_RAY")), configure_logging=False)
-        serve.start(proxy_location="Disabled")
-        yield cluster
+        with free_port() as port:
+            serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+        yield Nodes(cluster, f"http://127.0.0.1:{port}")
     finally:
         serve.shutdown()
         ray.shutdown()
@@ -86,6 +96,3 @@ def fronting(settings: Settings, handle: Any) -> Iterator[Front]:
     finally:
         server.should_exit = True
         thread.join()
-
-
-__all__ = ["APPLICATION", "ENGINE", "Front", "fronting", "in_front", "ray_nodes"]

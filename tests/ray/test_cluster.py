@@ -14,11 +14,10 @@ import httpx
 import pytest
 import ray
 from ray import serve
-from ray.cluster_utils import Cluster
 from ray.util import list_named_actors
 
 import tiny
-from clusters import Front, in_front, ray_nodes
+from clusters import Front, Nodes, in_front
 from oracle import Oracle
 from serving import BASE, Running, Streamed, serving, settings, stream_chat
 from sixteen_adapters import SHAPES, TOLERANCE, error_against
@@ -44,17 +43,11 @@ def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def config(base: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
     own = {"adapter_dir": folder, "prefix_cache": False, "drain_seconds": 60, "max_body_bytes": 1 << 20}
-    return settings(base, tmp_path_factory.mktemp("replicas"), ray=True, ray_replicas="2", ray_cpus=1, **own)
+    return settings(base, tmp_path_factory.mktemp("replicas"), ray=True, ray_replicas="2", ray_cpus=2, **own)
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Cluster]:
-    with ray_nodes(2, cpus=1) as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="module")
-def front(config: Settings, nodes: Cluster) -> Iterator[Front]:
+def front(config: Settings, nodes: Nodes) -> Iterator[Front]:
     with in_front(config) as found:
         yield found
 
@@ -121,10 +114,9 @@ def test_each_answer_is_of_the_adapter_that_was_asked(front: Front, base: Path, 
 
 def test_a_clients_going_ends_its_request(front: Front) -> None:
     before = _abandoned(front)
-    body = chat("s4", max_tokens=480, ignore_eos=True, stream=True)
+    body = chat("s4", max_tokens=480, ignore_eos=True, stream=True, n=16)
     with front.client.stream("POST", "/v1/chat/completions", json=body) as answer:
         next(answer.iter_lines())
-        assert sum(stats["running"] for stats in front.ask_replicas("record_routing_stats")) == 1
     while sum(stats["running"] for stats in front.ask_replicas("record_routing_stats")):
         time.sleep(0.05)
     assert _abandoned(front) == before + 1
@@ -211,6 +203,35 @@ def test_fewer_replicas_end_what_runs_first(front: Front, one: Running, config: 
     assert len(front.ask_replicas("record_routing_stats")) == 1
     _scale(config, "2")
     assert len(front.ask_replicas("record_routing_stats")) == 2
+
+
+def test_a_new_release_comes_while_the_old_one_ends(front: Front, one: Running, config: Settings) -> None:
+    """Each replica is replaced, under streams that end whole and requests that are all answered."""
+    right = expected(one, 300)
+    before = {stats["capacity"] for stats in front.ask_replicas("record_routing_stats")}
+    streams = Streams(front, 300, NUM_ADAPTERS)
+    has_come = threading.Event()
+    statuses: list[int] = []
+
+    def ask_on() -> None:
+        while not has_come.is_set():
+            name = NAMES[len(statuses) % NUM_ADAPTERS]
+            statuses.append(httpx.post(f"{front.url}/v1/chat/completions", json=chat(name), timeout=60).status_code)
+
+    asking = threading.Thread(target=ask_on)
+    asking.start()
+    try:
+        newer = config.model_copy(update={"max_num_seqs": 32})
+        serve.run(engines(newer), name=APPLICATION, route_prefix=None)
+    finally:
+        has_come.set()
+        asking.join()
+    assert [(name, ids == right[name], errors) for name, ids, errors in streams.ended()] == [
+        (name, True, []) for name in NAMES
+    ]
+    assert set(statuses) == {200}
+    assert before == {64}
+    assert {stats["capacity"] for stats in front.ask_replicas("record_routing_stats")} == {32}
 
 
 def test_a_killed_replica_ends_its_streams_with_an_error(front: Front, one: Running) -> None:

@@ -95,6 +95,7 @@ def engines(settings: Settings) -> Any:
         EngineReplica,
         name=ENGINE,
         max_ongoing_requests=_MAX_ONGOING,
+        logging_config={"enable_access_log": False},  # a replica has a line of its own for each request
         graceful_shutdown_timeout_s=settings.drain_seconds + _END_SECONDS,
         graceful_shutdown_wait_loop_s=0.2,
         request_router_config={"request_routing_stats_period_s": _STATS_SECONDS},
@@ -115,6 +116,7 @@ def behind_proxies(settings: Settings) -> Any:
         serve.ingress()(_Ingress),
         name=INGRESS,
         max_ongoing_requests=_MAX_ONGOING,
+        logging_config={"enable_access_log": False},  # a replica has a line of its own for each request
         graceful_shutdown_timeout_s=settings.drain_seconds + 2 * _END_SECONDS,
         graceful_shutdown_wait_loop_s=0.2,
         ray_actor_options={"num_cpus": 0.1},

@@ -142,8 +142,6 @@ class _Ingress:
                                 return
                             else:
                                 await answering(message)
-                        if answering.is_whole:
-                            return
                         upcoming = asyncio.ensure_future(anext(messages, None))
                     if incoming is not None and incoming.done():
                         body, is_last = incoming.result()  # raises ClientDisconnect

@@ -4,9 +4,11 @@ import asyncio
 import gc
 from collections.abc import AsyncGenerator
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import ray
 import structlog
 from filelock import FileLock, Timeout
 from ray import serve
@@ -17,6 +19,7 @@ from uvicorn.lifespan.on import LifespanOn
 from swaplora_adapters.registry.index import parse_reference
 from swaplora_server.cluster.affinity import RouteKey
 from swaplora_server.cluster.exchange import Answer, Exchanges, Forwarded, whole_answer
+from swaplora_server.cluster.meter import CommonMeter, SharedMeter
 from swaplora_server.config import Settings
 from swaplora_server.http.app import create_app
 from swaplora_server.http.transport.body_memory import BodyMemory
@@ -41,7 +44,8 @@ class EngineReplica:
         self._id = serve.get_replica_context().replica_id.unique_id
         self._folder, self._lock = await asyncio.to_thread(claim_folder, settings, is_alone=is_alone)
         self._service = Service(settings.model_copy(update={"data_dir": self._folder}))
-        await in_own_thread(partial(self._service.start, partial(_log.info, "starting")))
+        self._meter = self._service.meter = SharedMeter(self._id, common_meter)
+        await in_own_thread(partial(self._service.start, _report))
         gc.freeze()
         app = create_app(self._service, BodyMemory(settings.body_memory_bytes))
         self._exchanges = Exchanges(app)
@@ -68,6 +72,7 @@ class EngineReplica:
 
     def record_routing_stats(self) -> dict[str, Any]:
         """For the router, every now and then: what is in memory by stored name, and how much there is to do."""
+        self._meter.tell_alive()
         service = self._service
         snapshot = service.engine.snapshot()
         resident = {state.name for state in service.registry.states() if state.tier == "device"}
@@ -92,6 +97,23 @@ class EngineReplica:
             await self._lifespan.shutdown()
             await in_own_thread(self._service.stop)
             self._lock.release()
+
+
+def _report(step: str) -> None:
+    _log.info("starting", step=step)
+
+
+def common_meter() -> Any:
+    """The one that counts for all replicas of this release: whoever asks first makes it."""
+    actor = ray.remote(CommonMeter).options(
+        name=f"meter-{version('swaplora')}",
+        namespace="swaplora",
+        get_if_exists=True,
+        lifetime="detached",
+        num_cpus=0,
+        max_restarts=-1,
+    )
+    return actor.remote()
 
 
 def claim_folder(settings: Settings, *, is_alone: bool) -> tuple[Path, FileLock]:

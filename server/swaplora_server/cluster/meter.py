@@ -1,0 +1,149 @@
+"""Limits by the minute and by concurrency, counted for all replicas together in one place: an actor of Ray."""
+
+import time
+import uuid
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from swaplora_server.access.limits import LimitReachedError, Limits, Meter, Reservation
+
+SILENT_SECONDS = 30.0  # after which a replica counts as gone, and what it had begun as ended
+_ASK_SECONDS = 2.0
+_AT_ONCE = ("requests_per_minute", "changes_per_minute", "concurrent_requests")
+
+
+class Reached(NamedTuple):
+    """What `LimitReachedError` says, as an answer."""
+
+    message: str
+    retry_seconds: int | None
+
+
+class CommonMeter:
+    """The counts. One caller at a time."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._meter = Meter(clock)
+        self._begun: dict[str, tuple[str, Callable[[], None]]] = {}  # with the replica that is to end it
+        self._reserved: dict[str, tuple[str, Reservation]] = {}
+        self._seen: dict[str, float] = {}
+
+    def begin(self, replica: str, request: str, limited: dict[str, Limits], is_change: bool) -> Reached | None:
+        """See `Meter.begin`."""
+        self.alive(replica)
+        self._forget_lost()
+        try:
+            self._begun[request] = replica, self._meter.begin(limited, is_change=is_change)
+        except LimitReachedError as error:
+            return Reached(str(error), error.retry_seconds)
+        return None
+
+    def end(self, request: str) -> None:
+        """Count it out."""
+        _, end = self._begun.pop(request, ("", None))
+        if end is not None:
+            end()
+
+    def reserve(self, replica: str, tokens: str, limited: dict[str, Limits], num_tokens: int) -> Reached | None:
+        """See `Meter.reserve`."""
+        self.alive(replica)
+        try:
+            self._reserved[tokens] = replica, self._meter.reserve(limited, num_tokens)
+        except LimitReachedError as error:
+            return Reached(str(error), error.retry_seconds)
+        return None
+
+    def settle(self, tokens: str, used: int) -> None:
+        """See `Reservation.settle`."""
+        _, reservation = self._reserved.pop(tokens, ("", None))
+        if reservation is not None:
+            reservation.settle(used)
+
+    def alive(self, replica: str) -> None:
+        """A replica is there, and what it began runs on."""
+        self._seen[replica] = self._clock()
+
+    def _forget_lost(self) -> None:
+        """End what replicas had begun that are gone; what they had reserved counts as used."""
+        earliest = self._clock() - SILENT_SECONDS
+        for lost in [replica for replica, seen in self._seen.items() if seen < earliest]:
+            del self._seen[lost]
+            for request in [request for request, (replica, _) in self._begun.items() if replica == lost]:
+                self.end(request)
+            self._reserved = {tokens: held for tokens, held in self._reserved.items() if held[0] != lost}
+
+
+class SharedMeter(Meter):
+    """A replica's: those whom nothing limits are counted nowhere, the others by the actor.
+
+    It is asked on the event loop, which waits for the millisecond or two. Where it does not answer, nobody is let in
+    whom something limits.
+    """
+
+    def __init__(self, replica: str, actor: Callable[[], Any]) -> None:
+        """`actor` finds the handle of the one CommonMeter."""
+        super().__init__()
+        self._replica = replica
+        self._find = actor
+        self._actor: Any = None
+
+    def begin(self, limited: dict[str, Limits], *, is_change: bool) -> Callable[[], None]:
+        """See `Meter.begin`."""
+        own = _counted(limited)
+        if not own:
+            return super().begin(limited, is_change=is_change)
+        request = uuid.uuid4().hex
+        self._ask("begin", self._replica, request, own, is_change)
+        return _Once(partial(self._tell, "end", request))
+
+    def reserve(self, limited: dict[str, Limits], num_tokens: int) -> Reservation:
+        """See `Meter.reserve`."""
+        own = {whose: limits for whose, limits in limited.items() if limits.tokens_per_minute is not None}
+        if not own:
+            return super().reserve(limited, num_tokens)
+        tokens = uuid.uuid4().hex
+        self._ask("reserve", self._replica, tokens, own, num_tokens)
+        return Reservation(num_tokens, partial(self._tell, "settle", tokens))
+
+    def tell_alive(self) -> None:
+        """To be called more often than every SILENT_SECONDS."""
+        if self._actor is not None:
+            self._tell("alive", self._replica)
+
+    def _ask(self, what: str, *args: Any) -> None:
+        """Raises LimitReachedError."""
+        try:
+            self._actor = self._actor or self._find()
+            reached: Reached | None = getattr(self._actor, what).remote(*args).future().result(_ASK_SECONDS)
+        except Exception as error:
+            self._actor = None  # the next one may find another
+            raise LimitReachedError("what this key may ask for cannot be counted now; try again in 1 s", 1) from error
+        if reached is not None:
+            raise LimitReachedError(reached.message, reached.retry_seconds)
+
+    def _tell(self, what: str, *args: Any) -> None:
+        if self._actor is not None:
+            getattr(self._actor, what).remote(*args)
+
+
+class _Once:
+    """Calls it once, however often it is called."""
+
+    def __init__(self, end: Callable[[], None]) -> None:
+        self._end: Callable[[], None] | None = end
+
+    def __call__(self) -> None:
+        end, self._end = self._end, None
+        if end is not None:
+            end()
+
+
+def _counted(limited: dict[str, Limits]) -> dict[str, Limits]:
+    """Those whom something limits that is counted where a request begins."""
+
+    def is_counted(limits: Limits) -> bool:
+        return any(getattr(limits, kind) is not None for kind in _AT_ONCE)
+
+    return {whose: limits for whose, limits in limited.items() if is_counted(limits)}
