@@ -38,7 +38,7 @@ def app(args: dict[str, Any]) -> Any:
 
 def check_replicas(settings: Settings) -> None:
     """Raise ValueError for more than one replica where each would have adapters of its own."""
-    if settings.num_replicas[1] > 1 and getattr(settings, "shared_store", None) is None:
+    if settings.num_replicas[1] > 1 and settings.shared_store is None:
         raise ValueError(
             f"ray_replicas: {settings.ray_replicas}: more than one needs --shared-store, or an adapter that is put on "
             "one of them would be unknown to the others"
@@ -107,7 +107,8 @@ def engines(settings: Settings) -> Any:
         **scale,
     )
     # a change of their number alone is no reason to begin all of them again
-    return deployment.bind(settings.model_copy(update={"ray_replicas": None}), is_alone=most == 1)
+    is_alone = most == 1 and settings.shared_store is None
+    return deployment.bind(settings.model_copy(update={"ray_replicas": None}), is_alone=is_alone)
 
 
 def behind_proxies(settings: Settings) -> Any:

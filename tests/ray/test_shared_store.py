@@ -1,0 +1,120 @@
+"""Replicas that share a store: what one of them has taken all of them have, and nobody hears an older one any more."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import tiny
+from clusters import Front, Nodes, in_front
+from oracle import Oracle
+from serving import settings
+from swaplora_server.cluster.exchange import Answer, Forwarded
+
+PROMPT = [11, 12, 13, 14]
+NUM_VERSIONS = 6
+TIE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def front(nodes: Nodes, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    folder = tmp_path_factory.mktemp("cluster")
+    own = {"shared_store": folder / "store", "prefix_cache": False}
+    with in_front(settings(base, folder / "data", ray=True, ray_replicas="2", ray_cpus=2, **own)) as found:
+        yield found
+
+
+def put(front: Front, name: str, adapter: Path) -> int:
+    files = {
+        "config": (adapter / "adapter_config.json").read_bytes(),
+        "weights": (adapter / "adapter_model.safetensors").read_bytes(),
+    }
+    answer = front.client.put(f"/v1/adapters/{name}", files=files)
+    assert answer.status_code in (200, 201), answer.text
+    version: int = answer.json()["version"]
+    return version
+
+
+def body_of(name: str) -> dict[str, Any]:
+    fields = {"max_tokens": 6, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    return {"model": name, "prompt": PROMPT, **fields}
+
+
+def of_each(front: Front, name: str) -> list[Answer]:
+    """A completion of each replica, asked itself."""
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/completions",
+        "raw_path": b"/v1/completions",
+        "query_string": b"",
+        "headers": headers,
+        "client": None,
+        "server": None,
+    }
+    raw = json.dumps(body_of(name)).encode()
+    return front.ask_replicas("answer", Forwarded(scope, raw, True, f"{name}-{time.monotonic()}"))
+
+
+def token_ids(raw: bytes) -> list[int]:
+    found: list[int] = json.loads(raw)["choices"][0]["token_ids"]
+    return found
+
+
+def test_what_was_taken_is_had_by_all_at_once(front: Front, adapters: list[Path], base: Path) -> None:
+    for number in range(4):
+        name = f"n{number}"
+        put(front, name, adapters[number])
+        answers = of_each(front, name)
+        assert [answer.status for answer in answers] == [200, 200]
+        oracle = Oracle(base, adapters[number])
+        assert all(oracle.is_greedy(PROMPT, token_ids(answer.body), TIE) for answer in answers)
+        assert front.client.delete(f"/v1/adapters/{name}").status_code in (200, 202)
+        assert [answer.status for answer in of_each(front, name)] == [404, 404]
+
+
+def test_a_replaced_adapter_is_never_heard_again(front: Front, base: Path, tmp_path: Path) -> None:
+    """Under traffic on both replicas: no request that began after an acknowledgement has an older answer, or a mix."""
+    versions = [tiny.save_adapter(tmp_path / f"v{n}", base, seed=90 + n, rank=4 + n) for n in range(NUM_VERSIONS)]
+    oracles = {number: Oracle(base, folder) for number, folder in enumerate(versions, start=1)}
+    acknowledged = put(front, "hot", versions[0])
+    faults: list[Any] = []
+    heard: set[tuple[int, tuple[int, ...]]] = set()
+    has_ended = threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(base_url=front.url, timeout=60) as client:
+            while not has_ended.is_set():
+                least = acknowledged
+                answer = client.post("/v1/completions", json=body_of("hot"))
+                if answer.status_code != 200:
+                    faults.append(answer.text)
+                    continue
+                version = int(answer.headers["x-swaplora-adapter"].partition("@")[2])
+                heard.add((version, tuple(token_ids(answer.content))))
+                if version < least:
+                    faults.append((least, version))
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for folder in versions[1:]:
+        acknowledged = put(front, "hot", folder)
+        heard |= {(acknowledged, tuple(token_ids(answer.body))) for answer in of_each(front, "hot")}
+    has_ended.set()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert {version for version, _ in heard} >= set(range(2, NUM_VERSIONS + 1))
+    for version, ids in heard:
+        right = [number for number, oracle in oracles.items() if oracle.is_greedy(PROMPT, [*ids], TIE)]
+        assert right == [version]
