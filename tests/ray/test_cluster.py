@@ -17,7 +17,7 @@ from ray import serve
 from ray.util import list_named_actors
 
 import tiny
-from clusters import Front, Nodes, in_front
+from clusters import Front, Nodes, in_front, ray_nodes
 from oracle import Oracle
 from serving import BASE, Running, Streamed, serving, settings, stream_chat
 from sixteen_adapters import SHAPES, TOLERANCE, error_against
@@ -44,6 +44,12 @@ def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(base: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
     own = {"adapter_dir": folder, "prefix_cache": False, "drain_seconds": 60, "max_body_bytes": 1 << 20}
     return settings(base, tmp_path_factory.mktemp("replicas"), ray=True, ray_replicas="2", ray_cpus=2, **own)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with ray_nodes(2, cpus=3) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
 import tiny
-from clusters import Nodes, in_front
+from clusters import Nodes, in_front, ray_nodes
 from repository import ROOT
 from server_process import SMALL, process
 from serving import BASE, settings
@@ -35,6 +35,12 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     content["keys"][1]["limits"] = {"requests_per_minute": 5}
     file.write_text(yaml.safe_dump(content))
     return file, admin, some
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with ray_nodes(2, cpus=3) as found:
+        yield found
 
 
 def bearer(key: str) -> dict[str, str]:

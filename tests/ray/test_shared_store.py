@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 import tiny
-from clusters import Front, Nodes, in_front
+from clusters import Front, Nodes, in_front, ray_nodes
 from oracle import Oracle
 from serving import settings
 from swaplora_server.cluster.exchange import Answer, Forwarded
@@ -19,6 +19,12 @@ from swaplora_server.cluster.exchange import Answer, Forwarded
 PROMPT = [11, 12, 13, 14]
 NUM_VERSIONS = 6
 TIE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with ray_nodes(2, cpus=3) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
