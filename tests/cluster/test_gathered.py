@@ -44,7 +44,8 @@ def test_what_one_replica_has_is_found_whichever_it_is(front: Front) -> None:
         return front.client.get(f"/v1/evaluations{query}").json()
 
     assert [one["id"] for one in listed()["data"]] == ids[::-1]
-    assert listed("?limit=2") == {**listed(), "data": listed()["data"][:2], "has_more": True}
+    first = listed("?limit=2")
+    assert ([one["id"] for one in first["data"]], first["has_more"]) == (ids[:1:-1], True)
     assert [one["id"] for one in listed(f"?limit=2&after={ids[2]}")["data"]] == [ids[1], ids[0]]
     assert front.client.get("/v1/evaluations?after=nobody").status_code == 404
     assert front.client.get("/v1/evaluations?limit=0").status_code == 400
