@@ -1,7 +1,7 @@
 """`make bench-overload`: what a server of one's own does when more is asked of it than it can do, over HTTP.
 
-An open loop at the capacity and at three times it, and what is left when it ends. Then one who asks for a tenth of the
-capacity: alone, beside an equal who keeps all places busy, which is what its share gives, and beside a flood of fifty
+An open loop at the capacity and at three times it, and what is left when it ends. Then one who asks for a fifth of the
+capacity, a hundred times: alone, beside an equal who keeps all places busy, which is what its share gives, and beside a flood of fifty
 times the capacity, by another adapter of its tenant and by another tenant. Who is beside it asks from a process of its
 own, at low priority; the server has its own too.
 """
@@ -39,7 +39,7 @@ from swaplora_server.embedded import ensure_embedded_base
 PROMPT_TOKENS, OUTPUT_TOKENS, VOCAB_SIZE, NUM_PLACES = 64, 32, 40_000, 64
 SURGE, FLOOD, LONG = 3, 50, 10  # times the capacity
 SECONDS, LONG_SECONDS = 30.0, 300.0
-LITTLE = 0.1  # of the capacity: what one asks for beside the others, whose share would be half
+LITTLE, NUM_ASKED = 0.2, 100  # of the capacity, and requests: what one asks for beside the others; half is its share
 SECONDS_BEFORE = 3.0  # that the others have begun before it
 NICENESS = 10  # of the others: on few cores they are not to be what holds it up
 TENANTS = ("acme", "beta")
@@ -58,17 +58,18 @@ class Server:
 
 @dataclass(frozen=True)
 class Flow:
-    """Requests of one tenant to some models, open loop."""
+    """Requests of one tenant to some models, open loop. Those with the same `arrivals` come at the same times."""
 
     endpoint: Endpoint
     models: Sequence[str]
     rate: float
     seconds: float
     seed: str
+    arrivals: str = ""
 
     async def run(self) -> list[Answer]:
         count = max(1, round(self.rate * self.seconds))
-        due = arrival_times(count, self.rate, 1.0, Random(f"{self.seed} arrivals"))
+        due = arrival_times(count, self.rate, 1.0, Random(f"{self.arrivals or self.seed} arrivals"))
         return await open_loop(self.endpoint, requests(self.models, count, self.seed), due)
 
 
@@ -165,10 +166,10 @@ def is_refusal(answer: Answer) -> bool:
     return (answer.failure or "").startswith("HTTP 429")
 
 
-def p99(answers: Sequence[Answer]) -> float:
-    """Of the time to the first token, in seconds; infinite where one in a hundred has none."""
+def to_first(answers: Sequence[Answer], percent: int) -> float:
+    """A percentile of the time to the first token, in seconds; infinite where as many have none."""
     found = sorted(answer.ttft if answer.failure is None else math.inf for answer in answers)
-    return found[min(len(found) - 1, len(found) * 99 // 100)]
+    return found[min(len(found) - 1, len(found) * percent // 100)]
 
 
 def show_open(label: str, answers: Sequence[Answer], seconds: float) -> float:
@@ -206,9 +207,11 @@ async def surge(server: Server, capacity: float, seconds: float, factor: int) ->
     console.print(f"goodput at {factor} times the capacity, to that at it: {after / before:.2f}")
 
 
-async def isolation(server: Server, processes: Executor, capacity: float, seconds: float, of: str) -> None:
+async def isolation(server: Server, processes: Executor, capacity: float, of: str) -> None:
     """One who asks for little, alone and beside others, of another adapter or of another tenant."""
     victim = (server.acme, ("json",)) if of == "adapter" else (server.beta, ("sql",))
+    rate = LITTLE * capacity
+    seconds = NUM_ASKED / rate
     all_seconds = SECONDS_BEFORE + seconds
     beside: dict[str, Flow | AtWork | None] = {
         "alone": None,
@@ -216,14 +219,15 @@ async def isolation(server: Server, processes: Executor, capacity: float, second
         f"beside a flood of another {of}": Flow(server.acme, ("sql",), FLOOD * capacity, all_seconds, f"flood {of}"),
     }
     found = [
-        await one_beside(label, processes, load, Flow(*victim, LITTLE * capacity, seconds, f"{of} {label}"))
+        await one_beside(label, processes, load, Flow(*victim, rate, seconds, f"{of} {label}", of))
         for label, load in beside.items()
     ]
-    alone, share, flood = map(p99, found)
-    console.print(
-        f"{of}: p99 of the first token alone {alone * 1e3:.0f} ms, at its share {share * 1e3:.0f}, "
-        f"beside a flood {flood * 1e3:.0f}: {flood / share:.2f} of that at its share"
-    )
+    for percent in (50, 90, 99):
+        alone, share, flood = (to_first(answers, percent) for answers in found)
+        console.print(
+            f"{of}: p{percent} of the first token alone {alone * 1e3:.0f} ms, at its share {share * 1e3:.0f}, "
+            f"beside a flood {flood * 1e3:.0f}: {flood / share:.2f} of that at its share"
+        )
 
 
 async def one_beside(label: str, processes: Executor, load: Flow | AtWork | None, victim: Flow) -> list[Answer]:
@@ -243,7 +247,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=PARTS, action="append", help="some parts of it")
     parser.add_argument(
-        "--seconds", type=float, help=f"that each load goes on (default {SECONDS:.0f}, long {LONG_SECONDS:.0f})"
+        "--seconds", type=float, help=f"that a surge goes on (default {SECONDS:.0f}, long {LONG_SECONDS:.0f})"
     )
     parser.add_argument("--capacity", type=float, help="requests a second (default: measured)")
     parser.add_argument("--long", action="store_true", help=f"{LONG} times the capacity, alone")
@@ -272,7 +276,7 @@ async def measure(server: Server, processes: Executor, arguments: argparse.Names
                 case "surge":
                     await surge(server, capacity, seconds, SURGE)
                 case of:
-                    await isolation(server, processes, capacity, seconds, of)
+                    await isolation(server, processes, capacity, of)
     console.print(f"{resident_mib(server.pid)} MiB")
 
 
