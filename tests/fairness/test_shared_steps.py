@@ -231,13 +231,13 @@ def preempted(shares: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, fi
         for index in range(count)
     }
     taken: list[str] = []
-    preempt = scheduler._preempt  # noqa: SLF001
+    preempt = scheduler._live.preempt  # noqa: SLF001
 
     def noted(sequence: Sequence) -> None:
         taken.append(names[sequence.request])
         preempt(sequence)
 
-    monkeypatch.setattr(scheduler, "_preempt", noted)
+    monkeypatch.setattr(scheduler._live, "preempt", noted)  # noqa: SLF001
     run_all(scheduler)
     return taken
 

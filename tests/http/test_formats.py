@@ -15,7 +15,7 @@ import tiny
 from schema_cases import distinct_cases, schema_case
 from serving import BASE, Running, serving, settings
 from swaplora_server.engine.request import Sequence
-from swaplora_server.engine.scheduling.scheduler import Scheduler
+from swaplora_server.engine.scheduling.live import Live
 
 NUM_CASES = 500
 SPACES = {str(token_id): -100 for token_id in tiny.byte_tokenizer().encode(" \n\r\t")}  # or all would be of them
@@ -230,13 +230,13 @@ def test_a_seed_gives_one_text_alone_in_company_and_after_preemption(
         return [choices(answer) for answer in answers]
 
     assert asyncio.run(together(server.url)) == alone
-    preempted, preempt = [], Scheduler._preempt  # noqa: SLF001 - what is to be seen happening
+    preempted, preempt = [], Live.preempt
 
-    def noting(self: Scheduler, sequence: Sequence) -> None:
+    def noting(self: Live, sequence: Sequence) -> None:
         preempted.append(sequence)
         preempt(self, sequence)
 
-    monkeypatch.setattr(Scheduler, "_preempt", noting)
+    monkeypatch.setattr(Live, "preempt", noting)
     with serving(settings(base, tmp_path, kv_cache_bytes=80 << 10, max_model_len=160)) as small:
         assert asyncio.run(together(small.url)) == alone
     assert preempted, "there was room for all"

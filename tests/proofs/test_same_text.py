@@ -52,13 +52,13 @@ class Run:
         )
         self._engine = Engine(self.scheduler, model.runner(num_blocks, BLOCK_SIZE))
         self.num_preempted = 0
-        preempt = self.scheduler._preempt  # noqa: SLF001
+        preempt = self.scheduler._live.preempt  # noqa: SLF001
 
         def counted(sequence: Any) -> None:
             self.num_preempted += 1
             preempt(sequence)
 
-        self.scheduler._preempt = counted  # type: ignore[method-assign]  # noqa: SLF001
+        self.scheduler._live.preempt = counted  # type: ignore[method-assign]  # noqa: SLF001
 
     def said(self, numbers: list[int], num_sequences: int) -> dict[tuple[int, int], list[object]]:
         """Token ids and logprobs of each choice of the requests with these numbers, which begin together."""

@@ -26,26 +26,15 @@ from itertools import takewhile
 import structlog
 
 from swaplora_server.engine.kv_cache import BlockPool
-from swaplora_server.engine.prefix_cache import PrefixCache
-from swaplora_server.engine.request import (
-    OVERDUE,
-    OVERDUE_CODE,
-    FinishReason,
-    Logprobs,
-    Request,
-    Sequence,
-    TokenEvent,
-    Vector,
-)
-from swaplora_server.engine.sampling.constraint import ConstraintPendingError, UnmetConstraintError
+from swaplora_server.engine.request import OVERDUE, OVERDUE_CODE, FinishReason, Request, Sequence, TokenEvent
+from swaplora_server.engine.sampling.constraint import UnmetConstraintError
 from swaplora_server.engine.scheduling.background import Background
 from swaplora_server.engine.scheduling.batch import Batch, Sampled, ScheduledRows, StepRoom
-from swaplora_server.engine.scheduling.giving_way import GivingWay
 from swaplora_server.engine.scheduling.holdings import Standing, standing
 from swaplora_server.engine.scheduling.kept import Kept
-from swaplora_server.engine.scheduling.step_ranks import StepRanks
-from swaplora_server.engine.scheduling.waiting_line import GENERATED_WEIGHT, PROMPT_WEIGHT, Line, Over, WaitingLine
-from swaplora_server.kernels.step import Wants
+from swaplora_server.engine.scheduling.live import Live
+from swaplora_server.engine.scheduling.outcomes import Outcomes
+from swaplora_server.engine.scheduling.waiting_line import PROMPT_WEIGHT, Line, Over
 
 _log = structlog.get_logger(__name__)
 MAX_STEPS_PASSED_OVER = 64  # some seconds; then nothing begins before the one that waits
@@ -75,35 +64,36 @@ class Scheduler:
         takes_whole: bool = False,
     ) -> None:
         self.pool = pool
-        self.cache = PrefixCache(pool, is_on=prefix_cache)
+        self._live = live = Live(
+            pool,
+            max_num_seqs=max_num_seqs,
+            max_batch_tokens=max_batch_tokens,
+            max_step_ranks=max_step_ranks,
+            prefix_cache=prefix_cache,
+        )
+        self.cache, self._ranks, self._giving_way = live.cache, live.ranks, live.giving_way
+        self._running, self._waiting = live.running, live.waiting
+        self._outcomes = Outcomes(live, appends_forced=appends_forced)
         self._max_batch_tokens = max_batch_tokens
         self._max_num_seqs = max_num_seqs
         self._max_scored_rows = max_scored_rows
-        self._appends_forced = appends_forced
         self._takes_whole = takes_whole
         self._max_step_ranks = max_step_ranks
-        self._ranks = StepRanks(max_step_ranks)
         self.num_failed = 0  # requests that `fail` ended; only grows, any thread may read it
-        self.num_preempted = 0  # sequences that gave their blocks back; the same
         self._num_steps = 0
         self._last_begun_in = 0  # the step in which anybody did, or nobody waited
         self._ranks_due_in = 0  # the step from which on ranks are kept for those that were passed over for long
         self._next_deadline = math.inf  # of those that are here, or were
-        self._waiting = WaitingLine()
         self._background = Background()
-        self._running: dict[Sequence, None] = {}  # in the order in which they began
-        self._giving_way = GivingWay(
-            self._running,
-            pool,
-            self._ranks,
-            max_num_seqs=max_num_seqs,
-            max_batch_tokens=max_batch_tokens,
-            has_cache=prefix_cache,
-        )
 
     @property
     def num_running(self) -> int:
         return len(self._running)
+
+    @property
+    def num_preempted(self) -> int:
+        """Sequences that gave their blocks back; only grows, any thread may read it."""
+        return self._live.num_preempted
 
     @property
     def num_waiting(self) -> int:
@@ -118,8 +108,7 @@ class Scheduler:
         if not len(self._waiting):
             self._last_begun_in = self._num_steps
         for index in range(request.num_sequences):
-            self._waiting.add(Sequence(request, index))
-        self._giving_way.forget()
+            self._live.add(Sequence(request, index))
         self._next_deadline = min(self._next_deadline, request.deadline or math.inf)
 
     def schedule(self) -> Batch:
@@ -133,7 +122,7 @@ class Scheduler:
         order = self._standing()
         for sequence in sorted(self._running, key=lambda sequence: (sequence.num_uncomputed > 1, order[sequence])):
             try:
-                self._finish_late(sequence)
+                self._live.finish_late(sequence)
                 rows = None if sequence.is_held else room.take(sequence, leaves_half=len(self._waiting) > 0)
                 if rows and sequence in self._running and self._make_room(rows, chosen, order):
                     chosen.append(rows)
@@ -152,15 +141,15 @@ class Scheduler:
         for rows in batch.rows:
             sampled = next(of_asking) if rows.num_heads else None
             try:
-                self._commit(rows, sampled)
+                self._outcomes.commit(rows, sampled)
             except Exception as error:  # noqa: BLE001 - one request's boundary
                 self.fail(rows.sequence.request, error)
 
     def abort(self, request: Request, index: int | None = None) -> None:
         """End the request's unfinished sequences, or the one at `index`, and free what they hold."""
-        for sequence in [*self._running, *self._waiting]:
-            if sequence.request is request and index in (None, sequence.index):
-                self._finish(sequence, TokenEvent(sequence.index, finish_reason=FinishReason.ABORT))
+        for sequence in self._live.of(request):
+            if index in (None, sequence.index):
+                self._live.finish(sequence, TokenEvent(sequence.index, finish_reason=FinishReason.ABORT))
 
     def fail(self, request: Request, error: Exception) -> None:
         """End what is unfinished of the one request that `error` is the fault of. The log is told what it was."""
@@ -171,23 +160,17 @@ class Scheduler:
         else:
             _log.error("a request failed alone", request=request.request_id, error=repr(error), exc_info=error)
             message, code = "the server failed on this request; its log says more", "internal_error"
-        for sequence in [*self._running, *self._waiting]:
-            if sequence.request is request:
-                self._finish(sequence, TokenEvent(sequence.index, None, None, FinishReason.ERROR, message, code))
+        for sequence in self._live.of(request):
+            self._live.finish(sequence, TokenEvent(sequence.index, None, None, FinishReason.ERROR, message, code))
 
     def fail_all(self, message: str, code: str) -> None:
         """End everything with an error: the engine cannot go on."""
-        for sequence in [*self._running, *self._waiting]:
-            self._finish(sequence, TokenEvent(sequence.index, None, None, FinishReason.ERROR, message, code))
+        for sequence in self._live:
+            self._live.finish(sequence, TokenEvent(sequence.index, None, None, FinishReason.ERROR, message, code))
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless the pool is whole and held by exactly the running sequences."""
-        self.pool.check_integrity(sequence.block_table for sequence in self._running)
-        if any(sequence.block_table for sequence in self._waiting):
-            raise RuntimeError("blocks are held by a sequence that does not run")
-        ranks = {digest: rank for sequence in self._running for digest, rank in sequence.request.adapter_ranks.items()}
-        if self._ranks.total != sum(ranks.values()):
-            raise RuntimeError("the ranks that are counted are not those of the adapters that run")
+        self._live.check_integrity()
 
     def _with_rest(self, rows: ScheduledRows, room: StepRoom) -> ScheduledRows:
         """`rows`, or as many more of their prompt as nobody else took the room of."""
@@ -206,12 +189,11 @@ class Scheduler:
         if now < self._next_deadline:
             return
         self._next_deadline = math.inf
-        for sequence in [*self._running, *self._waiting]:
+        for sequence in self._live:
             deadline = sequence.request.deadline or math.inf
             if deadline <= now:
-                self._finish(
-                    sequence, TokenEvent(sequence.index, None, None, FinishReason.ERROR, OVERDUE, OVERDUE_CODE)
-                )
+                overdue = TokenEvent(sequence.index, None, None, FinishReason.ERROR, OVERDUE, OVERDUE_CODE)
+                self._live.finish(sequence, overdue)
             else:
                 self._next_deadline = min(self._next_deadline, deadline)
 
@@ -231,7 +213,7 @@ class Scheduler:
                 break
             line = sequence.request.line
             try:
-                if sequence.num_generated and (self._finish_late(sequence) or sequence.is_held):
+                if sequence.num_generated and (self._live.finish_late(sequence) or sequence.is_held):
                     continue
                 if not kept.leaves_ranks(sequence) or self._should_wait_for_ranks(sequence):
                     over.add(line)
@@ -319,7 +301,7 @@ class Scheduler:
         return self._giving_way.givers(sequence, found, times, self._num_steps - num_steps)
 
     def _give_way(self, giver: Sequence, room: StepRoom, chosen: list[ScheduledRows]) -> None:
-        self._preempt(giver)
+        self._live.preempt(giver)
         for rows in [rows for rows in chosen if rows.sequence is giver]:
             chosen.remove(rows)
             room.take_back(rows)
@@ -339,11 +321,7 @@ class Scheduler:
         """
         if sequence.has_lacked_ranks and self._is_overdue(sequence):
             self._ranks_due_in = self._num_steps + MAX_STEPS_PASSED_OVER
-        self._waiting.remove(sequence)
-        self._running[sequence] = None
-        self._giving_way.forget()
-        self._ranks.add(sequence.request.adapter_ranks)
-        self.cache.begin(sequence, found)
+        self._live.begin(sequence, found)
         if sequence.begun_in is None:  # who was preempted has paid
             self._waiting.charge(sequence, sequence.num_uncomputed, PROMPT_WEIGHT)
         sequence.begun_in = self._last_begun_in = self._num_steps
@@ -373,93 +351,8 @@ class Scheduler:
         while not self.pool.can_grow(sequence.block_table, rows.stop):
             scheduled = {id(rows.sequence) for rows in chosen}
             victim = max((other for other in self._running if id(other) not in scheduled), key=order.__getitem__)
-            self._preempt(victim)
+            self._live.preempt(victim)
             if victim is sequence:
                 return False
         self.pool.grow(sequence.block_table, rows.stop)
         return True
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self._stop(sequence)
-        self._waiting.add(sequence)
-        sequence.was_preempted = True
-        self.num_preempted += 1
-
-    def _stop(self, sequence: Sequence) -> None:
-        """Take a sequence out of those that run, and its blocks from it."""
-        del self._running[sequence]
-        self._giving_way.forget()
-        self._ranks.remove(sequence.request.adapter_ranks)
-        self.cache.end(sequence)
-
-    def _commit(self, rows: ScheduledRows, sampled: Sampled | None) -> None:
-        """Record that `rows` ran, unless their request has ended since, as where a sibling failed."""
-        sequence = rows.sequence
-        if not sequence.block_table:
-            return
-        is_pending = sampled is not None and isinstance(sampled.error, ConstraintPendingError)
-        stop = rows.stop - is_pending  # its last row is run again
-        sequence.num_computed = stop
-        self.cache.publish(sequence, rows.start, stop)
-        if sampled is not None and sampled.scores is None:
-            self._fail_not_finite(sequence)
-            return
-        if sampled is not None and sampled.scores:
-            sequence.request.scores += sampled.scores
-        if is_pending:
-            return
-        if sampled is not None and rows.is_sampling:
-            self._append(sequence, sampled)
-        elif sampled is not None and rows.wants is Wants.HIDDEN:
-            self._finish_hidden(sequence, sampled.hidden)
-        elif rows.stop == sequence.num_tokens:
-            self._finish(sequence, TokenEvent(sequence.index, finish_reason=FinishReason.LENGTH))
-
-    def _finish_hidden(self, sequence: Sequence, hidden: Vector | None) -> None:
-        if hidden is None:
-            self._fail_not_finite(sequence)
-            return
-        sequence.request.hidden = hidden
-        self._finish(sequence, TokenEvent(sequence.index, finish_reason=FinishReason.STOP))
-
-    def _fail_not_finite(self, sequence: Sequence) -> None:
-        message = "the output is not finite: the adapter's weights are too large for this prompt"
-        failed = TokenEvent(sequence.index, None, None, FinishReason.ERROR, message, "adapter_failed")
-        self.cache.disown(sequence)
-        self._finish(sequence, failed)
-
-    def _append(self, sequence: Sequence, sampled: Sampled) -> None:
-        if sampled.error is not None:
-            raise sampled.error
-        if sampled.token_id is None:
-            self._fail_not_finite(sequence)
-            return
-        goes_on = self._append_token(sequence, sampled.token_id, sampled.logprobs)
-        while goes_on and self._appends_forced and (token_id := sequence.forced) is not None:
-            goes_on = self._append_token(sequence, token_id)
-
-    def _append_token(self, sequence: Sequence, token_id: int, logprobs: Logprobs | None = None) -> bool:
-        """Whether it goes on after that token."""
-        sequence.append(token_id)
-        self._waiting.charge(sequence, 1, GENERATED_WEIGHT)
-        reason = sequence.finish_reason_after(token_id)
-        event = TokenEvent(sequence.index, token_id, logprobs, reason)
-        if reason is None:
-            sequence.request.tell(event)
-        else:
-            self._finish(sequence, event)
-        return reason is None
-
-    def _finish_late(self, sequence: Sequence) -> bool:
-        """End it if it had ended already, as is now known. Whether it had."""
-        reason = sequence.late_finish_reason
-        if reason is not None:
-            self._finish(sequence, TokenEvent(sequence.index, finish_reason=reason))
-        return reason is not None
-
-    def _finish(self, sequence: Sequence, event: TokenEvent) -> None:
-        if sequence in self._running:
-            self._stop(sequence)
-        else:
-            self._waiting.remove(sequence)
-        sequence.request.finish(event)
