@@ -25,7 +25,8 @@ from swaplora_server.service.errors import RequestError
 from swaplora_server.service.evaluations import asking, evaluations, running
 from swaplora_server.service.evaluations.evaluations import NUM_AT_ONCE, Evaluations
 from swaplora_server.service.evaluations.record import Evaluated, Evaluation
-from swaplora_server.service.generation import Generation, GenerationTask, generate
+from swaplora_server.service.generating.task import GenerationTask
+from swaplora_server.service.generation import Generation, generate
 from swaplora_server.service.service import Service
 
 NUM_TOKENS = 6

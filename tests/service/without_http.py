@@ -29,7 +29,8 @@ from swaplora_server.config import Settings  # noqa: E402
 from swaplora_server.engine.request import SamplingParams  # noqa: E402
 from swaplora_server.service.adapter_mix import MixTerm  # noqa: E402
 from swaplora_server.service.errors import RequestError  # noqa: E402
-from swaplora_server.service.generation import GenerationTask, generate  # noqa: E402
+from swaplora_server.service.generating.task import GenerationTask  # noqa: E402
+from swaplora_server.service.generation import generate  # noqa: E402
 from swaplora_server.service.service import Service  # noqa: E402
 
 

@@ -12,7 +12,7 @@ from swaplora_server.http.wire import GenerationBody
 from swaplora_server.service.adapter_mix import Asker
 from swaplora_server.service.admission import Urgency
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.generation import Encode, GenerationTask
+from swaplora_server.service.generating.task import Encode, GenerationTask
 from swaplora_server.service.service import Service
 
 TIMEOUT_HEADER = "X-Request-Timeout"

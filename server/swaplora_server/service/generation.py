@@ -3,8 +3,8 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -12,71 +12,32 @@ import structlog
 
 from swaplora_adapters.files.naming import DEFAULT_TENANT
 from swaplora_adapters.store.records import VersionRecord
-from swaplora_adapters.weights.router import Trace
 from swaplora_server.access.limits import NOTHING, Reservation
 from swaplora_server.base.fingerprint import digest_of
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.request import AdapterUse, FinishReason, Logprobs, Request, SamplingParams, TokenEvent
 from swaplora_server.log_lines import notes
 from swaplora_server.service.adapter_mix import (
-    NOBODY,
-    Asker,
-    BoundMixture,
-    MixTerm,
     invoked_at,
     lease_mix,
     wanted_by,
 )
-from swaplora_server.service.admission import NO_HURRY, Admission, Urgency
+from swaplora_server.service.admission import Admission
 from swaplora_server.service.detokenize import Detokenizer, Echo, Settled, TextRules, TextToken, echo_of
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.gates.canaries import Trial
+from swaplora_server.service.generating.checks import check_scores, check_uses, num_scores, params_of
+from swaplora_server.service.generating.task import GenerationTask
 from swaplora_server.service.grammar.grammars import Grammar
-from swaplora_server.service.grammar.source import GrammarSource
 from swaplora_server.service.metrics.records import GenerationRecord, Outcome
 from swaplora_server.service.service import Service
 from swaplora_server.service.tracing.tracing import Asked
 from swaplora_server.service.wakeups import in_time
 
 _log = structlog.get_logger(__name__)
-Encode = Callable[[], Awaitable[Sequence[Sequence[int]]]]  # what makes token ids of a request's prompts
-MAX_SCORES = 2**19  # numbers that one answer has of its prompts
-MAX_STREAMED_SCORES = 2**16
 LONG_ECHO_TOKENS = 4096
 _NUM_LAST_TOKENS = 32  # of a prompt, in which a mark of its end stands
 _PATIENCE = 32  # events that may lie unread where nobody needs them one by one
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationTask:
-    """What one request wants: n continuations of each of its prompts, by the base or by adapters.
-
-    A refusal names the request's fields as the last two say.
-    """
-
-    model: str
-    encode: Encode
-    sampling: SamplingParams  # how, but for the number of tokens and for the ids that end every text
-    num_prompts: int = 1
-    adapters: tuple[MixTerm, ...] = ()  # added to the base, which is then the model
-    max_tokens: int | None = None  # None: as many as fit
-    ignore_eos: bool = False
-    n: int = 1
-    stops: tuple[str, ...] = ()
-    include_stop: bool = False
-    skip_special_tokens: bool = True
-    shown: frozenset[str] = frozenset()  # special tokens that are shown all the same, so that the text can be read
-    has_echo: bool = False  # whether each choice begins with its prompt
-    is_streamed: bool = False  # whether each piece is wanted as soon as it is there
-    cache_salt: str | None = None
-    urgency: Urgency = NO_HURRY
-    format: GrammarSource | None = None  # what the text keeps to
-    asker: Asker = NOBODY
-    operation: str = "text_completion"  # or chat, for traces
-    mixture: BoundMixture | None = None  # what the model stands for, where that was looked up before
-    trace: Trace | None = None  # shown what the tokens take of a mixture's members
-    prompt_param: Callable[[int], str] = lambda _number: "prompt"  # of the prompt of this number
-    length_param: str = "max_tokens"
 
 
 class Piece(NamedTuple):
@@ -189,7 +150,7 @@ class Generation:
     @property
     def has_long_prompts(self) -> bool:
         """Whether so much is said of its prompts that it takes long to write."""
-        return _num_scores(self._task, self._prompts) > LONG_ECHO_TOKENS
+        return num_scores(self._task, self._prompts) > LONG_ECHO_TOKENS
 
     def submit(self, uses: tuple[AdapterUse, ...], starts: Sequence[int], admission: Admission) -> None:
         """Hand every prompt to the engine, which has `admission` given back when the last of them has ended.
@@ -405,9 +366,7 @@ async def _prepared(
     """With what `Generation.submit` takes."""
     prompts = await task.encode()
     service.check_serving()
-    _check_sampling_ids(service, task.sampling)
-    limit = min(_room(service, task, number, prompt) for number, prompt in enumerate(prompts))
-    params = _params(service, task, limit)
+    params = params_of(service, task, prompts)
     echoes = await _echoes(service, task, prompts)
     grammar = None if task.format is None else await service.grammars.grammar(task.format)
     service.check_serving()
@@ -417,7 +376,7 @@ async def _prepared(
         mix = await lease_mix(service, task.model, task.adapters, task.asker, admission, task.trace, task.mixture)
         asked_at = time.monotonic()
         uses = await mix.uses()
-        _check_generating(uses)
+        check_uses(uses)
         seconds = time.monotonic() - asked_at
         starts = [invoked_at(prompt, uses, task.prompt_param(number)) for number, prompt in enumerate(prompts)]
         generation = Generation(
@@ -429,22 +388,9 @@ async def _prepared(
     return generation, uses, starts
 
 
-def _check_generating(uses: Sequence[AdapterUse]) -> None:
-    """Raise RequestError for an adapter that was trained to classify."""
-    if any(use.weights.head is not None for use in uses):
-        message = "the adapter classifies, and generates nothing: ask it at POST /classify, or for tokens at /pooling"
-        raise RequestError("invalid_request", message, "model")
-
-
 async def _echoes(service: Service, task: GenerationTask, prompts: Sequence[Sequence[int]]) -> Sequence[Echo]:
     """What the choices of each prompt begin with, if they do. Raises RequestError where that is too much."""
-    num_scores, most = _num_scores(task, prompts), MAX_STREAMED_SCORES if task.is_streamed else MAX_SCORES
-    if num_scores > most:
-        message = (
-            f"{num_scores} numbers and tokens are asked for of the prompts, and an answer has at most {most}: that is "
-            "the prompts' tokens times the choices, times one more than the likeliest wanted: send fewer prompts"
-        )
-        raise RequestError("invalid_request", message, task.prompt_param(0))
+    check_scores(task, prompts)
     if not task.has_echo:
         return ()
     rules, size = _text_rules(service, task), sum(map(len, prompts))
@@ -453,56 +399,3 @@ async def _echoes(service: Service, task: GenerationTask, prompts: Sequence[Sequ
         return [echo_of(rules, prompt) for prompt in prompts]
 
     return echo() if size <= LONG_ECHO_TOKENS else await service.offload.do(size, echo)
-
-
-def _num_scores(task: GenerationTask, prompts: Sequence[Sequence[int]]) -> int:
-    """What an answer has of its prompts: of each token, in each choice, itself, and the likeliest in its place."""
-    num_logprobs = task.sampling.num_prompt_logprobs
-    each = task.has_echo if num_logprobs is None else 1 + num_logprobs
-    return sum(map(len, prompts)) * task.n * each
-
-
-def _params(service: Service, task: GenerationTask, max_tokens: int) -> SamplingParams:
-    """What the engine is told; the end-of-sequence ids stop a request unless it ignores them. Raises RequestError."""
-    asked = task.sampling
-    if asked.min_tokens > max_tokens:
-        message = f"min_tokens is {asked.min_tokens}, and at most {max_tokens} tokens may be generated: ask for no more"
-        raise RequestError("invalid_request", message, "min_tokens")
-    ends = asked.stop_token_ids | (frozenset() if task.ignore_eos else service.base.eos_token_ids)
-    if asked.min_tokens and asked.allowed_token_ids is not None and asked.allowed_token_ids <= ends:
-        message = "allowed_token_ids has only tokens that end the answer, which none of the first min_tokens may do"
-        raise RequestError("invalid_request", f"{message}: allow others, or leave min_tokens out", "allowed_token_ids")
-    return replace(asked, max_tokens=max_tokens, stop_token_ids=ends)
-
-
-def _check_sampling_ids(service: Service, asked: SamplingParams) -> None:
-    check_ids(service, asked.stop_token_ids, "stop_token_ids")
-    check_ids(service, asked.allowed_token_ids or (), "allowed_token_ids")
-    check_ids(service, [token_id for token_id, _ in asked.logit_bias], "logit_bias")
-
-
-def check_ids(service: Service, token_ids: Collection[int], param: str) -> None:
-    """Raise RequestError for an id that the base has no token for: it would index what is not there."""
-    largest, limit = max(token_ids, default=0), service.base.vocab_size
-    if largest >= limit:
-        message = f"{param}: token id {largest} is not in the base's vocabulary, whose ids end at {limit - 1}"
-        raise RequestError("invalid_request", message, param)
-
-
-def _room(service: Service, task: GenerationTask, number: int, prompt: Sequence[int]) -> int:
-    """How many tokens may follow `prompt`. Raises RequestError when it, or it and what is asked for, do not fit."""
-    param = task.prompt_param(number)
-    if not prompt:
-        raise RequestError("invalid_request", f"{param} is empty", param)
-    check_ids(service, prompt, param)
-    room, wanted = service.max_model_len - len(prompt), 1 if task.max_tokens is None else task.max_tokens
-    if wanted > room:
-        is_too_long = room < 1 or task.max_tokens is None
-        raise RequestError(
-            "context_length_exceeded",
-            f"This model's maximum context length is {service.max_model_len} tokens. However, you requested "
-            f"{len(prompt) + wanted} tokens ({len(prompt)} in the prompt, {wanted} to generate). "
-            f"{f'Shorten {param}' if is_too_long else f'Ask for at most {room}, or shorten {param}'}.",
-            param if is_too_long else task.length_param,
-        )
-    return room if task.max_tokens is None else task.max_tokens

@@ -18,7 +18,8 @@ from swaplora_server.http.tools.reading import as_read
 from swaplora_server.http.tools.wire import ToolUse
 from swaplora_server.http.wire import GenerationBody
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.generation import Encode, Generation, Piece, generate
+from swaplora_server.service.generating.task import Encode
+from swaplora_server.service.generation import Generation, Piece, generate
 from swaplora_server.service.service import Service
 from swaplora_server.service.tools.dialect import TextReader
 from swaplora_server.service.tools.reader import Argued, Called, Part, Said, Thought

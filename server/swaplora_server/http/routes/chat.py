@@ -23,7 +23,8 @@ from swaplora_server.http.transport.body import body_schema, json_body
 from swaplora_server.http.wire import ChatBody
 from swaplora_server.service.detokenize import TextToken
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.generation import Encode, Piece, generate
+from swaplora_server.service.generating.task import Encode
+from swaplora_server.service.generation import Piece, generate
 from swaplora_server.service.service import Service
 
 router = APIRouter()

@@ -20,7 +20,7 @@ from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.transport.body import body_schema, json_body
 from swaplora_server.http.wire import MAX_STOP_CHARACTERS
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.generation import Encode
+from swaplora_server.service.generating.task import Encode
 from swaplora_server.service.service import Service
 
 

@@ -20,7 +20,7 @@ from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.transport.body import body_schema, json_body
 from swaplora_server.http.transport.models import BRANCH, Body, WireModel
 from swaplora_server.http.wire import MAX_PROMPT_TOKENS, ChatBody, TokenId
-from swaplora_server.service.generation import check_ids
+from swaplora_server.service.generating.checks import check_ids
 from swaplora_server.service.service import Service
 
 router = APIRouter()

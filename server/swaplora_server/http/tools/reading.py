@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from swaplora_server.http.tools.wire import ToolUse
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.generation import Generation, GenerationTask
+from swaplora_server.service.generating.task import GenerationTask
+from swaplora_server.service.generation import Generation
 from swaplora_server.service.tools.dialect import Dialect, TextReader
 
 

@@ -14,7 +14,8 @@ from swaplora_server.service.adapter_mix import BoundMixture
 from swaplora_server.service.admission import Urgency
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.evaluations.record import Evaluated
-from swaplora_server.service.generation import Generation, GenerationTask, generate
+from swaplora_server.service.generating.task import GenerationTask
+from swaplora_server.service.generation import Generation, generate
 from swaplora_server.service.service import Service
 
 LOOK_SECONDS = 0.02

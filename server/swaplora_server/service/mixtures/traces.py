@@ -13,7 +13,8 @@ from swaplora_adapters.store.records import VersionRecord
 from swaplora_adapters.weights.router import Shares
 from swaplora_server.engine.request import SamplingParams
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.generation import GenerationTask, generate
+from swaplora_server.service.generating.task import GenerationTask
+from swaplora_server.service.generation import generate
 from swaplora_server.service.service import Service
 
 MAX_TRACED_TOKENS = 256

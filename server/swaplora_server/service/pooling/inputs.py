@@ -8,7 +8,8 @@ from typing import NamedTuple, Protocol
 from swaplora_server.engine.pooling.kinds import Reader
 from swaplora_server.engine.request import AdapterUse
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.generation import Encode, check_ids
+from swaplora_server.service.generating.checks import check_ids
+from swaplora_server.service.generating.task import Encode
 from swaplora_server.service.pooling.layout import Filled
 from swaplora_server.service.pooling.tokens import check_numbers
 from swaplora_server.service.service import Service

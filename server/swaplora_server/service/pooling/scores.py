@@ -10,7 +10,7 @@ import numpy as np
 from swaplora_server.base.task_heads import TaskHead
 from swaplora_server.engine.request import AdapterUse, Vector
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.generation import check_ids
+from swaplora_server.service.generating.checks import check_ids
 from swaplora_server.service.pooling.heads import scorer
 from swaplora_server.service.pooling.inputs import Input, Reading, check_length
 from swaplora_server.service.pooling.layout import Filled, Layout, Layouts, kept_of_pair, layouts_of
