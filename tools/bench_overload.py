@@ -1,9 +1,9 @@
 """`make bench-overload`: what a server of one's own does when more is asked of it than it can do, over HTTP.
 
 An open loop at the capacity and at three times it, and what is left when it ends. Then one who asks for a fifth of the
-capacity, a hundred times: alone, beside an equal who keeps all places busy, which is what its share gives, and beside a flood of fifty
-times the capacity, by another adapter of its tenant and by another tenant. Who is beside it asks from a process of its
-own, at low priority; the server has its own too.
+capacity, a hundred times: alone, beside an equal who keeps all places busy, which is what its share gives, and beside a
+flood of fifty times the capacity, by another adapter of its tenant and by another tenant. Who is beside it asks from a
+process of its own, at low priority; the server has its own too.
 """
 
 import argparse
