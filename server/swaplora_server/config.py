@@ -169,6 +169,9 @@ class Settings(BaseSettings):
     dtype: Annotated[Dtype, AfterValidator(_full_name)] = Field(
         "auto", description="Number format of the base: auto is what this machine is faster with, and loses nothing"
     )
+    kernels: Literal["auto", "torch"] = Field(
+        "auto", description="What computes on a GPU: auto is Triton's kernels, and torch's operations where they fail"
+    )
     quantization: Literal["int8", "nf4"] | None = Field(None, description="Keep the base's linears in 8 or 4 bits")
     tool_call_format: Literal["auto", "hermes", "llama3_json", "mistral", "qwen3_coder"] = Field(
         "auto", description="How the base writes calls of tools: auto is as its chat template does"

@@ -240,21 +240,6 @@ def test_a_gpus_server_records_steps_of_as_many_rows_as_run_at_once(
     assert (("8 recorded steps", 99) in service.memory_plan()) == bool(sizes)
 
 
-@pytest.mark.parametrize("is_on", [None, True])
-def test_an_int8_base_is_never_recorded_and_who_asks_for_it_is_told(
-    is_on: bool | None, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each of its products waits for the GPU, which no recording can have."""
-    service = Service(settings(base, tmp_path, cuda_graphs=is_on))
-    on_gpu = SimpleNamespace(device=_CUDA, model=SimpleNamespace(is_loaded_in_8bit=True))
-    monkeypatch.setattr(service, "base", on_gpu, raising=False)
-    if is_on:
-        with pytest.raises(UnsupportedModelError, match="leave --cuda-graphs out"):
-            _ = service._records_steps  # noqa: SLF001 - all else of a start needs the device to be there
-    else:
-        assert not service._records_steps  # noqa: SLF001 - as above
-
-
 @pytest.mark.parametrize("is_on", [True, False])
 def test_recorded_steps_are_refused_where_there_are_none(is_on: bool, base: Path, tmp_path: Path) -> None:
     assert "--cuda-graphs" in refusal_of(Service(settings(base, tmp_path, cuda_graphs=is_on)))

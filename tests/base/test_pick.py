@@ -13,9 +13,12 @@ import tiny
 from repository import KERNEL_CACHE
 from swaplora_server.base import base_model
 from swaplora_server.base.base_model import BaseModel, load_base
+from swaplora_server.base.loading import _backend
 from swaplora_server.base.proof import UnsupportedModelError
+from swaplora_server.config import Settings
 from swaplora_server.kernels.backend import Backend
 from swaplora_server.kernels.cuda.backend import CudaBackend
+from swaplora_server.kernels.device_fault import fault_of
 from swaplora_server.kernels.pick import pick_backend, torch_backend
 from swaplora_server.kernels.step import Segments
 from swaplora_server.kernels.torch.backend import TorchBackend
@@ -82,6 +85,36 @@ def test_a_base_that_the_kernels_fail_is_served_without_them(folder: Path, reads
     assert "no kernel image" in line["reason"]
 
 
+def test_a_fault_that_stays_is_told_with_its_way_out(
+    folder: Path, reads: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = "CUDA error: an illegal memory access was encountered"
+    monkeypatch.setattr(base_model, "fault_of", lambda _device: fault)
+    with pytest.raises(UnsupportedModelError, match=f"{fault}.*--kernels torch"):
+        load(folder, _Failing(CPU), torch_backend(CPU))
+    with pytest.raises(UnsupportedModelError, match=f"{fault}.*torch's own operations"):
+        load(folder, _Failing(CPU))
+    assert len(reads) == 2, "read again, though nothing can be computed"
+
+
+def test_a_fault_is_what_the_device_says_when_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_device: torch.device) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    assert fault_of(CUDA) == "CUDA error: unspecified launch failure"
+    assert fault_of(CPU) is None
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+    assert fault_of(CUDA) is None
+
+
+def test_torchs_operations_can_be_asked_for_on_a_gpu_alone(tmp_path: Path) -> None:
+    settings = Settings(base="x", kernels="torch", cache_dir=tmp_path)
+    assert _backend(settings, CUDA, torch.bfloat16, lambda _message: None) == torch_backend(CUDA)
+    with pytest.raises(UnsupportedModelError, match="--kernels torch"):
+        _backend(settings, CPU, torch.float32, lambda _message: None)
+
+
 def test_a_base_that_cannot_be_read_is_read_once_and_kernels_are_not_blamed(folder: Path, reads: list[object]) -> None:
     (folder / "model.safetensors").unlink()
     with capture_logs() as logs, pytest.raises(OSError, match="no file named"):
@@ -90,8 +123,8 @@ def test_a_base_that_cannot_be_read_is_read_once_and_kernels_are_not_blamed(fold
     assert [entry for entry in logs if "kernels" in entry["event"]] == []
 
 
-def test_a_base_that_nothing_can_serve_is_refused_for_its_own_reason(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_base_that_nothing_can_serve_is_read_once_and_refused_for_its_own_reason(
+    folder: Path, reads: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: object) -> None:
         raise UnsupportedModelError("gpt-0 is not supported")
@@ -99,4 +132,5 @@ def test_a_base_that_nothing_can_serve_is_refused_for_its_own_reason(
     monkeypatch.setattr(base_model, "expected_logits", refused)
     with capture_logs() as logs, pytest.raises(UnsupportedModelError, match="gpt-0"):
         load(folder, _Failing(CPU), torch_backend(CPU))
+    assert len(reads) == 1
     assert [entry for entry in logs if "kernels" in entry["event"]] == []

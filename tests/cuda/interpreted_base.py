@@ -11,6 +11,7 @@ from torch import Tensor
 import tiny
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.weights.load import load_weights
+from swaplora_adapters.weights.router import Prototypes, Route, Router
 from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams, Sequence
@@ -62,13 +63,16 @@ def test_fused_layers_that_are_wrong_with_adapters_alone_are_not_put_in(
 
 
 def logprobs(base: BaseModel, folder: Path) -> Tensor:
-    """Of prompts of several lengths in one step: the base alone, each adapter, and a sum of two."""
+    """Of prompts of several lengths in one step: the base alone, each adapter, a sum of two, a mixture."""
     uses: list[tuple[AdapterUse, ...]] = [()]
     for name in ADAPTERS:
         files = folder / name / CONFIG_FILE, folder / name / WEIGHTS_FILE
         weights = base.prepared(load_weights(f"sha256:{name}", *files, base.layers, base.dtype, CPU))
         uses.append((AdapterUse(weights, 1.0, weights.digest),))
     uses.append((uses[1][0], replace(uses[3][0], scale=-0.5)))
+    members = uses[1][0], uses[3][0]
+    router = Router(tuple(Prototypes(use.weights, base.paths) for use in members), 1, 1.0)
+    uses.append(tuple(replace(use, route=Route(router, number)) for number, use in enumerate(members)))
     pool, rows = BlockPool(64, 16), []
     for number, adapters in enumerate(uses):
         prompt = tuple((7 * number + at) % 250 for at in range(3 + 6 * number))

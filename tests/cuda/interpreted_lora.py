@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from repository import KERNEL_CACHE
+from swaplora_adapters.weights.router import Prototypes, Route, Router
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 from swaplora_server.kernels.cuda.adapter_tables import AdapterTables
 from swaplora_server.kernels.cuda.lora import CudaLora
 from swaplora_server.kernels.cuda.lora_tiles import Capacity, CapacityError
+from swaplora_server.kernels.pick import pick_backend
 from swaplora_server.kernels.step import Segment, Segments
 from swaplora_server.kernels.torch.lora import ModulesByNumber, TorchLora
 
@@ -237,3 +240,34 @@ def test_rows_that_the_kernels_cannot_read_are_refused(bad: str) -> None:
     x, y = (x.t() if bad == "x" else x), (y.t() if bad == "y" else y.half() if bad == "dtype" else y)
     with pytest.raises(ValueError, match="plain"):
         lora.add(x, [(y, NUMBERS["q"])])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_mixtures_beside_others_are_as_on_a_cpu(dtype: torch.dtype) -> None:
+    """Three members of unequal ranks, two at a time, beside an adapter and rows of the base, at two modules."""
+    modules = {"q": (48, 40), "k": (48, 24)}
+    members = [adapter(seed, rank, modules, torch.float32) for seed, rank in enumerate((4, 7, 16))]
+    router = Router(tuple(Prototypes(weights, PATHS) for weights in members), 2, 0.7)
+    mixed = [Segment(weights, 1.0, 3, 21, Route(router, number)) for number, weights in enumerate(members)]
+    beside = [Segment(adapter(9, 8, modules, torch.float32), 0.5, *span) for span in ((1, 3), (22, 24))]
+    segments = [beside[0], *mixed, beside[1]]
+    random_of = torch.Generator().manual_seed(5)
+    x, q, k = (torch.randn(25, features, generator=random_of).to(dtype) for features in (48, 40, 24))
+    outs = added(segments, x, {"q": q, "k": k})
+    cpu = pick_backend(CPU, torch.float32, KERNEL_CACHE, lambda _message: None)
+    of_cpu = [replace(one.weights, tables=cpu.tables(one.weights, PATHS)) for one in segments]
+    expected = [rows.float().clone() for rows in (q, k)]
+    own = Segments([one._replace(weights=weights) for one, weights in zip(segments, of_cpu, strict=True)])
+    cpu.lora(own).add(x.float(), list(zip(expected, (NUMBERS["q"], NUMBERS["k"]), strict=True)))
+    for out, right, before in zip(outs, expected, (q, k), strict=True):
+        assert worst(out, right.double()) <= (1e-4 if dtype == torch.float32 else 1e-2)
+        assert torch.equal(out[[0, 21, 24]], before[[0, 21, 24]])
+        assert float((right[3:21] - before[3:21].float()).abs().max()) > 0.1
+
+
+def test_a_mixture_alone_launches_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaLora, "_add", lambda *_: pytest.fail("nothing of a plain adapter is in this step"))
+    members = [adapter(seed, 4, {"q": (48, 40)}, torch.float32) for seed in range(2)]
+    router = Router(tuple(Prototypes(weights, PATHS) for weights in members), 1, 1.0)
+    mixed = [Segment(weights, 1.0, 0, 3, Route(router, number)) for number, weights in enumerate(members)]
+    assert added(mixed, torch.ones(3, 48), {"q": torch.zeros(3, 40)})[0].abs().max() > 0

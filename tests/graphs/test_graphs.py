@@ -18,9 +18,12 @@ import tiny
 from gpu_checks import graphs, steps
 from gpu_checks.card import Card
 from gpu_checks.report import Report
+from swaplora_adapters.weights.router import Prototypes, Route, Router
 from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, ModuleWeights
+from swaplora_server.base import decode_graphs
 from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.base.decode_graphs import record_steps
+from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams
 from swaplora_server.engine.request import Sequence as Tokens
@@ -206,6 +209,27 @@ def without_modules(**others: Any) -> AdapterWeights:
     return AdapterWeights("sha256:other", {}, **others)
 
 
+def mixed(base: BaseModel) -> tuple[AdapterUse, ...]:
+    """A mixture of two adapters, of which each row takes one."""
+    members = [use(adapter(base, seed, 3))[0] for seed in range(2)]
+    router = Router(tuple(Prototypes(one.weights, base.paths) for one in members), 1, 1.0)
+    return tuple(replace(one, route=Route(router, number)) for number, one in enumerate(members))
+
+
+def test_a_device_that_a_recording_breaks_is_no_warning(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it computes, steps are launched one by one; else the start ends, and says with what to start again."""
+    rows = Rows(base, 2)
+
+    def broken(_sizes: Sequence[int]) -> int:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(rows.runner, "record", broken)
+    assert record_steps(base, rows.runner, BlockPool(NUM_BLOCKS, BLOCK), 2) is None
+    monkeypatch.setattr(decode_graphs, "fault_of", lambda _device: "an illegal memory access")
+    with pytest.raises(UnsupportedModelError, match=r"an illegal memory access.*--no-cuda-graphs"):
+        record_steps(base, rows.runner, BlockPool(NUM_BLOCKS, BLOCK), 2)
+
+
 def test_steps_that_no_graph_serves_are_launched_one_by_one_and_counted(base: BaseModel) -> None:
     rows = Rows(base, 5)
     rows.runner.record([1, 2, 4])
@@ -224,6 +248,7 @@ def test_steps_that_no_graph_serves_are_launched_one_by_one_and_counted(base: Ba
         StepForm.ADAPTER: [
             rows.batch([(), use(base.prepared(without_modules(replaced={norm: own_norm})))]),
             rows.batch([use(base.prepared(without_modules(embeddings={embedding: embedding_lora})))]),
+            rows.batch([(), mixed(base)]),
         ],
         StepForm.ROOM: [rows.batch([()] * 5), rows.batch([many])],
     }

@@ -15,7 +15,6 @@ from serving import serving, settings
 from swaplora_adapters.store.records import Mixing
 from swaplora_adapters.weights.router import Prototypes, Router
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
-from swaplora_server.kernels.torch.backend import TorchBackend
 from swaplora_server.service.mixtures import routers as routers_module
 from swaplora_server.service.mixtures.routers import MemberError, Routers
 from swaplora_server.service.mixtures.traces import PromptTrace
@@ -33,8 +32,8 @@ def weights(seed: int, paths: list[str] | None = None, *, shift: bool = False) -
     return AdapterWeights(f"sha256:{seed}", dict.fromkeys(PATHS if paths is None else paths, module))
 
 
-def routers(backend: TorchBackend | None = None) -> Routers:
-    return Routers(backend or TorchBackend(CPU), PATHS, Offload(1, 4, "test"))
+def routers() -> Routers:
+    return Routers(PATHS, Offload(1, 4, "test"))
 
 
 async def test_prototypes_are_made_once_and_go_with_their_weights() -> None:
@@ -85,16 +84,6 @@ async def test_who_cannot_be_a_member_is_named(members: list[AdapterWeights], nu
     with pytest.raises(MemberError, match=said) as raised:
         await routers().router(members, MIXING)
     assert raised.value.number == number
-
-
-async def test_kernels_that_know_no_mixtures_have_none() -> None:
-    class Without(TorchBackend):
-        @property
-        def routes(self) -> bool:
-            return False
-
-    with pytest.raises(MemberError, match="torch's operations, whose kernels know no mixtures yet"):
-        await routers(Without(CPU)).router([weights(0), weights(1)], MIXING)
 
 
 def test_a_trace_puts_together_what_comes_in_parts_and_twice() -> None:

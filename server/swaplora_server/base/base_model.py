@@ -43,6 +43,7 @@ from swaplora_server.engine.pooling.kinds import LAST_TOKEN, Pooling
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.step import running
 from swaplora_server.kernels.backend import Backend
+from swaplora_server.kernels.device_fault import fault_of
 
 _log = structlog.get_logger(__name__)
 Proven = TypeVar("Proven")
@@ -97,10 +98,14 @@ def load_base(
     """
     try:
         model: PreTrainedModel = _load_model(source, device, dtype, quantization)
-        prepared = partial(prepare, tokenizer=AutoTokenizer.from_pretrained(source), device=device, dtype=dtype)
+        expected = expected_of(model, backend)  # what fails here is no fault of the kernels
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        prepared = partial(prepare, tokenizer=tokenizer, device=device, dtype=dtype, expected=expected)
         try:
             return prepared(model, backend=backend)
         except Exception as error:  # whatever it is, the other kernels may do without it
+            if (fault := fault_of(device)) is not None:
+                raise UnsupportedModelError(_told(fault, has_others=otherwise is not None)) from error
             if otherwise is None:
                 raise
             reason = str(error)
@@ -115,6 +120,23 @@ def load_base(
     return base
 
 
+def _told(fault: str, *, has_others: bool) -> str:
+    remedy = (
+        "start again with --kernels torch, which does without the GPU's own kernels"
+        if has_others
+        else "start again; if it stays, look at what the driver logs, for these are torch's own operations"
+    )
+    return f"the GPU computes nothing any more in this process ({fault}): {remedy}"
+
+
+def expected_of(model: PreTrainedModel, backend: Backend) -> Expected:
+    """What a model says as transformers made it. Raises UnsupportedModelError for one that no kernels can serve."""
+    with short_windows(model):
+        expected = expected_logits(model, backend.products)
+    vocab_size_of(model.get_input_embeddings(), expected.logits[0].shape[-1])
+    return expected
+
+
 def prepare(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -122,11 +144,15 @@ def prepare(
     device: torch.device,
     dtype: torch.dtype,
     backend: Backend,
+    expected: Expected | None = None,
 ) -> BaseModel:
-    """Wrap and prove a model that lies on `device`, in place. Raises UnsupportedModelError naming the reason."""
+    """Wrap and prove a model that lies on `device`, in place. Raises UnsupportedModelError naming the reason.
+
+    `expected`: what `expected_of` says of it, where that is known.
+    """
     fingerprint = fingerprint_of(model, tokenizer)  # before its linears are laid out anew
+    expected = expected or expected_of(model, backend)
     with short_windows(model):
-        expected = expected_logits(model, backend.products)
         groups = sharing_inputs(model, lambda: stock_forward(model)) if backend.joins else []
         vocab_size = vocab_size_of(model.get_input_embeddings(), expected.logits[0].shape[-1])
         attention.register()

@@ -26,6 +26,7 @@ from swaplora_server.engine.request import Sequence as Tokens
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduling.batch import Batch, ScheduledRows, rows_of
 from swaplora_server.kernels.cuda.graphs.buckets import bucket_sizes
+from swaplora_server.kernels.device_fault import fault_of
 from swaplora_server.kernels.step import Wants
 
 _log = structlog.get_logger(__name__)
@@ -46,7 +47,8 @@ class RecordedSteps(NamedTuple):
 def record_steps(base: BaseModel, runner: Runner, pool: BlockPool, max_rows: int) -> RecordedSteps | None:
     """Have `runner` replay decoding steps of up to `max_rows` rows; None where it cannot, and why in the log.
 
-    `pool` is that of the runner's cache. Nobody else uses either meanwhile.
+    `pool` is that of the runner's cache. Nobody else uses either meanwhile. Raises UnsupportedModelError where the
+    device computes nothing any more.
     """
     began, before = time.monotonic(), free_bytes(base.device)
     sizes = bucket_sizes(max(1, min(max_rows, pool.num_blocks // pool.blocks_for(_LENGTHS[-1]))))
@@ -55,7 +57,12 @@ def record_steps(base: BaseModel, runner: Runner, pool: BlockPool, max_rows: int
         num_graphs = runner.record(sizes)
         if num_graphs:
             _prove(base, runner, pool, sizes)
-    except Exception as error:  # noqa: BLE001 - whatever it is, steps do without
+    except Exception as error:  # whatever it is, steps do without
+        if (fault := fault_of(base.device)) is not None:
+            raise UnsupportedModelError(
+                f"the GPU computes nothing any more in this process ({fault}), since steps were recorded: start again "
+                "with --no-cuda-graphs, or with --kernels torch"
+            ) from error
         runner.forget_graphs()
         _log.warning("decoding steps are launched one operation at a time", reason=_first_line(error))
         return None

@@ -66,7 +66,11 @@ def load_chosen_base(settings: Settings, report: Callable[[str], None]) -> BaseM
 
 
 def _backend(settings: Settings, device: torch.device, dtype: torch.dtype, report: Callable[[str], None]) -> Backend:
-    """This machine's. Without a compiler, auto is float32."""
+    """This machine's, unless torch's operations are asked for. Without a compiler, auto is float32."""
+    if settings.kernels == "torch":
+        if device.type == "cpu":
+            raise UnsupportedModelError("--kernels torch is for a GPU whose own kernels fail: leave it out on a CPU")
+        return torch_backend(device)
     cache = settings.cache_dir / "native"
     try:
         return pick_backend(device, dtype, cache, report)

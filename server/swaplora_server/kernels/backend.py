@@ -165,10 +165,6 @@ class Backend(Protocol):
         `paths` are those of all modules by number.
         """
 
-    @property
-    def routes(self) -> bool:
-        """Whether its LoRA operation is one of mixtures as well; otherwise no segment may have a route."""
-
     def lora(self, segments: Segments) -> LoraStep:
         """The LoRA operation over segments of prepared adapters, each of which adds to some linear."""
 

@@ -38,7 +38,7 @@ class StepForm(enum.StrEnum):
 
     GRAPH = "graph"  # as it was recorded
     PROMPT = "prompt"  # some row is of a prompt
-    ADAPTER = "adapter"  # some adapter has modules of its own, or changes embeddings
+    ADAPTER = "adapter"  # some adapter has modules of its own, changes embeddings, or is in a mixture
     ROOM = "room"  # it is larger than what was recorded
     PLAIN = "plain"  # nothing is recorded
 
@@ -139,6 +139,11 @@ class Segments:
     def adding(self) -> "Segments":
         """Those whose adapters add to linears."""
         return Segments([segment for segment in self if segment.weights.modules])
+
+    @cached_property
+    def routed(self) -> "Segments":
+        """Those of members of mixtures, in which each row takes a share of its own. No others are of their rows."""
+        return Segments([segment for segment in self if segment.route is not None])
 
     @cached_property
     def replacing(self) -> "Segments":

@@ -207,7 +207,7 @@ class Service:
             opened.callback(self.derivations.stop)
             for name in self.registry.pins_not_kept():
                 _log.warning("not all pinned adapters fit in memory: this one may leave it", adapter=name)
-            self.routers = Routers(self.base.backend, self.base.paths, self.offload)
+            self.routers = Routers(self.base.paths, self.offload)
             self.tokenizer = PromptTokenizer(self.base.tokenizer, self.max_model_len, self.offload)
             if self.generates:
                 self.grammars = self._make_grammars()
@@ -464,10 +464,7 @@ class Service:
         wanted, is_cpu = self.settings.cuda_graphs, self.base.device.type == "cpu"
         if wanted is not None and is_cpu:
             raise UnsupportedModelError("--cuda-graphs says whether a GPU's steps are recorded: leave it out on a CPU")
-        waits = getattr(self.base.model, "is_loaded_in_8bit", False)  # bitsandbytes looks for outliers in each product
-        if wanted and waits:
-            raise UnsupportedModelError("an int8 base waits for the GPU in each product: leave --cuda-graphs out")
-        return wanted is not False and not is_cpu and not waits
+        return wanted is not False and not is_cpu
 
     def _make_grammars(self) -> Grammars:
         base = self.base

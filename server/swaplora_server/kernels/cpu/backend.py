@@ -69,11 +69,6 @@ class CpuBackend:
         """See `Backend`."""
         return AdapterTables(self.library, self.dtype, weights, paths)
 
-    @property
-    def routes(self) -> bool:
-        """In the shared batch."""
-        return True
-
     def lora(self, segments: Segments) -> CpuLora:
         """See `Backend`."""
         return CpuLora(self.library, segments, self.dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from swaplora_adapters.weights.served import AdapterWeights, LinearWeights
+from swaplora_server.kernels.torch.lora import ModulesByNumber
 
 WORDS = 8  # addresses of A, B, column scale and shift, rank, flags, and two that nobody reads
 ADDS, IS_BF16_A, IS_BF16_B = 1, 2, 4  # flags: it adds to this module; what is in bfloat16 beside rows that are not
@@ -13,8 +14,10 @@ WIDTH = 16  # a row of h is a multiple of so many elements
 ALIGNMENT = 16  # bytes
 
 
-class AdapterTables:
+class AdapterTables(ModulesByNumber):
     """Where an adapter has its factors, on the device. Points into its own tensors, and into copies of some.
+
+    A mixture's members are read by torch's operations, module by module.
 
     A is read row by row, B column by column, both in the rows' number format or in bfloat16. What is otherwise, or
     does not begin at a multiple of `ALIGNMENT`, is copied.
@@ -22,12 +25,12 @@ class AdapterTables:
 
     def __init__(self, weights: AdapterWeights, paths: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
         """`paths` are those of all modules by number, `dtype` the rows' number format."""
+        super().__init__(weights, paths)
         self.dtype = dtype
         self.width = -(-max((module.rank for module in weights.modules.values()), default=0) // WIDTH) * WIDTH
         self._read: list[Tensor] = []  # by kernels, as long as this lives
         untargeted = [0] * WORDS
-        modules = (weights.modules.get(path) for path in paths)
-        rows = [untargeted if module is None else self._row(module) for module in modules]
+        rows = [untargeted if module is None else self._row(module) for module in self.modules]
         # in the order of the stream of steps, which it does not wait for: those that read it come later
         words = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._words = words.to(device, non_blocking=True)

@@ -1,15 +1,13 @@
 """Triton's kernels as a family. Importing this needs triton: see `require_triton`."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from swaplora_adapters.weights.served import AdapterWeights
-from swaplora_server.kernels.backend import Forward, Memory, PagedKV, RunningStep
+from swaplora_server.kernels.backend import Forward, PagedKV, RunningStep
 from swaplora_server.kernels.cuda import decoder
 from swaplora_server.kernels.cuda.adapter_tables import AdapterTables
 from swaplora_server.kernels.cuda.attention import CudaKV
@@ -17,15 +15,13 @@ from swaplora_server.kernels.cuda.graphs.decoding import CudaGraphs
 from swaplora_server.kernels.cuda.graphs.recorder import CudaRecorder, Recorder
 from swaplora_server.kernels.cuda.lora import CudaLora
 from swaplora_server.kernels.step import Segments
-from swaplora_server.kernels.torch.backend import DeviceMemory
-from swaplora_server.kernels.torch.whole_attention import TorchWhole
+from swaplora_server.kernels.torch.backend import PlainBackend
 
 
 @dataclass(frozen=True, slots=True)
-class CudaBackend:
-    """See `Backend`. `dtype` is that of the rows."""
+class CudaBackend(PlainBackend):
+    """See `Backend`; cuBLAS multiplies the linears. `dtype` is that of the rows."""
 
-    device: torch.device
     dtype: torch.dtype
     recorder: Callable[[torch.device], Recorder] = CudaRecorder
 
@@ -35,34 +31,13 @@ class CudaBackend:
         return "Triton"
 
     @property
-    def products(self) -> None:
-        """Rows are multiplied as they are."""
-
-    def memory(self, _piece_bytes: int = 0) -> Memory:
-        """See `Backend`."""
-        return DeviceMemory(self.device)
-
-    def linear(self, linear: nn.Module, _memory: Memory) -> nn.Module:
-        """The linear itself: cuBLAS multiplies it."""
-        return linear
-
-    @property
     def joins(self) -> bool:
         """See `Backend`."""
         return True
 
-    @property
-    def placement(self) -> None:
-        """Plain tensors."""
-
     def tables(self, weights: AdapterWeights, paths: Sequence[str]) -> AdapterTables:
         """See `Backend`."""
         return AdapterTables(weights, paths, self.dtype, self.device)
-
-    @property
-    def routes(self) -> bool:
-        """Its kernels know no shares."""
-        return False
 
     def lora(self, segments: Segments) -> CudaLora:
         """See `Backend`."""
@@ -71,14 +46,6 @@ class CudaBackend:
     def paged_kv(self, num_blocks: int, block_size: int) -> CudaKV:
         """See `Backend`."""
         return CudaKV(num_blocks, block_size, self.device)
-
-    def whole_attention(self) -> TorchWhole:
-        """See `Backend`."""
-        return TorchWhole()
-
-    def stepping(self) -> AbstractContextManager[None]:
-        """Nothing waits for it."""
-        return nullcontext()
 
     def graphs(self, kv: PagedKV, forward: Forward, sizes: Sequence[int]) -> CudaGraphs:
         """See `Backend`."""

@@ -1,5 +1,6 @@
 """The LoRA operation on a GPU: two launches for up to `GROUP` modules that share their input, however many adapters.
 
+Mixtures, of which each row takes a share of its own, go through torch's operations, segment by segment.
 Importing this needs triton: see `require_triton`.
 """
 
@@ -17,6 +18,7 @@ from swaplora_server.kernels.cuda.lora_shapes import GROUP, PROGRAMS_PER_PROCESS
 from swaplora_server.kernels.cuda.lora_tiles import Capacity, Tiles, tiles_of
 from swaplora_server.kernels.cuda.words import Words
 from swaplora_server.kernels.step import Segments
+from swaplora_server.kernels.torch.lora import TorchLora
 
 ALIGNMENT = 16  # elements of a row, and bytes of an address
 
@@ -52,14 +54,17 @@ class CudaLora:
         self._programs = (_num_programs(device),)
         self._words = Words.zeros(capacity.num_words, device) if words is None else words
         self._tables: Sequence[AdapterTables] = ()
+        self._mixed: TorchLora | None = None
 
     @classmethod
     def of(cls, segments: Segments, dtype: torch.dtype, device: torch.device) -> "CudaLora":
         """Of these alone, in buffers of their size."""
-        plan = planned(segments, dtype)
+        plan = planned(Segments([segment for segment in segments if segment.route is None]), dtype)
         lora = cls(plan.tiles.needs, dtype, device)
         lora.write(plan)
         lora._words.send()
+        if len(segments.routed):
+            lora._mixed = TorchLora(segments.routed)
         return lora
 
     def hold(self, segments: Segments) -> None:
@@ -77,12 +82,14 @@ class CudaLora:
         for rows in (x, *(y for y, _ in outputs)):
             if rows.dtype != self._dtype or not _has_plain_rows(rows):
                 raise ValueError(f"rows in {rows.dtype} of strides {rows.stride()}, where plain {self._dtype} is added")
-        for first in range(0, len(outputs), GROUP):
+        if self._mixed is not None:
+            self._mixed.add(x, outputs)
+        for first in range(0, len(outputs) if self._tables or self._mixed is None else 0, GROUP):
             self._add(x, outputs[first : first + GROUP])
 
-    def shares(self, _trace: Trace) -> Shares | None:
-        """Of no mixture: it plans none."""
-        return None
+    def shares(self, trace: Trace) -> Shares | None:
+        """See `LoraStep`."""
+        return None if self._mixed is None else self._mixed.shares(trace)
 
     def _add(self, x: Tensor, outputs: Sequence[tuple[Tensor, int]]) -> None:
         num_planes = -(-x.shape[1] // SLICE)

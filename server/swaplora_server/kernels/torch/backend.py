@@ -28,15 +28,10 @@ class DeviceMemory:
 
 
 @dataclass(frozen=True, slots=True)
-class TorchBackend:
-    """See `Backend`."""
+class PlainBackend:
+    """What families have in common that read weights and adapters as plain tensors in a device's own memory."""
 
     device: torch.device
-
-    @property
-    def description(self) -> str:
-        """See `Backend`."""
-        return "torch's operations"
 
     @property
     def products(self) -> None:
@@ -51,30 +46,8 @@ class TorchBackend:
         return linear
 
     @property
-    def joins(self) -> bool:
-        """Each by itself."""
-        return False
-
-    @property
     def placement(self) -> None:
         """Plain tensors."""
-
-    def tables(self, weights: AdapterWeights, paths: Sequence[str]) -> ModulesByNumber:
-        """See `Backend`."""
-        return ModulesByNumber(weights, paths)
-
-    @property
-    def routes(self) -> bool:
-        """It is the definition."""
-        return True
-
-    def lora(self, segments: Segments) -> TorchLora:
-        """See `Backend`."""
-        return TorchLora(segments)
-
-    def paged_kv(self, num_blocks: int, block_size: int) -> TorchKV:
-        """See `Backend`."""
-        return TorchKV(num_blocks, block_size, self.device)
 
     def whole_attention(self) -> TorchWhole:
         """See `Backend`."""
@@ -83,6 +56,33 @@ class TorchBackend:
     def stepping(self) -> AbstractContextManager[None]:
         """Nothing waits for it."""
         return nullcontext()
+
+
+@dataclass(frozen=True, slots=True)
+class TorchBackend(PlainBackend):
+    """See `Backend`."""
+
+    @property
+    def description(self) -> str:
+        """See `Backend`."""
+        return "torch's operations"
+
+    @property
+    def joins(self) -> bool:
+        """Each by itself."""
+        return False
+
+    def tables(self, weights: AdapterWeights, paths: Sequence[str]) -> ModulesByNumber:
+        """See `Backend`."""
+        return ModulesByNumber(weights, paths)
+
+    def lora(self, segments: Segments) -> TorchLora:
+        """See `Backend`."""
+        return TorchLora(segments)
+
+    def paged_kv(self, num_blocks: int, block_size: int) -> TorchKV:
+        """See `Backend`."""
+        return TorchKV(num_blocks, block_size, self.device)
 
     def graphs(self, _kv: PagedKV, _forward: Forward, _sizes: Sequence[int]) -> None:
         """Nothing is recorded."""

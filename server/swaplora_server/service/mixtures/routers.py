@@ -10,7 +10,6 @@ import numpy as np
 from swaplora_adapters.store.records import Mixing
 from swaplora_adapters.weights.router import Prototypes, Router, Trace
 from swaplora_adapters.weights.served import AdapterWeights
-from swaplora_server.kernels.backend import Backend
 from swaplora_server.service.offload import Offload
 
 
@@ -25,9 +24,8 @@ class MemberError(ValueError):
 class Routers:
     """Makes them. An adapter's prototypes are kept as long as its weights are in memory. Belongs to the event loop."""
 
-    def __init__(self, backend: Backend, paths: Sequence[str], offload: Offload) -> None:
+    def __init__(self, paths: Sequence[str], offload: Offload) -> None:
         """`paths` are those of all modules by number."""
-        self._backend = backend
         self._paths = paths
         self._offload = offload
         self._prototypes: WeakKeyDictionary[AdapterWeights, asyncio.Future[Prototypes]] = WeakKeyDictionary()
@@ -52,7 +50,7 @@ class Routers:
         """Those whose prototypes were made are known to be good; who asks while they are made waits for the same."""
         found = self._prototypes.get(weights)
         if found is None:
-            check_member(number, weights, self._backend)
+            check_member(number, weights)
             made = self._offload.do(weights.num_parameters, partial(Prototypes, weights, self._paths))
             found = self._prototypes[weights] = asyncio.ensure_future(made)
             found.add_done_callback(partial(self._forget_failed, weights))
@@ -63,10 +61,8 @@ class Routers:
             self._prototypes.pop(weights, None)
 
 
-def check_member(number: int, weights: AdapterWeights, backend: Backend) -> None:
-    """Raise MemberError for one that adds otherwise than by plain factors, and where nobody can be in a mixture."""
-    if not backend.routes:
-        raise MemberError(number, f"the server computes with {backend.description}, whose kernels know no mixtures yet")
+def check_member(number: int, weights: AdapterWeights) -> None:
+    """Raise MemberError for one that adds otherwise than by plain factors."""
     has_bias = any(module.shift is not None for module in weights.modules.values())
     if has_bias or not weights.is_sum or weights.embeddings:
         message = (

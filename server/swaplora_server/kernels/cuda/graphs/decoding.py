@@ -78,7 +78,8 @@ class CudaGraphs:
 
     def _plan(self, plan: StepPlan) -> _Planned:
         tokens = plan.tokens
-        is_recorded = not (len(tokens.replacing) or len(tokens.embedding)) and tokens.has_same_rows(plan.head)
+        has_others = any(len(own) for own in (tokens.replacing, tokens.embedding, tokens.routed))
+        is_recorded = not has_others and tokens.has_same_rows(plan.head)
         lora = planned(tokens.adding, self._dtype) if is_recorded and len(tokens.adding) else None
         return _Planned(tokens, lora, is_recorded)
 
