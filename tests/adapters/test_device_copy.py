@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from swaplora_adapters.errors import MemoryFullError
-from swaplora_adapters.weights.device_copy import DeviceCopier, _Piece
-from swaplora_adapters.weights.memory import aligned
+from swaplora_adapters.registry.host_tier import HostTier
+from swaplora_adapters.weights.device_copy import DeviceCopier, Layout, _Piece
+from swaplora_adapters.weights.memory import Arena, aligned
 from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, ModuleWeights
 
 # the same memory by another name, so that what is copied "to" it is copied, and can be read
@@ -96,6 +97,49 @@ def test_tensors_that_lie_side_by_side_are_sent_together(monkeypatch: pytest.Mon
     DeviceCopier(DEVICE, 4096).copy(weights)
     assert sum(sends) == weights.nbytes
     assert len(sends) <= -(-sum(aligned(tensor.nbytes) for tensor in weights.all_tensors) // 4096) + 1
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_what_lies_in_pinned_memory_goes_in_one_copy(pinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the host's tier has it, whatever lies in the arena before it; other memory goes through the pieces."""
+    weights = adapter()
+    arena = Arena(torch.full((1 << 16,), 255, dtype=torch.uint8))
+    arena.take(100)
+    kept = HostTier(1 << 15, arena).keep(weights)
+    places = {tensor.untyped_storage().data_ptr() for tensor in kept.all_tensors if tensor.numel()}
+    assert places == {arena.memory.data_ptr()}
+    sends: list[str] = []
+    for name in ("send", "send_pinned"):
+        send = getattr(_Piece, name)
+
+        def noted(piece: _Piece, *given: Any, name: str = name, send: Any = send) -> None:
+            sends.append(name)
+            send(piece, *given)
+
+        monkeypatch.setattr(_Piece, name, noted)
+    monkeypatch.setattr(Tensor, "is_pinned", lambda _self: pinned)
+    copied = DeviceCopier(DEVICE, 256).copy(kept)
+    assert (sends == ["send_pinned"]) == pinned
+    before, after = named(weights), named(copied)
+    for name, tensor in before.items():
+        assert tensor is None if after[name] is None else torch.equal(after[name], tensor), name
+    own, of_host = (each.replaced["own"].state_dict() for each in (copied, weights))
+    assert all(torch.equal(own[name], tensor) for name, tensor in of_host.items())
+    assert not places & {tensor.untyped_storage().data_ptr() for tensor in copied.all_tensors if tensor.numel()}
+
+
+def test_tensors_that_only_look_laid_out_are_not_taken_for_it() -> None:
+    memory = torch.zeros(512, dtype=torch.uint8)
+    first, second = memory[:64].view(torch.float32), memory[64:128].view(torch.float32)
+    assert Layout([first, second]).found() is not None
+    for tensors in (
+        [second, first],
+        [first, second.clone()],
+        [first, memory[128:192]],
+        [first.view(4, 4)[:, :2], second],
+    ):
+        assert Layout(tensors).found() is None
+    assert Layout([]).found() is None
 
 
 def test_all_of_it_is_one_allocation_that_is_not_the_hosts() -> None:

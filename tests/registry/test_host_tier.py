@@ -17,6 +17,7 @@ from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.sources.watcher import put_folder
 from swaplora_adapters.store.store import Store
 from swaplora_adapters.weights.load import load_weights
+from swaplora_adapters.weights.memory import Arena, Span
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 
 
@@ -51,6 +52,55 @@ def test_it_keeps_what_was_used_last_within_its_budget(budget: int, calls: list[
         assert {each for each in "abcdef" if each in tier} == model.keys()
 
 
+def in_arena(num_bytes: int) -> Arena:
+    return Arena(torch.full((num_bytes,), 255, dtype=torch.uint8))
+
+
+@given(st.lists(st.tuples(st.integers(1, 400), st.integers(0, 5)), max_size=40))
+def test_spans_of_an_arena_never_overlap_and_join_again(calls: list[tuple[int, int]]) -> None:
+    arena, taken = in_arena(1024), list[Span]()
+    for num_bytes, which in calls:
+        if which < len(taken):
+            arena.give_back(taken.pop(which))
+        span = arena.take(num_bytes)
+        if span is None:
+            assert all(stop - start < num_bytes for start, stop in gaps(taken, 1024)), "there was room"
+        else:
+            assert span.stop - span.start == -(-num_bytes // 64) * 64
+            assert all(span.stop <= other.start or other.stop <= span.start for other in taken)
+            taken.append(span)
+        assert arena.num_free == 1024 - sum(stop - start for start, stop in taken)
+    for span in taken:
+        arena.give_back(span)
+    assert arena.take(1024) == (0, 1024)
+
+
+def gaps(taken: list[Span], size: int) -> list[tuple[int, int]]:
+    ends = [0, *(end for span in sorted(taken) for end in span), size]
+    return list(zip(ends[::2], ends[1::2], strict=True))
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 300), st.sampled_from(["keep", "find", "drop"]))),
+)
+def test_what_is_kept_in_an_arena_is_what_was_given(calls: list[tuple[str, int, str]]) -> None:
+    """However others come and go beside it; and one that was let go comes from the files again."""
+    arena = in_arena(512)
+    tier, model = HostTier(512, arena), dict[str, int]()
+    for number, (digest, nbytes, call) in enumerate(calls):
+        if call == "drop":
+            tier.drop(digest)
+        elif call == "keep":
+            rows = torch.full((nbytes, 1), number % 256, dtype=torch.uint8)
+            given_weights = AdapterWeights(digest, {"m": ModuleWeights(rows, torch.zeros(0, nbytes))})
+            kept = tier.keep(given_weights)
+            assert (kept is not given_weights) == (digest in tier)
+            model[digest] = number % 256
+        elif (found := tier.find(digest)) is not None:
+            assert set(found.modules["m"].lora_A.flatten().tolist()) <= {model[digest]}
+        tier.check_integrity()
+
+
 NUM_BYTES = 4 * sum(tensor.numel() for tensor in adapter_files.factors().values())
 
 
@@ -67,7 +117,7 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
         keep_versions=1,
         base_model="base",
         prepare=replace,
-        host_budget=2 * NUM_BYTES,
+        host=HostTier(2 * NUM_BYTES),
     )
     for seed, name in enumerate("abc"):
         put_folder(registry, name, adapter_files.write_adapter(tmp_path / name, seed=seed))

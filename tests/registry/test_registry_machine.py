@@ -29,6 +29,7 @@ from swaplora_adapters.errors import (
     PreconditionFailedError,
     VersionNotFoundError,
 )
+from swaplora_adapters.registry.host_tier import HostTier
 from swaplora_adapters.registry.leases import Removal, RequestLeases
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.source import Sources
@@ -36,6 +37,8 @@ from swaplora_adapters.store.conditions import Conditions
 from swaplora_adapters.store.records import Target
 from swaplora_adapters.store.staging import FILE_NAMES, Staging
 from swaplora_adapters.store.store import Store
+from swaplora_adapters.weights.device_copy import DeviceCopier
+from swaplora_adapters.weights.memory import Arena
 
 NAMES = st.sampled_from(["a", "ab", "b.c"])
 ALIASES = st.sampled_from(["x", "y"])
@@ -81,7 +84,8 @@ class Machine(RuleBasedStateMachine):
             wait_seconds=30,
             keep_versions=KEPT,
             base_model="base",
-            host_budget=num_bytes,
+            prepare=DeviceCopier(torch.device("cpu", 0), 1 << 16).copy,  # the same memory by another name
+            host=HostTier(num_bytes, Arena(torch.empty(num_bytes + 4096, dtype=torch.uint8))),
         )
 
     def live(self, name: str) -> Named | None:

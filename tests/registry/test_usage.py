@@ -9,6 +9,7 @@ import torch
 
 import adapter_files
 from swaplora_adapters.errors import AdapterError
+from swaplora_adapters.registry.host_tier import HostTier
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.registry.tenant import TenantRegistry
 from swaplora_adapters.sources.source import Sources
@@ -57,7 +58,7 @@ def registry(tmp_path: Path, told: Told) -> Iterator[Registry]:
         keep_versions=1,
         base_model="base",
         prepare=replace,
-        host_budget=NUM_BYTES,
+        host=HostTier(NUM_BYTES),
         listener=told,
     )
     for seed, name in ((0, "a"), (1, "b"), (0, "c")):

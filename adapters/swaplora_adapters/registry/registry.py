@@ -80,7 +80,7 @@ class Registry:
         base_model: str,
         placement: Placement | None = None,
         prepare: Callable[[AdapterWeights], AdapterWeights] = lambda weights: weights,
-        host_budget: int = 0,
+        host: HostTier | None = None,
         listener: UsageListener | None = None,
         report: Callable[[Exception], None] = show,
     ) -> None:
@@ -89,8 +89,8 @@ class Registry:
         No request waits for memory for more than `wait_seconds`. `base_model` is the base's name: an adapter that was
         made for another one is taken with a warning. `placement` lays the factors of linears into memory, and `prepare`
         makes of an adapter's weights what is served, the same on their device with `tables` filled in: both on the
-        thread that loads. `host_budget` is of bytes that are kept of adapters as they were before `prepare`. `listener`
-        is told what becomes of adapters in memory, and `report` why what other servers change is not known here.
+        thread that loads. `host` keeps adapters as they were before `prepare`, if there is one. `listener` is told what
+        becomes of adapters in memory, and `report` why what other servers change is not known here.
         """
         self._store = store
         self._sources = sources
@@ -105,7 +105,7 @@ class Registry:
         )
         self._usage = UsageByName(Unheard() if listener is None else listener)
         self._residency = Residency(self._load, memory_budget, wait_seconds, on_evict=self._usage.evicted)
-        self._host = HostTier(host_budget)
+        self._host = HostTier(0) if host is None else host
         self._lease_counts = LeaseCounts()
         self._last_failure: dict[str, Failure] = {}
         self._verifier = ThreadPoolExecutor(1, "adapter-verify", initializer=lower_priority, initargs=(SHARE_OF_LOADS,))
@@ -344,6 +344,7 @@ class Registry:
         self._residency.check_integrity()
         self._cleaner.submit(self._finish_removals).result()
         self._lease_counts.check_integrity()
+        self._host.check_integrity()
 
     def stop(self) -> None:
         """Refuse whoever waits for memory, or asks for it from now on, with StoppingError."""
@@ -496,8 +497,7 @@ class Registry:
             weights = stages.time("read", lambda: self._built(digest))
         finally:
             stages.time("verify", verified.result)
-        self._host.keep(weights)
-        return weights
+        return self._host.keep(weights)
 
     def _built(self, digest: str) -> AdapterWeights:
         paths = self._store.blob_paths(digest)

@@ -1,6 +1,9 @@
-"""An adapter that was built on the host, copied to a device: one span of its memory each, through pinned pieces."""
+"""An adapter that was built on the host, copied to a device: one span of its memory each.
 
-from collections.abc import Iterator, Mapping, Sequence
+One that lies in pinned memory as it will on the device goes there in one copy, any other through pinned pieces.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from types import MappingProxyType
@@ -36,24 +39,32 @@ class DeviceCopier:
 
         The one that is given stays as it is, for the host's tier. Raises MemoryFullError where the device has no room.
         """
+        layout = Layout(tensor for tensor in weights.all_tensors if tensor.device != self._device)
         with told_when_full(weights):
-            span = _Span([tensor for tensor in weights.all_tensors if tensor.device != self._device], self._device)
+            memory = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self._device)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.default_stream(self._device))
-        for start, chunks in span.pieces(self._pieces[0].size):
-            self._pieces.reverse()
-            self._pieces[0].send(chunks, span.memory[start:])
+        whole = layout.found()
+        if whole is not None and whole.is_pinned():
+            self._pieces[0].send_pinned(whole, memory)
+        else:
+            for start, chunks in layout.pieces(self._pieces[0].size):
+                self._pieces.reverse()
+                self._pieces[0].send(chunks, memory[start:])
         for piece in self._pieces:
             piece.wait()
-        return replace(
-            weights,
-            modules=_moved(weights.modules, span),
-            embeddings=_moved(weights.embeddings, span),
-            replaced=MappingProxyType(
-                {path: with_tensors(own, span.on_device) for path, own in weights.replaced.items()}
-            ),
-            head=None if weights.head is None else with_tensors(weights.head, span.on_device),
-        )
+        return moved(weights, layout.cut(memory))
+
+
+def moved(weights: AdapterWeights, made: Callable[[Tensor], Tensor]) -> AdapterWeights:
+    """The same adapter with what `made` makes of each of its tensors."""
+    return replace(
+        weights,
+        modules=_moved(weights.modules, made),
+        embeddings=_moved(weights.embeddings, made),
+        replaced=MappingProxyType({path: with_tensors(own, made) for path, own in weights.replaced.items()}),
+        head=None if weights.head is None else with_tensors(weights.head, made),
+    )
 
 
 @contextmanager
@@ -86,8 +97,12 @@ class _Piece:
             self._memory[start : start + len(chunk)].copy_(chunk)
         last_start, last = chunks[-1]
         num_bytes = last_start + len(last)
+        self.send_pinned(self._memory[:num_bytes], to[:num_bytes])
+
+    def send_pinned(self, pinned: Tensor, to: Tensor) -> None:
+        """Start copying bytes that are pinned already."""
         with self._on_stream():
-            to[:num_bytes].copy_(self._memory[:num_bytes], non_blocking=True)
+            to.copy_(pinned, non_blocking=True)
             self._sent = None if self._stream is None else self._stream.record_event()
 
     def wait(self) -> None:
@@ -100,14 +115,31 @@ class _Piece:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
 
-class _Span:
-    """Where the tensors of one adapter lie in one allocation, each as its elements lie on the host."""
+class Layout:
+    """Where tensors lie in one piece of memory, each as its elements lie on the host."""
 
-    def __init__(self, tensors: list[Tensor], device: torch.device) -> None:
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._tensors = {id(tensor): tensor for tensor in tensors}
         sizes = [aligned(tensor.nbytes) for tensor in self._tensors.values()]
         self._starts = dict(zip(self._tensors, _running_sums(sizes), strict=True))
-        self.memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        self.num_bytes = sum(sizes)
+
+    def found(self) -> Tensor | None:
+        """The memory in which they lie like this already, [num_bytes], if they do."""
+        held = [(tensor, self._starts[key]) for key, tensor in self._tensors.items() if tensor.nbytes]
+        firsts = {(tensor.untyped_storage().data_ptr(), tensor.data_ptr() - start) for tensor, start in held}
+        if len(firsts) != 1 or not all(_is_whole(tensor) for tensor, _ in held):
+            return None
+        storage = held[0][0].untyped_storage()
+        first = firsts.pop()[1] - storage.data_ptr()
+        if first < 0 or first + self.num_bytes > storage.nbytes():
+            return None
+        return torch.empty(0, dtype=torch.uint8).set_(storage, first, (self.num_bytes,))
+
+    def fill(self, memory: Tensor) -> None:
+        """Copy them into `memory` [num_bytes] on the host."""
+        for key, tensor in self._tensors.items():
+            memory[self._starts[key] :][: tensor.nbytes].copy_(_flat(tensor).view(torch.uint8))
 
     def pieces(self, size: int) -> Iterator[tuple[int, list[tuple[int, Tensor]]]]:
         """The span in pieces of at most `size` bytes: where each starts, and the bytes of tensors at places in it."""
@@ -124,13 +156,17 @@ class _Span:
         if chunks:
             yield start, chunks
 
-    def on_device(self, tensor: Tensor) -> Tensor:
-        """The copy of one of the tensors; any other tensor itself."""
-        start = self._starts.get(id(tensor))
-        if start is None:
-            return tensor
-        flat = self.memory[start : start + tensor.nbytes].view(tensor.dtype)
-        return flat.view(tensor.t().shape).t() if _is_transposed(tensor) else flat.view(tensor.shape)
+    def cut(self, memory: Tensor) -> Callable[[Tensor], Tensor]:
+        """Of memory into which they were copied: what makes of each its copy there, and of any other tensor itself."""
+
+        def made(tensor: Tensor) -> Tensor:
+            start = self._starts.get(id(tensor))
+            if start is None:
+                return tensor
+            flat = memory[start : start + tensor.nbytes].view(tensor.dtype)
+            return flat.view(tensor.t().shape).t() if _is_transposed(tensor) else flat.view(tensor.shape)
+
+        return made
 
 
 def _running_sums(sizes: list[int]) -> Iterator[int]:
@@ -144,18 +180,21 @@ def _is_transposed(tensor: Tensor) -> bool:
     return tensor.dim() == 2 and not tensor.is_contiguous()
 
 
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether its elements lie side by side, in the order of `_flat`."""
+    return (tensor.t() if _is_transposed(tensor) else tensor).is_contiguous()
+
+
 def _flat(tensor: Tensor) -> Tensor:
     return (tensor.t() if _is_transposed(tensor) else tensor).contiguous().view(-1)
 
 
-def _moved(parts: Mapping[str, _Part], span: _Span) -> Mapping[str, _Part]:
-    return MappingProxyType({path: _part_moved(part, span) for path, part in parts.items()})
+def _moved(parts: Mapping[str, _Part], made: Callable[[Tensor], Tensor]) -> Mapping[str, _Part]:
+    return MappingProxyType({path: _part_moved(part, made) for path, part in parts.items()})
 
 
-def _part_moved(part: _Part, span: _Span) -> _Part:
+def _part_moved(part: _Part, made: Callable[[Tensor], Tensor]) -> _Part:
     own: Any = part
     tensors = {each.name: getattr(own, each.name) for each in fields(own)}
-    moved: _Part = replace(
-        own, **{name: span.on_device(value) for name, value in tensors.items() if isinstance(value, Tensor)}
-    )
-    return moved
+    changed: _Part = replace(own, **{name: made(value) for name, value in tensors.items() if isinstance(value, Tensor)})
+    return changed

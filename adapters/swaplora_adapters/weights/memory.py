@@ -1,7 +1,9 @@
 """Memory for weights in large pages, where the system has them: a step reads it all, and looks fewer addresses up."""
 
 import mmap
+from bisect import insort
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +20,57 @@ def mapping_bytes(sizes: Iterable[int]) -> int:
 def aligned(num_bytes: int) -> int:
     """`num_bytes` in whole cache lines."""
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def pinned(num_bytes: int) -> Tensor:
+    """[num_bytes], uint8, that a GPU reads by itself. Raises RuntimeError where the system gives none.
+
+    Registered by itself: torch's own pinned memory comes in powers of two, up to twice of what was asked for.
+    """
+    memory = HugePages(num_bytes + _SLACK).empty(num_bytes, torch.uint8)
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))
+    return memory
+
+
+class Span(NamedTuple):
+    """Bytes `start` to `stop` of an arena."""
+
+    start: int
+    stop: int
+
+
+class Arena:
+    """One piece of memory from which spans are taken, each the first that fits, and given back to their neighbours."""
+
+    def __init__(self, memory: Tensor) -> None:
+        """memory: [num_bytes], uint8."""
+        self.memory = memory
+        self._free = [Span(0, len(memory))]  # ascending, none beside another
+
+    def take(self, num_bytes: int) -> Span | None:
+        """So many in whole cache lines; None where there are not so many in one."""
+        size = aligned(num_bytes)
+        for number, (start, stop) in enumerate(self._free):
+            if stop - start >= size:
+                self._free[number : number + 1] = [Span(start + size, stop)] * (start + size < stop)
+                return Span(start, start + size)
+        return None
+
+    def give_back(self, span: Span) -> None:
+        """A span that was taken, of which nothing is read any more."""
+        insort(self._free, span)
+        joined = self._free[:1]
+        for free in self._free[1:]:
+            if joined[-1].stop == free.start:
+                joined[-1] = Span(joined[-1].start, free.stop)
+            else:
+                joined.append(free)
+        self._free = [free for free in joined if free.start < free.stop]
+
+    @property
+    def num_free(self) -> int:
+        """Bytes, in however many spans."""
+        return sum(stop - start for start, stop in self._free)
 
 
 class HugePages:

@@ -13,12 +13,14 @@ import structlog
 
 from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.priority import lower_priority
+from swaplora_adapters.registry.host_tier import HostTier
 from swaplora_adapters.registry.index import parse_reference
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.sources.watcher import put_folder
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_adapters.store.shared.store import open_store
+from swaplora_adapters.weights.memory import Arena, pinned
 from swaplora_server.access.audit import AuditLog
 from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.access.limits import Meter, Reservation
@@ -375,13 +377,24 @@ class Service:
                 base_model=settings.base_id,
                 placement=self.base.backend.placement,
                 prepare=self.base.prepared,
-                host_budget=self._host_budget(),
+                host=self._host_tier(),
                 listener=self.metrics.adapters,
                 report=lambda error: _log.error("what other servers change is not seen", reason=_reason(error)),
             )
         except BaseException:
             store.close()
             raise
+
+    def _host_tier(self) -> HostTier:
+        """In memory that the GPU reads by itself, where the system gives so much."""
+        budget = self._host_budget()
+        if not budget:
+            return HostTier(0)
+        try:
+            return HostTier(budget, Arena(pinned(budget)))
+        except RuntimeError as error:
+            _log.warning("the host's memory for adapters is not pinned: they come back more slowly", reason=str(error))
+            return HostTier(budget)
 
     def _host_budget(self) -> int:
         """On a CPU adapters are in the host's memory already."""
