@@ -1,6 +1,7 @@
 """An adapter that is copied to a device is the same there, tensor by tensor, in one allocation."""
 
 from dataclasses import fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from swaplora_adapters.errors import MemoryFullError
 from swaplora_adapters.registry.host_tier import HostTier
 from swaplora_adapters.weights.device_copy import DeviceCopier, Layout, _Piece
-from swaplora_adapters.weights.memory import Arena, aligned
+from swaplora_adapters.weights.memory import Arena, aligned, pinned
 from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, ModuleWeights
 
 # the same memory by another name, so that what is copied "to" it is copied, and can be read
@@ -126,6 +127,28 @@ def test_what_lies_in_pinned_memory_goes_in_one_copy(pinned: bool, monkeypatch: 
     own, of_host = (each.replaced["own"].state_dict() for each in (copied, weights))
     assert all(torch.equal(own[name], tensor) for name, tensor in of_host.items())
     assert not places & {tensor.untyped_storage().data_ptr() for tensor in copied.all_tensors if tensor.numel()}
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_memory_is_pinned_where_the_system_gives_some(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[tuple[int, ...]] = []
+
+    def register(*given: int) -> int:
+        registered.append(given)
+        return code
+
+    def check(failed: int) -> None:
+        raise RuntimeError(f"CUDA error {failed}")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
+    monkeypatch.setattr(torch.cuda, "check_error", check)
+    if code:
+        with pytest.raises(RuntimeError, match="CUDA error 2"):
+            pinned(1000)
+    else:
+        memory = pinned(1000)
+        assert (memory.dtype, memory.shape) == (torch.uint8, (1000,))
+        assert registered == [(memory.data_ptr(), 1000, 0)]
 
 
 def test_tensors_that_only_look_laid_out_are_not_taken_for_it() -> None:

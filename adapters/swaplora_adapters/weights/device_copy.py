@@ -134,7 +134,7 @@ class Layout:
         first = firsts.pop()[1] - storage.data_ptr()
         if first < 0 or first + self.num_bytes > storage.nbytes():
             return None
-        return torch.empty(0, dtype=torch.uint8).set_(storage, first, (self.num_bytes,))
+        return torch.empty(0, dtype=torch.uint8).set_(storage, first, (self.num_bytes,), (1,))
 
     def fill(self, memory: Tensor) -> None:
         """Copy them into `memory` [num_bytes] on the host."""
