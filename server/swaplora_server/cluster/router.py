@@ -1,0 +1,95 @@
+"""Ray Serve's way of asking `affinity.py`: a request router, for `RequestRouterConfig` of the replicas' deployment.
+
+Ray says of this interface that it may change: read in 2.60. Each process that calls the replicas has a router, which
+belongs to that process's event loop.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from random import Random
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from swaplora_server.cluster.affinity import Affinity, ReplicaState, RouteKey
+
+_FIRST = 2  # that are tried one by one, before Ray chooses the least busy of all others
+
+
+class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray is not there where this is checked
+    """The first argument of a call is its RouteKey; other calls go anywhere.
+
+    Not with Ray's FIFOMixin: that gives a replica which was chosen for one request to whichever waits longest.
+    """
+
+    def initialize_state(self) -> None:
+        """It has no settings."""
+        self._affinity = Affinity(Random())
+        self._stats: dict[ReplicaID, Mapping[str, Any]] = {}
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """What Ray calls when replicas come, go, or have told something new."""
+        self._affinity.set_replicas([replica.replica_id.unique_id for replica in replicas])
+        before, self._stats = self._stats, {replica.replica_id: replica.routing_stats for replica in replicas}
+        for replica in replicas:
+            stats = replica.routing_stats
+            if stats and stats != before.get(replica.replica_id):
+                self._affinity.told(replica.replica_id.unique_id, _state_of(stats), time.monotonic())
+        super().update_replicas(replicas)
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        """What Ray calls as soon as a call has failed by it, seconds before `update_replicas`."""
+        super().on_replica_actor_died(replica_id)
+        self._stats.pop(replica_id, None)
+        self._affinity.set_replicas([each.unique_id for each in self.curr_replicas])
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Ranks of them, the best first."""
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True  # or Ray asks again without a pause if all are full
+        by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        names = self._affinity.rank(_key_of(pending_request), time.monotonic())
+        ranked = [by_name[name] for name in names if name in by_name]
+        return [*([replica] for replica in ranked[:_FIRST]), ranked[_FIRST:]]
+
+    def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:
+        """Give the replica to the request that it was chosen for, and count it, before the next one is looked at.
+
+        Ray finds that by its internal id, which all calls of one HTTP request share; its metadata it has alone.
+        """
+        for pending in self._pending_requests_to_fulfill:
+            if pending.metadata is request_metadata and not pending.future.done():
+                self._affinity.routed(_key_of(pending), replica.replica_id.unique_id, time.monotonic())
+                self._record_queue_wait_time(pending)
+                pending.future.set_result(replica)
+                self._remove_pending_request_from_indices(pending)
+                return
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        """As Ray does; but whoever leaves between the choice and the sending is no load any more."""
+        try:
+            return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+        except asyncio.CancelledError:
+            future = pending_request.future
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._affinity.completed(future.result().replica_id.unique_id)
+            raise
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """What Ray calls once for each request that it sent, also when the replica refused it or died."""
+        self._affinity.completed(replica_id.unique_id)
+
+
+def _key_of(pending: PendingRequest | None) -> RouteKey:
+    first = pending.args[0] if pending is not None and pending.args else None
+    return first if isinstance(first, RouteKey) else RouteKey()
+
+
+def _state_of(stats: Mapping[str, Any]) -> ReplicaState:
+    """Of what `record_routing_stats` gives."""
+    return ReplicaState(frozenset(stats["resident"]), stats["queue"] + stats["running"], stats["capacity"])

@@ -1,0 +1,144 @@
+"""The request router as Ray calls it, with replicas that only tell of themselves."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
+from ray.serve.request_router import PendingRequest
+
+from swaplora_server.cluster.affinity import COLD, RouteKey
+from swaplora_server.cluster.router import AdapterAffinityRouter
+
+DEPLOYMENT = DeploymentID(name="Engine", app_name="swaplora")
+BASE = RouteKey()
+
+
+class FakeReplica(SimpleNamespace):
+    async def get_queue_len(self, *, deadline_s: float) -> int:
+        return 0
+
+
+def replica(name: str, *resident: str, running: int = 0) -> FakeReplica:
+    stats = {"resident": list(resident), "queue": 0, "running": running, "capacity": 64}
+    return FakeReplica(replica_id=replica_id(name), routing_stats=stats, max_ongoing_requests=100)
+
+
+def replica_id(name: str) -> Any:
+    return ReplicaID(name, DEPLOYMENT)
+
+
+def router_of(replicas: Iterable[FakeReplica]) -> Any:
+    router = AdapterAffinityRouter(DEPLOYMENT, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
+    router.initialize_state()
+    router.update_replicas(list(replicas))
+    return router
+
+
+def pending(key: RouteKey, internal_id: str = "one") -> Any:
+    return PendingRequest(args=[key], kwargs={}, metadata=RequestMetadata("r", internal_id))
+
+
+def adapter(*names: str) -> RouteKey:
+    return RouteKey(names)
+
+
+async def ranked(router: Any, key: RouteKey) -> list[str]:
+    ranks = await router.choose_replicas(list(router.curr_replicas.values()), pending(key))
+    return [each.replica_id.unique_id for rank in ranks for each in rank]
+
+
+async def chosen(router: Any, key: RouteKey) -> str:
+    """By the whole of Ray's machinery."""
+    found = await router._choose_replica_for_request(pending(key))  # noqa: SLF001
+    return str(found.replica_id.unique_id)
+
+
+async def test_all_replicas_are_ranked_and_the_first_two_one_by_one() -> None:
+    router = router_of(map(replica, "abcdef"))
+    request = pending(adapter("x"))
+    ranks = await router.choose_replicas(list(router.curr_replicas.values()), request)
+    assert [len(rank) for rank in ranks] == [1, 1, 4]
+    assert sorted(await ranked(router, adapter("x"))) == list("abcdef")
+    assert request.routing_context.should_backoff
+
+
+async def test_what_replicas_tell_decides() -> None:
+    router = router_of(map(replica, "abcd"))
+    last = (await ranked(router, adapter("x")))[-1]
+    router.update_replicas([replica(name, *(["x"] if name == last else [])) for name in "abcd"])
+    assert (await ranked(router, adapter("x")))[0] == last
+    router.update_replicas([replica(name, "x", running=9 if name == last else 0) for name in "abcd"])
+    assert (await ranked(router, adapter("x")))[-1] == last
+
+
+async def test_each_request_gets_the_replica_that_was_chosen_for_it() -> None:
+    """However many wait at once, and although calls of one HTTP request share its internal id."""
+    router = router_of(map(replica, "abcd"))
+    keys = [adapter(f"a{number % 40}") for number in range(200)]
+    homes = {key: (await ranked(router, key))[0] for key in keys[:40]}
+    router.update_replicas(
+        [replica(name, *(key.adapters[0] for key in homes if homes[key] == name)) for name in "abcd"]
+    )
+    found = await asyncio.wait_for(asyncio.gather(*(chosen(router, key) for key in keys)), 30)
+    at_home = [replica for key, replica in zip(keys, found, strict=True) if homes[key] == replica]
+    assert len(at_home) > 170  # the others' homes had too much to do
+    assert max(Counter(found).values()) <= 1.25 * 200 / 4 + 8  # as many are on their way to a choice at once
+
+
+async def test_what_comes_at_once_is_spread() -> None:
+    router = router_of(map(replica, "abcd"))
+    counts = Counter(await asyncio.gather(*(chosen(router, BASE) for _ in range(80))))
+    assert max(counts.values()) <= 23
+
+
+async def test_what_has_ended_is_no_load() -> None:
+    router = router_of(map(replica, "ab"))
+    found = [await chosen(router, adapter("x")) for _ in range(20)]
+    assert set(found) == {"a", "b"}
+    for name in found:
+        if name == "a":
+            router.on_request_completed(replica_id(name), "one")
+    assert {await chosen(router, adapter("x")) for _ in range(found.count("b") - COLD)} == {"a"}
+
+
+async def test_a_client_that_leaves_before_its_request_is_sent_is_no_load() -> None:
+    router = router_of([replica("a"), replica("b")])
+    for _ in range(50):
+        waiting = asyncio.ensure_future(chosen(router, adapter("x")))
+        while not router._pending_requests_to_fulfill:  # noqa: SLF001
+            await asyncio.sleep(0)
+        request = router._pending_requests_to_fulfill[0]  # noqa: SLF001
+        while not request.future.done():
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert waiting.cancelled()
+    home = (await ranked(router, adapter("x")))[0]
+    assert [await chosen(router, adapter("x")) for _ in range(2)] == [home, home]
+
+
+async def test_the_same_told_again_does_not_undo_what_was_sent_since() -> None:
+    router = router_of(map(replica, "abcd"))
+    home = await chosen(router, adapter("x", "y"))
+    router.update_replicas(list(map(replica, "abcd")))
+    assert (await ranked(router, adapter("y")))[0] == home
+
+
+async def test_a_dead_replica_is_not_ranked() -> None:
+    router = router_of(map(replica, "abc"))
+    home = (await ranked(router, adapter("x")))[0]
+    router.on_replica_actor_died(replica_id(home))
+    assert home not in await ranked(router, adapter("x"))
+    assert await chosen(router, adapter("x")) != home
+
+
+async def test_a_call_that_says_nothing_goes_anywhere() -> None:
+    router = router_of(map(replica, "abc"))
+    request = PendingRequest(args=[Mock()], kwargs={}, metadata=RequestMetadata("r", "one"))
+    replicas = list(router.curr_replicas.values())
+    firsts = {(await router.choose_replicas(replicas, request))[0][0].replica_id.unique_id for _ in range(60)}
+    assert firsts == set("abc")
