@@ -25,8 +25,8 @@ from swaplora_server.cluster.rendezvous import Rendezvous
 from swaplora_server.cluster.shares import Shares
 
 BOUND = 1.25  # times the mean load that one replica may have, as KubeAI's
-ALWAYS = 2  # requests that a replica may have in any case
-HOT = 0.5  # of a replica's share of requests, from which on an adapter has one more home
+ALWAYS = 4  # requests that a replica may have in any case: so few slow each other down less than a load would
+HOT = 0.25  # of a replica's share of requests, from which on an adapter has one more home
 COLD = 2  # requests in flight that a load into memory is worth
 EQUAL = 1  # requests above the mean load that make no difference
 SETTLING_SECONDS = 5.0  # from a request's routing until its adapter is in what its replica tells
