@@ -74,6 +74,10 @@ bench-extract: $(VENV)/.dev ## measure how much of a full fine-tune adapters of 
 bench-evaluation: $(VENV)/.dev ## measure what an evaluation costs the live stream beside it (four minutes)
 	PYTHONPATH=tools:tests/support:tests/kinds $(BIN)/python tools/loop/bench_evaluation.py $(ARGS)
 
+.PHONY: simulate
+simulate: $(VENV)/.dev ## routing by affinity beside other ways on 2 to 64 replicas, on paper (some minutes; ARGS=--quick)
+	$(TOOL) tools/routing/simulate.py $(ARGS)
+
 clients: $(VENV)/.dev ## run other people's clients against a server, and write the table of docs/clients.md (some minutes)
 	$(TOOL) tools/clients $(ARGS)
 

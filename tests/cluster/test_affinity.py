@@ -182,13 +182,13 @@ def test_an_ended_request_is_no_load() -> None:
 
 
 def test_a_hot_adapter_has_as_many_homes_as_its_share_needs_and_no_more() -> None:
-    """Five in a hundred requests make 0.4 of what one of eight replicas serves: two homes. One in a hundred has one."""
+    """Two in a hundred requests make 0.16 of what one of eight replicas serves: two homes. Half as many have one."""
     affinity, random = router("abcdefgh"), Random(1)
     running: list[str] = []
     served: dict[str, Counter[str]] = {"hot": Counter(), "cool": Counter()}
-    for step in range(2500):
+    for step in range(6000):
         drawn = random.random()
-        name = "hot" if drawn < 0.05 else "cool" if drawn < 0.06 else random.choice(NAMES)
+        name = "hot" if drawn < 0.02 else "cool" if drawn < 0.03 else random.choice(NAMES)
         chosen = send(affinity, adapter(name), step / 100)
         running.append(chosen)
         if step > 1000 and name in served:
@@ -196,7 +196,7 @@ def test_a_hot_adapter_has_as_many_homes_as_its_share_needs_and_no_more() -> Non
         if len(running) > 80:
             affinity.completed(running.pop(random.randrange(len(running))))
     (_, one), (_, two), *rest = served["hot"].most_common()
-    assert two > 0.3 * (one + two)
+    assert two > 0.2 * (one + two)
     assert sum(count for _, count in rest) <= 0.1 * served["hot"].total()
     assert served["cool"].most_common(1)[0][1] >= 0.8 * served["cool"].total()
 

@@ -9,7 +9,7 @@ from heapq import heappop, heappush
 import numpy as np
 
 from policies import Policy
-from replicas import REQUESTS_A_SECOND, Replica, Request
+from replicas import MEAN_TOKENS, REQUESTS_A_SECOND, Replica, Request
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class _Run:
         rate = traffic.utilization * REQUESTS_A_SECOND * traffic.num_replicas
         self._times = np.cumsum(rng.exponential(1 / rate, total)).tolist()
         self._router_of = rng.integers(0, traffic.num_routers, total).tolist()
+        self._tokens = rng.exponential(MEAN_TOKENS, total).tolist()
         self._tie = itertools.count()
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._routers = [make_policy(traffic.seed + number) for number in range(traffic.num_routers)]
@@ -78,7 +79,7 @@ class _Run:
                 self._add("replica-new", at)
             if number == traffic.warm_up:
                 self._begin_to_count()
-            self._route(Request(adapter, self._router_of[number], at), at)
+            self._route(Request(adapter, self._router_of[number], at, self._tokens[number]), at)
         return self._counted()
 
     def _counted(self) -> Figures:
@@ -115,6 +116,7 @@ class _Run:
         ready = replica.arrive(request, now)
         if ready > now:
             self._at(ready, lambda at: self._begin(replica, request, at))
+            self._await_end(replica)
         else:
             self._begin(replica, request, now)
 

@@ -6,7 +6,8 @@ stands that no replica may have much more to do than others (consistent hashing 
 2016):
 
 1. Its home serves it, while that has less than BOUND of the mean load. An adapter that alone makes HOT of a
-   replica's share of all requests has another home for each such part, and goes to the one with the least to do.
+   replica's share of all requests has another home for each such part, and goes to the one with the least to do, a
+   load into memory counted in: so the few that are asked most fill what the many others leave uneven.
 2. A replica elsewhere that has it in memory comes before a home that has not, while it has about the mean to do.
    Above that the home loads it: so a new replica takes those that belong to it, one at a time, and no others.
 3. Where the homes have too much to do, others that have it in memory come next, then the rest in its own order.
@@ -26,7 +27,7 @@ from swaplora_server.cluster.shares import Shares
 
 BOUND = 1.25  # times the mean load that one replica may have, as KubeAI's
 ALWAYS = 4  # requests that a replica may have in any case: so few slow each other down less than a load would
-HOT = 0.25  # of a replica's share of requests, from which on an adapter has one more home
+HOT = 0.1  # of a replica's share of requests, from which on an adapter has one more home
 COLD = 2  # requests in flight that a load into memory is worth
 EQUAL = 1  # requests above the mean load that make no difference
 SETTLING_SECONDS = 5.0  # from a request's routing until its adapter is in what its replica tells

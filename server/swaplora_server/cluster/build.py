@@ -98,7 +98,10 @@ def engines(settings: Settings) -> Any:
         logging_config={"enable_access_log": False},  # a replica has a line of its own for each request
         graceful_shutdown_timeout_s=settings.drain_seconds + _END_SECONDS,
         graceful_shutdown_wait_loop_s=0.2,
-        request_router_config={"request_routing_stats_period_s": _STATS_SECONDS},
+        request_router_config={
+            "request_router_class": "swaplora_server.cluster.router.AdapterAffinityRouter",
+            "request_routing_stats_period_s": _STATS_SECONDS,
+        },
         ray_actor_options={
             "num_cpus": settings.ray_cpus or 1,
             "num_gpus": settings.ray_gpus or 0,
