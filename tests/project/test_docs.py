@@ -55,7 +55,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def test_the_pages_are_there() -> None:
-    pages = "adapters api architecture benchmarks clients evaluations glossary operations training"
+    pages = "adapters api architecture benchmarks clients evaluations glossary operations scaling training"
     assert {page.name for page in PAGES} == {"README.md", "CONTRIBUTING.md", *(f"{name}.md" for name in pages.split())}
 
 

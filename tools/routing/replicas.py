@@ -2,8 +2,8 @@
 
 All times are in seconds. What a request costs was measured of the server (docs/benchmarks.md, AMD EPYC, Zen 3, two
 cores): 64 tokens after a prompt of 128 take 1 s alone (65 tokens/s) and 5.2 s beside fifteen others (197 tokens/s
-together), and an adapter of rank 16 that is not in memory 65 ms more, of which its load is 50. A load beside other requests
-takes 36 ms of their steps' time: memory for 8 of 32 adapters in traffic gave 0.90 of the throughput.
+together), and an adapter of rank 16 that is not in memory 65 ms more, of which its load is 50. A load beside other
+requests takes 36 ms of their steps' time: memory for 8 of 32 adapters in traffic gave 0.90 of the throughput.
 """
 
 from collections import OrderedDict, deque

@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heappop, heappush
 
 import numpy as np
@@ -40,7 +40,6 @@ class Figures:
     total_mean: float  # from a request's arrival to its end
     total_p99: float
     choose_us: float  # of a router's processor time for each, mean
-    moved: dict[str, set[str]] = field(default_factory=dict)  # adapter → replicas that served it
 
 
 def simulate(traffic: Traffic, make_policy: Callable[[int], Policy]) -> Figures:
@@ -88,9 +87,6 @@ class _Run:
         served = [replica.num_served for replica in replicas]
         waits = [request.waited for request in self._served]
         totals = [request.ended - request.arrived for request in self._served]
-        where: dict[str, set[str]] = {}
-        for request in self._served:
-            where.setdefault(request.adapter, set()).add(request.replica)
         return Figures(
             hit_rate=1 - loads / sum(served),
             loads_per_100=100 * loads / sum(served),
@@ -100,7 +96,6 @@ class _Run:
             total_mean=float(np.mean(totals)),
             total_p99=float(np.percentile(totals, 99)),
             choose_us=1e6 * self._choosing / count,
-            moved=where,
         )
 
     def _begin_to_count(self) -> None:
