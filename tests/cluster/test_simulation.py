@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from policies import POLICIES
 from simulation import Traffic, simulate
+from ways import POLICIES
 
 ON_TWO = Traffic(num_adapters=200, num_replicas=2, memory=150, warm_up=1500, counted=3000)
 

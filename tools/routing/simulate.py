@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import track
 
 from figure import Panel, figure_svg
-from policies import POLICIES
 from simulation import Figures, Traffic, simulate
+from ways import POLICIES
 
 REPLICAS = (2, 4, 8, 16, 32, 64)
 console = Console(soft_wrap=True, highlight=False)

@@ -8,8 +8,8 @@ from heapq import heappop, heappush
 
 import numpy as np
 
-from policies import Policy
-from replicas import MEAN_TOKENS, REQUESTS_A_SECOND, Replica, Request
+from simulated_replica import MEAN_TOKENS, REQUESTS_A_SECOND, Replica, Request
+from ways import Policy
 
 
 @dataclass(frozen=True)

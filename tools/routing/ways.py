@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from random import Random
 from typing import Protocol
 
-from replicas import MAX_ROWS, Replica
+from simulated_replica import MAX_ROWS, Replica
 from swaplora_server.cluster.affinity import Affinity, ReplicaState, RouteKey
 
 
