@@ -1,10 +1,11 @@
 """Canaries: a side of an alias that fails too often gets no more requests, and all who should know hear of it."""
 
+import asyncio
 import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from serving import Running, serving, settings
 from swaplora_adapters.registry.registry import Registry
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.access.key_file import create_key
-from swaplora_server.service.gates.canaries import Window
+from swaplora_server.service.gates.canaries import Canaries, Trial, Window
 
 PROMPT = [5, 6, 7]
 CANARY = {"target": "sql@2", "max_error_rate": 0.5, "min_requests": 4, "window_seconds": 60.0}
@@ -162,6 +163,42 @@ def test_a_window_forgets() -> None:
         now = 61 + number / 10
         assert window.note(has_failed=False)[0] <= 601
     assert len(window._counts) <= 60  # noqa: SLF001
+
+
+def reopened(server: Running, file: Path, now: float) -> tuple[Canaries, Callable[[], Trial | None]]:
+    """What another server would count by, and who hears of a request that goes to the canary of `counted`."""
+    registry = server.service._registry  # noqa: SLF001
+    canaries = Canaries(registry, server.service.audit, server.service.metrics.count_step_back, file, lambda: now)
+    record = registry.names.index.resolve_name("acme~sql@2")
+    return canaries, lambda: canaries.trial("acme~counted", "acme~sql", record)
+
+
+async def test_what_is_counted_outlives_a_server(server: Running, tmp_path: Path) -> None:
+    file, told = tmp_path / "canaries.json", put(server, "counted")
+    first, trial = reopened(server, file, 1000.0)
+    for _ in range(3):
+        heard = trial()
+        assert heard is not None
+        heard("engine_failed")
+    first.close()
+    put(server, "counted", min_requests=3)
+    other, _ = reopened(server, file, 1001.0)
+    assert other._windows == {}, "it is another canary"  # noqa: SLF001
+    assert put(server, "counted") == told
+    late, trial = reopened(server, file, 1062.0)
+    heard = trial()
+    assert heard is not None
+    heard("engine_failed")
+    assert not late._steps, "what was counted is too long ago"  # noqa: SLF001
+    _, trial = reopened(server, file, 1001.0)
+    heard = trial()
+    assert heard is not None
+    heard("engine_failed")
+    found = await asyncio.to_thread(stepped_back, server, "counted")
+    assert found["canary"]["reason"] == "4 of 4 requests failed in 60 s"
+    file.write_text("{")
+    assert reopened(server, file, 1001.0)[0]._windows == {}  # noqa: SLF001
+    assert server.client.delete("/v1/aliases/counted").status_code == 200
 
 
 def test_one_that_was_changed_meanwhile_stays(server: Running) -> None:

@@ -72,7 +72,7 @@ def evaluating(client: Client, seed: int, answered: list[int]) -> Iterator[None]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=30, help="of streams in each half of a round")
+    parser.add_argument("--seconds", type=float, default=25, help="of streams in each half of a round")
     arguments = parser.parse_args()
     base = ensure_embedded_base(Settings().cache_dir, console.print)
     found: dict[str, list[list[float]]] = {"alone": [], "beside": []}

@@ -198,7 +198,9 @@ class Service:
             self._registry = self._open_registry()
             opened.callback(self._registry.close)
             self.evaluations = Evaluations(settings.data_dir / "evaluations")
-            self.canaries = Canaries(self._registry, self.audit, self.metrics.count_step_back)
+            kept = settings.data_dir / "canaries.json"
+            self.canaries = Canaries(self._registry, self.audit, self.metrics.count_step_back, kept)
+            opened.callback(self.canaries.close)
             self.gates = Gates(TaskFiles(settings.data_dir / "gates"), self._registry)
             self._take_in_named_adapters()
             self._ingest = Ingest(self.registry, settings.adapter_dir, settings.resolver, _report_ingest)

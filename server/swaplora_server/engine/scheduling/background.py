@@ -33,7 +33,7 @@ class Background:
         return 0 if self._owed else NUM_ROWS
 
     def note(self, chosen: Collection[ScheduledRows]) -> None:
-        """The rows of the step that has begun; theirs alone cost nobody anything."""
+        """The rows of the step that has begun."""
         whole = sum(rows.num_rows for rows in chosen)
         theirs = sum(rows.num_rows for rows in chosen if rows.sequence.priority == LAST_PRIORITY)
-        self._part = theirs / whole if theirs < whole else 0.0
+        self._part = theirs / whole if whole else 0.0

@@ -1,15 +1,19 @@
 """Canaries: sides of weighted aliases that get no more requests once too many of theirs failed by the server's fault.
 
-What is counted is in memory; that one has stepped back is durable.
+That one has stepped back is durable. What is counted is in memory, and in a file while the server is stopped.
+
+canaries.json
 """
 
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 
 import structlog
+from pydantic import TypeAdapter, ValidationError
 
 from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.files.naming import DEFAULT_TENANT, tenant_of
@@ -28,13 +32,22 @@ Trial = Callable[[str | None], None]  # hears how a request that went to a canar
 FAULTS = frozenset({"adapter_failed", "adapter_too_large", "engine_failed", "internal_error"})
 
 
+Count = tuple[int, int, int]  # a part of the time since the epoch, all in it, and failed ones
+_KEPT: TypeAdapter[dict[str, tuple[Canary, list[Count]]]] = TypeAdapter(dict[str, tuple[Canary, list[Count]]])
+
+
 class Window:
     """How many of the last `seconds` there were, and how many failed, to a sixtieth of that time."""
 
-    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
+    def __init__(self, seconds: float, clock: Callable[[], float], counts: Iterable[Count] = ()) -> None:
         self._part = seconds / NUM_PARTS
         self._clock = clock
-        self._counts: deque[tuple[int, int, int]] = deque()  # part, all, failed
+        self._counts = deque(counts)
+
+    @property
+    def counts(self) -> Sequence[Count]:
+        """What another window of as many seconds goes on from."""
+        return tuple(self._counts)
 
     def note(self, *, has_failed: bool) -> tuple[int, int]:
         """All and failed, with this one."""
@@ -54,14 +67,19 @@ class Canaries:
         registry: Registry,
         audit: AuditLog,
         count: Callable[[], None],
-        clock: Callable[[], float] = time.monotonic,
+        file: Path,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """`registry` is that of all tenants; `count` hears of each that steps back."""
+        """`registry` is that of all tenants; `count` hears of each that steps back.
+
+        `file` has what was counted when a server was closed. Of one that was killed it is older, and by that forgotten.
+        """
         self._registry = registry
         self._audit = audit
         self._count = count
+        self._file = file
         self._clock = clock
-        self._windows: dict[str, tuple[Canary, Window]] = {}
+        self._windows = self._read()
         self._steps: set[asyncio.Task[None]] = set()
 
     def trial(self, alias: str, name: str, record: VersionRecord) -> Trial | None:
@@ -82,6 +100,33 @@ class Canaries:
         canary = index.alias(alias).canary if index.is_alias(alias) else None
         if canary is not None and canary.stepped_back is None:
             self._note(alias, canary, "adapter_failed")
+
+    def close(self) -> None:
+        """Keep what is counted for the next server."""
+        kept = {alias: (canary, list(window.counts)) for alias, (canary, window) in self._windows.items()}
+        partial_file = self._file.with_suffix(".part")
+        try:
+            partial_file.write_bytes(_KEPT.dump_json(kept))
+            partial_file.replace(self._file)
+        except OSError as error:
+            _log.warning("what is counted of canaries cannot be kept", reason=type(error).__name__)
+
+    def _read(self) -> dict[str, tuple[Canary, Window]]:
+        """Of those that are as they were."""
+        index = self._registry.names.index
+        try:
+            kept = _KEPT.validate_json(self._file.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValidationError) as error:
+            _log.warning("what was counted of canaries cannot be read", reason=type(error).__name__)
+            return {}
+        found = {}
+        for alias, (before, counts) in kept.items():
+            canary = index.alias(alias).canary if index.is_alias(alias) else None
+            if canary is not None and canary == before:
+                found[alias] = canary, Window(canary.window_seconds, self._clock, counts)
+        return found
 
     def _note(self, alias: str, canary: Canary, error: str | None) -> None:
         index = self._registry.names.index
