@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from serving import serving, settings
 from swaplora_server.base import device_memory
-from swaplora_server.base.base_model import load_base
+from swaplora_server.base.base_model import BaseModel, load_base
 from swaplora_server.base.decode_graphs import RecordedSteps
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.engine.runner import Runner
@@ -24,7 +24,8 @@ from swaplora_server.engine.scheduling.batch import Batch
 from swaplora_server.kernels.cpu.attention import CpuKV
 from swaplora_server.kernels.pick import torch_backend
 from swaplora_server.kernels.torch.attention import TorchKV
-from swaplora_server.service import service as service_module
+from swaplora_server.service.generating import decoder_engine
+from swaplora_server.service.generating.decoder_engine import DecoderPlan
 from swaplora_server.service.service import Service
 
 CPU, _CUDA = torch.device("cpu"), torch.device("cuda")
@@ -190,10 +191,9 @@ def test_the_server_sizes_its_cache_by_the_largest_step(
     steps.clear()
     known = ("max_positions", "vocab_size", "runner", "model")
     on_gpu = SimpleNamespace(device=_CUDA, **{name: getattr(on_cpu, name) for name in known})
-    monkeypatch.setattr(service_module, "SCORED_LOGITS", 7 * on_cpu.vocab_size)
-    monkeypatch.setattr(service, "base", on_gpu, raising=False)
-    kv_bytes = service._kv_bytes()  # noqa: SLF001 - all else of a start needs the device to be there
-    assert kv_bytes == (5 << 20) - round((1 - 0.9) * (5 << 20)) - (1 << 20)
+    monkeypatch.setattr(decoder_engine, "SCORED_LOGITS", 7 * on_cpu.vocab_size)
+    plan = DecoderPlan(cast(BaseModel, on_gpu), service.settings, service.max_rows)
+    assert plan.kv_bytes() == (5 << 20) - round((1 - 0.9) * (5 << 20)) - (1 << 20)
     [batch] = steps
     assert [rows.num_rows for rows in batch.rows] == [36, 1, 1, 1, 1]
     assert [rows.num_scored for rows in batch.rows] == [7, 0, 0, 0, 0]
@@ -212,7 +212,7 @@ def test_a_gpus_server_records_steps_of_as_many_rows_as_run_at_once(
         return RecordedSteps(8, 99)
 
     on_a_gpu(monkeypatch, free=1 << 29, total=1 << 29, step=0)
-    monkeypatch.setattr(service_module, "record_steps", noted_recording)
+    monkeypatch.setattr(decoder_engine, "record_steps", noted_recording)
     on_cpu = load_base(base, device=CPU, dtype=torch.float32, backend=torch_backend(CPU))
     measured: list[list[int]] = []
 
@@ -232,7 +232,7 @@ def test_a_gpus_server_records_steps_of_as_many_rows_as_run_at_once(
     service = Service(settings(base, tmp_path, cuda_graphs=is_on, **fields))
     monkeypatch.setattr(service, "base", on_gpu, raising=False)
     left = (1 << 29) - round((1 - 0.9) * (1 << 29)) - (1 << 20)
-    monkeypatch.setattr(service_module, "take_kv_cache", lambda *_: None)
+    monkeypatch.setattr(decoder_engine, "take_kv_cache", lambda *_: None)
     engine = service._make_engine()  # noqa: SLF001 - all else of a start needs the device to be there
     assert measured == sizes
     assert service.kv_cache_bytes == left - (2 * 4 * (16 << 20) if sizes else 0)

@@ -13,7 +13,8 @@ import tiny
 from oracle import Oracle
 from serving import BASE, Running, serving, settings
 from swaplora_server.engine.scheduling.batch import Batch
-from swaplora_server.service import generation, service
+from swaplora_server.service import generation
+from swaplora_server.service.generating import decoder_engine
 
 TOLERANCE = 1e-4  # of a log-probability, in float32
 PROMPT = [*range(40, 75), 200, 31, *range(90, 60, -1)]
@@ -54,7 +55,7 @@ def tuned(server: Running, base: Path, adapters: list[Path]) -> Oracle:
 def narrow(base: Path, adapters: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A server whose steps hold few tokens, score fewer, and whose cache holds about two prompts."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(service, "SCORED_LOGITS", 7 * tiny.VOCAB_SIZE)
+        patch.setattr(decoder_engine, "SCORED_LOGITS", 7 * tiny.VOCAB_SIZE)
         config = settings(
             base, tmp_path_factory.mktemp("narrow"), max_batch_tokens=24, max_num_seqs=8, kv_cache_bytes=60 << 10
         )

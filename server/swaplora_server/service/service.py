@@ -25,19 +25,13 @@ from swaplora_server.access.audit import AuditLog
 from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.access.limits import Meter, Reservation
 from swaplora_server.base.base_model import BaseModel
-from swaplora_server.base.decode_graphs import RecordedSteps, record_steps
-from swaplora_server.base.device_memory import graph_bytes, left_for_kv, take_kv_cache
+from swaplora_server.base.decode_graphs import RecordedSteps
 from swaplora_server.base.encoder.encoder_base import EncoderBase
 from swaplora_server.base.fingerprint import digest_of, programs
 from swaplora_server.base.loading import load_chosen_base
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.config import Settings
 from swaplora_server.engine.engine import Engine
-from swaplora_server.engine.kv_cache import BlockPool
-from swaplora_server.engine.probe import run_largest, run_probe
-from swaplora_server.engine.runner import Runner
-from swaplora_server.engine.scheduling.scheduler import Scheduler
-from swaplora_server.kernels.cuda.graphs.buckets import bucket_sizes
 from swaplora_server.service.admission import Admissions
 from swaplora_server.service.chat_template import ChatTemplate
 from swaplora_server.service.derivations import Derivations
@@ -46,6 +40,7 @@ from swaplora_server.service.evaluations.evaluations import Evaluations
 from swaplora_server.service.gates.canaries import Canaries
 from swaplora_server.service.gates.gates import Gates
 from swaplora_server.service.gates.task_files import TaskFiles
+from swaplora_server.service.generating.decoder_engine import DecoderPlan
 from swaplora_server.service.grammar.grammars import Grammars
 from swaplora_server.service.grammar.vocabulary import grammar_tokenizer
 from swaplora_server.service.ingest import Ingest, TenantIngest
@@ -60,11 +55,8 @@ from swaplora_server.service.tools.tool import Tool
 from swaplora_server.service.tracing.tracing import Tracing
 from swaplora_server.service.wakeups import Wakeups, result_of
 
-KV_CACHE_BYTES = 2**30  # on a CPU, unless the settings say otherwise
-GPU_MEMORY_FRACTION = 0.9
 HOST_ADAPTER_BYTES = 4 * 2**30  # beside a GPU, unless the settings say otherwise
 _JOIN_SECONDS = 3.0
-SCORED_LOGITS = 2**25  # of prompts whose log-probabilities are wanted, in one step
 NUM_UPLOAD_THREADS = 4  # each writes what has come of one upload, or checks a whole one
 NUM_INSPECTORS = 1
 MAX_INSPECTIONS = 16  # waiting
@@ -422,33 +414,9 @@ class Service:
             check_settings(settings)
             self.kv_cache_bytes, self.max_model_len = 0, max_input_len(base, settings)
             return encoder_engine(base, settings, self.max_rows, self.max_model_len)
-        block_bytes = base.kv_bytes_per_token * settings.block_size
-        self.kv_cache_bytes = self._kv_bytes()
-        pool = BlockPool(max(0, self.kv_cache_bytes // block_bytes - 1), settings.block_size)
-        wanted = settings.max_model_len or min(base.max_positions, pool.capacity)
-        if not 2 <= wanted <= min(base.max_positions, pool.capacity):
-            raise UnsupportedModelError(
-                f"a context of {wanted} tokens cannot be had: the base has {base.max_positions} positions, and "
-                f"--kv-cache-bytes holds {pool.capacity} tokens"
-            )
-        self.max_model_len = wanted
-        scheduler = Scheduler(
-            pool,
-            max_batch_tokens=settings.max_batch_tokens,
-            max_num_seqs=self.max_rows,
-            max_step_ranks=settings.max_step_ranks,
-            max_scored_rows=self._max_scored_rows,
-            prefix_cache=settings.prefix_cache,
-            appends_forced=not self._records_steps,  # what is recorded computes one token of each sequence
-        )
-        runner = base.runner(pool.num_blocks, settings.block_size)
-        engine = Engine(scheduler, runner, settings.max_step_seconds)
-        run_step = partial(self._run_largest, runner, pool, min(settings.max_batch_tokens, wanted))
-        run_row = partial(run_probe, runner, pool)
-        take_kv_cache(run_step, run_row, base.device, self.kv_cache_bytes, settings.adapter_memory_bytes)
-        if self._records_steps:
-            self._recorded = record_steps(base, runner, pool, self.max_rows)
-        return engine
+        made = DecoderPlan(base, settings, self.max_rows).make()
+        self.kv_cache_bytes, self.max_model_len, self._recorded = made.kv_cache_bytes, made.max_model_len, made.recorded
+        return made.engine
 
     @property
     def generates(self) -> bool:
@@ -466,52 +434,11 @@ class Service:
         """Of sequences that run at once."""
         return min(self.settings.max_num_seqs, self.settings.max_batch_tokens)
 
-    @property
-    def _max_scored_rows(self) -> int:
-        """Of prompts, in one step."""
-        return max(1, SCORED_LOGITS // self.base.vocab_size)
-
-    def _run_largest(self, runner: Runner, pool: BlockPool, num_tokens: int) -> None:
-        run_largest(runner, pool, num_tokens, min(self.max_rows, num_tokens), self._max_scored_rows)
-
-    @property
-    def _records_steps(self) -> bool:
-        wanted, is_cpu = self.settings.cuda_graphs, self.base.device.type == "cpu"
-        if wanted is not None and is_cpu:
-            raise UnsupportedModelError("--cuda-graphs says whether a GPU's steps are recorded: leave it out on a CPU")
-        return wanted is not False and not is_cpu
-
     def _make_grammars(self) -> Grammars:
         base = self.base
         backend = base.tokenizer.backend_tokenizer
         tokenizer = grammar_tokenizer(backend, base.vocabulary, base.vocab_size, base.eos_token_ids)
         return Grammars(tokenizer, self.settings.max_waiting, self.gil_turns)
-
-    def _kv_bytes(self) -> int:
-        """As the settings say, or what there is room for."""
-        settings, base = self.settings, self.base
-        is_known = settings.kv_cache_bytes is not None or base.device.type == "cpu"
-        if is_known and settings.gpu_memory_fraction is not None:
-            raise UnsupportedModelError(
-                "--gpu-memory-fraction says what of a GPU's memory the KV cache may take: leave it out on a CPU, and "
-                "beside --kv-cache-bytes"
-            )
-        if is_known:
-            return settings.kv_cache_bytes or KV_CACHE_BYTES
-        num_tokens, block_size = min(settings.max_batch_tokens, base.max_positions), settings.block_size
-        num_blocks = -(-num_tokens // block_size)
-
-        def run_step() -> None:
-            runner, pool = base.runner(num_blocks, block_size), BlockPool(num_blocks, block_size)
-            self._run_largest(runner, pool, num_tokens)
-
-        def record_largest() -> int:
-            return base.runner(num_blocks, block_size).record([self.max_rows])
-
-        fraction = settings.gpu_memory_fraction or GPU_MEMORY_FRACTION
-        sizes = bucket_sizes(self.max_rows)
-        for_graphs = graph_bytes(record_largest, base.device, len(sizes)) if self._records_steps else 0
-        return left_for_kv(run_step, base.device, fraction, settings.adapter_memory_bytes, for_graphs)
 
 
 def _report_ingest(name: str, error: Exception) -> None:

@@ -1,1 +1,1 @@
-"""What a generation is asked for, and what of it cannot be."""
+"""What a generation is asked for, what of it cannot be, and the engine of a base that generates."""
