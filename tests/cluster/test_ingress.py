@@ -14,6 +14,8 @@ import pytest
 
 from fronts import Front, front_of
 from serving import BASE, Running, serving, settings
+from swaplora_server.access.caller import KeyScope
+from swaplora_server.access.key_file import create_key
 from swaplora_server.cluster.ingress import PART_BYTES
 from swaplora_server.config import Settings
 from swaplora_server.http.app import create_app
@@ -150,6 +152,33 @@ def test_who_is_to_answer_is_told_to_the_router(front: Front) -> None:
         {"model": "a1", "adapters": 3, "messages": [[3]]},
     ):
         assert isinstance(keys("/v1/completions", **wrong).adapters, tuple)
+
+
+def test_whose_adapters_they_are_is_told_by_the_key(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    """And of a body that comes without a good one nothing is read."""
+    file = tmp_path / "keys.yaml"
+    keys = {tenant: create_key(file, tenant, (KeyScope.ADMIN,), None)[0] for tenant in ("default", "acme")}
+    own = config(base, tmp_path / "data", key_file=file, root_path="/models")
+    with serving(own) as running, front_of(own, create_app(running.service, BodyMemory(1 << 20))) as front:
+
+        def ask(path: str, key: str, model: str) -> httpx.Response:
+            front.engines.keys.clear()
+            headers = {"authorization": f"Bearer {key}"}
+            return front.client.post(path, json={**TEXT, "model": model}, headers=headers)
+
+        for path in ("/v1/completions", "/models/v1/completions"):
+            for tenant, model, stored in (
+                ("default", "sql", "sql"),
+                ("acme", "sql", "acme~sql"),
+                ("acme", "zeta~sql@3", "zeta~sql"),
+                ("acme", "default~sql", "sql"),
+            ):
+                assert ask(path, keys[tenant], model).status_code == 404
+                assert front.engines.keys[0].adapters == (stored,)
+            front.engines.num_parts = 0
+            assert ask(path, "nobody", "sql").status_code == 401
+            assert (front.engines.keys[0].adapters, front.engines.num_parts) == ((), 0)
+        running.client.headers["authorization"] = f"Bearer {keys['default']}"
 
 
 def test_an_upload_comes_in_parts(one: Running, front: Front, adapters: list[Path]) -> None:

@@ -30,7 +30,7 @@ def nodes() -> Iterator[Nodes]:
 @pytest.fixture(scope="module")
 def front(nodes: Nodes, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     folder = tmp_path_factory.mktemp("cluster")
-    own = {"shared_store": folder / "store", "prefix_cache": False}
+    own = {"shared_store": str(folder / "store"), "prefix_cache": False}
     with in_front(settings(base, folder / "data", ray=True, ray_replicas="2", ray_cpus=2, **own)) as found:
         yield found
 

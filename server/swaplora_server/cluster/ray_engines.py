@@ -1,7 +1,7 @@
 """The replicas, as the handle of a Ray Serve deployment reaches them."""
 
+import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import suppress
 from typing import Any
 
 import ray
@@ -43,18 +43,19 @@ class RayEngines:
 
     async def feed(self, exchange_id: str, body: bytes, *, is_last: bool) -> None:
         """See `Engines.feed`: one of them alone fetches what is in the list."""
-        response = self._handle.broadcast("feed", exchange_id, [ray.put(body)], is_last)
-        await response.results_async(return_exceptions=True)
+        await self._each("feed", exchange_id, [ray.put(body)], is_last)
 
     async def ask_all(self, request: Forwarded) -> list[Answer]:
         """See `Engines.ask_all`."""
-        with suppress(TimeoutError):
-            found = await self._handle.broadcast("answer", request).results_async(
-                timeout_s=ALL_SECONDS, return_exceptions=True
-            )
-            for each in found:
-                if isinstance(each, BaseException):
-                    _log.warning("a replica did not answer", reason=type(each).__name__)
-            return [each for each in found if isinstance(each, Answer)]
-        _log.warning("not all replicas answered in time", seconds=ALL_SECONDS)
-        return []
+        return [each for each in await self._each("answer", request) if isinstance(each, Answer)]
+
+    async def _each(self, method: str, *args: Any) -> list[Any]:
+        """What each of them returns, in time."""
+        # with Ray's own `results_async` one that is late leaves nothing of the others
+        sent = await self._handle.broadcast(method, *args)._fetch_replica_results_async()  # noqa: SLF001
+        waited = (asyncio.wait_for(each.get_async(), ALL_SECONDS) for each in sent)
+        found = await asyncio.gather(*waited, return_exceptions=True)
+        for each in found:
+            if isinstance(each, BaseException):
+                _log.warning("a replica did not answer", method=method, reason=type(each).__name__)
+        return [each for each in found if not isinstance(each, BaseException)]
