@@ -12,6 +12,7 @@ import random
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -100,8 +101,11 @@ def disturbances(names: Sequence[str], folder: Path) -> dict[str, Disturb]:
 
 def waited(pid: int) -> dict[str, float]:
     """Seconds that each thread of a process was ready to run and had no core, since it began."""
-    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
-    return {str(one): int(one.read_text().split()[1]) / 1e9 for one in threads}
+    found: dict[str, float] = {}
+    for one in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with suppress(OSError):  # of a thread that has ended since
+            found[str(one)] = int(one.read_text().split()[1]) / 1e9
+    return found
 
 
 def show_times(url: str, names: Sequence[str]) -> None:
