@@ -38,12 +38,6 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray is not 
                 self._affinity.told(replica.replica_id.unique_id, _state_of(stats), time.monotonic())
         super().update_replicas(replicas)
 
-    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
-        """What Ray calls as soon as a call has failed by it, seconds before `update_replicas`."""
-        super().on_replica_actor_died(replica_id)
-        self._stats.pop(replica_id, None)
-        self._affinity.set_replicas([each.unique_id for each in self.curr_replicas])
-
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
