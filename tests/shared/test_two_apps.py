@@ -5,15 +5,20 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from rich.console import Console
 
+from gating import current, gated, judged, promote
 from replicas import Disturbed
 from serving import Running, serving, settings
 from swaplora_adapters.store.shared import store as shared_store
 from swaplora_adapters.store.shared.address import open_objects
+from swaplora_server.access.caller import Caller
+from swaplora_server.service.gates import judging
+from swaplora_server.service.service import Service
 
 PROMPT = [97, 31, 200, 5, 66, 142]
 MAX_TOKENS = 6
@@ -179,3 +184,25 @@ def test_a_store_that_hangs_holds_up_no_request_of_what_is_known(
         is_over.set()
         upload.join()
     assert answer(one, "hanging") == answer(other, "hanging")
+
+
+def test_a_gate_that_one_server_was_told_of_is_judged_by_one_of_them(
+    servers: tuple[Running, Running], adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    whole = judging._verdict  # noqa: SLF001
+
+    async def noted(service: Service, caller: Caller, due: judging.Due) -> dict[str, Any]:
+        begun.append(due.name)
+        return await whole(service, caller, due)
+
+    monkeypatch.setattr(judging, "_verdict", noted)
+    one, other = servers
+    gated(one, "guarded", adapters[4])
+    assert other.put("guarded", adapters[5]).json()["version"] == 1
+    assert judged(other, "guarded", 2)["standing"] == "failed"
+    assert judged(one, "guarded", 2)["standing"] == "failed"
+    assert current(one, "guarded") == current(other, "guarded") == 1
+    assert promote(one, "guarded", 2, force=True).json()["version"] == 2
+    assert current(other, "guarded") == 2
+    assert begun == ["guarded"]

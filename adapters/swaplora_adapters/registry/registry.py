@@ -36,6 +36,7 @@ from swaplora_adapters.registry.residency import Residency, show
 from swaplora_adapters.registry.usage import Stages, Unheard, UsageByName, UsageListener
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
 from swaplora_adapters.store.records import Alias, Canary, Mixing, Target, Touched, VersionRecord
+from swaplora_adapters.store.shared.extras import Extras
 from swaplora_adapters.store.staging import Staging
 from swaplora_adapters.store.store import Store
 from swaplora_adapters.weights.load import Fits, load_weights
@@ -123,6 +124,11 @@ class Registry:
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    @property
+    def extras(self) -> Extras | None:
+        """What servers share besides, if they share anything."""
+        return self._store.extras
 
     @property
     def revision(self) -> int:

@@ -36,6 +36,7 @@ from swaplora_adapters.store.journal import Journal
 from swaplora_adapters.store.manifests import Manifests, NotUndoneError
 from swaplora_adapters.store.records import Alias, Details, Published, Quarantined, Standing, Touched, VersionRecord
 from swaplora_adapters.store.recovery import Recovery
+from swaplora_adapters.store.shared.extras import Extras
 from swaplora_adapters.store.staging import Staging
 
 __all__ = ["BlobPaths", "Details", "Published", "Quarantined", "Staging", "Store", "StoreError", "VersionRecord"]
@@ -51,6 +52,7 @@ class Store:
     def __init__(self, data_dir: Path) -> None:
         """Lock, open, migrate and recover `data_dir`, which is made if need be; StoreError if it cannot be used."""
         self._mutex = threading.RLock()
+        self.extras: Extras | None = None  # what is shared besides, if anything is
         folders = DataDir(data_dir)
         self._blobs = Blobs(folders)
         self._names, self._aliases = (Manifests(f, folders.staging) for f in (folders.names, folders.aliases))

@@ -193,7 +193,7 @@ class Service:
             kept = settings.data_dir / "canaries.json"
             self.canaries = Canaries(self._registry, self.audit, self.metrics.count_step_back, kept)
             opened.callback(self.canaries.close)
-            self.gates = Gates(TaskFiles(settings.data_dir / "gates"), self._registry)
+            self.gates = Gates(TaskFiles(settings.data_dir / "gates", self._registry.extras), self._registry)
             self._take_in_named_adapters()
             self._ingest = Ingest(self.registry, settings.adapter_dir, settings.resolver, _report_ingest)
             opened.callback(self._ingest.join)

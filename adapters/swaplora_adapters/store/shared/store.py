@@ -23,6 +23,7 @@ from swaplora_adapters.store.data_dir import DataDir
 from swaplora_adapters.store.records import Details, Published, Quarantined, Touched
 from swaplora_adapters.store.recovery import Recovery
 from swaplora_adapters.store.shared.address import open_objects
+from swaplora_adapters.store.shared.extras import Extras
 from swaplora_adapters.store.shared.files import SWEPT_AFTER, SharedFiles
 from swaplora_adapters.store.shared.identity import found_or_join
 from swaplora_adapters.store.shared.journal import SharedJournal
@@ -85,6 +86,7 @@ class SharedStore(Store):
 
         store_id = found_or_join(self._objects, folders.shared, is_filled=is_filled, publish=publish)
         self._log, self._files = Log(self._objects, store_id), SharedFiles(self._objects, store_id)
+        self.extras = Extras(self._objects, store_id)
         opened = journal(store_id)
         self._begin(opened)
         self._places = self._catalogue.places()

@@ -5,6 +5,7 @@ more of the gate, the version and the current version that there are is let go o
 """
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -145,6 +146,9 @@ class _Judges:
         caller = _caller(self._service, tenant_of(due.name))
         try:
             if due not in self._found:
+                if not await asyncio.to_thread(_is_ours, self._service, due):
+                    self._tries[due] = 0, time.monotonic() + AGAIN_SECONDS
+                    return
                 verdict = await _verdict(self._service, caller, due)
                 found = Judgement(due.gate, due.version, due.against, verdict["reason"] is None, verdict)
                 self._found[due] = found  # from here on nobody cancels this, and a full disk has the write alone again
@@ -169,6 +173,12 @@ def _due_of(named: NamedVersions) -> list[tuple[Due, float]]:
     """Each with the moment when it came, newest first."""
     name, gate, against = named.current.name, named.gate or "", named.current.version
     return [(Due(name, r.version, r.digest, gate, against), r.created) for r in named.candidates]
+
+
+def _is_ours(service: Service, due: Due) -> bool:
+    """Whether it is not another server that judges it, of those that share names."""
+    extras = service.registry.extras
+    return extras is None or extras.claim(hashlib.sha256(repr(due).encode()).hexdigest())
 
 
 def _note(service: Service, caller: Caller, due: Due, found: Judgement) -> None:

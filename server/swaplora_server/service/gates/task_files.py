@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from swaplora_adapters.files.disk import StoreError, raising_storage_errors, sync_folder
+from swaplora_adapters.store.shared.extras import Extras
 from swaplora_adapters.store.staging import Writer
 from swaplora_server.evaluation.task import MAX_TASK_BYTES, Task, TaskError, parse_task
 
@@ -15,12 +16,13 @@ from swaplora_server.evaluation.task import MAX_TASK_BYTES, Task, TaskError, par
 class TaskFiles:
     """What lies in one folder. Any thread may ask."""
 
-    def __init__(self, folder: Path) -> None:
-        """Made if need be. Raises StoreError."""
+    def __init__(self, folder: Path, extras: Extras | None = None) -> None:
+        """Made if need be. Servers with `extras` share all tasks. Raises StoreError."""
         if folder.is_symlink():
             raise StoreError(f"{folder} is a link, and nothing in a data directory may be one")
         folder.mkdir(mode=0o700, exist_ok=True)
         self._folder = folder
+        self._extras = extras
 
     def put(self, task: Task) -> None:
         """Keep it, durable when this returns. Raises StorageFullError and StorageFailedError."""
@@ -34,9 +36,12 @@ class TaskFiles:
             finally:
                 partial.unlink(missing_ok=True)
             sync_folder(self._folder)
+        if self._extras is not None:
+            self._extras.put_task(self._path(task.digest).name, self._path(task.digest))
 
     def read(self, digest: str) -> Task:
-        """Raises TaskError for what is not there, or is another by now."""
+        """Raises TaskError for what is not there, or is another by now, and StoreUnreachableError."""
+        self._bring(digest)
         try:
             with self._path(digest).open("rb") as file:
                 task = parse_task(file.read(MAX_TASK_BYTES + 1).decode())
@@ -48,6 +53,8 @@ class TaskFiles:
 
     def num_bytes(self, digests: Collection[str]) -> int:
         """Of these, as far as they are there. Raises StorageFailedError."""
+        for digest in digests:
+            self._bring(digest)
         with raising_storage_errors():
             return sum(path.stat().st_size for path in map(self._path, digests) if path.exists())
 
@@ -57,7 +64,15 @@ class TaskFiles:
         with raising_storage_errors():
             for path in self._folder.iterdir():
                 if path.name not in names:
-                    path.unlink()
+                    path.unlink(missing_ok=True)
+
+    def _bring(self, digest: str) -> None:
+        """Have what was put on another server lie here as well."""
+        path = self._path(digest)
+        if self._extras is not None and not path.exists():
+            partial = self._folder / f"{secrets.token_hex(8)}.part"
+            if self._extras.fetch_task(path.name, partial):
+                partial.replace(path)
 
     def _path(self, digest: str) -> Path:
         return self._folder / f"{digest.removeprefix('sha256:')}.jsonl"
