@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import adapter_files
-from replicas import facts, put, registry, replicas, see
+from replicas import Disturbed, facts, put, registry, replicas, see
 from swaplora_adapters.errors import (
     AdapterBusyError,
     AdapterNotFoundError,
@@ -202,6 +202,49 @@ def test_of_two_that_replace_one_version_at_once_one_does(address: str, files: l
             see(other)
             assert facts(one) == facts(other)
             digest = one.card("sql").record.digest
+
+
+def test_what_another_server_removes_is_free_once_no_request_holds_it(files: list[Path], tmp_path: Path) -> None:
+    objects = open_objects(str(tmp_path / "shared"))
+    with replicas(tmp_path, [objects, objects], keep_versions=1) as (one, other):
+        digests = [put(one, "sql", files[0]).record.digest]
+        see(other)
+        held = other.lease_weights([other.lease("sql")])
+        held.weights.result(60)
+        digests.append(put(one, "sql", files[1]).record.digest)  # which outdates the first
+        see(other)
+        assert [record.digest for record in other.card("sql").versions] == digests[1:]
+        nbytes = other.resident_bytes
+        other.check_integrity()
+        assert other.resident_bytes == nbytes > 0
+        blob = tmp_path / "data1/blobs" / digests[0].removeprefix("sha256:")
+        assert blob.exists()
+        held.release()
+        other.check_integrity()
+        assert other.resident_bytes == 0
+        assert not blob.exists()
+
+
+def test_a_version_that_another_server_rolls_back_to_is_not_outdated(files: list[Path], tmp_path: Path) -> None:
+    objects = [Disturbed(open_objects(str(tmp_path / "shared"))) for _ in range(2)]
+    with replicas(tmp_path, objects, keep_versions=2) as (one, other):
+        for number in range(2):
+            put(one, "sql", files[number])
+        made: list[str] = []
+
+        def roll_back(call: str, key: str) -> None:
+            if call == "create" and "/log/" in key:
+                made.append(key)
+                if len(made) == 2:  # the first is the publish, this is what would remove version 1
+                    other.change("sql", current=1)
+
+        objects[0].before = roll_back
+        put(one, "sql", files[2])
+        objects[0].come_back()
+        see(other)
+        assert len(made) >= 2
+        assert facts(one) == facts(other)
+        assert one.card("sql").record.version == 1
 
 
 def test_a_quota_holds_for_all_servers_together(files: list[Path], tmp_path: Path) -> None:
