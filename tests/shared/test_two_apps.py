@@ -206,3 +206,8 @@ def test_a_gate_that_one_server_was_told_of_is_judged_by_one_of_them(
     assert promote(one, "guarded", 2, force=True).json()["version"] == 2
     assert current(other, "guarded") == 2
     assert begun == ["guarded"]
+    data_dir = other.service.settings.data_dir
+    monkeypatch.setattr(judging, "_is_ours", lambda service, _due: service.settings.data_dir == data_dir)
+    gated(one, "guarded-there", adapters[4])  # the task of which is to be had from the shared store
+    one.put("guarded-there", adapters[5])
+    assert judged(one, "guarded-there", 2)["verdict"]["bars"]

@@ -150,7 +150,7 @@ class Looks:
         elif time.monotonic() - self._answered > AWAY_SECONDS:
             is_ours = isinstance(failure, StorageFailedError)
             self._changes.away = str(failure) if is_ours else "what others have changed cannot be taken over"
-        if failure is not None and not self._has_failed:
+        if failure is not None and not self._has_failed and not self._is_closed:
             self._report(failure)
         self._has_failed = failure is not None
 
