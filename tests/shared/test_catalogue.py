@@ -106,7 +106,7 @@ def test_a_new_server_makes_itself_of_the_log_and_goes_on_where_it_was(
     with replicas(tmp_path, [objects]) as (one,):  # with the data directory of before
         one.delete_alias("gone")
         one.names.set_origin("a0", "hf://org/a0")
-        one._store._snapshot_at = 0  # noqa: SLF001 - another one is due
+        vars(one._store)["_snapshot_at"] = 0  # noqa: SLF001 - another one is due
         one._store.tidy()  # noqa: SLF001
         put(one, "late", files[0])
         expected = facts(one)
