@@ -94,7 +94,8 @@ def main() -> None:
                 if any(each != control[: len(each)] for each in (answers, others)):
                     raise SystemExit("streams beside an evaluation differ from those alone: not measured")
     report(found)
-    console.print(f"{sum(answered)} answers of evaluations in {arguments.rounds * arguments.seconds:g} s ({machine()})")
+    told = f"{sum(answered)} answers of evaluations in {arguments.rounds * arguments.seconds:g} s ({machine()})"
+    console.print(told, soft_wrap=True)
 
 
 def report(found: dict[str, list[list[float]]]) -> None:
@@ -108,7 +109,8 @@ def report(found: dict[str, list[list[float]]]) -> None:
         for percent in ("p50", "p99"):
             console.print(
                 f"{kind} {percent}: alone {alone[percent]:.1f} ms, beside {beside[percent]:.1f} ms, "
-                f"{beside[percent] / alone[percent]:.2f} of alone ({len(times(found['beside']))} measured beside)"
+                f"{beside[percent] / alone[percent]:.2f} of alone ({len(times(found['beside']))} measured beside)",
+                soft_wrap=True,
             )
 
 
