@@ -3,21 +3,25 @@
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
-from swaplora_adapters.errors import StorageFailedError, StoreUnreachableError
+from swaplora_adapters.errors import StoppingError, StorageFailedError, StorageFullError, StoreUnreachableError
 from swaplora_adapters.store.journal import OutrunError
 from swaplora_adapters.store.records import Touched
+from swaplora_adapters.store.shared.log import Entry
 from swaplora_adapters.store.store import Store
 
 T = TypeVar("T")
 MAX_TRIES = 100
 LOOK_SECONDS = 0.2  # between looks that nobody asked for
 TIDY_SECONDS = 10.0
-AWAY_SECONDS = 1.0  # that the store has not answered, after which nobody waits for it any more
+AWAY_SECONDS = 1.0  # that the store has failed, after which nobody waits for it any more
+HANGING_SECONDS = 2.0  # the same where it says nothing at all
+HOLD_SECONDS = 0.5  # after which whoever waits for another's change asks whether that can come to an end
 
 
 class Changes:
@@ -29,11 +33,15 @@ class Changes:
         self._adopt = adopt
         self._lock = threading.RLock()
         self._is_making = False
+        self._is_closed = False
         self._seen = store.revision  # memory knows all changes up to this one
-        self.away: str | None = None  # why the store has not answered for some time: nobody is to wait for it
+        self._asked_at: float | None = None  # when the look that is under way asked the store
+        self.failure: Exception | None = None  # that others' changes could not be known for some time
 
     def __enter__(self) -> None:
-        self._lock.acquire()
+        """Raises what `check_known` does, where whoever holds it waits for the store."""
+        while not self._lock.acquire(timeout=HOLD_SECONDS):
+            self.check_known()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -44,17 +52,18 @@ class Changes:
         """What `job` returns, which makes one change at its end, if any; done again where another server was faster.
 
         So whatever it looks at before is as it is when the change is made. Within another job it is part of that.
-        Raises StoreUnreachableError, after which the change may still come to be.
+        Raises StoreUnreachableError, after which the change may still come to be, and what `check_known` does.
         """
-        with self._lock:
+        with self:
             if self._is_making or not self._store.is_shared:
                 return job()
             for num_tries in range(MAX_TRIES):
-                if self.away is not None:
-                    raise StoreUnreachableError(self.away)
+                self.check_known()
                 self._is_making = True
                 try:
-                    self.catch_up()
+                    self._catch_up(self._store.unread)
+                    if self._is_closed:
+                        raise StoppingError
                     done = job()
                     self._seen = self._store.revision
                     return done
@@ -64,18 +73,61 @@ class Changes:
                     self._is_making = False
             raise StoreUnreachableError("too many others change adapters at this moment; try again")
 
-    def catch_up(self) -> None:
-        """Have memory know all that others have changed by now. Needs to be held."""
-        touched = self._store.catch_up()
-        if touched.names or touched.aliases:
-            self._adopt(touched)
-        self._seen = self._store.revision
+    @contextmanager
+    def held_at_last(self) -> Iterator[None]:
+        """The same as `with`, however long it takes. Raises StoppingError once it is closed and cannot be had."""
+        while not self._lock.acquire(timeout=HOLD_SECONDS):
+            if self._is_closed:
+                raise StoppingError
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def look(self) -> None:
-        """The same, held only if there is something new."""
-        while self._store.is_behind(self._seen):
-            with self._lock:
-                self.catch_up()
+        """Have memory know all that others have changed by now: held only if there is something new."""
+        self._catch_up(self._looked)
+
+    def check_known(self) -> None:
+        """Raise why others' changes have not been known for some time, if so: nobody is to wait for them."""
+        asked_at = self._asked_at
+        if asked_at is not None and time.monotonic() - asked_at > HANGING_SECONDS:
+            raise StoreUnreachableError("the shared store does not answer; try again")
+        match self.failure:
+            case None:
+                return
+            case StoreUnreachableError() | StorageFullError() as failure:
+                raise type(failure)(str(failure))
+            case StorageFailedError() as failure:
+                raise StorageFailedError(f"what others have changed cannot be taken over: {failure}")
+            case _:
+                raise StorageFailedError("what others have changed cannot be taken over")
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether it is this server, not the store, for which others' changes are not known."""
+        return self.failure is not None and not isinstance(self.failure, StoreUnreachableError)
+
+    def close(self) -> None:
+        """Nobody is to wait for what does not come to an end."""
+        self._is_closed = True
+
+    def _looked(self, revision: int) -> tuple[Sequence[Entry], bool]:
+        self._asked_at = time.monotonic()
+        try:
+            return self._store.unread(revision)
+        finally:
+            self._asked_at = None
+
+    def _catch_up(self, unread: Callable[[int], tuple[Sequence[Entry], bool]]) -> None:
+        """What the store knows and memory does not is told to memory again, if that came to no end before."""
+        is_all = False
+        while not is_all:
+            entries, is_all = unread(self._seen)
+            if entries:
+                with self._lock:
+                    self._adopt(self._store.catch_up(entries))
+                    self._seen = self._store.revision
 
 
 class Looks:
@@ -105,13 +157,16 @@ class Looks:
         """Done once all that was acknowledged before is known here; fails where that cannot be known."""
         future: Future[None] = Future()
         with self._asked:
-            if self._changes.away is not None:
-                future.set_exception(StoreUnreachableError(self._changes.away))
-            elif self._is_closed:
-                future.set_result(None)
+            try:
+                self._changes.check_known()
+            except (StorageFailedError, StorageFullError) as error:
+                future.set_exception(error)
             else:
-                self._waiting.append(future)
-                self._asked.notify_all()
+                if self._is_closed:
+                    future.set_result(None)
+                else:
+                    self._waiting.append(future)
+                    self._asked.notify_all()
         return future
 
     def close(self) -> None:
@@ -146,10 +201,9 @@ class Looks:
     def _note(self, failure: Exception | None) -> None:
         """What is reported is the first failure of a row of them."""
         if failure is None:
-            self._answered, self._changes.away = time.monotonic(), None
+            self._answered, self._changes.failure = time.monotonic(), None
         elif time.monotonic() - self._answered > AWAY_SECONDS:
-            is_ours = isinstance(failure, StorageFailedError)
-            self._changes.away = str(failure) if is_ours else "what others have changed cannot be taken over"
+            self._changes.failure = failure
         if failure is not None and not self._has_failed and not self._is_closed:
             self._report(failure)
         self._has_failed = failure is not None

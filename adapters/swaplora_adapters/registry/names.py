@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,15 +58,19 @@ class Names:
         *,
         base_model: str,
         keep_versions: int,
-        on_adopted: Callable[[Touched, set[VersionRecord]], None] = lambda _touched, _gone: None,
+        on_adopted: Callable[[Touched, set[VersionRecord]], None],
+        reading: AbstractContextManager[object],
     ) -> None:
         """`on_adopted` hears what other servers have changed, and which versions are gone by that.
+
+        Whoever binds names holds `reading`, and sees all that others have changed, or nothing of it.
 
         Raises InvalidAdapterNameError if something stored is called as the base is.
         """
         self.index = Index()
         self.changes = Changes(store, self._adopt)
         self._on_adopted = on_adopted
+        self._reading = reading
         self._store = store
         self._base_model = base_model
         self._keep_versions = keep_versions
@@ -315,14 +320,15 @@ class Names:
     def _adopt(self, touched: Touched) -> None:
         """Know what other servers have changed. Needs `changes`."""
         before = self._records(touched)
+        names = {name: self._stored(name) for name in touched.names}
+        aliases = {alias: next(iter(self._store.aliases(alias)), None) for alias in touched.aliases}
         for name in touched.names:
-            self._refresh(name)
             self._origins |= self._store.origins(name)
-        for alias in touched.aliases:
-            if found := self._store.aliases(alias):
-                self.index.put_alias(found[0])
-            else:
-                self.index.remove_alias(alias)
+        with self._reading:  # an alias may lead elsewhere, and what it led to be gone
+            for name, named in names.items():
+                self.index.put(name, named) if named else self.index.remove(name)
+            for alias, made in aliases.items():
+                self.index.put_alias(made) if made else self.index.remove_alias(alias)
         self._on_adopted(touched, before - self._records(touched))
 
     def _records(self, touched: Touched) -> set[VersionRecord]:
@@ -332,12 +338,16 @@ class Names:
 
     def _refresh(self, name: str) -> None:
         """Let the index know a name as the store does. Needs `changes`."""
+        named = self._stored(name)
+        self.index.put(name, named) if named else self.index.remove(name)
+
+    def _stored(self, name: str) -> NamedVersions | None:
         try:
             versions, current = tuple(self._store.versions(name)), self._store.current(name)
-            is_pinned, shared_with = self._store.is_pinned(name), self._store.shared_with(name)
-            self.index.put(name, NamedVersions(current, versions, is_pinned, shared_with, self._store.gate(name)))
         except AdapterNotFoundError:
-            self.index.remove(name)
+            return None
+        is_pinned, shared_with = self._store.is_pinned(name), self._store.shared_with(name)
+        return NamedVersions(current, versions, is_pinned, shared_with, self._store.gate(name))
 
 
 def _held(record: VersionRecord) -> GateFailedError:

@@ -101,13 +101,17 @@ class Registry:
         self._placement = placement
         self._prepare = prepare
         self._base_model = base_model
+        self._lease_counts = LeaseCounts()
         self._names = Names(
-            store, base_model=base_model, keep_versions=keep_versions, on_adopted=self._know_others_changes
+            store,
+            base_model=base_model,
+            keep_versions=keep_versions,
+            on_adopted=self._know_others_changes,
+            reading=self._lease_counts.lock,
         )
         self._usage = UsageByName(Unheard() if listener is None else listener)
         self._residency = Residency(self._load, memory_budget, wait_seconds, on_evict=self._usage.evicted)
         self._host = HostTier(0) if host is None else host
-        self._lease_counts = LeaseCounts()
         self._last_failure: dict[str, Failure] = {}
         self._verifier = ThreadPoolExecutor(1, "adapter-verify", initializer=lower_priority, initargs=(SHARE_OF_LOADS,))
         self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-free")
@@ -359,6 +363,7 @@ class Registry:
     def close(self) -> None:
         if self._looks is not None:
             self._looks.close()
+        self._names.changes.close()
         self._cleaner.shutdown()
         self._residency.close()
         self._verifier.shutdown()
@@ -539,7 +544,7 @@ class Registry:
 
     def _finish_removals(self) -> None:
         """The cleaner's job: free what was removed and is held by nobody any more, and tell who waits for it."""
-        with self._names.changes:
+        with self._names.changes.held_at_last():
             elsewhere = self._names.index.digests()
             removable = self._lease_counts.removable(elsewhere)
             for digest in removable:

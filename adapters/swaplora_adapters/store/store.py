@@ -37,6 +37,7 @@ from swaplora_adapters.store.manifests import Manifests, NotUndoneError
 from swaplora_adapters.store.records import Alias, Details, Published, Quarantined, Standing, Touched, VersionRecord
 from swaplora_adapters.store.recovery import Recovery
 from swaplora_adapters.store.shared.extras import Extras
+from swaplora_adapters.store.shared.log import Entry
 from swaplora_adapters.store.staging import Staging
 
 __all__ = ["BlobPaths", "Details", "Published", "Quarantined", "Staging", "Store", "StoreError", "VersionRecord"]
@@ -90,12 +91,12 @@ class Store:
         """Whether other servers change the same names, and see what is changed here."""
         return False
 
-    def is_behind(self, _revision: int) -> bool:
-        """Whether others have made a change after this one. Raises StoreUnreachableError."""
-        return False
+    def unread(self, _revision: int) -> tuple[Sequence[Entry], bool]:
+        """Changes after this one, and whether these are all. Raises StoreUnreachableError."""
+        return (), True
 
-    def catch_up(self) -> Touched:
-        """Take over what others have changed, and say what of. Raises StoreUnreachableError."""
+    def catch_up(self, _entries: Sequence[Entry]) -> Touched:
+        """Take over those of these changes that are not known yet, and say what all of them are of."""
         return Touched()
 
     def send(self, staging: Staging, digest: str) -> None:

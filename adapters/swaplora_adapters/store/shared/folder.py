@@ -32,8 +32,7 @@ class FolderObjects:
             try:
                 return (self._root / key).read_bytes()
             except FileNotFoundError:
-                if not self._staging.exists():  # not mounted, or gone
-                    raise
+                self._check_mounted()
                 return None
 
     def create(self, key: str, content: bytes) -> bool:
@@ -67,6 +66,7 @@ class FolderObjects:
             try:
                 source = (self._root / key).open("rb")
             except FileNotFoundError:
+                self._check_mounted()
                 return False
             with source, raising_storage_errors(), path.open("xb") as file:
                 shutil.copyfileobj(source, file, 1 << 20)
@@ -87,6 +87,10 @@ class FolderObjects:
             path.unlink(missing_ok=True)
             with suppress(OSError):  # it is not empty
                 path.parent.rmdir()
+
+    def _check_mounted(self) -> None:
+        """Raise OSError where all of it is gone: what is not found then may be there."""
+        self._staging.stat()
 
     @contextmanager
     def _staged(self) -> Iterator[Path]:

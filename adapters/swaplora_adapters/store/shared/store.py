@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 from swaplora_adapters.errors import (
     AdapterFailedError,
+    StoppingError,
     StorageFailedError,
     StorageFullError,
 )
@@ -34,6 +35,7 @@ from swaplora_adapters.store.store import Store
 
 SNAPSHOT_EVERY = 256  # changes: as many are read one by one at a start
 SWEEP_SECONDS = 3600.0
+CLOSE_SECONDS = 2.0  # that an end waits for a change that is being made
 _AT_ONCE = 64  # changes that are taken over together
 
 
@@ -66,6 +68,7 @@ class SharedStore(Store):
         self._fetching = threading.Lock()
         self._fresh: set[str] = set()  # fetched, and not hashed yet
         self._snapshot_at = 0
+        self._is_closed = False
         self._sweep_at = time.monotonic() + SWEEP_SECONDS
         super().__init__(data_dir)
 
@@ -103,8 +106,11 @@ class SharedStore(Store):
                 "the data directory has changes that the shared store does not have, which was perhaps restored from a "
                 "backup: choose an empty --data-dir"
             )
-        while entries := self._unread(journal.revision):
-            journal.adopt(entries)
+        is_all = False
+        while not is_all:
+            entries, is_all = self.unread(journal.revision)
+            if entries:
+                journal.adopt(entries)
 
     def _send_all(self, files: SharedFiles) -> None:
         """What the directory held before there was a shared store."""
@@ -120,20 +126,36 @@ class SharedStore(Store):
     def is_shared(self) -> bool:
         return True
 
-    def is_behind(self, revision: int) -> bool:
-        return self._log.read(revision + 1) is not None
+    def unread(self, revision: int) -> tuple[Sequence[Entry], bool]:
+        entries: list[Entry] = []
+        while len(entries) < _AT_ONCE:
+            if (entry := self._log.read(revision + len(entries) + 1)) is None:
+                return entries, True
+            entries.append(entry)
+        return entries, False
 
-    def catch_up(self) -> Touched:
+    def catch_up(self, entries: Sequence[Entry]) -> Touched:
         names: set[str] = set()
         aliases: set[str] = set()
-        while entries := self._unread(self.revision):
-            with self._mutex:
-                self._journal.adopt(entries)
+        with self._mutex:
+            if self._is_closed:
+                raise StoppingError
+            if new := [entry for entry in entries if entry.revision > self.revision]:
+                self._journal.adopt(new)
             for entry in entries:
                 (names if entry.kind == "name" else aliases).add(entry.name)
                 for version in entry.facts.get("versions", ()):
                     self._places[version["digest"]] = version["place"]
         return Touched(frozenset(names), frozenset(aliases))
+
+    def close(self) -> None:
+        """The process's end lets go of a directory where somebody yet waits for the shared store."""
+        self._is_closed = True
+        if self._mutex.acquire(timeout=CLOSE_SECONDS):
+            try:
+                super().close()
+            finally:
+                self._mutex.release()
 
     def publish(
         self,
@@ -202,18 +224,11 @@ class SharedStore(Store):
     def sweep(self) -> int:
         """Remove what no version refers to, and has lain for long, from the shared store; how many objects."""
         old = self._files.old()
-        if self.is_behind(self.revision):
+        if self._log.read(self.revision + 1) is not None:
             return 0  # what is old may be referred to by what is not known yet
         with self._mutex:
             referenced = set(self._catalogue.places().items())
         return self._files.remove(old, referenced)
-
-    def _unread(self, revision: int) -> list[Entry]:
-        """Some of the changes after this one."""
-        entries: list[Entry] = []
-        while len(entries) < _AT_ONCE and (entry := self._log.read(revision + len(entries) + 1)) is not None:
-            entries.append(entry)
-        return entries
 
     def _is_here(self, digest: str) -> bool:
         return all(regular_size(path) is not None for path in self._blobs.paths(digest))
