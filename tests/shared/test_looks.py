@@ -100,8 +100,10 @@ def test_while_the_store_hangs_changes_are_refused_and_the_server_can_be_closed(
     of = registry(tmp_path / "data", disturbed[0])
     put(of, "sql", files[0])
     before = of.revision
-    disturbed[0].before = lambda _call, _key: [None, is_over.wait(HANG_SECONDS)][0]
     told: list[AdapterError] = []
+
+    def hang(_call: str, _key: str) -> None:
+        is_over.wait(HANG_SECONDS)
 
     def change(number: int) -> None:
         try:
@@ -109,6 +111,7 @@ def test_while_the_store_hangs_changes_are_refused_and_the_server_can_be_closed(
         except AdapterError as error:
             told.append(error)
 
+    disturbed[0].before = hang
     threads = [threading.Thread(target=change, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
