@@ -41,6 +41,13 @@ def bucket(moto_url: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
     return f"s3://{name}/team"
 
 
+@pytest.fixture(autouse=True)
+def shared_folder(tmp_path: Path) -> Path:
+    """That of a store which is to be made."""
+    (tmp_path / "shared").mkdir()
+    return tmp_path / "shared"
+
+
 @pytest.fixture(params=["folder", "bucket"])
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Of an empty store, of either kind."""

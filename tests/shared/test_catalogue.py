@@ -124,6 +124,8 @@ def test_a_new_server_makes_itself_of_the_log_and_goes_on_where_it_was(
 
 
 def test_a_data_directory_is_the_copy_of_one_store_alone(files: list[Path], tmp_path: Path) -> None:
+    for name in ("others", "empty"):
+        (tmp_path / name).mkdir()
     objects, others = open_objects(str(tmp_path / "shared")), open_objects(str(tmp_path / "others"))
     with replicas(tmp_path, [objects]) as (one,):
         put(one, "sql", files[0])

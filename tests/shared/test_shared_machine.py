@@ -28,6 +28,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         root = Path(self.folder.name)
+        (root / "shared").mkdir()
         self.objects = [Disturbed(open_objects(str(root / "shared"))) for _ in range(2)]
         self.servers: list[Registry] = []
         for number in range(2):

@@ -43,6 +43,7 @@ def servers(
     base: Path, disturbed: list[Disturbed], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Running, Running]]:
     folder = tmp_path_factory.mktemp("servers")
+    (folder / "shared").mkdir()
     with ExitStack() as stack:
         one, other = (
             stack.enter_context(serving(settings(base, folder / name, shared_store=str(folder / "shared"))))

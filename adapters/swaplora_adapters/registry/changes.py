@@ -127,7 +127,7 @@ class Changes:
             if entries:
                 with self._lock:
                     self._adopt(self._store.catch_up(entries))
-                    self._seen = self._store.revision
+                    self._seen = max(self._seen, entries[-1].revision)
 
 
 class Looks:

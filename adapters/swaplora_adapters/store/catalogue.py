@@ -85,7 +85,8 @@ class Catalogue:
             try:
                 yield
             finally:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:  # SQLite has ended it by itself where the disk is full or fails
+                    self._connection.execute("ROLLBACK")
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -195,15 +196,18 @@ class Catalogue:
         return Manifest(revision, {"targets": None, "mixture": {"members": members, "mixing": mixing}})
 
     def adopt_name(self, name: str, manifest: Manifest, config_bytes: Mapping[str, int]) -> None:
-        """Take what a manifest says for what is kept of the name; `config_bytes` are the files', by digest."""
+        """Take what a manifest says for what is kept of the name.
+
+        `config_bytes` are, by digest, those of the files here, which count where these are the only ones.
+        """
         facts = _UNTOLD_OF_NAME | manifest.facts
         self._execute("DELETE FROM versions WHERE name = ?", name)
         self._insert("names", {"name": name, "revision": manifest.revision, **facts}, ("name", "revision", *_OF_NAME))
         for version in facts["versions"]:
-            digest = version["digest"]
-            if not self.is_blob(digest):
-                nbytes = config_bytes[digest] or version.get("config_bytes", 0)  # its own, if it is here
-                self.put_blob(digest, nbytes, version["weights_bytes"], version.get("place"))
+            digest, place = version["digest"], version.get("place")
+            if not self.is_blob(digest) or self.places(digest).get(digest) != place:  # sent anew since
+                here = config_bytes.get(digest) if place is None else None
+                self.put_blob(digest, here or version.get("config_bytes", 0), version["weights_bytes"], place)
             self._insert("versions", {"name": name, **_UNTOLD_OF_VERSION, **version}, ("name", *_OF_VERSION))
 
     def adopt_alias(self, alias: str, manifest: Manifest) -> None:

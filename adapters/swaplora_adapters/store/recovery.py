@@ -6,6 +6,7 @@ manifests.
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from swaplora_adapters.errors import StorageFailedError, StorageFullError
 from swaplora_adapters.files.disk import StoreError, sync_folder
@@ -67,6 +68,14 @@ class Recovery:
         self._write(self._names, {name: catalogue.manifest_of_name(name) for name in names.untold})
         self._write(self._aliases, {alias: catalogue.manifest_of_alias(alias) for alias in untold})
         return max(names.last_revision, aliases.last_revision)
+
+    def told_at(self, revision: int, fact: str) -> Any:
+        """What a manifest of this change was found to say of something; None if none does."""
+        described = (*self._described_names.values(), *self._described_aliases.values())
+        told = (
+            manifest.facts[fact] for manifest in described if manifest.revision == revision and fact in manifest.facts
+        )
+        return next(told, None)
 
     def sweep(self, catalogue: Catalogue, *, is_copy: bool = False) -> None:
         """Remove what was on its way in or was deleted; what nobody knows is set aside, unless it `is_copy` of all."""

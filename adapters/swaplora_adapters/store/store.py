@@ -131,9 +131,8 @@ class Store:
 
         A new version is made only if the current one has another digest, also where an older one has the same, and the
         newest is no candidate with these bytes. The current one's put again hold back for good what waits to follow it.
-        Files are shared by digest, and files that are there and sound are not
-        touched. Raises PreconditionFailedError if
-        one of the `conditions` does not hold, InvalidAdapterNameError, InvalidAdapterError if a file is missing, and
+        Files are shared by digest, and files that are there and sound are not touched. Raises PreconditionFailedError
+        if one of the `conditions` does not hold, InvalidAdapterNameError, InvalidAdapterError if a file is missing, and
         StorageFullError; then the store is as before. After StorageFailedError, too, but the next start may find the
         change made.
         """

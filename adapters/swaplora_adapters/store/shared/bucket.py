@@ -19,6 +19,7 @@ ANSWER_SECONDS = 3.0  # of what is small
 FILE_SECONDS = 30.0  # that nothing comes of a file, or that the store takes after the last of it
 _MISSING = frozenset({"NoSuchKey", "404", "NotFound"})
 _THERE = frozenset({"PreconditionFailed", "412"})
+_CONFLICT = frozenset({"ConditionalRequestConflict", "409"})
 T = TypeVar("T")
 
 
@@ -44,7 +45,8 @@ class BucketObjects:
                 self._small.put_object(**self._at(key), Body=content, IfNoneMatch="*")
                 return True
             except ClientError as error:
-                if _code(error) in _THERE:
+                # where another is made at this moment there is one or there is none, and it is to be tried again
+                if _code(error) in _THERE or (_code(error) in _CONFLICT and self.get(key) is not None):
                     return False
                 raise
 

@@ -5,6 +5,7 @@ that nothing refers to any more is therefore never referred to again, and can be
 """
 
 import secrets
+import time
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from swaplora_adapters.store.shared.log import tried
 from swaplora_adapters.store.shared.objects import Objects
 from swaplora_adapters.store.staging import Staging
 
-SWEPT_AFTER = 24 * 3600.0  # seconds: what is on its way in is published long before
+SWEPT_AFTER = 24 * 3600.0  # seconds: what is on its way in is published, and what was deleted fetched, long before
 
 
 class SharedFiles:
@@ -25,6 +26,7 @@ class SharedFiles:
     def __init__(self, objects: Objects, store_id: str) -> None:
         self._objects = objects
         self._prefix = f"{store_id}/blobs/"
+        self._unreferenced: dict[str, float] = {}  # key → when a sweep first found it so, on the monotonic clock
 
     def send(self, digest: str, config: Path, weights: Path) -> str:
         """Both files to a new place, which this returns; durable then."""
@@ -39,14 +41,21 @@ class SharedFiles:
             if not tried(partial(self._fetched, self._key(digest, place, path.name), path)):
                 raise AdapterFailedError(f"the shared store has lost its {path.name}")
 
-    def old(self) -> list[str]:
-        """What has lain there for so long that it is not on its way in."""
-        return [each.key for each in self._objects.under(self._prefix) if each.age > SWEPT_AFTER]
+    def keys(self) -> list[str]:
+        """Of all that lie there."""
+        return [each.key for each in self._objects.under(self._prefix)]
 
     def remove(self, keys: Collection[str], referenced: Collection[tuple[str, str]]) -> int:
-        """All that lie in no place of these, (digest, place); how many."""
-        kept = {self._key(digest, place, "") for digest, place in referenced}
-        doomed = [key for key in keys if key[: key.rindex("/") + 1] not in kept]
+        """All that lie in no place of these, (digest, place), and were found so long ago too; how many.
+
+        Until then they may be on their way in, or be fetched for a request of before the last version was deleted.
+        """
+        kept, now = {self._key(digest, place, "") for digest, place in referenced}, time.monotonic()
+        found, self._unreferenced = self._unreferenced, {}
+        for key in keys:
+            if key[: key.rindex("/") + 1] not in kept:
+                self._unreferenced[key] = found.get(key, now)
+        doomed = [key for key in found.keys() & self._unreferenced.keys() if now - found[key] > SWEPT_AFTER]
         for key in doomed:
             self._objects.remove(key)
         return len(doomed)

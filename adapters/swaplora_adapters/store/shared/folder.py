@@ -12,18 +12,22 @@ from swaplora_adapters.errors import StorageFullError, StoreUnreachableError
 from swaplora_adapters.files.disk import StoreError, raising_storage_errors, sync_folder
 from swaplora_adapters.store.shared.objects import Listed
 
-_STAGING = "staging"  # below the folder; what a crash leaves there is swept with the rest
+_STAGING = "staging"  # below the folder
+_SWEPT_AFTER = 24 * 3600.0  # seconds: what was not written to for so long there, a crash has left
 
 
 class FolderObjects:
     """See `Objects`. A key is a path below `root`; the file system must know hard links, as NFS does."""
 
     def __init__(self, root: Path) -> None:
-        """Made if need be; StoreError if it cannot be used."""
+        """StoreError if it cannot be used, or is not there: what is not mounted is not to become another store."""
         self._root = root
         self._staging = root / _STAGING
+        if not root.is_dir():
+            raise StoreError(f"the shared store {root} is not there: mount it, or make the folder if it is to be new")
         try:
-            self._staging.mkdir(parents=True, exist_ok=True)
+            self._staging.mkdir(exist_ok=True)
+            self._sweep()
         except OSError as error:
             raise StoreError(f"the shared store {root} cannot be used: {error.strerror}") from error
 
@@ -91,6 +95,12 @@ class FolderObjects:
     def _check_mounted(self) -> None:
         """Raise OSError where all of it is gone: what is not found then may be there."""
         self._staging.stat()
+
+    def _sweep(self) -> None:
+        for path in self._staging.iterdir():
+            with suppress(FileNotFoundError):  # another server's, which is done with it
+                if time.time() - path.stat().st_mtime > _SWEPT_AFTER:
+                    path.unlink()
 
     @contextmanager
     def _staged(self) -> Iterator[Path]:

@@ -89,4 +89,9 @@ def _found(objects: Objects) -> str | None:
     told = json.loads(content)
     if told["format"] > FORMAT:
         raise StoreError("the shared store was made by a newer release: start that one")
+    if tried(lambda: objects.create(_KEY, content)):
+        raise StoreError(
+            "the shared store has let an object be made over the one that was there: it does not know conditional "
+            "writes (If-None-Match: *), without which changes would be lost"
+        )
     return str(told["id"])

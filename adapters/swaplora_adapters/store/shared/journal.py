@@ -3,10 +3,12 @@
 What one server changes and what others have changed is taken over by the same steps.
 """
 
+import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+from swaplora_adapters.errors import StorageFailedError, StorageFullError, StoreUnreachableError
 from swaplora_adapters.store.blobs import Blobs
 from swaplora_adapters.store.catalogue import Catalogue
 from swaplora_adapters.store.journal import Journal, OutrunError
@@ -39,7 +41,10 @@ class SharedJournal(Journal):
         if (entry := self._draft) is not None:
             if not self._log.append(entry):
                 raise OutrunError
-            self.adopt([entry])
+            try:
+                self.adopt([entry])
+            except (StorageFullError, StorageFailedError) as error:
+                raise StoreUnreachableError(f"the change is made, but not known here yet: {error}") from error
 
     def even_if_full(self, change: Callable[[bool], T]) -> T:
         with self.change():
@@ -48,7 +53,8 @@ class SharedJournal(Journal):
     def adopt(self, entries: Sequence[Entry]) -> None:
         """Take over changes, in order; StorageFullError where even the reserve has no room for them."""
         newest = {(entry.kind, entry.name): entry for entry in entries}.values()
-        super().even_if_full(lambda _has_failed: self._take_over(newest))
+        in_order = sorted(newest, key=lambda entry: entry.revision)
+        super().even_if_full(lambda _has_failed: self._take_over(in_order))
         self.revision = max(self.revision, *(entry.revision for entry in entries))
 
     def adopt_all(self, snapshot: Snapshot) -> None:
@@ -84,7 +90,8 @@ class SharedJournal(Journal):
         return []
 
     def _write(self, manifests: Manifests, name: str, manifest: Manifest, may_be_none: bool) -> None:
-        self._draft = Entry(manifest.revision, "name" if manifests is self._names else "alias", name, manifest.facts)
+        kind: Kind = "name" if manifests is self._names else "alias"
+        self._draft = Entry(manifest.revision, kind, name, manifest.facts, secrets.token_hex(16))
 
     def _take_over(self, entries: Collection[Entry]) -> None:
         for kind, manifests in (("name", self._names), ("alias", self._aliases)):
@@ -98,7 +105,5 @@ class SharedJournal(Journal):
             if entry.kind == "alias":
                 self._catalogue.adopt_alias(entry.name, entry.manifest)
             else:
-                digests = (version["digest"] for version in entry.facts["versions"])
-                sizes = {digest: self._blobs.config_bytes(digest) for digest in digests}
-                self._catalogue.adopt_name(entry.name, entry.manifest, sizes)
+                self._catalogue.adopt_name(entry.name, entry.manifest, {})
         self._catalogue.forget_unreferenced()

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,6 +14,7 @@ from swaplora_adapters.store.shared.objects import Objects
 
 FORMAT = 1
 PAUSES = (0.05, 0.2)  # seconds between tries, one more than these
+CHANGE = "change"  # in a manifest: the id of the entry that it is of
 Kind = Literal["name", "alias"]
 _KEPT_SNAPSHOTS = 2
 T = TypeVar("T")
@@ -27,10 +27,12 @@ class Entry(NamedTuple):
     kind: Kind
     name: str
     facts: Facts
+    id: str | None = None  # that no other change has; None for what is of a snapshot
 
     @property
     def manifest(self) -> Manifest:
-        return Manifest(self.revision, self.facts)
+        """It says which change it is of, so that a server knows whether a store is still the one it is a copy of."""
+        return Manifest(self.revision, self.facts if self.id is None else self.facts | {CHANGE: self.id})
 
 
 class Snapshot(NamedTuple):
@@ -54,14 +56,14 @@ class Log:
         if content is None:
             return None
         told = _decoded(content, f"change {revision}")
-        return Entry(told["revision"], told["kind"], told["name"], told["facts"])
+        return Entry(told["revision"], told["kind"], told["name"], told["facts"], told["id"])
 
     def append(self, entry: Entry) -> bool:
         """Make a change the next one, durably; False if another was made in its place.
 
         After StoreUnreachableError it may still come to be: whoever reads on from there will see.
         """
-        key, content = _key(self._log, entry.revision), _encoded({**entry._asdict(), "id": secrets.token_hex(16)})
+        key, content = _key(self._log, entry.revision), _encoded(entry._asdict())
         # where it is there already it may be by a try whose answer was lost: the id tells
         return tried(lambda: self._objects.create(key, content) or self._objects.get(key) == content)
 

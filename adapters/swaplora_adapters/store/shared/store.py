@@ -6,7 +6,7 @@ when they are first wanted, so that those which are not here are not missing.
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from swaplora_adapters.store.shared.extras import Extras
 from swaplora_adapters.store.shared.files import SWEPT_AFTER, SharedFiles
 from swaplora_adapters.store.shared.identity import found_or_join
 from swaplora_adapters.store.shared.journal import SharedJournal
-from swaplora_adapters.store.shared.log import Entry, Log
+from swaplora_adapters.store.shared.log import CHANGE, Entry, Log
 from swaplora_adapters.store.shared.objects import Objects
 from swaplora_adapters.store.staging import Staging
 from swaplora_adapters.store.store import Store
@@ -84,39 +84,49 @@ class SharedStore(Store):
             return SharedJournal(self._catalogue, self._names, self._aliases, self._blobs, known, log)
 
         def publish(store_id: str) -> None:
-            self._send_all(SharedFiles(self._objects, store_id))
+            # what an earlier start has sent already is where a snapshot of that start says
+            self._send_all(SharedFiles(self._objects, store_id), self._catalogue.places() if is_copy else {})
             Log(self._objects, store_id).put_snapshot(journal(store_id).snapshot())
 
         store_id = found_or_join(self._objects, folders.shared, is_filled=is_filled, publish=publish)
         self._log, self._files = Log(self._objects, store_id), SharedFiles(self._objects, store_id)
         self.extras = Extras(self._objects, store_id)
         opened = journal(store_id)
-        self._begin(opened)
+        self._begin(opened, recovery.told_at(revision, CHANGE))
         self._places = self._catalogue.places()
         return opened
 
-    def _begin(self, journal: SharedJournal) -> None:
-        """Take over what was changed before this server began, or while it was away."""
+    def _begin(self, journal: SharedJournal, change: str | None) -> None:
+        """Take over what was changed before this server began, or while it was away.
+
+        `change` is the id of the last change that is known here, or None if that was the founding, or is not known.
+        """
         snapshot = self._log.newest_snapshot()
         self._snapshot_at = snapshot.revision if snapshot else 0
-        if snapshot is not None and snapshot.revision > journal.revision:
-            journal.adopt_all(snapshot)
-        elif journal.revision > self._snapshot_at and self._log.read(journal.revision) is None:
+        last = self._log.read(journal.revision)
+        has_last = change in (None, last.id) if last else change is None and journal.revision <= self._snapshot_at
+        if not has_last:
             raise StoreError(
                 "the data directory has changes that the shared store does not have, which was perhaps restored from a "
                 "backup: choose an empty --data-dir"
             )
+        if snapshot is not None and snapshot.revision > journal.revision:
+            journal.adopt_all(snapshot)
+            if last := self._log.read(snapshot.revision):
+                journal.adopt([last])  # once more: it has an id
         is_all = False
         while not is_all:
             entries, is_all = self.unread(journal.revision)
             if entries:
                 journal.adopt(entries)
 
-    def _send_all(self, files: SharedFiles) -> None:
-        """What the directory held before there was a shared store."""
+    def _send_all(self, files: SharedFiles, sent: Collection[str]) -> None:
+        """What the directory held before there was a shared store, but for these digests."""
         for digest, config_bytes, weights_bytes, failure in self._catalogue.blobs():
             if reason := failure or self._blobs.size_complaint(digest, (config_bytes, weights_bytes)):
                 raise StoreError(f"the shared store cannot be made of this data directory: {digest}: {reason}")
+            if digest in sent:
+                continue
             place = files.send(digest, *self._blobs.paths(digest))
             with self._catalogue.transaction():
                 self._catalogue.put_blob(digest, config_bytes, weights_bytes, place)
@@ -135,18 +145,15 @@ class SharedStore(Store):
         return entries, False
 
     def catch_up(self, entries: Sequence[Entry]) -> Touched:
-        names: set[str] = set()
-        aliases: set[str] = set()
         with self._mutex:
             if self._is_closed:
                 raise StoppingError
             if new := [entry for entry in entries if entry.revision > self.revision]:
                 self._journal.adopt(new)
-            for entry in entries:
-                (names if entry.kind == "name" else aliases).add(entry.name)
-                for version in entry.facts.get("versions", ()):
-                    self._places[version["digest"]] = version["place"]
-        return Touched(frozenset(names), frozenset(aliases))
+            for digest in {version["digest"] for entry in entries for version in entry.facts.get("versions", ())}:
+                self._places |= self._catalogue.places(digest)  # of the last change, which none of these may be
+        names, aliases = (frozenset(e.name for e in entries if e.kind == kind) for kind in ("name", "alias"))
+        return Touched(names, aliases)
 
     def close(self) -> None:
         """The process's end lets go of a directory where somebody yet waits for the shared store."""
@@ -222,19 +229,21 @@ class SharedStore(Store):
             self.sweep()
 
     def sweep(self) -> int:
-        """Remove what no version refers to, and has lain for long, from the shared store; how many objects."""
-        old = self._files.old()
+        """Remove from the shared store what no version has referred to for long; how many objects."""
+        keys = self._files.keys()
         if self._log.read(self.revision + 1) is not None:
-            return 0  # what is old may be referred to by what is not known yet
+            return 0  # one may be referred to by what is not known yet
         with self._mutex:
             referenced = set(self._catalogue.places().items())
-        return self._files.remove(old, referenced)
+        return self._files.remove(keys, referenced)
 
     def _is_here(self, digest: str) -> bool:
         return all(regular_size(path) is not None for path in self._blobs.paths(digest))
 
     def _size_complaint(self, digest: str, sizes: Sequence[int]) -> str | None:
-        return super()._size_complaint(digest, sizes) if self._is_here(digest) else None
+        """A config may be written in another way here than where the version was made, and mean the same."""
+        here = (self._blobs.config_bytes(digest), sizes[1])
+        return super()._size_complaint(digest, here) if self._is_here(digest) else None
 
     def _find_damage(self) -> list[Quarantined]:
         for digest, *sizes, _failure in self._catalogue.blobs():

@@ -1,0 +1,310 @@
+"""What the store must not lose: files, changes that were acknowledged, and which store a data directory is of."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from botocore.stub import Stubber
+
+from replicas import Disturbed, facts, put, registry, replicas, see, unreachable
+from swaplora_adapters.errors import StorageFailedError, StorageFullError, StoreUnreachableError
+from swaplora_adapters.files.disk import StoreError
+from swaplora_adapters.files.naming import CONFIG_FILE
+from swaplora_adapters.registry.registry import Registry
+from swaplora_adapters.store.catalogue import Catalogue
+from swaplora_adapters.store.records import Target, Touched
+from swaplora_adapters.store.shared import files as shared_files
+from swaplora_adapters.store.shared import store as shared_store
+from swaplora_adapters.store.shared.address import open_objects
+from swaplora_adapters.store.shared.bucket import BucketObjects
+from swaplora_adapters.store.shared.store import SharedStore
+from test_catalogue import local, weights_of
+
+
+@pytest.fixture
+def objects(tmp_path: Path) -> list[Disturbed]:
+    return [Disturbed(open_objects(str(tmp_path / "shared"))) for _ in range(2)]
+
+
+@pytest.fixture
+def sweep(monkeypatch: pytest.MonkeyPatch) -> Callable[[Registry], int]:
+    """Twice, a day apart; how many objects went the second time."""
+
+    def sweep(of: Registry) -> int:
+        store = store_of(of)
+        assert store.sweep() == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(shared_files, "SWEPT_AFTER", -1.0)
+            return store.sweep()
+
+    return sweep
+
+
+def store_of(of: Registry) -> SharedStore:
+    store = of._store  # noqa: SLF001
+    assert isinstance(store, SharedStore)
+    return store
+
+
+def tidy(of: Registry) -> None:
+    """Make the snapshot that is due."""
+    store_of(of)._snapshot_at = -1000  # noqa: SLF001
+    store_of(of).tidy()
+
+
+def places(of: Registry) -> dict[str, str]:
+    return store_of(of)._catalogue.places()  # noqa: SLF001
+
+
+@pytest.mark.parametrize("by_snapshot", [False, True])
+def test_files_that_were_sent_anew_are_where_the_last_change_says(
+    objects: list[Disturbed], files: list[Path], tmp_path: Path, sweep: Callable[[Registry], int], by_snapshot: bool
+) -> None:
+    """One server deletes and uploads the same bytes again; the other takes over both changes at once."""
+    with replicas(tmp_path, objects[:1]) as (one,), ExitStack() as stack:
+
+        def begin() -> Registry:
+            return stack.enter_context(replicas(tmp_path / "other", objects[1:]))[0]
+
+        def replace() -> None:
+            one.delete("sql").freed.result(60)
+            assert put(one, "sql", written_otherwise.parent).record.digest == digest
+
+        digest = put(one, "sql", files[0]).record.digest
+        written_otherwise = shutil.copytree(files[0], tmp_path / "otherwise") / CONFIG_FILE
+        written_otherwise.write_text(json.dumps(json.loads(written_otherwise.read_bytes()), indent=7))
+        other = begin()
+        assert weights_of(other, "sql") == digest
+        if by_snapshot:
+            stack.close()
+            replace()
+            tidy(one)
+            other = begin()
+        else:
+            with other.names.changes:
+                replace()
+                other.names.changes.look()
+        assert places(one) == places(other)
+        assert facts(one) == facts(other)  # sizes, too
+        assert sweep(other) == 2  # of the place that was before
+        other.check_integrity()
+        with replicas(tmp_path / "late", objects[:1]) as (late,):
+            assert weights_of(late, "sql") == digest
+
+
+@pytest.mark.parametrize("lost", ["store.json", "/snapshots/", None])
+def test_a_founding_that_is_begun_again_is_of_the_files_that_were_sent(
+    objects: list[Disturbed],
+    files: list[Path],
+    tmp_path: Path,
+    sweep: Callable[[Registry], int],
+    lost: str | None,
+) -> None:
+    alone = local(tmp_path / "data0")
+    digests = [put(alone, f"a{number}", files[number]).record.digest for number in range(2)]
+    alone.close()
+
+    def lose(call: str, key: str) -> None:
+        if (call == "create" and lost is not None and lost in key) or (call == "put" and lost is None):
+            raise unreachable()
+
+    objects[0].before = lose
+    with pytest.raises(StoreUnreachableError):
+        registry(tmp_path / "data0", objects[0])
+    objects[0].come_back()
+    with replicas(tmp_path, objects) as (one, other):
+        assert places(one) == places(other)
+        assert sweep(one) == 0
+        assert [weights_of(other, f"a{number}") for number in range(2)] == digests
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_changes_that_were_taken_over_before_something_failed_are_known_after_it(
+    objects: list[Disturbed], files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_read: bool
+) -> None:
+    """What fails is the look at the change after the first, or that memory hears of both."""
+    monkeypatch.setattr(shared_store, "_AT_ONCE", 1)
+    with replicas(tmp_path, objects) as (one, other), other.names.changes:
+        put(one, "sql", files[0])
+        first = one.revision
+        put(one, "tales", files[1])
+
+        def fail(_touched: Touched) -> None:
+            raise unreachable()
+
+        def fail_second(_call: str, key: str) -> None:
+            if key.endswith(f"/log/{first + 1:020d}"):
+                raise unreachable()
+
+        with monkeypatch.context() as patch:
+            if is_read:
+                patch.setattr(other.names.changes, "_adopt", fail)
+            else:
+                objects[1].before = fail_second
+            with pytest.raises(StoreUnreachableError):
+                other.names.changes.look()
+        objects[1].come_back()
+        other.names.changes.look()
+        assert facts(other) == facts(one)
+
+
+def test_an_own_change_after_which_something_fails_is_known_to_the_next_request(
+    objects: list[Disturbed], files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with replicas(tmp_path, objects) as (one, other):
+        put(one, "sql", files[0])
+
+        def fail(_name: str) -> None:
+            raise StorageFailedError("the disk does not read (for a test)")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(one.names, "_refresh", fail)
+            with pytest.raises(StorageFailedError, match="for a test"):
+                put(one, "sql", files[1])
+        see(one)
+        see(other)
+        assert one.card("sql").record.version == 2
+        assert facts(one) == facts(other)
+
+
+def test_a_change_that_is_made_and_finds_no_room_here_may_have_been_made(
+    objects: list[Disturbed], files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with replicas(tmp_path, objects) as (one, other):
+
+        def be_full(*_arguments: object) -> None:
+            raise StorageFullError("no room is left")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store_of(one)._names, "put", be_full)  # noqa: SLF001
+            with pytest.raises(StoreUnreachableError, match="the change is made"):
+                put(one, "sql", files[0])
+        see(other)
+        see(one)
+        assert facts(one) == facts(other)
+        assert "sql" in one.names.index
+
+
+class Overwriting(Disturbed):
+    """A store that knows no conditional writes, and says nothing of it."""
+
+    def create(self, key: str, content: bytes) -> bool:
+        if not super().create(key, content):
+            self.remove(key)
+            super().create(key, content)
+        return True
+
+
+def test_a_store_that_writes_over_what_is_there_is_refused(tmp_path: Path) -> None:
+    objects = Overwriting(open_objects(str(tmp_path / "shared")))
+    for _ in range(2):
+        with pytest.raises(StoreError, match="conditional"):
+            registry(tmp_path / "data", objects)
+
+
+@pytest.mark.parametrize("is_adopted", [False, True])
+def test_a_directory_whose_store_has_gone_another_way_is_refused(
+    files: list[Path], tmp_path: Path, is_adopted: bool
+) -> None:
+    """The store was brought back from a backup, and got as many changes again, the last of them alike."""
+    shared = tmp_path / "shared"
+
+    def change(of: Registry, *contents: int) -> None:
+        for content in contents:
+            put(of, "tales", files[content])
+        of.put_alias("best", [Target("sql", 1)])
+
+    with replicas(tmp_path, [open_objects(str(shared))]) as (one,):
+        put(one, "sql", files[0])
+        shutil.copytree(shared, tmp_path / "backup")
+        change(one, 1)
+        tidy(one)
+    if is_adopted:
+        with replicas(tmp_path / "by_snapshot", [open_objects(str(shared))]):
+            pass
+    shutil.rmtree(shared)
+    (tmp_path / "backup").rename(shared)
+    with replicas(tmp_path / "other", [open_objects(str(shared))]) as (other,):
+        change(other, 2)
+        tidy(other)
+        put(other, "late", files[3])
+    with pytest.raises(StoreError, match="changes that the shared store does not have"):
+        registry(tmp_path / ("by_snapshot/data0" if is_adopted else "data0"), open_objects(str(shared)))
+    with replicas(tmp_path / "other", [open_objects(str(shared))]) as (other,):
+        assert "late" in other.names.index
+
+
+def test_what_a_request_has_leased_is_fetched_though_it_is_deleted_and_swept_elsewhere(
+    objects: list[Disturbed], files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with replicas(tmp_path, objects) as (one, other):
+        digest = put(one, "sql", files[0]).record.digest
+        see(other)
+        leases = other.lease_weights([other.lease("sql")])
+        leases.release()
+        lease = other.lease("sql")
+        one.delete("sql").freed.result(60)
+        for folder in (tmp_path / "shared").glob("*/blobs/*/*/*"):
+            os.utime(folder, (0, 0))  # the files are old
+        assert store_of(one).sweep() == 0
+        leases = other.lease_weights([lease])
+        assert [*leases.weights.result(60)] == [digest]
+        leases.release()
+        monkeypatch.setattr(shared_files, "SWEPT_AFTER", -1.0)
+        assert store_of(one).sweep() == 2  # a day later
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_conflict_of_two_writes_is_told_by_what_is_there_then(
+    bucket: str, is_there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = open_objects(bucket)
+    assert isinstance(objects, BucketObjects)
+    if is_there:
+        objects.create("key", b"another's")
+    get: Callable[[str], bytes | None] = objects.get
+    with Stubber(objects._small) as stub:  # noqa: SLF001
+        stub.add_client_error("put_object", "ConditionalRequestConflict", http_status_code=409)
+        monkeypatch.setattr(objects, "get", lambda key: get_past(stub, get, key))
+        if is_there:
+            assert objects.create("key", b"ours") is False
+        else:
+            with pytest.raises(StoreUnreachableError):
+                objects.create("key", b"ours")
+
+
+def get_past(stub: Stubber, get: Callable[[str], bytes | None], key: str) -> bytes | None:
+    stub.deactivate()
+    return get(key)
+
+
+def test_a_folder_must_be_there_and_what_a_crash_left_in_it_is_swept(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="is not there"):
+        open_objects(str(tmp_path / "unmounted"))
+    assert not (tmp_path / "unmounted").exists()
+    open_objects(str(tmp_path / "shared"))
+    left, new = (tmp_path / "shared/staging" / name for name in ("left", "new"))
+    for path in (left, new):
+        path.write_bytes(b"1")
+    os.utime(left, (time.time() - 25 * 3600,) * 2)
+    open_objects(str(tmp_path / "shared"))
+    assert (left.exists(), new.exists()) == (False, True)
+
+
+def test_a_draft_that_sqlite_has_ended_by_itself_says_why(tmp_path: Path) -> None:
+    catalogue = Catalogue(tmp_path / "catalogue.sqlite3")
+
+    def fail() -> None:
+        with catalogue.draft():
+            catalogue._connection.execute("ROLLBACK")  # noqa: SLF001
+            raise StorageFullError("no room is left")
+
+    for _ in range(2):
+        with pytest.raises(StorageFullError):
+            fail()
+    catalogue.close()
