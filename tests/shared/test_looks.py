@@ -21,7 +21,7 @@ HANG_SECONDS = 60  # unless the test comes to its end
 
 @pytest.fixture
 def disturbed(tmp_path: Path) -> list[Disturbed]:
-    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").mkdir(exist_ok=True)
     return [Disturbed(open_objects(str(tmp_path / "shared"))) for _ in range(2)]
 
 

@@ -97,6 +97,7 @@ def test_files_that_were_sent_anew_are_where_the_last_change_says(
             assert weights_of(late, "sql") == digest
 
 
+@pytest.mark.parametrize("is_elsewhere", [False, True])
 @pytest.mark.parametrize("lost", ["store.json", "/snapshots/", None])
 def test_a_founding_that_is_begun_again_is_of_the_files_that_were_sent(
     objects: list[Disturbed],
@@ -104,7 +105,9 @@ def test_a_founding_that_is_begun_again_is_of_the_files_that_were_sent(
     tmp_path: Path,
     sweep: Callable[[Registry], int],
     lost: str | None,
+    is_elsewhere: bool,
 ) -> None:
+    """Of those that were sent to the address at which the store comes to be."""
     alone = local(tmp_path / "data0")
     digests = [put(alone, f"a{number}", files[number]).record.digest for number in range(2)]
     alone.close()
@@ -117,6 +120,9 @@ def test_a_founding_that_is_begun_again_is_of_the_files_that_were_sent(
     with pytest.raises(StoreUnreachableError):
         registry(tmp_path / "data0", objects[0])
     objects[0].come_back()
+    if is_elsewhere:
+        (tmp_path / "elsewhere").mkdir()
+        objects = [Disturbed(open_objects(str(tmp_path / "elsewhere"))) for _ in range(2)]
     with replicas(tmp_path, objects) as (one, other):
         assert places(one) == places(other)
         assert sweep(one) == 0

@@ -6,7 +6,7 @@ that nothing refers to any more is therefore never referred to again, and can be
 
 import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +43,14 @@ class SharedFiles:
 
     def keys(self) -> list[str]:
         """Of all that lie there."""
-        return [each.key for each in self._objects.under(self._prefix)]
+        return tried(lambda: [each.key for each in self._objects.under(self._prefix)])
+
+    def sent(self, places: Mapping[str, str]) -> set[str]:
+        """Those of these digests, each with its place, of which both files lie there."""
+        keys = set(self.keys())
+        return {
+            d for d, place in places.items() if {self._key(d, place, n) for n in (CONFIG_FILE, WEIGHTS_FILE)} <= keys
+        }
 
     def remove(self, keys: Collection[str], referenced: Collection[tuple[str, str]]) -> int:
         """All that lie in no place of these, (digest, place), and were found so long ago too; how many.

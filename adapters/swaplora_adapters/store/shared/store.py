@@ -6,7 +6,7 @@ when they are first wanted, so that those which are not here are not missing.
 
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -84,8 +84,7 @@ class SharedStore(Store):
             return SharedJournal(self._catalogue, self._names, self._aliases, self._blobs, known, log)
 
         def publish(store_id: str) -> None:
-            # what an earlier start has sent already is where a snapshot of that start says
-            self._send_all(SharedFiles(self._objects, store_id), self._catalogue.places() if is_copy else {})
+            self._send_all(SharedFiles(self._objects, store_id))
             Log(self._objects, store_id).put_snapshot(journal(store_id).snapshot())
 
         store_id = found_or_join(self._objects, folders.shared, is_filled=is_filled, publish=publish)
@@ -120,8 +119,12 @@ class SharedStore(Store):
             if entries:
                 journal.adopt(entries)
 
-    def _send_all(self, files: SharedFiles, sent: Collection[str]) -> None:
-        """What the directory held before there was a shared store, but for these digests."""
+    def _send_all(self, files: SharedFiles) -> None:
+        """What the directory held before there was a shared store.
+
+        What an earlier start has sent stays where it is: a snapshot of that start may say so.
+        """
+        sent = files.sent(self._catalogue.places())
         for digest, config_bytes, weights_bytes, failure in self._catalogue.blobs():
             if reason := failure or self._blobs.size_complaint(digest, (config_bytes, weights_bytes)):
                 raise StoreError(f"the shared store cannot be made of this data directory: {digest}: {reason}")
