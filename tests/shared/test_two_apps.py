@@ -14,6 +14,7 @@ from rich.console import Console
 from gating import current, gated, judged, promote
 from replicas import Disturbed
 from serving import Running, serving, settings
+from swaplora_adapters.errors import StorageFullError
 from swaplora_adapters.store.shared import store as shared_store
 from swaplora_adapters.store.shared.address import open_objects
 from swaplora_server.access.caller import Caller
@@ -212,3 +213,53 @@ def test_a_gate_that_one_server_was_told_of_is_judged_by_one_of_them(
     gated(one, "guarded-there", adapters[4])  # the task of which is to be had from the shared store
     one.put("guarded-there", adapters[5])
     assert judged(one, "guarded-there", 2)["verdict"]["bars"]
+
+
+def test_while_the_store_hangs_lists_and_metrics_are_answered_however_many_changes_wait(
+    servers: tuple[Running, Running], disturbed: list[Disturbed], adapters: list[Path]
+) -> None:
+    one, other = servers
+    one.put("listed", adapters[3])
+    answer(other, "listed")
+    is_over = threading.Event()
+    told: list[int] = []
+
+    def hang(_call: str, _key: str) -> None:
+        is_over.wait(60)
+
+    def change(number: int) -> None:
+        with httpx.Client(base_url=other.url, timeout=600) as client:
+            told.append(client.put(f"/v1/aliases/hung-{number}", json={"target": "listed"}).status_code)
+
+    disturbed[1].before = hang
+    threads = [threading.Thread(target=change, args=(number,)) for number in range(40)]
+    for thread in threads:
+        thread.start()
+    try:
+        for path in ("/v1/models", "/metrics", "/v1/adapters"):
+            assert other.client.get(path, timeout=60).status_code == 200
+        while len(told) < len(threads) - 1:
+            time.sleep(0.05)
+        assert not is_over.is_set()
+        assert {*told} == {503}
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_a_server_that_cannot_take_over_what_others_change_is_not_ready(
+    servers: tuple[Running, Running], adapters: list[Path]
+) -> None:
+    def full(*_arguments: object) -> None:
+        raise StorageFullError("the disk is full (for a test)")
+
+    one, other = servers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(other.service.registry._store._names, "put", full)  # noqa: SLF001
+        one.put("not-taken-over", adapters[2])
+        while other.client.get("/health/ready").status_code == 200:
+            time.sleep(0.05)
+    while other.client.get("/health/ready").status_code != 200:
+        time.sleep(0.05)
+    assert answer(other, "not-taken-over") == answer(one, "not-taken-over")

@@ -162,11 +162,15 @@ class Names:
         self._refresh(name)
         return self.index.get(name)
 
-    def set_gate(self, name: str, gate: str | None) -> NamedVersions:
-        """Have new versions of `name` wait for a judgement, or no longer. Raises AdapterNotFoundError."""
+    def set_gate(self, name: str, gate: str | None, check: Callable[[], None]) -> NamedVersions:
+        """Have new versions of `name` wait for a judgement, or no longer. Raises AdapterNotFoundError.
+
+        And what `check` does, which is asked of what there is when the change is made.
+        """
 
         def change() -> NamedVersions:
             self.index.get(name)
+            check()
             self._store.set_gate(name, gate)
             self._refresh(name)
             return self.index.get(name)
@@ -215,6 +219,12 @@ class Names:
         self._refresh(name)
         return removed
 
+    def bring(self, digest: str) -> None:
+        """Have the files of a digest lie here. Raises what `Store.bring` and `Changes.check_known` do."""
+        if not self._store.is_here(digest):
+            self.changes.check_known()
+            self._store.bring(digest)
+
     def link_files(self, reference: str, folder: Path) -> VersionRecord:
         """Give a version's files a second place in `folder`, made on the store's disk, where no delete reaches them.
 
@@ -222,7 +232,7 @@ class Names:
         AdapterFailedError and StorageFullError.
         """
         record = self.index.resolve_name(reference)
-        self._store.bring(record.digest)
+        self.bring(record.digest)
         self._store.verify(record.digest)
         with self.changes, raising_storage_errors():
             self.index.resolve_name(f"{record.name}@{record.version}")  # which may be deleted by now
@@ -288,9 +298,14 @@ class Names:
         self.index.put_alias(made)
         return made
 
-    def remove_alias(self, alias: str) -> None:
-        """Raises AliasNotFoundError."""
-        self.changes.make(lambda: self._remove(self.index.alias(alias)))
+    def remove_alias(self, alias: str, check: Callable[[], None]) -> None:
+        """Raises AliasNotFoundError, and what `check` does, which is asked of what there is when the change is made."""
+
+        def remove() -> None:
+            check()
+            self._remove(self.index.alias(alias))
+
+        self.changes.make(remove)
 
     def remove_mixture(self, name: str) -> None:
         """Raises MixtureNotFoundError."""

@@ -35,6 +35,7 @@ from swaplora_adapters.registry.names import Judgement, Names
 from swaplora_adapters.registry.residency import Residency, show
 from swaplora_adapters.registry.usage import Stages, Unheard, UsageByName, UsageListener
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
+from swaplora_adapters.store.journal import NotSentError
 from swaplora_adapters.store.records import Alias, Canary, Mixing, Target, Touched, VersionRecord
 from swaplora_adapters.store.shared.extras import Extras
 from swaplora_adapters.store.staging import Staging
@@ -110,7 +111,10 @@ class Registry:
             reading=self._lease_counts.lock,
         )
         self._usage = UsageByName(Unheard() if listener is None else listener)
-        self._residency = Residency(self._load, memory_budget, wait_seconds, on_evict=self._usage.evicted)
+        self._residency = Residency(
+            self._load, memory_budget, wait_seconds, on_evict=self._usage.evicted, to_bring=self._to_bring
+        )
+        self._brought: dict[str, Stages] = {}
         self._host = HostTier(0) if host is None else host
         self._last_failure: dict[str, Failure] = {}
         self._verifier = ThreadPoolExecutor(1, "adapter-verify", initializer=lower_priority, initargs=(SHARE_OF_LOADS,))
@@ -252,9 +256,9 @@ class Registry:
 
         return self._names.changes.make(change)
 
-    def set_gate(self, name: str, gate: str | None) -> Card:
+    def set_gate(self, name: str, gate: str | None, check: Callable[[], None] = lambda: None) -> Card:
         """See `Names.set_gate`."""
-        return self._card(self._names.set_gate(name, gate))
+        return self._card(self._names.set_gate(name, gate, check))
 
     def judge(self, name: str, found: Judgement) -> Card | None:
         """Note what a gate has found, and let `name` stand for a version that has passed: both at once, durably.
@@ -310,9 +314,9 @@ class Registry:
         """See `Names.step_back`."""
         return self._names.step_back(alias, canary, reason)
 
-    def delete_alias(self, alias: str) -> None:
-        """Raises AliasNotFoundError."""
-        self._names.remove_alias(alias)
+    def delete_alias(self, alias: str, check: Callable[[], None] = lambda: None) -> None:
+        """See `Names.remove_alias`."""
+        self._names.remove_alias(alias, check)
 
     def put_mixture(self, name: str, members: Sequence[str], mixing: Mixing) -> tuple[Alias, bool]:
         """See `Names.put_mixture`."""
@@ -397,7 +401,8 @@ class Registry:
         file_bytes = staging.config_path.stat().st_size + staging.weights_path.stat().st_size
         if self._store.is_shared:
             admit(name, details.digest, file_bytes)  # or whoever has no room would fill the shared store
-            self._store.send(staging, details.digest)
+            if details.digest not in self._names.index.digests():
+                self._store.send(staging, details.digest)
 
         def publish() -> PutResult:
             admit(name, details.digest, file_bytes)
@@ -407,9 +412,16 @@ class Registry:
             published = self._names.publish(name, staging, details, source=source, conditions=conditions)
             return PutResult(self.card(name), published.record, is_first=published.previous is None)
 
+        try:
+            return self._published(name, publish)
+        except NotSentError:  # what had these files was deleted since; nothing is held while they are sent
+            self._store.send(staging, details.digest)
+            return self._published(name, publish)
+
+    def _published(self, name: str, publish: Callable[[], PutResult]) -> PutResult:
         with self._names.changes:
             put = self._names.changes.make(publish)
-            self._residency.forget_failure(details.digest)  # its file may have been damaged, and is whole again
+            self._residency.forget_failure(put.record.digest)  # its file may have been damaged, and is whole again
             self._last_failure.pop(name, None)
             self._retire(name)
             self._residency.pin(self._pinned())
@@ -489,8 +501,23 @@ class Registry:
             is_pinned=named.is_pinned,
         )
 
+    def _to_bring(self, digest: str) -> Callable[[], None] | None:
+        """What is to be done, and may take long, before a digest can be loaded."""
+        if digest in self._host or self._store.is_here(digest):
+            return None
+
+        def bring() -> None:
+            stages = self._brought[digest] = Stages()
+            try:
+                stages.time("fetch", lambda: self._names.bring(digest))
+            except BaseException:
+                self._usage.load_failed(digest)
+                raise
+
+        return bring
+
     def _load(self, digest: str) -> AdapterWeights:
-        stages = Stages()
+        stages = self._brought.pop(digest, None) or Stages()
         try:
             weights = self._host.find(digest) or self._read(digest, stages)
             pause()
@@ -503,8 +530,6 @@ class Registry:
 
     def _read(self, digest: str, stages: Stages) -> AdapterWeights:
         """The files are hashed again beside the load, and what was loaded counts only if they are what they were."""
-        if self._store.is_shared:
-            stages.time("fetch", lambda: self._store.bring(digest))
         verified = self._verifier.submit(self._store.verify, digest)
         try:
             weights = stages.time("read", lambda: self._built(digest))

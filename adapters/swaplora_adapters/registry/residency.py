@@ -2,14 +2,15 @@
 
 Versions are known by digest alone, so two names with the same bytes share one copy. One thread gives room to those that
 wait for it, another does the loads, one per digest however many wait for it, and one at a time, so that the model keeps
-its cores.
+its cores. A third has brought here what is not here yet.
 """
 
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 
 from swaplora_adapters.errors import (
     AdapterError,
@@ -39,11 +40,13 @@ class Residency:
         wait_seconds: float,
         report: Callable[[BaseException], None] = show,
         on_evict: Callable[[str], None] = lambda _digest: None,
+        to_bring: Callable[[str], Callable[[], None] | None] = lambda _digest: None,
     ) -> None:
         """`load` reads one digest's weights into memory; `budget` is in bytes of weights.
 
         Nobody waits for room for more than `wait_seconds`. `report` is told what went wrong in a load that nobody
-        foresaw, and `on_evict`, with the lock held, which digest gave its room to another.
+        foresaw, and `on_evict`, with the lock held, which digest gave its room to another. `to_bring` says what else is
+        to be done before a load, if anything, which no other load waits for.
         """
         self._load = load
         self._report = report
@@ -52,6 +55,8 @@ class Residency:
         self._is_closed = False
         self._changed = threading.Condition()
         self._loader = ThreadPoolExecutor(1, "adapter-load", initializer=lower_priority, initargs=(SHARE_OF_LOADS,))
+        self._to_bring = to_bring
+        self._bringer = ThreadPoolExecutor(1, "adapter-bring", initializer=lower_priority, initargs=(SHARE_OF_LOADS,))
         self._dispatcher = threading.Thread(target=self._dispatch, name="adapter-admission", daemon=True)
         self._dispatcher.start()
 
@@ -167,6 +172,7 @@ class Residency:
         """Let the load that runs end, and fail all others."""
         self.stop()
         self._dispatcher.join()
+        self._bringer.shutdown(wait=False, cancel_futures=True)  # who knows how long what it waits for takes
         self._loader.shutdown(wait=True, cancel_futures=True)
         with self._changed:
             for claim in self._queue.claims:
@@ -227,12 +233,38 @@ class Residency:
             resident.is_loading = True
             self._loader.submit(self._fill, resident)
 
-    def _fill(self, resident: Resident) -> None:
+    def _fill(self, resident: Resident, *, is_brought: bool = False) -> None:
         """The other thread's job: load, and publish to all who wait by one assignment each; or tell them why not."""
         if self._is_given_up(resident):
             return
+        weights = None
+        with self._told(resident):
+            if not is_brought and (bring := self._to_bring(resident.digest)) is not None:
+                self._bringer.submit(self._bring, resident, bring)
+            else:
+                weights = self._load(resident.digest)
+        if weights is not None:
+            with self._changed:
+                users = list(resident.users)
+                self._queue.loaded(resident, weights)
+                for claim in users:
+                    self._publish_if_loaded(claim)
+                self._changed.notify_all()
+
+    def _bring(self, resident: Resident, bring: Callable[[], None]) -> None:
+        """A third thread's job: what is to be done before the load."""
+        if self._is_given_up(resident):
+            return
+        with self._told(resident):
+            bring()
+            with suppress(RuntimeError):  # it was closed meanwhile
+                self._loader.submit(self._fill, resident, is_brought=True)
+
+    @contextmanager
+    def _told(self, resident: Resident) -> Iterator[None]:
+        """Whoever waits for it is told why the body failed."""
         try:
-            weights = self._load(resident.digest)
+            yield
         except (InvalidAdapterError, AdapterFailedError) as error:
             self._forget(resident, AdapterFailedError(str(error)), is_lasting=True)
         except AdapterError as error:
@@ -240,13 +272,6 @@ class Residency:
         except Exception as error:  # noqa: BLE001 - the thread's boundary: a waiter must never hang
             self._forget(resident, _defect(error))
             self._report(error)
-        else:
-            with self._changed:
-                users = list(resident.users)
-                self._queue.loaded(resident, weights)
-                for claim in users:
-                    self._publish_if_loaded(claim)
-                self._changed.notify_all()
 
     def _is_given_up(self, resident: Resident) -> bool:
         """Whether all who wanted it left before its turn; then it is forgotten."""

@@ -157,9 +157,9 @@ class TenantRegistry(Registry):
             change.came_to(card.record)
             return self._naming.card(card)
 
-    def set_gate(self, name: str, gate: str | None) -> Card:
+    def set_gate(self, name: str, gate: str | None, check: Callable[[], None] = lambda: None) -> Card:
         with self._changing("gate.delete" if gate is None else "gate.put", name):
-            return self._naming.card(self._registry.set_gate(self._own(name), gate))
+            return self._naming.card(self._registry.set_gate(self._own(name), gate, check))
 
     def keep(self, reference: str) -> Lease:
         kept = self._registry.keep(self._tenant_names.stored_version(reference))
@@ -179,9 +179,9 @@ class TenantRegistry(Registry):
                 canary = canary._replace(target=self._naming.stored(canary.target))
             return self._naming.alias(self._registry.put_alias(self._naming.stored_alias(alias), stored, canary))
 
-    def delete_alias(self, alias: str) -> None:
+    def delete_alias(self, alias: str, check: Callable[[], None] = lambda: None) -> None:
         with self._changing("alias.delete", alias):
-            self._registry.delete_alias(self._naming.stored_alias(alias))
+            self._registry.delete_alias(self._naming.stored_alias(alias), check)
 
     def put_mixture(self, name: str, members: Sequence[str], mixing: Mixing) -> tuple[Alias, bool]:
         with self._changing("mixture.put", name):

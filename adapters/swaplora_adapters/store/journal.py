@@ -17,6 +17,10 @@ class OutrunError(Exception):
     """Another server has made the next change: this one is to be made again, of what there is then."""
 
 
+class NotSentError(Exception):
+    """Files are to lie where all servers find them before a change speaks of them."""
+
+
 class Journal:
     """For one thread at a time: the store's lock sees to that. `revision` is that of the last change of anything."""
 

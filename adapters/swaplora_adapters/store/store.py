@@ -102,6 +102,10 @@ class Store:
     def send(self, staging: Staging, digest: str) -> None:
         """Have staged files lie where all that share the store find them, before they are published."""
 
+    def is_here(self, _digest: str) -> bool:
+        """Whether the files of a digest lie here, or nowhere."""
+        return True
+
     def bring(self, digest: str) -> None:
         """Have the files of a digest lie here. Raises StoreUnreachableError, StorageFullError, AdapterFailedError."""
 

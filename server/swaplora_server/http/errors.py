@@ -135,7 +135,9 @@ async def on_request_error(request: Request, error: Exception) -> JSONResponse:
     """Exception handler for RequestError and AdapterError."""
     assert isinstance(error, RequestError | AdapterError)
     if error.code in _UNKNOWN and request.scope.get(IS_BEHIND):
-        error = StoreUnreachableError(f"{error}; but the shared store does not answer, which may know more: try again")
+        error = StoreUnreachableError(
+            f"{error}; but others may have made it, which is not known here at this moment: try again"
+        )
     if isinstance(error, StorageFullError | StorageFailedError) and not isinstance(error, StoreUnreachableError):
         _log.error("the data directory cannot be written", reason=str(error))
     return error_response(error)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from contextvars import copy_context
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -58,6 +59,7 @@ from swaplora_server.service.wakeups import Wakeups, result_of
 HOST_ADAPTER_BYTES = 4 * 2**30  # beside a GPU, unless the settings say otherwise
 _JOIN_SECONDS = 3.0
 NUM_UPLOAD_THREADS = 4  # each writes what has come of one upload, or checks a whole one
+NUM_CHANGE_THREADS = 4  # changes are made one at a time, and may wait for the shared store
 NUM_INSPECTORS = 1
 MAX_INSPECTIONS = 16  # waiting
 # settings that decide what lies in a step together, and with what it is computed
@@ -104,11 +106,12 @@ class Service:
         self.is_draining = False
         self.metrics = Metrics(self._state, settings.base_id, self._is_adapter)
         self.admissions = Admissions(settings.max_waiting, settings.max_num_seqs, settings.max_wait_seconds)
-        # the loop's own threads are for what is short: lists, metrics, changes of names
+        # the loop's own threads are for what is short: lists, metrics
         self.offload = Offload(settings.tokenizer_threads, settings.max_waiting, "tokenize")
         self.gil_turns = GilTurns()
         self.inspections = Offload(NUM_INSPECTORS, MAX_INSPECTIONS, "inspect", begin=lower_priority)
         self.upload_threads = ThreadPoolExecutor(NUM_UPLOAD_THREADS, "upload", initializer=lower_priority)
+        self._change_threads = ThreadPoolExecutor(NUM_CHANGE_THREADS, "change")
         self._recorded: RecordedSteps | None = None
         self._is_ready = threading.Event()
         self._lock = threading.Lock()
@@ -156,7 +159,9 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        return self._is_ready.is_set() and not self.is_draining and self.engine.is_alive
+        if not self._is_ready.is_set() or self.is_draining or not self.engine.is_alive:
+            return False
+        return not self._registry.names.changes.is_stuck  # others have the room on their disk that this one lacks
 
     @property
     def is_healthy(self) -> bool:
@@ -227,6 +232,11 @@ class Service:
                 self._ingest.stop()
                 self._registry.stop()
                 self._opened.close()
+
+    async def change(self, job: Callable[[], Result]) -> Result:
+        """What `job` returns or raises, which changes names, and may wait for the shared store."""
+        in_context = partial(copy_context().run, job)
+        return await asyncio.get_running_loop().run_in_executor(self._change_threads, in_context)
 
     async def see_others_changes(self) -> bool:
         """Wait until all is known that any server has acknowledged by now, a moment at most; whether it is."""

@@ -5,7 +5,7 @@
     <id>/snapshots/<revision>          all that was kept of every name and alias after a change
     <id>/blobs/<digest>/<place>/...    an adapter's two files; a place is written once, and referred to by versions
     <id>/tasks/<digest>                a task that a gate names
-    <id>/claims/<what>                 which server judges a candidate
+    <id>/claims/<what>/<number>        which server judges a candidate: the last one says
 
 The only thing that must be atomic is that an object is made if there is none of its name: who makes the next object of
 the log has made the next change. Each server keeps a copy of it all in its data directory, which takes over change

@@ -1,6 +1,6 @@
 """Which shared store a data directory is a copy of: no copy of one is ever taken for a copy of another.
 
-<data dir>/shared      {"id": …, "is_founding": …}; with the second the store was perhaps not made yet
+<data dir>/shared      {"id": …, "server": …, "is_founding": …}; with the last the store was perhaps not made yet
 """
 
 import json
@@ -22,6 +22,7 @@ class Mark(NamedTuple):
     """What a data directory says of itself."""
 
     store_id: str
+    server_id: str
     is_founding: bool = False
 
     @classmethod
@@ -29,7 +30,7 @@ class Mark(NamedTuple):
         """None where it is the copy of no shared store; StoreError."""
         try:
             told = json.loads(path.read_bytes())
-            return cls(told["id"], told["is_founding"])
+            return cls(told["id"], told["server"], told["is_founding"])
         except FileNotFoundError:
             return None
         except (ValueError, KeyError) as error:
@@ -37,7 +38,8 @@ class Mark(NamedTuple):
 
     def write(self, path: Path) -> None:
         """Durable when this returns."""
-        content = json.dumps({"id": self.store_id, "is_founding": self.is_founding}).encode()
+        told = {"id": self.store_id, "server": self.server_id, "is_founding": self.is_founding}
+        content = json.dumps(told).encode()
         staged = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
         with raising_storage_errors():
             with Writer(staged, len(content)) as writer:
@@ -46,8 +48,8 @@ class Mark(NamedTuple):
             sync_folder(path.parent)
 
 
-def found_or_join(objects: Objects, path: Path, *, is_filled: bool, publish: Callable[[str], None]) -> str:
-    """The id of the store, whose copy the data directory then is, as its mark at `path` says.
+def found_or_join(objects: Objects, path: Path, *, is_filled: bool, publish: Callable[[str], None]) -> Mark:
+    """The mark at `path`: of which store the data directory then is a copy.
 
     An empty store becomes one of what the directory holds: `publish` puts that below the id. Raises StoreError for a
     directory that `is_filled` with what is not this store's, and StoreUnreachableError.
@@ -59,7 +61,7 @@ def found_or_join(objects: Objects, path: Path, *, is_filled: bool, publish: Cal
             raise StoreError(
                 "there is no shared store at that address, and the data directory is a copy of one: is it right?"
             )
-        mark = mark or Mark(secrets.token_hex(8), is_founding=True)
+        mark = mark or Mark(secrets.token_hex(8), secrets.token_hex(8), is_founding=True)
         mark.write(path)
         if is_filled:
             publish(mark.store_id)
@@ -78,8 +80,9 @@ def found_or_join(objects: Objects, path: Path, *, is_filled: bool, publish: Cal
     if mark is not None and mark.store_id != store_id:
         raise StoreError("the data directory is a copy of another shared store: choose another --data-dir")
     if mark is None or mark.is_founding:
-        Mark(store_id).write(path)
-    return store_id
+        mark = Mark(store_id, secrets.token_hex(8))
+        mark.write(path)
+    return mark
 
 
 def _found(objects: Objects) -> str | None:

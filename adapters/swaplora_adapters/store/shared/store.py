@@ -21,6 +21,7 @@ from swaplora_adapters.errors import (
 from swaplora_adapters.files.disk import StoreError, regular_size
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
 from swaplora_adapters.store.data_dir import DataDir
+from swaplora_adapters.store.journal import NotSentError
 from swaplora_adapters.store.records import Details, Published, Quarantined, Touched
 from swaplora_adapters.store.recovery import Recovery
 from swaplora_adapters.store.shared.address import open_objects
@@ -87,9 +88,10 @@ class SharedStore(Store):
             self._send_all(SharedFiles(self._objects, store_id))
             Log(self._objects, store_id).put_snapshot(journal(store_id).snapshot())
 
-        store_id = found_or_join(self._objects, folders.shared, is_filled=is_filled, publish=publish)
+        mark = found_or_join(self._objects, folders.shared, is_filled=is_filled, publish=publish)
+        store_id = mark.store_id
         self._log, self._files = Log(self._objects, store_id), SharedFiles(self._objects, store_id)
-        self.extras = Extras(self._objects, store_id)
+        self.extras = Extras(self._objects, store_id, mark.server_id)
         opened = journal(store_id)
         self._begin(opened, recovery.told_at(revision, CHANGE))
         self._places = self._catalogue.places()
@@ -180,23 +182,22 @@ class SharedStore(Store):
             published = super().publish(name, staging, details, source=source, conditions=conditions)
             self._places |= self._catalogue.places(details.digest)
         with self._files_here, suppress(StorageFullError, StorageFailedError):  # or it is fetched when it is wanted
-            if not self._is_here(details.digest):
+            if not self.is_here(details.digest):
                 self._blobs.place(staging, details.digest)
         return published
 
     def send(self, staging: Staging, digest: str) -> None:
-        if digest not in self._places:
-            began = time.monotonic()
-            self._blobs.staged_sizes(staging)
-            place = self._files.send(digest, staging.config_path, staging.weights_path)
-            self._sent[staging] = _Sent(place, began)
+        began = time.monotonic()
+        self._blobs.staged_sizes(staging)
+        place = self._files.send(digest, staging.config_path, staging.weights_path)
+        self._sent[staging] = _Sent(place, began)
 
     def bring(self, digest: str) -> None:
-        if self._is_here(digest):
+        if self.is_here(digest):
             return
         with self._fetching:
             place = self._places.get(digest)
-            if self._is_here(digest) or place is None:
+            if self.is_here(digest) or place is None:
                 return  # what reads them says that they are missing
             with self.stage() as staging:
                 self._files.fetch(digest, place, staging)
@@ -240,13 +241,13 @@ class SharedStore(Store):
             referenced = set(self._catalogue.places().items())
         return self._files.remove(keys, referenced)
 
-    def _is_here(self, digest: str) -> bool:
+    def is_here(self, digest: str) -> bool:
         return all(regular_size(path) is not None for path in self._blobs.paths(digest))
 
     def _size_complaint(self, digest: str, sizes: Sequence[int]) -> str | None:
         """A config may be written in another way here than where the version was made, and mean the same."""
         here = (self._blobs.config_bytes(digest), sizes[1])
-        return super()._size_complaint(digest, here) if self._is_here(digest) else None
+        return super()._size_complaint(digest, here) if self.is_here(digest) else None
 
     def _find_damage(self) -> list[Quarantined]:
         for digest, *sizes, _failure in self._catalogue.blobs():
@@ -260,6 +261,5 @@ class SharedStore(Store):
         if self._catalogue.places(digest):
             return
         if staging not in self._sent or time.monotonic() - self._sent[staging].at > SWEPT_AFTER / 2:
-            self._places.pop(digest, None)  # it was there when it was to be sent, and was deleted since
-            self.send(staging, digest)
+            raise NotSentError
         self._catalogue.put_blob(digest, *self._blobs.staged_sizes(staging), self._sent[staging].place)

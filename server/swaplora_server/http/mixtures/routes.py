@@ -1,6 +1,5 @@
 """/v1/mixtures: make, list, show and delete mixtures, and see what the tokens of a prompt take of one."""
 
-import asyncio
 import json
 from functools import partial
 from typing import Annotated, Any, Self
@@ -75,7 +74,7 @@ async def put_mixture(
     members = [service.reference(member).removeprefix("base:") for member in body.members]
     _check_names(service, members)
     await until_disconnect(request.receive, _try(service, members, mixing))
-    made, is_first = await asyncio.to_thread(service.registry.put_mixture, body.name, members, mixing)
+    made, is_first = await service.change(partial(service.registry.put_mixture, body.name, members, mixing))
     return JSONResponse(mixture_body(made), 201 if is_first else 200)
 
 
@@ -100,7 +99,7 @@ async def get_mixture(service: Serving, name: str) -> dict[str, Any]:
 async def delete_mixture(service: Serving, name: str) -> dict[str, Any]:
     """Unknown for new requests at once; its members stay."""
     service.check_serving()
-    await asyncio.to_thread(service.registry.delete_mixture, name)
+    await service.change(partial(service.registry.delete_mixture, name))
     return {"object": "mixture.deleted", "name": name}
 
 

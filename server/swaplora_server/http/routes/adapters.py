@@ -161,7 +161,7 @@ async def change_adapter(
     if force and body.current is None:
         raise RequestError("invalid_request", "force is for current: say which version", "force")
     change = partial(service.registry.change, name, current=body.current, is_pinned=body.pinned)
-    card = await asyncio.to_thread(change, shared_with=body.shared_with, is_forced=force)
+    card = await service.change(partial(change, shared_with=body.shared_with, is_forced=force))
     return card_body(service, card)
 
 
@@ -184,7 +184,7 @@ async def delete_adapter(
 ) -> JSONResponse:
     """Gone for new requests at once. 200 when its memory is free, 202 if requests still run on it after `timeout` s."""
     service.check_serving()
-    removal = await asyncio.to_thread(service.registry.delete, name, version)
+    removal = await service.change(partial(service.registry.delete, name, version))
     freed = asyncio.wrap_future(removal.freed)
     await asyncio.wait({freed}, timeout=timeout)
     body = {

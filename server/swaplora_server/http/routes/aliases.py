@@ -1,6 +1,6 @@
 """/v1/aliases: names that stand for an adapter, a version, or a split between several."""
 
-import asyncio
+from functools import partial
 from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Depends
@@ -94,7 +94,7 @@ async def put_alias(
     service.check_serving()
     validate_alias(alias)
     canary = None if body.canary is None else Canary(**body.canary.model_dump())
-    return alias_body(await asyncio.to_thread(service.registry.put_alias, alias, body.as_targets(), canary))
+    return alias_body(await service.change(partial(service.registry.put_alias, alias, body.as_targets(), canary)))
 
 
 @router.delete("/v1/aliases/{alias:path}")
@@ -102,5 +102,5 @@ async def put_alias(
 async def delete_alias(service: Serving, alias: str) -> dict[str, Any]:
     """Unknown for new requests at once; what it led to stays."""
     service.check_serving()
-    await asyncio.to_thread(service.registry.delete_alias, alias)
+    await service.change(partial(service.registry.delete_alias, alias))
     return {"object": "alias.deleted", "alias": alias}

@@ -4,15 +4,22 @@ Answers are theirs to the letter: plain text for success, and errors both nested
 controllers in the field read either.
 """
 
-import asyncio
 import json
 from contextlib import suppress
+from functools import partial
 
 from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from swaplora_adapters.errors import AdapterError, AdapterNotFoundError, AliasNotFoundError, PreconditionFailedError
+from swaplora_adapters.errors import (
+    AdapterError,
+    AdapterNotFoundError,
+    AliasNotFoundError,
+    PreconditionFailedError,
+    StorageFailedError,
+    StoreUnreachableError,
+)
 from swaplora_adapters.files.naming import stored_name, validate_alias
 from swaplora_adapters.registry.card import PutResult
 from swaplora_adapters.registry.registry import Registry
@@ -131,13 +138,13 @@ async def _load(
     put = await until_disconnect(request.receive, fetch)
     try:
         if is_pinned:
-            await asyncio.to_thread(service.registry.change, stored, is_pinned=True)
+            await service.change(partial(service.registry.change, stored, is_pinned=True))
         if is_warm:
             await service.warm(f"{stored}@{put.record.version}")
         if stored != name and not is_known:
-            await asyncio.to_thread(service.registry.put_alias, name, [Target(stored, 1)])
+            await service.change(partial(service.registry.put_alias, name, [Target(stored, 1)]))
     except AdapterError:
-        await asyncio.to_thread(_take_back, service, put)
+        await service.change(partial(_take_back, service, put))
         raise
     return put
 
@@ -182,7 +189,7 @@ def _take_back(service: Service, put: PutResult) -> None:
 async def _unload(service: Service, name: str) -> Response:
     service.check_serving()
     try:
-        await asyncio.to_thread(_delete, service.registry, name)
+        await service.change(partial(_delete, service.registry, name))
     except (AdapterNotFoundError, AliasNotFoundError) as error:
         raise RequestError("adapter_not_found", f"The lora adapter '{name[:128]}' cannot be found.") from error
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
@@ -194,15 +201,24 @@ def _delete(registry: Registry, name: str) -> None:
     if stored == name:
         registry.delete(name)
         return
-    with registry.names.changes:
+
+    def check() -> None:
         if registry.names.index.alias(name).targets != (Target(stored, 1),):
             raise AdapterNotFoundError(name)
-        registry.delete_alias(name)
+
+    registry.delete_alias(name, check)
+    try:
+        registry.delete(stored)
+    except AdapterError as error:
         try:
-            registry.delete(stored)
-        except AdapterError:
-            registry.put_alias(name, [Target(stored, 1)])
-            raise
+            if not registry.names.index.is_alias(name):  # which others have made meanwhile
+                registry.put_alias(name, [Target(stored, 1)])
+        except StorageFailedError:
+            message = f"{error}; {name} leads nowhere now, and the adapter may be there yet: delete {stored}"
+            raise StoreUnreachableError(message) from error
+        except AdapterNotFoundError:
+            pass  # it is deleted all the same, and only that was not heard
+        raise
 
 
 def _added(name: str, put: PutResult) -> Response:

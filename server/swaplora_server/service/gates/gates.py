@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 
 from swaplora_adapters.registry.index import NamedVersions
 from swaplora_adapters.registry.registry import Registry
@@ -35,13 +36,13 @@ class Gates:
             raise RequestError("invalid_request", message)
         async with self._changes:
             registry.names.check_is_own(name)
-            if registry.names.index.get(name).gate is None and len(registry.names.index.gated()) >= MAX_GATES:
-                raise RequestError("quota_exceeded", f"{MAX_GATES} adapters have a gate: remove one first")
+            _check_number(registry, name)
             try:
                 for task in tasks:
                     await asyncio.to_thread(self.files.put, task)
-                await asyncio.to_thread(self._check_room, registry, name, tasks)
-                await asyncio.to_thread(registry.set_gate, name, gate.model_dump_json())
+                await asyncio.to_thread(self._check_room, registry, name, tasks)  # brings here what is not here
+                check = partial(self._check_room, registry, name, tasks)
+                await asyncio.to_thread(registry.set_gate, name, gate.model_dump_json(), check)
             finally:
                 await asyncio.to_thread(self._sweep)
 
@@ -53,7 +54,8 @@ class Gates:
             await asyncio.to_thread(self._sweep)
 
     def _check_room(self, registry: Registry, name: str, tasks: Sequence[Task]) -> None:
-        """Raise RequestError where these and those of the tenant's other gates are too much."""
+        """Raise RequestError where these and those of the tenant's other gates are too much, or too many."""
+        _check_number(registry, name)
         others = [named for named in registry.names.index.gated() if named.current.name != name]
         digests = {task.digest for named in others for task in read_gate(named).tasks}
         if (has := self.files.num_bytes(digests | {task.digest for task in tasks})) > MAX_TENANT_BYTES:
@@ -63,6 +65,11 @@ class Gates:
     def _sweep(self) -> None:
         gated = self._registry.names.index.gated()
         self.files.sweep({task.digest for named in gated for task in read_gate(named).tasks})
+
+
+def _check_number(registry: Registry, name: str) -> None:
+    if registry.names.index.get(name).gate is None and len(registry.names.index.gated()) >= MAX_GATES:
+        raise RequestError("quota_exceeded", f"{MAX_GATES} adapters have a gate: remove one first")
 
 
 def gate_of(registry: Registry, name: str) -> Gate:

@@ -8,17 +8,18 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
 import structlog
 
-from swaplora_adapters.errors import AdapterError
+from swaplora_adapters.errors import AdapterError, StoreUnreachableError
 from swaplora_adapters.files.naming import DEFAULT_TENANT, tenant_of
 from swaplora_adapters.registry.index import NamedVersions
 from swaplora_adapters.registry.names import Judgement
 from swaplora_adapters.registry.naming import Naming
+from swaplora_adapters.store.shared.extras import CLAIM_SECONDS
 from swaplora_server.access.caller import Caller, KeyScope
 from swaplora_server.evaluation.gate import Gate, GateTask, Rate, reason_of
 from swaplora_server.evaluation.results import SCORE
@@ -146,14 +147,16 @@ class _Judges:
         caller = _caller(self._service, tenant_of(due.name))
         try:
             if due not in self._found:
-                if not await asyncio.to_thread(_is_ours, self._service, due):
+                if not await self._service.change(partial(_is_ours, self._service, due)):
                     self._tries[due] = 0, time.monotonic() + AGAIN_SECONDS
                     return
-                verdict = await _verdict(self._service, caller, due)
+                async with _held(self._service, due):
+                    verdict = await _verdict(self._service, caller, due)
                 found = Judgement(due.gate, due.version, due.against, verdict["reason"] is None, verdict)
                 self._found[due] = found  # from here on nobody cancels this, and a full disk has the write alone again
-            await asyncio.to_thread(_note, self._service, caller, due, self._found[due])
+            await self._service.change(partial(_note, self._service, caller, due, self._found[due]))
             del self._found[due]
+            await self._service.change(partial(_let_go, self._service, due))
         except _EndedError:
             return
         except (RequestError, AdapterError, _NotYetError) as error:
@@ -178,7 +181,35 @@ def _due_of(named: NamedVersions) -> list[tuple[Due, float]]:
 def _is_ours(service: Service, due: Due) -> bool:
     """Whether it is not another server that judges it, of those that share names."""
     extras = service.registry.extras
-    return extras is None or extras.claim(hashlib.sha256(repr(due).encode()).hexdigest())
+    return extras is None or extras.claim(_claimed(due))
+
+
+def _let_go(service: Service, due: Due) -> None:
+    """It is judged."""
+    if (extras := service.registry.extras) is not None:
+        with suppress(StoreUnreachableError):
+            extras.let_go(_claimed(due))
+
+
+def _claimed(due: Due) -> str:
+    return hashlib.sha256(repr(due).encode()).hexdigest()
+
+
+@asynccontextmanager
+async def _held(service: Service, due: Due) -> AsyncIterator[None]:
+    """However long the body takes, no other server begins with it."""
+
+    async def hold() -> None:
+        while True:
+            await asyncio.sleep(CLAIM_SECONDS)
+            with suppress(StoreUnreachableError):
+                await service.change(partial(_is_ours, service, due))
+
+    holding = asyncio.create_task(hold())
+    try:
+        yield
+    finally:
+        holding.cancel()
 
 
 def _note(service: Service, caller: Caller, due: Due, found: Judgement) -> None:

@@ -1,0 +1,226 @@
+"""What waits for the shared store, or for a disk, holds up nothing else; what is checked holds at the end."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from replicas import Disturbed, put, replicas, see, unreachable
+from swaplora_adapters.errors import AdapterNotFoundError, StorageFullError, StoreUnreachableError
+from swaplora_adapters.files.naming import stored_name
+from swaplora_adapters.registry.registry import Registry
+from swaplora_adapters.store.records import Target
+from swaplora_adapters.store.shared import extras
+from swaplora_adapters.store.shared.address import open_objects
+from swaplora_adapters.store.shared.objects import Listed
+from swaplora_server.evaluation.gate import Gate, GateTask
+from swaplora_server.http.routes import control
+from swaplora_server.service.errors import RequestError
+from swaplora_server.service.gates import gates
+from swaplora_server.service.gates.gates import Gates
+from swaplora_server.service.gates.task_files import TaskFiles
+
+LOG = "/log/"
+HANG_SECONDS = 60  # unless the test comes to its end
+
+
+@pytest.fixture
+def disturbed(tmp_path: Path) -> list[Disturbed]:
+    (tmp_path / "shared").mkdir()
+    return [Disturbed(open_objects(str(tmp_path / "shared"))) for _ in range(2)]
+
+
+@contextmanager
+def hanging(of: Disturbed, call: str) -> Iterator[threading.Event]:
+    """Each such call hangs while the body runs; the event says that one does."""
+    is_over, has_begun = threading.Event(), threading.Event()
+
+    def hang(each: str, _key: str) -> None:
+        if each == call:
+            has_begun.set()
+            is_over.wait(HANG_SECONDS)
+
+    of.before = hang
+    try:
+        yield has_begun
+    finally:
+        is_over.set()
+        of.come_back()
+
+
+def load(of: Registry, name: str, seconds: float) -> None:
+    leases = of.lease_weights([of.lease(name)])
+    try:
+        leases.weights.result(seconds)
+    finally:
+        leases.release()
+
+
+def test_nothing_is_held_while_files_are_sent_that_were_there_when_the_upload_came(
+    files: list[Path], tmp_path: Path, disturbed: list[Disturbed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with replicas(tmp_path, disturbed) as (one, other):
+        digest = put(one, "sql", files[0]).record.digest
+        put(one, "tales", files[1])
+        see(other)
+        one.delete("sql").freed.result(HANG_SECONDS)
+        see(other)
+        monkeypatch.setattr(other.names.index, "digests", lambda: frozenset({digest}))  # as it was
+        upload = threading.Thread(target=put, args=(other, "sql", files[0]))
+        with hanging(disturbed[1], "put") as has_begun:
+            upload.start()
+            assert has_begun.wait(HANG_SECONDS)
+            version = put(one, "tales", files[2]).record.version
+            other.seen().result(HANG_SECONDS / 2)
+            assert other.card("tales").record.version == version
+            assert "sql" not in other.names.index
+        upload.join()
+        see(one)
+        load(one, "sql", HANG_SECONDS)
+        assert one.card("sql").record.digest == digest
+
+
+def test_what_is_here_is_loaded_while_another_is_fetched_and_nothing_is_fetched_of_a_store_that_is_away(
+    files: list[Path], tmp_path: Path, disturbed: list[Disturbed]
+) -> None:
+    with replicas(tmp_path, disturbed) as (one, other):
+        for number, name in enumerate(("cold", "colder")):
+            put(one, name, files[number])
+        see(other)
+        put(other, "here", files[2])
+        with hanging(disturbed[1], "fetch") as has_begun:
+            cold = other.lease_weights([other.lease("cold")])
+            assert has_begun.wait(HANG_SECONDS)
+            load(other, "here", HANG_SECONDS / 2)
+            assert not cold.weights.done()
+        cold.weights.result(HANG_SECONDS)
+        cold.release()
+        calls: list[str] = []
+
+        def vanish(call: str, _key: str) -> None:
+            calls.append(call)
+            raise unreachable()
+
+        disturbed[1].before = vanish
+        while other.names.changes.failure is None:
+            time.sleep(0.05)
+        with pytest.raises(StoreUnreachableError):
+            load(other, "colder", HANG_SECONDS)
+        assert "fetch" not in calls
+        disturbed[1].come_back()
+
+
+def test_a_server_whose_disk_is_full_says_so_and_catches_up_when_it_has_room(
+    files: list[Path], tmp_path: Path, disturbed: list[Disturbed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_arguments: object) -> None:
+        raise StorageFullError("the disk is full (for a test)")
+
+    with replicas(tmp_path, disturbed) as (one, other):
+        put(one, "sql", files[0])
+        see(other)
+        with monkeypatch.context() as patch:
+            patch.setattr(other._store._names, "put", full)  # noqa: SLF001
+            put(one, "sql", files[1])
+            while not other.names.changes.is_stuck:
+                time.sleep(0.05)
+            with pytest.raises(StorageFullError):
+                put(other, "tales", files[2])
+            with pytest.raises(StorageFullError):
+                other.seen().result(0)
+        while other.names.changes.is_stuck:
+            time.sleep(0.05)
+        see(other)
+        assert other.card("sql").record.version == 2
+        put(other, "tales", files[2])
+
+
+def test_an_alias_that_another_server_points_elsewhere_meanwhile_is_not_deleted_with_its_adapter(
+    files: list[Path], tmp_path: Path, disturbed: list[Disturbed]
+) -> None:
+    name, stored = "org/model", stored_name("org/model")
+    with replicas(tmp_path, disturbed) as (one, other):
+        put(one, stored, files[0])
+        put(one, "sql", files[1])
+        one.put_alias(name, [Target(stored, 1)])
+        outrun: list[str] = []
+
+        def be_faster(call: str, key: str) -> None:
+            if call == "create" and LOG in key and not outrun:
+                outrun.append(key)
+                other.put_alias(name, [Target("sql", 1)])
+
+        disturbed[0].before = be_faster
+        with pytest.raises(AdapterNotFoundError):
+            control._delete(one, name)  # noqa: SLF001
+        assert len(outrun) == 1
+        assert one.names.index.alias(name).targets == (Target("sql", 1),)
+        assert stored in one.names.index
+        one.put_alias(name, [Target(stored, 1)])
+
+        def vanish_then(call: str, key: str) -> None:
+            if call == "create" and LOG in key:
+                disturbed[0].vanish()
+
+        disturbed[0].after, disturbed[0].before = vanish_then, lambda _call, _key: None
+        with pytest.raises(StoreUnreachableError, match=f"delete {stored}"):
+            control._delete(one, name)  # noqa: SLF001
+        disturbed[0].come_back()
+
+
+def test_gates_are_counted_anew_where_another_server_has_set_one_meanwhile(
+    files: list[Path], tmp_path: Path, disturbed: list[Disturbed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gates, "MAX_GATES", 1)
+    gate = Gate(task=GateTask(digest=f"sha256:{'0' * 64}", num_items=1), min_score=0.5, max_tokens=1, stop=[])
+    with replicas(tmp_path, disturbed) as (one, other):
+        put(one, "sql", files[0])
+        put(one, "tales", files[1])
+        outrun: list[str] = []
+
+        def be_faster(call: str, key: str) -> None:
+            if call == "create" and LOG in key and not outrun:
+                outrun.append(key)
+                see(other)
+                other.set_gate("tales", gate.model_dump_json())
+
+        disturbed[0].before = be_faster
+        (tmp_path / "gates").mkdir()
+        with pytest.raises(RequestError, match="1 adapters have a gate"):
+            asyncio.run(Gates(TaskFiles(tmp_path / "gates"), one).put(one, "sql", gate, []))
+        assert len(outrun) == 1
+        assert [named.current.name for named in one.names.index.gated()] == ["tales"]
+
+
+def test_what_one_server_has_claimed_is_its_own_after_its_restart_and_another_s_only_once_it_is_gone(
+    tmp_path: Path, disturbed: list[Disturbed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with replicas(tmp_path, disturbed) as (one, other):
+        assert one.extras is not None
+        assert other.extras is not None
+        assert one.extras.claim("x")
+        assert not other.extras.claim("x")
+    with replicas(tmp_path, disturbed) as (one, other):
+        assert one.extras is not None
+        assert other.extras is not None
+        assert not other.extras.claim("x")
+        assert one.extras.claim("x")
+        monkeypatch.setattr(extras, "CLAIM_SECONDS", -1.0)  # as if it had not claimed it anew
+        taken = disturbed[1].under
+
+        def claimed_meanwhile(prefix: str) -> list[Listed]:
+            found = taken(prefix)
+            assert one.extras is not None
+            assert one.extras.claim("x")
+            return found
+
+        monkeypatch.setattr(disturbed[1], "under", claimed_meanwhile)
+        assert not other.extras.claim("x")
+        monkeypatch.setattr(disturbed[1], "under", taken)
+        assert other.extras.claim("x")
+        other.extras.let_go("x")
+        assert not [each for each in disturbed[0].under("") if "/claims/" in each.key]
