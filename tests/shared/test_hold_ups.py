@@ -60,6 +60,11 @@ def load(of: Registry, name: str, seconds: float) -> None:
         leases.release()
 
 
+def until(of: Registry, *, is_stuck: bool) -> None:
+    while of.names.changes.is_stuck != is_stuck:
+        time.sleep(0.05)
+
+
 def test_nothing_is_held_while_files_are_sent_that_were_there_when_the_upload_came(
     files: list[Path], tmp_path: Path, disturbed: list[Disturbed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,14 +131,12 @@ def test_a_server_whose_disk_is_full_says_so_and_catches_up_when_it_has_room(
         with monkeypatch.context() as patch:
             patch.setattr(other._store._names, "put", full)  # noqa: SLF001
             put(one, "sql", files[1])
-            while not other.names.changes.is_stuck:
-                time.sleep(0.05)
+            until(other, is_stuck=True)
             with pytest.raises(StorageFullError):
                 put(other, "tales", files[2])
             with pytest.raises(StorageFullError):
                 other.seen().result(0)
-        while other.names.changes.is_stuck:
-            time.sleep(0.05)
+        until(other, is_stuck=False)
         see(other)
         assert other.card("sql").record.version == 2
         put(other, "tales", files[2])
