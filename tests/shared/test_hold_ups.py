@@ -30,7 +30,6 @@ HANG_SECONDS = 60  # unless the test comes to its end
 
 @pytest.fixture
 def disturbed(tmp_path: Path) -> list[Disturbed]:
-    (tmp_path / "shared").mkdir()
     return [Disturbed(open_objects(str(tmp_path / "shared"))) for _ in range(2)]
 
 
