@@ -357,7 +357,7 @@ OPERATORS = {
     | {"extras", "judge", "revision", "seen", "step_back", "stop"},
     Names: {"change", "origin", "outdated", "publish", "put_alias", "remove", "remove_alias", "set_origin", "state"}
     | {"is_due", "judge", "may_follow", "set_gate", "successor", "was_used", "check_is_not_base", "put_mixture"}
-    | {"remove_mixture", "step_back"},
+    | {"bring", "remove_mixture", "step_back"},
     Index: {"aliases_that_need", "digests", "names_of", "num_aliases", "put", "put_alias", "remove", "remove_alias"},
 }
 
