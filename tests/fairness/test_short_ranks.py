@@ -25,6 +25,18 @@ def crowded(num_tenants: int) -> Scheduler:
     return scheduler
 
 
+def beside_lacking(num_tenants: int) -> Scheduler:
+    """The same where most places are free."""
+    scheduler = make(**WIDE | {"max_step_ranks": 16})
+    for number in range(2):
+        submit(scheduler, [1] * 5, max_tokens=500, tenant="runs", adapters=(adapter(f"runs {number}"),))
+    run_step(scheduler)
+    for number in range(4 * MAX_LACKING_RANKS_OF_TENANT):
+        own = (adapter(f"waits {number}", rank=16),)
+        submit(scheduler, [2] * 5, max_tokens=1, tenant=f"tenant {number % num_tenants}", adapters=own)
+    return scheduler
+
+
 def steps_until_answered(scheduler: Scheduler, client: Client) -> int:
     for step in range(100):
         if client.events:
@@ -72,6 +84,22 @@ def test_many_adapters_of_one_tenant_hold_up_nobody_of_another_who_lacks_no_rank
         submit(scheduler, [2] * 5, max_tokens=1, tenant="acme", adapters=(adapter(f"waits {number}"),))
     other = submit(scheduler, [3] * 5, max_tokens=1, tenant="beta")
     assert steps_until_answered(scheduler, other) <= 2
+    scheduler.fail_all("", "")
+
+
+@pytest.mark.parametrize("tenant", ["tenant 0", "other"])
+@pytest.mark.parametrize("num_tenants", [1, 4])
+@pytest.mark.parametrize("needed", [(), ("runs 0",), ("runs 1", "runs 0")])
+def test_one_that_needs_no_more_ranks_than_run_begins_at_once(
+    needed: tuple[str, ...], num_tenants: int, tenant: str
+) -> None:
+    """The base, and adapters that run for another tenant, one or a sum of them."""
+    scheduler = beside_lacking(num_tenants)
+    client = submit(scheduler, [3] * 5, max_tokens=1, tenant=tenant, adapters=tuple(map(adapter, needed)))
+    assert steps_until_answered(scheduler, client) <= 2
+    lacking = submit(scheduler, [3] * 5, max_tokens=1, tenant=tenant, adapters=(adapter("runs 0"), adapter("more")))
+    run_step(scheduler)
+    assert not lacking.events
     scheduler.fail_all("", "")
 
 

@@ -249,10 +249,11 @@ class Scheduler:
         return begun
 
     def _turns(self, over: Over, kept: Kept) -> Iterator[Sequence]:
-        """Those that wait, in their order; after so many that lack ranks, those alone whose adapters run already."""
+        """Those that wait, in their order; after so many that lack ranks, those alone that need no more than run."""
         yield from takewhile(lambda _sequence: not kept.has_looked_enough_for_ranks, self._waiting.turns(over))
         if kept.is_leaving_out:
-            yield from self._waiting.turns_of({sequence.request.line for sequence in self._running}, over)
+            digests = {digest for sequence in self._running for digest in sequence.request.digests}
+            yield from self._waiting.turns_beside(digests, over)
 
     @property
     def _has_place(self) -> bool:

@@ -13,6 +13,7 @@ the same, so that no tenant gains by it. Pure decisions: imports no torch.
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from heapq import heapify, heappop, heapreplace
 from itertools import takewhile
@@ -142,6 +143,7 @@ class WaitingLine:
     def __init__(self) -> None:
         self._tenants = Accounts(TenantLines)
         self._sequences: dict[Sequence, int] = {}  # and how many had come, with it
+        self._num_of: dict[tuple[str, ...], Counter[Line]] = {}  # that wait, by the first digest, if any
         self._num_added = 0
 
     def __len__(self) -> int:
@@ -161,12 +163,19 @@ class WaitingLine:
         if tenant.num_waiting == 1:
             tenant.since = sequence.arrival
         tenant.lines.enter(sequence.request.digests).add(sequence)
+        self._num_of.setdefault(sequence.request.digests[:1], Counter())[sequence.request.line] += 1
 
     def remove(self, sequence: Sequence) -> None:
         """Raises KeyError for one that does not wait."""
         request = sequence.request
         del self._sequences[sequence]
         self._tenants.leave(request.tenant).lines.leave(request.digests).remove(sequence)
+        num_of = self._num_of[request.digests[:1]]
+        num_of[request.line] -= 1
+        if not num_of[request.line]:
+            del num_of[request.line]
+        if not num_of:
+            del self._num_of[request.digests[:1]]
 
     def charge(self, sequence: Sequence, num_tokens: int, weight: int) -> None:
         """Say that so many tokens were computed for it, or will be at once."""
@@ -182,12 +191,17 @@ class WaitingLine:
         """
         return self._here(_by_turns(self._tenants.waiting(), over))
 
-    def turns_of(self, lines: Iterable[Line], over: Over) -> Iterator[Sequence]:
-        """The same for some lines, each of which has all its turns before the next: whoever was served least first."""
-        tenants = ((self._tenants.account(tenant), digests) for tenant, digests in lines)
-        accounts = [(tenant, tenant.lines.account(digests)) for tenant, digests in tenants if tenant.num_waiting]
+    def turns_beside(self, digests: set[str], over: Over) -> Iterator[Sequence]:
+        """The same for lines that ask for no adapters but these: those of the base, too, and of whichever tenant.
+
+        Each has all its turns before the next: whoever was served least first.
+        """
+        firsts = [(), *((digest,) for digest in digests)]
+        lines = [line for first in firsts for line in self._num_of.get(first, ()) if digests.issuperset(line[1])]
+        tenants = ((self._tenants.account(tenant), of) for tenant, of in lines)
+        accounts = [(tenant, tenant.lines.account(of)) for tenant, of in tenants]
         accounts.sort(key=lambda account: (account[0].served, account[1].served))
-        return self._here(sequence for _, line in accounts if line.num_waiting for sequence in line.turns(over))
+        return self._here(sequence for _, line in accounts for sequence in line.turns(over))
 
     def _here(self, turns: Iterator[Sequence]) -> Iterator[Sequence]:
         """Those of them that wait by then, and did when this was called."""
