@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic_core import from_json, to_json
 
 from fronts import Front, front_of
 from serving import BASE, Running, serving, settings
+from swaplora_server.cluster.exchange import Answer
+from swaplora_server.cluster.gathered import gathered_as, is_page
 from swaplora_server.http.app import create_app
 from swaplora_server.http.transport.body_memory import BodyMemory
 
@@ -79,6 +83,35 @@ def test_metrics_are_each_replicas(two: tuple[Running, Running], front: Front) -
     assert told == {"r0", "r1"}
     openmetrics = front.client.get("/metrics", headers={"accept": "application/openmetrics-text"})
     assert openmetrics.text.endswith("# EOF\n")
+    found = {family.name: family.type for family in openmetrics_families(openmetrics.text)}
+    own_text = two[0].client.get("/metrics", headers={"accept": "application/openmetrics-text"}).text
+    assert found == {family.name: family.type for family in openmetrics_families(own_text)}
+    assert found["swaplora_generations"] == "counter"
+
+
+def test_a_list_goes_on_where_it_ended() -> None:
+    """Whoever asks for no number has the newest hundred of all replicas, and then the others."""
+    lists = [
+        [{"id": f"{name}{at}", "created": at + more} for at in range(90, 0, -1)]
+        for name, more in (("a", 100), ("b", 0))
+    ]
+    body = [to_json({"object": "list", "data": data, "has_more": False}) for data in lists]
+    answers = [
+        Answer(name, 200, [(b"content-type", b"application/json")], each) for name, each in zip("ab", body, strict=True)
+    ]
+    how = gathered_as("GET", "/v1/evaluations")
+    assert how is not None
+
+    def listed(query: str) -> tuple[list[str], bool]:
+        scope = {"type": "http", "query_string": query.encode(), "headers": []}
+        assert is_page(scope, how)
+        told = from_json(how(answers, scope).body)
+        return [one["id"] for one in told["data"]], told["has_more"]
+
+    first, has_more = listed("")
+    rest, has_still_more = listed(f"after={first[-1]}")
+    assert first + rest == [one["id"] for data in lists for one in data]
+    assert (len(first), has_more, has_still_more) == (100, True, False)
 
 
 def test_the_whole_is_ready_while_one_is(two: tuple[Running, Running], front: Front) -> None:

@@ -1,6 +1,7 @@
 """What replicas count together is counted once, and what a lost one had begun ends with it."""
 
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ class Remote:
     def __init__(self, meter: CommonMeter) -> None:
         self._meter = meter
         self.is_gone = False
+        self.is_late = False  # does what it is told, after nobody waits for it any more
         self.num_calls = 0
 
     def __getattr__(self, method: str) -> Any:
@@ -37,8 +39,12 @@ class Call:
         self._future: Future[Any] = Future()
         if self._remote.is_gone:
             self._future.set_exception(ConnectionError("gone"))
+            return self
+        told = self._method(*args)
+        if self._remote.is_late:
+            self._future.set_exception(TimeoutError())
         else:
-            self._future.set_result(self._method(*args))
+            self._future.set_result(told)
         return self
 
     def future(self) -> "Future[Any]":
@@ -56,8 +62,8 @@ def remote(clock: Clock) -> Remote:
 
 
 @pytest.fixture
-def two(remote: Remote) -> list[SharedMeter]:
-    return [SharedMeter(name, lambda: remote) for name in ("a", "b")]
+def two(remote: Remote, clock: Clock) -> list[SharedMeter]:
+    return [SharedMeter(name, lambda: remote, clock) for name in ("a", "b")]
 
 
 def test_a_limit_is_that_of_all_replicas(two: list[SharedMeter], clock: Clock) -> None:
@@ -111,7 +117,7 @@ def test_who_has_no_limits_asks_nobody(two: list[SharedMeter], remote: Remote) -
     assert remote.num_calls == 0
 
 
-def test_nobody_is_let_in_uncounted(two: list[SharedMeter], remote: Remote) -> None:
+def test_nobody_is_let_in_uncounted(two: list[SharedMeter], remote: Remote, clock: Clock) -> None:
     limited = {"key": Limits(requests_per_minute=3, tokens_per_minute=3)}
     remote.is_gone = True
     with pytest.raises(LimitReachedError) as reached:
@@ -119,5 +125,34 @@ def test_nobody_is_let_in_uncounted(two: list[SharedMeter], remote: Remote) -> N
     assert reached.value.retry_seconds == 1
     with pytest.raises(LimitReachedError):
         two[0].reserve(limited, 1)
+    assert remote.num_calls == 2  # it was asked once, and told that nobody waits; then it rests
     remote.is_gone = False
+    clock.now += 1
     two[0].begin(limited, is_change=False)()
+
+
+def test_what_is_counted_in_too_late_is_counted_out(two: list[SharedMeter], remote: Remote, clock: Clock) -> None:
+    """And so is what had begun before, while nobody can be asked."""
+    limited = {"key": Limits(concurrent_requests=1, tokens_per_minute=100)}
+    end = two[0].begin(limited, is_change=False)
+    remote.is_late = True
+    for ask in (partial(two[0].begin, is_change=False), partial(two[0].reserve, num_tokens=100)):
+        with pytest.raises(LimitReachedError):
+            ask(limited)
+        clock.now += 1
+    end()
+    with pytest.raises(LimitReachedError):
+        two[1].begin(limited, is_change=False)
+    remote.is_late = False
+    clock.now += 1
+    two[0].begin(limited, is_change=False)
+    two[1].reserve(limited, 100)
+
+
+def test_one_that_is_prepared_has_been_asked(two: list[SharedMeter], remote: Remote, clock: Clock) -> None:
+    remote.is_gone = True
+    two[0].prepare()
+    remote.is_gone = False
+    clock.now += 1
+    two[0].prepare()
+    assert remote.num_calls == 2

@@ -83,3 +83,10 @@ def test_its_ray_is_the_images_and_one_that_we_take(service: dict[str, Any]) -> 
     assert '"ray[serve]>=2.60,<3"' in (ROOT / "pyproject.toml").read_text()
     (image,) = {container["image"] for spec in pods(service) for container in spec["containers"]}
     assert image in (ROOT / "deploy/ray/README.md").read_text()
+
+
+def test_nobody_joins_its_ray_without_a_token(service: dict[str, Any]) -> None:
+    assert service["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}
+    assert not any(
+        each["name"].startswith("RAY_AUTH") for spec in pods(service) for each in spec["containers"][0]["env"]
+    )

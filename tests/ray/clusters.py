@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 
 from repository import ROOT
 from server_process import free_port
-from swaplora_server.cluster.build import APPLICATION, engines, key_ring
+from swaplora_server.cluster.build import application_of, engines, key_ring
 from swaplora_server.cluster.ingress import ingress
 from swaplora_server.cluster.ray_engines import RayEngines
 from swaplora_server.config import Settings
@@ -72,12 +72,12 @@ class Front:
 @contextmanager
 def in_front(settings: Settings) -> Iterator[Front]:
     """Replicas as the settings say, and a server in front of them in this process."""
-    handle = serve.run(engines(settings), name=APPLICATION, route_prefix=None)
+    handle = serve.run(engines(settings), name=application_of(settings), route_prefix=None)
     try:
         with fronting(settings, handle) as front:
             yield front
     finally:
-        serve.delete(APPLICATION)
+        serve.delete(application_of(settings))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from clusters import Front, Nodes, in_front, ray_nodes
 from oracle import Oracle
 from serving import BASE, Running, Streamed, serving, settings, stream_chat
 from sixteen_adapters import SHAPES, TOLERANCE, error_against
-from swaplora_server.cluster.build import APPLICATION, engines
+from swaplora_server.cluster.build import application_of, engines
 from swaplora_server.cluster.ingress import PART_BYTES
 from swaplora_server.config import Settings
 
@@ -228,7 +228,7 @@ def test_a_new_release_comes_while_the_old_one_ends(front: Front, one: Running, 
     asking.start()
     try:
         newer = config.model_copy(update={"max_num_seqs": 32})
-        serve.run(engines(newer), name=APPLICATION, route_prefix=None)
+        serve.run(engines(newer), name=application_of(newer), route_prefix=None)
     finally:
         has_come.set()
         asking.join()
@@ -263,7 +263,8 @@ def _scale(config: Settings, replicas: str) -> None:
     """Have another number of the same replicas: those of up to two, so that nothing else changes."""
     bound = engines(config)
     deployment = bound._bound_deployment.options(num_replicas=int(replicas))  # noqa: SLF001
-    serve.run(deployment.bind(*deployment.init_args, **deployment.init_kwargs), name=APPLICATION, route_prefix=None)
+    again = deployment.bind(*deployment.init_args, **deployment.init_kwargs)
+    serve.run(again, name=application_of(config), route_prefix=None)
 
 
 def _abandoned(front: Front) -> float:

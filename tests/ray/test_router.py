@@ -113,6 +113,19 @@ async def test_what_has_ended_is_no_load() -> None:
     assert {await chosen(router, adapter("x")) for _ in range(found.count("b") - COLD)} == {"a"}
 
 
+async def test_what_all_are_asked_was_nobodys_load() -> None:
+    """Ray says of that too that it has ended."""
+    router = router_of(map(replica, "ab"))
+    for _ in range(20):
+        await chosen(router, adapter("x"))
+    loads = {name: await ranked(router, adapter(f"y{name}")) for name in range(20)}
+    for _ in range(40):
+        for name in "ab":
+            router.on_request_completed(replica_id(name), f"other {name}")
+    assert sum(each.in_flight for each in router._affinity._replicas.values()) == 20  # noqa: SLF001
+    assert {name: await ranked(router, adapter(f"y{name}")) for name in range(20)} == loads
+
+
 async def test_a_client_that_leaves_before_its_request_is_sent_is_no_load() -> None:
     router = router_of([replica("a"), replica("b")])
     for _ in range(50):

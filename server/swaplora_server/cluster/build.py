@@ -4,6 +4,7 @@ Of this package `replica.py`, `ray_engines.py`, `router.py` and this file alone 
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,18 +22,23 @@ from swaplora_server.cluster.replica import EngineReplica
 from swaplora_server.config import Settings
 from swaplora_server.log_lines import configure_logging
 
-APPLICATION = "swaplora"
 ENGINE = "Engine"
 INGRESS = "Ingress"
 _MAX_ONGOING = 100_000  # each replica refuses by itself what is too much, and says when to ask again
 _END_SECONDS = 10.0  # beyond the time to drain, for a replica's end
 _STATS_SECONDS = 1.0
+_NUM_INGRESSES = 2  # so that one may go
 
 
 def app(args: dict[str, Any]) -> Any:
-    """The whole application, of settings by name; those of the environment hold too. Raises ValidationError."""
+    """The whole application, of settings by name; those of the environment hold too. Raises ValueError."""
     settings = Settings(**{"ray": True, **args})
     check_replicas(settings)
+    if not (settings.has_keys or settings.insecure_no_auth):
+        raise ValueError(
+            "key_file: Ray's proxies listen for other machines, so requests need a key: set key_file or api_key "
+            "(SWAPLORA_API_KEY), or insecure_no_auth to let anyone in"
+        )
     return behind_proxies(settings)
 
 
@@ -51,7 +57,11 @@ class DeployError(Exception):
 
 @contextmanager
 def deployed(settings: Settings) -> Iterator[ASGIApp]:
-    """The ingress in front of replicas, which come and go with this. Raises DeployError and KeyFileError."""
+    """The ingress in front of replicas. Raises DeployError and KeyFileError.
+
+    On a Ray of this machine alone they come and go with this. On a cluster they stay: other fronts may stand before
+    them, and the next one of the same base finds them there.
+    """
     try:
         check_replicas(settings)
         keys = key_ring(settings)
@@ -64,7 +74,6 @@ def deployed(settings: Settings) -> Iterator[ASGIApp]:
         yield ingress(settings, RayEngines(handle), keys)
     finally:
         keys.stop()
-        serve.delete(APPLICATION)
         if settings.ray_address is None:
             serve.shutdown()
         ray.shutdown()
@@ -75,7 +84,12 @@ def _deploy(settings: Settings) -> Any:
     own = {"include_dashboard": False} if settings.ray_address is None else {}
     ray.init(address=settings.ray_address or "local", configure_logging=False, **own)
     serve.start(proxy_location="Disabled")
-    return serve.run(engines(settings), name=APPLICATION, route_prefix=None)
+    return serve.run(engines(settings), name=application_of(settings), route_prefix=None)
+
+
+def application_of(settings: Settings) -> str:
+    """What it is called on Ray Serve: replicas of another base are another application."""
+    return f"swaplora-{re.sub(r'[^A-Za-z0-9._-]', '-', settings.base_id)}"
 
 
 def engines(settings: Settings) -> Any:
@@ -109,9 +123,10 @@ def engines(settings: Settings) -> Any:
         },
         **scale,
     )
-    # a change of their number alone is no reason to begin all of them again
+    # a change of their number alone, or of the front, is no reason to begin all of them again
+    same = {"ray_replicas": None, "ray_address": None, "port": Settings.model_fields["port"].default}
     is_alone = most == 1 and settings.shared_store is None
-    return deployment.bind(settings.model_copy(update={"ray_replicas": None}), is_alone=is_alone)
+    return deployment.bind(settings.model_copy(update=same), is_alone=is_alone)
 
 
 def behind_proxies(settings: Settings) -> Any:
@@ -119,6 +134,7 @@ def behind_proxies(settings: Settings) -> Any:
     deployment = serve.deployment(
         serve.ingress()(_Ingress),
         name=INGRESS,
+        num_replicas=_NUM_INGRESSES,
         max_ongoing_requests=_MAX_ONGOING,
         logging_config={"enable_access_log": False},  # a replica has a line of its own for each request
         graceful_shutdown_timeout_s=settings.drain_seconds + 2 * _END_SECONDS,

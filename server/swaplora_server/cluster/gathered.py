@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from typing import cast
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from pydantic_core import from_json, to_json
@@ -16,6 +18,7 @@ from swaplora_server.cluster.exchange import Answer
 
 Gathered = Callable[[list[Answer], Scope], Answer]
 ALL_OF_A_LIST = b"limit=1000"  # as many as one asks for at most
+_DEFAULT_LIMIT = 100
 _BY_ID = re.compile(r"/v1/evaluations/[^/]+(/cancel)?")
 _HEALTH = frozenset({"/health", "/health/ready", "/ping"})
 
@@ -42,7 +45,7 @@ def _best(answers: list[Answer], _scope: Scope) -> Answer:
 
 def is_page(scope: Scope, how: Gathered) -> bool:
     """Whether a part of a list is asked for, which is found in the lists of all, each whole."""
-    return how is _lists and bool(scope["query_string"])
+    return how is _lists
 
 
 def _lists(answers: list[Answer], scope: Scope) -> Answer:
@@ -54,7 +57,7 @@ def _lists(answers: list[Answer], scope: Scope) -> Answer:
     data = sorted((one for each in lists for one in each["data"]), key=lambda one: one["created"], reverse=True)
     asked = QueryParams(scope["query_string"])
     places = [place for place, one in enumerate(data, start=1) if one["id"] == asked.get("after")]
-    begin, limit = places[0] if places else 0, int(asked.get("limit", len(data)))
+    begin, limit = places[0] if places else 0, int(asked.get("limit", _DEFAULT_LIMIT))
     has_more = begin + limit < len(data) or any(each["has_more"] for each in lists)
     whole = {**lists[0], "data": data[begin : begin + limit], "has_more": has_more}
     return _with_body(good[0], to_json(whole), b"application/json")
@@ -78,12 +81,19 @@ class _Labelled(Collector):
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
         for answer in self._answers:
-            for family in text_string_to_metric_families(answer.body.decode()):
+            for family in _families(answer):
                 whole = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
                 for sample in family.samples:
                     labels = {**sample.labels, "replica": answer.replica}
                     whole.samples.append(sample._replace(labels=labels))
         yield from families.values()
+
+
+def _families(answer: Answer) -> Iterable[Metric]:
+    """Which of both formats it is in, the replica chose by the same header as it is chosen here."""
+    is_openmetrics = dict(answer.headers).get(b"content-type", b"").startswith(b"application/openmetrics-text")
+    parse = openmetrics_families if is_openmetrics else text_string_to_metric_families
+    return cast("Iterable[Metric]", parse(answer.body.decode()))
 
 
 def _with_body(answer: Answer, body: bytes, media_type: bytes) -> Answer:

@@ -1,15 +1,19 @@
 """Limits by the minute and by concurrency, counted for all replicas together in one place: an actor of Ray."""
 
+import math
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
 from swaplora_server.access.limits import LimitReachedError, Limits, Meter, Reservation
 
 SILENT_SECONDS = 30.0  # after which a replica counts as gone, and what it had begun as ended
-_ASK_SECONDS = 2.0
+START_SECONDS = 10.0  # that the actor may take to be there, while nobody is served yet
+_ASK_SECONDS = 0.25  # that the event loop waits for it
+_REST_SECONDS = 1.0  # after it was late, in which it is not asked
 _AT_ONCE = ("requests_per_minute", "changes_per_minute", "concurrent_requests")
 
 
@@ -79,15 +83,23 @@ class SharedMeter(Meter):
     """A replica's: those whom nothing limits are counted nowhere, the others by the actor.
 
     It is asked on the event loop, which waits for the millisecond or two. Where it does not answer, nobody is let in
-    whom something limits.
+    whom something limits, and for a while it is not asked again.
     """
 
-    def __init__(self, replica: str, actor: Callable[[], Any]) -> None:
+    def __init__(self, replica: str, actor: Callable[[], Any], clock: Callable[[], float] = time.monotonic) -> None:
         """`actor` finds the handle of the one CommonMeter."""
         super().__init__()
         self._replica = replica
         self._find = actor
-        self._actor: Any = None
+        self._now = clock
+        self._actor: Any = None  # kept when it does not answer: what it may still count in is to be counted out by it
+        self._is_answering = False
+        self._rests_until = -math.inf
+
+    def prepare(self) -> None:
+        """Wait until it is there, or too late: off the event loop, before the first request."""
+        with suppress(LimitReachedError):
+            self._ask("alive", self._replica, seconds=START_SECONDS)
 
     def begin(self, limited: dict[str, Limits], *, is_change: bool) -> Callable[[], None]:
         """See `Meter.begin`."""
@@ -95,8 +107,9 @@ class SharedMeter(Meter):
         if not own:
             return super().begin(limited, is_change=is_change)
         request = uuid.uuid4().hex
-        self._ask("begin", self._replica, request, own, is_change)
-        return _Once(partial(self._tell, "end", request))
+        end = partial(self._tell, "end", request)
+        self._ask("begin", self._replica, request, own, is_change, undo=end)
+        return _Once(end)
 
     def reserve(self, limited: dict[str, Limits], num_tokens: int) -> Reservation:
         """See `Meter.reserve`."""
@@ -104,28 +117,41 @@ class SharedMeter(Meter):
         if not own:
             return super().reserve(limited, num_tokens)
         tokens = uuid.uuid4().hex
-        self._ask("reserve", self._replica, tokens, own, num_tokens)
-        return Reservation(num_tokens, partial(self._tell, "settle", tokens))
+        settle = partial(self._tell, "settle", tokens)
+        self._ask("reserve", self._replica, tokens, own, num_tokens, undo=partial(settle, 0))
+        return Reservation(num_tokens, settle)
 
     def tell_alive(self) -> None:
         """To be called more often than every SILENT_SECONDS."""
         if self._actor is not None:
             self._tell("alive", self._replica)
 
-    def _ask(self, what: str, *args: Any) -> None:
-        """Raises LimitReachedError."""
+    def _ask(
+        self, what: str, *args: Any, undo: Callable[[], None] = lambda: None, seconds: float = _ASK_SECONDS
+    ) -> None:
+        """Raises LimitReachedError; `undo` is for what it may do too late. It does what one asks in turn."""
+        if self._now() < self._rests_until:
+            raise _cannot_count()
         try:
-            self._actor = self._actor or self._find()
-            reached: Reached | None = getattr(self._actor, what).remote(*args).future().result(_ASK_SECONDS)
+            if not self._is_answering:
+                self._actor = self._find()
+            reached: Reached | None = getattr(self._actor, what).remote(*args).future().result(seconds)
+            self._is_answering = True
         except Exception as error:
-            self._actor = None  # the next one may find another
-            raise LimitReachedError("what this key may ask for cannot be counted now; try again in 1 s", 1) from error
+            self._is_answering = False  # the next one may find another
+            self._rests_until = self._now() + _REST_SECONDS
+            undo()
+            raise _cannot_count() from error
         if reached is not None:
             raise LimitReachedError(reached.message, reached.retry_seconds)
 
     def _tell(self, what: str, *args: Any) -> None:
         if self._actor is not None:
             getattr(self._actor, what).remote(*args)
+
+
+def _cannot_count() -> LimitReachedError:
+    return LimitReachedError("what this key may ask for cannot be counted now; try again in 1 s", 1)
 
 
 class _Once:

@@ -41,14 +41,18 @@ class EngineReplica:
         `is_alone` says that there is never another, whose data directory must be another as well.
         """
         configure_logging(settings.log_level, as_json=settings.log_json)
-        self._id = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        self._id = context.replica_id.unique_id
         self._folder, self._lock = await asyncio.to_thread(claim_folder, settings, is_alone=is_alone)
         self._service = Service(settings.model_copy(update={"data_dir": self._folder}))
-        self._meter = self._service.meter = SharedMeter(self._id, common_meter)
+        self._meter = self._service.meter = SharedMeter(self._id, partial(common_meter, context.app_name))
+        if settings.key_file is not None:  # where limits stand
+            await asyncio.to_thread(self._meter.prepare)
         await in_own_thread(partial(self._service.start, _report))
         gc.freeze()
         app = create_app(self._service, BodyMemory(settings.body_memory_bytes))
         self._exchanges = Exchanges(app)
+        self._num_told = 0
         self._lifespan = LifespanOn(Config(app, lifespan="on", log_config=None))
         await self._lifespan.startup()
 
@@ -75,6 +79,8 @@ class EngineReplica:
         self._meter.tell_alive()
         service = self._service
         snapshot = service.engine.snapshot()
+        if snapshot.num_waiting or snapshot.num_running:
+            self._num_told += 1
         resident = {state.name for state in service.registry.states() if state.tier == "device"}
         for alias in service.registry.names.index.aliases():
             if all(parse_reference(target.reference).name in resident for target in alias.targets):
@@ -84,6 +90,7 @@ class EngineReplica:
             "queue": snapshot.num_waiting,
             "running": snapshot.num_running,
             "capacity": service.max_rows,
+            "told": self._num_told,  # so that the same again is news, or a router would take it for what it has
         }
 
     def check_health(self) -> None:
@@ -103,10 +110,10 @@ def _report(step: str) -> None:
     _log.info("starting", step=step)
 
 
-def common_meter() -> Any:
-    """The one that counts for all replicas of this release: whoever asks first makes it."""
+def common_meter(application: str) -> Any:
+    """The one that counts for all replicas of an application and a release: whoever asks first makes it."""
     actor = ray.remote(CommonMeter).options(
-        name=f"meter-{version('swaplora')}",
+        name=f"meter-{application}-{version('swaplora')}",
         namespace="swaplora",
         get_if_exists=True,
         lifetime="detached",

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from swaplora_adapters.errors import AdapterNotFoundError
-from swaplora_adapters.files.naming import DEFAULT_TENANT
+from swaplora_adapters.files.naming import DEFAULT_TENANT, MAX_SAID_CHARS
 from swaplora_adapters.registry.naming import Naming
 from swaplora_server.cluster.affinity import RouteKey
 
@@ -51,9 +51,10 @@ def _named(body: Mapping[str, Any]) -> Iterator[str]:
 def _stored(names: list[str], tenant: str) -> tuple[str, ...]:
     naming = Naming("" if tenant == DEFAULT_TENANT else tenant)
     try:
-        return tuple(dict.fromkeys(naming.key(_VERSION.sub("", name)) for name in names))
+        stored = dict.fromkeys(naming.key(_VERSION.sub("", name)) for name in names)
     except AdapterNotFoundError:
         return ()
+    return tuple(name for name in stored if len(name) <= MAX_SAID_CHARS)  # routers remember them
 
 
 def _session(body: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ belongs to that process's event loop.
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Mapping
 from random import Random
 from typing import Any
@@ -27,6 +28,7 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray is not 
         """It has no settings."""
         self._affinity = Affinity(Random())
         self._stats: dict[ReplicaID, Mapping[str, Any]] = {}
+        self._routed: Counter[tuple[ReplicaID, str]] = Counter()  # by replica and Ray's internal id: what it has
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """What Ray calls when replicas come, go, or have told something new."""
@@ -57,6 +59,7 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray is not 
         for pending in self._pending_requests_to_fulfill:
             if pending.metadata is request_metadata and not pending.future.done():
                 self._affinity.routed(_key_of(pending), replica.replica_id.unique_id, time.monotonic())
+                self._routed[replica.replica_id, pending.metadata.internal_request_id] += 1
                 self._record_queue_wait_time(pending)
                 pending.future.set_result(replica)
                 self._remove_pending_request_from_indices(pending)
@@ -71,12 +74,20 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray is not 
         except asyncio.CancelledError:
             future = pending_request.future
             if future.done() and not future.cancelled() and future.exception() is None:
-                self._affinity.completed(future.result().replica_id.unique_id)
+                self.on_request_completed(future.result().replica_id, pending_request.metadata.internal_request_id)
             raise
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """What Ray calls once for each request that it sent, also when the replica refused it or died."""
-        self._affinity.completed(replica_id.unique_id)
+        """What Ray calls once for each request that it sent, also when the replica refused it or died.
+
+        And for what it sends to all of them, which nobody routed and which is no load.
+        """
+        routed = replica_id, internal_request_id
+        if routed in self._routed:
+            self._routed[routed] -= 1
+            if not self._routed[routed]:
+                del self._routed[routed]
+            self._affinity.completed(replica_id.unique_id)
 
 
 def _key_of(pending: PendingRequest | None) -> RouteKey:

@@ -1,0 +1,56 @@
+"""What is built for Ray Serve, and what of it goes with the front; nothing of it is started here."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock, Mock
+
+import pytest
+
+from serving import settings
+from swaplora_server.cluster import build
+from swaplora_server.cluster.replica import EngineReplica
+
+
+@pytest.mark.parametrize(("address", "stays"), [(None, False), ("auto", True)])
+def test_what_stands_on_a_cluster_stays(
+    address: str | None, stays: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray, serve = Mock(), Mock(wraps=build.serve)
+    for name in ("start", "run", "delete", "shutdown"):
+        setattr(serve, name, Mock())
+    monkeypatch.setattr(build, "ray", ray)
+    monkeypatch.setattr(build, "serve", serve)
+    given = settings(base, tmp_path, ray=True, ray_address=address, served_model_name="org/one")
+    with build.deployed(given):
+        pass
+    assert serve.run.call_args.kwargs["name"] == "swaplora-org-one"
+    assert not serve.delete.called
+    assert serve.shutdown.called != stays
+
+
+def test_replicas_do_not_depend_on_their_front(base: Path, tmp_path: Path) -> None:
+    bound = [
+        build.engines(settings(base, tmp_path, ray=True, ray_address=address, port=port))
+        for address, port in ((None, 1), ("auto", 2))
+    ]
+    first, second = (each._bound_deployment.init_args for each in bound)  # noqa: SLF001
+    assert first == second
+
+
+def test_the_same_under_load_is_told_again() -> None:
+    """A router that has less to do with it than before would else not learn that others have more."""
+    told = EngineReplica.__new__(EngineReplica)
+    service = MagicMock(max_rows=8)
+    told._meter, told._service, told._num_told = Mock(), service, 0  # noqa: SLF001
+    service.engine.snapshot.return_value = SimpleNamespace(num_waiting=0, num_running=8)
+    assert told.record_routing_stats() != told.record_routing_stats()
+    service.engine.snapshot.return_value = SimpleNamespace(num_waiting=0, num_running=0)
+    assert told.record_routing_stats() == told.record_routing_stats()
+
+
+def test_rays_proxies_want_keys(base: Path, tmp_path: Path) -> None:
+    given = settings(base, tmp_path, ray=True).model_dump(exclude_unset=True)
+    with pytest.raises(ValueError, match="requests need a key"):
+        build.app(given)
+    build.app({**given, "insecure_no_auth": True})
+    build.app({**given, "api_key": "k"})
