@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import MagicMock, Mock
 
 import pytest
+from ray import serve as real_serve
 
 from serving import settings
 from swaplora_server.cluster import build
@@ -17,7 +18,7 @@ from swaplora_server.cluster.replica import EngineReplica
 def test_what_stands_on_a_cluster_stays(
     address: str | None, stays: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ray, serve = Mock(), Mock(wraps=build.serve)
+    ray, serve = Mock(), Mock(wraps=real_serve)
     for name in ("start", "run", "delete", "shutdown"):
         setattr(serve, name, Mock())
     monkeypatch.setattr(build, "ray", ray)
