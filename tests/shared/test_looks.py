@@ -127,6 +127,7 @@ def test_while_the_store_hangs_changes_are_refused_and_the_server_can_be_closed(
         closing_thread.start()
         closing_thread.join(HANG_SECONDS / 2)
         assert not closing_thread.is_alive()
+        assert of.names.changes.is_hanging  # the process is not to wait for it either
     finally:
         is_over.set()
         for thread in threads:

@@ -90,8 +90,7 @@ class Changes:
 
     def check_known(self) -> None:
         """Raise why others' changes have not been known for some time, if so: nobody is to wait for them."""
-        asked_at = self._asked_at
-        if asked_at is not None and time.monotonic() - asked_at > HANGING_SECONDS:
+        if self.is_hanging:
             raise StoreUnreachableError("the shared store does not answer; try again")
         match self.failure:
             case None:
@@ -102,6 +101,12 @@ class Changes:
                 raise StorageFailedError(f"what others have changed cannot be taken over: {failure}")
             case _:
                 raise StorageFailedError("what others have changed cannot be taken over")
+
+    @property
+    def is_hanging(self) -> bool:
+        """Whether the store says nothing at all: who waits for it may never come back."""
+        asked_at = self._asked_at
+        return asked_at is not None and time.monotonic() - asked_at > HANGING_SECONDS
 
     @property
     def is_stuck(self) -> bool:

@@ -171,7 +171,9 @@ class Service:
     @property
     def has_ended(self) -> bool:
         """After `stop`: whether nothing is left that would have to be waited for."""
-        return not self._is_ready.is_set() or self.engine.has_ended
+        if not self._is_ready.is_set():
+            return True
+        return self.engine.has_ended and not self._registry.names.changes.is_hanging
 
     @cached_property
     def wakeups(self) -> Wakeups:
