@@ -25,7 +25,7 @@ from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.store.conditions import Conditions
 from swaplora_adapters.store.records import Mixing, Target
 from swaplora_adapters.store.shared.address import open_objects
-from swaplora_adapters.store.shared.store import open_store
+from swaplora_adapters.store.shared.store import SharedStore, open_store
 
 
 def weights_of(of: Registry, reference: str) -> str:
@@ -106,8 +106,9 @@ def test_a_new_server_makes_itself_of_the_log_and_goes_on_where_it_was(
     with replicas(tmp_path, [objects]) as (one,):  # with the data directory of before
         one.delete_alias("gone")
         one.names.set_origin("a0", "hf://org/a0")
-        vars(one._store)["_snapshot_at"] = 0  # noqa: SLF001 - another one is due
-        one._store.tidy()  # noqa: SLF001
+        store = one._store  # noqa: SLF001
+        assert isinstance(store, SharedStore)
+        store.put_snapshot()
         put(one, "late", files[0])
         expected = facts(one)
         assert expected.keys() == known.keys() - {"gone"} | {"late"}

@@ -108,8 +108,7 @@ class Machine(RuleBasedStateMachine):
     @rule(by=SERVERS)
     def snapshot(self, by: int) -> None:
         see(self.servers[by])
-        self.servers[by]._store._snapshot_at = -1000  # type: ignore[attr-defined]  # noqa: SLF001 - one that is due
-        self.servers[by]._store.tidy()  # noqa: SLF001
+        self.servers[by]._store.put_snapshot()  # type: ignore[attr-defined]  # noqa: SLF001
 
     @rule(by=SERVERS)
     def look(self, by: int) -> None:

@@ -51,12 +51,6 @@ def store_of(of: Registry) -> SharedStore:
     return store
 
 
-def tidy(of: Registry) -> None:
-    """Make the snapshot that is due."""
-    store_of(of)._snapshot_at = -1000  # noqa: SLF001
-    store_of(of).tidy()
-
-
 def places(of: Registry) -> dict[str, str]:
     return store_of(of)._catalogue.places()  # noqa: SLF001
 
@@ -83,7 +77,7 @@ def test_files_that_were_sent_anew_are_where_the_last_change_says(
         if by_snapshot:
             stack.close()
             replace()
-            tidy(one)
+            store_of(one).put_snapshot()
             other = begin()
         else:
             with other.names.changes:
@@ -229,7 +223,7 @@ def test_a_directory_whose_store_has_gone_another_way_is_refused(
         put(one, "sql", files[0])
         shutil.copytree(shared, tmp_path / "backup")
         change(one, 1)
-        tidy(one)
+        store_of(one).put_snapshot()
     if is_adopted:
         with replicas(tmp_path / "by_snapshot", [open_objects(str(shared))]):
             pass
@@ -237,7 +231,7 @@ def test_a_directory_whose_store_has_gone_another_way_is_refused(
     (tmp_path / "backup").rename(shared)
     with replicas(tmp_path / "other", [open_objects(str(shared))]) as (other,):
         change(other, 2)
-        tidy(other)
+        store_of(other).put_snapshot()
         put(other, "late", files[3])
     with pytest.raises(StoreError, match="changes that the shared store does not have"):
         registry(tmp_path / ("by_snapshot/data0" if is_adopted else "data0"), open_objects(str(shared)))
@@ -314,3 +308,19 @@ def test_a_draft_that_sqlite_has_ended_by_itself_says_why(tmp_path: Path) -> Non
         with pytest.raises(StorageFullError):
             fail()
     catalogue.close()
+
+
+def test_one_server_makes_the_snapshot_of_all(
+    objects: list[Disturbed], files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swaplora_adapters.registry.changes.TIDY_SECONDS", 3600)
+    with replicas(tmp_path, objects) as (one, other):
+        for number in range(3):
+            put(one, "sql", files[number])
+        see(other)
+        monkeypatch.setattr(shared_store, "SNAPSHOT_EVERY", 2)
+        made: list[str] = []
+        objects[0].after = objects[1].after = lambda call, key: made.extend([key] if call == "create" else [])
+        store_of(one).tidy()
+        store_of(other).tidy()
+        assert len(made) == 1

@@ -67,6 +67,11 @@ class Log:
         # where it is there already it may be by a try whose answer was lost: the id tells
         return tried(lambda: self._objects.create(key, content) or self._objects.get(key) == content)
 
+    def last_snapshot(self) -> int:
+        """After which change the newest one was made; 0 if there is none."""
+        keys = tried(lambda: [each.key for each in self._objects.under(self._snapshots)])
+        return int(keys[-1].removeprefix(self._snapshots)) if keys else 0
+
     def newest_snapshot(self) -> Snapshot | None:
         """None if there is none."""
         keys = tried(lambda: [each.key for each in self._objects.under(self._snapshots)])

@@ -224,13 +224,19 @@ class SharedStore(Store):
     def tidy(self) -> None:
         """A snapshot when there are enough changes, and once an hour what nothing refers to is removed."""
         if self.revision - self._snapshot_at >= SNAPSHOT_EVERY:
-            with self._mutex:
-                snapshot = self._journal.snapshot()
-            self._log.put_snapshot(snapshot)
-            self._snapshot_at = snapshot.revision
+            self._snapshot_at = self._log.last_snapshot()  # another server's, as a rule
+            if self.revision - self._snapshot_at >= SNAPSHOT_EVERY:
+                self.put_snapshot()
         if time.monotonic() >= self._sweep_at:
             self._sweep_at = time.monotonic() + SWEEP_SECONDS
             self.sweep()
+
+    def put_snapshot(self) -> None:
+        """Of all that is known here; nothing is taken over meanwhile."""
+        with self._mutex:
+            snapshot = self._journal.snapshot()
+        self._log.put_snapshot(snapshot)
+        self._snapshot_at = snapshot.revision
 
     def sweep(self) -> int:
         """Remove from the shared store what no version has referred to for long; how many objects."""
