@@ -21,9 +21,11 @@ from swaplora_server.base.decode_graphs import RecordedSteps
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduling.batch import Batch
+from swaplora_server.host_memory import room_bytes
 from swaplora_server.kernels.cpu.attention import CpuKV
 from swaplora_server.kernels.pick import torch_backend
 from swaplora_server.kernels.torch.attention import TorchKV
+from swaplora_server.service import service as service_module
 from swaplora_server.service.generating import decoder_engine
 from swaplora_server.service.generating.decoder_engine import DecoderPlan
 from swaplora_server.service.service import Service
@@ -62,6 +64,60 @@ def is_resident(tensor: Tensor) -> bool:
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(num_pages * page), is_there) == 0
     return all(byte & 1 for byte in is_there)
+
+
+def test_a_kv_cache_beyond_the_hosts_memory_is_refused(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_memory, "room_bytes", lambda: KV_BYTES - 1)
+    refusal = refusal_of(service)
+    assert f"takes {KV_BYTES} bytes" in refusal
+    assert f"has {KV_BYTES - 1} beside the base: lower --kv-cache-bytes" in refusal
+
+
+@pytest.mark.parametrize("error", [OSError(12, "Cannot allocate memory"), MemoryError()])
+def test_a_kv_cache_that_the_system_does_not_give_is_refused(
+    error: Exception, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr("swaplora_server.engine.runner.Runner.run", fail)
+    assert "--kv-cache-bytes" in refusal_of(service)
+
+
+def test_what_is_left_of_the_hosts_memory(tmp_path: Path) -> None:
+    assert room_bytes(tmp_path) is None
+    for path, text in {
+        "proc/meminfo": "MemTotal:       16 kB\nMemFree:        8 kB",
+        "proc/self/status": "Name:\tpython\nVmRSS:\t  9 kB\nRssAnon:\t       3 kB\nRssFile:\t 6 kB",
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    assert room_bytes(tmp_path) == 13 * 1024
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    for limit, left in {"max": 13 * 1024, "8192": 5 * 1024, "1024": 0}.items():
+        (group / "memory.max").write_text(limit)
+        assert room_bytes(tmp_path) == left
+
+
+@pytest.mark.parametrize("room", [2**40, 1 << 20])
+def test_host_memory_that_cannot_be_pinned_is_used_all_the_same(
+    room: int, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def fail(num_bytes: int) -> NoReturn:
+        asked.append(num_bytes)
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(service_module, "pinned", fail)
+    monkeypatch.setattr(service_module, "room_bytes", lambda: room)
+    monkeypatch.setattr(Service, "_host_budget", lambda _self: 1 << 30)
+    with capture_logs() as logs:
+        tier = service._host_tier()  # noqa: SLF001
+    assert tier._budget == 1 << 30  # noqa: SLF001
+    assert "not pinned" in logs[0]["event"]
+    assert len(asked) == (room > 1 << 30), "what would be pinned is taken at once"
 
 
 def let_be_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:

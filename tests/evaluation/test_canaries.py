@@ -181,15 +181,19 @@ async def test_what_is_counted_outlives_a_server(server: Running, tmp_path: Path
         assert heard is not None
         heard("engine_failed")
     first.close()
+    kept = file.read_bytes()
     put(server, "counted", min_requests=3)
     other, _ = reopened(server, file, 1001.0)
     assert other._windows == {}, "it is another canary"  # noqa: SLF001
     assert put(server, "counted") == told
+    assert not file.exists(), "what was read once is not there for the successor of one that is killed"
+    file.write_bytes(kept)
     late, trial = reopened(server, file, 1062.0)
     heard = trial()
     assert heard is not None
     heard("engine_failed")
     assert not late._steps, "what was counted is too long ago"  # noqa: SLF001
+    file.write_bytes(kept)
     _, trial = reopened(server, file, 1001.0)
     heard = trial()
     assert heard is not None
@@ -197,6 +201,19 @@ async def test_what_is_counted_outlives_a_server(server: Running, tmp_path: Path
     found = await asyncio.to_thread(stepped_back, server, "counted")
     assert found["canary"]["reason"] == "4 of 4 requests failed in 60 s"
     file.write_text("{")
+    assert reopened(server, file, 1001.0)[0]._windows == {}  # noqa: SLF001
+    assert server.client.delete("/v1/aliases/counted").status_code == 200
+
+
+async def test_what_was_counted_before_an_alias_was_put_again_is_not_kept(server: Running, tmp_path: Path) -> None:
+    file = tmp_path / "canaries.json"
+    put(server, "counted")
+    canaries, trial = reopened(server, file, 1000.0)
+    heard = trial()
+    assert heard is not None
+    heard("engine_failed")
+    put(server, "counted")  # the same again: a canary of its own, of which nothing was heard yet
+    canaries.close()
     assert reopened(server, file, 1001.0)[0]._windows == {}  # noqa: SLF001
     assert server.client.delete("/v1/aliases/counted").status_code == 200
 

@@ -60,7 +60,16 @@ def test_a_canary_is_set_is_seen_to_step_back_and_is_tried_again(browser: Browse
         page.get_by_role("button", name="Save").click()
         expect(state).to_contain_text("two@1 is tried")
         assert alias(stocked)["canary"] == asked | {"stepped_back": None, "reason": None}
+        warning = page.locator(".alias .actions").get_by_text("Saving removes the canary two@1")
+        expect(warning).to_be_hidden()
+        sides = page.get_by_label("Target", exact=True).all()
+        [side] = [each for each in sides if each.input_value() == "two@1"]
+        side.fill("two@")
+        expect(warning).to_be_visible()
+        side.fill("two@1")
+        expect(warning).to_be_hidden()
         page.get_by_label("Canary").select_option("none")
+        expect(warning).to_be_visible()
         page.get_by_role("button", name="Save").click()
         expect(state).to_have_count(0)
         assert "canary" not in alias(stocked)

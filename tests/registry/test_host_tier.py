@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -99,6 +100,36 @@ def test_what_is_kept_in_an_arena_is_what_was_given(calls: list[tuple[str, int, 
         elif (found := tier.find(digest)) is not None:
             assert set(found.modules["m"].lora_A.flatten().tolist()) <= {model[digest]}
         tier.check_integrity()
+
+
+def test_one_that_would_not_fit_the_arena_costs_the_others_nothing() -> None:
+    tier = HostTier(512, in_arena(512))
+    for digest in "abc":
+        tier.keep(weights(digest, 100))
+    two = {name: ModuleWeights(torch.zeros(n, 1, dtype=torch.uint8), torch.zeros(0, n)) for name, n in NEARLY.items()}
+    odd = AdapterWeights("odd", two)
+    assert odd.nbytes <= 512
+    assert tier.keep(odd) is odd
+    assert [digest in tier for digest in ("a", "b", "c", "odd")] == [True, True, True, False]
+    tier.check_integrity()
+
+
+NEARLY = {"m": 257, "n": 255}  # of 512 bytes, which lie in 576
+
+
+def test_a_span_that_could_not_be_filled_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise MemoryError
+
+    tier = HostTier(512, in_arena(512))
+    with monkeypatch.context() as patched:
+        patched.setattr("swaplora_adapters.registry.host_tier.moved", fail)
+        with pytest.raises(MemoryError):
+            tier.keep(weights("a", 300))
+    tier.check_integrity()
+    tier.keep(weights("b", 500))
+    assert ("a" in tier, "b" in tier) == (False, True)
+    tier.check_integrity()
 
 
 NUM_BYTES = 4 * sum(tensor.numel() for tensor in adapter_files.factors().values())

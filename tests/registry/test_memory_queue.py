@@ -297,7 +297,40 @@ def test_what_is_pinned_and_mixed_leaves_the_rest_to_others() -> None:
     line.pin({"a": 10, "b": 10})
     line.queue.leave(mixed(line, "a", "b", size=10, beside=4))
     assert line.queue.used_bytes == 28
-    assert line.queue.kept_besides(Claim({"c": 1}, line.now)) == 28
-    assert ask(line, "c", size=2) in line.inside
-    late = mixed(line, "d", size=3, beside=0)
+    assert line.queue.kept_besides(Claim({"c": 1}, line.now)) == 20
+    c = ask(line, "c", size=2)
+    assert c in line.inside
+    assert line.queue.used_bytes == 30, "there was room beside what was made"
+    made_of = [line.queue.find(digest) for digest in "ab"]
+    before = [each.weights for each in made_of if each is not None]
+    assert mixed(line, "d", size=8, beside=0).residents, "what was made makes room once nobody uses it"
+    line.queue.check_integrity()
+    assert line.queue.used_bytes == 30
+    after = [each.weights for each in made_of if each is not None]
+    assert all(old is not new for old, new in zip(before, after, strict=True)), "it goes with the old object"
+    late = mixed(line, "e", size=11, beside=0)
     assert line.queue.next_refused(line.now) is late
+
+
+def test_what_is_made_of_pinned_weights_stays_for_those_that_use_it_and_the_others_wait() -> None:
+    line = QueueSimulation(30)
+    line.pin({"a": 20})
+    mixture = mixed(line, "a", size=20, beside=5)
+    late = mixed(line, "b", size=8, beside=0)
+    assert not late.residents
+    assert line.queue.next_refused(line.now) is None, "it can be had later"
+    line.queue.leave(mixture)
+    assert line.queue.next_admitted(line.now) is late
+    line.queue.check_integrity()
+    resident = line.queue.find("a")
+    assert resident is not None
+    assert (resident.nbytes, line.queue.used_bytes) == (20, 28)
+    line.pin({"a": 20, "b": 8})
+    assert line.queue.kept.keys() == {"a", "b"}
+
+
+def test_one_that_wants_bare_weights_has_room_where_more_was_made_of_them() -> None:
+    line = QueueSimulation(30)
+    line.queue.leave(mixed(line, "a", size=20, beside=5))
+    assert ask(line, "a", "b", size=10) in line.inside
+    assert line.queue.used_bytes == 30

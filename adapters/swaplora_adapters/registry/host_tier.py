@@ -5,7 +5,7 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 from swaplora_adapters.weights.device_copy import Layout, moved
-from swaplora_adapters.weights.memory import Arena, Span
+from swaplora_adapters.weights.memory import Arena, Span, aligned
 from swaplora_adapters.weights.served import AdapterWeights
 
 
@@ -50,24 +50,32 @@ class HostTier:
     def keep(self, weights: AdapterWeights) -> AdapterWeights:
         """Keep these, and let others go for them: they are returned where they lie now.
 
-        What is larger than the whole budget is not kept, and stays where it is.
+        What is larger than the whole budget, as it is or as it would lie, is not kept, and stays where it is.
         """
+        arena = self._arena
+        layout = Layout(tensor for tensor in weights.all_tensors if arena and tensor.device.type == "cpu")
         with self._lock:
             self._forget(weights.digest)
-            if weights.nbytes > self._budget:
+            is_too_large = arena is not None and aligned(layout.num_bytes) > len(arena.memory)
+            if is_too_large or weights.nbytes > self._budget:
                 return weights
             while self._nbytes + weights.nbytes > self._budget:
                 self._forget(next(iter(self._kept)))
-        if self._arena is None:
+        if arena is None:
             self._add(_Kept(weights, None))
             return weights
-        layout = Layout(tensor for tensor in weights.all_tensors if tensor.device.type == "cpu")
-        span = self._take(layout.num_bytes, self._arena)
+        span = self._take(layout.num_bytes, arena)
         if span is None:
             return weights
-        memory = self._arena.memory[span.start : span.start + layout.num_bytes]
-        layout.fill(memory)
-        laid = moved(weights, layout.cut(memory))
+        memory = arena.memory[span.start : span.start + layout.num_bytes]
+        try:
+            layout.fill(memory)
+            laid = moved(weights, layout.cut(memory))
+        except BaseException:
+            with self._lock:
+                arena.give_back(span)
+                self._filled = None
+            raise
         self._add(_Kept(laid, span))
         return laid
 

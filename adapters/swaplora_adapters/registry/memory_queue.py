@@ -31,6 +31,7 @@ from bisect import insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from copy import copy
 from dataclasses import dataclass, field
 
 from swaplora_adapters.weights.served import AdapterWeights
@@ -85,6 +86,15 @@ class Resident:
     @property
     def is_idle(self) -> bool:
         return self.weights is not None and not self.users
+
+    @property
+    def beside_in_use(self) -> int:
+        """Of what was made of its weights, what cannot be let go now."""
+        return 0 if self.is_idle else self.beside
+
+    def let_go_beside(self) -> None:
+        """While it is idle. What was made lives as long as the object it was made of: the next get another."""
+        self.weights, self.beside = copy(self.weights), 0
 
     def has_user_admitted_by(self, moment: float) -> bool:
         """Whether one of its users was admitted then or before."""
@@ -195,7 +205,9 @@ class MemoryQueue:
     def pin(self, pinned: Mapping[str, int]) -> None:
         """Keep exactly these, digest → bytes, or as many as leave room for any single one of the others."""
         self.pinned = dict(pinned)
-        fitting = {digest: self._size(digest, nbytes) for digest, nbytes in pinned.items() if nbytes <= self.budget}
+        fitting = {
+            digest: self._weights_size(digest, pinned[digest]) for digest in pinned if pinned[digest] <= self.budget
+        }
         self.kept = fitting
         if sum(fitting.values()) > self.budget:
             self.kept = _first_that_fit(fitting, self.budget - max(fitting.values()))
@@ -272,8 +284,9 @@ class MemoryQueue:
             self._free_if_dropped(resident)
 
     def kept_besides(self, claim: Claim) -> int:
-        """Bytes of what is never evicted for it."""
-        return sum(self._size(digest, nbytes) for digest, nbytes in self.kept.items() if digest not in claim.sizes)
+        """Bytes of what is never evicted for it: weights, not what was made of them, which goes once they are idle."""
+        others = self.kept.keys() - claim.sizes.keys()
+        return sum(self._weights_size(digest, self.kept[digest]) for digest in others)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if the budget is exceeded, a count is off, or what was dropped stays for nobody."""
@@ -329,6 +342,11 @@ class MemoryQueue:
                 self._remove(resident)
                 self._on_evict(resident.digest)
                 excess -= resident.nbytes
+        for resident in self._residents.values():
+            unwanted = resident.beside - claim.beside.get(resident.digest, 0)
+            if excess > 0 and resident.is_idle and unwanted > 0:
+                resident.let_go_beside()
+                excess -= unwanted
         self._residents.update((digest, Resident(digest, nbytes)) for digest, nbytes in lacking.items())
         claim.residents = tuple(self._residents[digest] for digest in claim.sizes)
         for resident in claim.residents:
@@ -340,7 +358,8 @@ class MemoryQueue:
         """Digest → bytes of what cannot be evicted now, or at least not when what is `draining` has come to its end."""
         ending = {resident.digest for resident in draining}
         residents = (resident for resident in self._residents.values() if not self._is_evictable(resident))
-        return {resident.digest: resident.nbytes for resident in residents if resident.digest not in ending}
+        held = ((each.digest, each.size + each.beside_in_use) for each in residents)
+        return {digest: nbytes for digest, nbytes in held if digest not in ending}
 
     def _is_evictable(self, resident: Resident) -> bool:
         return resident.is_idle and resident.digest not in self.kept
@@ -356,7 +375,11 @@ class MemoryQueue:
     def _size(self, digest: str, nbytes: int, beside: int = 0) -> int:
         """What it takes, or would take, if so much were made of its weights; `nbytes` are foreseen for these."""
         resident = self._residents.get(digest)
-        return nbytes + beside if resident is None else resident.size + max(resident.beside, beside)
+        return nbytes + beside if resident is None else resident.size + max(resident.beside_in_use, beside)
+
+    def _weights_size(self, digest: str, nbytes: int) -> int:
+        resident = self._residents.get(digest)
+        return nbytes if resident is None else resident.size
 
     def _free_if_dropped(self, resident: Resident) -> None:
         if resident.is_dropped and resident.is_idle:

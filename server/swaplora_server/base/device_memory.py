@@ -1,4 +1,4 @@
-"""A GPU's memory, taken at start. A CPU's is not counted, and of it the KV cache's alone is taken then."""
+"""A GPU's memory, taken at start. Of a CPU's the KV cache's alone is taken then, and it alone is counted."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ import structlog
 import torch
 
 from swaplora_server.base.proof import UnsupportedModelError
+from swaplora_server.host_memory import room_bytes
 
 _log = structlog.get_logger(__name__)
 _GRAPH_BYTES = 16 << 20  # that the driver keeps of one, at most
@@ -79,6 +80,16 @@ def peak_bytes(run_step: Callable[[], None], device: torch.device) -> int:
     return peak - before
 
 
+def check_host_room(kv_bytes: int) -> None:
+    """Raise UnsupportedModelError for a KV cache in the host's memory that the system would end this process for."""
+    room = room_bytes()
+    if room is not None and kv_bytes > room:
+        raise UnsupportedModelError(
+            f"the KV cache takes {kv_bytes} bytes, and the machine, or its control group, has {room} beside the base: "
+            "lower --kv-cache-bytes"
+        )
+
+
 def take_kv_cache(
     run_step: Callable[[], None],
     run_row: Callable[[], None],
@@ -93,7 +104,12 @@ def take_kv_cache(
     """
     free = free_bytes(device)
     if free is None:
-        run_row()
+        try:
+            run_row()
+        except (OSError, MemoryError) as error:
+            raise UnsupportedModelError(
+                f"the system does not give the {kv_bytes} bytes of the KV cache: lower --kv-cache-bytes"
+            ) from error
         return
     refusal = f"--kv-cache-bytes asks for {kv_bytes} bytes, and beside the base the GPU has {free} free: lower it"
     if kv_bytes > free:

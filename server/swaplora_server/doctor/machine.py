@@ -9,6 +9,7 @@ from swaplora_server.banner import human_bytes
 from swaplora_server.bench.machine import instruction_sets, processor
 from swaplora_server.config import Settings
 from swaplora_server.doctor.finding import Finding
+from swaplora_server.host_memory import allowed_bytes, read_text, total_bytes
 
 MIN_FILES = 4096
 _DEFAULT_KV_BYTES = 2**30  # on a CPU, unless the settings say otherwise
@@ -21,11 +22,11 @@ def machine_findings(settings: Settings, root: Path = Path("/")) -> Iterator[Fin
     sets = instruction_sets(info)
     yield Finding.of("instruction sets", ", ".join(sets) or "none that kernels are written for", *_lacking(info, sets))
     yield _cores(root)
-    governor = _read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    governor = read_text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     if governor:
         slow = governor == "powersave" and "it holds the clock down: set it to performance"
         yield Finding.of("governor", governor, slow or "")
-    pages = _read(root / "sys/kernel/mm/transparent_hugepage/enabled")
+    pages = read_text(root / "sys/kernel/mm/transparent_hugepage/enabled")
     if pages:
         chosen = pages.partition("[")[2].partition("]")[0]
         never = chosen == "never" and "weights are read through small pages: set it to madvise or always"
@@ -45,7 +46,7 @@ def _lacking(info: dict[str, str], sets: list[str]) -> Iterator[str]:
 
 def _cores(root: Path) -> Finding:
     cores = len(os.sched_getaffinity(0))
-    quota, _, period = _read(root / "sys/fs/cgroup/cpu.max").partition(" ")
+    quota, _, period = read_text(root / "sys/fs/cgroup/cpu.max").partition(" ")
     granted = int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
     threads = os.environ.get("OMP_NUM_THREADS", "")
     return Finding.of(
@@ -61,15 +62,12 @@ def _cores(root: Path) -> Finding:
 
 
 def _memory(settings: Settings, root: Path) -> Finding:
-    lines = (line.split() for line in _read(root / "proc/meminfo").splitlines())
-    total = next((int(words[1]) * 1024 for words in lines if words[:1] == ["MemTotal:"]), 0)
-    limit = _read(root / "sys/fs/cgroup/memory.max")
-    allowed = min(total, int(limit)) if limit.isdigit() else total
+    allowed = allowed_bytes(root)
     wanted = (settings.kv_cache_bytes or _DEFAULT_KV_BYTES) + settings.adapter_memory_bytes
     is_short = bool(allowed) and settings.device != "cuda" and wanted > allowed
     return Finding.of(
         "memory",
-        human_bytes(allowed) + (", as the control group limits it" if allowed < total else ""),
+        human_bytes(allowed) + (", as the control group limits it" if allowed < total_bytes(root) else ""),
         f"the KV cache and adapters may take {human_bytes(wanted)} beside the base: lower --adapter-memory-bytes or "
         "--kv-cache-bytes"
         if is_short
@@ -86,13 +84,5 @@ def _files() -> Finding:
 
 def _cpuinfo(root: Path) -> dict[str, str]:
     """What Linux says of the first processor."""
-    first, _, _ = _read(root / "proc/cpuinfo").partition("\n\n")
+    first, _, _ = read_text(root / "proc/cpuinfo").partition("\n\n")
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
-
-
-def _read(path: Path) -> str:
-    """Empty where there is no such file."""
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

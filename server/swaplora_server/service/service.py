@@ -33,6 +33,7 @@ from swaplora_server.base.loading import load_chosen_base
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.config import Settings
 from swaplora_server.engine.engine import Engine
+from swaplora_server.host_memory import room_bytes
 from swaplora_server.service.admission import Admissions
 from swaplora_server.service.chat_template import ChatTemplate
 from swaplora_server.service.derivations import Derivations
@@ -396,9 +397,12 @@ class Service:
         budget = self._host_budget()
         if not budget:
             return HostTier(0)
+        room = room_bytes()
         try:
+            if room is not None and budget > room:  # what is pinned is taken at once
+                raise MemoryError(f"{budget} bytes are wanted, and the machine, or its control group, has {room}")
             return HostTier(budget, Arena(pinned(budget)))
-        except RuntimeError as error:
+        except (RuntimeError, OSError, MemoryError) as error:
             _log.warning("the host's memory for adapters is not pinned: they come back more slowly", reason=str(error))
             return HostTier(budget)
 

@@ -72,7 +72,8 @@ class Canaries:
     ) -> None:
         """`registry` is that of all tenants; `count` hears of each that steps back.
 
-        `file` has what was counted when a server was closed. Of one that was killed it is older, and by that forgotten.
+        `file` has what was counted when a server was closed. It is read once: what was counted by one that is killed is
+        forgotten.
         """
         self._registry = registry
         self._audit = audit
@@ -103,7 +104,11 @@ class Canaries:
 
     def close(self) -> None:
         """Keep what is counted for the next server."""
-        kept = {alias: (canary, list(window.counts)) for alias, (canary, window) in self._windows.items()}
+        kept = {
+            alias: (canary, list(window.counts))
+            for alias, (canary, window) in self._windows.items()
+            if self._is_current(alias, canary)
+        }
         partial_file = self._file.with_suffix(".part")
         try:
             partial_file.write_bytes(_KEPT.dump_json(kept))
@@ -115,7 +120,9 @@ class Canaries:
         """Of those that are as they were."""
         index = self._registry.names.index
         try:
-            kept = _KEPT.validate_json(self._file.read_bytes())
+            content = self._file.read_bytes()
+            self._file.unlink()  # else a server that is killed leaves it to the next, whatever was put again meanwhile
+            kept = _KEPT.validate_json(content)
         except FileNotFoundError:
             return {}
         except (OSError, ValidationError) as error:
@@ -128,10 +135,14 @@ class Canaries:
                 found[alias] = canary, Window(canary.window_seconds, self._clock, counts)
         return found
 
+    def _is_current(self, alias: str, canary: Canary) -> bool:
+        """Whether the alias was not put again since."""
+        index = self._registry.names.index
+        return index.is_alias(alias) and index.alias(alias).canary is canary
+
     def _note(self, alias: str, canary: Canary, error: str | None) -> None:
         index = self._registry.names.index
-        is_meant = index.is_alias(alias) and index.alias(alias).canary is canary  # not put again since it was asked
-        if not is_meant or (error is not None and error not in FAULTS):
+        if not self._is_current(alias, canary) or (error is not None and error not in FAULTS):
             return
         counted, window = self._windows.get(alias, (None, None))
         if counted is not canary or window is None:

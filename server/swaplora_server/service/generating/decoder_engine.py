@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from swaplora_server.base.base_model import BaseModel
 from swaplora_server.base.decode_graphs import RecordedSteps, record_steps
-from swaplora_server.base.device_memory import graph_bytes, left_for_kv, take_kv_cache
+from swaplora_server.base.device_memory import check_host_room, graph_bytes, left_for_kv, take_kv_cache
 from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.config import Settings
 from swaplora_server.engine.engine import Engine
@@ -41,6 +41,8 @@ class DecoderPlan:
     def make(self) -> DecoderEngine:
         """Have the memory taken, and steps recorded."""
         settings, base, kv_bytes = self.settings, self.base, self.kv_bytes()
+        if base.device.type == "cpu":
+            check_host_room(kv_bytes)
         block_bytes = base.kv_bytes_per_token * settings.block_size
         pool = BlockPool(max(0, kv_bytes // block_bytes - 1), settings.block_size)
         max_len = settings.max_model_len or min(base.max_positions, pool.capacity)

@@ -82,6 +82,7 @@ function editor(alias, targets, isNew, canary = null) {
       isNew
         ? element("button", { type: "button", class: "quiet", onclick: () => showAliases() }, "Cancel")
         : element("button", { type: "button", class: "quiet danger", "aria-label": `Delete alias ${alias}`, onclick: act(() => remove(alias)) }, "Delete"),
+      fields.warning,
       element("button", { class: "primary" }, "Save"),
     ),
   );

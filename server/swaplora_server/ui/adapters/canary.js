@@ -8,7 +8,7 @@ const NEW = { max_error_rate: 0.05, min_requests: 20, window_seconds: 300 };
 
 /**
  * The nodes of a form for a canary, or for none where it is null: `offer` is to be called when the sides have changed,
- * which `targetsOf` tells, and `read` gives what a request says of it.
+ * which `targetsOf` tells, and `read` gives what a request says of it. `warning` says that saving removes the canary.
  */
 export function canaryFields(canary, targetsOf) {
   const { max_error_rate: rate, min_requests: least, window_seconds: seconds } = canary ?? NEW;
@@ -24,7 +24,10 @@ export function canaryFields(canary, targetsOf) {
     element("label", {}, "of at least ", requests, " requests"),
     element("label", {}, "in the last ", window, " s"),
   );
+  const warning = element("span", { class: "error", role: "status", hidden: true });
   const show = () => {
+    warning.hidden = !canary || target.value !== "";
+    warning.textContent = warning.hidden ? "" : `Saving removes the canary ${canary.target}.`;
     bounds.hidden = target.value === "";
     for (const field of [most, requests, window]) field.disabled = bounds.hidden; // what is not sent is not checked
   };
@@ -41,7 +44,7 @@ export function canaryFields(canary, targetsOf) {
       : { canary: { target: target.value, max_error_rate: Number((most.valueAsNumber / 100).toPrecision(12)), min_requests: requests.valueAsNumber, window_seconds: window.valueAsNumber } };
   const state = canary && element("p", { class: canary.stepped_back ? "told error" : "told" }, wordsOf(canary));
   const choice = element("label", {}, "Canary ", target);
-  return { nodes: [state, choice, bounds].filter(Boolean), offer, read };
+  return { nodes: [state, choice, bounds].filter(Boolean), warning, offer, read };
 }
 
 const number = (attributes) => element("input", { type: "number", required: true, ...attributes });
