@@ -72,7 +72,8 @@ def _run_in_front(settings: Settings) -> None:
     with _listen(settings) as listener:
         try:
             with deployed(settings) as app, asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
-                server = _Server(app, settings, lambda: None, lambda: None)
+                end_all = partial(runner.get_loop().call_soon_threadsafe, app.end_all)
+                server = _Server(app, settings, app.drain, end_all)
                 fewest, most = settings.num_replicas
                 replicas = f"{fewest}" if fewest == most else f"{fewest} to {most}"
                 _log.info("serving with replicas on Ray", url=_url(settings, listener), replicas=replicas)
@@ -133,7 +134,7 @@ class _Server(uvicorn.Server):
     """uvicorn's server, which on a first signal lets requests end and on a second does not."""
 
     def __init__(
-        self, app: ASGIApp, settings: Settings, begin_to_drain: Callable[[], None], end_all: Callable[[], None]
+        self, app: ASGIApp, settings: Settings, begin_to_drain: Callable[[], None], end_all: Callable[[], object]
     ) -> None:
         """`begin_to_drain` is called at the first signal; `end_all` tells all requests of the app when time is up."""
         grace_seconds = int(settings.drain_seconds) + _LAST_BYTES_SECONDS + 1

@@ -14,7 +14,7 @@ from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.cluster.affinity import RouteKey
 from swaplora_server.cluster.engines import ReplicaLostError
 from swaplora_server.cluster.exchange import Answer, Exchanges, Forwarded, whole_answer
-from swaplora_server.cluster.ingress import ingress
+from swaplora_server.cluster.ingress import Ingress
 from swaplora_server.config import Settings
 from swaplora_server.http.transport.protocol import HttpConfig
 
@@ -51,8 +51,9 @@ class LocalEngines:
         for replica in self.replicas.values():
             replica.feed(exchange_id, body, is_last=is_last)
 
-    async def ask_all(self, request: Forwarded) -> list[Answer]:
-        return [await whole_answer(exchanges, request, name) for name, exchanges in self.replicas.items()]
+    async def ask_all(self, request: Forwarded) -> AsyncGenerator[Answer]:
+        for name, exchanges in self.replicas.items():
+            yield await whole_answer(exchanges, request, name)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def front_of(settings: Settings, *apps: ASGIApp) -> Iterator[Front]:
     """A server in front of these; the first is asked unless the test says otherwise."""
     engines = LocalEngines({f"r{number}": Exchanges(app) for number, app in enumerate(apps)}, "r0")
     keys = KeyRing([key.get_secret_value() for key in settings.api_key], settings.key_file)
-    http = HttpConfig(ingress(settings, engines, keys), settings)
+    http = HttpConfig(Ingress(settings, engines, keys), settings)
     http.port = 0
     server = uvicorn.Server(http)
     thread = threading.Thread(target=server.run)

@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from repository import ROOT
 from server_process import free_port
 from swaplora_server.cluster.build import application_of, engines, key_ring
-from swaplora_server.cluster.ingress import ingress
+from swaplora_server.cluster.ingress import Ingress
 from swaplora_server.cluster.ray_engines import RayEngines
 from swaplora_server.config import Settings
 from swaplora_server.http.transport.protocol import HttpConfig
@@ -82,7 +82,7 @@ def in_front(settings: Settings) -> Iterator[Front]:
 
 @contextmanager
 def fronting(settings: Settings, handle: Any) -> Iterator[Front]:
-    http = HttpConfig(ingress(settings, RayEngines(handle), key_ring(settings)), settings)
+    http = HttpConfig(Ingress(settings, RayEngines(handle), key_ring(settings)), settings)
     http.port = 0
     server = uvicorn.Server(http)
     thread = threading.Thread(target=server.run)

@@ -211,6 +211,42 @@ def test_fewer_replicas_end_what_runs_first(front: Front, one: Running, config: 
     assert len(front.ask_replicas("record_routing_stats")) == 2
 
 
+def test_an_upload_goes_on_at_a_replica_that_ends(front: Front, config: Settings) -> None:
+    """What is under way on both, when one of them is not chosen any more: each has the rest of its body."""
+    files = {"config": b"{", "weights": b"x" * (3 * PART_BYTES)}
+    whole = httpx.Request("PUT", front.url, files=files)
+    body = whole.read()
+    goes_on = threading.Event()
+    begun = threading.Semaphore(0)
+
+    def parts() -> Iterator[bytes]:
+        yield body[: 2 * PART_BYTES]
+        begun.release()
+        goes_on.wait()
+        yield body[2 * PART_BYTES :]
+
+    def put(number: int) -> int:
+        headers = {"content-type": whole.headers["content-type"]}
+        url = f"{front.url}/v1/adapters/ending{number}"
+        return httpx.put(url, content=parts(), headers=headers, timeout=60).status_code
+
+    with ThreadPoolExecutor(6) as pool:
+        try:
+            uploads = [pool.submit(put, number) for number in range(6)]
+            for _ in uploads:
+                begun.acquire()
+            time.sleep(1)  # each has its first part
+            scaling = threading.Thread(target=_scale, args=(config, "1"))
+            scaling.start()
+            while len(front.ask_replicas("record_routing_stats")) == 2:
+                time.sleep(0.1)
+        finally:
+            goes_on.set()
+        assert [upload.result() for upload in uploads] == [422] * 6
+    scaling.join()
+    _scale(config, "2")
+
+
 def test_a_new_release_comes_while_the_old_one_ends(front: Front, one: Running, config: Settings) -> None:
     """Each replica is replaced, under streams that end whole and requests that are all answered."""
     right = expected(one, 300)

@@ -16,7 +16,7 @@ from ray.serve.exceptions import RayServeException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from swaplora_server.access.key_ring import KeyRing
-from swaplora_server.cluster.ingress import ingress
+from swaplora_server.cluster.ingress import Ingress
 from swaplora_server.cluster.ray_engines import RayEngines
 from swaplora_server.cluster.replica import EngineReplica
 from swaplora_server.config import Settings
@@ -56,7 +56,7 @@ class DeployError(Exception):
 
 
 @contextmanager
-def deployed(settings: Settings) -> Iterator[ASGIApp]:
+def deployed(settings: Settings) -> Iterator[Ingress]:
     """The ingress in front of replicas. Raises DeployError and KeyFileError.
 
     On a Ray of this machine alone they come and go with this. On a cluster they stay: other fronts may stand before
@@ -71,7 +71,7 @@ def deployed(settings: Settings) -> Iterator[ASGIApp]:
         raise DeployError(str(error)) from error
     keys.start()
     try:
-        yield ingress(settings, RayEngines(handle), keys)
+        yield Ingress(settings, RayEngines(handle), keys)
     finally:
         keys.stop()
         if settings.ray_address is None:
@@ -155,7 +155,7 @@ class _Ingress:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         keys = key_ring(self._settings)
         keys.start()
-        return _without_request_id(ingress(self._settings, self._engines, keys))
+        return _without_request_id(Ingress(self._settings, self._engines, keys))
 
 
 def key_ring(settings: Settings) -> KeyRing:

@@ -24,9 +24,9 @@ class Engines(Protocol):
         ...
 
     async def feed(self, exchange_id: str, body: bytes, *, is_last: bool) -> None:
-        """The next of a request's body, for the replica that has it."""
+        """The next of a request's body, for the replica that has it. Raises ReplicaLostError."""
         ...
 
-    async def ask_all(self, request: Forwarded) -> list[Answer]:
-        """The whole answer of each replica that gives one in time."""
+    def ask_all(self, request: Forwarded) -> AsyncGenerator[Answer]:
+        """The whole answer of each replica that gives one in time, as they come; closing it ends the others."""
         ...

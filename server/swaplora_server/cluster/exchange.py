@@ -136,9 +136,6 @@ class Exchanges:
             exchange.feed(body, is_last=is_last)
         return exchange is not None
 
-    def has(self, exchange_id: str) -> bool:
-        return exchange_id in self._running
-
     @contextmanager
     def _begun(self, request: Forwarded) -> Iterator[Exchange]:
         exchange = self._running[request.exchange_id] = Exchange(self._app, request)

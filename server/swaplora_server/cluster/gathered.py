@@ -20,7 +20,7 @@ Gathered = Callable[[list[Answer], Scope], Answer]
 ALL_OF_A_LIST = b"limit=1000"  # as many as one asks for at most
 _DEFAULT_LIMIT = 100
 _BY_ID = re.compile(r"/v1/evaluations/[^/]+(/cancel)?")
-_HEALTH = frozenset({"/health", "/health/ready", "/ping"})
+HEALTH = frozenset({"/health", "/health/ready", "/ping"})
 
 
 def gathered_as(method: str, path: str) -> Gathered | None:
@@ -29,9 +29,14 @@ def gathered_as(method: str, path: str) -> Gathered | None:
         return _best
     if method not in ("GET", "HEAD"):
         return None
-    if path in _HEALTH:
+    if path in HEALTH:
         return _best
     return {"/v1/evaluations": _lists, "/metrics": _metrics}.get(path)
+
+
+def is_of_one(how: Gathered) -> bool:
+    """Whether one good answer is enough, whatever the others say."""
+    return how is _best
 
 
 def best(answers: Iterable[Answer]) -> Answer | None:

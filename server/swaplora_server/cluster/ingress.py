@@ -16,8 +16,8 @@ from starlette.types import Message, Receive, Scope, Send
 from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.cluster.affinity import RouteKey
 from swaplora_server.cluster.engines import Engines, ReplicaLostError
-from swaplora_server.cluster.exchange import WANTS_BODY, Forwarded, scope_to_send
-from swaplora_server.cluster.gathered import ALL_OF_A_LIST, Gathered, best, gathered_as, is_page
+from swaplora_server.cluster.exchange import WANTS_BODY, Answer, Forwarded, scope_to_send
+from swaplora_server.cluster.gathered import ALL_OF_A_LIST, HEALTH, Gathered, best, gathered_as, is_of_one, is_page
 from swaplora_server.cluster.lost import last_event
 from swaplora_server.cluster.route_key import ANYWHERE, key_of_body, key_of_path
 from swaplora_server.config import Settings
@@ -32,42 +32,61 @@ from swaplora_server.http.transport.request_id import RequestIdMiddleware
 from swaplora_server.service.errors import RequestError
 
 PART_BYTES = 4 << 20  # of a body that is not read whole: what of it is here at once
+_MAX_PARSED = 2  # large bodies at once
 _START_SECONDS = 30.0  # that a replica may take to have a request
 _LOST = RequestError(
     "engine_failed", "the replica that was answering this request has gone; ask again", retry_seconds=1
 )
+_STOPPING = RequestError("draining", "the server is shutting down")
+_FAILED = RequestError("internal_error", "the server failed to answer this request")
 _NONE = RequestError("not_ready", "no replica can take the request yet; GET /health/ready says when one can")
 _OF_ONE = re.compile(r"/v1/adapters/[^/]+")  # what one replica alone may know of yet: an adapter on its way
+_Gone = asyncio.Task[tuple[bytes, bool]]  # which ends when the client goes, if there is nothing more to come of it
 _log = structlog.get_logger(__name__)
 
 
-def ingress(settings: Settings, engines: Engines, keys: KeyRing) -> RequestIdMiddleware:
-    """The whole HTTP surface of the replicas. `keys` are those of the settings: whose a request is, others decide."""
-    return RequestIdMiddleware(_Ingress(settings, engines, keys))
+class Ingress:
+    """The whole HTTP surface of the replicas. Belongs to the event loop."""
 
-
-class _Ingress:
     def __init__(self, settings: Settings, engines: Engines, keys: KeyRing) -> None:
+        """`keys` are those of the settings: whose a request is, others decide."""
         self._settings = settings
         self._engines = engines
         self._keys = keys
         self._bodies = BodyMemory(settings.body_memory_bytes)
+        self._parsing = asyncio.Semaphore(_MAX_PARSED)
         self._early_headers = early_headers(settings)
+        self._is_draining = False
+        self._ending = asyncio.Event()
+        self._app = RequestIdMiddleware(self._answer)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+    def drain(self) -> None:
+        """Refuse what comes from now on."""
+        self._is_draining = True
+
+    def end_all(self) -> None:
+        """Tell all whose answer is not whole yet that it ends."""
+        self._ending.set()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await _live(receive, send)
             return
         answering = _Answering(send)
         account = self._bodies.account()
         try:
+            if self._is_draining:
+                raise _STOPPING
             path, tenant = scope["path"].removeprefix(self._settings.root_path), self._tenant(scope)
             how = gathered_as(scope["method"], path)
-            if how is not None:
+            if how is not None and (tenant is not None or path in HEALTH):
                 await self._gather(how, scope, receive, answering)
                 return
             key, body, is_whole = key_of_path(path, tenant or ""), b"", not _has_body(scope)
-            if tenant is not None and scope["method"] == "POST" and _is_json(scope):
+            if tenant is not None and scope["method"] == "POST" and self._is_read(scope):
                 body, is_whole = await self._read(receive, account.add)
                 key = await self._key(scope, body, tenant) if is_whole and key == ANYWHERE else key
             request = Forwarded(scope_to_send(scope, request_id()), body, is_whole, uuid.uuid4().hex)
@@ -80,6 +99,9 @@ class _Ingress:
         except ReplicaLostError as error:
             _log.error("a replica was lost while it answered", path=scope["path"], reason=str(error))
             await self._refuse(_LOST, scope, receive, answering)
+        except Exception:  # noqa: BLE001 - the boundary: what nobody foresaw is answered all the same
+            _log.exception("a request failed", path=scope["path"])
+            await self._refuse(_FAILED, scope, receive, answering)
         finally:
             account.close()
 
@@ -87,6 +109,13 @@ class _Ingress:
         """Whose request it is; None for a key that is not good, with which nothing is read."""
         caller = self._keys.find(given_key(Headers(scope=scope)))
         return None if caller is None else caller.tenant
+
+    def _is_read(self, scope: Scope) -> bool:
+        """Whether its body is JSON of a size that is not refused by what its headers say."""
+        headers = Headers(scope=scope)
+        content_type = headers.get("content-type", "")
+        is_small = int(headers.get("content-length", "0")) <= self._settings.max_body_bytes
+        return is_small and (not content_type or is_json(content_type))
 
     async def _read(self, receive: Receive, count: Any) -> tuple[bytes, bool]:
         """A body, or as much of it as one may have, and whether that is all."""
@@ -102,34 +131,47 @@ class _Ingress:
         return bytes(body), False
 
     async def _key(self, scope: Scope, body: bytes, tenant: str) -> RouteKey:
-        """A body that cannot be read is refused where it is answered."""
-        limit = self._settings.max_body_bytes
-        decoded = bytearray()
+        """A body that cannot be read, or for which there is no memory, is refused where it is answered."""
+        account = self._bodies.account()
         try:
-            async for chunk in body_chunks(Request(scope, _whole(body)), limit):
-                decoded += chunk
-                if len(decoded) > limit:
-                    return ANYWHERE
+            decoded = (
+                await self._decoded(scope, body, account.add) if "content-encoding" in Headers(scope=scope) else body
+            )
+            if len(decoded) <= PART_BYTES >> 7:
+                return key_of_body(decoded, tenant, self._settings.base_id)
+            async with self._parsing:
+                return await asyncio.to_thread(key_of_body, decoded, tenant, self._settings.base_id)
         except RequestError:
             return ANYWHERE
-        parse = (bytes(decoded), tenant, self._settings.base_id)
-        if len(decoded) <= PART_BYTES >> 7:
-            return key_of_body(*parse)
-        return await asyncio.to_thread(key_of_body, *parse)
+        finally:
+            account.close()
+
+    async def _decoded(self, scope: Scope, body: bytes, count: Any) -> bytearray:
+        """Raises RequestError."""
+        limit = self._settings.max_body_bytes
+        decoded = bytearray()
+        async for chunk in body_chunks(Request(scope, _whole(body)), limit):
+            count(len(chunk))
+            decoded += chunk
+            if len(decoded) > limit:
+                raise RequestError("body_too_large", f"the body is larger than {limit} bytes")
+        return decoded
 
     async def _exchange(
         self, key: RouteKey, request: Forwarded, receive: Receive, answering: "_Answering", *, may_be_elsewhere: bool
     ) -> None:
         """Pass on what is asked and what is answered, each as the other side takes it."""
-        incoming: asyncio.Task[tuple[bytes, bool]] | None = None
+        incoming: _Gone | None = None
         if request.is_whole:
             incoming = asyncio.ensure_future(_until_gone(receive))
+        ending = asyncio.ensure_future(self._ending.wait())
         async with aclosing(self._engines.stream(key, request)) as messages:
             upcoming = asyncio.ensure_future(_begun(messages))
             try:
                 while True:
-                    waited = {upcoming} if incoming is None else {upcoming, incoming}
-                    await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait(
+                        set(filter(None, (upcoming, incoming, ending))), return_when=asyncio.FIRST_COMPLETED
+                    )
                     if upcoming.done():
                         sent = upcoming.result()
                         if sent is None:
@@ -137,43 +179,65 @@ class _Ingress:
                         for message in sent:
                             if message["type"] == WANTS_BODY:
                                 incoming = asyncio.ensure_future(_next_part(receive))
-                            elif may_be_elsewhere and message.get("status") == 404:
-                                await self._ask_others(request, answering)
+                            elif (
+                                may_be_elsewhere
+                                and message.get("status") == 404
+                                and (found := best(await self._asked(request, incoming, is_one_enough=True)))
+                            ):
+                                await answering.all_of(found)
                                 return
                             else:
                                 await answering(message)
                         upcoming = asyncio.ensure_future(anext(messages, None))
+                    if ending.done():
+                        raise _STOPPING
                     if incoming is not None and incoming.done():
                         body, is_last = incoming.result()  # raises ClientDisconnect
                         incoming = asyncio.ensure_future(_until_gone(receive)) if is_last else None
                         await self._engines.feed(request.exchange_id, body, is_last=is_last)
             finally:
-                for task in filter(None, (upcoming, incoming)):
-                    task.cancel()
-                    with suppress(BaseException):
-                        await task
-
-    async def _ask_others(self, request: Forwarded, answering: "_Answering") -> None:
-        answer = best(await self._engines.ask_all(request))
-        for message in answer.messages if answer is not None else ():
-            await answering(message)
+                await _cancelled(upcoming, incoming, ending)
 
     async def _gather(self, how: Gathered, scope: Scope, receive: Receive, answering: "_Answering") -> None:
-        """Ask all replicas, and answer once."""
-        body = b""
-        if _has_body(scope):
-            body, is_whole = await self._read(receive, lambda _num_bytes: None)
-            if not is_whole:
-                raise RequestError("body_too_large", f"the body is larger than {self._settings.max_body_bytes} bytes")
-        request = Forwarded(scope_to_send(scope, request_id()), body, True, uuid.uuid4().hex)
-        answers = await self._engines.ask_all(request)
-        if is_page(scope, how) and any(answer.status == 200 for answer in answers):
-            whole_lists = {**request.scope, "query_string": ALL_OF_A_LIST}
-            answers = await self._engines.ask_all(replace(request, scope=whole_lists))
+        """Ask all replicas, and answer once. Nothing that all are asked has a body: none is read."""
+        request = Forwarded(scope_to_send(scope, request_id()), b"", True, uuid.uuid4().hex)
+        gone = asyncio.ensure_future(_until_gone(receive))
+        try:
+            answers = await self._asked(request, gone, is_one_enough=is_of_one(how))
+            if is_page(scope, how) and any(answer.status == 200 for answer in answers):
+                whole_lists = {**request.scope, "query_string": ALL_OF_A_LIST}
+                answers = await self._asked(replace(request, scope=whole_lists), gone, is_one_enough=False)
+        finally:
+            await _cancelled(gone)
         if not answers:
             raise _NONE
-        for message in how(answers, scope).messages:
-            await answering(message)
+        await answering.all_of(how(answers, scope))
+
+    async def _asked(self, request: Forwarded, gone: _Gone | None, *, is_one_enough: bool) -> list[Answer]:
+        """What all replicas answer, or those that did before one had a good answer.
+
+        Raises ClientDisconnect when the client goes, and RequestError when all ends.
+        """
+        asking = asyncio.ensure_future(self._collected(request, is_one_enough=is_one_enough))
+        ending = asyncio.ensure_future(self._ending.wait())
+        try:
+            await asyncio.wait(set(filter(None, (asking, gone, ending))), return_when=asyncio.FIRST_COMPLETED)
+            if asking.done():
+                return asking.result()
+            if gone is not None and gone.done():
+                gone.result()
+            raise _STOPPING
+        finally:
+            await _cancelled(asking, ending)
+
+    async def _collected(self, request: Forwarded, *, is_one_enough: bool) -> list[Answer]:
+        found = []
+        async with aclosing(self._engines.ask_all(request)) as answers:
+            async for answer in answers:
+                found.append(answer)
+                if is_one_enough and answer.status < 300:
+                    break
+        return found
 
     async def _refuse(self, error: RequestError, scope: Scope, receive: Receive, answering: "_Answering") -> None:
         if answering.is_whole:
@@ -210,6 +274,18 @@ class _Answering:
                 body = message.get("body", b"")
                 self.num_events += body.count(b"\n\n") - body.count(b": ping\n\n")
         await self._send(message)
+
+    async def all_of(self, answer: Answer) -> None:
+        for message in answer.messages:
+            await self(message)
+
+
+async def _cancelled(*tasks: asyncio.Future[Any] | None) -> None:
+    """All of them, which have ended when this returns."""
+    for task in filter(None, tasks):
+        task.cancel()
+        with suppress(BaseException):
+            await task
 
 
 async def _begun(messages: AsyncGenerator[list[Message]]) -> list[Message] | None:
@@ -262,8 +338,3 @@ def _whole(body: bytes) -> Receive:
 def _has_body(scope: Scope) -> bool:
     headers = Headers(scope=scope)
     return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-
-
-def _is_json(scope: Scope) -> bool:
-    content_type = Headers(scope=scope).get("content-type", "")
-    return not content_type or is_json(content_type)

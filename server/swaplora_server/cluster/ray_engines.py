@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
-import ray
 import structlog
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -13,6 +12,7 @@ from starlette.types import Message
 from swaplora_server.cluster.affinity import RouteKey
 from swaplora_server.cluster.engines import ReplicaLostError
 from swaplora_server.cluster.exchange import Answer, Forwarded
+from swaplora_server.cluster.replica import REPLICA, take_part
 
 ALL_SECONDS = 10.0  # that the replicas have to answer what all of them are asked
 _log = structlog.get_logger(__name__)
@@ -24,6 +24,7 @@ class RayEngines:
     def __init__(self, handle: Any) -> None:
         """`handle` is a DeploymentHandle of `EngineReplica`."""
         self._handle = handle
+        self._actors: dict[str, Any] = {}  # by exchange: whose body comes in parts
         self._streaming = handle.options(stream=True, method_name="stream")
 
     async def stream(self, key: RouteKey, request: Forwarded) -> AsyncGenerator[list[Message]]:
@@ -32,30 +33,58 @@ class RayEngines:
         has_ended = False
         try:
             async for messages in response:
+                if messages and messages[0]["type"] == REPLICA:
+                    self._actors[request.exchange_id] = messages.pop(0)["actor"]
                 yield messages
             has_ended = True
         except (RayError, RayServeException) as error:
             has_ended = True
             raise ReplicaLostError(type(error).__name__) from error
         finally:
+            self._actors.pop(request.exchange_id, None)
             if not has_ended:
                 response.cancel()
 
     async def feed(self, exchange_id: str, body: bytes, *, is_last: bool) -> None:
-        """See `Engines.feed`: one of them alone fetches what is in the list."""
-        await self._each("feed", exchange_id, [ray.put(body)], is_last)
+        """See `Engines.feed`. Its actor is called itself: Ray Serve knows none that ends."""
+        actor = self._actors.get(exchange_id)
+        if actor is None:
+            raise ReplicaLostError("no replica has the request")
+        try:
+            await asyncio.wait_for(actor.__ray_call__.remote(take_part, exchange_id, body, is_last), ALL_SECONDS)
+        except (RayError, TimeoutError) as error:
+            raise ReplicaLostError(type(error).__name__) from error
 
-    async def ask_all(self, request: Forwarded) -> list[Answer]:
+    async def ask_all(self, request: Forwarded) -> AsyncGenerator[Answer]:
         """See `Engines.ask_all`."""
-        return [each for each in await self._each("answer", request) if isinstance(each, Answer)]
+        try:
+            # with Ray's own `results_async` one that is late leaves nothing of the others
+            sent = await self._handle.broadcast("answer", request)._fetch_replica_results_async()  # noqa: SLF001
+        except (RayError, RayServeException) as error:
+            _log.warning("no replica can be asked", reason=type(error).__name__)
+            return
+        asked = [asyncio.ensure_future(_in_time(each)) for each in sent]
+        try:
+            for answered in asyncio.as_completed(asked):
+                answer = await answered
+                if answer is not None:
+                    yield answer
+        finally:
+            for task in asked:
+                task.cancel()
 
-    async def _each(self, method: str, *args: Any) -> list[Any]:
-        """What each of them returns, in time."""
-        # with Ray's own `results_async` one that is late leaves nothing of the others
-        sent = await self._handle.broadcast(method, *args)._fetch_replica_results_async()  # noqa: SLF001
-        waited = (asyncio.wait_for(each.get_async(), ALL_SECONDS) for each in sent)
-        found = await asyncio.gather(*waited, return_exceptions=True)
-        for each in found:
-            if isinstance(each, BaseException):
-                _log.warning("a replica did not answer", method=method, reason=type(each).__name__)
-        return [each for each in found if not isinstance(each, BaseException)]
+
+async def _in_time(result: Any) -> Answer | None:
+    """What a replica answers, unless it is late or fails."""
+    has_ended = False
+    try:
+        answer: Answer = await asyncio.wait_for(result.get_async(), ALL_SECONDS)
+        has_ended = True
+    except (RayError, RayServeException, TimeoutError) as error:
+        _log.warning("a replica did not answer", reason=type(error).__name__)
+        return None
+    else:
+        return answer
+    finally:
+        if not has_ended:
+            result.cancel()

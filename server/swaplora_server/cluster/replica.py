@@ -28,7 +28,9 @@ from swaplora_server.service.offload import in_own_thread
 from swaplora_server.service.service import Service
 
 MAX_ON_A_NODE = 64
+REPLICA = "swaplora.replica"  # a message beside ASGI's: the actor that has the request
 _HANDOVER_SECONDS = 60.0  # beyond the time to drain, that a replica before this one may take to leave its folder
+_here: list["EngineReplica"] = []  # the one of this process
 _log = structlog.get_logger(__name__)
 
 
@@ -53,22 +55,26 @@ class EngineReplica:
         app = create_app(self._service, BodyMemory(settings.body_memory_bytes))
         self._exchanges = Exchanges(app)
         self._num_told = 0
+        self._loop = asyncio.get_running_loop()
+        _here.append(self)
         self._lifespan = LifespanOn(Config(app, lifespan="on", log_config=None))
         await self._lifespan.startup()
 
     async def stream(self, _key: RouteKey, request: Forwarded) -> AsyncGenerator[list[Message]]:
-        """See `Engines.stream`."""
+        """See `Engines.stream`. Who brings the rest of the body hears first which actor has the request."""
         messages = self._exchanges.stream(request)
         try:
+            if not request.is_whole:
+                await anext(messages)
+                yield [{"type": REPLICA, "actor": ray.get_runtime_context().current_actor}]
             async for sent in messages:
                 yield sent
         finally:
             await messages.aclose()
 
-    async def feed(self, exchange_id: str, part: list[Any], is_last: bool) -> None:
-        """See `Engines.feed`. All replicas are told, and the one that has the request fetches `part`: a reference."""
-        if self._exchanges.has(exchange_id):
-            self._exchanges.feed(exchange_id, await part[0], is_last=is_last)
+    def feed(self, exchange_id: str, body: bytes, *, is_last: bool) -> None:
+        """See `Engines.feed`; of any thread."""
+        self._loop.call_soon_threadsafe(partial(self._exchanges.feed, exchange_id, body, is_last=is_last))
 
     async def answer(self, request: Forwarded) -> Answer:
         """See `Engines.ask_all`."""
@@ -104,6 +110,11 @@ class EngineReplica:
             await self._lifespan.shutdown()
             await in_own_thread(self._service.stop)
             self._lock.release()
+
+
+def take_part(_actor: Any, exchange_id: str, body: bytes, is_last: bool) -> None:
+    """Called within a replica's actor: the next of a body. A request that has ended needs none."""
+    _here[0].feed(exchange_id, body, is_last=is_last)
 
 
 def _report(step: str) -> None:

@@ -11,6 +11,8 @@ from swaplora_adapters.errors import AdapterNotFoundError
 from swaplora_adapters.files.naming import DEFAULT_TENANT, MAX_SAID_CHARS
 from swaplora_adapters.registry.naming import Naming
 from swaplora_server.cluster.affinity import RouteKey
+from swaplora_server.http.transport.json_limits import check_limits
+from swaplora_server.service.errors import RequestError
 
 ANYWHERE = RouteKey((), "")
 MAX_NAMES = 64  # that are looked at; a request may name no more than it may sum
@@ -21,11 +23,12 @@ _VERSION = re.compile(r"[@:].*", re.DOTALL)
 _BEGIN = ("system", "instructions", "messages", "prompt", "input", "text", "inputs", "query")
 
 
-def key_of_body(raw: bytes, tenant: str, base_id: str) -> RouteKey:
+def key_of_body(raw: bytes | bytearray, tenant: str, base_id: str) -> RouteKey:
     """Of a JSON body that names who answers; of anything else ANYWHERE. `tenant` is the caller's, by its own name."""
     try:
+        check_limits(raw)
         body = from_json(raw)
-    except ValueError:
+    except (RequestError, ValueError):
         return ANYWHERE
     if not isinstance(body, Mapping):
         return ANYWHERE

@@ -1,0 +1,291 @@
+"""What the ingress does where something fails, ends or is too much: each time one answer, and bounded work."""
+
+import asyncio
+import gzip
+import json
+import signal
+import socket
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from starlette.types import Message
+
+from swaplora_server.access.key_ring import KeyRing
+from swaplora_server.cluster import ingress as ingress_module
+from swaplora_server.cluster.affinity import RouteKey
+from swaplora_server.cluster.engines import ReplicaLostError
+from swaplora_server.cluster.exchange import WANTS_BODY, Answer, Forwarded
+from swaplora_server.cluster.ingress import Ingress
+from swaplora_server.cluster.route_key import ANYWHERE, key_of_body
+from swaplora_server.config import Settings
+from swaplora_server.serve import _Server
+
+KEY = [(b"authorization", b"Bearer k")]
+JSON = [*KEY, (b"content-type", b"application/json")]
+_MIB = 1 << 20
+
+
+def answer(status: int, body: bytes = b"", content_type: bytes = b"application/json") -> list[Message]:
+    start = {"type": "http.response.start", "status": status, "headers": [(b"content-type", content_type)]}
+    return [start, {"type": "http.response.body", "body": body, "more_body": False}]
+
+
+@dataclass
+class Scripted:
+    """Replicas that say what a test has them say."""
+
+    messages: list[Message] = field(default_factory=lambda: answer(200))
+    answers: list[Answer | Exception | float] = field(default_factory=list)  # a number: seconds of waiting
+    streamed: list[Forwarded] = field(default_factory=list)
+    asked: list[Forwarded] = field(default_factory=list)
+    is_closed: bool = False
+    hangs: bool = False  # after its messages
+
+    async def stream(self, _key: RouteKey, request: Forwarded) -> AsyncGenerator[list[Message]]:
+        self.streamed.append(request)
+        yield []
+        for message in self.messages:
+            yield [dict(message)]
+        if self.hangs:
+            await asyncio.Event().wait()
+
+    async def feed(self, exchange_id: str, body: bytes, *, is_last: bool) -> None:
+        raise ReplicaLostError(f"nobody has {exchange_id}, {len(body)}, {is_last}")
+
+    async def ask_all(self, request: Forwarded) -> AsyncGenerator[Answer]:
+        self.asked.append(request)
+        try:
+            for each in self.answers:
+                if isinstance(each, Exception):
+                    raise each
+                if isinstance(each, float):
+                    await asyncio.sleep(each)
+                else:
+                    yield each
+        finally:
+            self.is_closed = True
+
+
+@dataclass
+class Asked:
+    """A request, and what came of it."""
+
+    sent: list[Message] = field(default_factory=list)
+    num_read: int = 0
+
+    @property
+    def status(self) -> Any:
+        return self.sent[0]["status"]
+
+    @property
+    def code(self) -> Any:
+        return json.loads(b"".join(message.get("body", b"") for message in self.sent))["error"]["code"]
+
+
+def front(engines: Scripted, **fields: Any) -> Ingress:
+    return Ingress(Settings(api_key=("k",), **fields), engines, KeyRing(["k"], None))
+
+
+async def ask(
+    app: Ingress,
+    method: str,
+    path: str,
+    body: bytes = b"",
+    headers: Any = (),
+    gone: asyncio.Event | None = None,
+    on_sent: Callable[[Message], None] = lambda _message: None,
+) -> Asked:
+    asked = Asked()
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if messages and gone is None:
+            asked.num_read += len(body)
+            return messages.pop()
+        await (gone or asyncio.Event()).wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        asked.sent.append(message)
+        on_sent(message)
+
+    length = [(b"content-length", str(len(body)).encode())] if body else []
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
+        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": [*length, *headers],
+        "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2),
+    }  # fmt: skip
+    await asyncio.wait_for(app(scope, receive, send), 60)
+    return asked
+
+
+OF_ALL = [
+    ("GET", "/health"),
+    ("HEAD", "/health/ready"),
+    ("GET", "/ping"),
+    ("GET", "/metrics"),
+    ("GET", "/v1/evaluations"),
+    ("DELETE", "/v1/evaluations/a"),
+    ("POST", "/v1/evaluations/a/cancel"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), OF_ALL)
+def test_a_body_is_not_copied_to_all(method: str, path: str) -> None:
+    engines = Scripted(answers=[Answer("r0", 200, [], b'{"data": [], "has_more": false}')])
+    asyncio.run(ask(front(engines), method, path, b"x" * _MIB, KEY))
+    assert [(len(request.body), request.is_whole) for request in engines.asked] == [(0, True)]
+
+
+@pytest.mark.parametrize(("method", "path"), OF_ALL)
+def test_without_a_key_all_are_asked_only_what_is_public(method: str, path: str) -> None:
+    engines = Scripted(messages=answer(401), answers=[Answer("r0", 200, [], b"")])
+    found = asyncio.run(ask(front(engines), method, path, b"x" * _MIB))
+    is_public = path in ("/health", "/health/ready", "/ping")
+    assert (len(engines.asked), len(engines.streamed), found.status) == ((1, 0, 200) if is_public else (0, 1, 401))
+    assert all(not request.body for request in engines.streamed)
+
+
+def test_json_of_too_many_parts_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(_raw: bytes) -> None:
+        raise AssertionError("it is parsed")
+
+    monkeypatch.setattr("swaplora_server.cluster.route_key.from_json", never)
+    assert key_of_body(b'{"model":"m","x":[' + b"[]," * _MIB + b"1]}", "", "base") == ANYWHERE
+
+
+def test_what_is_decoded_is_counted_and_few_are_parsed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines, seen, running, most = Scripted(), [], [0], [0]
+    app = front(engines, max_body_bytes=8 * _MIB, body_memory_bytes=20 * _MIB)
+
+    def slow(raw: bytes, *_: Any) -> RouteKey:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        seen.append((len(raw), app._bodies.used_bytes))  # noqa: SLF001
+        time.sleep(0.1)
+        running[0] -= 1
+        return ANYWHERE
+
+    monkeypatch.setattr(ingress_module, "key_of_body", slow)
+    bomb = gzip.compress(b'{"model":"' + b"a" * (6 * _MIB) + b'"}')
+
+    async def all_of_them() -> list[Asked]:
+        headers = [*JSON, (b"content-encoding", b"gzip")]
+        return await asyncio.gather(*(ask(app, "POST", "/v1/completions", bomb, headers) for _ in range(6)))
+
+    assert {found.status for found in asyncio.run(all_of_them())} == {200}
+    assert 0 < len(seen) <= 3  # as many as there is memory for; the others go anywhere
+    assert all(decoded <= used <= 20 * _MIB for decoded, used in seen)
+    assert most[0] <= 2
+    assert app._bodies.used_bytes == 0  # noqa: SLF001
+
+
+def test_json_that_is_too_large_by_its_length_is_not_read() -> None:
+    engines = Scripted(messages=answer(413))
+    found = asyncio.run(ask(front(engines, max_body_bytes=1 << 16), "POST", "/v1/completions", b" " * _MIB, JSON))
+    assert (found.status, found.num_read) == (413, 0)
+    assert [(request.body, request.is_whole) for request in engines.streamed] == [(b"", False)]
+
+
+@pytest.mark.parametrize("path", ["/health", "/health/ready", "/ping", "/metrics", "/v1/evaluations"])
+def test_without_replicas_there_is_an_answer(path: str) -> None:
+    assert asyncio.run(ask(front(Scripted()), "GET", path, headers=KEY)).code == "not_ready"
+
+
+def test_what_nobody_foresaw_is_answered() -> None:
+    origin = (b"origin", b"http://localhost:3000")
+    found = asyncio.run(ask(front(Scripted(answers=[TypeError("x")])), "GET", "/health", headers=[origin]))
+    headers = dict(found.sent[0]["headers"])
+    assert (found.status, found.code) == (500, "internal_error")
+    assert headers[b"access-control-allow-origin"] == b"http://localhost:3000"
+    assert b"x-request-id" in headers
+
+
+def test_a_part_that_nobody_takes_ends_the_upload() -> None:
+    engines = Scripted(messages=[{"type": WANTS_BODY}], hangs=True)
+    headers = [*KEY, (b"content-type", b"multipart/form-data; boundary=x")]
+    assert asyncio.run(ask(front(engines), "PUT", "/v1/adapters/a", b"part", headers)).code == "engine_failed"
+
+
+def test_the_first_that_is_well_answers_for_all() -> None:
+    """And nobody waits for one that hangs."""
+    engines = Scripted(answers=[Answer("r0", 503, [], b""), Answer("r1", 200, [], b""), 3600.0])
+    assert asyncio.run(ask(front(engines), "GET", "/health")).status == 200
+    assert engines.is_closed
+
+
+def test_what_is_not_found_is_answered_if_no_other_replica_does() -> None:
+    engines = Scripted(messages=answer(404, b"not here"))
+    found = asyncio.run(ask(front(engines), "GET", "/v1/adapters/x", headers=KEY))
+    assert [message.get("status", message.get("body")) for message in found.sent] == [404, b"not here"]
+    engines.answers = [Answer("r1", 200, [], b"here")]
+    found = asyncio.run(ask(front(engines), "GET", "/v1/adapters/x", headers=KEY))
+    assert [message.get("status", message.get("body")) for message in found.sent] == [200, b"here"]
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/v1/adapters/x"])
+def test_who_goes_while_all_are_asked_is_not_waited_for(path: str) -> None:
+    engines = Scripted(messages=answer(404), answers=[3600.0])
+
+    async def go() -> Asked:
+        gone = asyncio.Event()
+        asking = asyncio.ensure_future(ask(front(engines), "GET", path, headers=KEY, gone=gone))
+        while not engines.asked:
+            await asyncio.sleep(0)
+        gone.set()
+        return await asking
+
+    assert asyncio.run(go()).sent == []
+    assert engines.is_closed
+
+
+EVENTS: list[Message] = [
+    {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]},
+    {"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True},
+]
+
+
+def test_the_end_is_told_to_a_stream_by_an_event_and_to_others_by_status() -> None:
+    engines = Scripted(messages=EVENTS, hangs=True)
+    app = front(engines)
+
+    def end(message: Message) -> None:
+        if message.get("body"):
+            app.drain()
+            app.end_all()
+
+    found = asyncio.run(ask(app, "POST", "/v1/completions", b"{}", JSON, on_sent=end))
+    *_, told, done = found.sent[-1]["body"].decode().strip().split("\n\n")
+    assert json.loads(told.removeprefix("data: "))["error"]["code"] == "draining"
+    assert (done, found.sent[-1]["more_body"]) == ("data: [DONE]", False)
+    assert asyncio.run(ask(app, "GET", "/v1/models", headers=KEY)).code == "draining"
+    assert len(engines.streamed) == 1
+
+
+def test_a_front_that_ends_has_its_streams_end_by_an_event() -> None:
+    settings = Settings(drain_seconds=0.1, port=0)
+    body = b"{}"
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
+
+    async def seen() -> bytes:
+        app = Ingress(settings, Scripted(messages=EVENTS, hangs=True), KeyRing([], None))
+        loop = asyncio.get_running_loop()
+        server = _Server(app, settings, app.drain, lambda: loop.call_soon_threadsafe(app.end_all))
+        listener = socket.create_server(("127.0.0.1", 0))
+        serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write(head.encode() + body)
+        begun = await reader.readuntil(b"data: {}\n\n")
+        server.handle_exit(signal.SIGTERM, None)
+        rest = await reader.read()
+        writer.close()
+        await serving
+        return begun + rest
+
+    assert b'"code":"draining"' in (told := asyncio.run(seen()))
+    assert told.endswith(b"\r\n0\r\n\r\n")
