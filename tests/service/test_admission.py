@@ -127,6 +127,27 @@ def test_a_tenant_has_no_more_places_by_asking_for_many_adapters() -> None:
     assert len(admitted(admissions, "zeta", "sql")) == 3
 
 
+def test_one_host_gets_no_more_places_by_the_addresses_of_its_network() -> None:
+    """Of IPv6 it has a /64."""
+    admissions = Admissions(30, 10)
+    num_admitted = sum(len(admitted_at(admissions, f"2001:db8::{number:x}")) for number in range(1, 100))
+    assert num_admitted == len(admitted_at(Admissions(30, 10), "2001:db8::1"))
+    for peer in ("2001:db8:0:1::1", "192.0.2.1", "192.0.2.2"):
+        assert admissions.admit(1, peer=peer)
+    both = Admissions(30, 10)
+    assert admitted_at(both, "::ffff:192.0.2.3")
+    assert both.admit(1, peer="::ffff:192.0.2.4"), "of IPv4, though told in another way"
+
+
+def admitted_at(admissions: Admissions, peer: str) -> list[Admission]:
+    """As many as one address gets, one at a time."""
+    found = []
+    with suppress(RequestError):
+        while True:
+            found.append(admissions.admit(1, peer=peer))
+    return found
+
+
 class Names:
     """Of a service what knows names: three adapters, and an alias of each of the first two."""
 
@@ -139,6 +160,7 @@ class Names:
             self.index.put(name, NamedVersions(record, (record,), is_pinned=False))
         self.index.put_alias(Alias("stable", (Target("sql@1", 9), Target("a", 1))))
         self.index.put_alias(Alias("newest", (Target("a", 1),)))
+        self.index.put_alias(Alias("moved", (Target("a", 0), Target("sql", 1), Target("b", 9))))
         self.index.put_alias(Alias("nowhere", (Target("gone", 1),)))
 
     def reference(self, model: str) -> str:
@@ -158,6 +180,7 @@ def test_no_places_are_had_by_writing_the_same_in_other_words_and_the_base_has_i
     sums = [wanted("tiny", *names) for names in (["a", "b"], ["b", "a"], ["a", "a", "b"], ["a", "c"], ["sql", "a"])]
     assert {*one} == {"sql"}
     assert wanted("newest") == wanted("a") == "a"
+    assert wanted("moved") == "b", "where most of it leads, and not where nothing does"
     nobody = [wanted("gone"), wanted("other@3"), wanted("nowhere"), wanted("tiny", "gone", "other")]
     assert len({wanted("tiny"), wanted("sql"), *sums, *nobody}) == 4
     admissions = Admissions(30, 10)

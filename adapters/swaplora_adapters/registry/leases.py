@@ -54,6 +54,10 @@ class RequestLeases:
         """The one that `weights` failed for, if it was a single one."""
         return next((lease for lease in self.leases if lease.record.digest == self._claim.at_fault), None)
 
+    def lacks_room(self) -> bool:
+        """Whether it waits for memory that others have. Any thread may ask."""
+        return not self._claim.weights.done() and not self._claim.residents
+
     def release(self) -> None:
         """Give back everything, memory first. Raises RuntimeError the second time."""
         self._free(self._claim)

@@ -3,7 +3,8 @@
 import queue
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from weakref import WeakSet
 
@@ -88,6 +89,10 @@ class Engine:
             block_size=pool.block_size,
             num_steps=dict(self._runner.num_steps),
         )
+
+    def hurrying_last(self, is_held_up: Callable[[], bool]) -> AbstractContextManager[None]:
+        """Meanwhile the last priority has all of a step if this says that another waits for memory it may hold."""
+        return self._scheduler.background.hurried_while(is_held_up)
 
     def start(self) -> None:
         self._last_beat = time.monotonic()

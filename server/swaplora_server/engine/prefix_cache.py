@@ -5,7 +5,7 @@ whose prompt is to be scored shares no block with a token that it has yet to sco
 """
 
 from swaplora_server.engine.kv_cache import BlockPool
-from swaplora_server.engine.request import Sequence
+from swaplora_server.engine.request import LAST_PRIORITY, Sequence
 
 
 class PrefixCache:
@@ -18,6 +18,7 @@ class PrefixCache:
         self._pool = pool
         self._is_on = is_on
         self._being_computed: set[bytes] = set()  # keys of blocks that running prompts have yet to fill
+        self._by_last: set[bytes] = set()  # the same of the last priority, which others do not wait for
         self.num_looked_up_tokens = 0  # of sequences that began, also of those that began again
         self.num_hit_tokens = 0
 
@@ -27,17 +28,23 @@ class PrefixCache:
 
     def is_worth_waiting(self, sequence: Sequence) -> bool:
         """Whether a running prompt is about to fill the first block that `sequence` would have to compute."""
-        if sequence.awaited_key not in self._being_computed:
+        if not self._is_being_computed(sequence):
             keys = self._shareable_keys(sequence)
             num_found = len(self._pool.find(keys))
             sequence.awaited_key = keys[num_found] if num_found < len(keys) else None
-        return sequence.awaited_key in self._being_computed
+        return self._is_being_computed(sequence)
+
+    def _is_being_computed(self, sequence: Sequence) -> bool:
+        """Its awaited block, by one that it waits for."""
+        key, is_last = sequence.awaited_key, sequence.priority == LAST_PRIORITY
+        return key in self._being_computed or (is_last and key in self._by_last)
 
     def begin(self, sequence: Sequence, found: list[int]) -> None:
         """Let `sequence`, which holds nothing, begin with what `find` has just found for it."""
         self._pool.share(sequence.block_table, found)
         sequence.num_computed = len(found) * self._pool.block_size
-        self._being_computed.update(self._keys(sequence, sequence.num_tokens)[len(found) :])
+        being_computed = self._by_last if sequence.priority == LAST_PRIORITY else self._being_computed
+        being_computed.update(self._keys(sequence, sequence.num_tokens)[len(found) :])
         if self._is_on:
             self.num_looked_up_tokens += sequence.num_tokens
             self.num_hit_tokens += sequence.num_computed
@@ -50,6 +57,7 @@ class PrefixCache:
         if self._is_on and first < end:
             keys = self._keys(sequence, stop)[first:]
             self._being_computed.difference_update(keys)
+            self._by_last.difference_update(keys)
             for block, key in zip(sequence.block_table[first:end], keys, strict=True):
                 self._pool.publish(block, key)
 
@@ -57,7 +65,8 @@ class PrefixCache:
         """Give its blocks back. Those that were computed whole can be found as long as their memory is not needed."""
         keys = sequence.hashed_keys  # of all that it was to compute, and of all that it has
         num_full = sequence.num_computed // self._pool.block_size
-        self._being_computed.difference_update(keys[num_full:])
+        being_computed = self._by_last if sequence.priority == LAST_PRIORITY else self._being_computed
+        being_computed.difference_update(keys[num_full:])
         self._pool.release(sequence.block_table, keys[:num_full])
         sequence.num_computed = 0
 

@@ -18,9 +18,9 @@ from swaplora_adapters.registry.leases import Lease, RequestLeases
 from swaplora_adapters.store.records import Mixing, VersionRecord
 from swaplora_adapters.weights.router import Route, Router, Trace
 from swaplora_adapters.weights.served import AdapterWeights
-from swaplora_server.engine.request import AdapterUse
+from swaplora_server.engine.request import LAST_PRIORITY, AdapterUse
 from swaplora_server.log_lines import notes
-from swaplora_server.service.admission import Admission
+from swaplora_server.service.admission import Admission, Urgency
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.gates.canaries import Trial
 from swaplora_server.service.mixtures.routers import MemberError
@@ -155,6 +155,14 @@ async def lease_mix(
         raise RequestError(error.code, f"the mixture {name!r} has lost a member: {error}", error.param) from error
 
 
+async def awaited_uses(service: Service, mix: AdapterMix, urgency: Urgency) -> tuple[AdapterUse, ...]:
+    """`mix.uses()`. While it lacks room, those of the last priority, which may have it, are done as soon as may be."""
+    if urgency.priority == LAST_PRIORITY:
+        return await mix.uses()
+    with service.engine.hurrying_last(mix.request_leases.lacks_room):
+        return await mix.uses()
+
+
 def bound_mixture(service: Service, name: str) -> BoundMixture | None:
     """What the name of a mixture stands for now; None for any other."""
     index = service.registry.names.index
@@ -209,12 +217,15 @@ def wanted_by(service: Service, model: str, terms: Sequence[MixTerm]) -> str:
 
 
 def _leads_to(service: Service, model: str) -> str:
-    """Without its version; of an alias that splits, where it leads first."""
+    """Without its version; of an alias that splits, where most of it leads."""
     name, index = service.reference(model).removeprefix("base:"), service.registry.names.index
     if service.is_base(model) or index.is_mixture(name):
         return name
     with suppress(AdapterNotFoundError, AliasNotFoundError):
-        reference = index.alias(name).targets[0].reference if index.is_alias(name) else name
+        if index.is_alias(name):
+            reference = max(index.alias(name).targets, key=lambda target: target.weight).reference
+        else:
+            reference = name
         return index.resolve_name(reference.partition("@")[0]).name
     return UNKNOWN
 

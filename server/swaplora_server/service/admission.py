@@ -6,8 +6,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
+from ipaddress import IPv6Address, IPv6Network, ip_address
+from typing import NamedTuple, Self
 
 from swaplora_adapters.registry.leases import Lease, RequestLeases
 from swaplora_adapters.registry.registry import Registry
@@ -36,10 +38,20 @@ NO_HURRY = Urgency()
 
 
 class Sharer(NamedTuple):
-    """A tenant; of the one that asks without keys, those at one address."""
+    """A tenant; of the one that asks without keys, those at one address, or in one network of IPv6."""
 
     tenant: str
     peer: str
+
+    @classmethod
+    def at(cls, tenant: str, peer: str) -> Self:
+        """Whoever has an address of IPv6 has all of its /64. Any text that is none stands for itself."""
+        with suppress(ValueError):
+            address = ip_address(peer)
+            if isinstance(address, IPv6Address):
+                mapped = address.ipv4_mapped
+                peer = str(mapped or IPv6Network((int(address), 64), strict=False))
+        return cls(tenant, peer)
 
 
 class Line(NamedTuple):
@@ -105,7 +117,7 @@ class Admissions:
     adapters, may have one there as long as it holds no more than are left (dynamic thresholds, as switches share their
     buffers), or no more than its share of what runs. So whoever floods gets none. An eighth more is for tenants that
     hold few alone: by ever so many adapters nobody takes these from others. Where no key tells who asks, those who ask
-    from one address count as a tenant here: `peer`.
+    from one address, or from one /64 of IPv6, count as a tenant here: `peer`.
     """
 
     def __init__(
@@ -144,7 +156,7 @@ class Admissions:
     def check_room(self, tenant: str = "", peer: str = "") -> None:
         """Raise RequestError where there is no room for any request of the tenant, whatever it is for."""
         with self._lock:
-            if not self._has_room(1, Sharer(tenant, peer), None):
+            if not self._has_room(1, Sharer.at(tenant, peer), None):
                 raise self._refusal()
 
     def admit(self, num_sequences: int, tenant: str = "", wanted: str = "", peer: str = "") -> Admission:
@@ -152,7 +164,7 @@ class Admissions:
 
         `wanted` is what the tenant's request is for: an adapter, several, or the base.
         """
-        line = Line(Sharer(tenant, peer), wanted)
+        line = Line(Sharer.at(tenant, peer), wanted)
         with self._lock:
             if not self._has_room(num_sequences, line.sharer, wanted):
                 raise self._refusal()

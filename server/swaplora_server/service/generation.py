@@ -17,11 +17,7 @@ from swaplora_server.base.fingerprint import digest_of
 from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.request import AdapterUse, FinishReason, Logprobs, Request, SamplingParams, TokenEvent
 from swaplora_server.log_lines import notes
-from swaplora_server.service.adapter_mix import (
-    invoked_at,
-    lease_mix,
-    wanted_by,
-)
+from swaplora_server.service.adapter_mix import awaited_uses, invoked_at, lease_mix, wanted_by
 from swaplora_server.service.admission import Admission
 from swaplora_server.service.detokenize import Detokenizer, Echo, Settled, TextRules, TextToken, echo_of
 from swaplora_server.service.errors import RequestError
@@ -375,7 +371,7 @@ async def _prepared(
     try:
         mix = await lease_mix(service, task.model, task.adapters, task.asker, admission, task.trace, task.mixture)
         asked_at = time.monotonic()
-        uses = await mix.uses()
+        uses = await awaited_uses(service, mix, task.urgency)
         check_uses(uses)
         seconds = time.monotonic() - asked_at
         starts = [invoked_at(prompt, uses, task.prompt_param(number)) for number, prompt in enumerate(prompts)]

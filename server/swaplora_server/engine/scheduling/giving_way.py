@@ -2,9 +2,10 @@
 
 Nobody does unless the other begins in the same step. Who gives way is of those that have most, tenant and then adapter;
 of these the ones of which least is computed, and no more of them than it takes. Nobody does to one of its own tenant
-of which the priority comes later, nor anybody to one of the last priority, which evaluations have. Who gave way before
-is spared until it has come to a next token, and to as many as make up for what it would compute again; the oldest of
-all keeps its blocks. Of the tokens that steps have room for, a quarter is computed again at most.
+of which the priority comes later, nor anybody to one of the last priority, which evaluations have: such a one gives way
+before all others, and to all others, whatever it has. Who else gave way before is spared until it has come to a next
+token, and to as many as make up for what it would compute again; the oldest of all keeps its blocks. Of the tokens that
+steps have room for, a quarter is computed again at most.
 """
 
 from collections.abc import Collection
@@ -103,7 +104,8 @@ class GivingWay:
         gains: dict[Sequence, int] = {}
         behind = self._in_turn(waiting, times, lacks_blocks, lacks_else=num_places < 0 or not room.has_ranks)
         for other in behind:
-            if other.arrival != oldest and self._may_give(other, before, lacks_blocks):
+            is_last = _is_last_beside(other, waiting) and other.begun_in != self._step
+            if is_last or (other.arrival != oldest and self._may_give(other, before, lacks_blocks)):
                 gains[other] = 1 + self._pool.num_released(other.block_table, found) if lacks_blocks else 0
                 room.gain(other, gains[other])
                 if room.is_enough:
@@ -124,8 +126,11 @@ class GivingWay:
                 is_behind[line] = (not lacks_blocks or held.is_behind(waiting, other, times, waiting.num_lacking)) and (
                     not lacks_else or self._held(of_blocks=False).is_behind(waiting, other, times)
                 )
-        behind = [other for other in self._running if is_behind[other.request.line] and _goes_after(other, waiting)]
-        return sorted(behind, key=lambda other: (*(-of for of in held.of(other)), other.num_computed, -other.arrival))
+        last = [other for other in self._running if _is_last_beside(other, waiting)]
+        others = (other for other in self._running if not _is_last_beside(other, waiting))
+        behind = [other for other in others if is_behind[other.request.line] and _goes_after(other, waiting)]
+        behind.sort(key=lambda other: (*(-of for of in held.of(other)), other.num_computed, -other.arrival))
+        return sorted(last, key=lambda other: other.num_computed) + behind
 
     def _held(self, of_blocks: bool) -> Holdings:
         if of_blocks not in self._counted:
@@ -145,7 +150,9 @@ class GivingWay:
         return giver.num_computed % self._pool.block_size if is_found else giver.num_computed
 
     def _note(self, givers: Collection[Sequence], lost_blocks: bool) -> None:
-        num_again = sum(self._num_computed_again(giver, lost_blocks) for giver in givers)
+        """What the last priority computes again is of its own share."""
+        others = [giver for giver in givers if giver.priority != LAST_PRIORITY]
+        num_again = sum(self._num_computed_again(giver, lost_blocks) for giver in others)
         self._next_in = self._step + max(STEPS_BETWEEN, -(-SHARE_COMPUTED_AGAIN * num_again // self._max_batch_tokens))
 
 
@@ -153,3 +160,7 @@ def _goes_after(other: Sequence, waiting: Sequence) -> bool:
     """Whether priorities let `other` give way: they count within a tenant, and the last one is behind all others'."""
     is_own = waiting.request.tenant == other.request.tenant
     return other.priority >= waiting.priority or not (is_own or waiting.priority == LAST_PRIORITY)
+
+
+def _is_last_beside(other: Sequence, waiting: Sequence) -> bool:
+    return other.priority == LAST_PRIORITY != waiting.priority

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from swaplora_server.engine.kv_cache import BlockPool
 from swaplora_server.engine.prefix_cache import PrefixCache
-from swaplora_server.engine.request import Request, Sequence, TokenEvent
+from swaplora_server.engine.request import LAST_PRIORITY, Request, Sequence, TokenEvent
 from swaplora_server.engine.scheduling.giving_way import GivingWay
 from swaplora_server.engine.scheduling.step_ranks import StepRanks
 from swaplora_server.engine.scheduling.waiting_line import WaitingLine
@@ -19,6 +19,7 @@ class Live:
         self.pool = pool
         self.cache = PrefixCache(pool, is_on=prefix_cache)
         self.ranks = StepRanks(max_step_ranks)
+        self.ranks_but_last = StepRanks(max_step_ranks)  # of those that run, without the last priority
         self.waiting = WaitingLine()
         self.running: dict[Sequence, None] = {}  # in the order in which they began
         self.giving_way = GivingWay(
@@ -50,6 +51,8 @@ class Live:
         self.running[sequence] = None
         self.giving_way.forget()
         self.ranks.add(sequence.request.adapter_ranks)
+        if sequence.priority != LAST_PRIORITY:
+            self.ranks_but_last.add(sequence.request.adapter_ranks)
         self.cache.begin(sequence, found)
 
     def preempt(self, sequence: Sequence) -> None:
@@ -88,4 +91,6 @@ class Live:
         del self.running[sequence]
         self.giving_way.forget()
         self.ranks.remove(sequence.request.adapter_ranks)
+        if sequence.priority != LAST_PRIORITY:
+            self.ranks_but_last.remove(sequence.request.adapter_ranks)
         self.cache.end(sequence)

@@ -26,7 +26,15 @@ from itertools import takewhile
 import structlog
 
 from swaplora_server.engine.kv_cache import BlockPool
-from swaplora_server.engine.request import OVERDUE, OVERDUE_CODE, FinishReason, Request, Sequence, TokenEvent
+from swaplora_server.engine.request import (
+    LAST_PRIORITY,
+    OVERDUE,
+    OVERDUE_CODE,
+    FinishReason,
+    Request,
+    Sequence,
+    TokenEvent,
+)
 from swaplora_server.engine.sampling.constraint import UnmetConstraintError
 from swaplora_server.engine.scheduling.background import Background
 from swaplora_server.engine.scheduling.batch import Batch, Sampled, ScheduledRows, StepRoom
@@ -84,7 +92,7 @@ class Scheduler:
         self._last_begun_in = 0  # the step in which anybody did, or nobody waited
         self._ranks_due_in = 0  # the step from which on ranks are kept for those that were passed over for long
         self._next_deadline = math.inf  # of those that are here, or were
-        self._background = Background()
+        self.background = Background()
 
     @property
     def num_running(self) -> int:
@@ -116,7 +124,7 @@ class Scheduler:
         self._num_steps += 1
         now = time.monotonic()
         self._end_overdue(now)
-        num_last = self._background.num_rows(now, self._running, self._max_batch_tokens)
+        num_last = self.background.num_rows(now, self._running, self._max_batch_tokens)
         room = StepRoom(self._max_batch_tokens, self._max_scored_rows, num_last, self._takes_whole)
         chosen: list[ScheduledRows] = []
         order = self._standing()
@@ -132,7 +140,7 @@ class Scheduler:
         chosen += self._admit(room, chosen)
         chosen = [rows for rows in chosen if rows.sequence.block_table]  # a sibling may have failed since
         chosen = [self._with_rest(rows, room) for rows in chosen]
-        self._background.note(chosen)
+        self.background.note(chosen)
         return Batch(tuple(sorted(chosen, key=lambda rows: (rows.sequence.request.adapter_key, rows.sequence.arrival))))
 
     def commit(self, batch: Batch, outputs: Iterable[Sampled]) -> None:
@@ -215,7 +223,7 @@ class Scheduler:
             try:
                 if sequence.num_generated and (self._live.finish_late(sequence) or sequence.is_held):
                     continue
-                if not kept.leaves_ranks(sequence) or self._should_wait_for_ranks(sequence):
+                if not kept.leaves_ranks(sequence) or self._should_wait_for_ranks(sequence, may_give=may_give):
                     over.add(line)
                     if kept.lacks_ranks(sequence):
                         over.add(sequence.request.tenant)
@@ -260,12 +268,19 @@ class Scheduler:
         """Whether one more may run, and has a block to begin with."""
         return len(self._running) < self._max_num_seqs and len(self._running) < self.pool.num_free
 
-    def _should_wait_for_ranks(self, sequence: Sequence) -> bool:
-        """Whether its adapters do not fit beside those that run: not for long, since somebody last had to make room."""
+    def _should_wait_for_ranks(self, sequence: Sequence, *, may_give: bool) -> bool:
+        """Whether its adapters do not fit beside those that run: not for long, since somebody last had to make room.
+
+        It need not wait where those of the last priority alone are in its way, and may give way.
+        """
         if self._has_ranks(sequence):
             return False
         sequence.has_lacked_ranks = True
-        return self._is_passed_over(sequence) or self._num_steps < self._ranks_due_in
+        is_passed_over = self._is_passed_over(sequence)
+        if may_give and sequence.priority != LAST_PRIORITY:
+            is_held_up = not self._live.ranks_but_last.fits(sequence.request.adapter_ranks)
+            return is_held_up and (is_passed_over or self._num_steps < self._ranks_due_in)
+        return is_passed_over or self._num_steps < self._ranks_due_in
 
     def _should_wait_for_cache(self, sequence: Sequence) -> bool:
         """Whether its next block will soon be there to share."""

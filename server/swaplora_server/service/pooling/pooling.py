@@ -14,7 +14,16 @@ from swaplora_server.access.limits import NOTHING, Reservation
 from swaplora_server.engine.pooling.kinds import Reader
 from swaplora_server.engine.request import AdapterUse, FinishReason, Request, SamplingParams, TokenEvent, Vector
 from swaplora_server.log_lines import notes
-from swaplora_server.service.adapter_mix import NOBODY, AdapterMix, Asker, MixTerm, invoked_at, lease_mix, wanted_by
+from swaplora_server.service.adapter_mix import (
+    NOBODY,
+    AdapterMix,
+    Asker,
+    MixTerm,
+    awaited_uses,
+    invoked_at,
+    lease_mix,
+    wanted_by,
+)
 from swaplora_server.service.admission import NO_HURRY, Admission, Urgency
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.metrics.records import Outcome, PoolingRecord
@@ -70,7 +79,7 @@ async def pool(service: Service, task: PoolingTask) -> Pooled:
             reservation = service.reserve_tokens(encoded.most_tokens, task.param)
             mix = await lease_mix(service, task.model, task.adapters, task.asker, admission)
             asked_at = time.monotonic()
-            uses = await mix.uses()
+            uses = await awaited_uses(service, mix, task.urgency)
             seconds = time.monotonic() - asked_at
         reading = encoded.reading(uses)
         starts = await _starts(reading.inputs, uses)
