@@ -10,7 +10,7 @@ import pytest
 from ray import serve as real_serve
 
 from serving import settings
-from swaplora_server.cluster import build
+from swaplora_server.cluster import build, replica
 from swaplora_server.cluster.replica import EngineReplica
 
 
@@ -43,8 +43,8 @@ def test_replicas_do_not_depend_on_their_front(base: Path, tmp_path: Path) -> No
 def test_the_same_under_load_is_told_again() -> None:
     """A router that has less to do with it than before would else not learn that others have more."""
     service = MagicMock(max_rows=8)
-    replica: Any = SimpleNamespace(_meter=Mock(), _service=service, _num_told=0)
-    told = partial(EngineReplica.record_routing_stats, replica)
+    one: Any = SimpleNamespace(_meter=Mock(), _service=service, _num_told=0)
+    told = partial(EngineReplica.record_routing_stats, one)
     service.engine.snapshot.return_value = SimpleNamespace(num_waiting=0, num_running=8)
     assert told() != told()
     service.engine.snapshot.return_value = SimpleNamespace(num_waiting=0, num_running=0)
@@ -56,4 +56,14 @@ def test_rays_proxies_want_keys(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="requests need a key"):
         build.app(given)
     build.app({**given, "insecure_no_auth": True})
-    build.app({**given, "api_key": "k"})
+    built = build.app({**given, "api_key": "k"})
+    assert built._bound_deployment.num_replicas == 2  # noqa: SLF001  # so that one may go
+
+
+def test_each_application_counts_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Mock()
+    monkeypatch.setattr(replica, "ray", ray)
+    for application in ("swaplora-one", "swaplora-two"):
+        replica.common_meter(application)
+    first, second = (call.kwargs["name"] for call in ray.remote.return_value.options.call_args_list)
+    assert first != second
