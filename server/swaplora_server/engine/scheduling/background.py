@@ -14,7 +14,6 @@ from swaplora_server.engine.scheduling.batch import ScheduledRows
 
 SHARE = 1 / 16  # of the time of steps that others are in
 NUM_ROWS = 16  # in one of these: more would make a longer gap between two tokens of others
-MOST_SECONDS = 1.0  # between two steps that count as the first one's time: in more the engine may have been idle
 
 
 class Background:
@@ -39,7 +38,7 @@ class Background:
 
     def num_rows(self, now: float, running: Iterable[Sequence], most: int) -> int:
         """How many rows they may have in the step that begins now: few where others run, `most` alone or hurried."""
-        seconds = 0.0 if self._began is None else min(now - self._began, MOST_SECONDS)
+        seconds = 0.0 if self._began is None else now - self._began
         self._owed = max(0.0, self._owed + seconds * (self._part / SHARE - (1 - self._part)))
         self._began, self._part = now, 0.0
         are_beside = any(other.priority != LAST_PRIORITY and not other.is_held for other in running)
