@@ -71,7 +71,8 @@ def test_a_refusal_is_the_server_s_with_a_line_for_each_reason(
     folder = write_adapter(tmp_path / "broken", tensors, **fields)
     error = server.put("broken", folder).json()["error"]
     done = validate(folder, "--json")
-    answer = json.loads(done.stdout)
+    told = done.stdout[done.stdout.index("{\n") :]  # after a line of the server on what it refused, if there is one
+    answer, _ = json.JSONDecoder().raw_decode(told)
     assert (done.exit_code, answer["valid"], answer["code"]) == (1, False, error["code"])
     assert "; ".join(answer["reasons"]) == error["message"]
     assert len(answer["reasons"]) > 1

@@ -47,8 +47,8 @@ def freed_in_use(patch: pytest.MonkeyPatch) -> None:
     slots: list[AdapterWeights] = []
     turns = itertools.cycle(range(NUM_SLOTS))
 
-    def too_early(self: Residency, sizes: Mapping[str, int], tenant: str = "") -> Claim:
-        claim = retain(self, sizes, tenant)
+    def too_early(self: Residency, *arguments: Any) -> Claim:
+        claim = retain(self, *arguments)
         claim.weights.add_done_callback(lambda _weights: threading.Thread(target=self.release, args=(claim,)).start())
         return claim
 
