@@ -1,15 +1,13 @@
 """A server in front of replicas that are applications in this process: all that passes between them, and no Ray."""
 
-import threading
-import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import httpx
-import uvicorn
 from starlette.types import ASGIApp, Message
 
+from serving import listening
 from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.cluster.affinity import RouteKey
 from swaplora_server.cluster.engines import ReplicaLostError
@@ -69,16 +67,5 @@ def front_of(settings: Settings, *apps: ASGIApp) -> Iterator[Front]:
     engines = LocalEngines({f"r{number}": Exchanges(app) for number, app in enumerate(apps)}, "r0")
     keys = KeyRing([key.get_secret_value() for key in settings.api_key], settings.key_file)
     http = HttpConfig(Ingress(settings, engines, keys), settings)
-    http.port = 0
-    server = uvicorn.Server(http)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    try:
-        with httpx.Client(base_url=url, timeout=120) as client:
-            yield Front(url, client, engines)
-    finally:
-        server.should_exit = True
-        thread.join()
+    with listening(http) as url, httpx.Client(base_url=url, timeout=120) as client:
+        yield Front(url, client, engines)

@@ -1,8 +1,6 @@
 """A Ray cluster of nodes on this machine with replicas of a tiny base, and the server in front of them."""
 
 import os
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,12 +8,12 @@ from typing import Any
 
 import httpx
 import ray
-import uvicorn
 from ray import serve
 from ray.cluster_utils import Cluster
 
 from repository import ROOT
 from server_process import free_port
+from serving import listening
 from swaplora_server.cluster.build import application_of, engines, key_ring
 from swaplora_server.cluster.ingress import Ingress
 from swaplora_server.cluster.ray_engines import RayEngines
@@ -83,16 +81,5 @@ def in_front(settings: Settings) -> Iterator[Front]:
 @contextmanager
 def fronting(settings: Settings, handle: Any) -> Iterator[Front]:
     http = HttpConfig(Ingress(settings, RayEngines(handle), key_ring(settings)), settings)
-    http.port = 0
-    server = uvicorn.Server(http)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    try:
-        with httpx.Client(base_url=url, timeout=120) as client:
-            yield Front(url, client, handle)
-    finally:
-        server.should_exit = True
-        thread.join()
+    with listening(http) as url, httpx.Client(base_url=url, timeout=120) as client:
+        yield Front(url, client, handle)

@@ -81,28 +81,35 @@ def settings(base: Path, data_dir: Path, **fields: Any) -> Settings:
 
 
 @contextmanager
-def serving(config: Settings) -> Iterator[Running]:
-    """Start, yield, stop. Every test leaves the server at rest, which is checked here."""
-    service = Service(config)
-    service.start(lambda _message: None)
-    bodies = BodyMemory(config.body_memory_bytes)
-    http = HttpConfig(create_app(service, bodies), config)
+def listening(http: HttpConfig) -> Iterator[str]:
+    """Serve an app on a free port, whose address this gives, until the block ends."""
     http.port = 0
     server = uvicorn.Server(http)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    with httpx.Client(base_url=url, timeout=600) as client:
-        running = Running(url, service, client, http.connections, bodies)
-        try:
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@contextmanager
+def serving(config: Settings) -> Iterator[Running]:
+    """Start, yield, stop. Every test leaves the server at rest, which is checked here."""
+    service = Service(config)
+    service.start(lambda _message: None)
+    bodies = BodyMemory(config.body_memory_bytes)
+    http = HttpConfig(create_app(service, bodies), config)
+    try:
+        with listening(http) as url, httpx.Client(base_url=url, timeout=600) as client:
+            running = Running(url, service, client, http.connections, bodies)
             yield running
             running.wait_idle()
-        finally:
-            server.should_exit = True
-            thread.join()
-            service.stop()
+    finally:
+        service.stop()
 
 
 @dataclass
