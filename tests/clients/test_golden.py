@@ -219,7 +219,7 @@ def test_errors_are_what_they_were(server: Running, monkeypatch: pytest.MonkeyPa
 
         with monkeypatch.context() as patch:
             patch.setattr(Request, "tell", failing)
-            answer = server.client.post(route, json={"model": BASE, "stream": True, **asked})
+            answer = server.client.post(route, json={"model": BASE, "stream": True, "temperature": 0, **asked})
         for name, data in frames(answer.text):
             if name == "error" or '"error"' in data[:10] or data == "[DONE]":
                 text += re.sub(r'"sequence_number":\d+', '"sequence_number":0', f"{name}: {data}\n")

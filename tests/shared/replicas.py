@@ -126,6 +126,17 @@ def see(of: Registry) -> None:
     of.seen().result(SEEN_SECONDS)
 
 
+def see_at_last(of: Registry) -> None:
+    """As a client does that comes again where it is told that the store does not answer."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while True:
+        try:
+            return see(of)
+        except StoreUnreachableError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
 def facts(of: Registry) -> dict[str, Any]:
     """All that a server knows of names and aliases, but for what is its own."""
     index = of.names.index

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from changer import STEPS, publish
-from replicas import Disturbed, facts, put, registry, replicas, see, unreachable
+from replicas import Disturbed, facts, put, registry, replicas, see, see_at_last, unreachable
 from repository import ROOT
 from swaplora_adapters.errors import (
     AdapterFailedError,
@@ -53,7 +53,7 @@ def test_a_store_that_fails_now_and_then_loses_nothing_that_was_acknowledged(
         for each in objects:
             each.come_back()
         for of in opened:
-            see(of)
+            see_at_last(of)
         assert facts(opened[0]) == facts(opened[1])
         for name, version in least.items():
             assert version in {record.version for record in opened[0].names.index.get(name).versions}
@@ -97,7 +97,7 @@ def test_a_change_of_which_nobody_knows_is_refused_and_is_then_what_it_came_to(
         assert one.card("sql").record.version == 1
         objects[0].come_back()
         see(other)
-        see(one)
+        see_at_last(one)
         assert one.card("sql").record.version == 2
         assert facts(one) == facts(other)
 

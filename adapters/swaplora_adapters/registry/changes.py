@@ -149,8 +149,7 @@ class Looks:
         self._asked = threading.Condition()
         self._waiting: list[Future[None]] = []
         self._is_closed = False
-        self._answered = time.monotonic()
-        self._has_failed = False
+        self._failing_since: float | None = None
         self._threads = [
             threading.Thread(target=self._look_on, name="shared-look", daemon=True),
             threading.Thread(target=self._tidy_on, name="shared-tidy", daemon=True),
@@ -189,8 +188,9 @@ class Looks:
                 waiting, self._waiting = self._waiting, []
                 if self._is_closed:
                     break
+            began = time.monotonic()
             failure = self._looked()
-            self._note(failure)
+            self._note(failure, began)
             for future in waiting:
                 future.set_result(None) if failure is None else future.set_exception(failure)
         for future in waiting:
@@ -203,15 +203,17 @@ class Looks:
             return error
         return None
 
-    def _note(self, failure: Exception | None) -> None:
-        """What is reported is the first failure of a row of them."""
+    def _note(self, failure: Exception | None, began: float) -> None:
+        """Of the look that began then. What is reported is the first failure of a row of them."""
         if failure is None:
-            self._answered, self._changes.failure = time.monotonic(), None
-        elif time.monotonic() - self._answered > AWAY_SECONDS:
+            self._failing_since = self._changes.failure = None
+            return
+        if self._failing_since is None:
+            self._failing_since = began
+            if not self._is_closed:
+                self._report(failure)
+        if time.monotonic() - self._failing_since > AWAY_SECONDS:
             self._changes.failure = failure
-        if failure is not None and not self._has_failed and not self._is_closed:
-            self._report(failure)
-        self._has_failed = failure is not None
 
     def _tidy_on(self) -> None:
         while not self._is_closed:
