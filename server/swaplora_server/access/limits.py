@@ -118,16 +118,18 @@ class Meter:
 
         Raises LimitReachedError.
         """
-        bounds = {whose: limits.concurrent_requests for whose, limits in limited.items()}
-        counted = [whose for whose, most in bounds.items() if most is not None]
+        counted = [whose for whose, limits in limited.items() if limits.concurrent_requests is not None]
         with self._lock:
-            for whose in counted:
-                if self._running[whose] >= (bounds[whose] or 0):
-                    message = f"{whose} may have {bounds[whose]} requests at once; try again when one has ended"
-                    raise LimitReachedError(message, CONCURRENCY_RETRY_SECONDS)
-            self._take([*_takings(limited, "requests", 1), *(_takings(limited, "changes", 1) if is_change else ())])
+            self._check_running(limited)
+            self._take(_of_a_request(limited, is_change=is_change))
             self._running.update(counted)
         return partial(self._end, counted)
+
+    def check(self, limited: dict[str, Limits], *, is_change: bool) -> None:
+        """Raise what `begin` would raise, and count nothing."""
+        with self._lock:
+            self._check_running(limited)
+            self._check(_of_a_request(limited, is_change=is_change), self._clock())
 
     def reserve(self, limited: dict[str, Limits], num_tokens: int) -> Reservation:
         """Take the tokens that a request may come to. Raises LimitReachedError."""
@@ -138,9 +140,23 @@ class Meter:
             taken = self._take(takings)
         return Reservation(num_tokens, lambda used: self._give_back(taken, num_tokens - used))
 
+    def _check_running(self, limited: dict[str, Limits]) -> None:
+        """Needs `_lock`."""
+        for whose, limits in limited.items():
+            most = limits.concurrent_requests
+            if most is not None and self._running[whose] >= most:
+                message = f"{whose} may have {most} requests at once; try again when one has ended"
+                raise LimitReachedError(message, CONCURRENCY_RETRY_SECONDS)
+
     def _take(self, takings: list[Taking]) -> list[tuple[_Window, _Entry]]:
         """Needs `_lock`."""
         now = self._clock()
+        self._check(takings, now)
+        windows = [(self._windows[whose, kind], amount) for whose, kind, amount, _ in takings]
+        return [(window, window.take(amount, now)) for window, amount in windows]
+
+    def _check(self, takings: list[Taking], now: float) -> None:
+        """Needs `_lock`."""
         for whose, kind, amount, limit in takings:
             wait = self._windows[whose, kind].wait(amount, limit, now)
             if wait == math.inf:
@@ -148,8 +164,6 @@ class Meter:
             if wait:
                 seconds = math.ceil(wait)
                 raise LimitReachedError(f"{whose} has {limit} {kind} a minute; try again in {seconds} s", seconds)
-        windows = [(self._windows[whose, kind], amount) for whose, kind, amount, _ in takings]
-        return [(window, window.take(amount, now)) for window, amount in windows]
 
     def _give_back(self, taken: list[tuple[_Window, _Entry]], amount: int) -> None:
         with self._lock:
@@ -162,6 +176,10 @@ class Meter:
         with self._lock:
             self._running.subtract(counted)
             counted.clear()
+
+
+def _of_a_request(limited: dict[str, Limits], *, is_change: bool) -> list[Taking]:
+    return [*_takings(limited, "requests", 1), *(_takings(limited, "changes", 1) if is_change else ())]
 
 
 def _takings(limited: dict[str, Limits], kind: str, amount: int) -> Iterator[Taking]:

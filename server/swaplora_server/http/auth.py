@@ -10,12 +10,12 @@ from starlette.routing import BaseRoute
 from swaplora_server.access.caller import Caller, KeyScope
 from swaplora_server.access.limits import LimitReachedError
 from swaplora_server.http.errors import IS_BEHIND
+from swaplora_server.http.overload.asking_again import AskingAgain, limit_error
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 COUNT_OUT = "swaplora.count_out"  # of a request's scope: what counts it out
-_NEVER_SECONDS = 60  # who may send nothing is not to ask all the time
 _needed: dict[Callable[..., Any], frozenset[KeyScope] | None] = {}  # None: no key
 
 
@@ -58,17 +58,20 @@ async def authorise(request: Request) -> AsyncIterator[None]:
         yield
         return
     service: Service = request.app.state.service
-    caller = service.keys.find(given_key(request.headers))
+    key = given_key(request.headers)
+    caller = service.keys.find(key)
     if caller is None:
         raise RequestError("invalid_api_key", "send a valid API key as Authorization: Bearer KEY")
     request.state.caller = caller
     if not caller.may(scopes):
         wanted = " or ".join(sorted(scopes))
         raise RequestError("insufficient_scope", f"this needs a key with the scope {wanted}")
+    is_change = scopes == {KeyScope.WRITE}
+    request.state.asking_again = AskingAgain(service, request.scope["route"].path, key, caller, is_change)
     try:
-        end = service.meter.begin(caller.limited, is_change=scopes == {KeyScope.WRITE})
+        end = service.meter.begin(caller.limited, is_change=is_change)
     except LimitReachedError as error:
-        raise RequestError("rate_limited", str(error), retry_seconds=error.retry_seconds or _NEVER_SECONDS) from error
+        raise limit_error(error) from error
     request.scope[COUNT_OUT] = end
     try:
         request.scope[IS_BEHIND] = not await service.see_others_changes()

@@ -140,6 +140,7 @@ async def on_request_error(request: Request, error: Exception) -> JSONResponse:
         )
     if isinstance(error, StorageFullError | StorageFailedError) and not isinstance(error, StoreUnreachableError):
         _log.error("the data directory cannot be written", reason=str(error))
+    request.state.refused = error
     return error_response(error)
 
 

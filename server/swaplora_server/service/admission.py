@@ -7,14 +7,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import NamedTuple, Self
 
 from swaplora_adapters.registry.leases import Lease, RequestLeases
 from swaplora_adapters.registry.registry import Registry
 from swaplora_server.end_rate import EndRate
-from swaplora_server.service.errors import RequestError
+from swaplora_server.service.errors import RefusedBy, RequestError
 
 UNKNOWN_SECONDS = 10.0  # that a sequence runs, while none has ended that ran beside as many as may run
 FOR_LINES, FOR_TENANTS = 1 / 4, 1 / 8  # of all places, so many more for adapters and tenants that hold few
@@ -46,12 +46,16 @@ class Sharer(NamedTuple):
     @classmethod
     def at(cls, tenant: str, peer: str) -> Self:
         """Whoever has an address of IPv6 has all of its /64. Any text that is none stands for itself."""
-        with suppress(ValueError):
-            address = ip_address(peer)
-            if isinstance(address, IPv6Address):
-                mapped = address.ipv4_mapped
-                peer = str(mapped or IPv6Network((int(address), 64), strict=False))
-        return cls(tenant, peer)
+        return cls(tenant, _network(peer) if peer else "")
+
+
+@lru_cache(maxsize=1024)  # whoever floods comes again and again
+def _network(peer: str) -> str:
+    with suppress(ValueError):
+        address = ip_address(peer)
+        if isinstance(address, IPv6Address):
+            return str(address.ipv4_mapped or IPv6Network((int(address), 64), strict=False))
+    return peer
 
 
 class Line(NamedTuple):
@@ -153,11 +157,11 @@ class Admissions:
                 counts[sharer.tenant] += self._num_held[sharer]
         return dict(counts)
 
-    def check_room(self, tenant: str = "", peer: str = "") -> None:
-        """Raise RequestError where there is no room for any request of the tenant, whatever it is for."""
+    def check_room(self, tenant: str = "", peer: str = "", wanted: str | None = None) -> None:
+        """Raise RequestError where no request of the tenant for `wanted` has room; None is whatever it is for."""
         with self._lock:
-            if not self._has_room(1, Sharer.at(tenant, peer), None):
-                raise self._refusal()
+            if not self._has_room(1, Sharer.at(tenant, peer), wanted):
+                raise self._refusal(RefusedBy.TENANT if wanted is None else RefusedBy.NAMED)
 
     def admit(self, num_sequences: int, tenant: str = "", wanted: str = "", peer: str = "") -> Admission:
         """Raises RequestError when more would wait than is good, with when it may be worth asking again.
@@ -167,7 +171,7 @@ class Admissions:
         line = Line(Sharer.at(tenant, peer), wanted)
         with self._lock:
             if not self._has_room(num_sequences, line.sharer, wanted):
-                raise self._refusal()
+                raise self._refusal(RefusedBy.NAMED)
             self._count(num_sequences, line)
         return Admission(partial(self._leave, num_sequences, line))
 
@@ -198,10 +202,10 @@ class Admissions:
         num_in_time = self._max_wait_seconds * (self._max_running / UNKNOWN_SECONDS if rate is None else rate)
         return min(self._limit, self._max_running + math.ceil(max(self._max_running / 2, num_in_time)))
 
-    def _refusal(self) -> RequestError:
+    def _refusal(self, by: RefusedBy) -> RequestError:
         seconds = self._ends.retry_seconds(max(0, self.num_sequences - self._max_running))
         message = f"too many requests are waiting; try again in {seconds} s"
-        return RequestError("overloaded", message, retry_seconds=seconds)
+        return RequestError("overloaded", message, retry_seconds=seconds, by=by)
 
     def _leave(self, num_sequences: int, line: Line, has_run: bool) -> None:
         with self._lock:

@@ -7,16 +7,17 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 import httptools
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from swaplora_server.config import Settings
 from swaplora_server.http.errors import error_response
+from swaplora_server.http.overload.kept_refusals import Kept, KeptRefusals
 from swaplora_server.http.transport.browsers import early_headers
 from swaplora_server.http.transport.connections import Connections, Pace
 from swaplora_server.service.errors import RequestError
@@ -47,6 +48,15 @@ class HttpConfig(uvicorn.Config):
         self.settings = settings
         self.connections = Connections(settings)
         self.early_headers = early_headers(settings)
+        self.kept_refusals = KeptRefusals()
+
+
+class _Undecided(NamedTuple):
+    """A request like some that were refused, of which it is not known yet whether it is as well."""
+
+    cycle: RequestResponseCycle
+    app: Any
+    kept: Kept
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -63,10 +73,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         settings = config.settings
         self._connections = config.connections
         self._early_headers = config.early_headers
+        self._kept_refusals = config.kept_refusals
         self._max_unread_bytes = settings.max_unread_bytes
         self._sending = Pace(settings.min_bytes_per_second, settings.stall_seconds)
         self._reading = Pace(settings.min_bytes_per_second, settings.stall_seconds)
         self._running: RequestResponseCycle | None = None  # not the last one that came, when requests are pipelined
+        self._undecided: _Undecided | None = None  # what `_running` is, in the end
+        self._refused: Message | None = None  # how the answer begins that is a 429
         self._is_head_due = False  # and some of it is here
         self._is_body_due = False
         self._is_streaming = False
@@ -98,6 +111,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return
         if self._num_unseen_bytes > MAX_HEAD_BYTES:
             self._refuse(_too_large(f"{MAX_HEAD_BYTES} bytes"))
+        elif self._undecided is not None:
+            self._decide(self._undecided)
 
     def _parse(self, data: bytes) -> None:
         while True:
@@ -171,7 +186,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._num_unseen_bytes = 0
         self._is_body_due = False
         super().on_message_complete()
-        if self._is_answered:  # before its body was here, and the client was told that this is the end
+        if self._undecided is not None:
+            self._decide(self._undecided)
+        elif self._is_answered:  # before its body was here, and the client was told that this is the end
             self.transport.close()
 
     def _check_head(self) -> None:
@@ -204,7 +221,42 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
+        kept = None if self.flow.write_paused else self._kept_refusals.find(cycle.scope)  # else only the app would wait
+        if kept is None:
+            self._have_answered(cycle, app)
+            return
+        self._undecided = _Undecided(cycle, app, kept)
+        if not cycle.more_body:
+            self._decide(self._undecided)
 
+    def _decide(self, undecided: _Undecided) -> None:
+        """Answer what would be refused as others were, and have the app answer the rest. What hangs on a body waits."""
+        cycle, app, kept = undecided
+        answer = kept.answer(cycle.scope, None if cycle.more_body else cycle.body)
+        may_wait = cycle.more_body and not cycle.waiting_for_100_continue
+        if answer is None and may_wait and kept.looks_at(len(cycle.body)):
+            return
+        self._undecided = None
+        if answer is None:
+            self._have_answered(cycle, app)
+        else:
+            self._answer_refused(cycle, *answer)
+
+    def _answer_refused(self, cycle: RequestResponseCycle, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        """Answer 429, as the app would: the connection goes on if the whole request is here."""
+        headers = [*self.server_state.default_headers, *headers]
+        if cycle.more_body or not cycle.keep_alive:
+            headers.append((b"connection", b"close"))
+        lines = [b"%b: %b\r\n" % header for header in headers]
+        self._is_streaming = False
+        self._num_written_bytes += len(body)
+        self.transport.write(b"".join([STATUS_LINE[HTTPStatus.TOO_MANY_REQUESTS], *lines, b"\r\n", body]))
+        cycle.response_started = cycle.response_complete = True
+        if not cycle.keep_alive and not cycle.more_body:
+            self.transport.close()
+        self.on_response_complete()
+
+    def _have_answered(self, cycle: RequestResponseCycle, app: Any) -> None:
         async def answer(scope: Scope, receive: Receive, _send: Send) -> None:
             await app(scope, receive, lambda message: self._send(cycle, message))
 
@@ -212,12 +264,15 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     async def _send(self, cycle: RequestResponseCycle, message: Message) -> None:
         if message["type"] == "http.response.start":
+            self._refused = message if message["status"] == HTTPStatus.TOO_MANY_REQUESTS else None
             self._is_streaming = all(name.lower() != b"content-length" for name, _ in message["headers"])
             if self._is_streaming and cycle.scope["http_version"] == "1.0":
                 cycle.chunked_encoding = False  # the end of the connection is the end of the answer
             if cycle.more_body:  # what may still come of the body must not be taken for a request
                 message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
         else:
+            if self._refused is not None:
+                self._kept_refusals.keep(cycle.scope, self._refused, message.get("body", b""))
             self._note_written(cycle, len(message.get("body", b"")), is_last=not message.get("more_body", False))
         await cycle.send(message)  # type: ignore[arg-type]
 
@@ -296,6 +351,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def _end_running(self) -> None:
+        self._undecided = None
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
             self._running.message_event.set()

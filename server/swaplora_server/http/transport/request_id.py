@@ -12,6 +12,11 @@ _log = structlog.get_logger(__name__)
 _PLAIN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
+def request_id_of(given: str) -> str:
+    """What a request is called, of which the client says `given`."""
+    return given if _PLAIN.fullmatch(given) else uuid.uuid4().hex
+
+
 class RequestIdMiddleware:
     """Plain ASGI, so that streams and disconnects pass through untouched. Logs what nobody foresaw."""
 
@@ -22,8 +27,7 @@ class RequestIdMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(_HEADER, "")
-        request_id = given if _PLAIN.fullmatch(given) else uuid.uuid4().hex
+        request_id = request_id_of(Headers(scope=scope).get(_HEADER, ""))
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
