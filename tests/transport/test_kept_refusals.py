@@ -437,7 +437,8 @@ def test_nobody_is_refused_who_would_be_let_in_and_nobody_let_off(open_to_all: R
         for _ in range(data.draw(st.integers(1, 12))):
             peer, model = data.draw(st.sampled_from(PEERS)), data.draw(st.sampled_from(MODELS[:-1]))
             whose = TenantService(service, ANYBODY, "", peer)
-            if held and data.draw(st.booleans()):
+            ends: bool = data.draw(st.booleans())
+            if held and ends:
                 held.pop(data.draw(st.integers(0, len(held) - 1))).release()
             else:
                 with suppress(RequestError):

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import httptools
 import uvicorn
@@ -221,8 +221,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
-        kept = None if self.flow.write_paused else self._kept_refusals.find(cycle.scope)  # else only the app would wait
-        if kept is None:
+        kept = self._kept_refusals.find(_scope(cycle))
+        if kept is None or self.flow.write_paused:  # only the app waits until what it writes is read
             self._have_answered(cycle, app)
             return
         self._undecided = _Undecided(cycle, app, kept)
@@ -232,7 +232,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _decide(self, undecided: _Undecided) -> None:
         """Answer what would be refused as others were, and have the app answer the rest. What hangs on a body waits."""
         cycle, app, kept = undecided
-        answer = kept.answer(cycle.scope, None if cycle.more_body else cycle.body)
+        answer = kept.answer(_scope(cycle), None if cycle.more_body else cycle.body)
         may_wait = cycle.more_body and not cycle.waiting_for_100_continue
         if answer is None and may_wait and kept.looks_at(len(cycle.body)):
             return
@@ -272,7 +272,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
         else:
             if self._refused is not None:
-                self._kept_refusals.keep(cycle.scope, self._refused, message.get("body", b""))
+                self._kept_refusals.keep(_scope(cycle), self._refused, message.get("body", b""))
             self._note_written(cycle, len(message.get("body", b"")), is_last=not message.get("more_body", False))
         await cycle.send(message)  # type: ignore[arg-type]
 
@@ -355,6 +355,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
             self._running.message_event.set()
+
+
+def _scope(cycle: RequestResponseCycle) -> Scope:
+    return cast(Scope, cycle.scope)
 
 
 def _too_large(limit: str) -> RequestError:
