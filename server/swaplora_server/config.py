@@ -5,27 +5,40 @@ Imports no torch, so a wrong setting is refused before anything slow begins.
 
 import ipaddress
 import os
-import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, DirectoryPath, Field, SecretStr, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
     InitSettingsSource,
-    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
 )
 
-from swaplora_adapters.errors import InvalidAdapterNameError
-from swaplora_adapters.files.naming import validate_name
-from swaplora_adapters.sources.uri import check_template, parse_prefix
+from swaplora_server.config_values import (
+    ApiKey,
+    Dtype,
+    Folder,
+    HomePath,
+    Listed,
+    Origin,
+    Prefix,
+    ReplicaRange,
+    RootPath,
+    SharedAddress,
+    Size,
+    SizeOrAuto,
+    SizeOrZero,
+    Template,
+    check_name,
+    xdg_folder,
+)
 
 EMBEDDED = "embedded"
 EMBEDDED_IDS = {EMBEDDED: "smollm2-135m-instruct", "embedded-minilm": "all-minilm-l6-v2"}
@@ -33,125 +46,6 @@ ENV_PREFIX = "SWAPLORA_"
 CLIENT_VARIABLES = frozenset({"SWAPLORA_URL"})  # read by the client commands, so not a misspelt setting
 FOREIGN_ADAPTER_DIRS = ("NIM_PEFT_SOURCE", "VLLM_LORA_RESOLVER_CACHE_DIR")
 FOREIGN_RESCAN = "NIM_PEFT_REFRESH_INTERVAL"
-ROUTES_BEGIN = (
-    "v1",
-    "v2",
-    "adapters",
-    "classify",
-    "docs",
-    "health",
-    "invocations",
-    "lora-adapters",
-    "metrics",
-    "openapi.json",
-    "ping",
-    "pooling",
-    "rerank",
-    "score",
-    "version",
-    "tokenize",
-    "detokenize",
-    "tokenizer_info",
-    "ui",
-)
-ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?", re.IGNORECASE)
-
-ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#\s]+")
-
-
-def parse_size(value: object) -> object:
-    """`"512MiB"`, `"4GB"` or `"1.5G"` as bytes (KiB is 1024, KB is 1000); what is not a string as it is."""
-    if not isinstance(value, str):
-        return value
-    match = SIZE.fullmatch(value.strip())
-    if match is None:
-        raise ValueError(f"{value!r} is not a size: write bytes, or a number with a unit such as 512MiB or 4GB")
-    number, prefix, binary = match.groups(default="")
-    exponent = " KMGT".index(prefix.upper() or " ")
-    return int(float(number) * (1024 if binary else 1000) ** exponent)
-
-
-def _split_commas(value: object) -> object:
-    """A comma-separated string (the environment, YAML) as a list; anything else as it is."""
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-
-
-def _check_prefix(value: str) -> str:
-    parse_prefix(value)
-    return value
-
-
-def _check_shared(value: str) -> str:
-    if value.startswith("s3://"):
-        parse_prefix(value)
-    elif "://" in value:
-        raise ValueError(f"{value!r} is neither a folder nor s3://BUCKET/PREFIX")
-    return os.path.expanduser(value)
-
-
-def _check_origin(value: str) -> str:
-    if value != "*" and not ORIGIN.fullmatch(value):
-        raise ValueError(f"{value!r} is not an origin: write https://HOST or https://HOST:PORT, without a path, or *")
-    return value.lower()
-
-
-def _check_range(value: str) -> str:
-    fewest, _, most = value.partition("-")
-    if not 1 <= int(fewest) <= int(most or fewest):
-        raise ValueError(f"{value!r} is no number of replicas: write 2, or 1-4")
-    return value
-
-
-def _none_if_auto(value: object) -> object:
-    return None if value == "auto" else value
-
-
-def _full_name(dtype: str) -> str:
-    """`bfloat16`, `float16`, `float32` or `auto`, whatever it was spelt as."""
-    return _DTYPES.get(dtype, dtype)
-
-
-def _check_root_path(value: str) -> str:
-    if not ROOT_PATH.fullmatch(value):
-        raise ValueError(f"{value!r} is not a path in front of others: write /PATH, without a slash at its end")
-    first = value.split("/")[1] if value else ""
-    if first in ROUTES_BEGIN:
-        raise ValueError(f"/{first} is where routes themselves begin; give what stands before it, or nothing")
-    return value
-
-
-def _expand_home(value: object) -> object:
-    return os.path.expanduser(value) if isinstance(value, str) else value
-
-
-def _check_name(name: str) -> None:
-    try:
-        validate_name(name)
-    except InvalidAdapterNameError as error:
-        raise ValueError(f"adapter: {name[:128]!r}: {error}") from error
-
-
-def _xdg_folder(variable: str, fallback: str) -> Path:
-    """The program's folder below an XDG base directory; a relative one is ignored, as the XDG specification asks."""
-    root = Path(os.environ.get(variable, ""))
-    return (root if root.is_absolute() else Path.home() / fallback) / "swaplora"
-
-
-Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1, le=2**50)]
-SizeOrZero = Annotated[int, BeforeValidator(parse_size), Field(ge=0, le=2**50)]
-SizeOrAuto = Annotated[Size | None, BeforeValidator(_none_if_auto)]
-HomePath = Annotated[Path, BeforeValidator(_expand_home)]
-Folder = Annotated[DirectoryPath, BeforeValidator(_expand_home)]
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
-ApiKey = Annotated[SecretStr, Field(min_length=1)]
-Origin = Annotated[str, AfterValidator(_check_origin)]
-Prefix = Annotated[str, AfterValidator(_check_prefix)]
-RootPath = Annotated[str, AfterValidator(_check_root_path)]
-ReplicaRange = Annotated[str, Field(pattern=r"^[0-9]{1,4}(-[0-9]{1,4})?$"), AfterValidator(_check_range)]
-Dtype = Literal["auto", "bfloat16", "float16", "float32", "bf16", "fp16", "fp32", "half", "float"]
-SharedAddress = Annotated[str, Field(min_length=1), AfterValidator(_check_shared)]
-Template = Annotated[str, AfterValidator(check_template)]
 
 
 class Settings(BaseSettings):
@@ -166,7 +60,7 @@ class Settings(BaseSettings):
     )
     served_model_name: str | None = Field(None, pattern=r"^\S+$", description="What requests call the base")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs")
-    dtype: Annotated[Dtype, AfterValidator(_full_name)] = Field(
+    dtype: Dtype = Field(
         "auto", description="Number format of the base: auto is what this machine is faster with, and loses nothing"
     )
     kernels: Literal["auto", "torch"] = Field(
@@ -185,32 +79,22 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one")
-    api_key: Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
-        (), description="A key that admits a request"
-    )
+    api_key: Listed[ApiKey] = Field((), description="A key that admits a request")
     key_file: HomePath | None = Field(None, description="File of keys that swaplora keys makes")
     audit_log: HomePath | None = Field(None, description="File to note every change in that is asked for")
     tracing: bool = Field(False, description="Send OpenTelemetry's traces to OTEL_EXPORTER_OTLP_ENDPOINT")
     insecure_no_auth: bool = Field(False, description="Listen beyond this machine without a key")
-    cors_allow_origin: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
-        (), description="Whose web pages may ask: https://HOST, or * for all"
-    )
-    allowed_host: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
-        (), description="A name this server is called by: api.example.com"
-    )
+    cors_allow_origin: Listed[Origin] = Field((), description="Whose web pages may ask: https://HOST, or * for all")
+    allowed_host: Listed[str] = Field((), description="A name this server is called by: api.example.com")
     root_path: RootPath = Field("", description="Path below which a proxy serves this: /models")
     ui: bool = Field(True, description="Serve the page for browsers, at /ui")
 
-    adapter: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
-        (), description="An adapter folder"
-    )
+    adapter: Listed[str] = Field((), description="An adapter folder")
     adapter_dir: Folder | None = Field(None, description="Folder whose sub-folders are adapters")
     adapter_rescan_seconds: float = Field(
         10, ge=0, le=86_400, description="Time between looks at --adapter-dir; 0 looks at start only"
     )
-    allow_source: Annotated[tuple[Prefix, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
-        (), description="Where adapters may be fetched from: hf://ORG, s3://BUCKET"
-    )
+    allow_source: Listed[Prefix] = Field((), description="Where adapters may be fetched from: hf://ORG, s3://BUCKET")
     resolver: Template | None = Field(
         None, description="Where an adapter that is not here is fetched from: hf://ORG/{name}"
     )
@@ -270,13 +154,13 @@ class Settings(BaseSettings):
 
     config: HomePath | None = Field(None, description="YAML file with settings, named as the flags")
     data_dir: HomePath = Field(
-        default_factory=lambda: _xdg_folder("XDG_DATA_HOME", ".local/share"), description="Uploaded adapters"
+        default_factory=lambda: xdg_folder("XDG_DATA_HOME", ".local/share"), description="Uploaded adapters"
     )
     shared_store: SharedAddress | None = Field(
         None, description="Folder or s3://BUCKET/PREFIX through which servers share their adapters"
     )
     cache_dir: HomePath = Field(
-        default_factory=lambda: _xdg_folder("XDG_CACHE_HOME", ".cache"), description="Downloads and compiled code"
+        default_factory=lambda: xdg_folder("XDG_CACHE_HOME", ".cache"), description="Downloads and compiled code"
     )
     drain_seconds: float = Field(30, ge=0, le=86_400, description="Time to end requests at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged")
@@ -332,7 +216,7 @@ class Settings(BaseSettings):
                 raise ValueError(f"adapter: {entry!r} is not NAME=PATH")
             if name == self.base_id:
                 raise ValueError(f"adapter: {name} is what the base is called; choose another name")
-            _check_name(name)
+            check_name(name)
         if len(self.adapter_folders) < len(self.adapter):
             raise ValueError("adapter: a name is given twice; each adapter needs its own")
         for name, folder in self.adapter_folders.items():

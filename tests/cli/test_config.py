@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
 import swaplora_server
-from swaplora_server.config import Settings, complaints, parse_size
+from swaplora_server.config import Settings, complaints
+from swaplora_server.config_values import parse_size
 
 
 @pytest.fixture(autouse=True)

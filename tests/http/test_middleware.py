@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from serving import BASE, Running, serving, settings
-from swaplora_server.config import ROUTES_BEGIN
+from swaplora_server.config_values import ROUTES_BEGIN
 from swaplora_server.http.refusals import UNSERVED
 from swaplora_server.http.routes.invocations import ADAPTER_HEADER
 

@@ -114,7 +114,7 @@ def _type(annotation: Any) -> Any:
 
 
 def _is_size(field: "FieldInfo") -> bool:
-    from swaplora_server.config import parse_size
+    from swaplora_server.config_values import parse_size
 
     own = [each for option in get_args(field.annotation) for each in getattr(option, "__metadata__", ())]
     return any(getattr(each, "func", None) is parse_size for each in (*field.metadata, *own))
