@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swaplora_adapters.errors import MemoryFullError
-from swaplora_adapters.registry.host_tier import HostTier
+from swaplora_adapters.registry.residency.host_tier import HostTier
 from swaplora_adapters.weights.device_copy import DeviceCopier, Layout, _Piece
 from swaplora_adapters.weights.memory import Arena, aligned, pinned
 from swaplora_adapters.weights.served import AdapterWeights, EmbeddingWeights, ModuleWeights

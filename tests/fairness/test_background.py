@@ -8,7 +8,7 @@ import pytest
 
 from scheduler_harness import Client, adapter, make, run_all, run_step, submit
 from swaplora_adapters.registry.leases import RequestLeases
-from swaplora_adapters.registry.memory_queue import Claim, Resident
+from swaplora_adapters.registry.residency.claims import Claim, Resident
 from swaplora_server.engine.engine import Engine
 from swaplora_server.engine.request import LAST_PRIORITY
 from swaplora_server.engine.scheduling import scheduler as module

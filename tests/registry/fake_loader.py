@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from swaplora_adapters.registry.memory_queue import Claim
-from swaplora_adapters.registry.residency import Residency
+from swaplora_adapters.registry.residency.claims import Claim
+from swaplora_adapters.registry.residency.residency import Residency
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 
 SIZE = 40

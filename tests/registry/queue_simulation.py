@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Mapping, Set
 from types import SimpleNamespace
 
-from swaplora_adapters.registry import memory_queue
-from swaplora_adapters.registry.memory_queue import Claim, MemoryQueue, Resident
+from swaplora_adapters.registry.residency import memory_queue
+from swaplora_adapters.registry.residency.claims import Claim, Resident
+from swaplora_adapters.registry.residency.memory_queue import MemoryQueue
 from swaplora_adapters.weights.served import AdapterWeights
 
 

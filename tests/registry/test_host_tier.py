@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import adapter_files
 from swaplora_adapters.registry import registry as registry_module
-from swaplora_adapters.registry.host_tier import HostTier
 from swaplora_adapters.registry.registry import Registry
+from swaplora_adapters.registry.residency.host_tier import HostTier
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.sources.watcher import put_folder
 from swaplora_adapters.store.store import Store
@@ -123,7 +123,7 @@ def test_a_span_that_could_not_be_filled_is_given_back(monkeypatch: pytest.Monke
 
     tier = HostTier(512, in_arena(512))
     with monkeypatch.context() as patched:
-        patched.setattr("swaplora_adapters.registry.host_tier.moved", fail)
+        patched.setattr("swaplora_adapters.registry.residency.host_tier.moved", fail)
         with pytest.raises(MemoryError):
             tier.keep(weights("a", 300))
     tier.check_integrity()

@@ -3,7 +3,8 @@
 from types import SimpleNamespace
 
 from queue_simulation import QueueSimulation
-from swaplora_adapters.registry.memory_queue import PATIENCE_SECONDS, Claim
+from swaplora_adapters.registry.residency.claims import Claim
+from swaplora_adapters.registry.residency.memory_queue import PATIENCE_SECONDS
 
 
 def ask(line: QueueSimulation, *digests: str, size: int = 1, tenant: str = "") -> Claim:

@@ -15,8 +15,9 @@ from hypothesis.stateful import run_state_machine_as_test as run
 
 from queue_simulation import QueueSimulation
 from soak import size
-from swaplora_adapters.registry import memory_queue
-from swaplora_adapters.registry.memory_queue import Claim, MemoryQueue, QueueHead, Resident
+from swaplora_adapters.registry.residency import memory_queue
+from swaplora_adapters.registry.residency.claims import Claim, Resident
+from swaplora_adapters.registry.residency.memory_queue import MemoryQueue, QueueHead
 
 Fault = Callable[[pytest.MonkeyPatch], None]
 BUDGET = 6

@@ -29,9 +29,9 @@ from swaplora_adapters.errors import (
     PreconditionFailedError,
     VersionNotFoundError,
 )
-from swaplora_adapters.registry.host_tier import HostTier
 from swaplora_adapters.registry.leases import Removal, RequestLeases
 from swaplora_adapters.registry.registry import Registry
+from swaplora_adapters.registry.residency.host_tier import HostTier
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.store.conditions import Conditions
 from swaplora_adapters.store.records import Target

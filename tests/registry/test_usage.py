@@ -9,8 +9,8 @@ import torch
 
 import adapter_files
 from swaplora_adapters.errors import AdapterError
-from swaplora_adapters.registry.host_tier import HostTier
 from swaplora_adapters.registry.registry import Registry
+from swaplora_adapters.registry.residency.host_tier import HostTier
 from swaplora_adapters.registry.tenant import TenantRegistry
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.sources.watcher import put_folder

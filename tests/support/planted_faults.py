@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from swaplora_adapters.registry import registry
-from swaplora_adapters.registry.memory_queue import Claim
-from swaplora_adapters.registry.residency import Residency
+from swaplora_adapters.registry.residency.claims import Claim
+from swaplora_adapters.registry.residency.residency import Residency
 from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.base.adapter_proof import AdapterProof

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
-from swaplora_adapters.registry.memory_queue import Claim
+from swaplora_adapters.registry.residency.claims import Claim
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_adapters.weights.served import AdapterWeights
 

@@ -28,11 +28,11 @@ from swaplora_adapters.intake import inspect_files
 from swaplora_adapters.priority import SHARE_OF_LOADS, lower_priority, pause
 from swaplora_adapters.registry.card import AdapterState, Card, Failure, PutResult, Tier
 from swaplora_adapters.registry.changes import Looks
-from swaplora_adapters.registry.host_tier import HostTier
 from swaplora_adapters.registry.index import NamedVersions
 from swaplora_adapters.registry.leases import Lease, LeaseCounts, Removal, RequestLeases
 from swaplora_adapters.registry.names import Judgement, Names
-from swaplora_adapters.registry.residency import Residency, show
+from swaplora_adapters.registry.residency.host_tier import HostTier
+from swaplora_adapters.registry.residency.residency import Residency, show
 from swaplora_adapters.registry.usage import Stages, Unheard, UsageByName, UsageListener
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
 from swaplora_adapters.store.journal import NotSentError

@@ -14,9 +14,9 @@ import structlog
 
 from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.priority import lower_priority
-from swaplora_adapters.registry.host_tier import HostTier
 from swaplora_adapters.registry.index import parse_reference
 from swaplora_adapters.registry.registry import Registry
+from swaplora_adapters.registry.residency.host_tier import HostTier
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.sources.watcher import put_folder
 from swaplora_adapters.store.records import VersionRecord

@@ -21,7 +21,8 @@ from swaplora_adapters.errors import (
     StoppingError,
 )
 from swaplora_adapters.priority import SHARE_OF_LOADS, lower_priority
-from swaplora_adapters.registry.memory_queue import Claim, MemoryQueue, Resident
+from swaplora_adapters.registry.residency.claims import Claim, Resident
+from swaplora_adapters.registry.residency.memory_queue import MemoryQueue
 from swaplora_adapters.weights.served import AdapterWeights
 
 
