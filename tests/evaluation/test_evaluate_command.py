@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from fake_server import FakeServer, run_fake_server, swaplora
-from swaplora_server import client as client_module
 from swaplora_server.client import Client, ClientError
+from swaplora_server.client.client import LOOK_SECONDS
 
 BASE = {"model": "base", "name": None, "version": None, "digest": None}
 SQL = {"model": "sql@2", "name": "sql", "version": 2, "digest": "sha256:" + "ab" * 32}
@@ -117,7 +117,7 @@ def test_the_client_waits_and_tells_how_far_it_is(server: FakeServer, monkeypatc
         waits.append(seconds)
         server.answer("GET", "/v1/evaluations/eval_1", DONE)
 
-    monkeypatch.setattr("swaplora_server.client.time.sleep", sleep)
+    monkeypatch.setattr("swaplora_server.client.client.time.sleep", sleep)
     heard: list[int] = []
     with Client(server.url) as client:
         begun = client.begin_evaluation([{"prompt": "a", "answer": "b"}], ["base"])
@@ -126,5 +126,5 @@ def test_the_client_waits_and_tells_how_far_it_is(server: FakeServer, monkeypatc
         client.delete_evaluation("eval_1")
         with pytest.raises(ClientError):
             client.evaluation("eval/../1")
-    assert (heard, waits) == ([3, 120], [client_module.LOOK_SECONDS])
+    assert (heard, waits) == ([3, 120], [LOOK_SECONDS])
     assert server.calls[-1].path == "/v1/evaluations/eval%2F..%2F1"

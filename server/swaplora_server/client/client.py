@@ -1,45 +1,25 @@
-"""A client for a running server's adapters, aliases and evaluations, which the command line uses as well.
+"""The client: one method for each thing a person asks for.
 
-One method for each thing a person asks for; generating stays with OpenAI's own client. Calls block: asynchronous code
-has `asyncio.to_thread`. Several threads may share a Client.
+Generating stays with OpenAI's own client. Calls block: asynchronous code has `asyncio.to_thread`. Several threads may
+share a Client.
 """
 
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 from urllib.parse import quote
 
 import httpx
 
+from swaplora_server.client.connection import TIMEOUT_SECONDS, ClientError, Connection, for_header, refusal
+
 Card = Mapping[str, Any]  # an adapter as the server describes it: docs/api.md lists what it has
 Task = str | Sequence[Mapping[str, Any]]  # JSONL, or its objects
 Message = Mapping[str, str]  # {"role": …, "content": …}
 
-# An upload is answered when it is durable, a delete when its memory is free, a token when its turn comes: all may take
-# long. A server that is not there should show at once.
-TIMEOUT_SECONDS = 600.0
-CONNECT_SECONDS = 5.0
-MAX_WAIT_SECONDS = 60.0  # before a further try
 LOOK_SECONDS = 0.5  # between looks at what takes long
-
-
-class ClientError(Exception):
-    """What went wrong, in one line that says what to do about it.
-
-    `status`, `code` and `param` are the server's: decide by the code, never by the words. All are None where no server
-    answered, or something else than swaplora did.
-    """
-
-    def __init__(
-        self, message: str, *, status: int | None = None, code: str | None = None, param: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.param = param
 
 
 class Client:
@@ -56,17 +36,7 @@ class Client:
         It is waited for as long as it says, and asked `retries` more times at most. Raises ClientError for what is no
         address and for a key that no header can carry.
         """
-        if not url.startswith(("http://", "https://")):
-            raise ClientError(f"{url} is not a server's address: it must begin with http:// or https://")
-        headers = {"Authorization": f"Bearer {_for_header('the API key', api_key)}"} if api_key else {}
-        self._url = url
-        self._retries = retries
-        limits = httpx.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS))
-        try:
-            httpx.URL(url).host.encode("idna")  # which connecting does, too late to tell whose fault it is
-            self._http = httpx.Client(base_url=url, headers=headers, timeout=limits)
-        except (httpx.InvalidURL, UnicodeError) as error:
-            raise ClientError(f"{url} is not a server's address: {error}") from error
+        self._server = Connection(url, api_key, timeout, retries)
 
     def __enter__(self) -> Self:
         return self
@@ -78,24 +48,24 @@ class Client:
 
     def close(self) -> None:
         """Let go of the connections; no method can be called any more."""
-        self._http.close()
+        self._server.close()
 
     def models(self) -> list[Card]:
         """What can be called now; the base is the one whose `parent` is None."""
-        return list(self._json("GET", "/v1/models")["data"])
+        return list(self._server.json("GET", "/v1/models")["data"])
 
     def adapters(self) -> list[Card]:
         """The card of every adapter, from as many pages as the server makes of them."""
         cards: list[Card] = []
         while True:
-            page = self._json("GET", "/v1/adapters", params={"after": cards[-1]["name"]} if cards else {})
+            page = self._server.json("GET", "/v1/adapters", params={"after": cards[-1]["name"]} if cards else {})
             cards += page["data"]
             if not (page["data"] and page.get("has_more")):
                 return cards
 
     def adapter(self, name: str) -> Card:
         """One adapter's card."""
-        return self._json("GET", _path(name))
+        return self._server.json("GET", _path(name))
 
     def put_adapter(
         self,
@@ -109,7 +79,7 @@ class Client:
     ) -> Card:
         """Store a version of an adapter, sent as it is read from two open files; its card, once it is durable."""
         headers, files = _conditions(create_only, if_match), {"config": config, "weights": weights}
-        return self._json("PUT", _path(name), headers=headers, params=_conversion(convert), files=files)
+        return self._server.json("PUT", _path(name), headers=headers, params=_conversion(convert), files=files)
 
     def put_source(
         self,
@@ -122,20 +92,20 @@ class Client:
     ) -> Card:
         """Have the server fetch a version of an adapter from `source` and store it; its card, once it is durable."""
         headers, body = _conditions(create_only, if_match), {"source": source}
-        return self._json("PUT", _path(name), headers=headers, params=_conversion(convert), json=body)
+        return self._server.json("PUT", _path(name), headers=headers, params=_conversion(convert), json=body)
 
     def pin_adapter(self, name: str, *, pinned: bool) -> Card:
         """Keep an adapter in memory, or no longer."""
-        return self._json("PATCH", _path(name), json={"pinned": pinned})
+        return self._server.json("PATCH", _path(name), json={"pinned": pinned})
 
     def set_current(self, name: str, version: int, *, force: bool = False) -> Card:
         """Let a name stand for another of its versions; by `force` for one that has not passed its gate."""
         params = {"force": "true"} if force else {}
-        return self._json("PATCH", _path(name), params=params, json={"current": version})
+        return self._server.json("PATCH", _path(name), params=params, json={"current": version})
 
     def gate(self, name: str) -> Mapping[str, Any]:
         """What new versions of an adapter must show, and what each version has."""
-        return self._json("GET", f"{_path(name)}/gate")
+        return self._server.json("GET", f"{_path(name)}/gate")
 
     def set_gate(
         self,
@@ -154,24 +124,24 @@ class Client:
         body: dict[str, Any] = {"task": task, "min_score": min_score, "stop": list(stop)}
         body |= {} if must_keep is None else {"must_keep": {"task": must_keep[0], "max_drop": must_keep[1]}}
         body |= {} if max_tokens is None else {"max_tokens": max_tokens}
-        return self._json("PUT", f"{_path(name)}/gate", json=body)
+        return self._server.json("PUT", f"{_path(name)}/gate", json=body)
 
     def remove_gate(self, name: str) -> None:
         """Have new versions be current at once again."""
-        self._send("DELETE", f"{_path(name)}/gate")
+        self._server.send("DELETE", f"{_path(name)}/gate")
 
     def share_adapter(self, name: str, shared_with: Sequence[str]) -> Card:
         """Let these tenants ask an adapter, and no others; `["*"]` is everybody, `[]` nobody else."""
-        return self._json("PATCH", _path(name), json={"shared_with": [*shared_with]})
+        return self._server.json("PATCH", _path(name), json={"shared_with": [*shared_with]})
 
     def warm_adapter(self, name: str) -> Card:
         """Load an adapter, or the version in `name@2`, into memory; its card, once it is there."""
-        return self._json("POST", f"{_path(name)}/warm")
+        return self._server.json("POST", f"{_path(name)}/warm")
 
     def inspect_adapter(self, name: str, *, against: str | None = None, intruders: bool = False) -> Mapping[str, Any]:
         """What an adapter, or the version in `name@2`, does to each module, and `warnings` about it."""
         params = ({} if against is None else {"against": against}) | ({"intruders": "true"} if intruders else {})
-        return self._json("GET", f"{_path(name)}/inspect", params=params)
+        return self._server.json("GET", f"{_path(name)}/inspect", params=params)
 
     def compose_adapter(
         self, name: str, scales: Mapping[str, float], method: str, **parameters: float | bool | None
@@ -179,53 +149,53 @@ class Client:
         """Have the server make an adapter of others, of which `scales` says how much; its card, once it is durable."""
         given = {key: value for key, value in parameters.items() if value is not None}
         listed = [{"name": other, "scale": scale} for other, scale in scales.items()]
-        return self._json("POST", "/v1/merged", json={"name": name, "from": listed, "method": method} | given)
+        return self._server.json("POST", "/v1/merged", json={"name": name, "from": listed, "method": method} | given)
 
     def delete_adapter(self, name: str, *, version: int | None = None, timeout: float | None = None) -> bool:
         """Delete an adapter or a version. True once its memory is free; False if it is not within `timeout` seconds."""
         wanted = {"version": version, "timeout": timeout}
         params = {key: value for key, value in wanted.items() if value is not None}
-        return self._send("DELETE", _path(name), params=params).status_code != httpx.codes.ACCEPTED
+        return self._server.send("DELETE", _path(name), params=params).status_code != httpx.codes.ACCEPTED
 
     def aliases(self) -> list[Mapping[str, Any]]:
         """Every alias with its targets."""
-        return list(self._json("GET", "/v1/aliases")["data"])
+        return list(self._server.json("GET", "/v1/aliases")["data"])
 
     def alias(self, alias: str) -> Mapping[str, Any]:
         """One alias with its targets."""
-        return self._json("GET", _alias_path(alias))
+        return self._server.json("GET", _alias_path(alias))
 
     def set_alias(self, alias: str, targets: Mapping[str, Any]) -> Mapping[str, Any]:
         """Make or change an alias. `targets` is `{"target": …}` or `{"targets": [{"target": …, "weight": …}, …]}`."""
-        return self._json("PUT", _alias_path(alias), json=targets)
+        return self._server.json("PUT", _alias_path(alias), json=targets)
 
     def delete_alias(self, alias: str) -> None:
         """Remove an alias."""
-        self._send("DELETE", _alias_path(alias))
+        self._server.send("DELETE", _alias_path(alias))
 
     def mixtures(self) -> list[Mapping[str, Any]]:
         """Every mixture with its members."""
-        return list(self._json("GET", "/v1/mixtures")["data"])
+        return list(self._server.json("GET", "/v1/mixtures")["data"])
 
     def mixture(self, name: str) -> Mapping[str, Any]:
         """One mixture with its members."""
-        return self._json("GET", _mixture_path(name))
+        return self._server.json("GET", _mixture_path(name))
 
     def put_mixture(
         self, name: str, members: Sequence[str], top_k: int, *, temperature: float = 1.0
     ) -> Mapping[str, Any]:
         """Make or change a mixture, of which each token takes the `top_k` members that are likest to it."""
         body = {"name": name, "members": list(members), "top_k": top_k, "temperature": temperature}
-        return self._json("POST", "/v1/mixtures", json=body)
+        return self._server.json("POST", "/v1/mixtures", json=body)
 
     def trace_mixture(self, name: str, prompt: str | Sequence[int]) -> Mapping[str, Any]:
         """Which members each token of a prompt takes, and how much of each, by layer and module."""
         given = prompt if isinstance(prompt, str) else list(prompt)
-        return self._json("POST", f"{_mixture_path(name)}/trace", json={"prompt": given})
+        return self._server.json("POST", f"{_mixture_path(name)}/trace", json={"prompt": given})
 
     def delete_mixture(self, name: str) -> None:
         """Remove a mixture. Its members stay."""
-        self._send("DELETE", _mixture_path(name))
+        self._server.send("DELETE", _mixture_path(name))
 
     def begin_evaluation(
         self,
@@ -237,17 +207,17 @@ class Client:
     ) -> Mapping[str, Any]:
         """Have a task, JSONL or its objects, asked of models; the evaluation, which has hardly begun."""
         body = {"task": task, "models": list(models), "stop": list(stop)}
-        return self._json(
+        return self._server.json(
             "POST", "/v1/evaluations", json=body | ({} if max_tokens is None else {"max_tokens": max_tokens})
         )
 
     def evaluation(self, name: str) -> Mapping[str, Any]:
         """One evaluation by its id, with what has come of it."""
-        return self._json("GET", _evaluation_path(name))
+        return self._server.json("GET", _evaluation_path(name))
 
     def evaluations(self) -> list[Mapping[str, Any]]:
         """Every evaluation, newest first, without results."""
-        return list(self._json("GET", "/v1/evaluations", params={"limit": 1000})["data"])
+        return list(self._server.json("GET", "/v1/evaluations", params={"limit": 1000})["data"])
 
     def wait_for_evaluation(
         self, name: str, told: Callable[[Mapping[str, Any]], None] = lambda _evaluation: None
@@ -262,74 +232,17 @@ class Client:
 
     def cancel_evaluation(self, name: str) -> Mapping[str, Any]:
         """End an evaluation; it keeps what has come."""
-        return self._json("POST", f"{_evaluation_path(name)}/cancel")
+        return self._server.json("POST", f"{_evaluation_path(name)}/cancel")
 
     def delete_evaluation(self, name: str) -> None:
         """End an evaluation, and forget it."""
-        self._send("DELETE", _evaluation_path(name))
+        self._server.send("DELETE", _evaluation_path(name))
 
     def chat(self, model: str, messages: Sequence[Message]) -> Iterator[str]:
         """The answer to a conversation, piece by piece as it is generated."""
         body = {"model": model, "messages": messages, "stream": True}
-        with _explained(self._url), self._http.stream("POST", "/v1/chat/completions", json=body) as response:
-            if response.is_error:
-                response.read()
-            _check(response)
-            yield from _pieces(response.iter_lines())
-
-    def _json(self, method: str, path: str, **request: Any) -> dict[str, Any]:
-        response = self._send(method, path, **request)
-        try:
-            content = response.json()
-        except ValueError:
-            content = None
-        if not isinstance(content, dict):
-            raise ClientError(f"what answers at {self._url} is not swaplora: check --url")
-        return content
-
-    def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
-        for num_left in range(self._retries, -1, -1):
-            with _explained(self._url):
-                response = self._http.request(method, path, **request)
-            wait = _seconds_to_wait(response)
-            if wait is None or not num_left or not _can_be_sent_again(request):
-                break
-            time.sleep(wait)
-        _check(response)
-        return response
-
-
-class Conversation:
-    """What was said so far to `model`, which may change between two turns."""
-
-    def __init__(self, client: Client, model: str) -> None:
-        self.model = model
-        self._client = client
-        self._messages: list[Message] = []
-
-    def say(self, text: str) -> Iterator[str]:
-        """The answer to `text`, piece by piece. A turn that is not heard to its end leaves no trace."""
-        turn = [*self._messages, {"role": "user", "content": text}]
-        pieces = []
-        for piece in self._client.chat(self.model, turn):
-            pieces.append(piece)
-            yield piece
-        self._messages = [*turn, {"role": "assistant", "content": "".join(pieces)}]
-
-    def reset(self) -> None:
-        """Forget what was said."""
-        self._messages = []
-
-
-def _seconds_to_wait(response: httpx.Response) -> float | None:
-    """Before the same may be asked again, where the server did nothing and says so."""
-    told = response.headers.get("retry-after", "") if response.is_error else ""
-    return min(float(told), MAX_WAIT_SECONDS) if told.isascii() and told.isdecimal() else None
-
-
-def _can_be_sent_again(request: Mapping[str, Any]) -> bool:
-    """Files are read from their beginning once more."""
-    return all(file.seekable() for file in request.get("files", {}).values())
+        with self._server.stream("POST", "/v1/chat/completions", json=body) as lines:
+            yield from _pieces(lines)
 
 
 def _path(name: str) -> str:
@@ -356,50 +269,8 @@ def _conditions(create_only: bool, if_match: str | None) -> dict[str, str]:
     """The headers under which an upload is to be refused."""
     headers = {"If-None-Match": "*"} if create_only else {}
     if if_match is not None:
-        headers["If-Match"] = f'"{_for_header("the digest to match", if_match)}"'
+        headers["If-Match"] = f'"{for_header("the digest to match", if_match)}"'
     return headers
-
-
-def _for_header(what: str, value: str) -> str:
-    """`value`, which an HTTP header can carry. Raises ClientError, which does not show it: it may be a key."""
-    if not (value.isascii() and value.isprintable()):
-        raise ClientError(f"{what} has a character in it that is not printable ASCII: check how it was given")
-    return value
-
-
-@contextmanager
-def _explained(url: str) -> Iterator[None]:
-    """Turn what can go wrong between here and the server into a ClientError."""
-    try:
-        yield
-    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-        raise ClientError(f"no server answers at {url}: start one with `swaplora serve`, or give its --url") from error
-    except httpx.TimeoutException as error:
-        raise ClientError(f"the server at {url} took too long to answer: try again, or look at its log") from error
-    except httpx.TransportError as error:
-        raise ClientError(f"the connection to {url} broke off: {error or type(error).__name__}") from error
-
-
-def _check(response: httpx.Response) -> None:
-    """Raise ClientError with the server's own words if it refused. The response has been read."""
-    if not response.is_error:
-        return
-    try:
-        content = response.json()
-    except ValueError:
-        content = None
-    status = response.status_code
-    if isinstance(content, dict) and isinstance(content.get("error"), dict):
-        error = content["error"]
-        raise ClientError(_explanation(error), status=status, code=error.get("code"), param=error.get("param"))
-    raise ClientError(f"{response.url} answered {status} {response.reason_phrase}", status=status)
-
-
-def _explanation(error: Mapping[str, Any]) -> str:
-    """An error object of the API as one printable line: its message, its code, and what a caller without a key does."""
-    remedy = ": give --api-key or set SWAPLORA_API_KEY" if error.get("code") == "invalid_api_key" else ""
-    words = f"{error.get('message')} ({error.get('code')}){remedy}"
-    return " ".join("".join(char if char.isprintable() else " " for char in words).split())
 
 
 def _pieces(lines: Iterable[str]) -> Iterator[str]:
@@ -412,7 +283,6 @@ def _pieces(lines: Iterable[str]) -> Iterator[str]:
             return
         chunk = json.loads(data)
         if "error" in chunk:
-            error = chunk["error"]
-            raise ClientError(_explanation(error), code=error.get("code"), param=error.get("param"))
+            raise refusal(chunk["error"])
         yield from (text for choice in chunk["choices"] if (text := choice["delta"].get("content")))
     raise ClientError("the answer broke off: the server ended the stream early")
