@@ -25,7 +25,7 @@ from swaplora_server.host_memory import room_bytes
 from swaplora_server.kernels.cpu.attention import CpuKV
 from swaplora_server.kernels.pick import torch_backend
 from swaplora_server.kernels.torch.attention import TorchKV
-from swaplora_server.service import service as service_module
+from swaplora_server.service.adapters import host_tier
 from swaplora_server.service.generating import decoder_engine
 from swaplora_server.service.generating.decoder_engine import DecoderPlan
 from swaplora_server.service.service import Service
@@ -101,20 +101,17 @@ def test_what_is_left_of_the_hosts_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("room", [2**40, 1 << 20])
-def test_host_memory_that_cannot_be_pinned_is_used_all_the_same(
-    room: int, service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_host_memory_that_cannot_be_pinned_is_used_all_the_same(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
     def fail(num_bytes: int) -> NoReturn:
         asked.append(num_bytes)
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(service_module, "pinned", fail)
-    monkeypatch.setattr(service_module, "room_bytes", lambda: room)
-    monkeypatch.setattr(Service, "_host_budget", lambda _self: 1 << 30)
+    monkeypatch.setattr(host_tier, "pinned", fail)
+    monkeypatch.setattr(host_tier, "room_bytes", lambda: room)
     with capture_logs() as logs:
-        tier = service._host_tier()  # noqa: SLF001
+        tier = host_tier.open_host_tier(1 << 30)
     assert tier._budget == 1 << 30  # noqa: SLF001
     assert "not pinned" in logs[0]["event"]
     assert len(asked) == (room > 1 << 30), "what would be pinned is taken at once"

@@ -13,11 +13,11 @@ from swaplora_server.config import Settings
 from swaplora_server.end_rate import MAX_RETRY_SECONDS, MIN_RETRY_SECONDS, EndRate
 from swaplora_server.http.transport import body_memory
 from swaplora_server.http.transport.body_memory import BodyMemory
-from swaplora_server.service import derivations as derivations_module
-from swaplora_server.service import ingest as ingest_module
-from swaplora_server.service.derivations import MAX_JOBS, Derivations
+from swaplora_server.service.adapters import derivations as derivations_module
+from swaplora_server.service.adapters import ingest as ingest_module
+from swaplora_server.service.adapters.derivations import MAX_JOBS, Derivations
+from swaplora_server.service.adapters.ingest import MAX_FETCHES, Ingest
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.ingest import MAX_FETCHES, Ingest
 
 
 @pytest.fixture

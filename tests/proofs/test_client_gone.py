@@ -19,7 +19,7 @@ from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.sources import resolver
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.store.staging import Staging
-from swaplora_server.service import derivations as derivations_module
+from swaplora_server.service.adapters import derivations as derivations_module
 
 PATIENCE_SECONDS = 120
 SCALED = [{"name": "a0", "scale": 2}]

@@ -20,8 +20,8 @@ from swaplora_adapters.errors import (
     StorageFailedError,
 )
 from swaplora_adapters.priority import NICENESS
-from swaplora_adapters.registry import residency as residency_module
 from swaplora_adapters.registry.residency import memory_queue
+from swaplora_adapters.registry.residency import residency as residency_module
 from swaplora_adapters.registry.residency.residency import Residency
 from swaplora_adapters.weights.served import AdapterWeights
 

@@ -16,12 +16,8 @@ from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.priority import lower_priority
 from swaplora_adapters.registry.index import parse_reference
 from swaplora_adapters.registry.registry import Registry
-from swaplora_adapters.registry.residency.host_tier import HostTier
 from swaplora_adapters.sources.source import Sources
-from swaplora_adapters.sources.watcher import put_folder
 from swaplora_adapters.store.records import VersionRecord
-from swaplora_adapters.store.shared.store import open_store
-from swaplora_adapters.weights.memory import Arena, pinned
 from swaplora_server.access.audit import AuditLog
 from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.access.limits import Meter, Reservation
@@ -30,13 +26,14 @@ from swaplora_server.base.decode_graphs import RecordedSteps
 from swaplora_server.base.encoder.encoder_base import EncoderBase
 from swaplora_server.base.fingerprint import digest_of, programs
 from swaplora_server.base.loading import load_chosen_base
-from swaplora_server.base.proof import UnsupportedModelError
 from swaplora_server.config import Settings
 from swaplora_server.engine.engine import Engine
-from swaplora_server.host_memory import room_bytes
+from swaplora_server.service.adapters.derivations import Derivations
+from swaplora_server.service.adapters.host_tier import host_budget
+from swaplora_server.service.adapters.ingest import Ingest, TenantIngest
+from swaplora_server.service.adapters.registry import open_registry, put_folders, report_ingest
 from swaplora_server.service.admission import Admissions
 from swaplora_server.service.chat_template import ChatTemplate
-from swaplora_server.service.derivations import Derivations
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.evaluations.evaluations import Evaluations
 from swaplora_server.service.gates.canaries import Canaries
@@ -45,7 +42,6 @@ from swaplora_server.service.gates.task_files import TaskFiles
 from swaplora_server.service.generating.decoder_engine import DecoderPlan
 from swaplora_server.service.grammar.grammars import Grammars
 from swaplora_server.service.grammar.vocabulary import grammar_tokenizer
-from swaplora_server.service.ingest import Ingest, TenantIngest
 from swaplora_server.service.metrics.metrics import Metrics
 from swaplora_server.service.metrics.records import ServerState
 from swaplora_server.service.mixtures.routers import Routers
@@ -57,7 +53,6 @@ from swaplora_server.service.tools.tool import Tool
 from swaplora_server.service.tracing.tracing import Tracing
 from swaplora_server.service.wakeups import Wakeups, result_of
 
-HOST_ADAPTER_BYTES = 4 * 2**30  # beside a GPU, unless the settings say otherwise
 _JOIN_SECONDS = 3.0
 NUM_UPLOAD_THREADS = 4  # each writes what has come of one upload, or checks a whole one
 NUM_CHANGE_THREADS = 4  # changes are made one at a time, and may wait for the shared store
@@ -195,15 +190,18 @@ class Service:
             opened.callback(self.tracing.stop)
             self.keys.start()
             opened.callback(self.keys.stop)
-            self._registry = self._open_registry()
+            self._sources = Sources(
+                allowed=settings.allow_source, folder=settings.adapter_dir, max_weights_bytes=settings.max_adapter_bytes
+            )
+            self._registry = open_registry(settings, self.base, self._sources, self.metrics.adapters)
             opened.callback(self._registry.close)
             self.evaluations = Evaluations(settings.data_dir / "evaluations")
             kept = settings.data_dir / "canaries.json"
             self.canaries = Canaries(self._registry, self.audit, self.metrics.count_step_back, kept)
             opened.callback(self.canaries.close)
             self.gates = Gates(TaskFiles(settings.data_dir / "gates", self._registry.extras), self._registry)
-            self._take_in_named_adapters()
-            self._ingest = Ingest(self.registry, settings.adapter_dir, settings.resolver, _report_ingest)
+            put_folders(self._registry, settings.adapter_folders)
+            self._ingest = Ingest(self.registry, settings.adapter_dir, settings.resolver, report_ingest)
             opened.callback(self._ingest.join)
             opened.callback(self._ingest.stop)
             self._ingest.start(settings.adapter_rescan_seconds)
@@ -317,7 +315,8 @@ class Service:
 
     def memory_plan(self) -> list[tuple[str, int]]:
         """What the server's memory is for, in bytes."""
-        host_bytes, recorded = self._host_budget(), self._recorded
+        recorded = self._recorded
+        host_bytes = host_budget(self.settings.host_adapter_bytes, self.base.device.type)
         return [
             ("base weights", self.base.weight_bytes),
             *([("KV cache, at most", self.kv_cache_bytes)] if self.generates else []),
@@ -362,68 +361,6 @@ class Service:
         """While the registry opens only it speaks of names, and knows them."""
         return "_registry" not in vars(self) or name in self._registry.names.index
 
-    def _open_registry(self) -> Registry:
-        settings = self.settings
-        self._sources = Sources(
-            allowed=settings.allow_source, folder=settings.adapter_dir, max_weights_bytes=settings.max_adapter_bytes
-        )
-        store = open_store(settings.data_dir, settings.shared_store)
-        for note in store.notes:
-            _log.warning(note)
-        for name, version, reason in store.quarantined:
-            _log.warning("an adapter's files are damaged", adapter=name, version=version, reason=reason)
-        try:
-            return Registry(
-                store,
-                sources=self._sources,
-                layers=self.base.layers,
-                dtype=self.base.dtype,
-                memory_budget=settings.adapter_memory_bytes,
-                wait_seconds=settings.adapter_wait_seconds,
-                keep_versions=settings.keep_versions,
-                base_model=settings.base_id,
-                placement=self.base.backend.placement,
-                prepare=self.base.prepared,
-                host=self._host_tier(),
-                listener=self.metrics.adapters,
-                report=lambda error: _log.error("what other servers change is not seen", reason=_reason(error)),
-            )
-        except BaseException:
-            store.close()
-            raise
-
-    def _host_tier(self) -> HostTier:
-        """In memory that the GPU reads by itself, where the system gives so much."""
-        budget = self._host_budget()
-        if not budget:
-            return HostTier(0)
-        room = room_bytes()
-        try:
-            if room is not None and budget > room:  # what is pinned is taken at once
-                raise MemoryError(f"{budget} bytes are wanted, and the machine, or its control group, has {room}")
-            return HostTier(budget, Arena(pinned(budget)))
-        except (RuntimeError, OSError, MemoryError) as error:
-            _log.warning("the host's memory for adapters is not pinned: they come back more slowly", reason=str(error))
-            return HostTier(budget)
-
-    def _host_budget(self) -> int:
-        """On a CPU adapters are in the host's memory already."""
-        wanted = self.settings.host_adapter_bytes
-        if self.base.device.type == "cpu":
-            if wanted:
-                raise UnsupportedModelError(
-                    "--host-adapter-bytes is for adapters beside a GPU's memory: on a CPU leave it out, and set "
-                    "--adapter-memory-bytes"
-                )
-            return 0
-        return HOST_ADAPTER_BYTES if wanted is None else wanted
-
-    def _take_in_named_adapters(self) -> None:
-        for name, folder in self.settings.adapter_folders.items():
-            put_folder(self.registry, name, folder)
-            if name not in self.registry.names.index:
-                _log.warning("an adapter was deleted, and stays so until its files change", adapter=name)
-
     def _make_engine(self) -> Engine:
         settings, base = self.settings, self.base
         if isinstance(base, EncoderBase):
@@ -455,14 +392,3 @@ class Service:
         backend = base.tokenizer.backend_tokenizer
         tokenizer = grammar_tokenizer(backend, base.vocabulary, base.vocab_size, base.eos_token_ids)
         return Grammars(tokenizer, self.settings.max_waiting, self.gil_turns)
-
-
-def _report_ingest(name: str, error: Exception) -> None:
-    _log.warning("an adapter of --adapter-dir cannot be taken in", adapter=name, reason=_reason(error))
-
-
-def _reason(error: Exception) -> str:
-    """Of errors that are not ours no more than the system's own words: the rest may hold paths."""
-    if isinstance(error, AdapterError):
-        return str(error)
-    return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__

@@ -6,8 +6,8 @@ from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.registry.tenant import Change, Room, TenantRegistry
 from swaplora_server.access.caller import ANYBODY, Caller
 from swaplora_server.access.limits import LimitReachedError, Reservation
+from swaplora_server.service.adapters.ingest import Ingest, TenantIngest
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.ingest import Ingest, TenantIngest
 from swaplora_server.service.service import Service
 
 

@@ -22,8 +22,8 @@ from swaplora_server.http.sse import until_disconnect
 from swaplora_server.http.transport.body import body_schema, is_json, json_body, read_json
 from swaplora_server.http.transport.models import ClosedModel
 from swaplora_server.http.upload import receive_files
+from swaplora_server.service.adapters.ingest import CancellableMake
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.ingest import CancellableMake
 from swaplora_server.service.service import Service
 
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])

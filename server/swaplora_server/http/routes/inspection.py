@@ -16,7 +16,7 @@ from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving, refuse_unknown_parameters
 from swaplora_server.http.sse import until_disconnect
-from swaplora_server.service.derivations import Count, Counts, Derivations
+from swaplora_server.service.adapters.derivations import Count, Counts, Derivations
 from swaplora_server.service.service import Service
 from swaplora_server.service.wakeups import result_of
 
