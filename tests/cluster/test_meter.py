@@ -1,13 +1,21 @@
 """What replicas count together is counted once, and what a lost one had begun ends with it."""
 
-from concurrent.futures import Future
+import asyncio
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from swaplora_server.access.limits import LimitReachedError, Limits
+from swaplora_server.access.limits import WINDOW_SECONDS, LimitReachedError, Limits
 from swaplora_server.cluster.meter import SILENT_SECONDS, CommonMeter, SharedMeter
+
+
+FAULT = ContextVar[str]("FAULT")  # of the actor's, for one of many requests
 
 
 class Clock:
@@ -18,12 +26,11 @@ class Clock:
 
 
 class Remote:
-    """An actor's handle, whose calls are made here; or fail."""
+    """An actor's handle, whose calls are made here, in turn; or fail."""
 
     def __init__(self, meter: CommonMeter) -> None:
         self._meter = meter
-        self.is_gone = False
-        self.is_late = False  # does what it is told, after nobody waits for it any more
+        self.fault = ""  # gone; late: does what it is told, and fails to say so; silent: does it, and says nothing
         self.num_calls = 0
 
     def __getattr__(self, method: str) -> Any:
@@ -36,19 +43,19 @@ class Call:
 
     def remote(self, *args: Any) -> "Call":
         self._remote.num_calls += 1
-        self._future: Future[Any] = Future()
-        if self._remote.is_gone:
-            self._future.set_exception(ConnectionError("gone"))
-            return self
-        told = self._method(*args)
-        if self._remote.is_late:
-            self._future.set_exception(TimeoutError())
-        else:
-            self._future.set_result(told)
+        self._fault = FAULT.get(self._remote.fault)
+        self._told = None if self._fault == "gone" else self._method(*args)
         return self
 
-    def future(self) -> "Future[Any]":
-        return self._future
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._answer().__await__()
+
+    async def _answer(self) -> Any:
+        if self._fault == "silent":
+            await asyncio.Event().wait()
+        if self._fault:
+            raise ConnectionError(self._fault)
+        return self._told
 
 
 @pytest.fixture
@@ -66,93 +73,237 @@ def two(remote: Remote, clock: Clock) -> list[SharedMeter]:
     return [SharedMeter(name, lambda: remote, clock) for name in ("a", "b")]
 
 
-def test_a_limit_is_that_of_all_replicas(two: list[SharedMeter], clock: Clock) -> None:
+async def test_a_limit_is_that_of_all_replicas(two: list[SharedMeter], clock: Clock) -> None:
     limited = {"tenant": Limits(requests_per_minute=3)}
     for number in range(3):
-        two[number % 2].begin(limited, is_change=False)
+        await two[number % 2].begin(limited, is_change=False)
     for meter in two:
         with pytest.raises(LimitReachedError, match="tenant has 3 requests a minute") as reached:
-            meter.begin(limited, is_change=False)
+            await meter.begin(limited, is_change=False)
         assert reached.value.retry_seconds == 60
     clock.now += 60
-    two[1].begin(limited, is_change=False)
+    await two[1].begin(limited, is_change=False)
 
 
-def test_what_ends_is_counted_out_once(two: list[SharedMeter]) -> None:
+async def test_what_ends_is_counted_out_once(two: list[SharedMeter]) -> None:
     limited = {"key": Limits(concurrent_requests=2)}
-    ends = [meter.begin(limited, is_change=False) for meter in two]
+    ends = [await meter.begin(limited, is_change=False) for meter in two]
     ends[0]()
     ends[0]()
-    two[1].begin(limited, is_change=False)
+    await two[1].begin(limited, is_change=False)
     with pytest.raises(LimitReachedError):
-        two[0].begin(limited, is_change=False)
+        await two[0].begin(limited, is_change=False)
 
 
-def test_tokens_that_are_not_used_go_back(two: list[SharedMeter]) -> None:
+async def test_tokens_that_are_not_used_go_back(two: list[SharedMeter]) -> None:
     limited = {"key": Limits(tokens_per_minute=100)}
-    two[0].reserve(limited, 90).settle(10)
-    two[1].reserve(limited, 90)
+    (await two[0].reserve(limited, 90)).settle(10)
+    await two[1].reserve(limited, 90)
     with pytest.raises(LimitReachedError) as reached:
-        two[0].reserve(limited, 101)
+        await two[0].reserve(limited, 101)
     assert reached.value.retry_seconds is None
 
 
-def test_what_a_lost_replica_had_begun_ends(two: list[SharedMeter], clock: Clock) -> None:
+async def test_what_a_lost_replica_had_begun_ends(two: list[SharedMeter], clock: Clock) -> None:
     """And not what one has begun that is only silent for a while, or long at work."""
     limited = {"key": Limits(concurrent_requests=2)}
     for meter in two:
-        meter.begin(limited, is_change=False)
+        await meter.begin(limited, is_change=False)
     for _ in range(4):
         clock.now += SILENT_SECONDS / 2
         two[1].tell_alive()
-    two[1].begin(limited, is_change=False)
+    await two[1].begin(limited, is_change=False)
     with pytest.raises(LimitReachedError):
-        two[1].begin(limited, is_change=False)
+        await two[1].begin(limited, is_change=False)
 
 
-def test_who_has_no_limits_asks_nobody(two: list[SharedMeter], remote: Remote) -> None:
-    two[0].begin({"key": Limits(), "tenant": Limits(tokens_per_minute=5)}, is_change=True)()
-    two[0].reserve({"key": Limits(requests_per_minute=5)}, 10**6).settle(3)
+async def test_who_has_no_limits_asks_nobody(two: list[SharedMeter], remote: Remote) -> None:
+    (await two[0].begin({"key": Limits(), "tenant": Limits(tokens_per_minute=5)}, is_change=True))()
+    (await two[0].reserve({"key": Limits(requests_per_minute=5)}, 10**6)).settle(3)
     two[0].tell_alive()
     assert remote.num_calls == 0
 
 
-def test_nobody_is_let_in_uncounted(two: list[SharedMeter], remote: Remote, clock: Clock) -> None:
+async def test_nobody_is_let_in_uncounted(two: list[SharedMeter], remote: Remote, clock: Clock) -> None:
     limited = {"key": Limits(requests_per_minute=3, tokens_per_minute=3)}
-    remote.is_gone = True
+    remote.fault = "gone"
     with pytest.raises(LimitReachedError) as reached:
-        two[0].begin(limited, is_change=False)
+        await two[0].begin(limited, is_change=False)
     assert reached.value.retry_seconds == 1
     with pytest.raises(LimitReachedError):
-        two[0].reserve(limited, 1)
+        await two[0].reserve(limited, 1)
     assert remote.num_calls == 2  # it was asked once, and told that nobody waits; then it rests
-    remote.is_gone = False
+    remote.fault = ""
     clock.now += 1
-    two[0].begin(limited, is_change=False)()
+    (await two[0].begin(limited, is_change=False))()
 
 
-def test_what_is_counted_in_too_late_is_counted_out(two: list[SharedMeter], remote: Remote, clock: Clock) -> None:
+async def test_what_is_counted_in_too_late_is_counted_out(
+    two: list[SharedMeter], remote: Remote, clock: Clock
+) -> None:
     """And so is what had begun before, while nobody can be asked."""
     limited = {"key": Limits(concurrent_requests=1, tokens_per_minute=100)}
-    end = two[0].begin(limited, is_change=False)
-    remote.is_late = True
+    end = await two[0].begin(limited, is_change=False)
+    remote.fault = "late"
     for ask in (partial(two[0].begin, is_change=False), partial(two[0].reserve, num_tokens=100)):
         with pytest.raises(LimitReachedError):
-            ask(limited)
+            await ask(limited)
         clock.now += 1
     end()
     with pytest.raises(LimitReachedError):
-        two[1].begin(limited, is_change=False)
-    remote.is_late = False
+        await two[1].begin(limited, is_change=False)
+    remote.fault = ""
     clock.now += 1
-    two[0].begin(limited, is_change=False)
-    two[1].reserve(limited, 100)
+    await two[0].begin(limited, is_change=False)
+    await two[1].reserve(limited, 100)
 
 
-def test_one_that_is_prepared_has_been_asked(two: list[SharedMeter], remote: Remote, clock: Clock) -> None:
-    remote.is_gone = True
-    two[0].prepare()
-    remote.is_gone = False
+async def test_who_is_not_limited_does_not_wait_for_who_is(two: list[SharedMeter], remote: Remote) -> None:
+    """Nor does anything else on the event loop, however slow the actor is; and who leaves is counted out."""
+    remote.fault = "silent"
+    limited = {"key": Limits(concurrent_requests=1)}
+    asked = asyncio.ensure_future(two[0].begin(limited, is_change=False))
+    while not remote.num_calls:
+        await asyncio.sleep(0)
+    await two[0].begin({"key": Limits()}, is_change=False)
+    assert not asked.done()
+    asked.cancel()
+    await asyncio.wait({asked})
+    assert asked.cancelled()
+    remote.fault = ""
+    await two[1].begin(limited, is_change=False)
+
+
+async def test_many_who_wait_look_for_it_once(remote: Remote, clock: Clock) -> None:
+    looks: list[int] = []
+
+    def find() -> Remote:
+        looks.append(1)
+        return remote
+
+    meter = SharedMeter("a", find, clock)
+    limited = {"key": Limits(requests_per_minute=10)}
+    await asyncio.gather(*(meter.begin(limited, is_change=False) for _ in range(10)))
+    assert looks == [1]
+    with pytest.raises(LimitReachedError):
+        await meter.begin(limited, is_change=False)
+
+
+async def test_one_that_is_prepared_has_been_asked(two: list[SharedMeter], remote: Remote, clock: Clock) -> None:
+    remote.fault = "gone"
+    await two[0].prepare()
+    remote.fault = ""
     clock.now += 1
-    two[0].prepare()
+    await two[0].prepare()
     assert remote.num_calls == 2
+
+
+MOST, MOST_TOKENS = 3, 20
+LIMITED = {"key": Limits(concurrent_requests=2, requests_per_minute=MOST, tokens_per_minute=MOST_TOKENS)}
+ASKS = st.tuples(st.integers(0, 2), st.integers(0, 12), st.sampled_from(["", "", "", "late", "gone", "silent"]))
+MOVES = st.one_of(
+    st.lists(ASKS, min_size=1, max_size=4).map(lambda asks: ("ask", asks)),
+    st.tuples(st.just("end"), st.integers(0, 9), st.integers(0, 12)),
+    st.tuples(st.just("wait"), st.sampled_from([1.0, 10.0, 29.0, 60.0])),
+    st.tuples(st.just("lose"), st.integers(0, 2)),
+)
+
+
+@dataclass
+class Asked:
+    """A request that was let in."""
+
+    replica: int
+    at: float
+    num_tokens: int
+    end: Callable[[], None]
+    settle: Callable[[int], None]
+
+
+class Cluster:
+    """Three replicas, whose requests come together, leave, end, or are lost with them."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.remote = Remote(CommonMeter(self.clock))
+        self.meters = [self._new(number) for number in range(3)]
+        self.running: list[Asked] = []
+        self.begun: list[Asked] = []
+        self._num_lost = 0
+
+    def _new(self, number: int) -> SharedMeter:
+        return SharedMeter(f"r{number}", lambda: self.remote, self.clock)
+
+    async def ask(self, asks: list[tuple[int, int, str]]) -> None:
+        """All at once, each with a fault of the actor's or none."""
+        await asyncio.gather(*(self._one(*each) for each in asks))
+
+    async def _one(self, number: int, num_tokens: int, fault: str) -> None:
+        meter = self.meters[number]
+        end = await self._asked(meter.begin(LIMITED, is_change=False), fault)
+        if end is None:
+            return
+        reservation = await self._asked(meter.reserve(LIMITED, num_tokens), "")
+        if reservation is None:
+            end()
+            self.begun.append(Asked(number, self.clock.now, 0, end, lambda _used: None))
+            return
+        asked = Asked(number, self.clock.now, num_tokens, end, reservation.settle)
+        self.running.append(asked)
+        self.begun.append(asked)
+
+    async def _asked(self, asking: Coroutine[Any, Any, Any], fault: str) -> Any:
+        """What it comes to, or None."""
+        FAULT.set(fault)
+        task, num_calls = asyncio.ensure_future(asking), self.remote.num_calls
+        if fault == "silent":  # then the client goes
+            while self.remote.num_calls == num_calls and not task.done():
+                await asyncio.sleep(0)
+            task.cancel()
+        await asyncio.wait({task})
+        return None if task.cancelled() or task.exception() else task.result()
+
+    def end(self, number: int, used: int) -> None:
+        if self.running:
+            asked = self.running.pop(number % len(self.running))
+            asked.num_tokens = min(used, asked.num_tokens)
+            asked.settle(used)
+            asked.end()
+
+    async def wait(self, seconds: float) -> None:
+        self.clock.now += seconds
+        for meter in self.meters:
+            meter.tell_alive()
+
+    def lose(self, number: int) -> None:
+        """What it had begun has gone with it; another comes."""
+        self._num_lost += 1
+        self.meters[number] = SharedMeter(f"r{number}-{self._num_lost}", lambda: self.remote, self.clock)
+        self.running = [asked for asked in self.running if asked.replica != number]
+
+    def check(self) -> None:
+        assert len(self.running) <= 2
+        now = self.clock.now
+        minute = [asked for asked in self.begun if asked.at > now - WINDOW_SECONDS]
+        assert len(minute) <= MOST
+        assert sum(asked.num_tokens for asked in minute) <= MOST_TOKENS
+
+
+@given(st.lists(MOVES, max_size=25))
+def test_no_minute_and_no_moment_has_more_than_the_limit(moves: list[Any]) -> None:
+    """However asks of three replicas fall together, are late, unanswered, or left; and none of it is lost for good."""
+
+    async def run() -> None:
+        cluster = Cluster()
+        for what, *args in moves:
+            done = getattr(cluster, what)(*args)
+            if done is not None:
+                await done
+            cluster.check()
+        while cluster.running:
+            cluster.end(0, 0)
+        await cluster.wait(WINDOW_SECONDS)
+        await cluster.ask([(number, MOST_TOKENS // 2, "") for number in range(2)])
+        assert len(cluster.running) == 2
+
+    asyncio.run(run())

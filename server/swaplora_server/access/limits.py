@@ -178,6 +178,21 @@ class Meter:
             counted.clear()
 
 
+class OwnMeter:
+    """The counts of a server alone, asked as those of several are: by a coroutine, on the event loop."""
+
+    def __init__(self) -> None:
+        self.counts = Meter()
+
+    async def begin(self, limited: dict[str, Limits], *, is_change: bool) -> Callable[[], None]:
+        """See `Meter.begin`."""
+        return self.counts.begin(limited, is_change=is_change)
+
+    async def reserve(self, limited: dict[str, Limits], num_tokens: int) -> Reservation:
+        """See `Meter.reserve`."""
+        return self.counts.reserve(limited, num_tokens)
+
+
 def _of_a_request(limited: dict[str, Limits], *, is_change: bool) -> list[Taking]:
     return [*_takings(limited, "requests", 1), *(_takings(limited, "changes", 1) if is_change else ())]
 

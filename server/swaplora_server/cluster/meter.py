@@ -1,5 +1,6 @@
 """Limits by the minute and by concurrency, counted for all replicas together in one place: an actor of Ray."""
 
+import asyncio
 import math
 import time
 import uuid
@@ -8,11 +9,11 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
-from swaplora_server.access.limits import LimitReachedError, Limits, Meter, Reservation
+from swaplora_server.access.limits import LimitReachedError, Limits, Meter, OwnMeter, Reservation
 
 SILENT_SECONDS = 30.0  # after which a replica counts as gone, and what it had begun as ended
 START_SECONDS = 10.0  # that the actor may take to be there, while nobody is served yet
-_ASK_SECONDS = 0.25  # that the event loop waits for it
+_ASK_SECONDS = 1.0  # that a request waits for it
 _REST_SECONDS = 1.0  # after it was late, in which it is not asked
 _AT_ONCE = ("requests_per_minute", "changes_per_minute", "concurrent_requests")
 
@@ -79,46 +80,47 @@ class CommonMeter:
             self._reserved = {tokens: held for tokens, held in self._reserved.items() if held[0] != lost}
 
 
-class SharedMeter(Meter):
+class SharedMeter(OwnMeter):
     """A replica's: those whom nothing limits are counted nowhere, the others by the actor.
 
-    It is asked on the event loop, which waits for the millisecond or two. Where it does not answer, nobody is let in
-    whom something limits, and for a while it is not asked again.
+    A request waits for it the millisecond or two, and nothing else does. Where it does not answer, nobody is let in
+    whom something limits, and for a while it is not asked again. Belongs to the event loop.
     """
 
     def __init__(self, replica: str, actor: Callable[[], Any], clock: Callable[[], float] = time.monotonic) -> None:
-        """`actor` finds the handle of the one CommonMeter."""
+        """`actor` finds the handle of the one CommonMeter, and may take its time."""
         super().__init__()
         self._replica = replica
         self._find = actor
         self._now = clock
         self._actor: Any = None  # kept when it does not answer: what it may still count in is to be counted out by it
+        self._looking: asyncio.Future[Any] | None = None
         self._is_answering = False
         self._rests_until = -math.inf
 
-    def prepare(self) -> None:
-        """Wait until it is there, or too late: off the event loop, before the first request."""
+    async def prepare(self) -> None:
+        """Wait until it is there, or too late: before the first request."""
         with suppress(LimitReachedError):
-            self._ask("alive", self._replica, seconds=START_SECONDS)
+            await self._ask("alive", self._replica, seconds=START_SECONDS)
 
-    def begin(self, limited: dict[str, Limits], *, is_change: bool) -> Callable[[], None]:
+    async def begin(self, limited: dict[str, Limits], *, is_change: bool) -> Callable[[], None]:
         """See `Meter.begin`."""
         own = _counted(limited)
         if not own:
-            return super().begin(limited, is_change=is_change)
+            return await super().begin(limited, is_change=is_change)
         request = uuid.uuid4().hex
         end = partial(self._tell, "end", request)
-        self._ask("begin", self._replica, request, own, is_change, undo=end)
+        await self._ask("begin", self._replica, request, own, is_change, undo=end)
         return _Once(end)
 
-    def reserve(self, limited: dict[str, Limits], num_tokens: int) -> Reservation:
+    async def reserve(self, limited: dict[str, Limits], num_tokens: int) -> Reservation:
         """See `Meter.reserve`."""
         own = {whose: limits for whose, limits in limited.items() if limits.tokens_per_minute is not None}
         if not own:
-            return super().reserve(limited, num_tokens)
+            return await super().reserve(limited, num_tokens)
         tokens = uuid.uuid4().hex
         settle = partial(self._tell, "settle", tokens)
-        self._ask("reserve", self._replica, tokens, own, num_tokens, undo=partial(settle, 0))
+        await self._ask("reserve", self._replica, tokens, own, num_tokens, undo=partial(settle, 0))
         return Reservation(num_tokens, settle)
 
     def tell_alive(self) -> None:
@@ -126,24 +128,34 @@ class SharedMeter(Meter):
         if self._actor is not None:
             self._tell("alive", self._replica)
 
-    def _ask(
+    async def _ask(
         self, what: str, *args: Any, undo: Callable[[], None] = lambda: None, seconds: float = _ASK_SECONDS
     ) -> None:
-        """Raises LimitReachedError; `undo` is for what it may do too late. It does what one asks in turn."""
+        """Raises LimitReachedError; `undo` is for what it does, perhaps, for who waits no more. It does all in turn."""
         if self._now() < self._rests_until:
             raise _cannot_count()
         try:
-            if not self._is_answering:
-                self._actor = self._find()
-            reached: Reached | None = getattr(self._actor, what).remote(*args).future().result(seconds)
+            async with asyncio.timeout(seconds):
+                reached: Reached | None = await getattr(await self._found(), what).remote(*args)
             self._is_answering = True
         except Exception as error:
             self._is_answering = False  # the next one may find another
             self._rests_until = self._now() + _REST_SECONDS
             undo()
             raise _cannot_count() from error
+        except asyncio.CancelledError:
+            undo()
+            raise
         if reached is not None:
             raise LimitReachedError(reached.message, reached.retry_seconds)
+
+    async def _found(self) -> Any:
+        """The actor. It is looked for by one thread at a time, however many wait, or do not any more."""
+        if not self._is_answering:
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.ensure_future(asyncio.to_thread(self._find))
+            self._actor = await asyncio.shield(self._looking)
+        return self._actor
 
     def _tell(self, what: str, *args: Any) -> None:
         if self._actor is not None:

@@ -49,7 +49,7 @@ class EngineReplica:
         self._service = Service(settings.model_copy(update={"data_dir": self._folder}))
         self._meter = self._service.meter = SharedMeter(self._id, partial(common_meter, context.app_name))
         if settings.key_file is not None:  # where limits stand
-            await asyncio.to_thread(self._meter.prepare)
+            await self._meter.prepare()
         await in_own_thread(partial(self._service.start, _report))
         gc.freeze()
         app = create_app(self._service, BodyMemory(settings.body_memory_bytes))

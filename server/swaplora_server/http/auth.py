@@ -69,7 +69,7 @@ async def authorise(request: Request) -> AsyncIterator[None]:
     is_change = scopes == {KeyScope.WRITE}
     request.state.asking_again = AskingAgain(service, request.scope["route"].path, key, caller, is_change)
     try:
-        end = service.meter.begin(caller.limited, is_change=is_change)
+        end = await service.meter.begin(caller.limited, is_change=is_change)
     except LimitReachedError as error:
         raise limit_error(error) from error
     request.scope[COUNT_OUT] = end

@@ -367,7 +367,7 @@ async def _prepared(
     grammar = None if task.format is None else await service.grammars.grammar(task.format)
     service.check_serving()
     most = sum(map(len, prompts)) + len(prompts) * task.n * params.max_tokens
-    reservation = service.reserve_tokens(most, task.length_param)
+    reservation = await service.reserve_tokens(most, task.length_param)
     try:
         mix = await lease_mix(service, task.model, task.adapters, task.asker, admission, task.trace, task.mixture)
         asked_at = time.monotonic()

@@ -20,7 +20,7 @@ from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_server.access.audit import AuditLog
 from swaplora_server.access.key_ring import KeyRing
-from swaplora_server.access.limits import Meter, Reservation
+from swaplora_server.access.limits import OwnMeter, Reservation
 from swaplora_server.base.base_model import BaseModel
 from swaplora_server.base.decode_graphs import RecordedSteps
 from swaplora_server.base.encoder.encoder_base import EncoderBase
@@ -95,7 +95,7 @@ class Service:
         self.settings = settings
         keys = [key.get_secret_value() for key in settings.api_key]
         self.keys = KeyRing(keys, settings.key_file, _log.error)
-        self.meter = Meter()
+        self.meter = OwnMeter()
         self.audit = AuditLog(settings.audit_log, _log.error)
         self.tracing = Tracing(is_on=settings.tracing)
         self.started_at = int(time.time())
@@ -142,7 +142,7 @@ class Service:
         """Raise RequestError where no request of the caller's tenant would be let in, whatever it asks for."""
         self.admissions.check_room(self.tenant, self.peer)
 
-    def reserve_tokens(self, num_tokens: int, param: str) -> Reservation:
+    async def reserve_tokens(self, num_tokens: int, param: str) -> Reservation:
         """Take what a request may come to from what its key and its tenant may have; `param` says how much that is.
 
         Raises RequestError.

@@ -39,10 +39,10 @@ class TenantService(Service):
         """See `Service.is_key_good`."""
         return self.keys.is_good(self._caller)
 
-    def reserve_tokens(self, num_tokens: int, param: str) -> Reservation:
+    async def reserve_tokens(self, num_tokens: int, param: str) -> Reservation:
         """See `Service.reserve_tokens`."""
         try:
-            return self.meter.reserve(self._caller.limited, num_tokens)
+            return await self.meter.reserve(self._caller.limited, num_tokens)
         except LimitReachedError as error:
             if error.retry_seconds is None:
                 raise RequestError("invalid_request", f"{error}: ask for fewer", param) from error

@@ -43,7 +43,7 @@ class AskingAgain:
             return None
         service = TenantService(self.service, self.caller, "", peer)
         try:
-            service.meter.check(self.caller.limited, is_change=self.is_change)
+            service.meter.counts.check(self.caller.limited, is_change=self.is_change)
             if by >= RefusedBy.TENANT:
                 service.check_room()
             if by >= RefusedBy.NAMED and body is not None:
@@ -60,7 +60,7 @@ class AskingAgain:
         """It was answered with `error`."""
         if error.by is not RefusedBy.KEY:
             with suppress(LimitReachedError):
-                self.service.meter.begin(self.caller.limited, is_change=self.is_change)()
+                self.service.meter.counts.begin(self.caller.limited, is_change=self.is_change)()
         self.service.metrics.count_request(self.route, status)
 
 

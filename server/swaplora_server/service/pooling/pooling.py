@@ -76,7 +76,7 @@ async def pool(service: Service, task: PoolingTask) -> Pooled:
         async with in_time(task.urgency.deadline(began)):
             encoded = await task.encode()
             service.check_serving()
-            reservation = service.reserve_tokens(encoded.most_tokens, task.param)
+            reservation = await service.reserve_tokens(encoded.most_tokens, task.param)
             mix = await lease_mix(service, task.model, task.adapters, task.asker, admission)
             asked_at = time.monotonic()
             uses = await awaited_uses(service, mix, task.urgency)
