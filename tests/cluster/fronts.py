@@ -12,6 +12,7 @@ from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.cluster.affinity import RouteKey
 from swaplora_server.cluster.engines import ReplicaLostError
 from swaplora_server.cluster.exchange import Answer, Exchanges, Forwarded, whole_answer
+from swaplora_server.cluster.gathered import labelled
 from swaplora_server.cluster.ingress import Ingress
 from swaplora_server.config import Settings
 from swaplora_server.http.transport.protocol import HttpConfig
@@ -51,7 +52,7 @@ class LocalEngines:
 
     async def ask_all(self, request: Forwarded) -> AsyncGenerator[Answer]:
         for name, exchanges in self.replicas.items():
-            yield await whole_answer(exchanges, request, name)
+            yield labelled(await whole_answer(exchanges, request, name))
 
 
 @dataclass(frozen=True)

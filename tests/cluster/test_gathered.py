@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic_core import from_json, to_json
@@ -12,7 +14,7 @@ from pydantic_core import from_json, to_json
 from fronts import Front, front_of
 from serving import BASE, Running, serving, settings
 from swaplora_server.cluster.exchange import Answer
-from swaplora_server.cluster.gathered import gathered_as, is_page
+from swaplora_server.cluster.gathered import gathered_as, is_page, labelled
 from swaplora_server.http.app import create_app
 from swaplora_server.http.transport.body_memory import BodyMemory
 
@@ -87,6 +89,33 @@ def test_metrics_are_each_replicas(two: tuple[Running, Running], front: Front) -
     own_text = two[0].client.get("/metrics", headers={"accept": "application/openmetrics-text"}).text
     assert found == {family.name: family.type for family in openmetrics_families(own_text)}  # type: ignore[no-untyped-call]
     assert found["swaplora_generations"] == "counter"
+    assert found["vllm:request_prompt_tokens"] == "histogram"
+
+
+def test_metrics_are_put_together_as_they_are() -> None:
+    """Every sample of every replica once, with its label, whatever stands in a label or in a description."""
+    answers, wanted = [], set()
+    for name, extra in (("a", "only_here"), ("b", "only_there"), ("c", "only_here")):
+        registry = CollectorRegistry()
+        told = Gauge("told", "# HELP other \n told{x} 1", ["path"], registry=registry)
+        for number, path in enumerate(('x{a="b"} 1', "# HELP told no", "line\nline", 'a"b', "replica")):
+            told.labels(path).set(number)
+        Gauge("bare", "no labels", registry=registry).set(3)
+        Gauge("nothing", "of which there is none", ["x"], registry=registry)
+        Counter(extra, "of some alone", registry=registry).inc()
+        headers = [(b"content-type", CONTENT_TYPE_PLAIN_0_0_4.encode())]
+        answers.append(labelled(Answer(name, 200, headers, generate_latest(registry))))
+        for family in registry.collect():
+            wanted |= {(s.name, *sorted({**s.labels, "replica": name}.items()), s.value) for s in family.samples}
+    how = gathered_as("GET", "/metrics")
+    assert how is not None
+    body = how([*answers, Answer("d", 503, [], b"")], {"type": "http", "headers": []}).body.decode()
+    families = [*text_string_to_metric_families(body)]
+    found = [(s.name, *sorted(s.labels.items()), s.value) for family in families for s in family.samples]
+    assert len(found) == len(set(found))
+    assert set(found) == wanted
+    names = [family.name for family in families]
+    assert len(names) == len(set(names))
 
 
 def test_a_list_goes_on_where_it_ended() -> None:

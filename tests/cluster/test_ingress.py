@@ -144,6 +144,10 @@ def test_who_is_to_answer_is_told_to_the_router(front: Front) -> None:
     assert of_base.session == same.session != ""
     assert keys("/v1/chat/completions", **{**CHAT, "cache_salt": "other"}).session != same.session
     assert keys("/v1/adapters/a1/warm").adapters == ("a1",)
+    front.client.headers["X-Amzn-SageMaker-Adapter-Identifier"] = "a0"
+    assert keys("/invocations", **{**TEXT, "model": BASE}).adapters == ("a0",)
+    assert keys("/v1/completions", **{**TEXT, "model": BASE}).adapters == ()
+    del front.client.headers["X-Amzn-SageMaker-Adapter-Identifier"]
     for wrong in (
         {},
         {"model": 3},

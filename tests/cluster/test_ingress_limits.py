@@ -8,24 +8,34 @@ import socket
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
-from starlette.types import Message
+from starlette.types import Message, Receive
 
+from swaplora_server.access.caller import KeyScope
+from swaplora_server.access.key_file import create_key
 from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.cluster import ingress as ingress_module
 from swaplora_server.cluster.affinity import RouteKey
 from swaplora_server.cluster.engines import ReplicaLostError
-from swaplora_server.cluster.exchange import WANTS_BODY, Answer, Forwarded
-from swaplora_server.cluster.ingress import Ingress
+from swaplora_server.cluster.exchange import WANTS_BODY, Answer, Exchange, Forwarded
+from swaplora_server.cluster.ingress import PART_BYTES, Ingress, _next_part
 from swaplora_server.cluster.route_key import ANYWHERE, key_of_body
 from swaplora_server.config import Settings
+from swaplora_server.http.transport.body_memory import BodyMemory
 from swaplora_server.serve import _Server
 
 KEY = [(b"authorization", b"Bearer k")]
 JSON = [*KEY, (b"content-type", b"application/json")]
 _MIB = 1 << 20
+
+
+EVENTS: list[Message] = [
+    {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]},
+    {"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True},
+]
 
 
 def answer(status: int, body: bytes = b"", content_type: bytes = b"application/json") -> list[Message]:
@@ -97,11 +107,12 @@ async def ask(
     headers: Any = (),
     gone: asyncio.Event | None = None,
     on_sent: Callable[[Message], None] = lambda _message: None,
+    receive: Receive | None = None,
 ) -> Asked:
     asked = Asked()
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def receive() -> Message:
+    async def receive_whole() -> Message:
         if messages and gone is None:
             asked.num_read += len(body)
             return messages.pop()
@@ -118,7 +129,7 @@ async def ask(
         "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": [*length, *headers],
         "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2),
     }  # fmt: skip
-    await asyncio.wait_for(app(scope, receive, send), 60)
+    await asyncio.wait_for(app(scope, receive or receive_whole, send), 60)
     return asked
 
 
@@ -159,9 +170,9 @@ def test_json_of_too_many_parts_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_is_decoded_is_counted_and_few_are_parsed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     engines, seen, running, most = Scripted(), [], [0], [0]
-    app = front(engines, max_body_bytes=8 * _MIB, body_memory_bytes=20 * _MIB)
+    app = front(engines, max_body_bytes=8 * _MIB, body_memory_bytes=40 * _MIB)  # half for one tenant
 
-    def slow(raw: bytes, *_: Any) -> RouteKey:
+    def slow(raw: bytes, **_: Any) -> RouteKey:
         running[0] += 1
         most[0] = max(most[0], running[0])
         seen.append((len(raw), app._bodies.used_bytes))  # noqa: SLF001
@@ -221,9 +232,90 @@ def test_what_is_not_found_is_answered_if_no_other_replica_does() -> None:
     engines = Scripted(messages=answer(404, b"not here"))
     found = asyncio.run(ask(front(engines), "GET", "/v1/adapters/x", headers=KEY))
     assert [message.get("status", message.get("body")) for message in found.sent] == [404, b"not here"]
+    assert engines.asked[0].exchange_id != engines.streamed[0].exchange_id  # which still runs
     engines.answers = [Answer("r1", 200, [], b"here")]
     found = asyncio.run(ask(front(engines), "GET", "/v1/adapters/x", headers=KEY))
     assert [message.get("status", message.get("body")) for message in found.sent] == [200, b"here"]
+
+
+@pytest.mark.parametrize(("path", "headers"), [("/v1/adapters/x", ()), ("/v1/adapters/x/no-route", KEY)])
+def test_what_no_replica_can_have_is_asked_of_one(path: str, headers: Any) -> None:
+    engines = Scripted(messages=answer(404, b"not here"))
+    assert asyncio.run(ask(front(engines), "DELETE", path, headers=headers)).status == 404
+    assert (len(engines.streamed), engines.asked) == (1, [])
+
+
+def test_what_there_is_no_memory_for_is_not_read_and_no_tenant_has_all_of_it(tmp_path: Path) -> None:
+    """And nothing is read for who may not generate."""
+    file = tmp_path / "keys.yaml"
+    one, other = (create_key(file, tenant, (KeyScope.GENERATE,), None)[0] for tenant in ("default", "acme"))
+    reader, _ = create_key(file, "acme", (KeyScope.METRICS,), None)
+    engines = Scripted(messages=answer(429))
+    app = Ingress(Settings(key_file=file, max_body_bytes=4 * _MIB, body_memory_bytes=4 * _MIB), engines, KeyRing([], file))
+
+    def of(key: str) -> Any:
+        return [(b"authorization", f"Bearer {key}".encode()), (b"content-type", b"application/json")]
+
+    async def go() -> None:
+        goes_on, has_read = asyncio.Event(), asyncio.Event()
+
+        async def receive() -> Message:
+            if has_read.is_set():
+                await goes_on.wait()
+            has_read.set()
+            return {"type": "http.request", "body": b" " * (3 * _MIB // 2), "more_body": True}
+
+        slow = asyncio.ensure_future(ask(app, "POST", "/v1/completions", b"x", of(one), receive=receive))
+        await has_read.wait()
+        await ask(app, "POST", "/v1/completions", b"x" * _MIB, of(other))
+        assert [(len(request.body), request.is_whole) for request in engines.streamed] == [(_MIB, True)]
+        goes_on.set()
+        await slow
+        assert [(len(request.body), request.is_whole) for request in engines.streamed[1:]] == [(3 * _MIB, False)]
+        found = await ask(app, "POST", "/v1/completions", b"x" * _MIB, of(reader))
+        assert (found.num_read, engines.streamed[-1].body) == (0, b"")
+
+    asyncio.run(go())
+    assert app._bodies.used_bytes == 0  # noqa: SLF001
+
+
+async def test_what_comes_slowly_is_passed_on_and_not_kept() -> None:
+    memory = BodyMemory(4 * PART_BYTES)
+    account = memory.account()
+    parts = [b"ab", b"", b"c" * PART_BYTES, b"d" * PART_BYTES, b"e"]
+
+    async def receive() -> Message:
+        if not parts[0]:
+            parts[0] = b"late"
+            await asyncio.Event().wait()  # until nobody waits any more
+        body = parts.pop(0)
+        return {"type": "http.request", "body": body, "more_body": bool(parts)}
+
+    assert await _next_part(receive, account) == (b"ab", False)
+    assert await _next_part(receive, account) == (b"late" + b"c" * PART_BYTES, False)
+    assert memory.used_bytes == account.num_bytes == PART_BYTES + 6
+    account.close()
+    full = memory.account()
+    full.add(4 * PART_BYTES)
+    assert await _next_part(receive, account) == (b"d" * PART_BYTES, False)  # it is here, and goes on all the same
+    assert await _next_part(receive, account) == (b"e", True)
+
+
+async def test_who_has_gone_is_told_nothing_more() -> None:
+    """As by a connection that has ended: an app that answers it all the same does not fail."""
+    has_ended: list[bool] = []
+
+    async def app(_scope: Any, receive: Any, send: Any) -> None:
+        await send(EVENTS[0])
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        await send(EVENTS[1])
+        has_ended.append(True)
+
+    messages = Exchange(app, Forwarded({}, b"", True, "one")).messages()
+    assert await anext(messages) == [EVENTS[0]]
+    await messages.aclose()
+    assert has_ended == [True]
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/v1/adapters/x"])
@@ -240,12 +332,6 @@ def test_who_goes_while_all_are_asked_is_not_waited_for(path: str) -> None:
 
     assert asyncio.run(go()).sent == []
     assert engines.is_closed
-
-
-EVENTS: list[Message] = [
-    {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]},
-    {"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True},
-]
 
 
 def test_the_end_is_told_to_a_stream_by_an_event_and_to_others_by_status() -> None:

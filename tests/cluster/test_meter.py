@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from swaplora_server.access.limits import WINDOW_SECONDS, LimitReachedError, Limits
 from swaplora_server.cluster.meter import SILENT_SECONDS, CommonMeter, SharedMeter
 
-
 FAULT = ContextVar[str]("FAULT")  # of the actor's, for one of many requests
 
 
@@ -138,9 +137,7 @@ async def test_nobody_is_let_in_uncounted(two: list[SharedMeter], remote: Remote
     (await two[0].begin(limited, is_change=False))()
 
 
-async def test_what_is_counted_in_too_late_is_counted_out(
-    two: list[SharedMeter], remote: Remote, clock: Clock
-) -> None:
+async def test_what_is_counted_in_too_late_is_counted_out(two: list[SharedMeter], remote: Remote, clock: Clock) -> None:
     """And so is what had begun before, while nobody can be asked."""
     limited = {"key": Limits(concurrent_requests=1, tokens_per_minute=100)}
     end = await two[0].begin(limited, is_change=False)

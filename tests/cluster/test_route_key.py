@@ -10,3 +10,11 @@ def test_a_name_that_no_adapter_can_have_is_not_remembered() -> None:
     body = to_json({"model": long, "adapters": [{"name": "sql"}, {"name": "y" * 128}, {"name": long}]})
     assert key_of_body(body, "acme", "base").adapters == ("acme~sql", f"acme~{'y' * 128}")
     assert key_of_path(f"/v1/adapters/{long}", "acme").adapters == ()
+
+
+def test_what_is_named_beside_a_body_or_by_number_has_a_home_too() -> None:
+    raw = to_json(
+        {"model": "base", "prompt": "x", "lora": [{"id": 3, "scale": 1}, {"id": 4, "scale": 0}, {"id": "x"}, 5]}
+    )
+    assert key_of_body(raw, "default", "base").adapters == ("#3",)
+    assert key_of_body(to_json({"model": "base", "prompt": "x"}), "acme", "base", "sql").adapters == ("acme~sql",)

@@ -51,6 +51,22 @@ def test_the_same_under_load_is_told_again() -> None:
     assert told() == told()
 
 
+def test_a_name_for_several_is_in_memory_where_all_of_them_are() -> None:
+    """An alias as well as a mixture."""
+    service = MagicMock(max_rows=8)
+    service.registry.states.return_value = [SimpleNamespace(name=name, tier="device") for name in ("a", "b")]
+    members = {"alias": ("a@1",), "mixture": ("a@1", "b@2"), "gone": ("a@1", "c@1")}
+    named = {
+        name: SimpleNamespace(alias=name, targets=[SimpleNamespace(reference=each) for each in references])
+        for name, references in members.items()
+    }
+    service.registry.names.index.aliases.return_value = [named["alias"]]
+    service.registry.names.index.mixtures.return_value = [named["mixture"], named["gone"]]
+    service.engine.snapshot.return_value = SimpleNamespace(num_waiting=0, num_running=0)
+    one: Any = SimpleNamespace(_meter=Mock(), _service=service, _num_told=0)
+    assert EngineReplica.record_routing_stats(one)["resident"] == ["a", "alias", "b", "mixture"]
+
+
 def test_rays_proxies_want_keys(base: Path, tmp_path: Path) -> None:
     given = settings(base, tmp_path, ray=True).model_dump(exclude_unset=True)
     with pytest.raises(ValueError, match="requests need a key"):

@@ -1,17 +1,10 @@
 """Answers of all replicas as one: lists together, metrics side by side, and of what one alone has its answer."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from typing import cast
+from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics_core import Metric
-from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
 from pydantic_core import from_json, to_json
-from starlette.datastructures import Headers, QueryParams
+from starlette.datastructures import QueryParams
 from starlette.types import Scope
 
 from swaplora_server.cluster.exchange import Answer
@@ -20,6 +13,10 @@ Gathered = Callable[[list[Answer], Scope], Answer]
 ALL_OF_A_LIST = b"limit=1000"  # as many as one asks for at most
 _DEFAULT_LIMIT = 100
 _BY_ID = re.compile(r"/v1/evaluations/[^/]+(/cancel)?")
+_EOF = b"# EOF\n"  # of OpenMetrics
+_FAMILY = re.compile(rb"(?P<name>\S+).*\n(?:#.*\n)*")  # behind `# HELP `
+_BRACED = re.compile(rb"^[A-Za-z_:][\w:]*\{", re.MULTILINE)  # the beginnings of samples, with and without labels
+_BARE = re.compile(rb"^[A-Za-z_:][\w:]*(?= )", re.MULTILINE)
 HEALTH = frozenset({"/health", "/health/ready", "/ping"})
 
 
@@ -69,36 +66,34 @@ def _lists(answers: list[Answer], scope: Scope) -> Answer:
 
 
 def _metrics(answers: list[Answer], scope: Scope) -> Answer:
-    """Every replica's, each with its label; a sum is PromQL's `sum without (replica)`."""
+    """Every replica's, as each has labelled them; a sum is PromQL's `sum without (replica)`."""
     good = [answer for answer in answers if answer.status == 200]
     if not good:
         return _best(answers, scope)
-    registry = CollectorRegistry()
-    registry.register(_Labelled(good))
-    encode, media_type = choose_encoder(Headers(scope=scope).get("accept", ""))
-    return _with_body(good[0], encode(registry), media_type.encode())
+    families: dict[bytes, list[bytes]] = {}  # by name: what is said of it, and the samples of each replica
+    for answer in good:
+        for told in answer.body.removesuffix(_EOF).strip(b"\n").removeprefix(b"# HELP ").split(b"\n# HELP "):
+            if (match := _FAMILY.match(told + b"\n")) is not None:
+                families.setdefault(match["name"], [b"# HELP " + match[0]]).append(told[match.end() :] + b"\n")
+    parts = [part for each in families.values() for part in each if part.strip()]
+    is_openmetrics = good[0].body.endswith(_EOF)
+    return _with_body(good[0], b"".join([*parts, _EOF * is_openmetrics]), _media_type(good[0]))
 
 
-class _Labelled(Collector):
-    def __init__(self, answers: list[Answer]) -> None:
-        self._answers = answers
+def labelled(answer: Answer) -> Answer:
+    """Metrics with a label in each sample that says whose they are; anything else as it is.
 
-    def collect(self) -> Iterator[Metric]:
-        families: dict[str, Metric] = {}
-        for answer in self._answers:
-            for family in _families(answer):
-                whole = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-                for sample in family.samples:
-                    labels = {**sample.labels, "replica": answer.replica}
-                    whole.samples.append(sample._replace(labels=labels))
-        yield from families.values()
+    Each replica does this for itself: a front that did it for all would do nothing else meanwhile.
+    """
+    if not _media_type(answer).startswith((b"text/plain; version=", b"application/openmetrics-text")):
+        return answer
+    label = f'replica="{answer.replica}"'.encode()
+    braced = _BRACED.sub(rb"\g<0>" + label + b",", answer.body)
+    return answer._replace(body=_BARE.sub(rb"\g<0>{" + label + b"}", braced))
 
 
-def _families(answer: Answer) -> Iterable[Metric]:
-    """Which of both formats it is in, the replica chose by the same header as it is chosen here."""
-    is_openmetrics = dict(answer.headers).get(b"content-type", b"").startswith(b"application/openmetrics-text")
-    parse = openmetrics_families if is_openmetrics else text_string_to_metric_families
-    return cast("Iterable[Metric]", parse(answer.body.decode()))
+def _media_type(answer: Answer) -> bytes:
+    return dict(answer.headers).get(b"content-type", b"")
 
 
 def _with_body(answer: Answer, body: bytes, media_type: bytes) -> Answer:

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import structlog
@@ -13,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
+from swaplora_server.access.caller import Caller, KeyScope
 from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.cluster.affinity import RouteKey
 from swaplora_server.cluster.engines import Engines, ReplicaLostError
@@ -24,14 +26,17 @@ from swaplora_server.config import Settings
 from swaplora_server.http.auth import given_key
 from swaplora_server.http.dependencies import request_id
 from swaplora_server.http.errors import error_response
+from swaplora_server.http.routes.invocations import ADAPTER_HEADER
 from swaplora_server.http.transport.body import is_json
-from swaplora_server.http.transport.body_memory import BodyMemory
+from swaplora_server.http.transport.body_memory import BodyAccount, BodyMemory
 from swaplora_server.http.transport.browsers import early_headers
 from swaplora_server.http.transport.encoding import body_chunks
 from swaplora_server.http.transport.request_id import RequestIdMiddleware
 from swaplora_server.service.errors import RequestError
 
-PART_BYTES = 4 << 20  # of a body that is not read whole: what of it is here at once
+PART_BYTES = 1 << 20  # of a body that is not read whole: what of it is here at once
+_PART_SECONDS = 0.1  # that more of a part is waited for
+_LARGE_BYTES = 1 << 15  # that are parsed on a thread
 _MAX_PARSED = 2  # large bodies at once
 _START_SECONDS = 30.0  # that a replica may take to have a request
 _LOST = RequestError(
@@ -54,6 +59,7 @@ class Ingress:
         self._engines = engines
         self._keys = keys
         self._bodies = BodyMemory(settings.body_memory_bytes)
+        self._shares: dict[str, BodyMemory] = {}  # of it, by tenant
         self._parsing = asyncio.Semaphore(_MAX_PARSED)
         self._early_headers = early_headers(settings)
         self._is_draining = False
@@ -76,22 +82,26 @@ class Ingress:
             await _live(receive, send)
             return
         answering = _Answering(send)
-        account = self._bodies.account()
+        if self._is_draining:
+            await self._refuse(_STOPPING, scope, receive, answering)
+            return
+        path, caller = scope["path"].removeprefix(self._settings.root_path), self._caller(scope)
+        memory = self._bodies if caller is None else self._share(caller.tenant)
+        account = memory.account()
         try:
-            if self._is_draining:
-                raise _STOPPING
-            path, tenant = scope["path"].removeprefix(self._settings.root_path), self._tenant(scope)
             how = gathered_as(scope["method"], path)
-            if how is not None and (tenant is not None or path in HEALTH):
+            if how is not None and (caller is not None or path in HEALTH):
                 await self._gather(how, scope, receive, answering)
                 return
-            key, body, is_whole = key_of_path(path, tenant or ""), b"", not _has_body(scope)
-            if tenant is not None and scope["method"] == "POST" and self._is_read(scope):
-                body, is_whole = await self._read(receive, account.add)
-                key = await self._key(scope, body, tenant) if is_whole and key == ANYWHERE else key
+            tenant = "" if caller is None else caller.tenant
+            key, body, is_whole = key_of_path(path, tenant), b"", not _has_body(scope)
+            if caller is not None and scope["method"] == "POST" and self._is_read(scope, caller):
+                body, is_whole = await self._read(receive, account)
+                key = await self._key(scope, body, tenant, memory) if is_whole and key == ANYWHERE else key
             request = Forwarded(scope_to_send(scope, request_id()), body, is_whole, uuid.uuid4().hex)
-            may_be_elsewhere = scope["method"] in ("GET", "HEAD", "DELETE") and _OF_ONE.match(path) is not None
-            await self._exchange(key, request, receive, answering, may_be_elsewhere=may_be_elsewhere)
+            is_of_one = scope["method"] in ("GET", "HEAD", "DELETE") and _OF_ONE.fullmatch(path) is not None
+            may_be_elsewhere = is_of_one and caller is not None
+            await self._exchange(key, request, receive, answering, memory, may_be_elsewhere=may_be_elsewhere)
         except ClientDisconnect:
             return
         except RequestError as error:
@@ -105,42 +115,46 @@ class Ingress:
         finally:
             account.close()
 
-    def _tenant(self, scope: Scope) -> str | None:
+    def _caller(self, scope: Scope) -> Caller | None:
         """Whose request it is; None for a key that is not good, with which nothing is read."""
-        caller = self._keys.find(given_key(Headers(scope=scope)))
-        return None if caller is None else caller.tenant
+        return self._keys.find(given_key(Headers(scope=scope)))
 
-    def _is_read(self, scope: Scope) -> bool:
-        """Whether its body is JSON of a size that is not refused by what its headers say."""
+    def _share(self, tenant: str) -> BodyMemory:
+        """No tenant holds more than half of it: what it sends beyond that is not read here."""
+        limit = self._settings.body_memory_bytes // 2
+        return self._shares.setdefault(tenant, BodyMemory(limit, self._bodies))
+
+    def _is_read(self, scope: Scope, caller: Caller) -> bool:
+        """Whether its body is JSON of a size and a sender that are not refused by what its headers say."""
         headers = Headers(scope=scope)
         content_type = headers.get("content-type", "")
         is_small = int(headers.get("content-length", "0")) <= self._settings.max_body_bytes
-        return is_small and (not content_type or is_json(content_type))
+        return caller.may({KeyScope.GENERATE}) and is_small and (not content_type or is_json(content_type))
 
-    async def _read(self, receive: Receive, count: Any) -> tuple[bytes, bool]:
-        """A body, or as much of it as one may have, and whether that is all."""
-        body = bytearray()
-        while len(body) <= self._settings.max_body_bytes:
+    async def _read(self, receive: Receive, account: BodyAccount) -> tuple[bytes, bool]:
+        """A body, or as much of it as one may have and there is memory for, and whether that is all."""
+        body, has_room = bytearray(), True
+        while has_room and len(body) <= self._settings.max_body_bytes:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
-            count(len(message.get("body", b"")))
             body += message.get("body", b"")
+            has_room = account.has_added(len(message.get("body", b"")))
             if not message.get("more_body", False):
                 return bytes(body), True
         return bytes(body), False
 
-    async def _key(self, scope: Scope, body: bytes, tenant: str) -> RouteKey:
+    async def _key(self, scope: Scope, body: bytes, tenant: str, memory: BodyMemory) -> RouteKey:
         """A body that cannot be read, or for which there is no memory, is refused where it is answered."""
-        account = self._bodies.account()
+        account, headers = memory.account(), Headers(scope=scope)
+        adapter = headers.get(ADAPTER_HEADER) if scope["path"].endswith("/invocations") else None
+        read = partial(key_of_body, tenant=tenant, base_id=self._settings.base_id, adapter=adapter)
         try:
-            decoded = (
-                await self._decoded(scope, body, account.add) if "content-encoding" in Headers(scope=scope) else body
-            )
-            if len(decoded) <= PART_BYTES >> 7:
-                return key_of_body(decoded, tenant, self._settings.base_id)
+            decoded = await self._decoded(scope, body, account.add) if "content-encoding" in headers else body
+            if len(decoded) <= _LARGE_BYTES:
+                return read(decoded)
             async with self._parsing:
-                return await asyncio.to_thread(key_of_body, decoded, tenant, self._settings.base_id)
+                return await asyncio.to_thread(read, decoded)
         except RequestError:
             return ANYWHERE
         finally:
@@ -158,13 +172,20 @@ class Ingress:
         return decoded
 
     async def _exchange(
-        self, key: RouteKey, request: Forwarded, receive: Receive, answering: "_Answering", *, may_be_elsewhere: bool
+        self,
+        key: RouteKey,
+        request: Forwarded,
+        receive: Receive,
+        answering: "_Answering",
+        memory: BodyMemory,
+        *,
+        may_be_elsewhere: bool,
     ) -> None:
         """Pass on what is asked and what is answered, each as the other side takes it."""
         incoming: _Gone | None = None
         if request.is_whole:
             incoming = asyncio.ensure_future(_until_gone(receive))
-        ending = asyncio.ensure_future(self._ending.wait())
+        ending, account = asyncio.ensure_future(self._ending.wait()), memory.account()
         async with aclosing(self._engines.stream(key, request)) as messages:
             upcoming = asyncio.ensure_future(_begun(messages))
             try:
@@ -178,7 +199,7 @@ class Ingress:
                             return
                         for message in sent:
                             if message["type"] == WANTS_BODY:
-                                incoming = asyncio.ensure_future(_next_part(receive))
+                                incoming = asyncio.ensure_future(_next_part(receive, account))
                             elif (
                                 may_be_elsewhere
                                 and message.get("status") == 404
@@ -195,8 +216,10 @@ class Ingress:
                         body, is_last = incoming.result()  # raises ClientDisconnect
                         incoming = asyncio.ensure_future(_until_gone(receive)) if is_last else None
                         await self._engines.feed(request.exchange_id, body, is_last=is_last)
+                        account.close()
             finally:
                 await _cancelled(upcoming, incoming, ending)
+                account.close()
 
     async def _gather(self, how: Gathered, scope: Scope, receive: Receive, answering: "_Answering") -> None:
         """Ask all replicas, and answer once. Nothing that all are asked has a body: none is read."""
@@ -218,7 +241,8 @@ class Ingress:
 
         Raises ClientDisconnect when the client goes, and RequestError when all ends.
         """
-        asking = asyncio.ensure_future(self._collected(request, is_one_enough=is_one_enough))
+        of_all = replace(request, body=b"", is_whole=True, exchange_id=uuid.uuid4().hex)  # none has it already
+        asking = asyncio.ensure_future(self._collected(of_all, is_one_enough=is_one_enough))
         ending = asyncio.ensure_future(self._ending.wait())
         try:
             await asyncio.wait(set(filter(None, (asking, gone, ending))), return_when=asyncio.FIRST_COMPLETED)
@@ -296,20 +320,26 @@ async def _begun(messages: AsyncGenerator[list[Message]]) -> list[Message] | Non
         raise _NONE from error
 
 
-async def _next_part(receive: Receive) -> tuple[bytes, bool]:
-    """What comes next of a body, PART_BYTES of it where there are as many, and whether it is the last.
+async def _next_part(receive: Receive, account: BodyAccount) -> tuple[bytes, bool]:
+    """What comes next of a body, and whether it is the last. Raises ClientDisconnect.
 
-    Raises ClientDisconnect.
+    PART_BYTES of it where there are as many at once and memory for them: what comes slowly is passed on as it is.
     """
     part = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        part += message.get("body", b"")
-        is_last = not message.get("more_body", False)
-        if is_last or len(part) >= PART_BYTES:
-            return bytes(part), is_last
+    with suppress(TimeoutError):
+        async with asyncio.timeout(None) as patience:
+            has_room = True
+            while has_room and len(part) < PART_BYTES:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                if patience.when() is None:
+                    patience.reschedule(asyncio.get_running_loop().time() + _PART_SECONDS)
+                part += message.get("body", b"")
+                has_room = account.has_added(len(message.get("body", b"")))
+                if not message.get("more_body", False):
+                    return bytes(part), True
+    return bytes(part), False
 
 
 async def _until_gone(receive: Receive) -> tuple[bytes, bool]:

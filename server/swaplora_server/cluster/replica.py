@@ -19,6 +19,7 @@ from uvicorn.lifespan.on import LifespanOn
 from swaplora_adapters.registry.index import parse_reference
 from swaplora_server.cluster.affinity import RouteKey
 from swaplora_server.cluster.exchange import Answer, Exchanges, Forwarded, whole_answer
+from swaplora_server.cluster.gathered import labelled
 from swaplora_server.cluster.meter import CommonMeter, SharedMeter
 from swaplora_server.config import Settings
 from swaplora_server.http.app import create_app
@@ -78,7 +79,7 @@ class EngineReplica:
 
     async def answer(self, request: Forwarded) -> Answer:
         """See `Engines.ask_all`."""
-        return await whole_answer(self._exchanges, request, self._id)
+        return labelled(await whole_answer(self._exchanges, request, self._id))
 
     def record_routing_stats(self) -> dict[str, Any]:
         """For the router, every now and then: what is in memory by stored name, and how much there is to do."""
@@ -88,7 +89,8 @@ class EngineReplica:
         if snapshot.num_waiting or snapshot.num_running:
             self._num_told += 1
         resident = {state.name for state in service.registry.states() if state.tier == "device"}
-        for alias in service.registry.names.index.aliases():
+        index = service.registry.names.index
+        for alias in (*index.aliases(), *index.mixtures()):
             if all(parse_reference(target.reference).name in resident for target in alias.targets):
                 resident.add(alias.alias)
         return {

@@ -18,13 +18,17 @@ ANYWHERE = RouteKey((), "")
 MAX_NAMES = 64  # that are looked at; a request may name no more than it may sum
 _BEGINNING_CHARACTERS = 256
 _MAX_DEPTH = 4
+_MAX_NUMBER = 12  # characters
 _PATH = re.compile(r"/v1/(?:adapters|aliases|mixtures|models)/(?P<name>[^/]+)")
 _VERSION = re.compile(r"[@:].*", re.DOTALL)
 _BEGIN = ("system", "instructions", "messages", "prompt", "input", "text", "inputs", "query")
 
 
-def key_of_body(raw: bytes | bytearray, tenant: str, base_id: str) -> RouteKey:
-    """Of a JSON body that names who answers; of anything else ANYWHERE. `tenant` is the caller's, by its own name."""
+def key_of_body(raw: bytes | bytearray, tenant: str, base_id: str, adapter: str | None = None) -> RouteKey:
+    """Of a JSON body that names who answers; of anything else ANYWHERE. `tenant` is the caller's, by its own name.
+
+    `adapter` is one that is named beside the body.
+    """
     try:
         check_limits(raw)
         body = from_json(raw)
@@ -32,8 +36,10 @@ def key_of_body(raw: bytes | bytearray, tenant: str, base_id: str) -> RouteKey:
         return ANYWHERE
     if not isinstance(body, Mapping):
         return ANYWHERE
-    names = [name.removeprefix("base:").removeprefix(f"{base_id}:") for name in _named(body)]
-    return RouteKey(_stored([name for name in names if name != base_id], tenant), _session(body))
+    told = (*([adapter] if adapter else ()), *_named(body))
+    names = [name.removeprefix("base:").removeprefix(f"{base_id}:") for name in told]
+    stored = _stored([name for name in names if name != base_id], tenant)
+    return RouteKey((*stored, *_numbered(body)), _session(body))
 
 
 def key_of_path(path: str, tenant: str) -> RouteKey:
@@ -49,6 +55,14 @@ def _named(body: Mapping[str, Any]) -> Iterator[str]:
     found += [term.get("name") for term in terms if isinstance(term, Mapping)] if isinstance(terms, list) else []
     found += paths if isinstance(paths, list) else [paths]
     return (name for name in found[:MAX_NAMES] if isinstance(name, str) and name)
+
+
+def _numbered(body: Mapping[str, Any]) -> Iterator[str]:
+    """llama.cpp's adapters by number, which replicas alone can tell: each stands for itself, and no name is like it."""
+    terms = body.get("lora")
+    for term in terms[:MAX_NAMES] if isinstance(terms, list) else ():
+        if isinstance(term, Mapping) and isinstance(term.get("id"), int) and term.get("scale") != 0:
+            yield f"#{term['id']}"[:_MAX_NUMBER]
 
 
 def _stored(names: list[str], tenant: str) -> tuple[str, ...]:

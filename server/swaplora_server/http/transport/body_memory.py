@@ -11,8 +11,10 @@ _ACCOUNT = "swaplora.body_account"
 class BodyMemory:
     """A bound on the bytes that all accounts together hold. Belongs to the event loop."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, whole: "BodyMemory | None" = None) -> None:
+        """`whole` is the memory that this is a part of."""
         self._limit = limit
+        self._whole = whole
         self._given_back = EndRate()  # bytes
         self.used_bytes = 0
 
@@ -25,12 +27,16 @@ class BodyMemory:
             seconds = self._given_back.retry_seconds(self.used_bytes + num_bytes - self._limit)
             message = f"the bodies of running requests fill their memory; try again in {seconds} s"
             raise RequestError("overloaded", message, retry_seconds=seconds)
+        if self._whole is not None:
+            self._whole.take(num_bytes)
         self.used_bytes += num_bytes
 
     def give_back(self, num_bytes: int) -> None:
         self.used_bytes -= num_bytes
         if num_bytes:
             self._given_back.note(num_bytes)
+        if self._whole is not None:
+            self._whole.give_back(num_bytes)
 
 
 class BodyAccount:
@@ -44,6 +50,14 @@ class BodyAccount:
         """Raises RequestError when there is no memory for them."""
         self._memory.take(num_bytes)
         self.num_bytes += num_bytes
+
+    def has_added(self, num_bytes: int) -> bool:
+        """The same, of who can do without."""
+        try:
+            self.add(num_bytes)
+        except RequestError:
+            return False
+        return True
 
     def close(self) -> None:
         """Give all of it back."""
