@@ -76,7 +76,7 @@ def keyed(
     write_keys(key_file, *KEYS, requests_per_minute=1)
     config = settings(base, tmp_path_factory.mktemp("data"), max_num_seqs=1, max_waiting=MAX_WAITING, key_file=key_file)
     with serving(config) as running:
-        running.service.meter._clock = Clock()  # noqa: SLF001
+        running.service.meter.counts._clock = Clock()  # noqa: SLF001
         running.put("sql", adapters[0], Authorization="Bearer sk-acme").raise_for_status()
         yield running
 
@@ -95,7 +95,7 @@ def _all_keys(keyed: Running, key_file: Path) -> Iterator[None]:
     yield
     write_keys(key_file, *KEYS, requests_per_minute=1)
     keyed.service.keys.refresh()
-    clock: Any = keyed.service.meter._clock  # noqa: SLF001
+    clock: Any = keyed.service.meter.counts._clock  # noqa: SLF001
     clock.now += 3600
 
 
@@ -231,7 +231,7 @@ def test_a_limit_that_is_changed_holds_at_once(keyed: Running, key_file: Path) -
     write_keys(key_file, *KEYS, requests_per_minute=2)
     keyed.service.keys.refresh()
     assert [status(keyed, sent) for _ in range(3)] == [200, 429, 429]
-    clock: Any = keyed.service.meter._clock  # noqa: SLF001
+    clock: Any = keyed.service.meter.counts._clock  # noqa: SLF001
     clock.now += 60
     assert status(keyed, sent) == 200
 
@@ -239,7 +239,7 @@ def test_a_limit_that_is_changed_holds_at_once(keyed: Running, key_file: Path) -
 def test_when_to_try_again_is_of_the_moment(keyed: Running) -> None:
     sent = as_key("slow", "/v1/models", b"", method="GET")
     assert status(keyed, sent) == 200
-    clock: Any = keyed.service.meter._clock  # noqa: SLF001
+    clock: Any = keyed.service.meter.counts._clock  # noqa: SLF001
     for left in (60, 60, 35, 35, 2, 2):
         clock.now += {35: 25, 2: 33}.get(left, 0) if left != getattr(clock, "left", None) else 0
         clock.left = left
