@@ -251,7 +251,8 @@ def test_what_there_is_no_memory_for_is_not_read_and_no_tenant_has_all_of_it(tmp
     one, other = (create_key(file, tenant, (KeyScope.GENERATE,), None)[0] for tenant in ("default", "acme"))
     reader, _ = create_key(file, "acme", (KeyScope.METRICS,), None)
     engines = Scripted(messages=answer(429))
-    app = Ingress(Settings(key_file=file, max_body_bytes=4 * _MIB, body_memory_bytes=4 * _MIB), engines, KeyRing([], file))
+    own = Settings(key_file=file, max_body_bytes=4 * _MIB, body_memory_bytes=4 * _MIB)
+    app = Ingress(own, engines, KeyRing([], file))
 
     def of(key: str) -> Any:
         return [(b"authorization", f"Bearer {key}".encode()), (b"content-type", b"application/json")]

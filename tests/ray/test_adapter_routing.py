@@ -21,7 +21,7 @@ NUM_ADAPTERS, NUM_REPLICAS = 48, 3
 NUM_IN_MEMORY = 32  # of each replica
 NUM_BEFORE, NUM_REQUESTS = 400, 1200
 NAMES = [f"s{number}" for number in range(NUM_ADAPTERS)]
-_SERIES = re.compile(r'swaplora_adapter_(hits|misses)_total\{adapter="(s\d+)",replica="([^"]+)"\} ([\d.e+]+)')
+_SERIES = re.compile(r'swaplora_adapter_(hits|misses)_total\{replica="([^"]+)",adapter="(s\d+)"\} ([\d.e+]+)')
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def ask(front: Front, name: str) -> None:
 def served(front: Front) -> dict[str, Counter[tuple[str, str]]]:
     """(adapter, replica) → requests, of those that found the adapter in memory and of those that had to wait for it."""
     found: dict[str, Counter[tuple[str, str]]] = {"hits": Counter(), "misses": Counter()}
-    for kind, name, replica, count in _SERIES.findall(front.client.get("/metrics").text):
+    for kind, replica, name, count in _SERIES.findall(front.client.get("/metrics").text):
         found[kind][name, replica] += int(float(count))
     return found
 

@@ -306,5 +306,5 @@ def _scale(config: Settings, replicas: str) -> None:
 def _abandoned(front: Front) -> float:
     """How many requests ended because their client went, of both replicas."""
     lines = front.client.get("/metrics").text.splitlines()
-    mine = [line for line in lines if line.startswith('swaplora_generations_total{outcome="abandoned"')]
+    mine = [line for line in lines if re.match('swaplora_generations_total{.*outcome="abandoned"', line)]
     return sum(float(line.split()[-1]) for line in mine)
