@@ -3,11 +3,9 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
-from server_process import SMALL, forked
+from server_process import SMALL, forked, refused
 from serving import Running
 
 PROMPT = list(range(70, 90))
@@ -34,28 +32,13 @@ def test_acknowledged_adapters_survive_kill_nine(base: Path, adapters: list[Path
 
 def test_two_servers_on_one_data_folder_is_one_line(base: Path, tmp_path: Path) -> None:
     with forked(base, tmp_path, *SMALL):
-        command = [
-            sys.executable,
-            "-m",
-            "swaplora_server",
-            "serve",
-            str(base),
-            "--data-dir",
-            str(tmp_path),
-            "--port",
-            "0",
-        ]
-        ended = subprocess.run([*command, *SMALL], capture_output=True, text=True, check=False, timeout=120)
-    assert ended.returncode == 1
-    assert "in use by another process" in ended.stderr
-    assert "Traceback" not in ended.stderr
+        told = refused(base, tmp_path, *SMALL, "--port", "0")
+    assert "in use by another process" in told
+    assert "Traceback" not in told
 
 
 def test_a_port_in_use_is_one_line_with_a_remedy(base: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        command = [sys.executable, "-m", "swaplora_server", "serve", str(base), "--data-dir", str(tmp_path)]
-        command += ["--port", str(taken.getsockname()[1])]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert ended.returncode == 1
-    assert "choose another --port" in ended.stderr
-    assert "Traceback" not in ended.stderr
+        told = refused(base, tmp_path, "--port", str(taken.getsockname()[1]))
+    assert "choose another --port" in told
+    assert "Traceback" not in told

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -66,6 +67,13 @@ def forked(base: Path, data_dir: Path, *flags: str) -> Iterator[tuple["Forked", 
             server.wait()
 
 
+def refused(base: Path, data_dir: Path, *flags: str) -> str:
+    """What `swaplora serve` tells when it ends at once, as it must, with status 1."""
+    with tempfile.NamedTemporaryFile("r") as told:
+        assert Forked(["serve", *_arguments(str(base), data_dir), *flags], told.name).wait() == 1
+        return told.read()
+
+
 def _arguments(base: str, data_dir: Path) -> list[str]:
     return [base, "--data-dir", str(data_dir), "--cache-dir", str(ROOT / ".cache")]
 
@@ -96,9 +104,9 @@ if pid := os.fork():
     answers.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     os._exit(0)
 answers.close()
-for descriptor in range(3):
-    os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
-sys.argv[1:], environment = json.loads(message[0])
+sys.argv[1:], environment, told = json.loads(message[0])
+for descriptor, path in enumerate((os.devnull, os.devnull, told)):
+    os.dup2(os.open(path, os.O_RDWR), descriptor)
 os.environ.clear()
 os.environ.update(environment)
 cli.main()
@@ -116,12 +124,15 @@ def _template() -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
 
 
 class Forked:
-    """A process that is no child of this one, with what `subprocess.Popen` has for those that are."""
+    """A process that is no child of this one, with what `subprocess.Popen` has for those that are.
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    What it writes to stderr goes into the file `told`, which is there.
+    """
+
+    def __init__(self, arguments: Sequence[str], told: str = os.devnull) -> None:
         self._answers, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            message = json.dumps([arguments, dict(os.environ)]).encode()
+            message = json.dumps([arguments, dict(os.environ), told]).encode()
             socket.send_fds(_template()[0], [message], [theirs.fileno()])
         self.pid = int(self._answers.recv(100))
         self._status: int | None = None
