@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
+from repository import KERNEL_CACHE
+
 AMPERE, HOPPER = 80, 90
 CARDS = (AMPERE, HOPPER)
 
@@ -45,9 +47,16 @@ class Compiled:
 
 
 def compile_ahead(forms: Sequence[Form], card: int) -> list[Compiled]:
-    """Compile for a card of compute capability `card` / 10. Raises triton's CompilationError."""
-    settings = {"TRITON_DEFAULT_FP_FUSION": "1", "TRITON_INTERPRET": "0"}
-    with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, settings, TRITON_CACHE_DIR=cache):
+    """Compile for a card of compute capability `card` / 10. Raises triton's CompilationError.
+
+    What is the same code, by the same compiler, as was compiled before is taken from triton's cache.
+    """
+    settings = {
+        "TRITON_DEFAULT_FP_FUSION": "1",
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(KERNEL_CACHE / "triton"),
+    }
+    with patch.dict(os.environ, settings):
         return [_compile(form, card) for form in forms]
 
 

@@ -5,13 +5,13 @@ import sys
 from dataclasses import replace
 from functools import cache
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from ahead_of_time import CARDS, HOPPER, Compiled, Form, compile_ahead
+from repository import KERNEL_CACHE
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 from swaplora_server.kernels.cuda.adapter_tables import AdapterTables
 from swaplora_server.kernels.cuda.lora_shapes import GROUP, Launch, expand_launch, shrink_launch
@@ -120,7 +120,7 @@ class _Driver:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> set[str]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The PTX of whatever is launched meanwhile, and not run."""
     found: set[str] = set()
     run = JITFunction.run
@@ -128,7 +128,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> set[str]:
     def compile_alone(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         found.add(code_of(run(kernel, *arguments, grid=grid, warmup=True, **options).asm["ptx"]))
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(KERNEL_CACHE / "triton"))
     monkeypatch.setattr(JITFunction, "run", compile_alone)
     monkeypatch.setattr(driver, "_active", _Driver())
     return found

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import expect
+from playwright.sync_api import Browser, expect
 
-from chromium import chromium, opened
+from chromium import opened
 from serving import Running, serving, settings
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.access.key_file import create_key
@@ -32,9 +32,9 @@ def locked(base: Path, adapters: list[Path], tmp_path_factory: pytest.TempPathFa
         yield Locked(running, reader)
 
 
-def test_a_key_is_asked_for_and_kept_in_the_tab_alone(locked: Locked) -> None:
+def test_a_key_is_asked_for_and_kept_in_the_tab_alone(browser: Browser, locked: Locked) -> None:
     asked: list[str] = []
-    with chromium() as browser, opened(browser) as shown:
+    with opened(browser) as shown:
         page = shown.page
         page.on("request", lambda request: asked.append(request.url))
         page.goto(f"{locked.server.url}/models/ui")
@@ -76,11 +76,8 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(locked: Locked) -> None:
         assert {url for url in asked if not url.startswith(f"{locked.server.url}/models/")} == set()
 
 
-def test_who_runs_the_server_makes_and_revokes_keys(locked: Locked) -> None:
-    with (
-        chromium() as browser,
-        opened(browser, bypass_csp=True, viewport={"width": 400, "height": 800}) as shown,
-    ):
+def test_who_runs_the_server_makes_and_revokes_keys(browser: Browser, locked: Locked) -> None:
+    with opened(browser, bypass_csp=True, viewport={"width": 400, "height": 800}) as shown:
         page = shown.page
         page.goto(f"{locked.server.url}/models/ui")
         page.get_by_label("Key", exact=True).fill("all")

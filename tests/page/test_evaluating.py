@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from chromium import Shown, chromium, opened
+from chromium import Shown, opened
 from serving import BASE, Running
 from swaplora_server.service.gates import judging
 
@@ -20,12 +20,6 @@ def looks_often() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(judging, "LOOK_SECONDS", 0.02)
         yield
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as launched:
-        yield launched
 
 
 @pytest.fixture(scope="module")

@@ -1,31 +1,16 @@
 """The page's splits with a canary and its mixtures, by clicking: what is shown is what the API says."""
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
-from chromium import chromium, opened
+from chromium import opened
 from serving import Running
 
 PROMPT = "ab <i> c"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as launched:
-        yield launched
-
-
-@pytest.fixture(scope="module")
-def stocked(server: Running, adapters: list[Path]) -> Running:
-    for name, folder in (("one", adapters[3]), ("two", adapters[4]), ("two", adapters[5])):
-        assert server.put(name, folder).status_code in (200, 201)
-    return server
 
 
 def alias(server: Running) -> dict[str, Any]:

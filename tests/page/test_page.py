@@ -12,26 +12,12 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from adapter_files import write_adapter
-from chromium import Shown, chromium, opened
+from chromium import Shown, opened
 from serving import BASE, Running
 
 PARTS = ("compare", "adapters", "mixtures", "inspect", "evaluations", "live")
 PROMPT = "hello"
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as launched:
-        yield launched
-
-
-@pytest.fixture(scope="module")
-def stocked(server: Running, adapters: list[Path]) -> Running:
-    """Two adapters, of which the second has two versions."""
-    for name, folder in (("one", adapters[3]), ("two", adapters[4]), ("two", adapters[5])):
-        assert server.put(name, folder).status_code in (200, 201)
-    return server
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -27,7 +28,7 @@ def nothing_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.modules.update(known)
 
 
-def take_ours() -> dict[str, object]:
+def take_ours() -> dict[str, ModuleType]:
     """Forget what has been imported and is not installed, and give it."""
     ours = [name for name, module in sys.modules.items() if is_ours(getattr(module, "__file__", None))]
     return {name: sys.modules.pop(name) for name in ours}
