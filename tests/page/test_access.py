@@ -13,6 +13,8 @@ from serving import Running, serving, settings
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.access.key_file import create_key
 
+pytest_plugins = ["page_fixtures"]
+
 
 class Locked(NamedTuple):
     """A server that wants a key, and one that may ask and read, and no more."""

@@ -12,6 +12,8 @@ from chromium import Shown, opened
 from serving import BASE, Running
 from swaplora_server.service.gates import judging
 
+pytest_plugins = ["page_fixtures"]
+
 PROMPTS = [f"number {number}:" for number in range(4)]
 
 

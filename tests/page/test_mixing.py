@@ -10,6 +10,8 @@ from playwright.sync_api import Browser, Page, expect
 from chromium import opened
 from serving import Running
 
+pytest_plugins = ["page_fixtures"]
+
 PROMPT = "ab <i> c"
 
 

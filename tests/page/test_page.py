@@ -15,6 +15,8 @@ from adapter_files import write_adapter
 from chromium import Shown, opened
 from serving import BASE, Running
 
+pytest_plugins = ["page_fixtures"]
+
 PARTS = ("compare", "adapters", "mixtures", "inspect", "evaluations", "live")
 PROMPT = "hello"
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
