@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 from uvicorn.loops.auto import auto_loop_factory
 
 from swaplora_adapters.errors import AdapterError
-from swaplora_adapters.store.store import StoreError
+from swaplora_adapters.files.disk import StoreError
 from swaplora_server.access.audit import AuditLogError
 from swaplora_server.access.key_file import KeyFileError
 from swaplora_server.banner import Progress, show_banner

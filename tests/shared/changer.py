@@ -14,11 +14,11 @@ from adapter_files import config_bytes
 from swaplora_adapters.config.parse import parse_spec
 from swaplora_adapters.files.digest import digest_of
 from swaplora_adapters.registry.changes import Changes
+from swaplora_adapters.store.records import Details
 from swaplora_adapters.store.shared.address import open_objects
 from swaplora_adapters.store.shared.journal import SharedJournal
 from swaplora_adapters.store.shared.log import Log
 from swaplora_adapters.store.shared.store import SharedStore
-from swaplora_adapters.store.store import Details
 
 STEPS = ("files sent", "change made", "change taken over")
 

@@ -16,12 +16,12 @@ import pytest
 from crash import everything
 from swaplora_adapters.errors import AdapterFailedError, InvalidAdapterError, StorageFailedError, StorageFullError
 from swaplora_adapters.files.digest import hex_of
-from swaplora_adapters.files.disk import raising_storage_errors
+from swaplora_adapters.files.disk import StoreError, raising_storage_errors
 from swaplora_adapters.store import blobs, manifests
 from swaplora_adapters.store.catalogue import Catalogue
 from swaplora_adapters.store.manifests import Manifests
 from swaplora_adapters.store.records import Alias, Mixing, Standing, Target, VersionRecord
-from swaplora_adapters.store.store import Store, StoreError
+from swaplora_adapters.store.store import Store
 from test_store import link_to, publish, replace_by_folder
 
 CATALOGUE, WAL = "catalogue.sqlite3", "catalogue.sqlite3-wal"

@@ -36,12 +36,13 @@ from swaplora_adapters.errors import (
     VersionNotFoundError,
 )
 from swaplora_adapters.files.digest import digest_of
-from swaplora_adapters.files.disk import raising_storage_errors
+from swaplora_adapters.files.disk import StoreError, raising_storage_errors
 from swaplora_adapters.store.catalogue import Catalogue
 from swaplora_adapters.store.conditions import Conditions, NameState
-from swaplora_adapters.store.records import Alias, Canary, Mixing, Standing, Target
+from swaplora_adapters.store.records import Alias, Canary, Details, Mixing, Published, Standing, Target
 from swaplora_adapters.store.schema import MIGRATIONS
-from swaplora_adapters.store.store import Details, Published, Staging, Store, StoreError
+from swaplora_adapters.store.staging import Staging
+from swaplora_adapters.store.store import Store
 
 Disturb = Callable[[Path], object]
 
@@ -478,7 +479,8 @@ import os, signal, sys
 from pathlib import Path
 from swaplora_adapters.files.digest import digest_of
 from swaplora_adapters.config.parse import parse_spec
-from swaplora_adapters.store.store import Details, Store
+from swaplora_adapters.store.records import Details
+from swaplora_adapters.store.store import Store
 
 data_dir, config, first, die_at = Path(sys.argv[1]), sys.argv[2].encode(), int(sys.argv[3]), int(sys.argv[4])
 assert "torch" not in sys.modules

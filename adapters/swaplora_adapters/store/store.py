@@ -40,8 +40,6 @@ from swaplora_adapters.store.shared.extras import Extras
 from swaplora_adapters.store.shared.log import Entry
 from swaplora_adapters.store.staging import Staging
 
-__all__ = ["BlobPaths", "Details", "Published", "Quarantined", "Staging", "Store", "StoreError", "VersionRecord"]
-
 
 class Store:
     """One process's hold on a data directory. Any thread may call any method.
