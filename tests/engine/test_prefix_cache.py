@@ -164,7 +164,6 @@ def test_the_least_recently_used_goes_first_and_a_tail_before_its_head() -> None
         cached(scheduler, [token] * 21, max_tokens=1)
     cached(scheduler, [1] * 9, max_tokens=1)  # uses the head of the first again
     cached(scheduler, [3] * 25, max_tokens=1)
-    assert scheduler.pool.num_evicted_blocks == 5
     left = [Sequence(submit(make(), [token] * 21).request, 0) for token in (1, 2)]
     assert [len(scheduler.cache.find(sequence)) for sequence in left] == [2, 3]
 

@@ -73,8 +73,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class TapeRecorder:
     """See `Recorder`."""
 
-    def __init__(self, _device: torch.device) -> None:
-        self.num_replays = 0
+    def __init__(self, _device: torch.device) -> None: ...
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         run()
@@ -85,7 +84,6 @@ class TapeRecorder:
         def replay() -> None:
             with torch.inference_mode():
                 tape.replay()
-            self.num_replays += 1
 
         return replay
 

@@ -17,16 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tiny
-from adapter_files import LAYERS, config_bytes, factors
+from adapter_files import LAYERS, config_bytes, factors, write_adapter
 from repository import KERNEL_CACHE
-from swaplora_adapters.config.parse import parse_spec
 from swaplora_adapters.errors import InvalidAdapterError
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.intake import inspect_files
 from swaplora_adapters.weights import memory
-from swaplora_adapters.weights.load import build_weights, load_weights
+from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.memory import HugePages, mapping_bytes
-from swaplora_adapters.weights.placement import Placement, as_built
+from swaplora_adapters.weights.placement import as_built
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 from swaplora_server.base.base_model import load_base
 from swaplora_server.kernels.cpu import abi, panels
@@ -217,15 +216,15 @@ def with_value(value: float, part: str) -> Callable[[Tensors], Tensors]:
 @pytest.mark.parametrize("part", ["lora_A", "lora_B", "q_proj.lora"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_refused_is_refused_with_the_same_words(part: str, value: float, dtype: torch.dtype) -> None:
+def test_what_is_refused_is_refused_with_the_same_words(
+    tmp_path: Path, part: str, value: float, dtype: torch.dtype
+) -> None:
     tensors = {name: tensor.to(dtype) for name, tensor in with_value(value, part)(factors()).items()}
-    outcomes = [outcome(tensors, dtype, placement) for placement in (None, PLACEMENT)]
+    folder = write_adapter(tmp_path, tensors)
+    files = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    outcomes = [refusal(partial(load_weights, "d", *files, LAYERS, dtype, CPU, given)) for given in (None, PLACEMENT)]
     assert outcomes[0] == outcomes[1]
     assert outcomes[0] or (value == 3e38 and part == "lora_A")
-
-
-def outcome(tensors: Tensors, dtype: torch.dtype, placement: Placement | None) -> tuple[str, ...]:
-    return refusal(partial(build_weights, "d", parse_spec(config_bytes()), tensors, LAYERS, dtype, CPU, placement))
 
 
 def refusal(work: Callable[[], object]) -> tuple[str, ...]:

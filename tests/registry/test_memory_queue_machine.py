@@ -109,7 +109,6 @@ class Traffic:
 
     def __init__(self, visits: Iterable[Visit], wait_seconds: float) -> None:
         self.line = QueueSimulation(BUDGET, wait_seconds)
-        self.num_hung_up = 0
         self._moments: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._staying: dict[Claim, float] = {}  # how long it will, once it is admitted
@@ -144,7 +143,6 @@ class Traffic:
 
     def _hang_up(self, claim: Claim) -> None:
         if claim in self.line.waiting:
-            self.num_hung_up += 1
             self.line.leave(claim)
 
 

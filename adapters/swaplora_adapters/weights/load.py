@@ -4,7 +4,7 @@ Files name tensors as PEFT's `save_pretrained` does: `base_model.model.<module p
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -61,27 +61,6 @@ class Fits:
         return header, check_fit(spec, header, self._layers)
 
 
-def build_weights(
-    digest: str,
-    spec: AdapterSpec,
-    tensors: Mapping[str, Tensor],
-    layers: BaseLayers,
-    dtype: torch.dtype,
-    device: torch.device,
-    placement: Placement | None = None,
-) -> AdapterWeights:
-    """Turn a file's tensors into weights to serve: on `device`, alpha and rank folded into B.
-
-    On a CPU they lie in one piece of memory, if they take what their file does; `placement` says how those of linears
-    lie there, as plain tensors without it. They are of `dtype`, or bfloat16 where
-    the file's are and nothing is lost by it. Raises like `check_fit`, and InvalidAdapterError for values that are not
-    finite or overflow `dtype`, or that would have to be the base's own and are not.
-    """
-    layout = fitted(spec, layers, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    num_bytes = mapping_bytes(_num_bytes(tensor.numel(), tensor.dtype, dtype) for tensor in tensors.values())
-    return _assemble(digest, layout, tensors.items(), num_bytes, dtype, device, placement)
-
-
 def load_weights(
     digest: str,
     config_path: Path,
@@ -92,7 +71,14 @@ def load_weights(
     placement: Placement | None = None,
     fits: Fits | None = None,
 ) -> AdapterWeights:
-    """`build_weights` from the two files; holds one module's tensors raw. `fits` are of these `layers`."""
+    """Turn an adapter's two files into weights to serve: on `device`, alpha and rank folded into B.
+
+    On a CPU they lie in one piece of memory, if they take what their file does; `placement` says how those of linears
+    lie there, as plain tensors without it. They are of `dtype`, or bfloat16 where the file's are and nothing is lost by
+    it. Holds one module's tensors raw. `fits` are of these `layers`. Raises like `read_spec` and `check_fit`, and
+    InvalidAdapterError for values that are not finite or overflow `dtype`, or that would have to be the base's own and
+    are not.
+    """
     header, layout = (fits or Fits(layers)).find(read_spec(config_path), read_raw_header(weights_path))
     num_bytes = mapping_bytes(_num_bytes(math.prod(info.shape), info.dtype, dtype) for info in header.tensors.values())
     return _assemble(digest, layout, iter_tensors(weights_path, header), num_bytes, dtype, device, placement)
@@ -110,7 +96,7 @@ class Survey(NamedTuple):
 def survey_values(
     layout: Layout, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, placement: Placement | None = None
 ) -> Survey:
-    """Build all of it once, keeping nothing, for a file that passed `check_fit`. Raises like `build_weights`.
+    """Build all of it once, keeping nothing, for a file that passed `check_fit`. Raises like `load_weights`.
 
     `placement` is the one by which it will be loaded.
     """

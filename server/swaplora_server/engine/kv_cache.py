@@ -17,7 +17,6 @@ class BlockPool:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.num_evicted_blocks = 0  # only grows; any thread may read it
         self._unused = list(range(num_blocks, 0, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # free and findable, least recently used first
         self._num_holders: dict[int, int] = {}
@@ -139,5 +138,4 @@ class BlockPool:
         """Take the least recently used free block from whoever might have looked for it."""
         block, _ = self._cached.popitem(last=False)
         self.forget([block])
-        self.num_evicted_blocks += 1
         return block
