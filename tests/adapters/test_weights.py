@@ -167,6 +167,7 @@ MISFITS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         "'model.layers.1.self_attn.q_proj' is targeted, but not in the file",
     ),
     "nothing": (lambda _: {}, "holds no tensors"),
+    "no factors": (lambda _: {"stranger": torch.zeros(1)}, "holds no LoRA factors"),
 }
 
 

@@ -134,13 +134,13 @@ class ConfigFields:
     def given(self, names: frozenset[str]) -> tuple[str, ...]:
         """Those of `names` that are there and neither null, false nor empty, sorted; all of them count as read."""
         self._read |= names
-        return tuple(sorted(name for name in names & self._raw.keys() if _says_something(self._raw[name])))
+        return tuple(sorted(name for name in names & self._raw.keys() if says_something(self._raw[name])))
 
     def refuse_the_rest(self, ignored: frozenset[str]) -> None:
         """Note as unsupported, by name, every field neither read nor ignored that is not null, false or empty."""
         for field in self._raw.keys() - self._read - ignored:
             value = self._raw[field]
-            if _says_something(value):
+            if says_something(value):
                 shown = quoted(json.dumps(value)[:200])
                 self.unsupported.append(
                     f"{quoted(field)} is not supported, it must be null, false or empty, not {shown}"
@@ -193,7 +193,8 @@ class ConfigFields:
         return default
 
 
-def _says_something(value: object) -> bool:
+def says_something(value: object) -> bool:
+    """Whether it is more than a field that is left empty."""
     return value is not None and value is not False and value not in ("", [], {})
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swaplora_adapters.config.fields import ConfigFields
+from swaplora_adapters.config.fields import ConfigFields, says_something
 from swaplora_adapters.config.matching import Matcher
 from swaplora_adapters.config.parse import MAX_ALPHA, MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, parse_spec
 from swaplora_adapters.config.patterns import MAX_WORK
@@ -96,7 +96,7 @@ def _as_lora(document: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     """What the config says about targets, ranks and scaling, in LoRA's words; UnsupportedAdapterError for the rest."""
     shared = _COMMON | ({"rank_pattern", "alpha_pattern"} if kind.has_patterns else set())
     known = shared | kind.ignored | kind.defaults.keys()
-    unsupported = [field for field, value in document.items() if field not in known and _says_something(value)]
+    unsupported = [field for field, value in document.items() if field not in known and says_something(value)]
     if unsupported:
         raise UnsupportedAdapterError(
             capped([f"{quoted(field)} is not supported for this kind" for field in unsupported])
@@ -112,10 +112,6 @@ def _require_factors_alone(spec: AdapterSpec) -> None:
         raise UnsupportedAdapterError([f"bias {quoted(spec.bias)} is not supported for this kind"])
     if spec.modules_to_save:
         raise UnsupportedAdapterError(["'modules_to_save' is not supported for this kind"])
-
-
-def _says_something(value: object) -> bool:
-    return value is not None and value is not False and value not in ("", [], {})
 
 
 def _fitted(

@@ -66,7 +66,7 @@ def expected_logits(model: PreTrainedModel, products: torch.dtype | None = None)
     """
     stock = _stock_logits(model)
     if model.dtype == torch.float32:
-        return Expected(stock, TOLERANCE if products is None else _tolerance(_rounded_logits(model, products), stock))
+        return Expected(stock, TOLERANCE if products is None else tolerance_of(_rounded_logits(model, products), stock))
     try:
         with upcast(model):
             exact = _padded_logits(model)
@@ -74,7 +74,7 @@ def expected_logits(model: PreTrainedModel, products: torch.dtype | None = None)
         raise UnsupportedModelError(
             f"{model.config.model_type} cannot be proven in half precision, start with --dtype float32: {error}"
         ) from error
-    return Expected(exact, _tolerance(stock, exact))
+    return Expected(exact, tolerance_of(stock, exact))
 
 
 def _rounded_logits(model: PreTrainedModel, products: torch.dtype) -> list[Tensor]:
@@ -82,7 +82,8 @@ def _rounded_logits(model: PreTrainedModel, products: torch.dtype) -> list[Tenso
         return _stock_logits(model)
 
 
-def _tolerance(rounded: list[Tensor], exact: list[Tensor]) -> float:
+def tolerance_of(rounded: list[Tensor], exact: list[Tensor]) -> float:
+    """How far rows may be off, in standard deviations: `NOISE` times what rounding does, and at least `TOLERANCE`."""
     return max(TOLERANCE, NOISE * float(deviations(torch.cat(rounded), torch.cat(exact)).max()))
 
 
@@ -121,7 +122,7 @@ def prove(model: PreTrainedModel, backend: Backend, wrapped: Mapping[str, Wrappe
     sampled = [len(batch.rows) for batch in batches]
     return Proof(
         kv_bytes_per_token=trial.kv.bytes_per_token,
-        addressable=frozenset(path for path in seen if seen[path] == (sampled if _is_head(wrapped[path]) else tokens)),
+        addressable=frozenset(path for path in seen if seen[path] == (sampled if is_head(wrapped[path]) else tokens)),
     )
 
 
@@ -218,7 +219,8 @@ def deviations(rows: Tensor, right: Tensor) -> Tensor:
     return (rows - right).abs().amax(-1) / right.std(-1)
 
 
-def _is_head(module: Wrapped) -> bool:
+def is_head(module: Wrapped) -> bool:
+    """Whether it makes logits of the rows that sample alone."""
     return isinstance(module, LoraLinear) and module.is_head
 
 

@@ -13,10 +13,18 @@ from transformers import PreTrainedModel
 
 from swaplora_server.base.adapter_proof import AdapterMaker, DefinedRows, Definition, Terms
 from swaplora_server.base.layers import AdaptableLayers
-from swaplora_server.base.proof import NOISE, TOLERANCE, UnsupportedModelError, deviations, tokens_of, watching
+from swaplora_server.base.proof import (
+    TOLERANCE,
+    UnsupportedModelError,
+    deviations,
+    is_head,
+    tokens_of,
+    tolerance_of,
+    watching,
+)
 from swaplora_server.base.upcast import upcast
 from swaplora_server.engine.attention import UnsupportedAttentionError
-from swaplora_server.engine.lora.modules import LoraLinear, Wrapped
+from swaplora_server.engine.lora.modules import Wrapped
 from swaplora_server.engine.pooling.encoder_runner import EncoderRunner
 from swaplora_server.engine.pooling.kinds import LAST_TOKEN
 from swaplora_server.engine.request import AdapterUse, Request, SamplingParams
@@ -55,12 +63,12 @@ def expected_states(model: PreTrainedModel, max_positions: int, products: torch.
     if model.dtype != torch.float32:
         with upcast(model):
             exact = _stock_states(model, inputs)
-        return ExpectedStates(inputs, exact, _tolerance(stock, exact))
+        return ExpectedStates(inputs, exact, tolerance_of(stock, exact))
     if products is None:
         return ExpectedStates(inputs, stock, TOLERANCE)
     with torch.autocast("cpu", dtype=products):
         rounded = _stock_states(model, inputs)
-    return ExpectedStates(inputs, stock, _tolerance(rounded, stock))
+    return ExpectedStates(inputs, stock, tolerance_of(rounded, stock))
 
 
 def _stock_states(model: PreTrainedModel, inputs: Iterable[Sequence[int]]) -> list[Tensor]:
@@ -71,10 +79,6 @@ def _stock_states(model: PreTrainedModel, inputs: Iterable[Sequence[int]]) -> li
 
 def _joined(states: Tensor, pooled: Tensor | None) -> Tensor:
     return states if pooled is None else torch.cat([states, pooled])
-
-
-def _tolerance(rounded: list[Tensor], exact: list[Tensor]) -> float:
-    return max(TOLERANCE, NOISE * float(deviations(torch.cat(rounded), torch.cat(exact)).max()))
 
 
 class InputTrial:
@@ -103,7 +107,7 @@ class InputTrial:
             outputs = self._outputs(self._expected.inputs, self._of_base)
         self._compare(outputs, self._expected.outputs, "when inputs are packed")
         num_tokens, num_inputs = sum(self._lengths), len(self._lengths)
-        return frozenset(path for path in seen if seen[path] == [num_inputs if _is_head(wrapped[path]) else num_tokens])
+        return frozenset(path for path in seen if seen[path] == [num_inputs if is_head(wrapped[path]) else num_tokens])
 
     @torch.inference_mode()
     def prove_adapters(
@@ -172,7 +176,3 @@ class InputTrial:
                 f"{self._model.config.model_type} computes something else {case}: "
                 f"its states are off by {deviation:.2g} standard deviations"
             )
-
-
-def _is_head(module: Wrapped) -> bool:
-    return isinstance(module, LoraLinear) and module.is_head
