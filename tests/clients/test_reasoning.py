@@ -20,7 +20,7 @@ from swaplora_server.service.tools.dialect import THINK, Dialect, dialect_of
 from swaplora_server.service.tools.parameter_calls import QWEN3_CODER
 from swaplora_server.service.tools.reader import Argued, Called, Part, Said, Thought
 from swaplora_server.service.tools.readers import NAMES, format_of, reader_of
-from swaplora_server.service.tools.thoughts import Marks
+from swaplora_server.service.tools.reasoning import Marks
 from swaplora_server.service.tools.tool import Parameters, Tool
 from test_dialogue_tools import CITY, SCHEMAS, assembled, blocks_of, streamed
 from test_dialogue_tools import ask as ask_dialogue

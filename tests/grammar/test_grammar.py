@@ -15,9 +15,9 @@ from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.engine.sampling.constraint import ConstraintPendingError, TokenBits
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.grammar import grammars as module
-from swaplora_server.service.grammar.desk import NUM_THREADS, Allowance
 from swaplora_server.service.grammar.gbnf import is_lark, lark_of
 from swaplora_server.service.grammar.grammars import Grammar, Grammars
+from swaplora_server.service.grammar.mask_threads import NUM_THREADS, Allowance
 from swaplora_server.service.grammar.matcher import GrammarConstraint
 from swaplora_server.service.grammar.source import GrammarKind, GrammarSource
 from swaplora_server.service.grammar.vocabulary import grammar_tokenizer

@@ -1,6 +1,6 @@
 """How a stream ends whose replica was lost: with an error, in the shape of its API."""
 
-from swaplora_server.http.dialogue.message_told import anthropic_error
+from swaplora_server.http.dialogue.message_teller import anthropic_error
 from swaplora_server.http.errors import error_body
 from swaplora_server.http.sse import DONE, event, named_event
 from swaplora_server.service.errors import RequestError

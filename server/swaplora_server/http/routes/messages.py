@@ -11,7 +11,7 @@ from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.described import OBJECT, OBJECTS, TEXT, object_of, refused_as, streamed
 from swaplora_server.http.dialogue.answers import answer_dialogue, check_one_answer, prompt_of
-from swaplora_server.http.dialogue.message_told import MessageTeller, anthropic_error
+from swaplora_server.http.dialogue.message_teller import MessageTeller, anthropic_error
 from swaplora_server.http.dialogue.message_wire import CountBody, MessagesBody
 from swaplora_server.http.errors import RETRY_HEADERS, errors_told_by
 from swaplora_server.http.refusals import ANTHROPIC, refuse_unsupported

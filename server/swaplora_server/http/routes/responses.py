@@ -10,7 +10,7 @@ from swaplora_server.http.auth import needs
 from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.described import NUMBER, OBJECTS, TEXT, object_of, streamed
 from swaplora_server.http.dialogue.answers import answer_dialogue, check_one_answer, prompt_of
-from swaplora_server.http.dialogue.response_told import ResponseTeller
+from swaplora_server.http.dialogue.response_teller import ResponseTeller
 from swaplora_server.http.dialogue.response_wire import ResponseBody
 from swaplora_server.http.refusals import RESPONSE, refuse_unsupported
 from swaplora_server.http.transport.body import body_schema, json_body

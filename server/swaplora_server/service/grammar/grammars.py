@@ -10,7 +10,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from swaplora_adapters.priority import lower_priority
 from swaplora_server.engine.sampling.constraint import TokenBits, UnmetConstraintError, token_bits
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.grammar.desk import Allowance, MaskThreads
+from swaplora_server.service.grammar.mask_threads import Allowance, MaskThreads
 from swaplora_server.service.grammar.matcher import GrammarConstraint, Mask, told
 from swaplora_server.service.grammar.source import GrammarKind, GrammarSource
 from swaplora_server.service.offload import GilTurns, Offload

@@ -13,7 +13,7 @@ from swaplora_server.engine.sampling.constraint import (
     TokenBits,
     UnmetConstraintError,
 )
-from swaplora_server.service.grammar.desk import SLOW_SECONDS, Allowance, MaskThreads
+from swaplora_server.service.grammar.mask_threads import SLOW_SECONDS, Allowance, MaskThreads
 
 _MAX_REASON = 300
 _OF_SCHEMA = re.compile(r"at \d+\(\d+\): failed to compile JSON schema: (.*)")

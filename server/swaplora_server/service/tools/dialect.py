@@ -10,7 +10,7 @@ from swaplora_server.base.vocabulary import Vocabulary
 from swaplora_server.service.tools.call_format import CallFormat
 from swaplora_server.service.tools.reader import Part, Said
 from swaplora_server.service.tools.readers import Reader, format_of
-from swaplora_server.service.tools.thoughts import Marks, ThoughtReader
+from swaplora_server.service.tools.reasoning import Marks, ReasoningReader
 
 THINK = Marks("<think>", "</think>")
 _KNOWN = (THINK, Marks("[THINK]", "[/THINK]"), Marks("<|channel>thought\n", "<channel|>"))
@@ -28,14 +28,14 @@ class Dialect:
     def reader(self, prompt_end: str, calls: Reader | None, *, may_think: bool) -> "TextReader":
         """For one text behind a prompt that ends so."""
         marks = self.thoughts if may_think else None
-        thoughts = ThoughtReader(marks, is_open=marks.is_open_in(prompt_end)) if marks else None
+        thoughts = ReasoningReader(marks, is_open=marks.is_open_in(prompt_end)) if marks else None
         return TextReader(thoughts, calls)
 
 
 class TextReader:
     """The parts of one text as it grows."""
 
-    def __init__(self, thoughts: ThoughtReader | None, calls: Reader | None) -> None:
+    def __init__(self, thoughts: ReasoningReader | None, calls: Reader | None) -> None:
         self._thoughts = thoughts
         self._calls = calls
 

@@ -25,7 +25,7 @@ class _State(Enum):
     TEXT = auto()
 
 
-class ThoughtReader:
+class ReasoningReader:
     """The reasoning that a text begins with, and the rest. White space around the reasoning belongs to neither."""
 
     def __init__(self, marks: Marks, *, is_open: bool) -> None:
