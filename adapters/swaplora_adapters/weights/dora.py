@@ -26,7 +26,10 @@ def column_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
 
 
 def adapted_rows(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Iterator[Tensor]:
-    """Blocks of the rows of weight + lora_B @ lora_A, in order; all float32."""
+    """Blocks of the rows of weight + lora_B @ lora_A, in order, at most `BLOCK_ELEMENTS` numbers each; all float32.
+
+    weight: [out_features, in_features]; lora_A: [rank, in_features]; lora_B: [out_features, rank].
+    """
     num_rows = max(1, BLOCK_ELEMENTS // weight.shape[1])
     for rows, factor in zip(torch.split(weight, num_rows), torch.split(lora_B, num_rows), strict=True):
         yield torch.addmm(rows, factor, lora_A)

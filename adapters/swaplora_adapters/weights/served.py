@@ -39,7 +39,7 @@ class LinearWeights(Protocol):
         """The true rank, never padded."""
 
     def with_vectors(self, column_scale: Tensor | None, shift: Tensor | None) -> "LinearWeights":
-        """The same factors with these."""
+        """The same factors with these, [out_features] and float32 each."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +63,7 @@ class ModuleWeights:
         return self.lora_A.shape[0]
 
     def with_vectors(self, column_scale: Tensor | None, shift: Tensor | None) -> "ModuleWeights":
-        """The same factors with these."""
+        """The same factors with these, [out_features] and float32 each."""
         return replace(self, column_scale=column_scale, shift=shift)
 
 

@@ -83,7 +83,10 @@ def _rounded_logits(model: PreTrainedModel, products: torch.dtype) -> list[Tenso
 
 
 def tolerance_of(rounded: list[Tensor], exact: list[Tensor]) -> float:
-    """How far rows may be off, in standard deviations: `NOISE` times what rounding does, and at least `TOLERANCE`."""
+    """How far rows may be off, in standard deviations: `NOISE` times what rounding does, and at least `TOLERANCE`.
+
+    Both are [num_rows, vocab_size], or what else a row is of, of each sequence.
+    """
     return max(TOLERANCE, NOISE * float(deviations(torch.cat(rounded), torch.cat(exact)).max()))
 
 

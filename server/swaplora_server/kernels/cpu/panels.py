@@ -48,7 +48,7 @@ class PanelWeights:
         return tuple(tensor for tensor in parts if tensor is not None)
 
     def with_vectors(self, column_scale: Tensor | None, shift: Tensor | None) -> "PanelWeights":
-        """The same factors with these."""
+        """See `LinearWeights.with_vectors`."""
         return replace(self, column_scale=column_scale, shift=shift)
 
 
