@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
+from gpu_checks.operations import DTYPES, HEADS, heads_of
 from gpu_checks.report import Report
 from repository import ROOT
 
@@ -75,3 +77,8 @@ def test_a_section_that_raises_is_a_problem_and_ends_no_other(tmp_path: Path) ->
     assert written["problems"] == ["first: ValueError: a figure is missing"]
     assert written["figures"]["second"]["figure"] == 1
     assert "broken" in written["figures"]["first"]["traceback"]
+
+
+def test_every_size_of_heads_is_checked_in_every_dtype_that_the_kernels_take() -> None:
+    assert [heads.size for heads in heads_of(DTYPES["fp32"])] == [64, 64, 128, 24]
+    assert heads_of(DTYPES["fp16"]) == heads_of(DTYPES["bf16"]) == list(HEADS)

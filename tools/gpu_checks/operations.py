@@ -1,6 +1,7 @@
 """The LoRA operation and paged attention on the card, against float64."""
 
 import random
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from gpu_checks.card import Card
 from gpu_checks.report import Report
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 from swaplora_server.kernels.backend import LayerAttention, PagedKV
+from swaplora_server.kernels.cuda.attention_shapes import HeadSizeError, shape_of
 from swaplora_server.kernels.step import Runs, Segment, Segments
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -104,7 +106,7 @@ def check_attention(report: Report, card: Card) -> dict[str, Any]:
     worst: dict[str, float] = {}
     lengths = LENGTHS[: 5 if card.is_dry else None]
     for name, dtype in DTYPES.items():
-        for heads in HEADS[1:2] if card.is_dry else HEADS:
+        for heads in HEADS[1:2] if card.is_dry else heads_of(dtype):
             for kind in KINDS:
                 error = _attention_error(card, heads, kind, lengths, dtype)
                 worst[name] = max(worst.get(name, 0.0), error)
@@ -112,6 +114,16 @@ def check_attention(report: Report, card: Card) -> dict[str, Any]:
     for name, error in worst.items():
         report.row(f"paged attention against fp64, {name}", f"{error:.1e}")
     return {"worst": worst}
+
+
+def heads_of(dtype: torch.dtype) -> list[Heads]:
+    """Those that the kernels take: in float32 the largest are the torch form's."""
+    found = []
+    for heads in HEADS:
+        with suppress(HeadSizeError):
+            shape_of(str(dtype).removeprefix("torch."), heads.size, heads.size)
+            found.append(heads)
+    return found
 
 
 def _attention_error(card: Card, heads: Heads, kind: str, lengths: tuple[int, ...], dtype: torch.dtype) -> float:
