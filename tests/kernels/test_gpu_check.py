@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from gpu_checks.operations import DTYPES, HEADS, heads_of

@@ -37,6 +37,7 @@ class CudaRecorder:
                     run()
             except RuntimeError:
                 self._end_pool()
+                self._end_drawing()
                 raise
         return graph.replay
 
@@ -47,3 +48,10 @@ class CudaRecorder:
         """
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)  # noqa: SLF001
+
+    def _end_drawing(self) -> None:
+        """Have the device's own generator know the same, in torch before 2.13: or it never draws a number again."""
+        with suppress(RuntimeError):
+            own = torch.cuda.default_generators[self._device.index or 0]
+            fresh = torch.Generator(self._device).manual_seed(own.initial_seed())
+            own.graphsafe_set_state(fresh.graphsafe_get_state())
