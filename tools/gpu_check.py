@@ -85,7 +85,6 @@ def _figures(of: Subject, card: Card, scratch: Path) -> dict[str, Section]:
     return {
         f"{of.name} memory": lambda report: loads.show_memory(report, card, of.name, of.base),
         f"{of.name} decode": lambda report: steps.measure_decode(report, card, of.name, of.base, of.adapters),
-        f"{of.name} cudnn": lambda report: steps.measure_cudnn(report, card, of.name, of.base),
         f"{of.name} graphs": lambda report: graphs.measure_graphs(report, card, of.name, of.base),
         f"{of.name} prompts": lambda report: steps.measure_prefill(report, card, of.name, of.base, of.adapters[0]),
         f"{of.name} loads": lambda report: loads.measure_loads(report, card, of.name, of.base, scratch),

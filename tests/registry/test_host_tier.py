@@ -1,5 +1,7 @@
 """Adapters that leave the device stay in the host's memory, within its budget, and come back without their files."""
 
+import ctypes
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.sources.watcher import put_folder
 from swaplora_adapters.store.store import Store
 from swaplora_adapters.weights.load import load_weights
-from swaplora_adapters.weights.memory import Arena, Span
+from swaplora_adapters.weights.memory import Arena, Span, pinned
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
 
 
@@ -204,3 +206,30 @@ def test_what_is_replaced_or_deleted_leaves_the_host_too(registry: Registry, tmp
     registry.delete("b").freed.result(timeout=60)
     registry.check_integrity()
     assert registry.host_bytes == 0
+
+
+def test_memory_that_cuda_knows_is_forgotten_by_it_before_the_system_has_it_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stand-in for CUDA's runtime; the pages are still there where it is told."""
+    known: dict[int, int] = {}
+
+    class Runtime:
+        def cudaHostRegister(self, address: int, num_bytes: int, _flags: int) -> int:
+            known[address] = num_bytes
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> int:
+            ctypes.memset(address, 1, known.pop(address))
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    memory = pinned(1 << 20)
+    assert known == {memory.data_ptr(): 1 << 20}
+    part = memory[5:9]
+    del memory
+    gc.collect()
+    assert known
+    del part
+    gc.collect()
+    assert not known

@@ -1,5 +1,6 @@
 """What the card is, and the speeds that floors are reckoned from."""
 
+import gc
 import importlib.metadata
 import platform
 import shutil
@@ -60,6 +61,7 @@ class Card:
         return median(times)
 
     def free(self) -> None:
+        gc.collect()  # layers lead to one another
         if self.is_gpu:
             torch.cuda.empty_cache()
 

@@ -14,7 +14,12 @@ from gpu_checks.card import Card
 from gpu_checks.report import Report
 from gpu_checks.served import load_adapter, logprobs_together
 from swaplora_server.base.base_model import BaseModel, load_base
-from swaplora_server.base.quantisation import Quantization, loading_arguments, multiply_dequantised
+from swaplora_server.base.quantisation import (
+    Quantization,
+    loading_arguments,
+    multiply_bytes_dequantised,
+    multiply_dequantised,
+)
 
 SHAPE = {**tiny.LLAMA, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 RANKS = (1, 8, 64)
@@ -22,10 +27,7 @@ TOLERANCE = 5e-3  # of a log-probability: the same products in the same number f
 
 
 def compare_quantised(report: Report, card: Card, scratch: Path) -> dict[str, Any]:
-    """Steps on a base of 8 and of 4 bits, their rows in fp32, and memory of the base.
-
-    In 8 bits bitsandbytes takes columns with outliers apart, those of all rows: rows depend on those beside them.
-    """
+    """Steps on a base of 8 and of 4 bits, their rows in fp32, and memory of the base."""
     if not is_bitsandbytes_available():
         report.finding("quantised bases are not checked: bitsandbytes is not installed")
         return {}
@@ -35,7 +37,7 @@ def compare_quantised(report: Report, card: Card, scratch: Path) -> dict[str, An
     figures: dict[str, Any] = {}
     for quantization in get_args(Quantization):
         figures[quantization] = told = _compared(card, folder, made, quantization)
-        for how in ("alone", "together") if quantization == "nf4" else ("alone",):
+        for how in ("alone", "together"):
             report.check(told[how] <= TOLERANCE, f"{quantization} {how}: off from PEFT on that base by {told[how]:.1e}")
         report.row(
             f"{quantization} base against PEFT on the same, fp32",
@@ -76,7 +78,6 @@ def _peft(card: Card, folder: Path, adapter: Path | None, quantization: Quantiza
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
     model.eval()
-    if not card.is_gpu:
-        multiply_dequantised(model)
+    (multiply_bytes_dequantised if card.is_gpu else multiply_dequantised)(model)  # as the server does on it
     logits: Tensor = model(torch.tensor([tokens], device=card.device)).logits[0, -1]
     return logits.float().log_softmax(-1).cpu()

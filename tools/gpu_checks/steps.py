@@ -98,25 +98,6 @@ def measure_decode(
     return figures
 
 
-def measure_cudnn(report: Report, card: Card, name: str, base: BaseModel) -> dict[str, Any]:
-    """The step of the base with cuDNN's attention, which the server turns off, at new lengths."""
-    if not card.is_gpu:
-        return {}
-    stepper = stepper_for(base, 16, CONTEXT + 300)
-    for row in range(16):
-        stepper.add(prompt(row, CONTEXT + 200, base.vocab_size))
-    stepper.decode()
-    without = stepper.times(NUM_TIMED)
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    try:
-        times = stepper.times(NUM_TIMED)
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    report.row(f"{name} decode, 16 rows, with cuDNN's attention", f"{median(times) * 1e3:.2f} ms")
-    report.row(f"{name} decode, the same without", f"{median(without) * 1e3:.2f} ms")
-    return {"with": times, "without": without}
-
-
 def measure_prefill(report: Report, card: Card, name: str, base: BaseModel, adapter: AdapterWeights) -> dict[str, Any]:
     """One prompt in one step."""
     floors, figures = Floors(base, card), {}

@@ -2,12 +2,15 @@
 
 import mmap
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+_Pages = TypeVar("_Pages", bound=mmap.mmap)
 
 _ALIGNMENT = 64
 _SLACK = 64  # bytes behind the last tensor of a mapping
@@ -28,14 +31,25 @@ def pinned(num_bytes: int) -> Tensor:
 
     Registered by itself: torch's own pinned memory comes in powers of two, up to twice of what was asked for.
     """
-    memory = HugePages(num_bytes + _SLACK).empty(num_bytes, torch.uint8)
+    mapping = _mapping(num_bytes, _Registered)
+    memory = torch.frombuffer(mapping, dtype=torch.uint8)
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     failed = runtime.cudaHostRegister(memory.data_ptr(), num_bytes, 0)
     if int(failed):
         with suppress(RuntimeError, AssertionError):
             torch.zeros(1, device="cuda")  # who launches something next is told of what went wrong before
         torch.cuda.check_error(failed)
+    mapping.unregister = partial(runtime.cudaHostUnregister, memory.data_ptr())
     return memory
+
+
+class _Registered(mmap.mmap):
+    """Pages that CUDA forgets before the system has them back: or it would copy from them whoever has them next."""
+
+    unregister: Callable[[], object] = staticmethod(lambda: None)
+
+    def __del__(self) -> None:
+        self.unregister()
 
 
 class Span(NamedTuple):
@@ -114,9 +128,9 @@ class Scratch(HugePages):
         return self._memory[:num_bytes].view(dtype)
 
 
-def _mapping(num_bytes: int) -> mmap.mmap:
+def _mapping(num_bytes: int, kind: type[_Pages] = mmap.mmap) -> _Pages:
     """Pages that nobody writes to take no memory."""
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = kind(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

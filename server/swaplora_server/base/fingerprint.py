@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-_PROGRAMS = ("swaplora", "torch", "transformers", "tokenizers")
+from swaplora_server.version import VERSION
+
+_PROGRAMS = ("torch", "transformers", "tokenizers")
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 _PLACES = frozenset({"_name_or_path", "transformers_version"})  # where it lies, and who wrote it
 
@@ -21,7 +23,7 @@ def digest_of(value: object) -> str:
 
 def programs() -> dict[str, str]:
     """The versions of what computes."""
-    return {name: version(name) for name in _PROGRAMS}
+    return {"swaplora": VERSION, **{name: version(name) for name in _PROGRAMS}}
 
 
 def fingerprint_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from swaplora_server.version import VERSION
+
 INSTRUCTION_SETS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "bf16", "i8mm")
 BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # without one of these its rate says nothing of a kernel
 READ_BYTES = 256 << 20  # larger than any cache
@@ -52,7 +54,7 @@ def measure_machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The generator's own, not the server's."""
-    return {"swaplora": version("swaplora"), "python": platform.python_version(), "numpy": version("numpy")}
+    return {"swaplora": VERSION, "python": platform.python_version(), "numpy": version("numpy")}
 
 
 def processor(cpuinfo: Mapping[str, str]) -> str:

@@ -1,6 +1,5 @@
 """The public routes: alive, ready, version, and SageMaker's ping."""
 
-from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter
@@ -9,9 +8,9 @@ from starlette.responses import JSONResponse, Response
 from swaplora_server.http.auth import public
 from swaplora_server.http.dependencies import Serving
 from swaplora_server.http.described import TEXT, answers, object_of
+from swaplora_server.version import VERSION
 
 router = APIRouter()
-_VERSION = version("swaplora")
 
 
 @router.get("/health", responses=answers(object_of(status=TEXT), 200, 503))
@@ -41,7 +40,7 @@ async def ping(service: Serving) -> Response:
 @public
 async def get_version(service: Serving) -> dict[str, Any]:
     """This program's version and what it computes with, which is null while it starts."""
-    return {"version": _VERSION, **service.computes_with()}
+    return {"version": VERSION, **service.computes_with()}
 
 
 def _status(is_good: bool) -> int:

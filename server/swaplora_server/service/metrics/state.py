@@ -1,7 +1,6 @@
 """The server as it stands, told when it is scraped, so that nobody has to report changes of it."""
 
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -12,6 +11,7 @@ from swaplora_server.service.metrics.adapters import AdapterMetrics
 from swaplora_server.service.metrics.records import ServerState
 from swaplora_server.service.metrics.tenants import TenantMetrics
 from swaplora_server.service.metrics.vllm import VllmMetrics
+from swaplora_server.version import VERSION
 
 
 class StateCollector(Collector):
@@ -32,7 +32,7 @@ class StateCollector(Collector):
         self._vllm = vllm
 
     def collect(self) -> Iterator[Metric]:
-        yield InfoMetricFamily("swaplora", "This server", {"version": version("swaplora"), "base": self._base})
+        yield InfoMetricFamily("swaplora", "This server", {"version": VERSION, "base": self._base})
         state = self._read_state()
         if state is None:
             return

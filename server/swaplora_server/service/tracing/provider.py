@@ -1,9 +1,10 @@
 """What spans are sent by, and where to: the standard variables OTEL_… say it. Needs the extra otel."""
 
 import os
-from importlib.metadata import version
 
 from opentelemetry.trace import TracerProvider
+
+from swaplora_server.version import VERSION
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
@@ -27,7 +28,7 @@ def open_provider() -> TracerProvider:
     except ImportError as error:
         raise TracingError("--tracing needs OpenTelemetry's SDK: pip install 'swaplora[otel]'") from error
     _check_environment()
-    resource = Resource.create({"service.version": version("swaplora")})
+    resource = Resource.create({"service.version": VERSION})
     if str(resource.attributes["service.name"]).startswith("unknown_service"):  # neither variable names it
         resource = resource.merge(Resource({"service.name": "swaplora"}))
     sending = sdk.TracerProvider(resource=resource, shutdown_on_exit=False)

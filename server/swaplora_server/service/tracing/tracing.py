@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 
 from opentelemetry import context as telemetry_context
 from opentelemetry.context import Context
@@ -17,6 +16,7 @@ from opentelemetry.trace import NoOpTracerProvider, SpanKind, StatusCode, Tracer
 from swaplora_adapters.store.records import VersionRecord
 from swaplora_server.service.metrics.records import GenerationRecord, Outcome, Record
 from swaplora_server.service.tracing.provider import open_provider
+from swaplora_server.version import VERSION
 
 STOP_SECONDS = 1.0  # for what was not sent yet
 _NANOSECONDS = 10**9
@@ -44,7 +44,7 @@ class Tracing:
         """Raises TracingError."""
         self.is_on = is_on
         self.provider: TracerProvider = open_provider() if is_on else NoOpTracerProvider()
-        self._tracer = self.provider.get_tracer("swaplora", version("swaplora"))
+        self._tracer = self.provider.get_tracer("swaplora", VERSION)
 
     def context(self) -> Context:
         """Of the running request."""
