@@ -2,12 +2,16 @@
 
 Correctness comes first, then figures; everything goes into the JSON file of `--out` as it is found, and one table comes
 last. Ends with 1 when anything is wrong. `--dry` runs a small form of all of it on the CPU, so that the script itself
-can be tested; its figures mean nothing. `--only` runs sections by the beginning of their names.
+can be tested; its figures mean nothing. `--only` runs sections by the beginning of their names. What is left after
+nine minutes is named; `--from` goes on there, with what `--out` holds. It does so by itself, in a new process, after a
+section with which the card stopped to compute in this one.
 """
 
 import argparse
+import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,9 +28,11 @@ from gpu_checks.models import random_base
 from gpu_checks.report import Report
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.base.base_model import BaseModel
+from swaplora_server.kernels.device_fault import fault_of
 
 Section = Callable[[Report], dict[str, Any]]
 WIDTH = 150
+BUDGET_SECONDS = 540
 
 
 class Subject:
@@ -98,19 +104,35 @@ def _figures(of: Subject, card: Card, scratch: Path) -> dict[str, Section]:
     }
 
 
-def run(report: Report, *, is_dry: bool, only: tuple[str, ...] = ()) -> None:
-    """All sections, or those whose names begin as one of `only`, and the table."""
+def run(report: Report, *, is_dry: bool, only: tuple[str, ...] = (), first: str | None = None) -> str | None:
+    """All sections, or those whose names begin as one of `only`, from `first` on, and the table.
+
+    Returns which is next where the device computes nothing any more in this process. Raises ValueError for a `first`
+    that is none of them.
+    """
     device = torch.device("cpu" if is_dry else "cuda")
     card, measured = card_checks.measure(device, is_dry=is_dry)
-    report.figures["card"] = measured
-    report.say(", ".join(f"{key} {value}" for key, value in measured.items()))
-    card_checks.show(report, measured)
+    if first is None:
+        report.figures["card"] = measured
+        report.say(", ".join(f"{key} {value}" for key, value in measured.items()))
+        card_checks.show(report, measured)
+    following = None
     with tempfile.TemporaryDirectory() as scratch:
-        for name, section in sections(card, Path(scratch)).items():
-            if not only or name.startswith(only) or name.startswith("end of"):
-                report.section(name, section)
+        found = sections(card, Path(scratch))
+        names = [name for name in found if not only or name.startswith((*only, "end of"))]
+        names = names[names.index(first) if first else 0 :]
+        for number, name in enumerate(names):
+            if time.monotonic() - report.began > BUDGET_SECONDS:
+                report.problem(f"{', '.join(names[number:])} did not run: go on with --from '{name}'")
+                break
+            report.section(name, found[name])
+            if fault := fault_of(device):
+                report.problem(f"{name}: the device computes nothing after it: {fault}")
+                following = next(iter(names[number + 1 :]), None)
+                break
     report.write()
     report.show()
+    return following
 
 
 def main() -> None:
@@ -118,12 +140,19 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="a small form on the CPU")
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"), help="where the JSON goes")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="of sections; repeatable")
+    parser.add_argument("--from", dest="first", metavar="NAME", help="the first section: those before stand in --out")
     arguments = parser.parse_args()
     if not arguments.dry and not torch.cuda.is_available():
         sys.exit("no CUDA device was found: --dry runs a small form of all of it on the CPU")
     transformers.logging.disable_progress_bar()
     report = Report(arguments.out, Console(width=WIDTH, soft_wrap=True))
-    run(report, is_dry=arguments.dry, only=tuple(arguments.only))
+    if arguments.first is not None:
+        report.go_on()
+    only = [part for name in arguments.only for part in ("--only", name)]
+    following = run(report, is_dry=arguments.dry, only=tuple(arguments.only), first=arguments.first)
+    if following is not None:
+        again = [__file__, "--out", str(arguments.out), *only, "--from", following]
+        os.execv(sys.executable, [sys.executable, *again])
     sys.exit(bool(report.problems))
 
 

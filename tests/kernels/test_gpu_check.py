@@ -5,10 +5,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import pytest
 from rich.console import Console
 
+import gpu_check
+from gpu_checks.card import Card
 from gpu_checks.operations import DTYPES, HEADS, heads_of
 from gpu_checks.report import Report
 from repository import ROOT
@@ -81,3 +86,44 @@ def test_a_section_that_raises_is_a_problem_and_ends_no_other(tmp_path: Path) ->
 def test_every_size_of_heads_is_checked_in_every_dtype_that_the_kernels_take() -> None:
     assert [heads.size for heads in heads_of(DTYPES["fp32"])] == [64, 64, 128, 24]
     assert heads_of(DTYPES["fp16"]) == heads_of(DTYPES["bf16"]) == list(HEADS)
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Three sections that measure nothing, and those of them that ran."""
+    ran: list[str] = []
+
+    def section(name: str) -> gpu_check.Section:
+        def run(_report: Report) -> dict[str, Any]:
+            ran.append(name)
+            return {}
+
+        return run
+
+    monkeypatch.setattr(gpu_check.card_checks, "measure", lambda device, **_: (Card(device, True, 1.0, 1.0), {}))
+    monkeypatch.setattr(gpu_check.card_checks, "show", lambda *_: None)
+    monkeypatch.setattr(gpu_check, "sections", lambda *_: {name: section(name) for name in ("one", "two", "three")})
+    return ran
+
+
+def test_it_goes_on_behind_a_section_after_which_the_device_computes_nothing(
+    few: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    faults = iter([None, "an illegal address"])
+    report = Report(tmp_path / "out.json", Console(file=io.StringIO()))
+    with monkeypatch.context() as broken:
+        broken.setattr(gpu_check, "fault_of", lambda _device: next(faults))
+        assert gpu_check.run(report, is_dry=True) == "three"
+    again = Report(report.out, report.console)
+    again.go_on()
+    assert gpu_check.run(again, is_dry=True, first="three") is None
+    assert few == ["one", "two", "three"]
+    assert list(again.figures) == ["card", "one", "two", "three"]
+    assert again.problems == ["two: the device computes nothing after it: an illegal address"]
+
+
+def test_what_is_left_when_its_time_is_up_is_named(few: list[str], tmp_path: Path) -> None:
+    report = Report(tmp_path / "out.json", Console(file=io.StringIO()), began=time.monotonic() - 10_000)
+    assert gpu_check.run(report, is_dry=True, first="two") is None
+    assert not few
+    assert report.problems == ["two, three did not run: go on with --from 'two'"]

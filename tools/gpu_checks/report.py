@@ -36,6 +36,13 @@ class Report:
     problems: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
 
+    def go_on(self) -> None:
+        """Begin with what `out` holds. Raises OSError, ValueError or KeyError for what no report wrote."""
+        assert self.out is not None
+        earlier = json.loads(self.out.read_text())
+        self.figures, self.findings, self.problems = (earlier[part] for part in ("figures", "findings", "problems"))
+        self.rows = [Row(**row) for row in earlier["rows"]]
+
     def section(self, name: str, run: Callable[["Report"], dict[str, Any]]) -> None:
         """Run one section. What it raises is a problem, and ends no other section."""
         began = time.monotonic()

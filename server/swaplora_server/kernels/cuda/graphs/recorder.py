@@ -24,6 +24,7 @@ class CudaRecorder:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        self._failed: list[torch.cuda.CUDAGraph] = []  # kept: torch's allocator of pinned memory still asks them
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """See `Recorder`. Other threads may use the device meanwhile, as those that load adapters do."""
@@ -36,6 +37,7 @@ class CudaRecorder:
                 with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                     run()
             except RuntimeError:
+                self._failed.append(graph)
                 self._end_pool()
                 self._end_drawing()
                 raise
