@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 import gpu_check
+from gpu_checks import card as card_checks
 from gpu_checks.card import Card
 from gpu_checks.operations import DTYPES, HEADS, heads_of
 from gpu_checks.report import Report
@@ -100,8 +101,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return run
 
-    monkeypatch.setattr(gpu_check.card_checks, "measure", lambda device, **_: (Card(device, True, 1.0, 1.0), {}))
-    monkeypatch.setattr(gpu_check.card_checks, "show", lambda *_: None)
+    monkeypatch.setattr(card_checks, "measure", lambda device, **_: (Card(device, True, 1.0, 1.0), {}))
+    monkeypatch.setattr(card_checks, "show", lambda *_: None)
     monkeypatch.setattr(gpu_check, "sections", lambda *_: {name: section(name) for name in ("one", "two", "three")})
     return ran
 

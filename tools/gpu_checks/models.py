@@ -122,6 +122,7 @@ class Stepper:
     scheduler: Scheduler = field(init=False)
     runner: Runner = field(init=False)
     requests: list[Request] = field(default_factory=list)
+    unrecorded: str | None = None  # why no graph could be made
 
     def __post_init__(self) -> None:
         pool = BlockPool(self.num_blocks, BLOCK)
@@ -154,8 +155,16 @@ class Stepper:
                 return batch
 
     def record(self, max_rows: int) -> int:
-        """Have decoding steps of up to `max_rows` rows replayed from now on; returns of how many graphs."""
-        return self.runner.record(bucket_sizes(max_rows))
+        """Have decoding steps of up to `max_rows` rows replayed from now on; returns of how many graphs.
+
+        0 where the backend makes none, or fails to: what is launched by itself can be measured all the same.
+        """
+        try:
+            return self.runner.record(bucket_sizes(max_rows))
+        except RuntimeError as error:
+            self.unrecorded = str(error).partition("\n")[0]
+            self.runner.forget_graphs()
+            return 0
 
     def clear(self) -> None:
         """End all requests."""

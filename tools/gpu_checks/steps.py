@@ -75,6 +75,7 @@ def measure_decode(
     for form in (StepForm.PLAIN, StepForm.GRAPH):
         if form is StepForm.GRAPH and not stepper.record(max(rows for rows, _ in cases)):
             report.finding(f"{name}: this backend records no steps")
+            report.check(stepper.unrecorded is None, f"{name}: steps cannot be recorded: {stepper.unrecorded}")
             continue
         for num_rows, num_adapters in cases:
             for row in range(num_rows):

@@ -5,13 +5,12 @@ from bisect import insort
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_Pages = TypeVar("_Pages", bound=mmap.mmap)
-
+_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _ALIGNMENT = 64
 _SLACK = 64  # bytes behind the last tensor of a mapping
 
@@ -31,7 +30,8 @@ def pinned(num_bytes: int) -> Tensor:
 
     Registered by itself: torch's own pinned memory comes in powers of two, up to twice of what was asked for.
     """
-    mapping = _mapping(num_bytes, _Registered)
+    mapping = _Registered(-1, num_bytes, flags=_FLAGS)
+    _in_large_pages(mapping)
     memory = torch.frombuffer(mapping, dtype=torch.uint8)
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     failed = runtime.cudaHostRegister(memory.data_ptr(), num_bytes, 0)
@@ -128,9 +128,12 @@ class Scratch(HugePages):
         return self._memory[:num_bytes].view(dtype)
 
 
-def _mapping(num_bytes: int, kind: type[_Pages] = mmap.mmap) -> _Pages:
+def _mapping(num_bytes: int) -> mmap.mmap:
     """Pages that nobody writes to take no memory."""
-    memory = kind(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return _in_large_pages(mmap.mmap(-1, num_bytes, flags=_FLAGS))
+
+
+def _in_large_pages(memory: mmap.mmap) -> mmap.mmap:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
