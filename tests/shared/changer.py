@@ -16,10 +16,12 @@ from swaplora_adapters.files.digest import digest_of
 from swaplora_adapters.registry.changes import Changes
 from swaplora_adapters.store.records import Details
 from swaplora_adapters.store.shared.address import open_objects
+from swaplora_adapters.store.shared.base import Base
 from swaplora_adapters.store.shared.journal import SharedJournal
 from swaplora_adapters.store.shared.log import Log
 from swaplora_adapters.store.shared.store import SharedStore
 
+BASE = Base("base", "float32", "0" * 64, "1" * 64, "transformers 1, tokenizers 1")
 STEPS = ("files sent", "change made", "change taken over")
 
 
@@ -46,7 +48,7 @@ def killed_after(owner: type, method: str) -> None:
 
 
 def main(data_dir: str, address: str, name: str, count: str, step: str) -> None:
-    store = SharedStore(Path(data_dir), open_objects(address))
+    store = SharedStore(Path(data_dir), open_objects(address), BASE)
     changes = Changes(store, lambda _touched: None)
     if step:
         owner, method = {

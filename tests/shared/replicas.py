@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 import torch
 
 import adapter_files
+from changer import BASE
 from swaplora_adapters.errors import StoreUnreachableError
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.registry.card import PutResult
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.source import Sources
+from swaplora_adapters.store.shared.base import Base
 from swaplora_adapters.store.shared.objects import Listed, Objects
 from swaplora_adapters.store.shared.store import SharedStore
 
@@ -87,7 +89,7 @@ def unreachable() -> StoreUnreachableError:
     return StoreUnreachableError("the shared store does not answer (for a test)")
 
 
-def registry(data_dir: Path, objects: Objects, **fields: Any) -> Registry:
+def registry(data_dir: Path, objects: Objects, base: Base = BASE, **fields: Any) -> Registry:
     """One server's, with room for all."""
     defaults: dict[str, Any] = {
         "sources": Sources(allowed=(), folder=None, max_weights_bytes=0),
@@ -99,7 +101,7 @@ def registry(data_dir: Path, objects: Objects, **fields: Any) -> Registry:
         "base_model": "base",
         "report": lambda _error: None,
     }
-    return Registry(SharedStore(data_dir, objects), **(defaults | fields))
+    return Registry(SharedStore(data_dir, objects, base), **(defaults | fields))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import adapter_files
+from changer import BASE
 from replicas import Disturbed, facts, put, registry, replicas, see
 from swaplora_adapters.errors import (
     AdapterBusyError,
@@ -137,7 +138,7 @@ def test_a_data_directory_is_the_copy_of_one_store_alone(files: list[Path], tmp_
     with pytest.raises(StoreError, match="is it right"):
         registry(tmp_path / "data0", open_objects(str(tmp_path / "empty")))
     with pytest.raises(StoreError, match="--shared-store"):
-        open_store(tmp_path / "data0", None)
+        open_store(tmp_path / "data0", None, BASE)
     [entry] = (tmp_path / "shared").glob("*/log/*1")
     entry.unlink()  # as if the store were an older one of a backup
     with pytest.raises(StoreError, match="changes that the shared store does not have"):
@@ -147,7 +148,7 @@ def test_a_data_directory_is_the_copy_of_one_store_alone(files: list[Path], tmp_
 def test_what_a_server_had_before_it_shared_is_what_all_have_then(
     address: str, files: list[Path], tmp_path: Path
 ) -> None:
-    store = open_store(tmp_path / "data0", None)
+    store = open_store(tmp_path / "data0", None, BASE)
     store.close()
     alone = local(tmp_path / "data0")
     put(alone, "sql", files[0])
@@ -173,7 +174,7 @@ def test_what_a_server_had_before_it_shared_is_what_all_have_then(
 def local(data_dir: Path) -> Registry:
     """A server's that shares nothing."""
     return Registry(
-        open_store(data_dir, None),
+        open_store(data_dir, None, BASE),
         sources=Sources(allowed=(), folder=None, max_weights_bytes=0),
         layers=adapter_files.LAYERS,
         dtype=torch.float32,

@@ -16,6 +16,7 @@ from history import final_states
 from serving import Running, settings
 from soak import size
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
+from swaplora_adapters.store.shared.address import BUCKET
 from swaplora_server.http.app import create_app
 from swaplora_server.http.transport.body_memory import BodyMemory
 from swaplora_server.service.service import Service
@@ -56,7 +57,9 @@ class ClientsOfBoth(Clients):
 
 
 @pytest.fixture
-def both(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[Running], All]]:
+def both(
+    base: Path, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[list[Running], All]]:
     apps: list[InFlight] = []
 
     def counted(service: Service, bodies: BodyMemory) -> InFlight:
@@ -67,9 +70,7 @@ def both(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     with ExitStack() as stack:
         running = [
             stack.enter_context(
-                serving.serving(
-                    settings(base, tmp_path / name, keep_versions=10_000, shared_store=str(tmp_path / "shared"))
-                )
+                serving.serving(settings(base, tmp_path / name, keep_versions=10_000, shared_store=address))
             )
             for name in ("one", "other")
         ]
@@ -77,7 +78,7 @@ def both(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 async def test_what_sixteen_clients_see_of_two_servers_is_explained_by_an_order_in_time(
-    both: tuple[list[Running], All], adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+    both: tuple[list[Running], All], address: str, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     servers, app = both
     monkeypatch.setattr("swaplora_server.service.service.SEEN_SECONDS", 60.0)  # a slow machine is no store that is away
@@ -95,7 +96,7 @@ async def test_what_sixteen_clients_see_of_two_servers_is_explained_by_an_order_
         clients = ClientsOfBoth(servers[0], app, files, answers, Either([one, other], 0))  # type: ignore[arg-type]
         clients.servers = servers
         began = time.monotonic()
-        for _ in range(size(5, 200)):
+        for _ in range(size(2, 20) if address.startswith(BUCKET) else size(5, 200)):
             for name, operations in (await clients.all_at_once(rngs)).items():
                 states[name] = final_states(operations, states[name])
                 assert states[name], f"no order explains {sorted(operations, key=lambda one: one.start)}"
@@ -103,5 +104,5 @@ async def test_what_sixteen_clients_see_of_two_servers_is_explained_by_an_order_
         f"\n{clients.num_heard} operations answered, {clients.num_unheard} given up midway, "
         f"{time.monotonic() - began:.1f} s"
     )
-    assert clients.num_rolled > 3
-    assert clients.num_unheard > 3
+    assert clients.num_rolled > 1
+    assert clients.num_unheard > 1

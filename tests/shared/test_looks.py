@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from changer import publish
+from changer import BASE, publish
 from replicas import Disturbed, put, registry, replicas, see
 from swaplora_adapters.errors import AdapterError, StoppingError, StoreUnreachableError
 from swaplora_adapters.registry import changes as registry_changes
@@ -26,7 +26,7 @@ def disturbed(tmp_path: Path) -> list[Disturbed]:
 
 
 def test_a_look_is_one_call_and_one_more_for_each_change(tmp_path: Path, disturbed: list[Disturbed]) -> None:
-    stores = [SharedStore(tmp_path / f"data{number}", each) for number, each in enumerate(disturbed)]
+    stores = [SharedStore(tmp_path / f"data{number}", each, BASE) for number, each in enumerate(disturbed)]
     with closing(stores[0]) as one, closing(stores[1]) as other:
         changes = Changes(other, lambda _touched: None)
         for number in range(3):
@@ -137,7 +137,7 @@ def test_while_the_store_hangs_changes_are_refused_and_the_server_can_be_closed(
 
 def test_what_is_heard_after_the_end_is_not_taken_over(tmp_path: Path, disturbed: list[Disturbed]) -> None:
     """By then the directory may be another process's."""
-    one, other = (SharedStore(tmp_path / f"data{number}", each) for number, each in enumerate(disturbed))
+    one, other = (SharedStore(tmp_path / f"data{number}", each, BASE) for number, each in enumerate(disturbed))
     with closing(one):
         publish(one, Changes(one, lambda _touched: None), "sql", b"1")
         entries, is_all = other.unread(0)

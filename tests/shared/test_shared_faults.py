@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from changer import STEPS, publish
+from changer import BASE, STEPS, publish
 from replicas import Disturbed, facts, put, registry, replicas, see, see_at_last, unreachable
 from repository import ROOT
 from swaplora_adapters.errors import (
@@ -25,24 +25,21 @@ from swaplora_adapters.store.shared.address import open_objects
 from swaplora_adapters.store.shared.store import SharedStore
 
 LOG = "/log/"
-
-
-def disturbed(tmp_path: Path, number: int = 2) -> list[Disturbed]:
-    return [Disturbed(open_objects(str(tmp_path / "shared"))) for _ in range(number)]
+FOLDER = pytest.mark.parametrize("address", ["folder"], indirect=True)
 
 
 @pytest.mark.parametrize("every", [10, 3])
 def test_a_store_that_fails_now_and_then_loses_nothing_that_was_acknowledged(
-    files: list[Path], tmp_path: Path, every: int
+    objects: list[Disturbed], files: list[Path], tmp_path: Path, every: int
 ) -> None:
     """Every tenth call is never noticed. Where every third fails a change is made, or it is told that it is not."""
-    objects, rng = disturbed(tmp_path), random.Random(0)
+    rng = random.Random(0)
     with replicas(tmp_path, objects) as opened:
         for each in objects:
             each.fail_every(every)
         least: dict[str, int] = {}
         num_refused = 0
-        for number in range(40):
+        for number in range(30):
             name, of = rng.choice(["a", "b", "c"]), rng.choice(opened)
             try:
                 record = put(of, name, files[number % 6]).record
@@ -60,8 +57,9 @@ def test_a_store_that_fails_now_and_then_loses_nothing_that_was_acknowledged(
         assert every < 10 or num_refused == 0
 
 
-def test_a_change_whose_answer_is_lost_is_found_to_be_made(files: list[Path], tmp_path: Path) -> None:
-    objects = disturbed(tmp_path)
+def test_a_change_whose_answer_is_lost_is_found_to_be_made(
+    objects: list[Disturbed], files: list[Path], tmp_path: Path
+) -> None:
     lost: list[str] = []
     with replicas(tmp_path, objects) as (one, other):
 
@@ -79,10 +77,9 @@ def test_a_change_whose_answer_is_lost_is_found_to_be_made(files: list[Path], tm
 
 
 def test_a_change_of_which_nobody_knows_is_refused_and_is_then_what_it_came_to(
-    files: list[Path], tmp_path: Path
+    objects: list[Disturbed], files: list[Path], tmp_path: Path
 ) -> None:
     """Made, but neither that nor anything else was heard from then on."""
-    objects = disturbed(tmp_path)
     with replicas(tmp_path, objects) as (one, other):
         put(one, "sql", files[0])
 
@@ -102,9 +99,10 @@ def test_a_change_of_which_nobody_knows_is_refused_and_is_then_what_it_came_to(
         assert facts(one) == facts(other)
 
 
-def test_a_change_that_comes_to_the_log_too_late_is_none(files: list[Path], tmp_path: Path) -> None:
+def test_a_change_that_comes_to_the_log_too_late_is_none(
+    objects: list[Disturbed], files: list[Path], tmp_path: Path
+) -> None:
     """The request that would have made it was on its way when another server made the change in its place."""
-    objects = disturbed(tmp_path)
     late: list[tuple[str, bytes]] = []
     with replicas(tmp_path, objects) as (one, other):
         create = objects[0].create
@@ -127,9 +125,8 @@ def test_a_change_that_comes_to_the_log_too_late_is_none(files: list[Path], tmp_
         assert put(one, "sql", files[0]).record.version == 1
 
 
-def test_an_outrun_publish_keeps_its_files(files: list[Path], tmp_path: Path) -> None:
+def test_an_outrun_publish_keeps_its_files(objects: list[Disturbed], files: list[Path], tmp_path: Path) -> None:
     """Three times another server is faster; what is published then is whole, here and there."""
-    objects = disturbed(tmp_path)
     with replicas(tmp_path, objects) as (one, other):
         outrun: list[str] = []
 
@@ -148,10 +145,10 @@ def test_an_outrun_publish_keeps_its_files(files: list[Path], tmp_path: Path) ->
             leases.release()
 
 
+@FOLDER
 def test_files_that_are_damaged_here_are_fetched_again_and_those_that_are_damaged_there_are_not_served(
-    files: list[Path], tmp_path: Path
+    objects: list[Disturbed], files: list[Path], tmp_path: Path
 ) -> None:
-    objects = disturbed(tmp_path)
     with replicas(tmp_path, objects) as (one, other):
         digest = put(one, "sql", files[0]).record.digest
         see(other)
@@ -180,10 +177,9 @@ def test_files_that_are_damaged_here_are_fetched_again_and_those_that_are_damage
 
 
 def test_what_no_version_has_is_swept_once_it_is_old_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    objects: list[Disturbed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [objects] = disturbed(tmp_path, 1)
-    with closing(SharedStore(tmp_path / "data", objects)) as store:
+    with closing(SharedStore(tmp_path / "data", objects[0], BASE)) as store:
         changes = Changes(store, lambda _touched: None)
         for name, weights in (("kept", b"1"), ("gone", b"2")):
             publish(store, changes, name, weights)
@@ -191,11 +187,11 @@ def test_what_no_version_has_is_swept_once_it_is_old_and_nothing_else(
         assert store.sweep() == 0
         monkeypatch.setattr(shared_files, "SWEPT_AFTER", -1.0)
         assert store.sweep() == 2
-        assert [each.key.rpartition("/")[2] for each in objects.under("")].count(WEIGHTS_FILE) == 1
+        assert [each.key.rpartition("/")[2] for each in objects[0].under("")].count(WEIGHTS_FILE) == 1
         publish(store, changes, "gone", b"2")  # from a place of its own
         assert store.sweep() == 0
         assert store.current("gone").version == 2
-        with closing(SharedStore(tmp_path / "other", objects)) as other:
+        with closing(SharedStore(tmp_path / "other", objects[1], BASE)) as other:
             publish(other, Changes(other, lambda _touched: None), "new", b"3")
         assert store.sweep() == 0  # it does not know yet what that is referred to by
 
@@ -206,28 +202,31 @@ def run(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def test_processes_that_change_one_name_at_once_make_every_version_once(tmp_path: Path) -> None:
-    address = str(tmp_path / "shared")
-    changers = [run(str(tmp_path / f"data{number}"), address, "sql", "15", "") for number in range(2)]
+@pytest.mark.parametrize(("address", "count"), [("folder", 15), ("bucket", 5)], indirect=["address"])
+def test_processes_that_change_one_name_at_once_make_every_version_once(
+    address: str, tmp_path: Path, count: int
+) -> None:
+    changers = [run(str(tmp_path / f"data{number}"), address, "sql", str(count), "") for number in range(2)]
     heard = [int(line) for changer in changers for line in changer.communicate()[0].split()]
     assert [changer.returncode for changer in changers] == [0, 0]
-    with closing(SharedStore(tmp_path / "late", open_objects(address))) as store:
+    with closing(SharedStore(tmp_path / "late", open_objects(address), BASE)) as store:
         versions = store.versions("sql")
-        assert [record.version for record in versions] == list(range(1, 31))
-        assert len({record.digest for record in versions}) == 30
-        assert store.revision == 30
-    assert sorted(heard) == list(range(1, 31))
+        assert [record.version for record in versions] == list(range(1, 2 * count + 1))
+        assert len({record.digest for record in versions}) == 2 * count
+        assert store.revision == 2 * count
+    assert sorted(heard) == list(range(1, 2 * count + 1))
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_a_server_that_is_killed_amid_a_change_leaves_it_made_or_not(tmp_path: Path, step: str) -> None:
-    address = str(tmp_path / "shared")
+@pytest.mark.parametrize(
+    ("address", "step"), [*(("folder", step) for step in STEPS), ("bucket", STEPS[1])], indirect=["address"]
+)
+def test_a_server_that_is_killed_amid_a_change_leaves_it_made_or_not(address: str, tmp_path: Path, step: str) -> None:
     changer = run(str(tmp_path / "data"), address, "sql", "1", step)
     assert changer.communicate()[0] == ""
     assert changer.returncode == -9
     with (
-        closing(SharedStore(tmp_path / "other", open_objects(address))) as other,
-        closing(SharedStore(tmp_path / "data", open_objects(address))) as again,
+        closing(SharedStore(tmp_path / "other", open_objects(address), BASE)) as other,
+        closing(SharedStore(tmp_path / "data", open_objects(address), BASE)) as again,
     ):
         assert again.names() == other.names() == ([] if step == STEPS[0] else ["sql"])
         assert again.revision == other.revision
@@ -239,10 +238,9 @@ def test_a_server_that_is_killed_amid_a_change_leaves_it_made_or_not(tmp_path: P
             store.check_integrity()
 
 
-def test_a_store_that_is_not_there_starts_no_server(tmp_path: Path) -> None:
-    [objects] = disturbed(tmp_path, 1)
-    objects.vanish()
+def test_a_store_that_is_not_there_starts_no_server(objects: list[Disturbed], tmp_path: Path) -> None:
+    objects[0].vanish()
     with pytest.raises(StoreUnreachableError):
-        registry(tmp_path / "data", objects)
-    objects.come_back()
-    registry(tmp_path / "data", objects).close()
+        registry(tmp_path / "data", objects[0])
+    objects[0].come_back()
+    registry(tmp_path / "data", objects[0]).close()

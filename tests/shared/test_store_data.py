@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from botocore.stub import Stubber
 
+from changer import BASE
 from replicas import Disturbed, facts, put, registry, replicas, see, unreachable
 from swaplora_adapters.errors import StorageFailedError, StorageFullError, StoreUnreachableError
 from swaplora_adapters.files.disk import StoreError
@@ -324,3 +325,26 @@ def test_one_server_makes_the_snapshot_of_all(
         store_of(one).tidy()
         store_of(other).tidy()
         assert len(made) == 1
+
+
+def test_the_first_server_says_which_base_a_store_is_for(objects: list[Disturbed], tmp_path: Path) -> None:
+    """Configurations that other libraries understand otherwise are not compared."""
+    registry(tmp_path / "data0", objects[0]).close()
+    for another in (
+        BASE._replace(name="else"),
+        BASE._replace(dtype="bfloat16"),
+        BASE._replace(weights="2" * 64),
+        BASE._replace(reading="2" * 64),
+        BASE._replace(weights="2" * 64, libraries="transformers 2, tokenizers 1"),
+    ):
+        with pytest.raises(StoreError, match="for another base") as refused:
+            registry(tmp_path / "data1", objects[1], another, base_model=another.name)
+        assert str(BASE) in str(refused.value)
+        assert str(another) in str(refused.value)
+    newer = BASE._replace(reading="2" * 64, libraries="transformers 2, tokenizers 1")
+    registry(tmp_path / "data1", objects[1], newer).close()
+    [said_at] = [each.key for each in objects[0].under("") if each.key.endswith("/base.json")]
+    objects[0].remove(said_at)  # as the message tells
+    registry(tmp_path / "data1", objects[1], BASE._replace(weights="2" * 64)).close()
+    with pytest.raises(StoreError, match="for another base"):
+        registry(tmp_path / "data0", objects[0])

@@ -1,5 +1,6 @@
 """Two whole servers on one shared store: what one has acknowledged, the other answers with."""
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -11,16 +12,20 @@ import httpx
 import pytest
 from rich.console import Console
 
+import tiny
+from buckets import make_bucket
 from gating import current, gated, judged, promote
 from replicas import Disturbed
 from serving import Running, serving, settings
 from swaplora_adapters.errors import StorageFullError
+from swaplora_adapters.files.disk import StoreError
 from swaplora_adapters.store.shared import store as shared_store
 from swaplora_adapters.store.shared.address import open_objects
 from swaplora_server.access.caller import Caller
 from swaplora_server.service.gates import judging
 from swaplora_server.service.service import Service
 
+FOLDER = pytest.mark.parametrize("kind", ["folder"], indirect=True)  # where what is stored makes no difference
 PROMPT = [97, 31, 200, 5, 66, 142]
 MAX_TOKENS = 6
 
@@ -39,15 +44,22 @@ def disturbed() -> Iterator[list[Disturbed]]:
         yield opened
 
 
+@pytest.fixture(scope="module", params=["folder", "bucket"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
 def servers(
-    base: Path, disturbed: list[Disturbed], tmp_path_factory: pytest.TempPathFactory
+    kind: str, base: Path, disturbed: list[Disturbed], moto_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Running, Running]]:
     folder = tmp_path_factory.mktemp("servers")
     (folder / "shared").mkdir()
-    with ExitStack() as stack:
+    disturbed.clear()
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        address = str(folder / "shared") if kind == "folder" else make_bucket(moto_url, patch)
         one, other = (
-            stack.enter_context(serving(settings(base, folder / name, shared_store=str(folder / "shared"))))
+            stack.enter_context(serving(settings(base, folder / name, shared_store=address)))
             for name in ("one", "other")
         )
         yield one, other
@@ -60,6 +72,12 @@ def at_peace(disturbed: list[Disturbed]) -> Iterator[None]:
         each.come_back()
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine is no store that is away."""
+    monkeypatch.setattr("swaplora_server.service.service.SEEN_SECONDS", 60.0)
+
+
 def answer(server: Running, model: str) -> tuple[str, list[int]]:
     """The digest of who answered, and what."""
     response = server.generate(model, PROMPT, MAX_TOKENS)
@@ -67,6 +85,7 @@ def answer(server: Running, model: str) -> tuple[str, list[int]]:
     return response.headers["x-swaplora-digest"], response.json()["choices"][0]["token_ids"]
 
 
+@pytest.mark.usefixtures("patient")
 def test_an_upload_is_called_and_listed_at_once_on_the_other_server(
     servers: tuple[Running, Running], adapters: list[Path]
 ) -> None:
@@ -85,6 +104,7 @@ def test_an_upload_is_called_and_listed_at_once_on_the_other_server(
         assert one.generate(name, PROMPT).status_code == 404
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_rolling_replace_under_traffic_gives_no_old_and_no_mixed_answer(
     servers: tuple[Running, Running], adapters: list[Path]
 ) -> None:
@@ -127,6 +147,20 @@ def test_a_rolling_replace_under_traffic_gives_no_old_and_no_mixed_answer(
         assert version >= least
         assert ids == said[digest]
     Console().print(f"\n{len(answers)} answers beside 24 replaces")
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_slow_store_makes_changes_and_requests_slow_and_nothing_else(
+    servers: tuple[Running, Running], disturbed: list[Disturbed], adapters: list[Path]
+) -> None:
+    for each in disturbed:
+        each.be_slow(0.1)
+    for number in range(4):
+        by, other = (servers, servers[::-1])[number % 2]
+        digest = by.put("slow", adapters[number]).json()["digest"]
+        assert answer(other, "slow")[0] == digest
+    assert servers[0].client.delete("/v1/adapters/slow").status_code in (200, 202)
+    assert servers[1].generate("slow", PROMPT).status_code == 404
 
 
 def test_what_is_known_is_served_while_the_store_is_away_and_changes_are_told_to_come_again(
@@ -188,6 +222,7 @@ def test_a_store_that_hangs_holds_up_no_request_of_what_is_known(
     assert answer(one, "hanging") == answer(other, "hanging")
 
 
+@FOLDER
 def test_a_gate_that_one_server_was_told_of_is_judged_by_one_of_them(
     servers: tuple[Running, Running], adapters: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +250,7 @@ def test_a_gate_that_one_server_was_told_of_is_judged_by_one_of_them(
     assert judged(one, "guarded-there", 2)["verdict"]["bars"]
 
 
+@FOLDER
 def test_while_the_store_hangs_lists_and_metrics_are_answered_however_many_changes_wait(
     servers: tuple[Running, Running], disturbed: list[Disturbed], adapters: list[Path]
 ) -> None:
@@ -248,6 +284,30 @@ def test_while_the_store_hangs_lists_and_metrics_are_answered_however_many_chang
             thread.join()
 
 
+@FOLDER
+def test_a_server_with_another_base_is_refused_and_says_which(
+    servers: tuple[Running, Running], base: Path, tmp_path: Path
+) -> None:
+    """Also one that calls it otherwise: an adapter of one server could be called as the base of another is."""
+    address, one = servers[0].service.settings.shared_store, servers[0].service.base
+    assert address is not None
+    other = tiny.save_tiny_base(tmp_path / "other" / base.name, seed=1)
+    for settings_of, said in (
+        (settings(other, tmp_path / "data"), one.fingerprint.weights[:12]),
+        (settings(base, tmp_path / "data", served_model_name="else"), f"this server's (else in {one.dtype}"),
+        (settings(base, tmp_path / "data", dtype="bfloat16"), "in bfloat16"),
+    ):
+        with (
+            pytest.raises(StoreError, match=re.escape(said.replace("torch.", ""))),
+            serving(settings_of.model_copy(update={"shared_store": address})),
+        ):
+            pass
+    assert not (tmp_path / "data" / "shared").exists()
+    [said_at] = Path(address).glob("*/base.json")
+    assert servers[0].service.settings.base_id in said_at.read_text()
+
+
+@FOLDER
 def test_a_server_that_cannot_take_over_what_others_change_is_not_ready(
     servers: tuple[Running, Running], adapters: list[Path]
 ) -> None:

@@ -16,7 +16,7 @@ from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.base.adapter_proof import AdapterProof, adapter_proof
 from swaplora_server.base.batch_invariant import make_batch_invariant
 from swaplora_server.base.compact_embedding import compact_embedding
-from swaplora_server.base.fingerprint import fingerprint_of
+from swaplora_server.base.fingerprint import Fingerprint, fingerprint_of
 from swaplora_server.base.layers import AdaptableLayers
 from swaplora_server.base.proof import (
     Expected,
@@ -67,7 +67,7 @@ class BaseModel:
     kv_bytes_per_token: int
     weight_bytes: int
     copier: DeviceCopier | None  # None on a CPU
-    fingerprint: str  # of all that it computes and reads with
+    fingerprint: Fingerprint  # of all that it computes and reads with
     tolerance: float  # by how much rounding may move a logit, in standard deviations of its row
     pooling: Pooling = LAST_TOKEN  # how a vector is made of an input's hidden states
     score_activation: str | None = None  # what its folder says beside the config that scores of pairs go through

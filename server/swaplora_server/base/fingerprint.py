@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from importlib.metadata import version
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,17 +27,23 @@ def programs() -> dict[str, str]:
     return {"swaplora": VERSION, **{name: version(name) for name in _PROGRAMS}}
 
 
-def fingerprint_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
+class Fingerprint(NamedTuple):
+    """Hashes of what a base computes and reads with."""
+
+    weights: str
+    reading: str  # configuration, tokenizer and chat template, as the libraries here understand them
+
+
+def fingerprint_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Fingerprint:
     """The same for the same base wherever it lies; another, as good as surely, for one of which any bit differs."""
     sha256 = hashlib.sha256()
-    for config in (model.config, getattr(model, "generation_config", None)):
-        known = {} if config is None else config.to_dict()
-        sha256.update(digest_of({key: known[key] for key in known.keys() - _PLACES}).encode())
-    sha256.update(digest_of([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]).encode())
     for name, tensor in _tensors(model):
         sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha256.update(_row_sums(tensor))
-    return sha256.hexdigest()
+    configs = [{} if c is None else c.to_dict() for c in (model.config, getattr(model, "generation_config", None))]
+    told = [{key: known[key] for key in known.keys() - _PLACES} for known in configs]
+    reading = digest_of([*told, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template])
+    return Fingerprint(sha256.hexdigest(), reading)
 
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -1,6 +1,7 @@
 """One catalogue for several servers: a log of changes, and files by digest, in a folder that all see or a bucket.
 
     store.json                         which store this is: all else lies below its id
+    <id>/base.json                     what all servers serve
     <id>/log/<revision>                one change: all that is kept of a name or an alias after it
     <id>/snapshots/<revision>          all that was kept of every name and alias after a change
     <id>/blobs/<digest>/<place>/...    an adapter's two files; a place is written once, and referred to by versions

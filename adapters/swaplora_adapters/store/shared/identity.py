@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from swaplora_adapters.files.disk import StoreError, raising_storage_errors, sync_folder
+from swaplora_adapters.store.shared.base import Base, agree_on_base
 from swaplora_adapters.store.shared.log import tried
 from swaplora_adapters.store.shared.objects import Objects
 from swaplora_adapters.store.staging import Writer
@@ -48,11 +49,11 @@ class Mark(NamedTuple):
             sync_folder(path.parent)
 
 
-def found_or_join(objects: Objects, path: Path, *, is_filled: bool, publish: Callable[[str], None]) -> Mark:
+def found_or_join(objects: Objects, path: Path, base: Base, *, is_filled: bool, publish: Callable[[str], None]) -> Mark:
     """The mark at `path`: of which store the data directory then is a copy.
 
     An empty store becomes one of what the directory holds: `publish` puts that below the id. Raises StoreError for a
-    directory that `is_filled` with what is not this store's, and StoreUnreachableError.
+    directory that `is_filled` with what is not this store's and for another base, and StoreUnreachableError.
     """
     mark = Mark.read(path)
     store_id = _found(objects)
@@ -65,10 +66,12 @@ def found_or_join(objects: Objects, path: Path, *, is_filled: bool, publish: Cal
         mark.write(path)
         if is_filled:
             publish(mark.store_id)
+        agree_on_base(objects, mark.store_id, base)
         content = json.dumps({"format": FORMAT, "id": mark.store_id}).encode()
         tried(lambda: objects.create(_KEY, content))
         store_id = _found(objects)
         assert store_id is not None
+    agree_on_base(objects, store_id, base)
     if mark is not None and mark.is_founding and mark.store_id != store_id:
         mark = None  # another server was faster
         path.unlink()

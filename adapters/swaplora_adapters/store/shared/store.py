@@ -25,6 +25,7 @@ from swaplora_adapters.store.journal import NotSentError
 from swaplora_adapters.store.records import Details, Published, Quarantined, Touched
 from swaplora_adapters.store.recovery import Recovery
 from swaplora_adapters.store.shared.address import open_objects
+from swaplora_adapters.store.shared.base import Base
 from swaplora_adapters.store.shared.extras import Extras
 from swaplora_adapters.store.shared.files import SWEPT_AFTER, SharedFiles
 from swaplora_adapters.store.shared.identity import found_or_join
@@ -45,12 +46,12 @@ class _Sent(NamedTuple):
     at: float  # when its first byte went, on the monotonic clock
 
 
-def open_store(data_dir: Path, address: str | None) -> Store:
-    """A data directory of one's own, or one that is a copy of the shared store at `address`.
+def open_store(data_dir: Path, address: str | None, base: Base) -> Store:
+    """A data directory of one's own, or one that is a copy of the shared store at `address`, which is for one `base`.
 
     Raises StoreError, and StoreUnreachableError.
     """
-    return Store(data_dir) if address is None else SharedStore(data_dir, open_objects(address))
+    return Store(data_dir) if address is None else SharedStore(data_dir, open_objects(address), base)
 
 
 class SharedStore(Store):
@@ -61,9 +62,9 @@ class SharedStore(Store):
 
     _journal: SharedJournal
 
-    def __init__(self, data_dir: Path, objects: Objects) -> None:
-        """Raises StoreError, also for a data directory that is not this store's, and StoreUnreachableError."""
-        self._objects = objects
+    def __init__(self, data_dir: Path, objects: Objects, base: Base) -> None:
+        """Raises StoreError, also where directory or base are not this store's, and StoreUnreachableError."""
+        self._objects, self._base = objects, base
         self._sent: WeakKeyDictionary[Staging, _Sent] = WeakKeyDictionary()
         self._files_here = threading.Lock()  # held while files are moved in or out
         self._fetching = threading.Lock()
@@ -88,7 +89,7 @@ class SharedStore(Store):
             self._send_all(SharedFiles(self._objects, store_id))
             Log(self._objects, store_id).put_snapshot(journal(store_id).snapshot())
 
-        mark = found_or_join(self._objects, folders.shared, is_filled=is_filled, publish=publish)
+        mark = found_or_join(self._objects, folders.shared, self._base, is_filled=is_filled, publish=publish)
         store_id = mark.store_id
         self._log, self._files = Log(self._objects, store_id), SharedFiles(self._objects, store_id)
         self.extras = Extras(self._objects, store_id, mark.server_id)

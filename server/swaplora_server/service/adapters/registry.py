@@ -10,8 +10,10 @@ from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.registry.usage import UsageListener
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.sources.watcher import put_folder
+from swaplora_adapters.store.shared.base import Base
 from swaplora_adapters.store.shared.store import open_store
 from swaplora_server.base.base_model import BaseModel
+from swaplora_server.base.fingerprint import programs
 from swaplora_server.config import Settings
 from swaplora_server.service.adapters.host_tier import host_budget, open_host_tier
 
@@ -23,7 +25,7 @@ def open_registry(settings: Settings, base: BaseModel, sources: Sources, listene
 
     Raises AdapterError, UnsupportedModelError and OSError; nothing stays open then.
     """
-    store = open_store(settings.data_dir, settings.shared_store)
+    store = open_store(settings.data_dir, settings.shared_store, _shared_base(settings.base_id, base))
     for note in store.notes:
         _log.warning(note)
     for name, version, reason in store.quarantined:
@@ -60,6 +62,14 @@ def put_folders(registry: Registry, folders: Mapping[str, Path]) -> None:
 def report_ingest(name: str, error: Exception) -> None:
     """Log what was found in the adapter folder and could not be taken in."""
     _log.warning("an adapter of --adapter-dir cannot be taken in", adapter=name, reason=_reason(error))
+
+
+def _shared_base(name: str, base: BaseModel) -> Base:
+    """What all servers of one shared store are to have alike."""
+    libraries = programs()
+    read_by = ", ".join(f"{each} {libraries[each]}" for each in ("transformers", "tokenizers"))
+    dtype = str(base.backend.products or base.dtype).removeprefix("torch.")
+    return Base(name, dtype, *base.fingerprint, read_by)
 
 
 def _report_unseen(error: Exception) -> None:
