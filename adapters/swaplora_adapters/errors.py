@@ -159,6 +159,12 @@ class StoreUnreachableError(StorageFailedError):
     code = "store_unreachable"
 
 
+class StoreChangedError(StorageFailedError):
+    """The store that several servers share is not the one any more that is known here; an operator has to look."""
+
+    code = "store_changed"
+
+
 class MemoryFullError(AdapterError):
     """Every resident adapter is in use, and the budget leaves no room for another."""
 

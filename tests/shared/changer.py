@@ -17,8 +17,8 @@ from swaplora_adapters.registry.changes import Changes
 from swaplora_adapters.store.records import Details
 from swaplora_adapters.store.shared.address import open_objects
 from swaplora_adapters.store.shared.base import Base
+from swaplora_adapters.store.shared.history.log import Log
 from swaplora_adapters.store.shared.journal import SharedJournal
-from swaplora_adapters.store.shared.log import Log
 from swaplora_adapters.store.shared.store import SharedStore
 
 BASE = Base("base", "float32", "0" * 64, "1" * 64, "transformers 1, tokenizers 1")

@@ -26,7 +26,8 @@ from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.store.conditions import Conditions
 from swaplora_adapters.store.records import Mixing, Target
 from swaplora_adapters.store.shared.address import open_objects
-from swaplora_adapters.store.shared.store import SharedStore, open_store
+from swaplora_adapters.store.shared.history import segments
+from swaplora_adapters.store.shared.store import open_store
 
 
 def weights_of(of: Registry, reference: str) -> str:
@@ -95,7 +96,7 @@ def test_whatever_one_server_is_told_the_other_knows(address: str, files: list[P
 def test_a_new_server_makes_itself_of_the_log_and_goes_on_where_it_was(
     address: str, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swaplora_adapters.store.shared.store.SNAPSHOT_EVERY", 4)
+    monkeypatch.setattr(segments, "SEGMENT", 4)
     objects = open_objects(address)
     with replicas(tmp_path, [objects, objects]) as (one, other):
         for number in range(9):
@@ -107,9 +108,7 @@ def test_a_new_server_makes_itself_of_the_log_and_goes_on_where_it_was(
     with replicas(tmp_path, [objects]) as (one,):  # with the data directory of before
         one.delete_alias("gone")
         one.names.set_origin("a0", "hf://org/a0")
-        store = one._store  # noqa: SLF001
-        assert isinstance(store, SharedStore)
-        store.put_snapshot()
+        one._store.tidy()  # noqa: SLF001
         put(one, "late", files[0])
         expected = facts(one)
         assert expected.keys() == known.keys() - {"gone"} | {"late"}

@@ -164,8 +164,11 @@ def test_an_alias_that_another_server_points_elsewhere_meanwhile_is_not_deleted_
         assert stored in one.names.index
         one.put_alias(name, [Target(stored, 1)])
 
+        made: list[str] = []
+
         def vanish_then(call: str, key: str) -> None:
-            if call == "create" and LOG in key:
+            made.extend([key] if call == "create" else [])
+            if made and call == "get" and LOG in key:  # by which it is known to be made
                 disturbed[0].vanish()
 
         disturbed[0].after, disturbed[0].before = vanish_then, lambda _call, _key: None

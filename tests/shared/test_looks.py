@@ -14,6 +14,7 @@ from swaplora_adapters.registry import changes as registry_changes
 from swaplora_adapters.registry.changes import Changes
 from swaplora_adapters.store.records import Alias, Target
 from swaplora_adapters.store.shared.address import open_objects
+from swaplora_adapters.store.shared.history import log as shared_log
 from swaplora_adapters.store.shared.store import SharedStore
 
 HANG_SECONDS = 60  # unless the test comes to its end
@@ -25,7 +26,10 @@ def disturbed(tmp_path: Path) -> list[Disturbed]:
     return [Disturbed(open_objects(str(tmp_path / "shared"))) for _ in range(2)]
 
 
-def test_a_look_is_one_call_and_one_more_for_each_change(tmp_path: Path, disturbed: list[Disturbed]) -> None:
+def test_a_look_is_one_call_and_one_more_for_each_change(
+    tmp_path: Path, disturbed: list[Disturbed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_log, "TRUST_SECONDS", 3600.0)
     stores = [SharedStore(tmp_path / f"data{number}", each, BASE) for number, each in enumerate(disturbed)]
     with closing(stores[0]) as one, closing(stores[1]) as other:
         changes = Changes(other, lambda _touched: None)

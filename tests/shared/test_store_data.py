@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from botocore.stub import Stubber
 
 from changer import BASE
 from replicas import Disturbed, facts, put, registry, replicas, see, unreachable
-from swaplora_adapters.errors import StorageFailedError, StorageFullError, StoreUnreachableError
+from swaplora_adapters.errors import StorageFailedError, StorageFullError, StoreChangedError, StoreUnreachableError
 from swaplora_adapters.files.disk import StoreError
 from swaplora_adapters.files.naming import CONFIG_FILE
 from swaplora_adapters.registry.registry import Registry
@@ -23,6 +23,8 @@ from swaplora_adapters.store.shared import files as shared_files
 from swaplora_adapters.store.shared import store as shared_store
 from swaplora_adapters.store.shared.address import open_objects
 from swaplora_adapters.store.shared.bucket import BucketObjects
+from swaplora_adapters.store.shared.history import compaction, segments
+from swaplora_adapters.store.shared.history import log as shared_log
 from swaplora_adapters.store.shared.store import SharedStore
 from test_catalogue import local, weights_of
 
@@ -30,6 +32,12 @@ from test_catalogue import local, weights_of
 @pytest.fixture
 def objects(tmp_path: Path) -> list[Disturbed]:
     return [Disturbed(open_objects(str(tmp_path / "shared"))) for _ in range(2)]
+
+
+@pytest.fixture
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is a snapshot after each change, where somebody makes one."""
+    monkeypatch.setattr(segments, "SEGMENT", 1)
 
 
 @pytest.fixture
@@ -56,6 +64,7 @@ def places(of: Registry) -> dict[str, str]:
     return store_of(of)._catalogue.places()  # noqa: SLF001
 
 
+@pytest.mark.usefixtures("short_segments")
 @pytest.mark.parametrize("by_snapshot", [False, True])
 def test_files_that_were_sent_anew_are_where_the_last_change_says(
     objects: list[Disturbed], files: list[Path], tmp_path: Path, sweep: Callable[[Registry], int], by_snapshot: bool
@@ -78,7 +87,7 @@ def test_files_that_were_sent_anew_are_where_the_last_change_says(
         if by_snapshot:
             stack.close()
             replace()
-            store_of(one).put_snapshot()
+            store_of(one).tidy()
             other = begin()
         else:
             with other.names.changes:
@@ -208,6 +217,7 @@ def test_a_store_that_writes_over_what_is_there_is_refused(tmp_path: Path) -> No
             registry(tmp_path / "data", objects)
 
 
+@pytest.mark.usefixtures("short_segments")
 @pytest.mark.parametrize("is_adopted", [False, True])
 def test_a_directory_whose_store_has_gone_another_way_is_refused(
     files: list[Path], tmp_path: Path, is_adopted: bool
@@ -224,7 +234,7 @@ def test_a_directory_whose_store_has_gone_another_way_is_refused(
         put(one, "sql", files[0])
         shutil.copytree(shared, tmp_path / "backup")
         change(one, 1)
-        store_of(one).put_snapshot()
+        store_of(one).tidy()
     if is_adopted:
         with replicas(tmp_path / "by_snapshot", [open_objects(str(shared))]):
             pass
@@ -232,7 +242,7 @@ def test_a_directory_whose_store_has_gone_another_way_is_refused(
     (tmp_path / "backup").rename(shared)
     with replicas(tmp_path / "other", [open_objects(str(shared))]) as (other,):
         change(other, 2)
-        store_of(other).put_snapshot()
+        store_of(other).tidy()
         put(other, "late", files[3])
     with pytest.raises(StoreError, match="changes that the shared store does not have"):
         registry(tmp_path / ("by_snapshot/data0" if is_adopted else "data0"), open_objects(str(shared)))
@@ -319,7 +329,7 @@ def test_one_server_makes_the_snapshot_of_all(
         for number in range(3):
             put(one, "sql", files[number])
         see(other)
-        monkeypatch.setattr(shared_store, "SNAPSHOT_EVERY", 2)
+        monkeypatch.setattr(segments, "SEGMENT", 2)
         made: list[str] = []
         objects[0].after = objects[1].after = lambda call, key: made.extend([key] if call == "create" else [])
         store_of(one).tidy()
@@ -348,3 +358,126 @@ def test_the_first_server_says_which_base_a_store_is_for(objects: list[Disturbed
     registry(tmp_path / "data1", objects[1], BASE._replace(weights="2" * 64)).close()
     with pytest.raises(StoreError, match="for another base"):
         registry(tmp_path / "data0", objects[0])
+
+
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[Registry], None]:
+    """An hour after a snapshot of all but the last change."""
+    monkeypatch.setattr(segments, "SEGMENT", 2)
+    monkeypatch.setattr(shared_log, "TRUST_SECONDS", -1.0)  # as after a sleep
+    monkeypatch.setattr("swaplora_adapters.registry.changes.TIDY_SECONDS", 3600)
+
+    def cut(of: Registry) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(compaction, "GRACE_SECONDS", -1.0)
+            store_of(of).tidy()  # up to a snapshot that was found before
+            store_of(of).tidy()
+
+    return cut
+
+
+def test_a_server_that_is_behind_the_log_begins_at_the_snapshot(
+    objects: list[Disturbed], files: list[Path], tmp_path: Path, cut: Callable[[Registry], None]
+) -> None:
+    """One that runs, one that was away, and one that is new: with what was changed, removed and pointed elsewhere."""
+    with replicas(tmp_path / "away", objects[1:]) as (away,):
+        put(away, "sql", files[0])
+        away.put_alias("gone", [Target("sql", 1)])
+        away.put_alias("kept", [Target("sql", 1)])
+        assert away.revision == 3
+    with replicas(tmp_path, objects) as (one, other):
+        see(other)
+        with other.names.changes:
+            put(one, "sql", files[1])
+            one.delete_alias("gone")
+            one.put_alias("kept", [Target("sql@1", 1)])
+            put(one, "tales", files[2])
+            cut(one)
+            left = [each.key for each in objects[0].under("") if "/log/" in each.key]
+            assert [int(key[-3:]) for key in left] == [7]
+        see(other)
+        assert facts(other) == facts(one)
+        assert put(other, "sql", files[3]).record.version == 3
+        with replicas(tmp_path / "away", objects[1:]) as (away,), replicas(tmp_path / "new", objects[1:]) as (new,):
+            see(one)
+            assert facts(away) == facts(new) == facts(one)
+            assert weights_of(new, "kept") == weights_of(one, "kept")
+
+
+def test_a_store_that_was_brought_back_as_it_was_is_noticed_by_servers_that_run(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No change of theirs is left in it, and none is taken over of what others have made of it since."""
+    monkeypatch.setattr(shared_log, "TRUST_SECONDS", -1.0)  # as ten seconds later
+    shared = tmp_path / "shared"
+    objects = [open_objects(str(shared)) for _ in range(3)]
+    with replicas(tmp_path, objects[:2]) as (one, other):
+        put(one, "sql", files[0])
+        shutil.copytree(shared, tmp_path / "backup")
+        put(one, "sql", files[1])
+        put(one, "tales", files[1])
+        see(other)
+        known = facts(other)
+        shutil.rmtree(shared)
+        (tmp_path / "backup").rename(shared)
+        with pytest.raises(StoreChangedError, match="change 3"):
+            one.put_alias("best", [Target("sql", 1)])
+        assert [each.key[-1] for each in objects[0].under("") if "/log/" in each.key] == ["1"]
+        with replicas(tmp_path / "new", objects[2:]) as (new,):
+            for number in range(4):
+                put(new, "late", files[2 + number % 2])
+            with pytest.raises(StoreChangedError):
+                other.seen().result(60)
+            with pytest.raises(StoreChangedError):
+                put(other, "late", files[3])
+            assert facts(other) == known
+            assert other.names.changes.is_stuck
+            assert {each.current.name for each in new.names.index.all()} == {"sql", "late"}
+
+
+def test_a_change_that_is_checked_in_a_store_that_was_just_brought_back_is_taken_out_of_it(
+    files: list[Path], tmp_path: Path, objects: list[Disturbed]
+) -> None:
+    """It came between two checks, so that it was made where it follows nothing."""
+    with replicas(tmp_path, objects[:1]) as (one,):
+        put(one, "sql", files[0])
+        put(one, "sql", files[1])
+
+        def bring_back(call: str, key: str) -> None:
+            if call == "create" and "/log/" in key:
+                objects[1].remove(key.replace("0003", "0002"))
+
+        objects[0].before = bring_back
+        with pytest.raises(StoreChangedError):
+            one.put_alias("best", [Target("sql", 1)])
+        assert [each.key[-1] for each in objects[1].under("") if "/log/" in each.key] == ["1"]
+        objects[0].come_back()
+
+
+class DiedError(BaseException):
+    """Nothing is undone by who is killed."""
+
+
+def test_what_was_half_taken_over_when_a_server_died_is_taken_over_whole(
+    objects: list[Disturbed], files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The description of the later of two changes was written, that of the one before it was not."""
+
+    def die(*_arguments: object) -> None:
+        raise DiedError
+
+    with replicas(tmp_path, objects[:1]) as (one,):
+        put(one, "sql", files[0])
+        with closing(SharedStore(tmp_path / "other", objects[1], BASE)) as other:
+            one.put_alias("best", [Target("sql", 1)])
+            put(one, "tales", files[1])
+            entries, _ = other.unread(other.revision)
+            assert len(entries) == 2
+            with monkeypatch.context() as patch:
+                patch.setattr(other._aliases, "put", die)  # noqa: SLF001
+                patch.setattr(other._names, "_undo", lambda _error: None)  # noqa: SLF001
+                with pytest.raises(DiedError):
+                    other.catch_up(entries)
+        with closing(SharedStore(tmp_path / "other", objects[1], BASE)) as other:
+            assert (other.names(), [alias.alias for alias in other.aliases()]) == (["sql", "tales"], ["best"])
+            assert other.revision == one.revision

@@ -21,6 +21,7 @@ from swaplora_adapters.errors import StorageFullError
 from swaplora_adapters.files.disk import StoreError
 from swaplora_adapters.store.shared import store as shared_store
 from swaplora_adapters.store.shared.address import open_objects
+from swaplora_adapters.store.shared.history import log as shared_log
 from swaplora_server.access.caller import Caller
 from swaplora_server.service.gates import judging
 from swaplora_server.service.service import Service
@@ -305,6 +306,33 @@ def test_a_server_with_another_base_is_refused_and_says_which(
     assert not (tmp_path / "data" / "shared").exists()
     [said_at] = Path(address).glob("*/base.json")
     assert servers[0].service.settings.base_id in said_at.read_text()
+
+
+@FOLDER
+def test_a_server_whose_store_is_another_by_now_takes_no_requests(
+    servers: tuple[Running, Running], adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_log, "TRUST_SECONDS", -1.0)  # as ten seconds later
+    one, other = servers
+    one.put("changed", adapters[0])
+    expected = answer(other, "changed")
+    address = servers[0].service.settings.shared_store
+    assert address is not None
+    last = max(Path(address).glob("*/log/*"))
+    last.rename(last.with_name("gone"))
+    while other.client.get("/health/ready").status_code == 200:
+        time.sleep(0.05)
+    for refused in (
+        other.generate("changed", PROMPT),
+        other.put("changed", adapters[1]),
+        other.client.get("/v1/models"),
+    ):
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_changed"), refused.text
+    last.with_name("gone").rename(last)
+    for server in servers:
+        while server.client.get("/health/ready").status_code != 200:
+            time.sleep(0.05)
+        assert answer(server, "changed") == expected
 
 
 @FOLDER

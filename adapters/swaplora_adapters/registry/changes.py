@@ -9,10 +9,16 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
-from swaplora_adapters.errors import StoppingError, StorageFailedError, StorageFullError, StoreUnreachableError
+from swaplora_adapters.errors import (
+    StoppingError,
+    StorageFailedError,
+    StorageFullError,
+    StoreChangedError,
+    StoreUnreachableError,
+)
 from swaplora_adapters.store.journal import OutrunError
 from swaplora_adapters.store.records import Touched
-from swaplora_adapters.store.shared.log import Entry
+from swaplora_adapters.store.shared.history.entry import Entry
 from swaplora_adapters.store.store import Store
 
 T = TypeVar("T")
@@ -95,7 +101,7 @@ class Changes:
         match self.failure:
             case None:
                 return
-            case StoreUnreachableError() | StorageFullError() as failure:
+            case StoreUnreachableError() | StorageFullError() | StoreChangedError() as failure:
                 raise type(failure)(str(failure))
             case StorageFailedError() as failure:
                 raise StorageFailedError(f"what others have changed cannot be taken over: {failure}")
@@ -212,7 +218,8 @@ class Looks:
             self._failing_since = began
             if not self._is_closed:
                 self._report(failure)
-        if time.monotonic() - self._failing_since > AWAY_SECONDS:
+        is_known = isinstance(failure, StoreChangedError)  # which does not pass
+        if is_known or time.monotonic() - self._failing_since > AWAY_SECONDS:
             self._changes.failure = failure
 
     def _tidy_on(self) -> None:

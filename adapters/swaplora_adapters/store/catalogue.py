@@ -170,6 +170,14 @@ class Catalogue:
         """Digest, config bytes, weights bytes and failure of every blob."""
         return self._query("SELECT digest, config_bytes, weights_bytes, failure FROM blobs")
 
+    def position(self) -> tuple[int, str | None] | None:
+        """The last change of a shared store up to which all are known, with its id; None if that was never noted."""
+        return next(iter(self._query("SELECT revision, change FROM position")), None)
+
+    def set_position(self, revision: int, change: str | None) -> None:
+        """Note that all are known up to this one."""
+        self._execute("INSERT OR REPLACE INTO position VALUES (0, ?, ?)", revision, change)
+
     def revisions(self) -> dict[str, int]:
         """Which change of anything the last one of each name was."""
         return dict(self._query("SELECT name, revision FROM names"))

@@ -37,7 +37,7 @@ from swaplora_adapters.store.manifests import Manifests, NotUndoneError
 from swaplora_adapters.store.records import Alias, Details, Published, Quarantined, Standing, Touched, VersionRecord
 from swaplora_adapters.store.recovery import Recovery
 from swaplora_adapters.store.shared.extras import Extras
-from swaplora_adapters.store.shared.log import Entry
+from swaplora_adapters.store.shared.history.entry import Entry
 from swaplora_adapters.store.staging import Staging
 
 

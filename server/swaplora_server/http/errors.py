@@ -16,6 +16,7 @@ from swaplora_adapters.errors import (
     AliasNotFoundError,
     StorageFailedError,
     StorageFullError,
+    StoreChangedError,
     StoreUnreachableError,
     VersionMismatchError,
 )
@@ -65,6 +66,7 @@ _STATUS = {
     "engine_failed": 503,
     "too_many_connections": 503,
     "store_unreachable": 503,
+    "store_changed": 503,
     "deadline_exceeded": 504,
     "storage_full": 507,
     "storage_failed": 507,
@@ -79,6 +81,7 @@ _RETRY_AFTER = {
     "memory_full": "5",
     "source_failed": "5",
     "store_unreachable": "5",
+    "store_changed": "5",
 }
 # asking again is in vain, or too late
 _FINAL = frozenset(
@@ -138,7 +141,8 @@ async def on_request_error(request: Request, error: Exception) -> JSONResponse:
         error = StoreUnreachableError(
             f"{error}; but others may have made it, which is not known here at this moment: try again"
         )
-    if isinstance(error, StorageFullError | StorageFailedError) and not isinstance(error, StoreUnreachableError):
+    is_shared = isinstance(error, StoreUnreachableError | StoreChangedError)
+    if isinstance(error, StorageFullError | StorageFailedError) and not is_shared:
         _log.error("the data directory cannot be written", reason=str(error))
     request.state.refused = error
     return error_response(error)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from swaplora_adapters.errors import AdapterError
+from swaplora_adapters.errors import AdapterError, StoreChangedError
 from swaplora_adapters.priority import lower_priority
 from swaplora_adapters.registry.index import parse_reference
 from swaplora_adapters.registry.registry import Registry
@@ -259,6 +259,8 @@ class Service:
             raise RequestError("not_ready", "the server is still starting; GET /health/ready says when it has")
         if not self.engine.is_alive:
             raise RequestError("engine_failed", self.engine.failure or "the engine has stopped")
+        if isinstance(failure := self._registry.names.changes.failure, StoreChangedError):
+            raise RequestError(failure.code, str(failure))
 
     def is_base(self, model: str) -> bool:
         return model == self.settings.base_id

@@ -7,8 +7,8 @@ import json
 from typing import NamedTuple
 
 from swaplora_adapters.files.disk import StoreError
-from swaplora_adapters.store.shared.log import tried
 from swaplora_adapters.store.shared.objects import Objects
+from swaplora_adapters.store.shared.trying import tried
 
 _SHOWN = 12  # hexadecimal digits
 
@@ -43,6 +43,6 @@ def agree_on_base(objects: Objects, store_id: str, base: Base) -> None:
     if not theirs.is_same(base):
         raise StoreError(
             f"the shared store is for another base ({theirs}) than this server's ({base}): start it with that base, "
-            "--dtype and --served-model-name, or choose another address, or an empty folder, for a store of its own; to "
+            "--dtype and --served-model-name, or choose another address for a store of its own; to "
             f"change the base of all servers, stop them, remove {key} from the store, and start them with the new one"
         )

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from swaplora_adapters.store.shared.log import tried
 from swaplora_adapters.store.shared.objects import Objects
+from swaplora_adapters.store.shared.trying import tried
 
 CLAIM_SECONDS = 300.0  # after which who has claimed something claims it anew, and after twice that has perhaps gone
 

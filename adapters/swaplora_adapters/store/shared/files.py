@@ -13,8 +13,8 @@ from pathlib import Path
 from swaplora_adapters.errors import AdapterFailedError
 from swaplora_adapters.files.digest import hex_of
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.store.shared.log import tried
 from swaplora_adapters.store.shared.objects import Objects
+from swaplora_adapters.store.shared.trying import tried
 from swaplora_adapters.store.staging import Staging
 
 SWEPT_AFTER = 24 * 3600.0  # seconds: what is on its way in is published, and what was deleted fetched, long before

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from swaplora_adapters.files.disk import StoreError, raising_storage_errors, sync_folder
 from swaplora_adapters.store.shared.base import Base, agree_on_base
-from swaplora_adapters.store.shared.log import tried
 from swaplora_adapters.store.shared.objects import Objects
+from swaplora_adapters.store.shared.trying import tried
 from swaplora_adapters.store.staging import Writer
 
 FORMAT = 1
@@ -86,6 +86,12 @@ def found_or_join(objects: Objects, path: Path, base: Base, *, is_filled: bool, 
         mark = Mark(store_id, secrets.token_hex(8))
         mark.write(path)
     return mark
+
+
+def is_founded(objects: Objects, store_id: str) -> bool:
+    """Whether the store there is the one with this id. Raises StoreUnreachableError."""
+    content = tried(lambda: objects.get(_KEY))
+    return content is not None and json.loads(content)["id"] == store_id
 
 
 def _found(objects: Objects) -> str | None:

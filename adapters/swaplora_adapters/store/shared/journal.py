@@ -4,7 +4,7 @@ What one server changes and what others have changed is taken over by the same s
 """
 
 import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -13,7 +13,8 @@ from swaplora_adapters.store.blobs import Blobs
 from swaplora_adapters.store.catalogue import Catalogue
 from swaplora_adapters.store.journal import Journal, OutrunError
 from swaplora_adapters.store.manifests import Manifest, Manifests
-from swaplora_adapters.store.shared.log import Entry, Kind, Log, Snapshot
+from swaplora_adapters.store.shared.history.entry import Entry, Kind, Position
+from swaplora_adapters.store.shared.history.log import Log
 
 T = TypeVar("T")
 _AT_ONCE = 8  # manifests: more are written with one wait for the disk
@@ -23,15 +24,17 @@ class SharedJournal(Journal):
     """For one thread at a time."""
 
     def __init__(
-        self, catalogue: Catalogue, names: Manifests, aliases: Manifests, blobs: Blobs, revision: int, log: Log
+        self, catalogue: Catalogue, names: Manifests, aliases: Manifests, blobs: Blobs, position: Position, log: Log
     ) -> None:
-        super().__init__(catalogue, names, aliases, blobs, revision)
+        """`position` is that of the last change up to which all are known."""
+        super().__init__(catalogue, names, aliases, blobs, position.revision)
+        self.position = position
         self._log = log
         self._draft: Entry | None = None
 
     @contextmanager
     def change(self) -> Iterator[None]:
-        """Raises OutrunError, and StoreUnreachableError."""
+        """Raises OutrunError, StoreUnreachableError, and StoreChangedError."""
         self._draft = None
         with self._catalogue.draft():
             yield
@@ -39,7 +42,7 @@ class SharedJournal(Journal):
 
     def _make_draft(self) -> None:
         if (entry := self._draft) is not None:
-            if not self._log.append(entry):
+            if not self._log.append(entry, self.position):
                 raise OutrunError
             try:
                 self.adopt([entry])
@@ -55,32 +58,8 @@ class SharedJournal(Journal):
         newest = {(entry.kind, entry.name): entry for entry in entries}.values()
         in_order = sorted(newest, key=lambda entry: entry.revision)
         super().even_if_full(lambda _has_failed: self._take_over(in_order))
-        self.revision = max(self.revision, *(entry.revision for entry in entries))
-
-    def adopt_all(self, snapshot: Snapshot) -> None:
-        """Take over all that there was at a moment after anything that is known here."""
-        names, aliases = self._catalogue.revisions(), self._catalogue.alias_revisions()
-        kinds: tuple[tuple[Kind, Mapping[str, Manifest], Mapping[str, int]], ...]
-        kinds = (("name", snapshot.names, names), ("alias", snapshot.aliases, aliases))
-        entries = [
-            Entry(manifest.revision, kind, name, manifest.facts)
-            for kind, manifests, known in kinds
-            for name, manifest in manifests.items()
-            if manifest.revision > known.get(name, -1)
-        ]
-        gone = aliases.keys() - snapshot.aliases.keys()
-        entries += [Entry(snapshot.revision, "alias", name, {"targets": None}) for name in gone]
-        super().even_if_full(lambda _has_failed: self._take_over(entries))
-        self.revision = snapshot.revision
-
-    def snapshot(self) -> Snapshot:
-        """All that there is now."""
-        catalogue = self._catalogue
-        return Snapshot(
-            self.revision,
-            {name: catalogue.manifest_of_name(name) for name in catalogue.revisions()},
-            {alias: catalogue.manifest_of_alias(alias) for alias in catalogue.alias_revisions()},
-        )
+        self.position = in_order[-1].position
+        self.revision = self.position.revision
 
     def _next_revision(self) -> int:
         return self.revision + 1
@@ -93,7 +72,7 @@ class SharedJournal(Journal):
         kind: Kind = "name" if manifests is self._names else "alias"
         self._draft = Entry(manifest.revision, kind, name, manifest.facts, secrets.token_hex(16))
 
-    def _take_over(self, entries: Collection[Entry]) -> None:
+    def _take_over(self, entries: Sequence[Entry]) -> None:
         for kind, manifests in (("name", self._names), ("alias", self._aliases)):
             told = {entry.name: entry.manifest for entry in entries if entry.kind == kind}
             if len(told) > _AT_ONCE:
@@ -104,6 +83,7 @@ class SharedJournal(Journal):
         for entry in entries:
             if entry.kind == "alias":
                 self._catalogue.adopt_alias(entry.name, entry.manifest)
-            else:
+            elif entry.kind == "name":
                 self._catalogue.adopt_name(entry.name, entry.manifest, {})
         self._catalogue.forget_unreferenced()
+        self._catalogue.set_position(*entries[-1].position)

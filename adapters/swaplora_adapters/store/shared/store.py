@@ -17,6 +17,8 @@ from swaplora_adapters.errors import (
     StoppingError,
     StorageFailedError,
     StorageFullError,
+    StoreChangedError,
+    StoreUnreachableError,
 )
 from swaplora_adapters.files.disk import StoreError, regular_size
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
@@ -28,14 +30,16 @@ from swaplora_adapters.store.shared.address import open_objects
 from swaplora_adapters.store.shared.base import Base
 from swaplora_adapters.store.shared.extras import Extras
 from swaplora_adapters.store.shared.files import SWEPT_AFTER, SharedFiles
+from swaplora_adapters.store.shared.history.compaction import Compaction
+from swaplora_adapters.store.shared.history.entry import CHANGE, Entry, Position
+from swaplora_adapters.store.shared.history.log import Log, TrimmedError
+from swaplora_adapters.store.shared.history.snapshots import Snapshot, Snapshots
 from swaplora_adapters.store.shared.identity import found_or_join
 from swaplora_adapters.store.shared.journal import SharedJournal
-from swaplora_adapters.store.shared.log import CHANGE, Entry, Log
 from swaplora_adapters.store.shared.objects import Objects
 from swaplora_adapters.store.staging import Staging
 from swaplora_adapters.store.store import Store
 
-SNAPSHOT_EVERY = 256  # changes: as many are read one by one at a start
 SWEEP_SECONDS = 3600.0
 CLOSE_SECONDS = 2.0  # that an end waits for a change that is being made
 _AT_ONCE = 64  # changes that are taken over together
@@ -69,7 +73,6 @@ class SharedStore(Store):
         self._files_here = threading.Lock()  # held while files are moved in or out
         self._fetching = threading.Lock()
         self._fresh: set[str] = set()  # fetched, and not hashed yet
-        self._snapshot_at = 0
         self._is_closed = False
         self._sweep_at = time.monotonic() + SWEEP_SECONDS
         super().__init__(data_dir)
@@ -80,47 +83,53 @@ class SharedStore(Store):
         recovery.sweep(self._catalogue, is_copy=is_copy)
         is_filled = bool(self._catalogue.revisions() or self._catalogue.alias_revisions())
 
-        def journal(store_id: str) -> SharedJournal:
-            log = Log(self._objects, store_id)
-            known = max(revision, 1) if is_filled else 0  # earlier releases count none
-            return SharedJournal(self._catalogue, self._names, self._aliases, self._blobs, known, log)
-
         def publish(store_id: str) -> None:
             self._send_all(SharedFiles(self._objects, store_id))
-            Log(self._objects, store_id).put_snapshot(journal(store_id).snapshot())
+            Snapshots(self._objects, store_id).put(self._founding(max(revision, 1)))  # earlier releases count none
 
         mark = found_or_join(self._objects, folders.shared, self._base, is_filled=is_filled, publish=publish)
         store_id = mark.store_id
         self._log, self._files = Log(self._objects, store_id), SharedFiles(self._objects, store_id)
+        self._snapshots = Snapshots(self._objects, store_id)
+        self._compaction = Compaction(self._log, self._snapshots)
         self.extras = Extras(self._objects, store_id, mark.server_id)
-        opened = journal(store_id)
-        self._begin(opened, recovery.told_at(revision, CHANGE))
+        position = Position(*(self._catalogue.position() or (0, None)))
+        opened = SharedJournal(self._catalogue, self._names, self._aliases, self._blobs, position, self._log)
+        self._begin(opened, Position(revision, recovery.told_at(revision, CHANGE)))
         self._places = self._catalogue.places()
         return opened
 
-    def _begin(self, journal: SharedJournal, change: str | None) -> None:
+    def _begin(self, journal: SharedJournal, newest: Position) -> None:
         """Take over what was changed before this server began, or while it was away.
 
-        `change` is the id of the last change that is known here, or None if that was the founding, or is not known.
+        `newest` is the last change that is known here of anything: some before it may not be, after a crash.
         """
-        snapshot = self._log.newest_snapshot()
-        self._snapshot_at = snapshot.revision if snapshot else 0
-        last = self._log.read(journal.revision)
-        has_last = change in (None, last.id) if last else change is None and journal.revision <= self._snapshot_at
-        if not has_last:
+        for known in (newest, journal.position):
+            with suppress(TrimmedError):
+                self._check(known)
+        if self._snapshots.last_revision() > journal.revision:
+            journal.adopt(self._leap(journal.revision))
+        is_all = False
+        while not is_all:
+            entries, is_all = self._after(journal.position)
+            if entries:
+                journal.adopt(entries)
+
+    def _check(self, known: Position) -> None:
+        try:
+            self._log.check(known)
+        except StoreChangedError as error:
             raise StoreError(
                 "the data directory has changes that the shared store does not have, which was perhaps restored from a "
                 "backup: choose an empty --data-dir"
-            )
-        if snapshot is not None and snapshot.revision > journal.revision:
-            journal.adopt_all(snapshot)
-            if last := self._log.read(snapshot.revision):
-                journal.adopt([last])  # once more: it has an id
-        is_all = False
-        while not is_all:
-            entries, is_all = self.unread(journal.revision)
-            if entries:
-                journal.adopt(entries)
+            ) from error
+
+    def _founding(self, revision: int) -> Snapshot:
+        """All that there is in a directory before there is a shared store."""
+        catalogue = self._catalogue
+        names = {name: catalogue.manifest_of_name(name) for name in catalogue.revisions()}
+        aliases = {alias: catalogue.manifest_of_alias(alias) for alias in catalogue.alias_revisions()}
+        return Snapshot(revision, None, names, aliases)
 
     def _send_all(self, files: SharedFiles) -> None:
         """What the directory held before there was a shared store.
@@ -143,12 +152,24 @@ class SharedStore(Store):
         return True
 
     def unread(self, revision: int) -> tuple[Sequence[Entry], bool]:
-        entries: list[Entry] = []
-        while len(entries) < _AT_ONCE:
-            if (entry := self._log.read(revision + len(entries) + 1)) is None:
-                return entries, True
-            entries.append(entry)
-        return entries, False
+        """Raises StoreChangedError as well."""
+        known = self._journal.position
+        return self._after(known if known.revision == revision else Position(revision, None))
+
+    def _after(self, position: Position) -> tuple[Sequence[Entry], bool]:
+        try:
+            return self._log.after(position, _AT_ONCE)
+        except TrimmedError:
+            return self._leap(position.revision), False
+
+    def _leap(self, revision: int) -> Sequence[Entry]:
+        """What the newest snapshot has beyond this change, as changes."""
+        snapshot = self._snapshots.newest()
+        if snapshot.revision <= revision:
+            raise StoreUnreachableError("the shared store has lost its snapshots: bring them back from a backup")
+        with self._mutex:
+            aliases = [*self._catalogue.alias_revisions()]
+        return snapshot.since(revision, aliases)
 
     def catch_up(self, entries: Sequence[Entry]) -> Touched:
         with self._mutex:
@@ -223,26 +244,16 @@ class SharedStore(Store):
             return super().discard_unreferenced(digest)
 
     def tidy(self) -> None:
-        """A snapshot when there are enough changes, and once an hour what nothing refers to is removed."""
-        if self.revision - self._snapshot_at >= SNAPSHOT_EVERY:
-            self._snapshot_at = self._log.last_snapshot()  # another server's, as a rule
-            if self.revision - self._snapshot_at >= SNAPSHOT_EVERY:
-                self.put_snapshot()
+        """The log is kept short, and once an hour what nothing refers to is removed."""
+        self._compaction.run(self.revision)
         if time.monotonic() >= self._sweep_at:
             self._sweep_at = time.monotonic() + SWEEP_SECONDS
             self.sweep()
 
-    def put_snapshot(self) -> None:
-        """Of all that is known here; nothing is taken over meanwhile."""
-        with self._mutex:
-            snapshot = self._journal.snapshot()
-        self._log.put_snapshot(snapshot)
-        self._snapshot_at = snapshot.revision
-
     def sweep(self) -> int:
         """Remove from the shared store what no version has referred to for long; how many objects."""
         keys = self._files.keys()
-        if self._log.read(self.revision + 1) is not None:
+        if self.unread(self.revision)[0]:
             return 0  # one may be referred to by what is not known yet
         with self._mutex:
             referenced = set(self._catalogue.places().items())
