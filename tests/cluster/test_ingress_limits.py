@@ -21,6 +21,7 @@ from swaplora_server.cluster import ingress as ingress_module
 from swaplora_server.cluster.affinity import RouteKey
 from swaplora_server.cluster.engines import ReplicaLostError
 from swaplora_server.cluster.exchange import WANTS_BODY, Answer, Exchange, Forwarded
+from swaplora_server.cluster.gathered import missing
 from swaplora_server.cluster.ingress import PART_BYTES, Ingress, _next_part
 from swaplora_server.cluster.route_key import ANYWHERE, key_of_body
 from swaplora_server.config import Settings
@@ -53,6 +54,8 @@ class Scripted:
     asked: list[Forwarded] = field(default_factory=list)
     is_closed: bool = False
     hangs: bool = False  # after its messages
+    is_lost: bool = False  # likewise
+    has_ended: bool = False  # by itself
 
     async def stream(self, _key: RouteKey, request: Forwarded) -> AsyncGenerator[list[Message]]:
         self.streamed.append(request)
@@ -61,6 +64,11 @@ class Scripted:
             yield [dict(message)]
         if self.hangs:
             await asyncio.Event().wait()
+        if self.is_lost:
+            raise ReplicaLostError("a fault of the test")
+        for _ in range(5):  # as one that is told of its end by others
+            await asyncio.sleep(0)
+        self.has_ended = True
 
     async def feed(self, exchange_id: str, body: bytes, *, is_last: bool) -> None:
         raise ReplicaLostError(f"nobody has {exchange_id}, {len(body)}, {is_last}")
@@ -348,8 +356,78 @@ def test_the_end_is_told_to_a_stream_by_an_event_and_to_others_by_status() -> No
     *_, told, done = found.sent[-1]["body"].decode().strip().split("\n\n")
     assert json.loads(told.removeprefix("data: "))["error"]["code"] == "draining"
     assert (done, found.sent[-1]["more_body"]) == ("data: [DONE]", False)
-    assert asyncio.run(ask(app, "GET", "/v1/models", headers=KEY)).code == "draining"
+    assert asyncio.run(ask(app, "POST", "/v1/completions", b"{}", JSON)).code == "draining"
+    assert asyncio.run(ask(app, "GET", "/health/ready")).code == "draining"
     assert len(engines.streamed) == 1
+    engines.answers = [Answer("r0", 200, [], b"")]
+    assert asyncio.run(ask(app, "GET", "/health")).status == 200  # else it would be killed while it ends
+
+
+@pytest.mark.parametrize(
+    "last", [b"data: [DONE]\n\n", b"event: message_stop\ndata: {}\n\n", b"event: response.completed\ndata: {}\n\n"]
+)
+def test_behind_the_last_event_comes_none_whatever_becomes_of_the_replica(last: bytes) -> None:
+    messages = [*EVENTS, {**EVENTS[1], "body": last}]
+    found = asyncio.run(ask(front(Scripted(messages, is_lost=True)), "POST", "/v1/completions", b"{}", JSON))
+    assert b"".join(message.get("body", b"") for message in found.sent) == EVENTS[1]["body"] + last
+    assert not found.sent[-1]["more_body"]
+    found = asyncio.run(ask(front(Scripted(EVENTS, is_lost=True)), "POST", "/v1/completions", b"{}", JSON))
+    assert b"engine_failed" in found.sent[-1]["body"]
+
+
+def test_who_has_the_whole_answer_ends_nothing_at_the_replica() -> None:
+    """Though the server says then that the client goes: the replica ends by itself, and is waited for."""
+    engines = Scripted()
+
+    async def go() -> None:
+        is_whole = asyncio.Event()
+
+        def note(message: Message) -> None:
+            if message.get("more_body") is False:
+                is_whole.set()
+
+        async def receive() -> Message:
+            await is_whole.wait()
+            return {"type": "http.disconnect"}
+
+        await ask(front(engines), "GET", "/v1/models", headers=KEY, on_sent=note, receive=receive)
+
+    asyncio.run(go())
+    assert engines.has_ended
+
+
+def test_no_longer_than_the_client_waits_is_waited_for_a_replica() -> None:
+    class Nobody(Scripted):
+        async def stream(self, _key: RouteKey, request: Forwarded) -> AsyncGenerator[list[Message]]:
+            self.streamed.append(request)
+            await asyncio.Event().wait()
+            yield []
+
+    began = time.monotonic()
+    headers = [*JSON, (b"x-request-timeout", b"0.1")]
+    assert asyncio.run(ask(front(Nobody()), "POST", "/v1/completions", b"{}", headers)).code == "not_ready"
+    assert time.monotonic() - began < 25
+
+
+def test_a_late_replica_is_not_one_that_has_nothing() -> None:
+    engines = Scripted(answers=[Answer("r0", 404, [], b"nothing"), missing()])
+    found = asyncio.run(ask(front(engines), "DELETE", "/v1/evaluations/e1", headers=KEY))
+    assert (found.status, found.code) == (503, "not_ready")
+    engines.answers.append(Answer("r2", 200, [], b"here"))
+    assert asyncio.run(ask(front(engines), "DELETE", "/v1/evaluations/e1", headers=KEY)).status == 200
+
+
+async def test_a_websocket_is_closed() -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    await front(Scripted())({"type": "websocket", "path": "/v1/models", "headers": []}, receive, send)
+    assert [message["type"] for message in sent] == ["websocket.close"]
 
 
 def test_a_front_that_ends_has_its_streams_end_by_an_event() -> None:

@@ -26,8 +26,8 @@ class FakeReplica(SimpleNamespace):
         return 0
 
 
-def replica(name: str, *resident: str, running: int = 0) -> FakeReplica:
-    stats = {"resident": list(resident), "queue": 0, "running": running, "capacity": 64}
+def replica(name: str, *resident: str, running: int = 0, is_ready: bool = True) -> FakeReplica:
+    stats = {"resident": list(resident), "queue": 0, "running": running, "capacity": 64, "is_ready": is_ready}
     return FakeReplica(replica_id=replica_id(name), routing_stats=stats, max_ongoing_requests=100)
 
 
@@ -154,6 +154,15 @@ async def test_the_same_told_again_is_no_news() -> None:
         router.on_request_completed(replica_id(home), "one")
     router.update_replicas(list(told))
     assert await chosen(router, adapter("x")) == home
+
+
+async def test_one_that_is_not_ready_is_asked_last_whatever_it_has() -> None:
+    """One whose engine has failed has the least to do, for it fails at once."""
+    router = router_of([replica("a", "x", is_ready=False), replica("b", running=50), replica("c", running=50)])
+    for key in (adapter("x"), BASE, RouteKey((), "session")):
+        assert (await ranked(router, key))[-1] == "a"
+    router.update_replicas([replica("a", "x"), replica("b", running=50), replica("c", running=50)])
+    assert await chosen(router, adapter("x")) == "a"
 
 
 async def test_a_dead_replica_is_not_ranked() -> None:

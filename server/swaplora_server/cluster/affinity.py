@@ -49,6 +49,7 @@ class ReplicaState:
     resident: frozenset[str]  # stored names of adapters in memory
     ongoing: int  # requests that wait or run
     capacity: int  # requests that run at once
+    is_ready: bool = True
 
 
 @dataclass(slots=True)
@@ -107,7 +108,11 @@ class Affinity:
             replica.in_flight = max(0, replica.in_flight - 1)
 
     def rank(self, key: RouteKey, now: float) -> list[str]:
-        """All replicas, the best first."""
+        """All replicas, the best first; those that say they are not ready come last, whatever they have."""
+        ranked = self._ranked(key, now)
+        return sorted(ranked, key=lambda name: not self._replicas[name].state.is_ready)
+
+    def _ranked(self, key: RouteKey, now: float) -> list[str]:
         loads = _Loads(self._replicas.values())
         if key.adapters:
             return self._by_adapter(key, loads, now)

@@ -28,5 +28,5 @@ class Engines(Protocol):
         ...
 
     def ask_all(self, request: Forwarded) -> AsyncGenerator[Answer]:
-        """The whole answer of each replica that gives one in time, as they come; closing it ends the others."""
+        """The whole answer of each replica, `missing` of one that gives none in time; closing it ends the others."""
         ...

@@ -8,6 +8,7 @@ from starlette.datastructures import QueryParams
 from starlette.types import Scope
 
 from swaplora_server.cluster.exchange import Answer
+from swaplora_server.http.errors import error_body
 
 Gathered = Callable[[list[Answer], Scope], Answer]
 ALL_OF_A_LIST = b"limit=1000"  # as many as one asks for at most
@@ -17,7 +18,8 @@ _EOF = b"# EOF\n"  # of OpenMetrics
 _FAMILY = re.compile(rb"(?P<name>\S+).*\n(?:#.*\n)*")  # behind `# HELP `
 _BRACED = re.compile(rb"^[A-Za-z_:][\w:]*\{", re.MULTILINE)  # the beginnings of samples, with and without labels
 _BARE = re.compile(rb"^[A-Za-z_:][\w:]*(?= )", re.MULTILINE)
-HEALTH = frozenset({"/health", "/health/ready", "/ping"})
+READY = frozenset({"/health/ready", "/ping"})  # a server that ends is not
+HEALTH = READY | {"/health"}
 
 
 def gathered_as(method: str, path: str) -> Gathered | None:
@@ -34,6 +36,14 @@ def gathered_as(method: str, path: str) -> Gathered | None:
 def is_of_one(how: Gathered) -> bool:
     """Whether one good answer is enough, whatever the others say."""
     return how is _best
+
+
+def missing() -> Answer:
+    """That of a replica which gives none in time: what it has is not to be taken for what is not there."""
+    told = error_body("not_ready", "a replica did not answer in time; try again in 1 s")
+    headers = [(b"content-type", b"application/json"), (b"retry-after", b"1")]
+    body = to_json(told)
+    return Answer("", 503, [*headers, (b"content-length", str(len(body)).encode())], body)
 
 
 def best(answers: Iterable[Answer]) -> Answer | None:

@@ -19,14 +19,24 @@ from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.cluster.affinity import RouteKey
 from swaplora_server.cluster.engines import Engines, ReplicaLostError
 from swaplora_server.cluster.exchange import WANTS_BODY, Answer, Forwarded, scope_to_send
-from swaplora_server.cluster.gathered import ALL_OF_A_LIST, HEALTH, Gathered, best, gathered_as, is_of_one, is_page
-from swaplora_server.cluster.lost import last_event
+from swaplora_server.cluster.gathered import (
+    ALL_OF_A_LIST,
+    HEALTH,
+    READY,
+    Gathered,
+    best,
+    gathered_as,
+    is_of_one,
+    is_page,
+)
+from swaplora_server.cluster.lost import LAST_EVENT, last_event
 from swaplora_server.cluster.route_key import ANYWHERE, key_of_body, key_of_path
 from swaplora_server.config import Settings
 from swaplora_server.http.auth import given_key
 from swaplora_server.http.dependencies import request_id
 from swaplora_server.http.errors import error_response
 from swaplora_server.http.routes.invocations import ADAPTER_HEADER
+from swaplora_server.http.tasks import TIMEOUT_HEADER
 from swaplora_server.http.transport.body import is_json
 from swaplora_server.http.transport.body_memory import BodyAccount, BodyMemory
 from swaplora_server.http.transport.browsers import early_headers
@@ -39,6 +49,7 @@ _PART_SECONDS = 0.1  # that more of a part is waited for
 _LARGE_BYTES = 1 << 15  # that are parsed on a thread
 _MAX_PARSED = 2  # large bodies at once
 _START_SECONDS = 30.0  # that a replica may take to have a request
+_END_SECONDS = 1.0  # that it may take to end once all is said
 _LOST = RequestError(
     "engine_failed", "the replica that was answering this request has gone; ask again", retry_seconds=1
 )
@@ -82,13 +93,15 @@ class Ingress:
             await _live(receive, send)
             return
         answering = _Answering(send)
-        if self._is_draining:
-            await self._refuse(_STOPPING, scope, receive, answering)
+        if scope["type"] != "http":
+            await send({"type": "websocket.close"})
             return
         path, caller = scope["path"].removeprefix(self._settings.root_path), self._caller(scope)
         memory = self._bodies if caller is None else self._share(caller.tenant)
         account = memory.account()
         try:
+            if self._is_draining and (scope["method"] not in ("GET", "HEAD") or path in READY):
+                raise _STOPPING
             how = gathered_as(scope["method"], path)
             if how is not None and (caller is not None or path in HEALTH):
                 await self._gather(how, scope, receive, answering)
@@ -187,9 +200,12 @@ class Ingress:
             incoming = asyncio.ensure_future(_until_gone(receive))
         ending, account = asyncio.ensure_future(self._ending.wait()), memory.account()
         async with aclosing(self._engines.stream(key, request)) as messages:
-            upcoming = asyncio.ensure_future(_begun(messages))
+            upcoming = asyncio.ensure_future(_begun(messages, _start_seconds(request.scope)))
             try:
                 while True:
+                    if answering.is_whole:  # then the server says that the client goes, and the replica ends by itself
+                        await asyncio.wait({upcoming}, timeout=_END_SECONDS)
+                        return
                     await asyncio.wait(
                         set(filter(None, (upcoming, incoming, ending))), return_when=asyncio.FIRST_COMPLETED
                     )
@@ -271,7 +287,7 @@ class Ingress:
             await error_response(error, self._early_headers(origin))(scope, receive, answering)
         elif answering.is_event_stream:
             path = scope["path"].removeprefix(self._settings.root_path)
-            body = last_event(path, error, answering.num_events)
+            body = b"" if answering.has_said_all else last_event(path, error, answering.num_events)
             await answering({"type": "http.response.body", "body": body, "more_body": False})
         else:  # the client sees that it is not whole: the connection ends
             raise ConnectionAbortedError(error.message)
@@ -286,6 +302,7 @@ class _Answering:
         self.is_whole = False
         self.is_event_stream = False
         self.num_events = 0  # that were sent whole
+        self.has_said_all = False  # the last event, behind which nothing comes
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -297,6 +314,7 @@ class _Answering:
             if self.is_event_stream:
                 body = message.get("body", b"")
                 self.num_events += body.count(b"\n\n") - body.count(b": ping\n\n")
+                self.has_said_all = self.has_said_all or LAST_EVENT.search(body) is not None
         await self._send(message)
 
     async def all_of(self, answer: Answer) -> None:
@@ -312,10 +330,19 @@ async def _cancelled(*tasks: asyncio.Future[Any] | None) -> None:
             await task
 
 
-async def _begun(messages: AsyncGenerator[list[Message]]) -> list[Message] | None:
+def _start_seconds(scope: Scope) -> float:
+    """No longer than the client waits, where it says that so that it is understood."""
+    try:
+        told = float(Headers(scope=scope).get(TIMEOUT_HEADER, _START_SECONDS))
+    except ValueError:
+        return _START_SECONDS
+    return min(told, _START_SECONDS) if told > 0 else _START_SECONDS
+
+
+async def _begun(messages: AsyncGenerator[list[Message]], seconds: float) -> list[Message] | None:
     """The first of them. Raises RequestError where no replica takes the request in time."""
     try:
-        return await asyncio.wait_for(anext(messages, None), _START_SECONDS)
+        return await asyncio.wait_for(anext(messages, None), seconds)
     except TimeoutError as error:
         raise _NONE from error
 

@@ -12,9 +12,11 @@ from starlette.types import Message
 from swaplora_server.cluster.affinity import RouteKey
 from swaplora_server.cluster.engines import ReplicaLostError
 from swaplora_server.cluster.exchange import Answer, Forwarded
+from swaplora_server.cluster.gathered import missing
 from swaplora_server.cluster.replica import REPLICA, take_part
 
-ALL_SECONDS = 10.0  # that the replicas have to answer what all of them are asked
+ALL_SECONDS = 5.0  # that the replicas have to answer what all of them are asked: half of what Prometheus waits
+_FEED_SECONDS = 30.0  # that a replica has to take the next of a body
 _log = structlog.get_logger(__name__)
 
 
@@ -51,7 +53,7 @@ class RayEngines:
         if actor is None:
             raise ReplicaLostError("no replica has the request")
         try:
-            await asyncio.wait_for(actor.__ray_call__.remote(take_part, exchange_id, body, is_last), ALL_SECONDS)
+            await asyncio.wait_for(actor.__ray_call__.remote(take_part, exchange_id, body, is_last), _FEED_SECONDS)
         except (RayError, TimeoutError) as error:
             raise ReplicaLostError(type(error).__name__) from error
 
@@ -66,23 +68,21 @@ class RayEngines:
         asked = [asyncio.ensure_future(_in_time(each)) for each in sent]
         try:
             for answered in asyncio.as_completed(asked):
-                answer = await answered
-                if answer is not None:
-                    yield answer
+                yield await answered
         finally:
             for task in asked:
                 task.cancel()
 
 
-async def _in_time(result: Any) -> Answer | None:
-    """What a replica answers, unless it is late or fails."""
+async def _in_time(result: Any) -> Answer:
+    """What a replica answers, or that it is late or fails."""
     has_ended = False
     try:
         answer: Answer = await asyncio.wait_for(result.get_async(), ALL_SECONDS)
         has_ended = True
     except (RayError, RayServeException, TimeoutError) as error:
         _log.warning("a replica did not answer", reason=type(error).__name__)
-        return None
+        return missing()
     else:
         return answer
     finally:

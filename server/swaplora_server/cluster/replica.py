@@ -98,6 +98,7 @@ class EngineReplica:
             "queue": snapshot.num_waiting,
             "running": snapshot.num_running,
             "capacity": service.max_rows,
+            "is_ready": service.is_ready,
             "told": self._num_told,  # so that the same again is news, or a router would take it for what it has
         }
 
