@@ -1,6 +1,8 @@
 """Whom a router prefers: decided by what replicas told, what it sent them, and nothing else."""
 
+import copy
 import math
+import pickle
 from collections import Counter
 from collections.abc import Iterable
 from random import Random
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swaplora_server.cluster.affinity import ALWAYS, BOUND, COLD, SETTLING_SECONDS, Affinity, ReplicaState, RouteKey
+from swaplora_server.cluster.exchange import Forwarded
 
 NAMES = [f"acme~a{number}" for number in range(60)]
 BASE = RouteKey()
@@ -296,3 +299,32 @@ def test_what_was_sent_longest_ago_is_forgotten_first() -> None:
         affinity.completed(other)
     assert affinity.rank(adapter("y"), 0.0)[0] == other
     assert affinity.rank(adapter("x"), 0.0)[0] == home
+
+
+def test_what_has_ended_since_it_was_counted_is_not_taken_for_others() -> None:
+    """What a replica tells is a second or two old."""
+    affinity = router("ab")
+    home = affinity.rank(adapter("x"), 0.0)[0]
+    for _ in range(20):
+        affinity.routed(adapter("x"), home, 0.0)
+    for _ in range(20):
+        affinity.completed(home)
+    affinity.told(home, state("x", ongoing=20), 1.0)
+    affinity.told({"a": "b", "b": "a"}[home], state(), 1.0)
+    assert affinity.rank(adapter("x"), 1.0)[0] == home
+    affinity.told(home, state("x", ongoing=20), 2.0)  # those are others'
+    assert affinity.rank(adapter("x"), 2.0)[0] != home
+
+
+def test_another_release_may_have_a_field_more() -> None:
+    """In a rolling release requests go from either to either."""
+    key, request = RouteKey(("a",), "s"), Forwarded({"type": "http"}, b"", True, "one")
+    for sent in (key, request):
+        fields = dict(vars(sent))
+        newer = copy.copy(sent)
+        vars(newer)["later"] = 1
+        assert vars(pickle.loads(pickle.dumps(newer))) == {**fields, "later": 1}
+    assert pickle.loads(pickle.dumps(key)) == key
+    older = object.__new__(RouteKey)
+    vars(older)["adapters"] = ("a",)
+    assert pickle.loads(pickle.dumps(older)).session == ""

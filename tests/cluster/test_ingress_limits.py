@@ -375,6 +375,13 @@ def test_behind_the_last_event_comes_none_whatever_becomes_of_the_replica(last: 
     assert b"engine_failed" in found.sent[-1]["body"]
 
 
+def test_a_stream_of_a_replica_that_hangs_ends_by_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream has at least a ping every so often, so that one without any is known by it."""
+    monkeypatch.setattr(ingress_module, "_SILENT_SECONDS", 0.05)
+    found = asyncio.run(ask(front(Scripted(EVENTS, hangs=True)), "POST", "/v1/completions", b"{}", JSON))
+    assert b"engine_failed" in found.sent[-1]["body"]
+
+
 def test_who_has_the_whole_answer_ends_nothing_at_the_replica() -> None:
     """Though the server says then that the client goes: the replica ends by itself, and is waited for."""
     engines = Scripted()

@@ -34,7 +34,7 @@ SETTLING_SECONDS = 5.0  # from a request's routing until its adapter is in what 
 _MOST_SENT = 4_096  # adapters that are remembered to have been sent to a replica
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # with slots it would be sent without names of fields, and another release may have one more
 class RouteKey:
     """What a router needs to know of a request."""
 
@@ -57,6 +57,7 @@ class _Replica:
     name: str
     state: ReplicaState = ReplicaState(frozenset(), 0, 0)
     in_flight: int = 0  # of this router
+    peak: int = 0  # the most that was in flight since the replica last told: what it tells is as old
     others: int = 0  # of other routers, when it last told
     sent: dict[str, float] = field(default_factory=dict)  # adapter → when, what is not in `state` yet, oldest first
 
@@ -84,7 +85,8 @@ class Affinity:
         """What a replica was like; `at` is when it was told, in seconds of the clock of `routed`."""
         replica = self._replicas[name]
         replica.state = state
-        replica.others = max(0, state.ongoing - replica.in_flight)
+        replica.others = max(0, state.ongoing - replica.peak)
+        replica.peak = replica.in_flight
         settled = at - SETTLING_SECONDS
         replica.sent = {adapter: when for adapter, when in replica.sent.items() if when > settled}
 
@@ -95,6 +97,7 @@ class Affinity:
         if replica is None:
             return
         replica.in_flight += 1
+        replica.peak = max(replica.peak, replica.in_flight)
         for adapter in key.adapters:
             replica.sent.pop(adapter, None)
             replica.sent[adapter] = now

@@ -27,7 +27,8 @@ INGRESS = "Ingress"
 _MAX_ONGOING = 100_000  # each replica refuses by itself what is too much, and says when to ask again
 _END_SECONDS = 10.0  # beyond the time to drain, for a replica's end
 _STATS_SECONDS = 1.0
-_HEALTH_SECONDS = 2.0  # three times it must be found ill
+_HEALTH_SECONDS = 2.0  # three times in a row it must be found ill
+_HANGS_SECONDS = 10.0
 _NUM_INGRESSES = 2  # so that one may go
 
 
@@ -114,6 +115,7 @@ def engines(settings: Settings) -> Any:
         graceful_shutdown_timeout_s=settings.drain_seconds + _END_SECONDS,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=_HEALTH_SECONDS,
+        health_check_timeout_s=_HANGS_SECONDS,
         request_router_config={
             "request_router_class": "swaplora_server.cluster.router.AdapterAffinityRouter",
             "request_routing_stats_period_s": _STATS_SECONDS,

@@ -16,7 +16,7 @@ _PASSED_ON = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # with slots it would be sent without names of fields, and another release may have one more
 class Forwarded:
     """A request: its ASGI scope, what is here of its body, and whether that is all of it.
 

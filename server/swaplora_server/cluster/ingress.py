@@ -36,6 +36,7 @@ from swaplora_server.http.auth import given_key
 from swaplora_server.http.dependencies import request_id
 from swaplora_server.http.errors import error_response
 from swaplora_server.http.routes.invocations import ADAPTER_HEADER
+from swaplora_server.http.sse import PING_SECONDS
 from swaplora_server.http.tasks import TIMEOUT_HEADER
 from swaplora_server.http.transport.body import is_json
 from swaplora_server.http.transport.body_memory import BodyAccount, BodyMemory
@@ -49,6 +50,7 @@ _PART_SECONDS = 0.1  # that more of a part is waited for
 _LARGE_BYTES = 1 << 15  # that are parsed on a thread
 _MAX_PARSED = 2  # large bodies at once
 _START_SECONDS = 30.0  # that a replica may take to have a request
+_SILENT_SECONDS = 3 * PING_SECONDS  # of a stream's replica, after which it hangs
 _END_SECONDS = 1.0  # that it may take to end once all is said
 _LOST = RequestError(
     "engine_failed", "the replica that was answering this request has gone; ask again", retry_seconds=1
@@ -206,9 +208,13 @@ class Ingress:
                     if answering.is_whole:  # then the server says that the client goes, and the replica ends by itself
                         await asyncio.wait({upcoming}, timeout=_END_SECONDS)
                         return
-                    await asyncio.wait(
-                        set(filter(None, (upcoming, incoming, ending))), return_when=asyncio.FIRST_COMPLETED
+                    done, _ = await asyncio.wait(
+                        set(filter(None, (upcoming, incoming, ending))),
+                        return_when=asyncio.FIRST_COMPLETED,
+                        timeout=_SILENT_SECONDS if answering.is_event_stream else None,
                     )
+                    if not done:
+                        raise ReplicaLostError("it says nothing any more")
                     if upcoming.done():
                         sent = upcoming.result()
                         if sent is None:

@@ -98,5 +98,5 @@ def _key_of(pending: PendingRequest | None) -> RouteKey:
 def _state_of(stats: Mapping[str, Any]) -> ReplicaState:
     """Of what `record_routing_stats` gives."""
     return ReplicaState(
-        frozenset(stats["resident"]), stats["queue"] + stats["running"], stats["capacity"], stats["is_ready"]
+        frozenset(stats["resident"]), stats["queue"] + stats["running"], stats["capacity"], stats.get("is_ready", True)
     )
