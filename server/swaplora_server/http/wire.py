@@ -12,7 +12,7 @@ from swaplora_server.engine.request import SamplingParams
 from swaplora_server.http.foreign.fields import NamingBody
 from swaplora_server.http.formats import FormatBody
 from swaplora_server.http.tools.wire import FunctionCall, ToolBody, ToolCall, ToolCalls
-from swaplora_server.http.transport.models import BRANCH, NullMeansDefault, WireModel
+from swaplora_server.http.transport.models import BRANCH, LIST, TEXT, NullMeansDefault, WireModel, text_or_list
 
 MAX_N = 128
 MAX_PROMPTS = 2048
@@ -74,22 +74,18 @@ def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
 def _form(value: object) -> str | None:
     """Which form of text or token ids `value` is in: the tag of that branch, so that no other complains."""
     if isinstance(value, str):
-        return _TEXT
+        return TEXT
     if not isinstance(value, list):
         return None
     first = value[0] if value else ""
     return _TEXTS if isinstance(first, str) else _LISTS if isinstance(first, list) else _ITEMS
 
 
-def _content_form(value: object) -> str | None:
-    return _TEXT if isinstance(value, str) else _ITEMS if isinstance(value, list) else None
-
-
 def _forms(description: str) -> Discriminator:
     return Discriminator(_form, "form", f"must be {description}")
 
 
-_TEXT, _TEXTS, _ITEMS, _LISTS = (f"{BRANCH}{name}" for name in ("text", "texts", "items", "lists"))
+_TEXTS, _ITEMS, _LISTS = (f"{BRANCH}{name}" for name in ("texts", "items", "lists"))
 Whole = Annotated[int, BeforeValidator(_whole)]
 # a list stops at its first complaint: a long one of bad items must not cost more than a good one
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
@@ -100,11 +96,11 @@ NumLogprobs = Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)]
 Priority = Annotated[Whole, Field(ge=-MAX_INT - 1, le=MAX_INT)]
 MaxTokens = Annotated[Whole, BeforeValidator(_asks_for_tokens), Field(ge=1, le=MAX_INT)]
 Stop = Annotated[
-    Annotated[str, Tag(_TEXT)] | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True), Tag(_TEXTS)],
+    Annotated[str, Tag(TEXT)] | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True), Tag(_TEXTS)],
     _forms("a string or a list of strings"),
 ]
 Prompt = Annotated[
-    Annotated[str, Tag(_TEXT)]
+    Annotated[str, Tag(TEXT)]
     | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag(_TEXTS)]
     | Annotated[TokenIds, Tag(_ITEMS)]
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag(_LISTS)],
@@ -260,8 +256,8 @@ class TextPart(WireModel):
 
 
 Content = Annotated[
-    Annotated[str, Tag(_TEXT)] | Annotated[list[TextPart], Field(max_length=4096, fail_fast=True), Tag(_ITEMS)],
-    Discriminator(_content_form, "form", "must be a string, or a list of parts of type text"),
+    Annotated[str, Tag(TEXT)] | Annotated[list[TextPart], Field(max_length=4096, fail_fast=True), Tag(LIST)],
+    text_or_list("a string, or a list of parts of type text"),
 ]
 
 

@@ -6,15 +6,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag
 
 from swaplora_server.http.dialogue.turns import (
-    ITEMS,
     MAX_ITEMS,
-    TEXT,
     Block,
     CallId,
     Said,
     Turn,
     Turns,
-    form_of,
     text_of,
     unread,
 )
@@ -28,7 +25,7 @@ from swaplora_server.http.tools.wire import (
     ToolUse,
     use_of,
 )
-from swaplora_server.http.transport.models import BRANCH, ClosedModel, WireModel
+from swaplora_server.http.transport.models import BRANCH, LIST, TEXT, ClosedModel, WireModel, text_or_list
 from swaplora_server.http.wire import MAX_STOPS, MAX_USER_CHARACTERS, GenerationBody, MaxTokens
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.grammar.source import GrammarSource
@@ -78,8 +75,8 @@ AnyBlock = Annotated[
     Discriminator(_kind, "form", "must be a block: an object with a type"),
 ]
 Content = Annotated[
-    Annotated[str, Tag(TEXT)] | Annotated[list[AnyBlock], Field(max_length=MAX_ITEMS, fail_fast=True), Tag(ITEMS)],
-    Discriminator(form_of, "form", "must be a string, or a list of blocks"),
+    Annotated[str, Tag(TEXT)] | Annotated[list[AnyBlock], Field(max_length=MAX_ITEMS, fail_fast=True), Tag(LIST)],
+    text_or_list("a string, or a list of blocks"),
 ]
 
 

@@ -7,16 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from swaplora_server.http.dialogue.turns import (
-    ITEMS,
     MAX_ITEMS,
-    TEXT,
     Block,
     CallId,
     Said,
     Turn,
     Turns,
     Type,
-    form_of,
     text_of,
 )
 from swaplora_server.http.formats import (
@@ -39,7 +36,7 @@ from swaplora_server.http.tools.wire import (
     arguments_in,
     use_of,
 )
-from swaplora_server.http.transport.models import BRANCH, ClosedModel, WireModel
+from swaplora_server.http.transport.models import BRANCH, LIST, TEXT, ClosedModel, WireModel, text_or_list
 from swaplora_server.http.wire import GenerationBody, MaxTokens
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.grammar.source import GrammarKind, GrammarSource
@@ -105,8 +102,8 @@ Item = Annotated[
 ]
 Input = Annotated[
     Annotated[str, Tag(TEXT)]
-    | Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True), Tag(ITEMS)],
-    Discriminator(form_of, "form", "must be a text, or a list of items"),
+    | Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True), Tag(LIST)],
+    text_or_list("a text, or a list of items"),
 ]
 
 

@@ -3,23 +3,17 @@
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 
-from swaplora_server.http.transport.models import BRANCH, WireModel
+from swaplora_server.http.transport.models import LIST, TEXT, WireModel, text_or_list
 from swaplora_server.service.errors import RequestError
 
 MAX_ITEMS = 4096
 MAX_TYPE_CHARACTERS = 64
 MAX_ID_CHARACTERS = 256
 Turn = dict[str, Any]  # role and content, calls and what they gave
-TEXT, ITEMS = f"{BRANCH}text", f"{BRANCH}items"
 Type = Annotated[str, Field(max_length=MAX_TYPE_CHARACTERS)]
 CallId = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS)]
-
-
-def form_of(value: object) -> str | None:
-    """The tag of a text or of a list, so that no other branch complains."""
-    return TEXT if isinstance(value, str) else ITEMS if isinstance(value, list) else None
 
 
 class Block(WireModel):
@@ -30,8 +24,8 @@ class Block(WireModel):
 
 
 Said = Annotated[
-    Annotated[str, Tag(TEXT)] | Annotated[list[Block], Field(max_length=MAX_ITEMS, fail_fast=True), Tag(ITEMS)],
-    Discriminator(form_of, "form", "must be a string, or a list of blocks of text"),
+    Annotated[str, Tag(TEXT)] | Annotated[list[Block], Field(max_length=MAX_ITEMS, fail_fast=True), Tag(LIST)],
+    text_or_list("a string, or a list of blocks of text"),
 ]
 
 

@@ -2,23 +2,17 @@
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 
-from swaplora_server.http.transport.models import BRANCH, ClosedModel
+from swaplora_server.http.transport.models import LIST, TEXT, ClosedModel, text_or_list
 
 MAX_MODELS = 8
 MAX_TOKENS = 4096
 MAX_STOPS = 16
-_TEXT, _ITEMS = f"{BRANCH}text", f"{BRANCH}items"
-
-
-def _form(value: object) -> str | None:
-    return _TEXT if isinstance(value, str) else _ITEMS if isinstance(value, list) else None
-
 
 TaskText = Annotated[
-    Annotated[str, Tag(_TEXT)] | Annotated[list[Any], Tag(_ITEMS)],
-    Discriminator(_form, "form", "must be JSONL as text, or a list of objects"),
+    Annotated[str, Tag(TEXT)] | Annotated[list[Any], Tag(LIST)],
+    text_or_list("JSONL as text, or a list of objects"),
 ]
 
 

@@ -5,29 +5,23 @@ Imports no torch.
 
 from typing import Annotated
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 
-from swaplora_server.http.transport.models import BRANCH, ClosedModel, WireModel
+from swaplora_server.http.transport.models import LIST, TEXT, ClosedModel, WireModel, text_or_list
 
 MAX_MODEL_CHARACTERS = 512
 MAX_TERMS = 16
 MAX_SCALE = 1000.0
 MAX_SCALED_IDS = 4096  # llama.cpp's clients may send back the whole list, most of it at 0
 ID_BITS = 31  # some languages' integers have no more
-_TEXT, _TEXTS = f"{BRANCH}text", f"{BRANCH}texts"
-
-
-def _form(value: object) -> str | None:
-    return _TEXT if isinstance(value, str) else _TEXTS if isinstance(value, list) else None
-
 
 ModelName = Annotated[str, Field(min_length=1, max_length=MAX_MODEL_CHARACTERS)]
 NameOrNone = Annotated[str, Field(max_length=MAX_MODEL_CHARACTERS)]  # an empty one names nobody
 Scale = Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE)]
 Names = Annotated[
-    Annotated[NameOrNone, Tag(_TEXT)]
-    | Annotated[list[NameOrNone | None], Field(min_length=1, max_length=2048, fail_fast=True), Tag(_TEXTS)],
-    Discriminator(_form, "form", "must be the name of an adapter, or a list of one for each prompt"),
+    Annotated[NameOrNone, Tag(TEXT)]
+    | Annotated[list[NameOrNone | None], Field(min_length=1, max_length=2048, fail_fast=True), Tag(LIST)],
+    text_or_list("the name of an adapter, or a list of one for each prompt"),
 ]
 
 

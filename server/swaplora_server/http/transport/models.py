@@ -2,9 +2,19 @@
 
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, field_validator
 
 BRANCH = "|"  # what the tag of a union's branch begins with: no part of a path for clients
+TEXT, LIST = f"{BRANCH}text", f"{BRANCH}list"
+
+
+def text_or_list(description: str) -> Discriminator:
+    """Of a union of a text, tagged `TEXT`, and a list, `LIST`: the branch that a value is of alone complains."""
+    return Discriminator(_form, "form", f"must be {description}")
+
+
+def _form(value: object) -> str | None:
+    return TEXT if isinstance(value, str) else LIST if isinstance(value, list) else None
 
 
 class Body(BaseModel):
