@@ -178,15 +178,20 @@ class Server:
         self._thread.start()
         self._parked.acquire()
 
-    def go_on(self, kill: str = "") -> None:
+    def let_on(self, kill: str = "") -> None:
         """One call."""
         self._kill = kill
         self._turn.release()
         self._parked.acquire()
 
+    def go_on(self, count: int) -> None:
+        for _ in range(count):
+            if self.is_busy:
+                self.let_on()
+
     def end(self) -> None:
         while self.is_busy:
-            self.go_on()
+            self.let_on()
 
 
 @contextmanager
@@ -195,32 +200,45 @@ def clocks(world: World) -> Iterator[None]:
         return world.now - float(Server.current.server.slept)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segments, "SEGMENT", 3)
+        patch.setattr(segments, "SEGMENT", 2)
         patch.setattr(compaction, "time", SimpleNamespace(monotonic=now))
         patch.setattr(Moment, "now", classmethod(lambda cls: cls(now(), now())))
         yield
 
 
-OFTEN = ["change", "go", "run"]
+NUMBERS = st.integers(0, NUM_SERVERS - 1)
 STEPS = st.lists(
-    st.tuples(
-        st.integers(0, NUM_SERVERS - 1),
-        st.sampled_from([*OFTEN * 4, "look", "compact", "kill before", "kill after", "sleep", "sleep unawares"]),
-        st.integers(1, 6),
+    st.one_of(
+        st.tuples(st.just("changes"), NUMBERS, st.integers(1, 5)),
+        st.tuples(st.just("cut"), NUMBERS, st.integers(0, 2**NUM_SERVERS - 1)),
+        st.tuples(st.sampled_from(["change", "change", "look", "compact"]), NUMBERS, st.integers(0, 8)),
+        st.tuples(st.sampled_from(["go", "go", "kill before", "kill after", "end"]), NUMBERS, st.integers(1, 8)),
     ),
-    max_size=120,
+    max_size=25,
 )
 
 
 @settings(max_examples=size(150, 5000), deadline=None)
 @given(STEPS)
 def test_whatever_is_interleaved_and_killed_nothing_acknowledged_is_lost_and_all_know_the_log_replayed(
-    steps: list[tuple[int, str, int]],
+    steps: list[tuple[str, int, int]],
 ) -> None:
+    check(steps)
+
+
+@pytest.mark.parametrize("kill", ["kill before", "kill after"])
+@pytest.mark.parametrize("num_calls", range(14))
+def test_whoever_is_killed_at_any_call_of_a_trim_leaves_the_log_or_a_snapshot(num_calls: int, kill: str) -> None:
+    found = [("changes", 0, 4), ("compact", 0, 20), ("cut", 1, 0)]  # an hour after there is a snapshot
+    check([*found, ("compact", 0, num_calls), (kill, 0, 1)])
+    check([*found, ("compact", 0, num_calls), ("changes", 1, 3), ("cut", 1, 0), (kill, 0, 1), ("changes", 2, 1)])
+
+
+def check(steps: list[tuple[str, int, int]]) -> None:
     world = World()
     servers = [Server(world) for _ in range(NUM_SERVERS)]
     with clocks(world):
-        for number, what, count in steps:
+        for what, number, count in steps:
             step(world, servers, servers[number], what, count)
         for server in servers:
             server.end()
@@ -237,7 +255,7 @@ def test_whatever_is_interleaved_and_killed_nothing_acknowledged_is_lost_and_all
             for entry in server.acknowledged:
                 assert world.made[entry.revision] == entry
         assert not world.lost, world.lost
-        assert not any(server.has_changed for server in servers) or any(w == "sleep unawares" for _, w, _ in steps)
+        assert not any(server.has_changed for server in servers) or any(what == "cut" and by for what, _, by in steps)
         fresh = Server(world)
         fresh.begin(fresh.look)
         fresh.end()
@@ -245,16 +263,31 @@ def test_whatever_is_interleaved_and_killed_nothing_acknowledged_is_lost_and_all
 
 
 def step(world: World, servers: list[Server], server: Server, what: str, count: int) -> None:
-    if what in ("change", "look", "compact"):
+    """Begin something, and make `count` calls. In a cut all sleep, and the clocks of those in `count` stand still."""
+    if what == "cut":
+        whole(server, server.compact)
+        world.now += compaction.GRACE_SECONDS + 1
+        for number, each in enumerate(servers):
+            if count >> number & 1 and each is not server:
+                each.slept += compaction.GRACE_SECONDS + 1
+        whole(server, server.compact)
+    elif what == "changes":
+        for _ in range(count):
+            whole(server, server.change)
+    elif what in ("change", "look", "compact"):
         if not server.is_busy and not server.has_changed:
             server.begin(getattr(server, what))
-    elif what.startswith("sleep"):
-        world.now += compaction.GRACE_SECONDS + 1
-        if what == "sleep unawares":
-            server.slept += compaction.GRACE_SECONDS + 1
-    elif what == "run":
+            server.go_on(count)
+    elif what == "end":
         server.end()
-    else:
-        for _ in range(count if what == "go" else 1):
-            if server.is_busy:
-                server.go_on(what.removeprefix("kill ") if what.startswith("kill") else "")
+    elif what == "go":
+        server.go_on(count)
+    elif server.is_busy:
+        server.let_on(what.removeprefix("kill "))
+
+
+def whole(server: Server, job: Callable[[], None]) -> None:
+    server.end()
+    if not server.has_changed:
+        server.begin(job)
+        server.end()

@@ -9,15 +9,25 @@ from pathlib import Path
 
 import pytest
 
-from replicas import Disturbed, put, replicas, see, unreachable
-from swaplora_adapters.errors import AdapterNotFoundError, StorageFullError, StoreUnreachableError
+from replicas import Disturbed, facts, put, replicas, see, unreachable
+from swaplora_adapters.errors import (
+    AdapterNotFoundError,
+    InvalidAdapterNameError,
+    PreconditionFailedError,
+    StorageFullError,
+    StoreUnreachableError,
+    VersionMismatchError,
+)
 from swaplora_adapters.files.naming import stored_name
+from swaplora_adapters.registry import changes as registry_changes
 from swaplora_adapters.registry.registry import Registry
+from swaplora_adapters.store.conditions import Conditions
 from swaplora_adapters.store.records import Target
 from swaplora_adapters.store.shared import extras
 from swaplora_adapters.store.shared.address import open_objects
 from swaplora_adapters.store.shared.objects import Listed
 from swaplora_server.evaluation.gate import Gate, GateTask
+from swaplora_server.evaluation.task import parse_task
 from swaplora_server.http.routes import control
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.gates import gates
@@ -229,3 +239,87 @@ def test_what_one_server_has_claimed_is_its_own_after_its_restart_and_another_s_
         assert other.extras.claim("x")
         other.extras.let_go("x")
         assert not [each for each in disturbed[0].under("") if "/claims/" in each.key]
+
+
+def test_a_change_that_hangs_once_it_is_made_has_all_others_refused(
+    files: list[Path], tmp_path: Path, disturbed: list[Disturbed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look has read it, and waits for who makes it."""
+    monkeypatch.setattr(registry_changes, "HANGING_SECONDS", 0.3)
+    monkeypatch.setattr(registry_changes, "HOLD_SECONDS", 0.1)
+    is_over, has_begun = threading.Event(), threading.Event()
+
+    def hang(call: str, key: str) -> None:
+        if call == "create" and LOG in key:
+            has_begun.set()
+            is_over.wait(HANG_SECONDS)
+
+    with replicas(tmp_path, disturbed[:1]) as (one,):
+        put(one, "sql", files[0])
+        disturbed[0].after = hang
+        change = threading.Thread(target=one.put_alias, args=("best", [Target("sql", 1)]))
+        change.start()
+        try:
+            assert has_begun.wait(HANG_SECONDS)
+            with pytest.raises(StoreUnreachableError):
+                one.put_alias("other", [Target("sql", 1)])
+            with pytest.raises(StoreUnreachableError):
+                put(one, "tales", files[1])
+            with pytest.raises(StoreUnreachableError):
+                one.seen().result(0)
+            assert not is_over.is_set()
+        finally:
+            is_over.set()
+            change.join()
+
+
+def test_a_look_does_not_wait_for_a_change_that_has_found_the_same(
+    files: list[Path], tmp_path: Path, disturbed: list[Disturbed]
+) -> None:
+    with replicas(tmp_path, disturbed) as (one, other):
+        put(one, "sql", files[0])
+
+        def job() -> None:
+            assert "sql" in other.names.index
+            other.seen().result(HANG_SECONDS)
+
+        with other.names.changes:
+            put(one, "tales", files[1])
+            seen = other.seen()
+            other.names.changes.make(job)
+            seen.result(HANG_SECONDS)
+        assert facts(one) == facts(other)
+
+
+def test_an_upload_that_is_refused_leaves_nothing_in_the_store(
+    files: list[Path], tmp_path: Path, disturbed: list[Disturbed]
+) -> None:
+    def blobs() -> int:
+        return len([each for each in disturbed[0].under("") if "/blobs/" in each.key])
+
+    with replicas(tmp_path, disturbed) as (one, other):
+        digest = put(one, "sql", files[0]).record.digest
+        one.put_alias("best", [Target("sql", 1)])
+        put(one, "sql", files[1])
+        before = blobs()
+        with pytest.raises(VersionMismatchError):  # before any look: of what all others have changed
+            put(other, "sql", files[2], conditions=Conditions(if_match=digest))
+        with pytest.raises(PreconditionFailedError):
+            put(other, "sql", files[2], conditions=Conditions(if_none_match=True))
+        with pytest.raises(InvalidAdapterNameError):
+            put(other, "best", files[2])
+        assert blobs() == before
+
+
+def test_tasks_of_a_gate_that_is_refused_are_not_shared(
+    files: list[Path], tmp_path: Path, disturbed: list[Disturbed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gates, "MAX_TENANT_BYTES", 1)
+    task = parse_task('{"prompt": "a", "answer": "b"}\n')
+    gate = Gate(task=GateTask(digest=task.digest, num_items=1), min_score=0.5, max_tokens=1, stop=[])
+    (tmp_path / "gates").mkdir()
+    with replicas(tmp_path, disturbed) as (one, _):
+        put(one, "sql", files[0])
+        with pytest.raises(RequestError, match="may have 1"):
+            asyncio.run(Gates(TaskFiles(tmp_path / "gates", one.extras), one).put(one, "sql", gate, [task]))
+        assert not [each.key for each in disturbed[0].under("") if "/tasks/" in each.key]

@@ -481,3 +481,56 @@ def test_what_was_half_taken_over_when_a_server_died_is_taken_over_whole(
         with closing(SharedStore(tmp_path / "other", objects[1], BASE)) as other:
             assert (other.names(), [alias.alias for alias in other.aliases()]) == (["sql", "tales"], ["best"])
             assert other.revision == one.revision
+
+
+def test_what_stands_before_a_bucket_does_not_say_what_is_in_it(bucket: str) -> None:
+    objects = open_objects(bucket)
+    assert isinstance(objects, BucketObjects)
+    assert objects.get("key") is None
+    with Stubber(objects._small) as stub:  # noqa: SLF001
+        stub.add_client_error("get_object", "404", http_status_code=404)
+        with pytest.raises(StoreUnreachableError):
+            objects.get("key")
+
+
+@pytest.mark.parametrize("address", ["s3://", "s3:///team", "s3://key:secret@bucket", "s3://bucket?x"])
+def test_an_address_that_names_no_bucket_is_refused(address: str) -> None:
+    with pytest.raises(StoreError, match="s3://BUCKET/PREFIX"):
+        open_objects(address)
+
+
+def test_a_store_without_what_it_was_founded_with_starts_no_server(
+    objects: list[Disturbed], files: list[Path], tmp_path: Path
+) -> None:
+    alone = local(tmp_path / "data0")
+    put(alone, "sql", files[0])
+    alone.close()
+    registry(tmp_path / "data0", objects[0]).close()
+    [snapshot] = [each.key for each in objects[0].under("") if "/snapshots/" in each.key]
+    objects[0].remove(snapshot)
+    with pytest.raises(StoreUnreachableError, match="lost its snapshots"):
+        registry(tmp_path / "data1", objects[1])
+
+
+def test_a_folder_that_may_not_be_read_is_not_an_empty_one(tmp_path: Path) -> None:
+    objects = open_objects(str(tmp_path / "shared"))
+    assert objects.under("x/y/") == []
+    objects.create("x/y/1", b"")
+    (tmp_path / "shared").rename(tmp_path / "gone")
+    with pytest.raises(StoreUnreachableError):
+        objects.under("x/y/")
+
+
+def test_what_others_have_removed_is_forgotten_and_nothing_else(
+    objects: list[Disturbed], files: list[Path], tmp_path: Path
+) -> None:
+    with replicas(tmp_path, objects) as (one, other):
+        for name, number in (("a", 0), ("b", 0), ("c", 1)):
+            put(one, name, files[number])
+        see(other)
+        one.delete("a")
+        one.delete("c")
+        see(other)
+        assert places(one) == places(other)
+        known = [{digest for digest, *_ in store_of(of)._catalogue.blobs()} for of in (one, other)]  # noqa: SLF001
+        assert known == [{one.card("b").record.digest}] * 2

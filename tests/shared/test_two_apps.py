@@ -24,7 +24,7 @@ from swaplora_adapters.store.shared.address import open_objects
 from swaplora_adapters.store.shared.history import log as shared_log
 from swaplora_server.access.caller import Caller
 from swaplora_server.service.gates import judging
-from swaplora_server.service.service import Service
+from swaplora_server.service.service import SEEN_SECONDS, Service
 
 FOLDER = pytest.mark.parametrize("kind", ["folder"], indirect=True)  # where what is stored makes no difference
 PROMPT = [97, 31, 200, 5, 66, 142]
@@ -148,6 +148,32 @@ def test_a_rolling_replace_under_traffic_gives_no_old_and_no_mixed_answer(
         assert version >= least
         assert ids == said[digest]
     Console().print(f"\n{len(answers)} answers beside 24 replaces")
+
+
+@FOLDER
+def test_a_server_that_is_slow_itself_gives_no_old_answer(
+    servers: tuple[Running, Running], adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as the store answers: where something is held for longer than a store that is away is waited for."""
+    one, other = servers
+    one.put("late", adapters[0])
+    answer(other, "late")
+    changes = other.service.registry.names.changes
+    monkeypatch.setattr("swaplora_server.service.service.BUSY_SECONDS", 60.0)
+    has_begun, is_over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with changes:
+            has_begun.set()
+            is_over.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert has_begun.wait(60)
+    digest = one.put("late", adapters[1]).json()["digest"]
+    threading.Timer(2 * SEEN_SECONDS, is_over.set).start()
+    assert answer(other, "late")[0] == digest
+    thread.join()
 
 
 @pytest.mark.usefixtures("patient")

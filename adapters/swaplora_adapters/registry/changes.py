@@ -23,10 +23,12 @@ from swaplora_adapters.store.store import Store
 
 T = TypeVar("T")
 MAX_TRIES = 100
+MAX_PAUSE = 4  # times as long as a try took, between two
 LOOK_SECONDS = 0.2  # between looks that nobody asked for
 TIDY_SECONDS = 10.0
 AWAY_SECONDS = 1.0  # that the store has failed, after which nobody waits for it any more
 HANGING_SECONDS = 2.0  # the same where it says nothing at all
+KNOWN_SECONDS = 0.02  # after which a look asks whether a change that is made has found the same
 HOLD_SECONDS = 0.5  # after which whoever waits for another's change asks whether that can come to an end
 
 
@@ -41,7 +43,6 @@ class Changes:
         self._is_making = False
         self._is_closed = False
         self._seen = store.revision  # memory knows all changes up to this one
-        self._asked_at: float | None = None  # when the look that is under way asked the store
         self.failure: Exception | None = None  # that others' changes could not be known for some time
 
     def __enter__(self) -> None:
@@ -60,24 +61,25 @@ class Changes:
         So whatever it looks at before is as it is when the change is made. Within another job it is part of that.
         Raises StoreUnreachableError, after which the change may still come to be, and what `check_known` does.
         """
-        with self:
-            if self._is_making or not self._store.is_shared:
-                return job()
-            for num_tries in range(MAX_TRIES):
+        for num_tries in range(MAX_TRIES):
+            with self:
+                if self._is_making or not self._store.is_shared:
+                    return job()
                 self.check_known()
-                self._is_making = True
+                self._is_making, began = True, time.monotonic()
                 try:
-                    self._catch_up(self._store.unread)
+                    self.look()
                     if self._is_closed:
                         raise StoppingError
                     done = job()
                     self._seen = self._store.revision
                     return done
                 except OutrunError:
-                    time.sleep(random.uniform(0, 0.001 * min(num_tries, 20)))
+                    took = time.monotonic() - began
                 finally:
                     self._is_making = False
-            raise StoreUnreachableError("too many others change adapters at this moment; try again")
+            time.sleep(random.uniform(0, took * min(num_tries, MAX_PAUSE)))
+        raise StoreUnreachableError("too many others change adapters at this moment; try again")
 
     @contextmanager
     def held_at_last(self) -> Iterator[None]:
@@ -91,8 +93,16 @@ class Changes:
             self._lock.release()
 
     def look(self) -> None:
-        """Have memory know all that others have changed by now: held only if there is something new."""
-        self._catch_up(self._looked)
+        """Have memory know all that others have changed by now: held only if there is something new.
+
+        What the store knows and memory does not is told to memory again, if that came to no end before.
+        """
+        is_all = False
+        while not is_all:
+            seen = self._seen
+            entries, is_all = self._store.unread(seen)
+            if entries:
+                self._know(entries, seen)
 
     def check_known(self) -> None:
         """Raise why others' changes have not been known for some time, if so: nobody is to wait for them."""
@@ -111,7 +121,7 @@ class Changes:
     @property
     def is_hanging(self) -> bool:
         """Whether the store says nothing at all: who waits for it may never come back."""
-        asked_at = self._asked_at
+        asked_at = self._store.asked_at
         return asked_at is not None and time.monotonic() - asked_at > HANGING_SECONDS
 
     @property
@@ -123,22 +133,22 @@ class Changes:
         """Nobody is to wait for what does not come to an end."""
         self._is_closed = True
 
-    def _looked(self, revision: int) -> tuple[Sequence[Entry], bool]:
-        self._asked_at = time.monotonic()
-        try:
-            return self._store.unread(revision)
-        finally:
-            self._asked_at = None
+    @property
+    def heard_at(self) -> float:
+        """When the store last answered, on the monotonic clock."""
+        return self._store.heard_at
 
-    def _catch_up(self, unread: Callable[[int], tuple[Sequence[Entry], bool]]) -> None:
-        """What the store knows and memory does not is told to memory again, if that came to no end before."""
-        is_all = False
-        while not is_all:
-            entries, is_all = unread(self._seen)
-            if entries:
-                with self._lock:
-                    self._adopt(self._store.catch_up(entries))
-                    self._seen = max(self._seen, entries[-1].revision)
+    def _know(self, entries: Sequence[Entry], since: int) -> None:
+        """Unless a change that is made meanwhile, which takes over the same ones, has them known before it ends."""
+        while not self._lock.acquire(timeout=KNOWN_SECONDS):
+            if self._seen >= entries[-1].revision:
+                return
+        try:
+            if new := [each for each in entries if self._seen == since or each.revision > self._seen]:
+                self._adopt(self._store.catch_up(new))
+                self._seen = max(self._seen, new[-1].revision)
+        finally:
+            self._lock.release()
 
 
 class Looks:

@@ -399,22 +399,29 @@ class Registry:
         nbytes = details.num_parameters * self._dtype.itemsize
         self._residency.check_size(nbytes)
         file_bytes = staging.config_path.stat().st_size + staging.weights_path.stat().st_size
+
+        def check() -> None:
+            admit(name, details.digest, file_bytes)
+            self._names.check_is_free(name)
+            named = self._names.index.get(name) if name in self._names.index else None
+            conditions.check(name, self._names.was_used(name), None if named is None else named.current)
+            if named is not None and named.is_pinned and named.gate is None:
+                self._check_pins(name, details.digest, nbytes)
+
         if self._store.is_shared:
-            admit(name, details.digest, file_bytes)  # or whoever has no room would fill the shared store
+            self._names.changes.make(check)  # or what is refused would fill the shared store
             if details.digest not in self._names.index.digests():
                 self._store.send(staging, details.digest)
 
         def publish() -> PutResult:
-            admit(name, details.digest, file_bytes)
-            named = self._names.index.get(name) if name in self._names.index else None
-            if named is not None and named.is_pinned and named.gate is None:
-                self._check_pins(name, details.digest, nbytes)
+            check()
             published = self._names.publish(name, staging, details, source=source, conditions=conditions)
             return PutResult(self.card(name), published.record, is_first=published.previous is None)
 
         try:
             return self._published(name, publish)
         except NotSentError:  # what had these files was deleted since; nothing is held while they are sent
+            self._names.changes.check_known()
             self._store.send(staging, details.digest)
             return self._published(name, publish)
 

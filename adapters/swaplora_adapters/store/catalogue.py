@@ -232,9 +232,21 @@ class Catalogue:
             }
             self._insert("aliases", {"alias": alias, "revision": manifest.revision, **facts}, _OF_ALIAS)
 
-    def forget_unreferenced(self) -> None:
-        """Delete the rows of blobs that no version has."""
-        self._execute("DELETE FROM blobs WHERE digest NOT IN (SELECT digest FROM versions)")
+    def digests_of(self, names: Iterable[str]) -> set[str]:
+        """Of all versions of these names."""
+        found = "SELECT digest FROM versions WHERE name IN (SELECT value FROM json_each(?))"
+        return {digest for (digest,) in self._query(found, json.dumps([*names]))}
+
+    def forget_unreferenced(self, digests: Iterable[str] | None = None) -> None:
+        """Delete the rows of blobs that no version has, all of them or those of these digests."""
+        if digests is None:
+            self._execute("DELETE FROM blobs WHERE digest NOT IN (SELECT digest FROM versions)")
+            return
+        self._execute(
+            "DELETE FROM blobs WHERE digest IN (SELECT value FROM json_each(?))"
+            " AND NOT EXISTS (SELECT 1 FROM versions v WHERE v.digest = blobs.digest)",
+            json.dumps([*digests]),
+        )
 
     def put_blob(self, digest: str, config_bytes: int, weights_bytes: int, place: str | None = None) -> None:
         """Record a blob whose files are in place and sound, here or at a `place` in the shared store."""

@@ -89,6 +89,16 @@ class Store:
         """Whether other servers change the same names, and see what is changed here."""
         return False
 
+    @property
+    def asked_at(self) -> float | None:
+        """Since when a short call of what is shared waits for its answer, on the monotonic clock, if one does."""
+        return None
+
+    @property
+    def heard_at(self) -> float:
+        """When such a call was last answered."""
+        return 0.0
+
     def unread(self, _revision: int) -> tuple[Sequence[Entry], bool]:
         """Changes after this one, and whether these are all. Raises StoreUnreachableError."""
         return (), True

@@ -68,7 +68,10 @@ ANSWERS_DEPEND_ON = (
     "block_size",
     "prefix_cache",
 )
-SEEN_SECONDS = 0.25  # that a request waits for the shared store, before it goes on with what is known
+SEEN_SECONDS = (
+    0.25  # that a request waits for a shared store that does not answer, before it goes on with what is known
+)
+BUSY_SECONDS = 2.0  # and for one that does
 _MESSAGE_CHARACTERS = 64  # a message costs a template about as much as so many characters more
 _log = structlog.get_logger(__name__)
 Result = TypeVar("Result")
@@ -240,16 +243,25 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._change_threads, in_context)
 
     async def see_others_changes(self) -> bool:
-        """Wait until all is known that any server has acknowledged by now, a moment at most; whether it is."""
+        """Wait until all is known that any server has acknowledged by now, a moment at most; whether it is.
+
+        Longer as long as the store answers: then it is this server that is slow.
+        """
         if self.settings.shared_store is None or not self._is_ready.is_set():
             return True
-        try:
-            async with asyncio.timeout(SEEN_SECONDS):
-                await result_of(self._registry.seen())
-        except (TimeoutError, AdapterError):
-            self.metrics.count_unseen()
-            return False
-        return True
+        began, seen, changes = time.monotonic(), self._registry.seen(), self._registry.names.changes
+        while True:
+            try:
+                async with asyncio.timeout(SEEN_SECONDS):
+                    await result_of(seen)
+                return True
+            except AdapterError:
+                break
+            except TimeoutError:
+                if changes.heard_at < began or time.monotonic() - began > BUSY_SECONDS:
+                    break
+        self.metrics.count_unseen()
+        return False
 
     def check_serving(self) -> None:
         """Raise RequestError unless a new request can be taken."""

@@ -17,7 +17,8 @@ from swaplora_adapters.store.shared.objects import Listed
 CONNECT_SECONDS = 2.0
 ANSWER_SECONDS = 3.0  # of what is small
 FILE_SECONDS = 30.0  # that nothing comes of a file, or that the store takes after the last of it
-_MISSING = frozenset({"NoSuchKey", "404", "NotFound"})
+_FILE_TRIES = 4  # of each part of a file
+_MISSING = "NoSuchKey"  # a plain 404 is of whatever stands before the store
 _THERE = frozenset({"PreconditionFailed", "412"})
 _CONFLICT = frozenset({"ConditionalRequestConflict", "409"})
 T = TypeVar("T")
@@ -30,7 +31,7 @@ class BucketObjects:
         """StoreError where no client can be made."""
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
-        self._small, self._files = _client(ANSWER_SECONDS), _client(FILE_SECONDS)
+        self._small, self._files = _client(ANSWER_SECONDS, 1), _client(FILE_SECONDS, _FILE_TRIES)
 
     def get(self, key: str) -> bytes | None:
         def read() -> bytes:
@@ -70,11 +71,11 @@ class BucketObjects:
             pages = self._small.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=self._prefix + prefix
             )
-            return [
+            return sorted(  # some kinds of buckets list in no order
                 Listed(each["Key"].removeprefix(self._prefix), (now - each["LastModified"]).total_seconds())
                 for page in pages
                 for each in page.get("Contents", [])
-            ]
+            )
 
     def remove(self, key: str) -> None:
         with _told():
@@ -84,9 +85,10 @@ class BucketObjects:
         return {"Bucket": self._bucket, "Key": self._prefix + key}
 
 
-def _client(seconds: float) -> Any:
-    """It tries once: whoever asks knows what may be tried again, and for how long."""
-    config = Config(connect_timeout=CONNECT_SECONDS, read_timeout=seconds, retries={"total_max_attempts": 1})
+def _client(seconds: float, num_tries: int) -> Any:
+    """What is small is tried once: whoever asks knows what may be tried again, and for how long."""
+    retries = {"total_max_attempts": num_tries, "mode": "standard"}
+    config = Config(connect_timeout=CONNECT_SECONDS, read_timeout=seconds, retries=retries)
     try:
         return boto3.session.Session().client("s3", config=config)
     except (BotoCoreError, ValueError) as error:
@@ -100,7 +102,7 @@ def _unless_missing(read: Callable[[], T]) -> T | None:
         try:
             return read()
         except ClientError as error:
-            if _code(error) in _MISSING:
+            if _code(error) == _MISSING:
                 return None
             raise
 

@@ -81,9 +81,10 @@ class FolderObjects:
     def under(self, prefix: str) -> list[Listed]:
         folder, now = self._root / prefix.rpartition("/")[0], time.time()
         with _told():
-            paths = sorted(path for path in folder.rglob("*") if path.is_file())
-            keys = ((path.relative_to(self._root).as_posix(), path) for path in paths)
-            return [Listed(key, now - path.stat().st_mtime) for key, path in keys if key.startswith(prefix)]
+            keys = sorted(key for key in self._keys(folder) if key.startswith(prefix))
+            self._check_mounted()  # what is not listed is not there
+            ages = ((key, self._age(key, now)) for key in keys)
+            return [Listed(key, age) for key, age in ages if age is not None]
 
     def remove(self, key: str) -> None:
         path = self._root / key
@@ -91,6 +92,21 @@ class FolderObjects:
             path.unlink(missing_ok=True)
             with suppress(OSError):  # it is not empty
                 path.parent.rmdir()
+
+    def _keys(self, folder: Path) -> Iterator[str]:
+        """OSError for a folder that may not be read."""
+
+        def fail(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
+        for path, _, names in os.walk(folder, onerror=fail):
+            yield from ((Path(path) / name).relative_to(self._root).as_posix() for name in names)
+
+    def _age(self, key: str, now: float) -> float | None:
+        with suppress(FileNotFoundError):  # it was removed meanwhile
+            return now - (self._root / key).stat().st_mtime
+        return None
 
     def _check_mounted(self) -> None:
         """Raise OSError where all of it is gone: what is not found then may be there."""

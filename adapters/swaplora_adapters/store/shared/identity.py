@@ -7,7 +7,7 @@ import json
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from swaplora_adapters.files.disk import StoreError, raising_storage_errors, sync_folder
 from swaplora_adapters.store.shared.base import Base, agree_on_base
@@ -49,11 +49,12 @@ class Mark(NamedTuple):
             sync_folder(path.parent)
 
 
-def found_or_join(objects: Objects, path: Path, base: Base, *, is_filled: bool, publish: Callable[[str], None]) -> Mark:
+def found_or_join(objects: Objects, path: Path, base: Base, known: int, publish: Callable[[str], None]) -> Mark:
     """The mark at `path`: of which store the data directory then is a copy.
 
-    An empty store becomes one of what the directory holds: `publish` puts that below the id. Raises StoreError for a
-    directory that `is_filled` with what is not this store's and for another base, and StoreUnreachableError.
+    An empty store becomes one of what the directory holds, if it has a last change that is `known`: `publish` puts that
+    below the id. Raises StoreError for a directory with what is not this store's and for another base, and
+    StoreUnreachableError.
     """
     mark = Mark.read(path)
     store_id = _found(objects)
@@ -64,10 +65,10 @@ def found_or_join(objects: Objects, path: Path, base: Base, *, is_filled: bool, 
             )
         mark = mark or Mark(secrets.token_hex(8), secrets.token_hex(8), is_founding=True)
         mark.write(path)
-        if is_filled:
+        if known:
             publish(mark.store_id)
         agree_on_base(objects, mark.store_id, base)
-        content = json.dumps({"format": FORMAT, "id": mark.store_id}).encode()
+        content = json.dumps({"format": FORMAT, "id": mark.store_id, "founded_at": known}).encode()
         tried(lambda: objects.create(_KEY, content))
         store_id = _found(objects)
         assert store_id is not None
@@ -75,7 +76,7 @@ def found_or_join(objects: Objects, path: Path, base: Base, *, is_filled: bool, 
     if mark is not None and mark.is_founding and mark.store_id != store_id:
         mark = None  # another server was faster
         path.unlink()
-    if mark is None and is_filled:
+    if mark is None and known:
         raise StoreError(
             "the data directory holds adapters that the shared store does not know of: choose an empty --data-dir, and "
             "upload them"
@@ -90,15 +91,21 @@ def found_or_join(objects: Objects, path: Path, base: Base, *, is_filled: bool, 
 
 def is_founded(objects: Objects, store_id: str) -> bool:
     """Whether the store there is the one with this id. Raises StoreUnreachableError."""
-    content = tried(lambda: objects.get(_KEY))
-    return content is not None and json.loads(content)["id"] == store_id
+    told = _told(tried(lambda: objects.get(_KEY)))
+    return told is not None and told["id"] == store_id
+
+
+def founded_at(objects: Objects) -> int:
+    """The last change before the first one of the log. Raises StoreUnreachableError."""
+    told = _told(tried(lambda: objects.get(_KEY)))
+    return 0 if told is None else int(told.get("founded_at", 0))
 
 
 def _found(objects: Objects) -> str | None:
     content = tried(lambda: objects.get(_KEY))
-    if content is None:
+    told = _told(content)
+    if content is None or told is None:
         return None
-    told = json.loads(content)
     if told["format"] > FORMAT:
         raise StoreError("the shared store was made by a newer release: start that one")
     if tried(lambda: objects.create(_KEY, content)):
@@ -107,3 +114,12 @@ def _found(objects: Objects) -> str | None:
             "writes (If-None-Match: *), without which changes would be lost"
         )
     return str(told["id"])
+
+
+def _told(content: bytes | None) -> dict[str, Any] | None:
+    """StoreError for what is damaged."""
+    try:
+        told: dict[str, Any] | None = None if content is None else json.loads(content)
+    except ValueError as error:
+        raise StoreError(f"{_KEY} in the shared store is damaged: bring it back from a backup") from error
+    return told

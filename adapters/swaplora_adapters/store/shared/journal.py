@@ -80,10 +80,11 @@ class SharedJournal(Journal):
             else:
                 for name, manifest in told.items():
                     manifests.put(name, manifest)
+        had = self._catalogue.digests_of(entry.name for entry in entries if entry.kind == "name")
         for entry in entries:
             if entry.kind == "alias":
                 self._catalogue.adopt_alias(entry.name, entry.manifest)
             elif entry.kind == "name":
                 self._catalogue.adopt_name(entry.name, entry.manifest, {})
-        self._catalogue.forget_unreferenced()
+        self._catalogue.forget_unreferenced(had)
         self._catalogue.set_position(*entries[-1].position)

@@ -30,11 +30,12 @@ from swaplora_adapters.store.shared.address import open_objects
 from swaplora_adapters.store.shared.base import Base
 from swaplora_adapters.store.shared.extras import Extras
 from swaplora_adapters.store.shared.files import SWEPT_AFTER, SharedFiles
+from swaplora_adapters.store.shared.heard import HeardObjects
 from swaplora_adapters.store.shared.history.compaction import Compaction
 from swaplora_adapters.store.shared.history.entry import CHANGE, Entry, Position
 from swaplora_adapters.store.shared.history.log import Log, TrimmedError
 from swaplora_adapters.store.shared.history.snapshots import Snapshot, Snapshots
-from swaplora_adapters.store.shared.identity import found_or_join
+from swaplora_adapters.store.shared.identity import found_or_join, founded_at
 from swaplora_adapters.store.shared.journal import SharedJournal
 from swaplora_adapters.store.shared.objects import Objects
 from swaplora_adapters.store.staging import Staging
@@ -69,6 +70,7 @@ class SharedStore(Store):
     def __init__(self, data_dir: Path, objects: Objects, base: Base) -> None:
         """Raises StoreError, also where directory or base are not this store's, and StoreUnreachableError."""
         self._objects, self._base = objects, base
+        self._heard = HeardObjects(objects)
         self._sent: WeakKeyDictionary[Staging, _Sent] = WeakKeyDictionary()
         self._files_here = threading.Lock()  # held while files are moved in or out
         self._fetching = threading.Lock()
@@ -83,13 +85,15 @@ class SharedStore(Store):
         recovery.sweep(self._catalogue, is_copy=is_copy)
         is_filled = bool(self._catalogue.revisions() or self._catalogue.alias_revisions())
 
+        known = max(revision, 1) if is_filled else 0  # earlier releases count none
+
         def publish(store_id: str) -> None:
             self._send_all(SharedFiles(self._objects, store_id))
-            Snapshots(self._objects, store_id).put(self._founding(max(revision, 1)))  # earlier releases count none
+            Snapshots(self._objects, store_id).put(self._founding(known))
 
-        mark = found_or_join(self._objects, folders.shared, self._base, is_filled=is_filled, publish=publish)
+        mark = found_or_join(self._objects, folders.shared, self._base, known, publish)
         store_id = mark.store_id
-        self._log, self._files = Log(self._objects, store_id), SharedFiles(self._objects, store_id)
+        self._log, self._files = Log(self._heard, store_id), SharedFiles(self._objects, store_id)
         self._snapshots = Snapshots(self._objects, store_id)
         self._compaction = Compaction(self._log, self._snapshots)
         self.extras = Extras(self._objects, store_id, mark.server_id)
@@ -109,6 +113,8 @@ class SharedStore(Store):
                 self._check(known)
         if self._snapshots.last_revision() > journal.revision:
             journal.adopt(self._leap(journal.revision))
+        elif journal.revision < founded_at(self._objects):
+            raise StoreUnreachableError("the shared store has lost its snapshots: bring them back from a backup")
         is_all = False
         while not is_all:
             entries, is_all = self._after(journal.position)
@@ -150,6 +156,14 @@ class SharedStore(Store):
     @property
     def is_shared(self) -> bool:
         return True
+
+    @property
+    def asked_at(self) -> float | None:
+        return self._heard.asked_at
+
+    @property
+    def heard_at(self) -> float:
+        return self._heard.heard_at
 
     def unread(self, revision: int) -> tuple[Sequence[Entry], bool]:
         """Raises StoreChangedError as well."""
@@ -234,9 +248,10 @@ class SharedStore(Store):
         if complaint is None:
             return
         with self._files_here:
+            if is_fresh:  # the store has it as it is
+                self._blobs.discard(digest)
+                raise AdapterFailedError(f"as the shared store has it: {complaint}")
             self._blobs.quarantine(digest)
-        if is_fresh:
-            raise AdapterFailedError(f"as the shared store has it: {complaint}")
         raise StorageFailedError("the copy of its files was damaged, and is fetched again: try again")
 
     def discard_unreferenced(self, digest: str) -> bool:

@@ -41,6 +41,9 @@ class Gates:
                 for task in tasks:
                     await asyncio.to_thread(self.files.put, task)
                 await asyncio.to_thread(self._check_room, registry, name, tasks)  # brings here what is not here
+                registry.names.changes.check_known()
+                for task in tasks:  # only now: what is shared stays
+                    await asyncio.to_thread(self.files.share, task)
                 check = partial(self._check_room, registry, name, tasks)
                 await asyncio.to_thread(registry.set_gate, name, gate.model_dump_json(), check)
             finally:

@@ -36,6 +36,9 @@ class TaskFiles:
             finally:
                 partial.unlink(missing_ok=True)
             sync_folder(self._folder)
+
+    def share(self, task: Task) -> None:
+        """Have all servers know one that is kept here. Raises StoreUnreachableError."""
         if self._extras is not None:
             self._extras.put_task(self._path(task.digest).name, self._path(task.digest))
 
