@@ -241,28 +241,29 @@ def test_the_log_names_the_adapter_and_no_path(
     assert "secret" not in str(logs)
 
 
-@pytest.mark.parametrize(("is_look", "fault"), [(False, "hangs"), (True, "drips")])
-def test_a_signal_ends_the_process_though_a_source_is_silent(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, is_look: bool
+def test_a_signal_ends_the_process_though_sources_are_silent(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One that hangs while it is fetched from, and one that drips while a name is looked for."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     with run_fake_hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        hub.put("/api/models/org/repo/revision/main", Answer(fault=fault))  # type: ignore[arg-type]
+        hub.put("/api/models/org/hanging/revision/main", Answer(fault="hangs"))
+        hub.put("/api/models/org/dripping/revision/main", Answer(fault="drips"))
         flags = (*SMALL, "--allow-source", "hf://org", "--resolver", "hf://org/{name}", "--drain-seconds", "1")
-        with process(base, tmp_path, *flags) as (server, client), ThreadPoolExecutor(1) as pool:
-            body = {"model": "repo", "prompt": PROMPT, "max_tokens": 4}
-            asked = (
-                pool.submit(client.post, "/v1/completions", json=body)
-                if is_look
-                else pool.submit(client.put, "/v1/adapters/x", json={"source": "hf://org/repo"})
-            )
-            while not hub.seen:
+        with process(base, tmp_path, *flags) as (server, client), ThreadPoolExecutor(2) as pool:
+            body = {"model": "dripping", "prompt": PROMPT, "max_tokens": 4}
+            asked = [
+                pool.submit(client.post, "/v1/completions", json=body),
+                pool.submit(client.put, "/v1/adapters/x", json={"source": "hf://org/hanging"}),
+            ]
+            while hub.count("main") < 2:
                 time.sleep(0.01)
             began = time.monotonic()
             os.kill(server.pid, signal.SIGTERM)
             assert server.wait(GUARD_SECONDS) == 0
             print(f"ended {time.monotonic() - began:.1f} s after the signal")  # noqa: T201 - measured, not asserted
-            answer = asked.result(GUARD_SECONDS)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
-    assert "stopping" in answer.json()["error"]["message"]
+            answers = [each.result(GUARD_SECONDS) for each in asked]
+    for answer in answers:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
+        assert "stopping" in answer.json()["error"]["message"]
