@@ -140,7 +140,8 @@ def test_memory_is_pinned_where_the_system_gives_some(code: int, monkeypatch: py
     def check(failed: int) -> None:
         raise RuntimeError(f"CUDA error {failed}")
 
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda _address: 0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "check_error", check)
     if code:
         with pytest.raises(RuntimeError, match="CUDA error 2"):
