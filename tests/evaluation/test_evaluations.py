@@ -417,6 +417,7 @@ def test_results_outlive_a_restart_and_one_that_was_cut_says_so(
         for name in (stopped, killed):
             told = get(second, name)
             assert (told["state"], told["progress"]) == ("interrupted", {"done": 0, "total": 1})
+            assert told["error"]["message"] == "the server that ran it ended first; ask for it again"
         assert {one["id"] for one in second.client.get("/v1/evaluations").json()["data"]} == {
             done["id"],
             stopped,

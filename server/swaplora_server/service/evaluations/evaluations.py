@@ -18,7 +18,7 @@ from swaplora_adapters.errors import StorageFailedError, StorageFullError
 from swaplora_adapters.files.disk import StoreError, raising_storage_errors, sync_folder
 from swaplora_server.end_rate import MAX_RETRY_SECONDS
 from swaplora_server.service.errors import RequestError
-from swaplora_server.service.evaluations.record import Evaluation, State
+from swaplora_server.service.evaluations.record import ENDED_FIRST, Evaluation, State
 
 MAX_KEPT = 200  # of one tenant
 MAX_OPEN = 4  # of one tenant, running or in line
@@ -143,6 +143,6 @@ class Evaluations:
             return
         self._kept[evaluation.id] = evaluation
         if evaluation.is_open:
-            evaluation.end(State.INTERRUPTED)
+            evaluation.end(State.INTERRUPTED, ENDED_FIRST)
             self.save_if_possible(evaluation)
         evaluation.shed()

@@ -92,6 +92,9 @@ class Failure(BaseModel):
     model: str | None = None  # what could not be asked, if it was one
 
 
+ENDED_FIRST = Failure(code="draining", message="the server that ran it ended first; ask for it again")
+
+
 class Evaluation(BaseModel):
     """One task asked of some models."""
 

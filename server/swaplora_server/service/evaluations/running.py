@@ -14,7 +14,15 @@ from swaplora_server.service.adapter_mix import bound_mixture
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.evaluations.asking import Asking, scores_of
 from swaplora_server.service.evaluations.evaluations import NUM_AT_ONCE
-from swaplora_server.service.evaluations.record import Evaluated, Evaluation, Failure, Mixture, State, Version
+from swaplora_server.service.evaluations.record import (
+    ENDED_FIRST,
+    Evaluated,
+    Evaluation,
+    Failure,
+    Mixture,
+    State,
+    Version,
+)
 from swaplora_server.service.service import Service
 
 MAX_ANSWERS = 20_000  # of items times models
@@ -141,7 +149,7 @@ async def _run(service: Service, evaluation: Evaluation, items: Sequence[Item], 
                 await _ask_all(service, evaluation, items, asking)
         evaluation.end(State.DONE)
     except asyncio.CancelledError:
-        evaluation.end(State.INTERRUPTED)  # unless it was cancelled by who wanted it
+        evaluation.end(State.INTERRUPTED, ENDED_FIRST)  # unless it was cancelled by who wanted it
         raise
     except (RequestError, AdapterError) as error:
         is_stopped, model = error.code in _STOPPED, error.model if isinstance(error, _CannotAskError) else None
