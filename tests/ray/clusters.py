@@ -1,6 +1,9 @@
 """A Ray cluster of nodes on this machine with replicas of a tiny base, and the server in front of them."""
 
+import json
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from repository import ROOT
 from server_process import free_port
 from serving import listening
 from swaplora_server.cluster.build import application_of, engines, key_ring
+from swaplora_server.cluster.exchange import Answer, Forwarded
 from swaplora_server.cluster.ingress import Ingress
 from swaplora_server.cluster.ray_engines import RayEngines
 from swaplora_server.config import Settings
@@ -66,16 +70,32 @@ class Front:
         found: list[Any] = self.handle.broadcast(method, *args).results(timeout_s=60)
         return found
 
+    def of_each(self, method: str, path: str, body: object = None) -> list[Answer]:
+        """What each replica answers, asked itself."""
+        raw = b"" if body is None else json.dumps(body).encode()
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
+            "path": path, "raw_path": path.encode(), "query_string": b"", "client": None, "server": None,
+            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+        }  # fmt: skip
+        return self.ask_replicas("answer", Forwarded(scope, raw, True, uuid.uuid4().hex))
+
+    def wait_for(self, count: int) -> None:
+        """Until so many replicas answer."""
+        while len(self.ask_replicas("record_routing_stats")) != count:
+            time.sleep(0.1)
+
 
 @contextmanager
 def in_front(settings: Settings) -> Iterator[Front]:
     """Replicas as the settings say, and a server in front of them in this process."""
-    handle = serve.run(engines(settings), name=application_of(settings), route_prefix=None)
+    name = application_of(settings)
+    handle = serve.run(engines(settings), name=name, route_prefix=None)
     try:
         with fronting(settings, handle) as front:
             yield front
     finally:
-        serve.delete(application_of(settings))
+        serve.delete(name)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -16,59 +16,17 @@ import ray
 from ray import serve
 from ray.util import list_named_actors
 
-import tiny
-from clusters import Front, Nodes, in_front, ray_nodes
+from clusters import Front
 from oracle import Oracle
-from serving import BASE, Running, Streamed, serving, settings, stream_chat
-from sixteen_adapters import SHAPES, TOLERANCE, error_against
+from serving import BASE, Running, Streamed, stream_chat
+from sixteen_adapters import TOLERANCE, error_against
+from streams import LONG, NAMES, NUM_ADAPTERS, Streams, asking, chat, expected
 from swaplora_server.cluster.build import application_of, engines
 from swaplora_server.cluster.ingress import PART_BYTES
 from swaplora_server.config import Settings
 
-NUM_ADAPTERS = 8
-NAMES = [f"s{number}" for number in range(NUM_ADAPTERS)]
 _OWN = re.compile(rb'([a-z]+[-_])[0-9a-f]{32}|("(?:created|created_at|completed_at)":)[0-9.e+]+')
 _NEW = ("connection", "date", "x-request-id")
-
-
-@pytest.fixture(scope="module")
-def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adapters that all replicas read."""
-    folder = tmp_path_factory.mktemp("shared")
-    for seed, (name, shape) in enumerate(zip(NAMES, SHAPES, strict=False)):
-        tiny.save_adapter(folder / name, base, seed=seed, **shape)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def config(base: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    own = {"adapter_dir": folder, "prefix_cache": False, "drain_seconds": 60, "max_body_bytes": 1 << 20}
-    return settings(base, tmp_path_factory.mktemp("replicas"), ray=True, ray_replicas="2", ray_cpus=2, **own)
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    with ray_nodes(2, cpus=3) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def front(config: Settings, nodes: Nodes) -> Iterator[Front]:
-    with in_front(config) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def one(config: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The same on one machine."""
-    fields = {"ray": False, "ray_replicas": None, "ray_cpus": None, "data_dir": tmp_path_factory.mktemp("one")}
-    with serving(config.model_copy(update=fields)) as running:
-        yield running
-
-
-def chat(name: str, **fields: Any) -> dict[str, Any]:
-    return {"model": name, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "temperature": 0, **fields}
-
 
 REQUESTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "stream": ("POST", "/v1/chat/completions", {"json": chat("s1", stream=True)}),
@@ -86,6 +44,11 @@ REQUESTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "the page": ("GET", "/ui", {}),
     "ready": ("GET", "/health/ready", {}),
 }
+
+
+@pytest.fixture(scope="module")
+def right(one: Running) -> dict[str, list[int]]:
+    return expected(one)
 
 
 @pytest.mark.parametrize("name", REQUESTS)
@@ -113,7 +76,7 @@ def test_each_answer_is_of_the_adapter_that_was_asked(front: Front, base: Path, 
         assert said.is_done
         assert said.headers["x-swaplora-adapter"] == f"{name}@1"
         assert error_against(oracles[name], name, said) < TOLERANCE
-    per_replica = [stats["resident"] for stats in front.ask_replicas("record_routing_stats")]
+    per_replica = [each["resident"] for each in stats(front)]
     assert len(per_replica) == 2
     assert set(per_replica[0]) | set(per_replica[1]) == set(NAMES)
 
@@ -123,7 +86,7 @@ def test_a_clients_going_ends_its_request(front: Front) -> None:
     body = chat("s4", max_tokens=480, ignore_eos=True, stream=True, n=16)
     with front.client.stream("POST", "/v1/chat/completions", json=body) as answer:
         next(answer.iter_lines())
-    while sum(stats["running"] for stats in front.ask_replicas("record_routing_stats")):
+    while sum(each["running"] for each in stats(front)):
         time.sleep(0.05)
     assert _abandoned(front) == before + 1
 
@@ -146,159 +109,141 @@ def test_metrics_are_each_replicas(front: Front) -> None:
     assert len(replicas) == 2
 
 
-class Streams:
-    """Long streams of all adapters, each in a thread of its own."""
+def stats(front: Front) -> list[dict[str, Any]]:
+    """What each replica tells."""
+    return front.ask_replicas("record_routing_stats")
 
-    def __init__(self, front: Front, max_tokens: int, count: int) -> None:
-        self._front = front
-        self._max_tokens = max_tokens
-        self._begun = threading.Semaphore(0)
+
+def test_replicas_follow_the_load(front: Front, right: dict[str, list[int]], config: Settings) -> None:
+    """Down under streams and uploads on both, each of which ends whole; and up, with no answer that is not its own."""
+    scaling = engines(config.model_copy(update={"ray_replicas": "1-2"}))._bound_deployment  # noqa: SLF001
+    own = scaling._deployment_config.autoscaling_config  # noqa: SLF001
+    assert (own.min_replicas, own.max_replicas, own.target_ongoing_requests) == (1, 2, 8)
+    at_once = own.model_copy(update={"upscale_delay_s": 0, "downscale_delay_s": 0, "look_back_period_s": 1})
+    goes_on = threading.Event()
+    uploads = Uploads(front.url, 4, goes_on)
+    try:
+        streams = Streams(front.url, 2)
+        _deploy(config, scaling.options(autoscaling_config=at_once))
+        while len(stats(front)) == 2:
+            time.sleep(0.1)
+        meanwhile = [front.client.post("/v1/chat/completions", json=chat(name)).status_code for name in NAMES]
+    finally:
+        goes_on.set()
+    assert meanwhile == [200] * NUM_ADAPTERS
+    assert uploads.ended() == [422] * 4
+    assert [(ids == right[name], errors) for name, ids, errors in streams.ended()] == [(True, [])] * 2
+    with asking(front.url, right, 20) as faults:
+        while len(told := stats(front)) == 1 or not all(each["resident"] for each in told):
+            assert faults == []
+            time.sleep(0.1)
+    assert faults == []
+    _deploy(config, engines(config)._bound_deployment)  # noqa: SLF001
+    assert {name for each in stats(front) for name in each["resident"]} >= set(NAMES)
+
+
+class Uploads:
+    """Uploads that are refused once they are whole, which waits; their first parts are there when this is made."""
+
+    def __init__(self, url: str, count: int, goes_on: threading.Event) -> None:
+        files = {"config": b"{", "weights": b"x" * (3 * PART_BYTES)}
+        self._whole = httpx.Request("PUT", url, files=files)
+        self._url, self._goes_on, self._begun = url, goes_on, threading.Semaphore(0)
         self._pool = ThreadPoolExecutor(count)
-        self._results = [self._pool.submit(self._one, NAMES[number % NUM_ADAPTERS]) for number in range(count)]
+        self._results = [self._pool.submit(self._put, number) for number in range(count)]
         for _ in range(count):
             self._begun.acquire()
 
-    def ended(self) -> list[tuple[str, list[int], list[str]]]:
-        """Of each the name, its token ids, and the codes of its errors; every one has ended by [DONE]."""
+    def ended(self) -> list[int]:
         with self._pool:
             return [result.result() for result in self._results]
 
-    def _one(self, name: str) -> tuple[str, list[int], list[str]]:
-        body = chat(name, max_tokens=self._max_tokens, ignore_eos=True, stream=True, return_token_ids=True)
-        ids: list[int] = []
-        errors: list[str] = []
-        last = ""
-        with httpx.stream("POST", f"{self._front.url}/v1/chat/completions", json=body, timeout=300) as answer:
-            assert answer.status_code == 200, answer.read()
-            is_begun = False
-            for line in answer.iter_lines():
-                if not line.startswith("data: "):
-                    continue
-                last = line.removeprefix("data: ")
-                chunk = json.loads(last) if last != "[DONE]" else {}
-                errors += [chunk["error"]["code"]] if "error" in chunk else []
-                ids += [token for choice in chunk.get("choices", ()) for token in choice.get("token_ids", ())]
-                if ids and not is_begun:
-                    is_begun = True
-                    self._begun.release()
-        assert last == "[DONE]"
-        return name, ids, errors
+    def _put(self, number: int) -> int:
+        headers = {"content-type": self._whole.headers["content-type"]}
+        url = f"{self._url}/v1/adapters/ending{number}"
+        return httpx.put(url, content=self._parts(), headers=headers, timeout=300).status_code
 
-
-def expected(one: Running, max_tokens: int) -> dict[str, list[int]]:
-    found = {}
-    for name in NAMES:
-        body = chat(name, max_tokens=max_tokens, ignore_eos=True, return_token_ids=True)
-        answer = one.client.post("/v1/chat/completions", json=body).json()
-        found[name] = answer["choices"][0]["token_ids"]
-    return found
-
-
-def test_fewer_replicas_end_what_runs_first(front: Front, one: Running, config: Settings) -> None:
-    """From two to one and back, under streams on both: each ends whole, and what comes meanwhile is answered."""
-    right = expected(one, 300)
-    streams = Streams(front, 300, NUM_ADAPTERS)
-    running = [stats["running"] for stats in front.ask_replicas("record_routing_stats")]
-    assert all(running), running
-    _scale(config, "1")
-    meanwhile = [front.client.post("/v1/chat/completions", json=chat(name)).status_code for name in NAMES]
-    assert meanwhile == [200] * NUM_ADAPTERS
-    assert [(name, ids == right[name], errors) for name, ids, errors in streams.ended()] == [
-        (name, True, []) for name in NAMES
-    ]
-    assert len(front.ask_replicas("record_routing_stats")) == 1
-    _scale(config, "2")
-    assert len(front.ask_replicas("record_routing_stats")) == 2
-
-
-def test_an_upload_goes_on_at_a_replica_that_ends(front: Front, config: Settings) -> None:
-    """What is under way on both, when one of them is not chosen any more: each has the rest of its body."""
-    files = {"config": b"{", "weights": b"x" * (3 * PART_BYTES)}
-    whole = httpx.Request("PUT", front.url, files=files)
-    body = whole.read()
-    goes_on = threading.Event()
-    begun = threading.Semaphore(0)
-
-    def parts() -> Iterator[bytes]:
+    def _parts(self) -> Iterator[bytes]:
+        body = self._whole.read()
         yield body[: 2 * PART_BYTES]
-        begun.release()
-        goes_on.wait()
+        self._begun.release()
+        while not self._goes_on.wait(0.5):
+            yield b"x"  # who sends nothing for long is not waited for
         yield body[2 * PART_BYTES :]
 
-    def put(number: int) -> int:
-        headers = {"content-type": whole.headers["content-type"]}
-        url = f"{front.url}/v1/adapters/ending{number}"
-        return httpx.put(url, content=parts(), headers=headers, timeout=60).status_code
 
-    with ThreadPoolExecutor(6) as pool:
-        try:
-            uploads = [pool.submit(put, number) for number in range(6)]
-            for _ in uploads:
-                begun.acquire()
-            time.sleep(1)  # each has its first part
-            scaling = threading.Thread(target=_scale, args=(config, "1"))
-            scaling.start()
-            while len(front.ask_replicas("record_routing_stats")) == 2:
-                time.sleep(0.1)
-        finally:
-            goes_on.set()
-        assert [upload.result() for upload in uploads] == [422] * 6
-    scaling.join()
-    _scale(config, "2")
-
-
-def test_a_new_release_comes_while_the_old_one_ends(front: Front, one: Running, config: Settings) -> None:
-    """Each replica is replaced, under streams that end whole and requests that are all answered."""
-    right = expected(one, 300)
-    before = {stats["capacity"] for stats in front.ask_replicas("record_routing_stats")}
-    streams = Streams(front, 300, NUM_ADAPTERS)
-    has_come = threading.Event()
-    statuses: list[int] = []
-
-    def ask_on() -> None:
-        while not has_come.is_set():
-            name = NAMES[len(statuses) % NUM_ADAPTERS]
-            statuses.append(httpx.post(f"{front.url}/v1/chat/completions", json=chat(name), timeout=60).status_code)
-
-    asking = threading.Thread(target=ask_on)
-    asking.start()
-    try:
-        newer = config.model_copy(update={"max_num_seqs": 32})
-        serve.run(engines(newer), name=application_of(newer), route_prefix=None)
-    finally:
-        has_come.set()
-        asking.join()
+def test_a_new_release_comes_while_the_old_one_ends(
+    front: Front, right: dict[str, list[int]], config: Settings
+) -> None:
+    """Each replica is replaced, under streams that end whole and requests that their own adapters answer."""
+    assert {each["capacity"] for each in stats(front)} == {16}
+    streams = Streams(front.url)
+    with asking(front.url, right, 2) as faults:
+        _deploy(config, engines(config.model_copy(update={"max_num_seqs": 32}))._bound_deployment)  # noqa: SLF001
     assert [(name, ids == right[name], errors) for name, ids, errors in streams.ended()] == [
         (name, True, []) for name in NAMES
     ]
-    assert set(statuses) == {200}
-    assert before == {64}
-    assert {stats["capacity"] for stats in front.ask_replicas("record_routing_stats")} == {32}
+    assert faults == []
+    assert {each["capacity"] for each in stats(front)} == {32}
 
 
-def test_a_killed_replica_ends_its_streams_with_an_error(front: Front, one: Running) -> None:
-    """And no others; none has an answer that is not its own."""
-    right = expected(one, 300)
-    streams = Streams(front, 300, NUM_ADAPTERS)
-    victims = [each for each in list_named_actors(all_namespaces=True) if "#Engine#" in each["name"]]
+def test_a_killed_replica_ends_its_streams_with_an_error(
+    front: Front, right: dict[str, list[int]], adapters: list[Path]
+) -> None:
+    """And no others; none has an answer that is not its own. What it was judging is judged by who comes after it."""
+    judging = a_gate_judges(front, adapters)
+    streams = Streams(front.url)
+    victims = [each for each in list_named_actors(all_namespaces=True) if "swaplora-base#Engine#" in each["name"]]
     assert len(victims) == 2
-    ray.kill(ray.get_actor(victims[0]["name"], namespace=victims[0]["namespace"]))
+    victim = next(each for each in victims if each["name"].endswith(judging.replica))
+    ray.kill(ray.get_actor(victim["name"], namespace=victim["namespace"]))
     ended = streams.ended()
     lost = [(name, ids) for name, ids, errors in ended if errors]
     assert {code for _, _, errors in ended for code in errors} == {"engine_failed"}
     assert 0 < len(lost) < NUM_ADAPTERS
     for name, ids, errors in ended:
-        assert ids == right[name] if not errors else ids == right[name][: len(ids)] and len(ids) < 300
+        assert ids == right[name] if not errors else ids == right[name][: len(ids)] and len(ids) < LONG
     for name in NAMES:
         answer = front.client.post("/v1/chat/completions", json=chat(name, ignore_eos=True, return_token_ids=True))
         assert answer.status_code == 200, answer.text
         assert answer.json()["choices"][0]["token_ids"] == right[name][:8]
+    front.wait_for(2)
+    while (versions := front.client.get("/v1/adapters/gated/gate").json()["versions"])[-1]["standing"] == "candidate":
+        time.sleep(0.1)
+    assert versions[-1]["standing"] == "passed"
+    assert front.client.get("/v1/adapters/gated").json()["version"] == 2
+    assert front.client.get(f"/v1/evaluations/{judging.evaluation}").json()["state"] == "interrupted"
 
 
-def _scale(config: Settings, replicas: str) -> None:
-    """Have another number of the same replicas: those of up to two, so that nothing else changes."""
-    bound = engines(config)
-    deployment = bound._bound_deployment.options(num_replicas=int(replicas))  # noqa: SLF001
+class Judging(NamedTuple):
+    replica: str
+    evaluation: str
+
+
+def a_gate_judges(front: Front, adapters: list[Path]) -> Judging:
+    """A new version of an adapter, by a replica that has not done with it."""
+    put(front, "gated", adapters[0])
+    task = [{"prompt": f"{number}", "answer": "x"} for number in range(100)]
+    gate = {"task": task, "min_score": 0, "max_tokens": 32}
+    assert front.client.put("/v1/adapters/gated/gate", json=gate).status_code == 200
+    put(front, "gated", adapters[1])
+    while True:
+        for answer in front.of_each("GET", "/v1/evaluations"):
+            for told in json.loads(answer.body)["data"]:
+                if told["gate"] == "gated" and told["ended"] is None:
+                    return Judging(answer.replica, told["id"])
+        time.sleep(0.05)
+
+
+def put(front: Front, name: str, adapter: Path) -> None:
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    files = dict(zip(("config", "weights"), ((adapter / each).read_bytes() for each in names), strict=True))
+    answer = front.client.put(f"/v1/adapters/{name}", files=files)
+    assert answer.status_code in (200, 201, 202), answer.text
+
+
+def _deploy(config: Settings, deployment: Any) -> None:
+    """Have the replicas as `deployment` says, with the arguments that it was made with."""
     again = deployment.bind(*deployment.init_args, **deployment.init_kwargs)
     serve.run(again, name=application_of(config), route_prefix=None)
 

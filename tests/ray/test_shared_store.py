@@ -2,8 +2,6 @@
 
 import json
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +9,19 @@ import httpx
 import pytest
 
 import tiny
-from clusters import Front, Nodes, in_front, ray_nodes
+from clusters import Front
 from oracle import Oracle
-from serving import settings
-from swaplora_server.cluster.exchange import Answer, Forwarded
+from swaplora_server.cluster.exchange import Answer
 
 PROMPT = [11, 12, 13, 14]
 NUM_VERSIONS = 6
 TIE = 1e-4
 
 
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    with ray_nodes(2, cpus=3) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def front(nodes: Nodes, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    folder = tmp_path_factory.mktemp("cluster")
-    own = {"shared_store": str(folder / "store"), "prefix_cache": False}
-    with in_front(settings(base, folder / "data", ray=True, ray_replicas="2", ray_cpus=2, **own)) as found:
-        yield found
+@pytest.fixture(autouse=True)
+def both(front: Front) -> None:
+    """There are two, whatever came before."""
+    front.wait_for(2)
 
 
 def put(front: Front, name: str, adapter: Path) -> int:
@@ -52,23 +41,8 @@ def body_of(name: str) -> dict[str, Any]:
 
 
 def of_each(front: Front, name: str) -> list[Answer]:
-    """A completion of each replica, asked itself."""
-    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": "/v1/completions",
-        "raw_path": b"/v1/completions",
-        "query_string": b"",
-        "headers": headers,
-        "client": None,
-        "server": None,
-    }
-    raw = json.dumps(body_of(name)).encode()
-    return front.ask_replicas("answer", Forwarded(scope, raw, True, f"{name}-{time.monotonic()}"))
+    """A completion of each replica."""
+    return front.of_each("POST", "/v1/completions", body_of(name))
 
 
 def token_ids(raw: bytes) -> list[int]:
