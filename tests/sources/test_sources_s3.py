@@ -7,9 +7,9 @@ from typing import Any
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from adapter_files import write_adapter
+from buckets import AWS, serving_buckets
 from fake_hub import Answer, FakeHub, run_fake_hub
 from swaplora_adapters.errors import (
     AdapterTooLargeError,
@@ -27,23 +27,12 @@ URI = "s3://bucket/team/one"
 WEIGHTS = f"/bucket/team/one/{WEIGHTS_FILE}"
 CONFIG = f"/bucket/team/one/{CONFIG_FILE}"
 READING = f"^{URI}: reading {WEIGHTS_FILE}: "
-AWS = {
-    "AWS_ACCESS_KEY_ID": "key",
-    "AWS_SECRET_ACCESS_KEY": "hunter2",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-    "AWS_CONFIG_FILE": "/dev/null",
-    "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
-}
 
 
 @pytest.fixture(scope="module")
 def moto_url() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with serving_buckets() as url:
+        yield url
 
 
 @pytest.fixture
