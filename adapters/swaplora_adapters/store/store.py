@@ -38,6 +38,7 @@ from swaplora_adapters.store.records import Alias, Details, Published, Quarantin
 from swaplora_adapters.store.recovery import Recovery
 from swaplora_adapters.store.shared.extras import Extras
 from swaplora_adapters.store.shared.history.entry import Entry
+from swaplora_adapters.store.shared.identity import share_no_more
 from swaplora_adapters.store.staging import Staging
 
 
@@ -70,11 +71,8 @@ class Store:
 
     def _open(self, folders: DataDir, recovery: Recovery) -> Journal:
         """What changes are made with, once catalogue and files agree."""
-        if folders.shared.exists():
-            raise StoreError(
-                "the data directory is one server's part of a shared store: name that with --shared-store, or choose "
-                "another --data-dir"
-            )
+        if share_no_more(folders.shared):
+            recovery.notes.append("a shared store was begun with this data directory and not made: it is of none now")
         revision = recovery.agree(self._catalogue)
         recovery.sweep(self._catalogue)
         return Journal(self._catalogue, self._names, self._aliases, self._blobs, revision)

@@ -89,6 +89,24 @@ def found_or_join(objects: Objects, path: Path, base: Base, known: int, publish:
     return mark
 
 
+def share_no_more(path: Path) -> bool:
+    """Take away the mark of a store that was perhaps not made; whether there was one. StoreError for a copy's.
+
+    Should the store be there all the same, it will not have what the directory holds.
+    """
+    mark = Mark.read(path)
+    if mark is None:
+        return False
+    if not mark.is_founding:
+        raise StoreError(
+            "the data directory is one server's part of a shared store: name that with --shared-store, or choose "
+            "another --data-dir"
+        )
+    path.unlink()
+    sync_folder(path.parent)
+    return True
+
+
 def is_founded(objects: Objects, store_id: str) -> bool:
     """Whether the store there is the one with this id. Raises StoreUnreachableError."""
     told = _told(tried(lambda: objects.get(_KEY)))
@@ -98,7 +116,7 @@ def is_founded(objects: Objects, store_id: str) -> bool:
 def founded_at(objects: Objects) -> int:
     """The last change before the first one of the log. Raises StoreUnreachableError."""
     told = _told(tried(lambda: objects.get(_KEY)))
-    return 0 if told is None else int(told.get("founded_at", 0))
+    return 0 if told is None else int(told["founded_at"])
 
 
 def _found(objects: Objects) -> str | None:
@@ -118,8 +136,10 @@ def _found(objects: Objects) -> str | None:
 
 def _told(content: bytes | None) -> dict[str, Any] | None:
     """StoreError for what is damaged."""
+    if content is None:
+        return None
     try:
-        told: dict[str, Any] | None = None if content is None else json.loads(content)
-    except ValueError as error:
+        told = json.loads(content)
+        return {"founded_at": 0, **told, "id": str(told["id"]), "format": int(told["format"])}
+    except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{_KEY} in the shared store is damaged: bring it back from a backup") from error
-    return told
