@@ -410,8 +410,8 @@ class Registry:
 
         if self._store.is_shared:
             self._names.changes.make(check)  # or what is refused would fill the shared store
-            if details.digest not in self._names.index.digests():
-                self._store.send(staging, details.digest)
+            is_known = details.digest in self._names.index.digests()
+            (self._store.mend if is_known else self._store.send)(staging, details.digest)
 
         def publish() -> PutResult:
             check()

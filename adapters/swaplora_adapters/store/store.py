@@ -108,6 +108,9 @@ class Store:
     def send(self, staging: Staging, digest: str) -> None:
         """Have staged files lie where all that share the store find them, before they are published."""
 
+    def mend(self, staging: Staging, digest: str) -> None:
+        """Send what versions have already, if it was found lost or damaged where all find it."""
+
     def is_here(self, _digest: str) -> bool:
         """Whether the files of a digest lie here, or nowhere."""
         return True
@@ -153,12 +156,12 @@ class Store:
                 with self._journal.change():
                     previous = self._catalogue.current(name)
                     conditions.check(name, self._catalogue.was_used(name), previous)
-                    self._keep_or_place(staging, details.digest)
+                    is_mended = self._keep_or_place(staging, details.digest)
                     stored = self._same(name, previous, details.digest)
                     is_new = stored is None
                     if is_new:
                         self._catalogue.add_version(name, details, source)
-                    if is_new or (stored == previous and self._catalogue.put_back(name)):
+                    if is_new or (stored == previous and self._catalogue.put_back(name)) or is_mended:
                         self._journal.write_name(name)
                     is_committing = True
             except BaseException as error:
@@ -369,14 +372,17 @@ class Store:
                 "make one of them current by force first, or delete all of it"
             )
 
-    def _keep_or_place(self, staging: Staging, digest: str) -> None:
-        """Files that others rely on are replaced only if they are damaged: a crash could part them from their row.
+    def _keep_or_place(self, staging: Staging, digest: str) -> bool:
+        """Whether others are to hear of it though the name stays as it is.
+
+        Files that others rely on are replaced only if they are damaged: a crash could part them from their row.
 
         The same digest does not mean the same bytes, since a config is digested by what it means.
         """
         is_recorded = self._catalogue.is_blob(digest) and self._catalogue.failure(digest) is None
         if not (is_recorded and self._blobs.digest_complaint(digest) is None):
             self._catalogue.put_blob(digest, *self._blobs.place(staging, digest))
+        return False
 
     def _remove_versions(self, name: str, doomed: Sequence[VersionRecord], is_hard: bool) -> None:
         self._catalogue.remove_versions(doomed)

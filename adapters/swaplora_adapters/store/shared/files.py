@@ -2,15 +2,18 @@
 
 A version refers to a place that was made for it, or to one that a version before it refers to at that moment. A place
 that nothing refers to any more is therefore never referred to again, and can be removed without asking anybody.
+
+<id>/blobs/<digest>/<place>/    both files, and `damaged` where a server has found that they are, or are lost
 """
 
 import secrets
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from swaplora_adapters.errors import AdapterFailedError
+from swaplora_adapters.errors import AdapterFailedError, StoreUnreachableError
 from swaplora_adapters.files.digest import hex_of
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.store.shared.objects import Objects
@@ -18,6 +21,7 @@ from swaplora_adapters.store.shared.trying import tried
 from swaplora_adapters.store.staging import Staging
 
 SWEPT_AFTER = 24 * 3600.0  # seconds: what is on its way in is published, and what was deleted fetched, long before
+_DAMAGED = "damaged"
 
 
 class SharedFiles:
@@ -31,15 +35,34 @@ class SharedFiles:
     def send(self, digest: str, config: Path, weights: Path) -> str:
         """Both files to a new place, which this returns; durable then."""
         place = secrets.token_hex(8)
+        self.mend(digest, place, config, weights)
+        return place
+
+    def mend(self, digest: str, place: str, config: Path, weights: Path) -> None:
+        """Both files over what lies there, which has the same digest or is damaged; durable then."""
         for path, name in ((config, CONFIG_FILE), (weights, WEIGHTS_FILE)):
             tried(partial(self._objects.put, self._key(digest, place, name), path))
-        return place
 
     def fetch(self, digest: str, place: str, staging: Staging) -> None:
         """Raises AdapterFailedError where they are not there, and StorageFullError."""
         for path in (staging.config_path, staging.weights_path):
             if not tried(partial(self._fetched, self._key(digest, place, path.name), path)):
-                raise AdapterFailedError(f"the shared store has lost its {path.name}")
+                self.note_damage(digest, place)
+                raise AdapterFailedError(f"the shared store has lost its {path.name}: upload it again")
+
+    def note_damage(self, digest: str, place: str) -> None:
+        """Have all servers know that these are to be sent again; where that cannot be noted, who asks next does."""
+        with suppress(StoreUnreachableError):
+            self._objects.create(self._key(digest, place, _DAMAGED), b"1")
+
+    def is_damaged(self, digest: str, place: str) -> bool:
+        """Whether a server has found them so."""
+        return tried(lambda: self._objects.get(self._key(digest, place, _DAMAGED))) is not None
+
+    def forget_damage(self, digest: str, place: str) -> None:
+        """They are mended; where that cannot be noted they are mended once more."""
+        with suppress(StoreUnreachableError):
+            self._objects.remove(self._key(digest, place, _DAMAGED))
 
     def keys(self) -> list[str]:
         """Of all that lie there."""

@@ -72,6 +72,7 @@ class SharedStore(Store):
         self._objects, self._base = objects, base
         self._heard = HeardObjects(objects)
         self._sent: WeakKeyDictionary[Staging, _Sent] = WeakKeyDictionary()
+        self._mended: WeakKeyDictionary[Staging, str] = WeakKeyDictionary()  # the place that its files were sent to
         self._files_here = threading.Lock()  # held while files are moved in or out
         self._fetching = threading.Lock()
         self._fresh: set[str] = set()  # fetched, and not hashed yet
@@ -217,6 +218,8 @@ class SharedStore(Store):
         with self._mutex:
             published = super().publish(name, staging, details, source=source, conditions=conditions)
             self._places |= self._catalogue.places(details.digest)
+        if staging in self._mended:
+            self._files.forget_damage(details.digest, self._mended[staging])
         with self._files_here, suppress(StorageFullError, StorageFailedError):  # or it is fetched when it is wanted
             if not self.is_here(details.digest):
                 self._blobs.place(staging, details.digest)
@@ -227,6 +230,12 @@ class SharedStore(Store):
         self._blobs.staged_sizes(staging)
         place = self._files.send(digest, staging.config_path, staging.weights_path)
         self._sent[staging] = _Sent(place, began)
+
+    def mend(self, staging: Staging, digest: str) -> None:
+        place = self._places.get(digest)
+        if place is not None and self._files.is_damaged(digest, place):
+            self._files.mend(digest, place, staging.config_path, staging.weights_path)
+            self._mended[staging] = place
 
     def bring(self, digest: str) -> None:
         if self.is_here(digest):
@@ -247,11 +256,12 @@ class SharedStore(Store):
         self._fresh.discard(digest)
         if complaint is None:
             return
-        with self._files_here:
-            if is_fresh:  # the store has it as it is
-                self._blobs.discard(digest)
-                raise AdapterFailedError(f"as the shared store has it: {complaint}")
-            self._blobs.quarantine(digest)
+        with self._files_here:  # what the store has is not kept here as well: it can be had as often as somebody asks
+            self._blobs.discard(digest) if is_fresh else self._blobs.quarantine(digest)
+        if is_fresh:
+            if place := self._places.get(digest):
+                self._files.note_damage(digest, place)
+            raise AdapterFailedError(f"as the shared store has it: {complaint}: upload it again")
         raise StorageFailedError("the copy of its files was damaged, and is fetched again: try again")
 
     def discard_unreferenced(self, digest: str) -> bool:
@@ -289,10 +299,11 @@ class SharedStore(Store):
         self._blobs.fill_reserve()
         return []
 
-    def _keep_or_place(self, staging: Staging, digest: str) -> None:
+    def _keep_or_place(self, staging: Staging, digest: str) -> bool:
         """Let versions refer to where the files lie; they are moved once the change is made."""
         if self._catalogue.places(digest):
-            return
+            return staging in self._mended
         if staging not in self._sent or time.monotonic() - self._sent[staging].at > SWEPT_AFTER / 2:
             raise NotSentError
         self._catalogue.put_blob(digest, *self._blobs.staged_sizes(staging), self._sent[staging].place)
+        return False
