@@ -1,12 +1,23 @@
 """Adapters' files in the shared store and copies of them: mended, bounded, and let go of."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from replicas import Disturbed, put, replicas, see
-from swaplora_adapters.errors import AdapterFailedError
+from swaplora_adapters.errors import (
+    AdapterError,
+    AdapterFailedError,
+    InvalidAdapterNameError,
+    PreconditionFailedError,
+    QuotaExceededError,
+)
 from swaplora_adapters.files.naming import WEIGHTS_FILE
+from swaplora_adapters.registry.registry import Registry
+from swaplora_adapters.registry.tenant import Room, TenantRegistry
+from swaplora_adapters.store.conditions import Conditions, NameState
+from swaplora_adapters.store.records import Target
 from swaplora_adapters.store.shared.address import open_objects
 from test_catalogue import weights_of
 
@@ -42,3 +53,55 @@ def test_what_the_store_has_lost_or_damaged_is_mended_by_uploading_it_again(
         revision = asked.revision
         put(asked, "sql", files[0])  # once is enough
         assert asked.revision == revision
+
+
+def take(of: Registry, file: Path) -> None:
+    put(of, "tales", file)
+
+
+def point(of: Registry, _file: Path) -> None:
+    of.put_alias("tales", [Target("sql", 1)])
+
+
+@pytest.mark.parametrize("is_meanwhile", [False, True])
+@pytest.mark.parametrize(
+    ("elsewhere", "room", "conditions", "refusal"),
+    [
+        (take, Room(), Conditions(if_none_match=True), PreconditionFailedError),
+        (take, Room(), Conditions(if_unchanged_since=NameState(was_used=False, version=None)), PreconditionFailedError),
+        (take, Room(2, 1), Conditions(), QuotaExceededError),
+        (point, Room(), Conditions(), InvalidAdapterNameError),
+    ],
+)
+def test_of_an_upload_that_is_refused_nothing_stays_in_the_store(
+    objects: list[Disturbed],
+    files: list[Path],
+    tmp_path: Path,
+    elsewhere: Callable[[Registry, Path], None],
+    room: Room,
+    conditions: Conditions,
+    refusal: type[AdapterError],
+    is_meanwhile: bool,
+) -> None:
+    """Also where only what another server changes while the files are sent is what refuses it."""
+    with replicas(tmp_path, objects) as (one, other):
+        put(one, "sql", files[0])
+        tenant = TenantRegistry(one, "", room=Room() if is_meanwhile else room)
+        sent: list[str] = []
+
+        def meanwhile(call: str, key: str) -> None:
+            if call == "put" and WEIGHTS_FILE in key:
+                sent.append(key)
+                elsewhere(other, files[1])
+                tenant._room = room  # noqa: SLF001
+
+        if is_meanwhile:
+            objects[0].before = meanwhile
+        else:
+            elsewhere(other, files[1])
+            objects[0].before = lambda call, key: sent.extend([key] if call == "put" else [])
+        before = len(list((tmp_path / "shared").glob("*/blobs/*/*/*"))) + 2 * (elsewhere is take) * is_meanwhile
+        with pytest.raises(refusal):
+            put(tenant, "tales", files[2], conditions=conditions)
+        assert len(sent) == is_meanwhile
+        assert len(list((tmp_path / "shared").glob("*/blobs/*/*/*"))) == before

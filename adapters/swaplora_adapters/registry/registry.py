@@ -419,11 +419,16 @@ class Registry:
             return PutResult(self.card(name), published.record, is_first=published.previous is None)
 
         try:
-            return self._published(name, publish)
-        except NotSentError:  # what had these files was deleted since; nothing is held while they are sent
-            self._names.changes.check_known()
-            self._store.send(staging, details.digest)
-            return self._published(name, publish)
+            try:
+                return self._published(name, publish)
+            except NotSentError:  # what had these files was deleted since; nothing is held while they are sent
+                self._names.changes.check_known()
+                self._store.send(staging, details.digest)
+                return self._published(name, publish)
+        except AdapterError as error:
+            if not isinstance(error, StorageFailedError):  # after which it may be made all the same
+                self._store.take_back(staging, details.digest)
+            raise
 
     def _published(self, name: str, publish: Callable[[], PutResult]) -> PutResult:
         with self._names.changes:

@@ -108,6 +108,9 @@ class Store:
     def send(self, staging: Staging, digest: str) -> None:
         """Have staged files lie where all that share the store find them, before they are published."""
 
+    def take_back(self, staging: Staging, digest: str) -> None:
+        """Remove what was sent of these, whose publishing was refused."""
+
     def mend(self, staging: Staging, digest: str) -> None:
         """Send what versions have already, if it was found lost or damaged where all find it."""
 

@@ -38,6 +38,12 @@ class SharedFiles:
         self.mend(digest, place, config, weights)
         return place
 
+    def take_back(self, digest: str, place: str) -> None:
+        """Remove both from a place that no version refers to or will; what is left of them is swept."""
+        with suppress(StoreUnreachableError):
+            for name in (CONFIG_FILE, WEIGHTS_FILE):
+                self._objects.remove(self._key(digest, place, name))
+
     def mend(self, digest: str, place: str, config: Path, weights: Path) -> None:
         """Both files over what lies there, which has the same digest or is damaged; durable then."""
         for path, name in ((config, CONFIG_FILE), (weights, WEIGHTS_FILE)):

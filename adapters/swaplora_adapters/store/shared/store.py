@@ -231,6 +231,13 @@ class SharedStore(Store):
         place = self._files.send(digest, staging.config_path, staging.weights_path)
         self._sent[staging] = _Sent(place, began)
 
+    def take_back(self, staging: Staging, digest: str) -> None:
+        sent = self._sent.pop(staging, None)
+        with self._mutex:
+            is_kept = sent is not None and self._catalogue.places(digest).get(digest) == sent.place
+        if sent is not None and not is_kept:
+            self._files.take_back(digest, sent.place)
+
     def mend(self, staging: Staging, digest: str) -> None:
         place = self._places.get(digest)
         if place is not None and self._files.is_damaged(digest, place):
