@@ -18,8 +18,11 @@ from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.registry.tenant import Room, TenantRegistry
 from swaplora_adapters.store.conditions import Conditions, NameState
 from swaplora_adapters.store.records import Target
+from swaplora_adapters.store.shared import files as shared_files
 from swaplora_adapters.store.shared.address import open_objects
+from swaplora_adapters.store.shared.objects import Listed
 from test_catalogue import weights_of
+from test_store_data import store_of
 
 
 @pytest.fixture
@@ -105,3 +108,25 @@ def test_of_an_upload_that_is_refused_nothing_stays_in_the_store(
             put(tenant, "tales", files[2], conditions=conditions)
         assert len(sent) == is_meanwhile
         assert len(list((tmp_path / "shared").glob("*/blobs/*/*/*"))) == before
+
+
+def test_what_nothing_refers_to_is_swept_by_a_server_that_is_restarted_meanwhile(
+    objects: list[Disturbed], files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not before it was found so for long, nor while it is young itself, whatever the clock says."""
+
+    def swept(after: float) -> int:
+        monkeypatch.setattr(shared_files, "SWEPT_AFTER", after)
+        with replicas(tmp_path, objects[:1]) as (one,):
+            return store_of(one).sweep()
+
+    with replicas(tmp_path, objects[:1]) as (one,):
+        put(one, "sql", files[0])
+        one.delete("sql").freed.result(60)
+    assert swept(-1.0) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(objects[0], "under", lambda each: [Listed(key, -5.0) for key, _ in objects[1].under(each)])
+        assert swept(-1.0) == 0
+    assert swept(3600.0) == 0
+    assert swept(-1.0) == 2
+    assert swept(-1.0) == 0

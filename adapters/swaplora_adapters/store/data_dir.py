@@ -8,7 +8,7 @@ from pathlib import Path
 from swaplora_adapters.files.disk import StoreError, raising_storage_errors
 
 _MAX_ASIDE_CHARS = 200  # a number may follow, and a file's name has 255 bytes
-_FILES = ("catalogue.sqlite3", "lock", "reserve", "shared")
+_FILES = ("catalogue.sqlite3", "lock", "reserve", "shared", "unreferenced.json")
 
 
 class DataDir:
@@ -21,10 +21,18 @@ class DataDir:
         """Make what is missing; StoreError for a directory that cannot be used as it is."""
         self.blobs, self.names, self.aliases = data_dir / "blobs", data_dir / "names", data_dir / "aliases"
         self.staging, self.quarantine = data_dir / "staging", data_dir / "quarantine"
-        self.catalogue, self.lock, self.reserve, self.shared = (data_dir / name for name in _FILES)
+        self.catalogue, self.lock, self.reserve, self.shared, self.unreferenced = (data_dir / name for name in _FILES)
         try:
             data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for path in (self.names, self.aliases, self.catalogue, self.lock, self.reserve, self.shared):
+            for path in (
+                self.names,
+                self.aliases,
+                self.catalogue,
+                self.lock,
+                self.reserve,
+                self.shared,
+                self.unreferenced,
+            ):
                 _refuse_link(path)
             for folder in (self.blobs, self.staging, self.quarantine):
                 _make(folder)

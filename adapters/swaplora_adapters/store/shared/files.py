@@ -6,9 +6,10 @@ that nothing refers to any more is therefore never referred to again, and can be
 <id>/blobs/<digest>/<place>/    both files, and `damaged` where a server has found that they are, or are lost
 """
 
+import json
 import secrets
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from swaplora_adapters.errors import AdapterFailedError, StoreUnreachableError
 from swaplora_adapters.files.digest import hex_of
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.store.shared.objects import Objects
+from swaplora_adapters.store.shared.objects import Listed, Objects
 from swaplora_adapters.store.shared.trying import tried
 from swaplora_adapters.store.staging import Staging
 
@@ -30,7 +31,6 @@ class SharedFiles:
     def __init__(self, objects: Objects, store_id: str) -> None:
         self._objects = objects
         self._prefix = f"{store_id}/blobs/"
-        self._unreferenced: dict[str, float] = {}  # key → when a sweep first found it so, on the monotonic clock
 
     def send(self, digest: str, config: Path, weights: Path) -> str:
         """Both files to a new place, which this returns; durable then."""
@@ -70,30 +70,32 @@ class SharedFiles:
         with suppress(StoreUnreachableError):
             self._objects.remove(self._key(digest, place, _DAMAGED))
 
-    def keys(self) -> list[str]:
-        """Of all that lie there."""
-        return tried(lambda: [each.key for each in self._objects.under(self._prefix)])
+    def listed(self) -> list[Listed]:
+        """All that lie there."""
+        return tried(lambda: self._objects.under(self._prefix))
 
     def sent(self, places: Mapping[str, str]) -> set[str]:
         """Those of these digests, each with its place, of which both files lie there."""
-        keys = set(self.keys())
+        keys = {each.key for each in self.listed()}
         return {
             d for d, place in places.items() if {self._key(d, place, n) for n in (CONFIG_FILE, WEIGHTS_FILE)} <= keys
         }
 
-    def remove(self, keys: Collection[str], referenced: Collection[tuple[str, str]]) -> int:
+    def remove(self, listed: Sequence[Listed], referenced: Collection[tuple[str, str]], noted: Path) -> int:
         """All that lie in no place of these, (digest, place), and were found so long ago too; how many.
 
-        Until then they may be on their way in, or be fetched for a request of before the last version was deleted.
+        Until then they may be on their way in, or be fetched for a request of before the last version was deleted. What
+        was found, and when, outlasts a restart in the file `noted`; a clock that was set is not believed alone.
         """
-        kept, now = {self._key(digest, place, "") for digest, place in referenced}, time.monotonic()
-        found, self._unreferenced = self._unreferenced, {}
-        for key in keys:
-            if key[: key.rindex("/") + 1] not in kept:
-                self._unreferenced[key] = found.get(key, now)
-        doomed = [key for key in found.keys() & self._unreferenced.keys() if now - found[key] > SWEPT_AFTER]
+        kept, now = {self._key(digest, place, "") for digest, place in referenced}, time.time()
+        found = _found(noted)
+        unreferenced = [each for each in listed if each.key[: each.key.rindex("/") + 1] not in kept]
+        doomed = [e.key for e in unreferenced if e.key in found and min(now - found[e.key], e.age) > SWEPT_AFTER]
         for key in doomed:
             self._objects.remove(key)
+        left = {each.key for each in unreferenced}.difference(doomed)
+        with suppress(OSError):  # of a full disk: they are found anew
+            noted.write_text(json.dumps({key: found.get(key, now) for key in sorted(left)}))
         return len(doomed)
 
     def _fetched(self, key: str, path: Path) -> bool:
@@ -102,3 +104,11 @@ class SharedFiles:
 
     def _key(self, digest: str, place: str, name: str) -> str:
         return f"{self._prefix}{hex_of(digest)}/{place}/{name}"
+
+
+def _found(noted: Path) -> dict[str, float]:
+    """Key → when a sweep first found that nothing refers to it, in seconds since the epoch."""
+    try:
+        return {str(key): float(at) for key, at in json.loads(noted.read_bytes()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # there was none, or it broke off

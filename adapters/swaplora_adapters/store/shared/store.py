@@ -82,6 +82,7 @@ class SharedStore(Store):
 
     def _open(self, folders: DataDir, recovery: Recovery) -> SharedJournal:
         is_copy = folders.shared.exists()
+        self._noted = folders.unreferenced
         revision = recovery.agree(self._catalogue)
         recovery.sweep(self._catalogue, is_copy=is_copy)
         is_filled = bool(self._catalogue.revisions() or self._catalogue.alias_revisions())
@@ -284,12 +285,12 @@ class SharedStore(Store):
 
     def sweep(self) -> int:
         """Remove from the shared store what no version has referred to for long; how many objects."""
-        keys = self._files.keys()
+        listed = self._files.listed()
         if self.unread(self.revision)[0]:
             return 0  # one may be referred to by what is not known yet
         with self._mutex:
             referenced = set(self._catalogue.places().items())
-        return self._files.remove(keys, referenced)
+        return self._files.remove(listed, referenced, self._noted)
 
     def is_here(self, digest: str) -> bool:
         return all(regular_size(path) is not None for path in self._blobs.paths(digest))
