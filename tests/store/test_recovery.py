@@ -201,7 +201,7 @@ NEWS = (
     "ALTER TABLE names DROP COLUMN shared_with; ALTER TABLE names DROP COLUMN gate;"
     "ALTER TABLE versions DROP COLUMN standing; ALTER TABLE versions DROP COLUMN verdict;"
     "ALTER TABLE aliases DROP COLUMN mixing; ALTER TABLE aliases DROP COLUMN canary;"
-    "ALTER TABLE blobs DROP COLUMN place; DROP TABLE position;"
+    "ALTER TABLE blobs DROP COLUMN place; DROP TABLE position; DROP TABLE folders;"
 )
 
 

@@ -35,6 +35,7 @@ from swaplora_adapters.store.records import (
 from swaplora_adapters.store.staging import Staging
 from swaplora_adapters.store.store import Store
 
+_NOTED = 16  # digests that are remembered of what a name was taken in from
 MAX_ALIASES = 1000  # and mixtures of one tenant: all of them are gone through when a version is deleted or retired
 
 
@@ -84,6 +85,7 @@ class Names:
                 "choose a --served-model-name"
             )
         self._origins = store.origins()
+        self._folders = store.folders()
 
     def check_adapter_name(self, name: str) -> None:
         """Raise InvalidAdapterNameError for what an adapter cannot be called, or what something else is called.
@@ -320,17 +322,43 @@ class Names:
         return name in self._origins or name in self.index
 
     def origin(self, name: str) -> str | None:
-        """What the name was last taken in from by itself."""
+        """What the name was taken in from by itself, on any server: the last digests, the newest last."""
         return self._origins.get(name)
 
-    def set_origin(self, name: str, origin: str) -> None:
+    def set_origin(self, name: str, digest: str) -> None:
         """Note what a name in use was taken in from."""
 
         def note() -> None:
+            noted = [each for each in self._noted(name) if each != digest]
+            origin = " ".join([*noted, digest][-_NOTED:])
             self._store.set_origin(name, origin)
             self._origins[name] = origin
 
         self.changes.make(note)
+
+    def has_read(self, name: str, origin: str) -> bool:
+        """Whether it was this that was last read of the name's folder here; earlier releases noted it as the origin."""
+        return origin in (self._origins.get(name), self._folders.get(name, (None, None))[0])
+
+    def set_read(self, name: str, origin: str, digest: str) -> None:
+        """Note what was read of the name's folder here, and what that was known by."""
+        self._store.put_folder(name, origin, digest)
+        self._folders[name] = origin, digest
+
+    def is_news(self, name: str, digest: str) -> bool:
+        """Whether what was read of the name's folder here is to be taken in.
+
+        Not what was the last here already, nor what another server has taken in after that: its folder is ahead of
+        this one. With nothing read here before, nothing that any has taken in.
+        """
+        noted = self._noted(name)
+        _, last = self._folders.get(name, ("", ""))
+        if last in noted:
+            noted = noted[noted.index(last) :]
+        return digest not in noted
+
+    def _noted(self, name: str) -> list[str]:
+        return (self._origins.get(name) or "").split()
 
     def _adopt(self, touched: Touched) -> None:
         """Know what other servers have changed. Needs `changes`."""

@@ -4,6 +4,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from swaplora_adapters.errors import (
@@ -15,7 +17,7 @@ from swaplora_adapters.errors import (
 )
 from swaplora_adapters.files.naming import CONFIG_FILE, validate_name
 from swaplora_adapters.priority import lower_priority
-from swaplora_adapters.registry.registry import Registry
+from swaplora_adapters.registry.registry import Admit, Registry
 from swaplora_adapters.sources.folder import ReplacedMeanwhileError, fetch_from_folder, origin_of
 from swaplora_adapters.sources.uri import FolderUri
 from swaplora_adapters.store.conditions import Conditions, NameState
@@ -30,19 +32,39 @@ def put_folder(registry: Registry, name: str, folder: Path) -> None:
     """
     registry.names.check_adapter_name(name)
     origin = origin_of(folder)
-    if origin == registry.names.origin(name):
+    if registry.names.has_read(name, origin):
         return
     with registry.stage() as staging:
         fetch_from_folder(FolderUri(os.path.abspath(folder)), Path("/"), staging, _ANY_SIZE)
-        registry.put(name, staging, source=f"folder:{folder.name}")
-    registry.names.set_origin(name, origin)
+        put = partial(registry.put, name, staging, source=f"folder:{folder.name}")
+        _take_in(registry, name, origin, lambda admit: put(admit=admit))
+
+
+class _KnownError(PreconditionFailedError):
+    """It was taken in before."""
+
+
+def _take_in(registry: Registry, name: str, origin: str, put: Callable[[Admit], object]) -> None:
+    """Make what `put` publishes the current version, unless it was taken in before, here or by another server."""
+    names, digests = registry.names, list[str]()
+
+    def admit(_name: str, digest: str, _num_bytes: int) -> None:
+        digests.append(digest)
+        if not names.is_news(name, digest):
+            raise _KnownError(f"{name} was taken in before")
+
+    with suppress(_KnownError):
+        put(admit)
+        names.set_origin(name, digests[-1])
+    names.set_read(name, origin, digests[-1])
 
 
 class FolderWatcher:
     """Looks when told to, and by itself between `start` and `stop`. What leaves the folder is served on until deleted.
 
-    What was taken in is remembered with the files' times and sizes, durably: an unchanged sub-folder is not taken in
-    again, neither over an upload or a roll-back of the same name, nor after a delete.
+    What was taken in is remembered by its digest, on all servers that share a store, and what this one has read with
+    the files' times and sizes, both durably: an unchanged sub-folder is not taken in again, neither over an upload or a
+    roll-back of the same name, nor after a delete.
     """
 
     def __init__(self, registry: Registry, folder: Path, report: Callable[[str, Exception], None]) -> None:
@@ -61,7 +83,7 @@ class FolderWatcher:
             if self._is_stopping.is_set():
                 return
             state = self._registry.names.state(name)
-            if origin not in (self._registry.names.origin(name), self._refused.get(name)):
+            if not (self._registry.names.has_read(name, origin) or origin == self._refused.get(name)):
                 self._try(name, origin, state)
 
     def take_in(self, name: str, since: NameState) -> None:
@@ -72,8 +94,8 @@ class FolderWatcher:
         """
         self._registry.names.check_adapter_name(name)
         origin = origin_of(self._folder / name)
-        self._registry.put_source(name, f"file:{name}", conditions=Conditions(if_unchanged_since=since))
-        self._registry.names.set_origin(name, origin)
+        put = partial(self._registry.put_source, name, f"file:{name}", conditions=Conditions(if_unchanged_since=since))
+        _take_in(self._registry, name, origin, lambda admit: put(admit=admit))
 
     def start(self, interval: float) -> None:
         """Scan every `interval` seconds, until `stop`."""

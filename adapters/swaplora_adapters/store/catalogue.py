@@ -138,6 +138,14 @@ class Catalogue:
         """What each name was last taken in from by itself, for all that were ever used, the deleted ones too."""
         return dict(self._query("SELECT name, origin FROM names WHERE ?1 IS NULL OR name = ?1", name))
 
+    def folders(self) -> dict[str, tuple[str, str]]:
+        """Name → what its folder here was known by when it was last read, and the digest of what was read."""
+        return {name: (origin, digest) for name, origin, digest in self._query("SELECT * FROM folders")}
+
+    def put_folder(self, name: str, origin: str, digest: str) -> None:
+        """Note that a name's folder here was read."""
+        self._execute("INSERT OR REPLACE INTO folders VALUES (?, ?, ?)", name, origin, digest)
+
     def removed(self, name: str | None = None) -> list[str]:
         """Digests of versions that the name had, or that any had, whose files may still be there."""
         rows = self._query("SELECT removed FROM names WHERE removed != '[]' AND (?1 IS NULL OR name = ?1)", name)

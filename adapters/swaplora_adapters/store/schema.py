@@ -54,4 +54,5 @@ MIGRATIONS = (
     "ALTER TABLE aliases ADD COLUMN canary TEXT NOT NULL DEFAULT 'null';",
     "ALTER TABLE blobs ADD COLUMN place TEXT;",
     "CREATE TABLE position (only INTEGER PRIMARY KEY CHECK (only = 0), revision INTEGER NOT NULL, change TEXT) STRICT;",
+    "CREATE TABLE folders (name TEXT PRIMARY KEY, origin TEXT NOT NULL, digest TEXT NOT NULL) STRICT;",
 )

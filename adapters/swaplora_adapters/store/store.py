@@ -284,6 +284,16 @@ class Store:
             self._catalogue.set_origin(name, origin)
             self._journal.write_name(name)
 
+    def folders(self) -> dict[str, tuple[str, str]]:
+        """Name → what its folder here was known by when it was last read, and the digest of what was read."""
+        with self._mutex:
+            return self._catalogue.folders()
+
+    def put_folder(self, name: str, origin: str, digest: str) -> None:
+        """Note, for this server alone, that a name's folder was read; StorageFullError."""
+        with self._mutex, self._catalogue.transaction():
+            self._catalogue.put_folder(name, origin, digest)
+
     def aliases(self, alias: str | None = None) -> list[Alias]:
         """All, in order of alias, or the one that is called so."""
         with self._mutex:
