@@ -40,6 +40,18 @@ def test_replicas_do_not_depend_on_their_front(base: Path, tmp_path: Path) -> No
     assert first == second
 
 
+def test_replicas_that_would_be_the_same_are_not_begun_anew(base: Path, tmp_path: Path) -> None:
+    """Whatever their number, and whichever front starts; Ray Serve takes any two for different that have no version."""
+
+    def version(**fields: Any) -> str:
+        given = settings(base, tmp_path, ray=True, **{"shared_store": str(tmp_path), "api_key": ("k",)} | fields)
+        return str(build.engines(given)._bound_deployment.version)  # noqa: SLF001
+
+    same = [version(), version(port=1), version(ray_replicas="1-4"), version(ray_address="auto")]
+    assert len(set(same)) == 1
+    assert len({*same, version(max_num_seqs=3), version(api_key=("other",))}) == 3
+
+
 def test_the_same_under_load_is_told_again() -> None:
     """A router that has less to do with it than before would else not learn that others have more."""
     service = MagicMock(max_rows=8)

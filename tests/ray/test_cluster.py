@@ -124,7 +124,8 @@ def test_replicas_follow_the_load(front: Front, right: dict[str, list[int]], con
     uploads = Uploads(front.url, 4, goes_on)
     try:
         streams = Streams(front.url, 2)
-        _deploy(config, scaling.options(autoscaling_config=at_once))
+        deploying = threading.Thread(target=_deploy, args=(config, scaling.options(autoscaling_config=at_once)))
+        deploying.start()  # which waits for the one that ends
         while len(stats(front)) == 2:
             time.sleep(0.1)
         meanwhile = [front.client.post("/v1/chat/completions", json=chat(name)).status_code for name in NAMES]
@@ -132,6 +133,7 @@ def test_replicas_follow_the_load(front: Front, right: dict[str, list[int]], con
         goes_on.set()
     assert meanwhile == [200] * NUM_ADAPTERS
     assert uploads.ended() == [422] * 4
+    deploying.join()
     assert [(ids == right[name], errors) for name, ids, errors in streams.ended()] == [(True, [])] * 2
     with asking(front.url, right, 20) as faults:
         while len(told := stats(front)) == 1 or not all(each["resident"] for each in told):

@@ -3,10 +3,12 @@
 Of this package `replica.py`, `ray_engines.py`, `router.py` and this file alone import Ray.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import ray
@@ -130,7 +132,16 @@ def engines(settings: Settings) -> Any:
     # a change of their number alone, or of the front, is no reason to begin all of them again
     same = {"ray_replicas": None, "ray_address": None, "port": Settings.model_fields["port"].default}
     is_alone = most == 1 and settings.shared_store is None
-    return deployment.bind(settings.model_copy(update=same), is_alone=is_alone)
+    own = settings.model_copy(update=same)
+    deployment = deployment.options(version=_version_of(own, is_alone), _internal=True)
+    return deployment.bind(own, is_alone=is_alone)
+
+
+def _version_of(settings: Settings, is_alone: bool) -> str:
+    """The same for replicas that need not be begun anew: left to itself Ray Serve takes any two for different."""
+    secrets = [key.get_secret_value() for key in settings.api_key]  # which settings do not show
+    told = repr((version("swaplora"), sorted(vars(settings).items()), secrets, is_alone))
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def behind_proxies(settings: Settings) -> Any:
