@@ -177,20 +177,20 @@ class Admissions:
 
     def _has_room(self, num_sequences: int, sharer: Sharer, wanted: str | None) -> bool:
         """For so many of a sharer; with None, for what it holds none for."""
-        here, limit = self.num_sequences, self._num_good()
-        if here < limit and here + num_sequences <= self._limit:
+        here, num_good = self.num_sequences, self._num_good()
+        if here < num_good and here + num_sequences <= self._limit:
             return True
         held = self._num_held.get(sharer, 0)
         num_sharers = len(self._num_lines) + (not held)
-        if self._is_few(held, num_sequences, num_sharers, FOR_LINES + FOR_TENANTS):
+        if self._is_few(held, num_sequences, num_sharers, FOR_LINES + FOR_TENANTS, num_good):
             return True
         held = 0 if wanted is None else self._num_held.get(Line(sharer, wanted), 0)
         num_lines = self._num_lines[sharer] + (not held)
-        return self._is_few(held, num_sequences, num_sharers * num_lines, FOR_LINES)
+        return self._is_few(held, num_sequences, num_sharers * num_lines, FOR_LINES, num_good)
 
-    def _is_few(self, held: int, more: int, num_sharers: int, part: float) -> bool:
+    def _is_few(self, held: int, more: int, num_sharers: int, part: float, num_good: int) -> bool:
         """Whether who holds so many may have more, of the part beyond all places that is for those who hold few."""
-        num_left = math.floor(self._num_good() * (1 + part)) - self.num_sequences
+        num_left = math.floor(num_good * (1 + part)) - self.num_sequences
         few = max(num_left, self._max_running // num_sharers, 1)
         return held + more <= few and self.num_sequences + more <= math.floor(self._limit * (1 + part))
 

@@ -44,10 +44,11 @@ class AskingAgain:
         service = TenantService(self.service, self.caller, "", peer)
         try:
             service.meter.counts.check(self.caller.limited, is_change=self.is_change)
-            if by >= RefusedBy.TENANT:
+            if by >= RefusedBy.NAMED and body is not None and (wanted := _wanted(service, body)) is not None:
+                service.check_serving()
+                service.admissions.check_room(service.tenant, service.peer, wanted)  # there is none for anything else
+            elif by >= RefusedBy.TENANT:
                 service.check_room()
-            if by >= RefusedBy.NAMED and body is not None:
-                _check_named(service, body)
         except LimitReachedError as error:
             return limit_error(error)
         except RequestError as error:
@@ -64,14 +65,12 @@ class AskingAgain:
         self.service.metrics.count_request(self.route, status)
 
 
-def _check_named(service: Service, body: bytes | bytearray) -> None:
-    """Raise RequestError where the tenant has no place for what `body` names, if it is plain what that is."""
-    service.check_serving()
+def _wanted(service: Service, body: bytes | bytearray) -> str | None:
+    """What `body` is for, if it is plain what that is."""
     try:
         found = from_json(body)
     except ValueError:
-        return
+        return None
     if not isinstance(found, dict) or not isinstance(model := found.get("model"), str) or not model:
-        return
-    if _OTHER_NAMES.isdisjoint(found):
-        service.admissions.check_room(service.tenant, service.peer, wanted_by(service, model, ()))
+        return None
+    return wanted_by(service, model, ()) if _OTHER_NAMES.isdisjoint(found) else None

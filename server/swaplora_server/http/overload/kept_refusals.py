@@ -16,6 +16,7 @@ MAX_KEPT = 1024  # kinds of requests
 MAX_ANSWERS = 64  # of one kind: they differ in when to try again
 MAX_KIND_BYTES = 2048
 Headers = Iterable[tuple[bytes, bytes]]
+Answer = tuple[bytes, bytes]  # lines of headers, and the body
 # what the app looks at before it refuses, beside the path; all else may differ between requests that are alike
 _LOOKED_AT = frozenset(
     {
@@ -33,7 +34,7 @@ class Kept:
     def __init__(self, asking: AskingAgain, log: RefusalLog) -> None:
         self.asking = asking
         self.by = RefusedBy.KEY  # the most that was looked at
-        self._answers: dict[tuple[str, str], tuple[Headers, bytes]] = {}
+        self._answers: dict[tuple[str, str], Answer] = {}
         self._log = log
 
     def add(self, error: RequestError, by: RefusedBy, headers: Headers, body: bytes) -> None:
@@ -41,15 +42,15 @@ class Kept:
         self.by = max(self.by, by)
         if len(self._answers) >= MAX_ANSWERS:
             self._answers.clear()
-        own = [header for header in headers if header[0].lower() not in _OF_ITS_OWN]
-        self._answers[error.code, error.message] = (own, body)
+        lines = b"".join(header_line(header) for header in headers if header[0].lower() not in _OF_ITS_OWN)
+        self._answers[error.code, error.message] = (lines, body)
 
     def looks_at(self, num_bytes: int) -> bool:
         """Whether a body of so many bytes may decide."""
         return self.by is RefusedBy.NAMED and num_bytes <= SMALL_BYTES
 
-    def answer(self, scope: Scope, body: bytes | bytearray | None) -> tuple[list[tuple[bytes, bytes]], bytes] | None:
-        """Headers and body of what the app would answer a request like these with now, which is counted as answered.
+    def answer(self, scope: Scope, body: bytes | bytearray | None) -> Answer | None:
+        """What the app would answer a request like these with now, which is counted as answered.
 
         None where it may do otherwise.
         """
@@ -61,9 +62,9 @@ class Kept:
             return None
         self.asking.count(error, HTTPStatus.TOO_MANY_REQUESTS)
         self._log.add(scope["method"], self.asking.route, self.asking.caller, error.code)
-        headers, content = found
+        lines, content = found
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        return [*headers, (b"x-request-id", request_id_of(given.decode("latin-1")).encode())], content
+        return lines + header_line((b"x-request-id", request_id_of(given.decode("latin-1")).encode())), content
 
 
 class KeptRefusals:
@@ -99,6 +100,11 @@ class KeptRefusals:
         self._kept.move_to_end(kind)
         while len(self._kept) > MAX_KEPT:
             self._kept.popitem(last=False)
+
+
+def header_line(header: tuple[bytes, bytes]) -> bytes:
+    """As it stands in a head."""
+    return b"%b: %b\r\n" % header
 
 
 def _kind(scope: Scope) -> tuple[bytes, ...]:

@@ -17,7 +17,7 @@ from uvicorn.server import ServerState
 
 from swaplora_server.config import Settings
 from swaplora_server.http.errors import error_response
-from swaplora_server.http.overload.kept_refusals import Kept, KeptRefusals
+from swaplora_server.http.overload.kept_refusals import Kept, KeptRefusals, header_line
 from swaplora_server.http.transport.browsers import early_headers
 from swaplora_server.http.transport.connections import Connections, Pace
 from swaplora_server.service.errors import RequestError
@@ -242,15 +242,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         else:
             self._answer_refused(cycle, *answer)
 
-    def _answer_refused(self, cycle: RequestResponseCycle, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+    def _answer_refused(self, cycle: RequestResponseCycle, lines: bytes, body: bytes) -> None:
         """Answer 429, as the app would: the connection goes on if the whole request is here."""
-        headers = [*self.server_state.default_headers, *headers]
+        parts = [STATUS_LINE[HTTPStatus.TOO_MANY_REQUESTS], *map(header_line, self.server_state.default_headers), lines]
         if cycle.more_body or not cycle.keep_alive:
-            headers.append((b"connection", b"close"))
-        lines = [b"%b: %b\r\n" % header for header in headers]
+            parts.append(header_line((b"connection", b"close")))
         self._is_streaming = False
         self._num_written_bytes += len(body)
-        self.transport.write(b"".join([STATUS_LINE[HTTPStatus.TOO_MANY_REQUESTS], *lines, b"\r\n", body]))
+        self.transport.write(b"".join([*parts, b"\r\n", body]))
         cycle.response_started = cycle.response_complete = True
         if not cycle.keep_alive and not cycle.more_body:
             self.transport.close()
@@ -368,7 +367,7 @@ def _too_large(limit: str) -> RequestError:
 def _whole_answer(error: RequestError, headers: Mapping[str, str]) -> bytes:
     answer = error_response(error, {"connection": "close", "x-request-id": uuid.uuid4().hex, **headers})
     first = f"HTTP/1.1 {answer.status_code} {HTTPStatus(answer.status_code).phrase}\r\n".encode()
-    return b"".join([first, *(b"%b: %b\r\n" % header for header in answer.raw_headers), b"\r\n", answer.body])
+    return b"".join([first, *map(header_line, answer.raw_headers), b"\r\n", answer.body])
 
 
 def _bound_unsent(transport: asyncio.Transport) -> None:
