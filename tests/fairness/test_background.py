@@ -125,6 +125,29 @@ def steps_until(client: Client, steps: Steps) -> int:
     raise AssertionError("it has not begun")
 
 
+@pytest.mark.parametrize(
+    ("limit", "prompt", "evaluated"),
+    [({"max_step_ranks": 8}, 5, {"adapters": (adapter("e", rank=8),)}), ({"num_blocks": 100}, 320, {})],
+)
+def test_what_one_of_them_lacks_is_not_kept_from_others(
+    limit: dict[str, Any], prompt: int, evaluated: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it waits; it begins when there is room."""
+    scheduler = make(**{"num_blocks": 400, "max_batch_tokens": 512} | limit)
+    steps = Steps(scheduler, monkeypatch)
+    submit(scheduler, [50] * 150, 140, tenant="live", adapters=(adapter("own", rank=4),))
+    steps.run()
+    asked = submit(scheduler, [9] * prompt, 2, priority=LAST_PRIORITY, tenant="eval", **evaluated)
+    for number in range(90):
+        steps.run()
+        if number % 5 == 4:
+            client = submit(scheduler, [number] * 80, 4, tenant="another", adapters=(adapter("other", rank=4),))
+            assert steps_until(client, steps) == 1, number
+    assert not asked.events
+    run_all(scheduler)
+    assert asked.has_ended
+
+
 def test_nobody_waits_for_a_block_that_they_compute_but_others_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = make(num_blocks=2000, max_batch_tokens=256)
     steps = Steps(scheduler, monkeypatch)

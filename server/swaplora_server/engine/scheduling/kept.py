@@ -2,7 +2,8 @@
 
 It is kept for the first that lacks blocks, and for the first that waits for ranks and was passed over for long. Those
 alone pass it that fit beside it and all that began since then, as long as they may get: so it begins at the latest when
-all that ran before have ended, however many others come. No more than a number of those that lack blocks are looked at
+all that ran before have ended, however many others come. What is kept for one of the last priority others of it leave
+alone, and nobody else. No more than a number of those that lack blocks are looked at
 in a step, of one line and of all, and of lines that lack ranks, of one tenant and of all: however many wait, a step is
 no longer for it.
 """
@@ -11,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from swaplora_server.engine.kv_cache import BlockPool
-from swaplora_server.engine.request import Sequence
+from swaplora_server.engine.request import LAST_PRIORITY, Sequence
 from swaplora_server.engine.scheduling.step_ranks import StepRanks
 from swaplora_server.engine.scheduling.waiting_line import Line
 
@@ -27,6 +28,7 @@ class Kept:
         self._step = step
         self._running = running
         self._pool = pool
+        self._max_step_ranks = max_step_ranks
         self._ranks_since = StepRanks(max_step_ranks)
         self._has_ranks_for: Sequence | None = None
         self._has_blocks_for: Sequence | None = None
@@ -35,20 +37,23 @@ class Kept:
         self._num_blocks_since = 0  # that those may come to hold, and one more for each
 
     def keep_blocks(self, waiting: Sequence) -> None:
-        """For one that lacks them, unless they are kept for another."""
+        """For one that lacks them, unless they are kept for another that is no less urgent."""
         lacking_since = self._note_lack(waiting)
-        if self._has_blocks_for is None:
-            self._has_blocks_for = waiting
-            self._num_blocks_since = self._pool.blocks_for(waiting.num_tokens) + 1
-            for sequence in self._begun_since(lacking_since):
-                self._num_blocks_since += self._most_blocks(sequence) + 1
+        if _is_kept_from(waiting, self._has_blocks_for):
+            return
+        self._has_blocks_for = waiting
+        self._num_blocks_since = self._pool.blocks_for(waiting.num_tokens) + 1
+        for sequence in self._begun_since(lacking_since):
+            self._num_blocks_since += self._most_blocks(sequence) + 1
 
     def keep_ranks(self, waiting: Sequence, since: int) -> None:
-        """For one that lacks them, from the step `since` on, unless they are kept for another."""
-        if self._has_ranks_for is None:
-            self._has_ranks_for = waiting
-            for sequence in self._begun_since(since):
-                self._ranks_since.add(sequence.request.adapter_ranks)
+        """For one that lacks them, from the step `since` on, unless they are kept for another that is no less urgent."""
+        if _is_kept_from(waiting, self._has_ranks_for):
+            return
+        self._has_ranks_for = waiting
+        self._ranks_since = StepRanks(self._max_step_ranks)
+        for sequence in self._begun_since(since):
+            self._ranks_since.add(sequence.request.adapter_ranks)
 
     def note(self, begun: Sequence) -> None:
         """Somebody has begun."""
@@ -58,7 +63,7 @@ class Kept:
 
     def leaves_ranks(self, sequence: Sequence) -> bool:
         """Whether there are as many as are kept if `sequence` begins."""
-        if self._has_ranks_for is None:
+        if self._has_ranks_for is None or not _is_kept_from(sequence, self._has_ranks_for):
             return True
         ranks = sequence.request.adapter_ranks
         self._ranks_since.add(ranks)
@@ -68,7 +73,7 @@ class Kept:
 
     def leaves_blocks(self, sequence: Sequence) -> bool:
         """The same. One that was found to take more of them than there are is not looked at again."""
-        if self._has_blocks_for is None:
+        if not _is_kept_from(sequence, self._has_blocks_for):
             return True
         num_blocks = self._num_blocks_since + self._most_blocks(sequence)
         is_known_to_lack = sequence.num_lacking + len(self._running) > self._pool.num_free
@@ -112,3 +117,8 @@ class Kept:
 
     def _most_blocks(self, sequence: Sequence) -> int:
         return self._pool.blocks_for(sequence.max_num_tokens)
+
+
+def _is_kept_from(sequence: Sequence, kept_for: Sequence | None) -> bool:
+    """Whether `sequence` has to leave what is kept for another."""
+    return kept_for is not None and (kept_for.priority != LAST_PRIORITY or sequence.priority == LAST_PRIORITY)
