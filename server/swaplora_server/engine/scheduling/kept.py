@@ -37,7 +37,7 @@ class Kept:
         self._num_blocks_since = 0  # that those may come to hold, and one more for each
 
     def keep_blocks(self, waiting: Sequence) -> None:
-        """For one that lacks them, unless they are kept for another that is no less urgent."""
+        """For one that lacks them, unless they are kept for another no less urgent."""
         lacking_since = self._note_lack(waiting)
         if _is_kept_from(waiting, self._has_blocks_for):
             return
@@ -47,7 +47,7 @@ class Kept:
             self._num_blocks_since += self._most_blocks(sequence) + 1
 
     def keep_ranks(self, waiting: Sequence, since: int) -> None:
-        """For one that lacks them, from the step `since` on, unless they are kept for another that is no less urgent."""
+        """For one that lacks them, from the step `since` on; unless they are kept for another no less urgent."""
         if _is_kept_from(waiting, self._has_ranks_for):
             return
         self._has_ranks_for = waiting
