@@ -380,6 +380,25 @@ def test_nobody_is_told_to_go_on_who_asks_first_and_has_no_room(keyed: Running, 
             assert told[0] == 429
 
 
+@pytest.mark.parametrize("is_full", [True, False])
+def test_one_that_asks_first_behind_another_is_told_at_once(keyed: Running, is_full: bool) -> None:
+    with full(keyed):
+        assert status(keyed, as_key("acme")) == 429
+    head, _, _ = as_key("acme", Expect="100-continue").partition(b"\r\n\r\n")
+    with full(keyed) if is_full else ExitStack(), connected(keyed.url) as connection:
+        connection.sendall(request("/v1/models", method="GET", Authorization="Bearer sk-beta") + head + b"\r\n\r\n")
+        assert read_answer(connection)[0] == 200
+        told = connection.recv(1 << 16)
+    assert told.startswith(b"HTTP/1.1 429" if is_full else b"HTTP/1.1 100")
+
+
+def test_a_request_whose_header_says_who_answers_is_the_app_s(keyed: Running, app: list[str]) -> None:
+    named = as_key("acme", "/invocations", X_Amzn_SageMaker_Adapter_Identifier="sql")
+    with full(keyed):
+        assert [status(keyed, named) for _ in range(2)] == [429, 429]
+    assert app == ["/invocations"] * 2
+
+
 def test_a_client_that_goes_before_it_is_decided_leaves_nothing(keyed: Running) -> None:
     with one_line_full(keyed, BASE):
         assert status(keyed, as_key("acme")) == 429

@@ -18,11 +18,12 @@ MAX_KIND_BYTES = 2048
 Headers = Iterable[tuple[bytes, bytes]]
 Answer = tuple[bytes, bytes]  # lines of headers, and the body
 # what the app looks at before it refuses, beside the path; all else may differ between requests that are alike
+_NAMING_HEADER = b"x-amzn-sagemaker-adapter-identifier"  # says who answers instead of the body
 _LOOKED_AT = frozenset(
     {
         *(b"authorization", b"x-api-key", b"host", b"origin", b"sec-fetch-site", b"sec-fetch-dest"),
         *(b"content-type", b"content-encoding"),
-        *(b"x-amzn-sagemaker-adapter-identifier", b"x-amzn-sagemaker-session-id"),
+        *(_NAMING_HEADER, b"x-amzn-sagemaker-session-id"),
     }
 )
 _OF_ITS_OWN = frozenset({b"x-request-id", b"connection"})  # of an answer: for that request, on that connection
@@ -91,7 +92,7 @@ class KeptRefusals:
         kind = _kind(scope)
         if not isinstance(asking, AskingAgain) or not isinstance(error, RequestError) or error.by is None:
             return
-        if scope["method"] == "HEAD" or sum(map(len, kind)) > MAX_KIND_BYTES:
+        if scope["method"] == "HEAD" or sum(map(len, kind)) > MAX_KIND_BYTES or _NAMING_HEADER in kind:
             return
         kept = self._kept.get(kind)
         if kept is None or kept.asking.caller is not asking.caller:

@@ -284,6 +284,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._undecided is not None:  # the one behind, whose client may wait to be told
+            self._decide(self._undecided)
         self._settle()
 
     def _settle(self) -> None:
