@@ -20,6 +20,7 @@ from swaplora_server.access.caller import ANYBODY
 from swaplora_server.http.overload import kept_refusals, refusal_log
 from swaplora_server.http.overload.asking_again import AskingAgain
 from swaplora_server.http.overload.refusal_log import RefusalLog
+from swaplora_server.http.transport import protocol
 from swaplora_server.http.transport.body import SMALL_BYTES
 from swaplora_server.http.transport.protocol import BoundedHttpProtocol
 from swaplora_server.service.adapter_mix import wanted_by
@@ -397,6 +398,46 @@ def test_a_request_whose_header_says_who_answers_is_the_app_s(keyed: Running, ap
     with full(keyed):
         assert [status(keyed, named) for _ in range(2)] == [429, 429]
     assert app == ["/invocations"] * 2
+
+
+def test_fields_that_are_null_name_nobody(keyed: Running, app: list[str]) -> None:
+    with one_line_full(keyed, BASE):
+        assert status(keyed, as_key("acme")) == 429
+        assert status(keyed, as_key("acme", body=WANTED | {"adapters": None, "lora_path": None})) == 429
+    assert app == [ASK]
+
+
+def test_who_a_client_says_he_asks_for_is_believed_neither_here_nor_by_the_app(
+    open_to_all: Running, app: list[str]
+) -> None:
+    proxied = request(ASK, WANTED, X_Forwarded_For="203.0.113.7")
+    with one_line_full(open_to_all, BASE, "", "127.0.0.1"):
+        assert status(open_to_all, request(ASK, WANTED)) == 429
+        assert status(open_to_all, proxied) == 429
+        assert status(open_to_all, request(f"{ASK}?by=app", WANTED, X_Forwarded_For="203.0.113.7")) == 429
+    assert len(app) == 2
+    with one_line_full(open_to_all, BASE, "", "203.0.113.7"):
+        assert status(open_to_all, proxied) == 200
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_what_follows_the_answer_is_read_slowly(keyed: Running, monkeypatch: pytest.MonkeyPatch, is_kept: bool) -> None:
+    """Here not before an hour has passed."""
+    monkeypatch.setattr(protocol, "LEFT_SECONDS", 3600)
+    with full(keyed):
+        if is_kept:
+            assert status(keyed, as_key("acme")) == 429
+        with connected(keyed.url) as connection:
+            connection.sendall(as_key("acme", ASK if is_kept else f"{ASK}?by=app", Content_Length=str(1 << 40)))
+            assert read_answer(connection)[0] == 429
+            connection.settimeout(1)
+            with pytest.raises(TimeoutError):
+                connection.sendall(bytes(64 << 20))  # more than systems hold between the two
+
+
+def test_what_is_kept_shows_no_key(keyed: Running) -> None:
+    asking = AskingAgain(keyed.service, ASK, "sk-acme", ANYBODY, False)
+    assert "sk-acme" not in repr(asking)
 
 
 def test_a_client_that_goes_before_it_is_decided_leaves_nothing(keyed: Running) -> None:

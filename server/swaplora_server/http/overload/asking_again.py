@@ -1,7 +1,7 @@
 """Whether the next request like one that was refused would be refused as well: the same decisions, without the app."""
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic_core import from_json
 
@@ -30,7 +30,7 @@ class AskingAgain:
 
     service: Service
     route: str
-    key: str | None
+    key: str | None = field(repr=False)
     caller: Caller  # whose key it was
     is_change: bool
 
@@ -73,4 +73,5 @@ def _wanted(service: Service, body: bytes | bytearray) -> str | None:
         return None
     if not isinstance(found, dict) or not isinstance(model := found.get("model"), str) or not model:
         return None
-    return wanted_by(service, model, ()) if _OTHER_NAMES.isdisjoint(found) else None
+    is_plain = all(found.get(name) is None for name in _OTHER_NAMES)
+    return wanted_by(service, model, ()) if is_plain else None

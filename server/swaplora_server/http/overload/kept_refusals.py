@@ -17,8 +17,8 @@ MAX_ANSWERS = 64  # of one kind: they differ in when to try again
 MAX_KIND_BYTES = 2048
 Headers = Iterable[tuple[bytes, bytes]]
 Answer = tuple[bytes, bytes]  # lines of headers, and the body
-# what the app looks at before it refuses, beside the path; all else may differ between requests that are alike
 _NAMING_HEADER = b"x-amzn-sagemaker-adapter-identifier"  # says who answers instead of the body
+# what the app looks at before it refuses, beside the path; all else may differ between requests that are alike
 _LOOKED_AT = frozenset(
     {
         *(b"authorization", b"x-api-key", b"host", b"origin", b"sec-fetch-site", b"sec-fetch-dest"),

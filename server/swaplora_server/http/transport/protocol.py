@@ -25,6 +25,8 @@ from swaplora_server.service.errors import RequestError
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 256
 MAX_PIPELINED = 64  # requests behind the one that is being answered
+LEFT_BYTES = 256 << 10  # of a body behind its answer, which are read in so many seconds at least
+LEFT_SECONDS = 0.05
 _UNSENT_BYTES = 128 << 10  # that the system may hold of what a client does not read
 _UPGRADE_HEADERS = (b"connection", b"upgrade", b"http2-settings")
 _END_OF_AUTHORITY = re.compile(rb"[/?#]")
@@ -43,6 +45,7 @@ class HttpConfig(uvicorn.Config):
             log_config=None,
             access_log=False,
             lifespan="on",
+            proxy_headers=False,  # who connects says who he is for nobody
             timeout_graceful_shutdown=grace_seconds,
         )
         self.settings = settings
@@ -85,6 +88,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._is_streaming = False
         self._num_unseen_bytes = 0  # that have come and given neither a whole head nor any of a body
         self._num_body_bytes = 0  # since the last look
+        self._num_left_bytes = 0  # that came of a body behind its answer, since reading last rested
         self._num_written_bytes = 0  # of bodies, without what frames them
         self._num_read_bytes = 0  # as of the last look
 
@@ -173,6 +177,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._num_unseen_bytes = 0
         self._num_body_bytes += len(body)
+        if self._is_answered:
+            self._read_slowly(len(body))
         super().on_body(body)
         if self.flow.read_paused and self.cycle is not self._running:
             # nobody reads it until the answer before it is written, and behind it nobody would see the client go
@@ -190,6 +196,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._decide(self._undecided)
         elif self._is_answered:  # before its body was here, and the client was told that this is the end
             self.transport.close()
+
+    def _read_slowly(self, num_bytes: int) -> None:
+        """Of what nobody wants: a client that sends as fast as it can would have the event loop to itself."""
+        self._num_left_bytes += num_bytes
+        if self._num_left_bytes >= LEFT_BYTES and not self.flow.read_paused:
+            self._num_left_bytes = 0
+            self.flow.pause_reading()
+            self.loop.call_later(LEFT_SECONDS, self.flow.resume_reading)
 
     def _check_head(self) -> None:
         """Raise RequestError for a head that is too large, or that others on the way might understand otherwise."""
