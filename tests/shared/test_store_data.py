@@ -5,14 +5,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import pytest
 from botocore.stub import Stubber
 
 from changer import BASE
-from replicas import Disturbed, facts, put, registry, replicas, see, unreachable
+from replicas import Disturbed, facts, put, registry, replicas, see, see_at_last, unreachable
 from swaplora_adapters.errors import StorageFailedError, StorageFullError, StoreChangedError, StoreUnreachableError
 from swaplora_adapters.files.disk import StoreError
 from swaplora_adapters.files.naming import CONFIG_FILE
@@ -433,6 +433,101 @@ def test_a_store_that_was_brought_back_as_it_was_is_noticed_by_servers_that_run(
             assert facts(other) == known
             assert other.names.changes.is_stuck
             assert {each.current.name for each in new.names.index.all()} == {"sql", "late"}
+
+
+def test_a_store_whose_other_history_is_longer_by_now_is_noticed_at_its_first_change(
+    files: list[Path], tmp_path: Path
+) -> None:
+    """Within the time in which nobody asks whether the store is still the same."""
+    shared = tmp_path / "shared"
+    objects = [open_objects(str(shared)) for _ in range(2)]
+    with replicas(tmp_path, objects[:1]) as (one,):
+        put(one, "sql", files[0])
+        shutil.copytree(shared, tmp_path / "backup")
+        put(one, "tales", files[1])
+        see(one)
+        shutil.rmtree(shared)
+        (tmp_path / "backup").rename(shared)
+        with replicas(tmp_path / "new", objects[1:]) as (new,):
+            put(new, "late", files[2])
+            put(new, "late", files[3])
+            with pytest.raises(StoreChangedError):
+                one.seen().result(60)
+            assert "late" not in one.names.index
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_no_server_takes_over_a_change_that_was_made_after_another_one_s(
+    files: list[Path], tmp_path: Path, objects: list[Disturbed], monkeypatch: pytest.MonkeyPatch, is_killed: bool
+) -> None:
+    """It lies there until who made it learns that the store was brought back; for good if that one is killed."""
+    shared = tmp_path / "shared"
+    with replicas(tmp_path, objects[:1]) as (one,):
+        put(one, "sql", files[0])
+        shutil.copytree(shared, tmp_path / "backup")
+        put(one, "lost", files[1])
+        shutil.rmtree(shared)
+        (tmp_path / "backup").rename(shared)
+        with replicas(tmp_path / "new", objects[1:]) as (new,):
+            put(new, "late", files[2])
+            seen: list[BaseException | None] = []
+
+            def see_there(call: str, key: str) -> None:
+                if call == "create" and "/log/" in key:
+                    seen.append(new.seen().exception(60))
+                    if is_killed:
+                        raise DiedError
+
+            objects[0].after = see_there
+            with pytest.raises(DiedError if is_killed else StoreChangedError):
+                put(one, "sql", files[3])
+            assert [type(each) for each in seen] == [StoreUnreachableError]
+            assert new.names.index.get("sql").current.version == 1
+            if is_killed:
+                monkeypatch.setattr(shared_log, "FOREIGN_SECONDS", -1.0)
+                with suppress(StoreUnreachableError):
+                    see(new)
+            see_at_last(new)
+            assert put(new, "sql", files[3]).record.version == 2
+            objects[0].come_back()
+
+
+def test_a_backup_in_order_is_whole_though_the_log_is_cut_meanwhile_and_another_is_refused(
+    files: list[Path], tmp_path: Path, cut: Callable[[Registry], None]
+) -> None:
+    """The order is the documented one: what says which store it is, snapshots, ids of what was cut, the log, files."""
+    shared, backup, late = tmp_path / "shared", tmp_path / "backup", tmp_path / "late"
+    with replicas(tmp_path, [open_objects(str(shared))]) as (one,):
+        put(one, "sql", files[0])
+        put(one, "sql", files[1])
+        store_of(one).tidy()
+        for folder in (backup, late):
+            copy(shared, folder, "snapshots", "trimmed")
+        put(one, "tales", files[2])
+        cut(one)
+        copy(shared, backup, "log", "blobs")
+        known = facts(one)
+        put(one, "tales", files[3])
+        put(one, "tales", files[0])
+        cut(one)
+        copy(shared, late, "log", "blobs")
+    with replicas(tmp_path / "brought_back", [open_objects(str(backup))]) as (back,):
+        assert facts(back) == known
+        assert put(back, "tales", files[4]).record.version == 2
+    with pytest.raises(StoreError, match="not this one"):
+        registry(tmp_path / "of_late", open_objects(str(late)))
+
+
+def copy(shared: Path, backup: Path, *parts: str) -> None:
+    """These of a store's objects, in this order, and what says which store it is."""
+    store = next(shared.glob("*/log")).parent
+    for path in (
+        each for part in parts for each in [shared / "store.json", *store.glob("*.json"), *store.glob(f"{part}/**/*")]
+    ):
+        target = backup / path.relative_to(shared)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            shutil.copy2(path, target)
 
 
 def test_a_change_that_is_checked_in_a_store_that_was_just_brought_back_is_taken_out_of_it(

@@ -70,7 +70,7 @@ class SharedJournal(Journal):
 
     def _write(self, manifests: Manifests, name: str, manifest: Manifest, may_be_none: bool) -> None:
         kind: Kind = "name" if manifests is self._names else "alias"
-        self._draft = Entry(manifest.revision, kind, name, manifest.facts, secrets.token_hex(16))
+        self._draft = Entry(manifest.revision, kind, name, manifest.facts, secrets.token_hex(16), self.position.id)
 
     def _take_over(self, entries: Sequence[Entry]) -> None:
         for kind, manifests in (("name", self._names), ("alias", self._aliases)):

@@ -6,8 +6,8 @@ when they are first wanted, so that those which are not here are not missing.
 
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -49,6 +49,18 @@ _AT_ONCE = 64  # changes that are taken over together
 class _Sent(NamedTuple):
     place: str
     at: float  # when its first byte went, on the monotonic clock
+
+
+@contextmanager
+def _as_another_s() -> Iterator[None]:
+    """Raise StoreError where the data directory turns out to be a copy of another history."""
+    try:
+        yield
+    except StoreChangedError as error:
+        raise StoreError(
+            "the data directory has changes that the shared store does not have, which was perhaps restored from a "
+            "backup: choose an empty --data-dir"
+        ) from error
 
 
 def open_store(data_dir: Path, address: str | None, base: Base) -> Store:
@@ -111,26 +123,25 @@ class SharedStore(Store):
         `newest` is the last change that is known here of anything: some before it may not be, after a crash.
         """
         for known in (newest, journal.position):
-            with suppress(TrimmedError):
-                self._check(known)
+            with suppress(TrimmedError), _as_another_s():
+                self._log.check(known)
         if self._snapshots.last_revision() > journal.revision:
             journal.adopt(self._leap(journal.revision))
         elif journal.revision < founded_at(self._objects):
             raise StoreUnreachableError("the shared store has lost its snapshots: bring them back from a backup")
         is_all = False
         while not is_all:
-            entries, is_all = self._after(journal.position)
+            with _as_another_s():
+                entries, is_all = self._after(journal.position)
             if entries:
                 journal.adopt(entries)
-
-    def _check(self, known: Position) -> None:
-        try:
-            self._log.check(known)
-        except StoreChangedError as error:
-            raise StoreError(
-                "the data directory has changes that the shared store does not have, which was perhaps restored from a "
-                "backup: choose an empty --data-dir"
-            ) from error
+            if is_all and self._log.has_beyond(journal.revision):
+                is_all = False  # others go on meanwhile
+                if self._log.read(journal.revision + 1) is None:
+                    raise StoreError(
+                        f"the shared store has later changes than {journal.revision + 1}, and not this one: bring it "
+                        "back from a backup whose objects were copied in the documented order"
+                    )
 
     def _founding(self, revision: int) -> Snapshot:
         """All that there is in a directory before there is a shared store."""

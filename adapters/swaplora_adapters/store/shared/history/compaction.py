@@ -2,6 +2,7 @@
 
 import time
 
+from swaplora_adapters.store.shared.history.entry import Entry, Position
 from swaplora_adapters.store.shared.history.log import Log
 from swaplora_adapters.store.shared.history.segments import end_of, segment_of
 from swaplora_adapters.store.shared.history.snapshots import Snapshots
@@ -37,11 +38,12 @@ class Compaction:
     def _make(self, end: int) -> None:
         """A snapshot after the change `end`, of the one before and the log: nothing is held meanwhile."""
         before = self._snapshots.newest()
-        entries = []
+        entries, last = list[Entry](), Position(before.revision, before.id)
         for revision in range(before.revision + 1, end + 1):
-            if (entry := self._log.read(revision)) is None:
-                return
+            if (entry := self._log.read(revision)) is None or not entry.follows(last):
+                return  # the store is another's history now, or not whole
             entries.append(entry)
+            last = entry.position
         if entries and not self._log.is_trimmed(before.revision + 1):  # a newer one is there, and it was removed
             self._snapshots.put(before.replayed(entries))
             self._snapshot_at = end

@@ -23,6 +23,7 @@ class Entry(NamedTuple):
     name: str
     facts: Facts
     id: str | None = None  # that no other change has; None for what is of a snapshot
+    after: str | None = None  # the id of the change before it; None where whoever made it knew none
 
     @classmethod
     def removal(cls, revision: int, alias: str) -> "Entry":
@@ -33,6 +34,10 @@ class Entry(NamedTuple):
     def is_removal(self) -> bool:
         """Whether nothing is kept from it on; a name is kept, since its versions never start again."""
         return self.kind == "alias" and self.facts["targets"] is None and self.facts.get("mixture") is None
+
+    def follows(self, position: Position) -> bool:
+        """Whether it was made after that change, not after another in its place; true where that is not known."""
+        return self.after is None or position.id is None or self.after == position.id
 
     @property
     def position(self) -> Position:

@@ -2,15 +2,18 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import NoReturn
 
-from swaplora_adapters.errors import StoreChangedError
+from swaplora_adapters.errors import StoreChangedError, StoreUnreachableError
 from swaplora_adapters.store.shared.history.entry import Entry, Position
 from swaplora_adapters.store.shared.history.moment import Moment
 from swaplora_adapters.store.shared.history.segments import Segments, end_of, segment_of
+from swaplora_adapters.store.shared.history.snapshots import Snapshots
 from swaplora_adapters.store.shared.identity import is_founded
 from swaplora_adapters.store.shared.objects import Objects
 from swaplora_adapters.store.shared.trying import decoded, encoded, tried
 
+FOREIGN_SECONDS = 60.0  # that whoever has made a change in a store of another history has to take it back
 TRUST_SECONDS = 10.0  # after it was made sure of that all that follows is here to be read; it stays for far longer
 
 
@@ -25,6 +28,8 @@ class Log:
         self._objects, self._store_id = objects, store_id
         self._prefix = f"{store_id}/log/"
         self._segments = Segments(objects, store_id)
+        self._snapshots = Snapshots(objects, store_id)
+        self._foreign: tuple[str | None, Moment] | None = None  # a change of another history, and since when
         self._sure: tuple[int, Moment] | None = None  # that the change after this one was there, or was yet to come
 
     def read(self, revision: int) -> Entry | None:
@@ -33,25 +38,50 @@ class Log:
         if content is None:
             return None
         [told] = decoded(content, f"change {revision}")
-        return Entry(told["revision"], told["kind"], told["name"], told["facts"], told["id"])
+        return Entry(told["revision"], told["kind"], told["name"], told["facts"], told["id"], told.get("after"))
 
     def after(self, position: Position, most: int) -> tuple[list[Entry], bool]:
         """Changes that follow, `most` at most, and whether these are all.
 
-        Raises what `check` does, which is asked now and then: somebody may have slept for hours.
+        Raises what `check` does, which is asked now and then, since somebody may have slept for hours, and where one
+        was made after another than the one before it: in another history, whose store was brought back as it was.
         """
-        began, entries, is_all = Moment.now(), list[Entry](), False
+        began, entries, is_all, last = Moment.now(), list[Entry](), False, position
         first = position.revision + 1
         for revision in range(first, min(first + most, end_of(segment_of(first)) + 1)):
             if is_all := (entry := self.read(revision)) is None:
                 break
+            if not entry.follows(last):
+                if not entries:
+                    self._refuse(entry, position)
+                break
             entries.append(entry)
+            last = entry.position
         if not self._is_sure(position.revision, Moment.now()):
             self._sure = None
             self.check(position)  # after all of it was read
             if is_all:
                 self._sure = position.revision + len(entries), began
         return entries, is_all
+
+    def _refuse(self, entry: Entry, position: Position) -> NoReturn:
+        """Take over nothing that was made after another change than this one, and remove what was made so here.
+
+        It is there between the two calls in which a server learns that the store was brought back; if it was killed
+        there, for good.
+        """
+        self.check(position)
+        now = Moment.now()
+        if self._foreign is None or self._foreign[0] != entry.id:
+            self._foreign = entry.id, now
+        elif self._foreign[1].seconds_to(now) > FOREIGN_SECONDS:
+            tried(lambda: self._objects.remove(self._key(entry.revision)))
+        raise StoreUnreachableError(f"change {entry.revision} of the shared store is being taken back: try again")
+
+    def has_beyond(self, revision: int) -> bool:
+        """Whether a change is there that does not follow this one."""
+        keys = [each.key for each in tried(lambda: self._objects.under(self._prefix))]
+        return any(int(key.removeprefix(self._prefix)) > revision + 1 for key in keys)
 
     def append(self, entry: Entry, after: Position) -> bool:
         """Make a change the next one, durably; False if another was made in its place.
@@ -73,7 +103,8 @@ class Log:
             self._objects.remove(key)
             return False
         except StoreChangedError:
-            self._objects.remove(key)
+            if tried(lambda: self._objects.get(key)) == content:
+                self._objects.remove(key)
             raise
         except BaseException:
             self._sure = None
@@ -128,13 +159,19 @@ class Log:
         return True
 
     def _has(self, position: Position, ids: Mapping[int, str]) -> bool:
-        """Whether it is one of the store's: it lies there, or the `ids` of the next one's segment, or its own, tell."""
+        """Whether it is one of the store's: it lies there, the `ids` of the next one's segment, or its own, tell.
+
+        Or a snapshot was made after it: in a backup it may be all that tells.
+        """
         revision, change = position
         if change is None:
             return is_founded(self._objects, self._store_id)
         if ids.get(revision) == change or ((entry := self.read(revision)) is not None and entry.id == change):
             return True
-        return (self._segments.ids(revision) or {}).get(revision) == change
+        if (self._segments.ids(revision) or {}).get(revision) == change:
+            return True
+        newest = self._snapshots.newest()
+        return (newest.revision, newest.id) == position
 
     def _is_sure(self, revision: int, now: Moment) -> bool:
         if (sure := self._sure) is None:
