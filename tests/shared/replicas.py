@@ -104,6 +104,12 @@ def registry(data_dir: Path, objects: Objects, base: Base = BASE, **fields: Any)
     return Registry(SharedStore(data_dir, objects, base), **(defaults | fields))
 
 
+def store_of(of: Registry) -> SharedStore:
+    store = of._store  # noqa: SLF001
+    assert isinstance(store, SharedStore)
+    return store
+
+
 @contextmanager
 def replicas(folder: Path, objects: Sequence[Objects], **fields: Any) -> Iterator[list[Registry]]:
     """One for each of these, which all lead to one store."""

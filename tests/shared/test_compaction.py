@@ -143,8 +143,10 @@ class Server:
             self.look()
             targets = None if ("alias", name) in self.state else [number]
             facts: dict[str, Any] = {"targets": targets} if is_alias else {"versions": [number]}
-            entry = Entry(self.position.revision + 1, "alias" if is_alias else "name", name, facts, number)
-            if self.log.append(entry, self.position):
+            entry = Entry(
+                self.position.revision + 1, "alias" if is_alias else "name", name, facts, number, self.position.id
+            )
+            if self.log.append(entry):
                 self.acknowledged.append(entry)
                 self.state, self.position = applied(self.state, [entry]), entry.position
                 return

@@ -1,7 +1,9 @@
-"""How a shared store comes to be, or does not, and what the places it lies in may do to it."""
+"""How a shared store comes to be, or is brought back, or not, and what the places it lies in may do to it."""
 
 import itertools
+import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,12 +11,15 @@ from typing import Any
 import pytest
 from botocore.awsrequest import AWSResponse
 
-from replicas import Disturbed, put, registry, replicas, unreachable
+from replicas import Disturbed, facts, put, registry, replicas, see, store_of, unreachable
 from swaplora_adapters.errors import StoreUnreachableError
 from swaplora_adapters.files.disk import StoreError
+from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.store.shared.address import open_objects
 from swaplora_adapters.store.shared.bucket import BucketObjects
-from test_catalogue import local
+from swaplora_adapters.store.shared.history import compaction, segments
+from swaplora_adapters.store.shared.objects import Listed
+from test_catalogue import local, weights_of
 
 
 def in_bucket(address: str) -> BucketObjects:
@@ -135,3 +140,127 @@ def test_a_store_that_says_damaged_things_of_itself_starts_no_server(tmp_path: P
         (tmp_path / "shared/store.json").write_bytes(content)
         with pytest.raises(StoreError, match=r"store\.json"):
             registry(tmp_path / "data0", objects)
+
+
+@pytest.fixture
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Snapshots after each fourth change, and the log is cut, where a test says so."""
+    monkeypatch.setattr(segments, "SEGMENT", 4)
+    monkeypatch.setattr("swaplora_adapters.registry.changes.TIDY_SECONDS", 3600)
+
+
+def cut(of: Registry) -> None:
+    """An hour after the newest snapshot."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compaction, "GRACE_SECONDS", -1.0)
+        store_of(of).tidy()
+        store_of(of).tidy()
+
+
+def copied(shared: Path, to: Path, *kinds: str) -> None:
+    """What a backup has, of these kinds alone."""
+    store = shared / json.loads((shared / "store.json").read_bytes())["id"]
+    for kind in kinds:
+        path = shared / kind if kind == "store.json" else store / kind
+        target = to / path.relative_to(shared)
+        if path.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+        elif path.exists():
+            shutil.copytree(path, target)
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_a_backup_that_is_made_beside_changes_and_a_cut_has_all_that_was_acknowledged_before_it(
+    files: list[Path], tmp_path: Path
+) -> None:
+    """In the documented order, with an upload and a cut after each step."""
+    shared, backup = tmp_path / "shared", tmp_path / "backup"
+    with replicas(tmp_path, [open_objects(str(shared))]) as (one,):
+        for number in range(4):
+            put(one, f"n{number}", files[0])
+        store_of(one).tidy()
+        known = facts(one)
+        for number, kinds in enumerate((["store.json", "base.json"], ["snapshots"], ["log"], ["trimmed"], ["blobs"])):
+            copied(shared, backup, *kinds)
+            put(one, f"later{number}", files[1 + number])
+            if number:
+                cut(one)
+    with replicas(tmp_path / "back", [open_objects(str(backup))]) as (back,):
+        assert facts(back).items() >= known.items()
+        for name in facts(back):
+            assert weights_of(back, name)
+        put(back, "new", files[5])
+    with replicas(tmp_path / "back", [open_objects(str(backup))] * 2) as (back, new):
+        see(back)
+        assert facts(new) == facts(back)
+        assert "new" in facts(new)
+
+
+@pytest.mark.usefixtures("by_hand")
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_a_backup_that_lacks_the_note_of_a_cut_is_what_its_snapshot_says(
+    files: list[Path], tmp_path: Path, is_changed: bool
+) -> None:
+    """All but the log was copied before the cut, the log after it."""
+    shared, backup = tmp_path / "shared", tmp_path / "backup"
+    with replicas(tmp_path, [open_objects(str(shared))]) as (one,):
+        for number in range(4 + is_changed):
+            put(one, f"n{number}", files[number])
+        store_of(one).tidy()
+        copied(shared, backup, "store.json", "base.json", "snapshots", "trimmed", "blobs")
+        cut(one)
+        copied(shared, backup, "log")
+        known = facts(one)
+    for folder in ("data0", "data0", "data1", "new"):  # also one that was there before, and after its restart
+        of = registry(tmp_path / folder, open_objects(str(backup)))
+        see(of)
+        assert facts(of) == known
+        put(of, f"of_{folder}", files[0])
+        known = facts(of)
+        of.close()
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_a_listing_that_passes_over_some_loses_no_note_and_starts_no_alarm(files: list[Path], tmp_path: Path) -> None:
+    """As folders that are read beside changes may."""
+    objects = [Disturbed(open_objects(str(tmp_path / "shared"))) for _ in range(2)]
+    of = objects[0].under
+
+    def under(prefix: str) -> list[Listed]:
+        return [each for each in of(prefix) if not ("/log/" in each.key and each.key.endswith(("0001", "0002")))]
+
+    objects[0].under = under  # type: ignore[method-assign]
+    with replicas(tmp_path / "away", objects[1:]) as (away,):
+        put(away, "sql", files[0])
+    with replicas(tmp_path, objects[:1]) as (one,):
+        for number in range(4):
+            put(one, "tales", files[number])
+        cut(one)
+        objects[0].under = of  # type: ignore[method-assign]
+        store_of(one)._compaction._trimmed_to = 0  # noqa: SLF001
+        cut(one)
+        assert not [each for each in of("") if "/log/" in each.key and not each.key.endswith("0005")]
+        with replicas(tmp_path / "away", objects[1:]) as (away,):
+            see(away)
+            assert facts(away) == facts(one)
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_nothing_is_removed_for_a_snapshot_that_cannot_be_read(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what nothing refers to is swept all the same."""
+    objects, told = open_objects(str(tmp_path / "shared")), list[bool]()
+    with replicas(tmp_path, [objects]) as (one,):
+        for number in range(5):
+            put(one, "sql", files[number])
+        store_of(one).tidy()
+        [snapshot] = tmp_path.glob("shared/*/snapshots/*")
+        snapshot.write_bytes(snapshot.read_bytes()[:-5])
+        monkeypatch.setattr(store_of(one), "_sweep_at", 0.0)
+        monkeypatch.setattr(store_of(one), "sweep", lambda: told.append(True))
+        with pytest.raises(StoreUnreachableError, match="damaged"):
+            cut(one)
+        assert told == [True]
+        assert len([each for each in objects.under("") if "/log/" in each.key]) == 5

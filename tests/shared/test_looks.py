@@ -1,5 +1,6 @@
 """How a server looks for what others have changed, and what goes on where it cannot."""
 
+import shutil
 import threading
 import time
 from contextlib import closing
@@ -8,14 +9,18 @@ from pathlib import Path
 import pytest
 
 from changer import BASE, publish
-from replicas import Disturbed, put, registry, replicas, see
-from swaplora_adapters.errors import AdapterError, StoppingError, StoreUnreachableError
+from replicas import Disturbed, facts, put, registry, replicas, see, store_of
+from swaplora_adapters.errors import AdapterError, StoppingError, StoreChangedError, StoreUnreachableError
+from swaplora_adapters.files.disk import StoreError
 from swaplora_adapters.registry import changes as registry_changes
 from swaplora_adapters.registry.changes import Changes
 from swaplora_adapters.store.records import Alias, Target
 from swaplora_adapters.store.shared.address import open_objects
 from swaplora_adapters.store.shared.history import log as shared_log
+from swaplora_adapters.store.shared.history import segments
+from swaplora_adapters.store.shared.history.entry import Position
 from swaplora_adapters.store.shared.store import SharedStore
+from swaplora_adapters.store.shared.trying import decoded, encoded
 
 HANG_SECONDS = 60  # unless the test comes to its end
 
@@ -150,3 +155,147 @@ def test_what_is_heard_after_the_end_is_not_taken_over(tmp_path: Path, disturbed
         with pytest.raises(StoppingError):
             other.catch_up(entries)
         assert not [*(tmp_path / "data1" / "names").iterdir()]
+
+
+class Restored:
+    """A shared folder that is brought back as it was when it was backed up."""
+
+    def __init__(self, folder: Path) -> None:
+        self.shared, self._backup = folder / "shared", folder / "backup"
+
+    def back_up(self) -> None:
+        shutil.copytree(self.shared, self._backup)
+
+    def bring_back(self) -> None:
+        shutil.rmtree(self.shared)
+        shutil.copytree(self._backup, self.shared)
+
+    @property
+    def changes(self) -> list[int]:
+        return sorted(int(each.name) for each in self.shared.glob("*/log/*"))
+
+    def forget_order(self) -> None:
+        """As an earlier release has written it."""
+        for path in self.shared.glob("*/log/*"):
+            [told] = decoded(path.read_bytes(), path.name)
+            del told["after"]
+            path.write_bytes(encoded(told))
+
+
+@pytest.fixture
+def restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Restored:
+    """And nobody asks from time to time whether the store is the same: what is read has to say it."""
+    monkeypatch.setattr(shared_log, "TRUST_SECONDS", 3600.0)
+    monkeypatch.setattr(registry_changes, "TIDY_SECONDS", 3600.0)
+    return Restored(tmp_path)
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_no_change_of_another_history_is_taken_over_though_that_is_longer_by_then(
+    files: list[Path], tmp_path: Path, disturbed: list[Disturbed], restored: Restored, is_told: bool
+) -> None:
+    """Within the ten seconds; also where an earlier release has made it, which did not say what it follows."""
+    with replicas(tmp_path, disturbed[:1]) as (one,):
+        put(one, "sql", files[0])
+        put(one, "tales", files[0])
+        restored.back_up()
+        put(one, "sql", files[1])
+        see(one)
+        known = facts(one)
+        restored.bring_back()
+        with replicas(tmp_path / "new", disturbed[1:]) as (new,):
+            put(new, "tales", files[2])
+            put(new, "tales", files[3])
+            if not is_told:
+                restored.forget_order()
+            with pytest.raises(StoreChangedError):
+                see(one)
+            with pytest.raises(StoreChangedError):
+                put(one, "late", files[4])
+            assert facts(one) == known
+            assert restored.changes == [1, 2, 3, 4]
+            with pytest.raises(StoreChangedError):  # where memory knows less than the disk
+                store_of(one).unread(2)
+            if is_told:
+                with pytest.raises(StoreUnreachableError):
+                    store_of(one).catch_up(store_of(new)._log.after(Position(2, None), 8)[0])  # noqa: SLF001
+            assert store_of(one).revision == 3
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_what_is_made_in_a_store_that_was_just_brought_back_is_known_to_nobody(
+    files: list[Path], tmp_path: Path, disturbed: list[Disturbed], restored: Restored, is_killed: bool
+) -> None:
+    """Between the making of it and its end; where its maker is killed there it holds up changes, and says where."""
+    done: list[str] = []
+    with replicas(tmp_path, disturbed) as (one, other):
+        put(one, "sql", files[0])
+        put(one, "tales", files[0])
+        see(other)
+        restored.back_up()
+        put(one, "sql", files[1])
+        restored.bring_back()
+        put(other, "sql", files[2])
+        known = facts(other)
+
+        def meanwhile(call: str, key: str) -> None:
+            if call == "create" and "/log/" in key:
+                disturbed[0].come_back()
+                see(other)
+                assert facts(other) == known
+                with pytest.raises(StoreUnreachableError, match="0004 in the shared store is a change of another"):
+                    put(other, "late", files[4])
+                done.append(key)
+                if is_killed:
+                    disturbed[0].vanish()
+
+        disturbed[0].after = meanwhile
+        with pytest.raises(StoreUnreachableError if is_killed else StoreChangedError):
+            put(one, "lost", files[3])
+        assert len(done) == 1
+        if is_killed:
+            with replicas(tmp_path / "new", [open_objects(str(restored.shared))]) as (new,):
+                assert facts(new) == known
+            assert restored.changes == [1, 2, 3, 4]
+            disturbed[1].remove(done[0])
+        assert restored.changes == [1, 2, 3]
+        put(other, "late", files[4])
+        with replicas(tmp_path / "newer", [open_objects(str(restored.shared))]) as (new,):
+            assert facts(new) == facts(other)
+            assert set(facts(new)) == {"sql", "tales", "late"}
+
+
+def test_a_snapshot_of_another_history_is_what_no_server_and_no_snapshot_begins_with(
+    files: list[Path], tmp_path: Path, disturbed: list[Disturbed], restored: Restored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came to the store after that was brought back. Who would make the next one says so, once."""
+    monkeypatch.setattr(segments, "SEGMENT", 4)
+    told: list[Exception] = []
+    with replicas(tmp_path, disturbed[:1]) as (one,):
+        put(one, "sql", files[0])
+        put(one, "tales", files[0])
+        restored.back_up()
+        put(one, "lost", files[1])
+        put(one, "lost", files[2])
+        store_of(one).tidy()
+    [snapshot] = restored.shared.glob("*/snapshots/*")
+    late = snapshot.read_bytes()
+    restored.bring_back()
+    monkeypatch.setattr(registry_changes, "TIDY_SECONDS", 0.01)
+    with replicas(tmp_path / "new", disturbed[1:], report=told.append) as (new,):
+        put(new, "n", files[3])
+        snapshot.parent.mkdir(exist_ok=True)
+        snapshot.write_bytes(late)
+        with pytest.raises(StoreError, match="snapshot of the shared store is not of its log"):
+            registry(tmp_path / "newer", open_objects(str(restored.shared)))
+        for number in range(5):
+            put(new, f"n{number}", files[3])
+        deadline = time.monotonic() + HANG_SECONDS
+        while not told:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.05)
+        with pytest.raises(StoreError, match="snapshot of the shared store is not of its log"):
+            registry(tmp_path / "newest", open_objects(str(restored.shared)))
+    assert [type(each) for each in told] == [StoreChangedError]
+    assert [*snapshot.parent.iterdir()] == [snapshot]

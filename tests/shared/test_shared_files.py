@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from replicas import Disturbed, put, replicas, see
+from replicas import Disturbed, put, replicas, see, store_of
 from swaplora_adapters.errors import (
     AdapterError,
     AdapterFailedError,
@@ -22,7 +22,6 @@ from swaplora_adapters.store.shared import files as shared_files
 from swaplora_adapters.store.shared.address import open_objects
 from swaplora_adapters.store.shared.objects import Listed
 from test_catalogue import weights_of
-from test_store_data import store_of
 
 
 @pytest.fixture

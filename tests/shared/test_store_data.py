@@ -5,14 +5,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 from botocore.stub import Stubber
 
 from changer import BASE
-from replicas import Disturbed, facts, put, registry, replicas, see, see_at_last, unreachable
+from replicas import Disturbed, facts, put, registry, replicas, see, store_of, unreachable
 from swaplora_adapters.errors import StorageFailedError, StorageFullError, StoreChangedError, StoreUnreachableError
 from swaplora_adapters.files.disk import StoreError
 from swaplora_adapters.files.naming import CONFIG_FILE
@@ -52,12 +52,6 @@ def sweep(monkeypatch: pytest.MonkeyPatch) -> Callable[[Registry], int]:
             return store.sweep()
 
     return sweep
-
-
-def store_of(of: Registry) -> SharedStore:
-    store = of._store  # noqa: SLF001
-    assert isinstance(store, SharedStore)
-    return store
 
 
 def places(of: Registry) -> dict[str, str]:
@@ -454,42 +448,6 @@ def test_a_store_whose_other_history_is_longer_by_now_is_noticed_at_its_first_ch
             with pytest.raises(StoreChangedError):
                 one.seen().result(60)
             assert "late" not in one.names.index
-
-
-@pytest.mark.parametrize("is_killed", [False, True])
-def test_no_server_takes_over_a_change_that_was_made_after_another_one_s(
-    files: list[Path], tmp_path: Path, objects: list[Disturbed], monkeypatch: pytest.MonkeyPatch, is_killed: bool
-) -> None:
-    """It lies there until who made it learns that the store was brought back; for good if that one is killed."""
-    shared = tmp_path / "shared"
-    with replicas(tmp_path, objects[:1]) as (one,):
-        put(one, "sql", files[0])
-        shutil.copytree(shared, tmp_path / "backup")
-        put(one, "lost", files[1])
-        shutil.rmtree(shared)
-        (tmp_path / "backup").rename(shared)
-        with replicas(tmp_path / "new", objects[1:]) as (new,):
-            put(new, "late", files[2])
-            seen: list[BaseException | None] = []
-
-            def see_there(call: str, key: str) -> None:
-                if call == "create" and "/log/" in key:
-                    seen.append(new.seen().exception(60))
-                    if is_killed:
-                        raise DiedError
-
-            objects[0].after = see_there
-            with pytest.raises(DiedError if is_killed else StoreChangedError):
-                put(one, "sql", files[3])
-            assert [type(each) for each in seen] == [StoreUnreachableError]
-            assert new.names.index.get("sql").current.version == 1
-            if is_killed:
-                monkeypatch.setattr(shared_log, "FOREIGN_SECONDS", -1.0)
-                with suppress(StoreUnreachableError):
-                    see(new)
-            see_at_last(new)
-            assert put(new, "sql", files[3]).record.version == 2
-            objects[0].come_back()
 
 
 def test_a_backup_in_order_is_whole_though_the_log_is_cut_meanwhile_and_another_is_refused(

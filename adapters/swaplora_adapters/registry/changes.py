@@ -233,12 +233,14 @@ class Looks:
             self._changes.failure = failure
 
     def _tidy_on(self) -> None:
+        has_failed = False
         while not self._is_closed:
             try:
                 self._tidy()
-            except StorageFailedError:
-                pass  # it is tried again
+                has_failed = False
             except Exception as error:  # noqa: BLE001 - the thread's boundary
-                self._report(error)
+                if not (has_failed or self._is_closed):
+                    self._report(error)  # the first of a row of them: it is tried again
+                has_failed = True
             with self._asked:
                 self._asked.wait_for(lambda: self._is_closed, TIDY_SECONDS)

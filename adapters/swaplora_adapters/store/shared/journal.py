@@ -42,7 +42,7 @@ class SharedJournal(Journal):
 
     def _make_draft(self) -> None:
         if (entry := self._draft) is not None:
-            if not self._log.append(entry, self.position):
+            if not self._log.append(entry):
                 raise OutrunError
             try:
                 self.adopt([entry])

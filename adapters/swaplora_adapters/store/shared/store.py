@@ -6,8 +6,8 @@ when they are first wanted, so that those which are not here are not missing.
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -34,6 +34,7 @@ from swaplora_adapters.store.shared.heard import HeardObjects
 from swaplora_adapters.store.shared.history.compaction import Compaction
 from swaplora_adapters.store.shared.history.entry import CHANGE, Entry, Position
 from swaplora_adapters.store.shared.history.log import Log, TrimmedError
+from swaplora_adapters.store.shared.history.restored import take_stock
 from swaplora_adapters.store.shared.history.snapshots import Snapshot, Snapshots
 from swaplora_adapters.store.shared.identity import found_or_join, founded_at
 from swaplora_adapters.store.shared.journal import SharedJournal
@@ -49,18 +50,6 @@ _AT_ONCE = 64  # changes that are taken over together
 class _Sent(NamedTuple):
     place: str
     at: float  # when its first byte went, on the monotonic clock
-
-
-@contextmanager
-def _as_another_s() -> Iterator[None]:
-    """Raise StoreError where the data directory turns out to be a copy of another history."""
-    try:
-        yield
-    except StoreChangedError as error:
-        raise StoreError(
-            "the data directory has changes that the shared store does not have, which was perhaps restored from a "
-            "backup: choose an empty --data-dir"
-        ) from error
 
 
 def open_store(data_dir: Path, address: str | None, base: Base) -> Store:
@@ -122,26 +111,33 @@ class SharedStore(Store):
 
         `newest` is the last change that is known here of anything: some before it may not be, after a crash.
         """
+        take_stock(self._log, self._snapshots, journal.revision)
         for known in (newest, journal.position):
-            with suppress(TrimmedError), _as_another_s():
-                self._log.check(known)
+            with suppress(TrimmedError):
+                self._check(known)
         if self._snapshots.last_revision() > journal.revision:
             journal.adopt(self._leap(journal.revision))
         elif journal.revision < founded_at(self._objects):
             raise StoreUnreachableError("the shared store has lost its snapshots: bring them back from a backup")
         is_all = False
         while not is_all:
-            with _as_another_s():
+            try:
                 entries, is_all = self._after(journal.position)
+            except StoreChangedError as error:
+                raise StoreError(
+                    "the newest snapshot of the shared store is not of its log: bring back both from one backup"
+                ) from error
             if entries:
                 journal.adopt(entries)
-            if is_all and self._log.has_beyond(journal.revision):
-                is_all = False  # others go on meanwhile
-                if self._log.read(journal.revision + 1) is None:
-                    raise StoreError(
-                        f"the shared store has later changes than {journal.revision + 1}, and not this one: bring it "
-                        "back from a backup whose objects were copied in the documented order"
-                    )
+
+    def _check(self, known: Position) -> None:
+        try:
+            self._log.check(known)
+        except StoreChangedError as error:
+            raise StoreError(
+                "the data directory has changes that the shared store does not have, which was perhaps restored from a "
+                "backup: choose an empty --data-dir"
+            ) from error
 
     def _founding(self, revision: int) -> Snapshot:
         """All that there is in a directory before there is a shared store."""
@@ -181,7 +177,12 @@ class SharedStore(Store):
     def unread(self, revision: int) -> tuple[Sequence[Entry], bool]:
         """Raises StoreChangedError as well."""
         known = self._journal.position
-        return self._after(known if known.revision == revision else Position(revision, None))
+        if known.revision == revision:
+            return self._after(known)
+        unread = self._after(Position(revision, None))
+        with suppress(TrimmedError):
+            self._log.check(known)  # what has no id is compared with nothing
+        return unread
 
     def _after(self, position: Position) -> tuple[Sequence[Entry], bool]:
         try:
@@ -203,6 +204,8 @@ class SharedStore(Store):
             if self._is_closed:
                 raise StoppingError
             if new := [entry for entry in entries if entry.revision > self.revision]:
+                if new[0].after is not None and not new[0].follows(self._journal.position):
+                    raise StoreUnreachableError("the shared store was changed otherwise meanwhile; try again")
                 self._journal.adopt(new)
             for digest in {version["digest"] for entry in entries for version in entry.facts.get("versions", ())}:
                 self._places |= self._catalogue.places(digest)  # of the last change, which none of these may be
@@ -289,10 +292,12 @@ class SharedStore(Store):
 
     def tidy(self) -> None:
         """The log is kept short, and once an hour what nothing refers to is removed."""
-        self._compaction.run(self.revision)
-        if time.monotonic() >= self._sweep_at:
-            self._sweep_at = time.monotonic() + SWEEP_SECONDS
-            self.sweep()
+        try:
+            self._compaction.run(self.revision)
+        finally:
+            if time.monotonic() >= self._sweep_at:
+                self._sweep_at = time.monotonic() + SWEEP_SECONDS
+                self.sweep()
 
     def sweep(self) -> int:
         """Remove from the shared store what no version has referred to for long; how many objects."""

@@ -1,9 +1,10 @@
 """The log kept short: a snapshot after each segment, and after a while no segment that a snapshot has."""
 
 import time
+from contextlib import suppress
 
-from swaplora_adapters.store.shared.history.entry import Entry, Position
-from swaplora_adapters.store.shared.history.log import Log
+from swaplora_adapters.store.shared.history.entry import Entry
+from swaplora_adapters.store.shared.history.log import Log, TrimmedError
 from swaplora_adapters.store.shared.history.segments import end_of, segment_of
 from swaplora_adapters.store.shared.history.snapshots import Snapshots
 
@@ -21,7 +22,10 @@ class Compaction:
         self._trimmed_to = 0
 
     def run(self, revision: int) -> None:
-        """What is due when this is the last change that is known. Raises StoreUnreachableError."""
+        """What is due when this is the last change that is known.
+
+        Raises StoreUnreachableError, and StoreChangedError where log and snapshot are not of one history.
+        """
         end = end_of(segment_of(revision + 1) - 1)
         if end > self._snapshot_at:
             self._snapshot_at = self._snapshots.last_revision()  # another server's, as a rule
@@ -31,19 +35,25 @@ class Compaction:
             self._found = self._snapshot_at, time.monotonic()
         if self._found is not None and time.monotonic() - self._found[1] > GRACE_SECONDS:
             snapshot_at, self._found = self._found[0], None
-            if self._snapshots.last_revision() >= snapshot_at:
+            snapshot = self._snapshots.newest()  # read, since for what is removed there is nothing else
+            if snapshot.revision >= snapshot_at:
+                with suppress(TrimmedError):
+                    self._log.check(snapshot.position)
                 self._log.trim(snapshot_at)
                 self._trimmed_to = snapshot_at
 
     def _make(self, end: int) -> None:
         """A snapshot after the change `end`, of the one before and the log: nothing is held meanwhile."""
         before = self._snapshots.newest()
-        entries, last = list[Entry](), Position(before.revision, before.id)
-        for revision in range(before.revision + 1, end + 1):
-            if (entry := self._log.read(revision)) is None or not entry.follows(last):
-                return  # the store is another's history now, or not whole
-            entries.append(entry)
-            last = entry.position
-        if entries and not self._log.is_trimmed(before.revision + 1):  # a newer one is there, and it was removed
-            self._snapshots.put(before.replayed(entries))
-            self._snapshot_at = end
+        entries, last = list[Entry](), before.position
+        with suppress(TrimmedError):  # a newer one is there
+            for revision in range(before.revision + 1, end + 1):
+                entry = self._log.read(revision)
+                if entry is None or not self._log.is_next(entry, last):
+                    return
+                entries.append(entry)
+                last = entry.position
+            if entries and not self._log.is_trimmed(before.revision + 1):  # a newer one is there, and it was removed
+                self._log.check(last)
+                self._snapshots.put(before.replayed(entries))
+                self._snapshot_at = end

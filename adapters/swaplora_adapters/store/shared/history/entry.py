@@ -23,7 +23,7 @@ class Entry(NamedTuple):
     name: str
     facts: Facts
     id: str | None = None  # that no other change has; None for what is of a snapshot
-    after: str | None = None  # the id of the change before it; None where whoever made it knew none
+    after: str | None = None  # the id of the change before it; None where that has none, and of earlier releases
 
     @classmethod
     def removal(cls, revision: int, alias: str) -> "Entry":
@@ -35,9 +35,14 @@ class Entry(NamedTuple):
         """Whether nothing is kept from it on; a name is kept, since its versions never start again."""
         return self.kind == "alias" and self.facts["targets"] is None and self.facts.get("mixture") is None
 
+    @property
+    def before(self) -> Position:
+        """Where whoever makes it is."""
+        return Position(self.revision - 1, self.after)
+
     def follows(self, position: Position) -> bool:
-        """Whether it was made after that change, not after another in its place; true where that is not known."""
-        return self.after is None or position.id is None or self.after == position.id
+        """Whether it says so of itself; what has no id is compared with nothing."""
+        return position.id in (None, self.after)
 
     @property
     def position(self) -> Position:

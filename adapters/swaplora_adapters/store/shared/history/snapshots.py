@@ -5,7 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 from swaplora_adapters.store.manifests import Manifest
-from swaplora_adapters.store.shared.history.entry import Entry, Kind
+from swaplora_adapters.store.shared.history.entry import Entry, Kind, Position
 from swaplora_adapters.store.shared.objects import Objects
 from swaplora_adapters.store.shared.trying import decoded, encoded, tried
 
@@ -19,6 +19,10 @@ class Snapshot(NamedTuple):
     id: str | None  # of that change; None where the store was founded with all this
     names: Mapping[str, Manifest]
     aliases: Mapping[str, Manifest]
+
+    @property
+    def position(self) -> Position:
+        return Position(self.revision, self.id)
 
     def replayed(self, entries: Iterable[Entry]) -> "Snapshot":
         """The same after these changes, which follow it."""
