@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any
 
 import ray
@@ -23,6 +22,7 @@ from swaplora_server.cluster.ray_engines import RayEngines
 from swaplora_server.cluster.replica import EngineReplica
 from swaplora_server.config import Settings
 from swaplora_server.log_lines import configure_logging
+from swaplora_server.version import VERSION
 
 ENGINE = "Engine"
 INGRESS = "Ingress"
@@ -140,7 +140,7 @@ def engines(settings: Settings) -> Any:
 def _version_of(settings: Settings, is_alone: bool) -> str:
     """The same for replicas that need not be begun anew: left to itself Ray Serve takes any two for different."""
     secrets = [key.get_secret_value() for key in settings.api_key]  # which settings do not show
-    told = repr((version("swaplora"), sorted(vars(settings).items()), secrets, is_alone))
+    told = repr((VERSION, sorted(vars(settings).items()), secrets, is_alone))
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 

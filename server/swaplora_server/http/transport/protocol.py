@@ -25,8 +25,8 @@ from swaplora_server.service.errors import RequestError
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 256
 MAX_PIPELINED = 64  # requests behind the one that is being answered
-LEFT_BYTES = 256 << 10  # of a body behind its answer, which are read in so many seconds at least
-LEFT_SECONDS = 0.05
+LEFT_BYTES = 256 << 10  # of a body whose request is answered: no more are read at once
+LEFT_SECONDS = 0.05  # between two such
 _UNSENT_BYTES = 128 << 10  # that the system may hold of what a client does not read
 _UPGRADE_HEADERS = (b"connection", b"upgrade", b"http2-settings")
 _END_OF_AUTHORITY = re.compile(rb"[/?#]")
@@ -45,7 +45,7 @@ class HttpConfig(uvicorn.Config):
             log_config=None,
             access_log=False,
             lifespan="on",
-            proxy_headers=False,  # who connects says who he is for nobody
+            proxy_headers=False,  # X-Forwarded-For is believed of nobody: the transport looks at the same address
             timeout_graceful_shutdown=grace_seconds,
         )
         self.settings = settings
