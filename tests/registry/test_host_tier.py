@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adapter_files
-from swaplora_adapters.registry import registry as registry_module
+from swaplora_adapters.registry import loader as loader_module
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.registry.residency.host_tier import HostTier
 from swaplora_adapters.sources.source import Sources
@@ -166,7 +166,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         digests.append(digest)
         return load_weights(digest, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(registry_module, "load_weights", noted)
+    monkeypatch.setattr(loader_module, "load_weights", noted)
     return digests
 
 

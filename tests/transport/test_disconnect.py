@@ -76,7 +76,7 @@ async def test_a_client_that_does_not_wait_for_a_cold_adapter_is_forgotten(
     monkeypatch: pytest.MonkeyPatch,
     steps: list[Batch],
 ) -> None:
-    load = server.service.registry._load  # noqa: SLF001
+    load = server.service.registry._loader.load  # noqa: SLF001
     has_begun, may_end = threading.Event(), threading.Event()
 
     def held(digest: str) -> AdapterWeights:

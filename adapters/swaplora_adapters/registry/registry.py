@@ -4,7 +4,6 @@ Replace and delete act on names at once, and on versions when the last lease on 
 memory: `Names.changes` serialises what touches the disk, and the lock that leases take is never held across it.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -25,22 +24,21 @@ from swaplora_adapters.errors import (
 )
 from swaplora_adapters.fit.base import BaseLayers
 from swaplora_adapters.intake import inspect_files
-from swaplora_adapters.priority import SHARE_OF_LOADS, lower_priority, pause
-from swaplora_adapters.registry.card import AdapterState, Card, Failure, PutResult, Tier
+from swaplora_adapters.registry.card import AdapterState, Card, PutResult
+from swaplora_adapters.registry.cards import Cards
 from swaplora_adapters.registry.changes import Looks
-from swaplora_adapters.registry.index import NamedVersions
 from swaplora_adapters.registry.leases import Lease, LeaseCounts, Removal, RequestLeases
+from swaplora_adapters.registry.loader import AdapterLoader
 from swaplora_adapters.registry.names import Judgement, Names
 from swaplora_adapters.registry.residency.host_tier import HostTier
 from swaplora_adapters.registry.residency.residency import Residency, show
-from swaplora_adapters.registry.usage import Stages, Unheard, UsageByName, UsageListener
+from swaplora_adapters.registry.usage import Unheard, UsageByName, UsageListener
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions
 from swaplora_adapters.store.journal import NotSentError
 from swaplora_adapters.store.records import Alias, Canary, Mixing, Target, Touched, VersionRecord
 from swaplora_adapters.store.shared.extras import Extras
 from swaplora_adapters.store.staging import Staging
 from swaplora_adapters.store.store import Store
-from swaplora_adapters.weights.load import Fits, load_weights
 from swaplora_adapters.weights.placement import Placement
 from swaplora_adapters.weights.router import PROTOTYPE_ITEM_BYTES
 from swaplora_adapters.weights.served import AdapterWeights
@@ -97,10 +95,8 @@ class Registry:
         self._store = store
         self._sources = sources
         self._layers = layers
-        self._fits = Fits(layers)
         self._dtype = dtype
         self._placement = placement
-        self._prepare = prepare
         self._base_model = base_model
         self._lease_counts = LeaseCounts()
         self._names = Names(
@@ -111,13 +107,21 @@ class Registry:
             reading=self._lease_counts.lock,
         )
         self._usage = UsageByName(Unheard() if listener is None else listener)
-        self._residency = Residency(
-            self._load, memory_budget, wait_seconds, on_evict=self._usage.evicted, to_bring=self._to_bring
-        )
-        self._brought: dict[str, Stages] = {}
         self._host = HostTier(0) if host is None else host
-        self._last_failure: dict[str, Failure] = {}
-        self._verifier = ThreadPoolExecutor(1, "adapter-verify", initializer=lower_priority, initargs=(SHARE_OF_LOADS,))
+        self._loader = AdapterLoader(
+            store,
+            self._names.bring,
+            self._host,
+            self._usage,
+            layers=layers,
+            dtype=dtype,
+            placement=placement,
+            prepare=prepare,
+        )
+        self._residency = Residency(
+            self._loader.load, memory_budget, wait_seconds, on_evict=self._usage.evicted, to_bring=self._loader.to_bring
+        )
+        self._cards = Cards(self._names, self._lease_counts, self._residency, self._host, self._num_bytes)
         self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-free")
         self._residency.pin(self._pinned())
         self._looks = Looks(self._names.changes, store.tidy, report) if store.is_shared else None
@@ -252,13 +256,13 @@ class Registry:
                 name, current=current, is_pinned=is_pinned, shared_with=shared_with, is_forced=is_forced
             )
             self._residency.pin(self._pinned())
-            return self._card(named)
+            return self._cards.of(named)
 
         return self._names.changes.make(change)
 
     def set_gate(self, name: str, gate: str | None, check: Callable[[], None] = lambda: None) -> Card:
         """See `Names.set_gate`."""
-        return self._card(self._names.set_gate(name, gate, check))
+        return self._cards.of(self._names.set_gate(name, gate, check))
 
     def judge(self, name: str, found: Judgement) -> Card | None:
         """Note what a gate has found, and let `name` stand for a version that has passed: both at once, durably.
@@ -328,11 +332,11 @@ class Registry:
 
     def cards(self) -> list[Card]:
         """Every adapter, in order of name."""
-        return [self._card(named) for named in self._names.index.all()]
+        return self._cards.all()
 
     def card(self, name: str) -> Card:
         """Raises AdapterNotFoundError."""
-        return self._card(self._names.index.get(name))
+        return self._cards.of(self._names.index.get(name))
 
     @property
     def resident_bytes(self) -> int:
@@ -345,8 +349,7 @@ class Registry:
 
     def states(self) -> list[AdapterState]:
         """Where each name's current version is at this moment, and how much it takes, in order of name."""
-        resident, loading = self._residency.digests()
-        return [self._state(named, resident, loading) for named in self._names.index.all()]
+        return self._cards.states()
 
     @property
     def memory_budget(self) -> int:
@@ -370,7 +373,7 @@ class Registry:
         self._names.changes.close()
         self._cleaner.shutdown()
         self._residency.close()
-        self._verifier.shutdown()
+        self._loader.close()
         self._store.close()
 
     @contextmanager
@@ -380,7 +383,7 @@ class Registry:
             yield
         except AdapterError as error:
             if name in self._names.index and not isinstance(error, PreconditionFailedError):
-                self._last_failure[name] = Failure(time.time(), str(error))
+                self._cards.note_failure(name, str(error))
             raise
 
     def _put(
@@ -434,7 +437,7 @@ class Registry:
         with self._names.changes:
             put = self._names.changes.make(publish)
             self._residency.forget_failure(put.record.digest)  # its file may have been damaged, and is whole again
-            self._last_failure.pop(name, None)
+            self._cards.forget_failure(name)
             self._retire(name)
             self._residency.pin(self._pinned())
             return put._replace(card=self.card(name)) if name in self._names.index else put
@@ -473,102 +476,25 @@ class Registry:
         others = (n.current for n in self._names.index.all() if n.is_pinned and n.current.name != name)
         self._residency.check_pins({r.digest: self._num_bytes(r) for r in others} | {digest: nbytes})
 
-    def _card(self, named: NamedVersions) -> Card:
-        record = named.current
-        state, reason = self._residency.state(record.digest)
-        if record.failure is not None:
-            state, reason = "failed", record.failure
-        return Card(
-            record,
-            named.versions,
-            state,
-            reason,
-            self._tier(record.digest, is_resident=state in {"resident", "draining"}),
-            named.is_pinned,
-            self._lease_counts.num_in_flight(record.name),
-            self._lease_counts.last_used(record.name),
-            self._last_failure.get(record.name),
-            named.shared_with,
-            named.gate is not None,
-        )
-
     def _give_back(self, lease: Lease) -> None:
         """Called by a lease, once, on the thread its request ended on; what touches the disk is the cleaner's."""
         with self._lease_counts.lock:
             if self._lease_counts.give_back(lease.record):
                 self._cleaner.submit(self._finish_removals)
 
-    def _tier(self, digest: str, *, is_resident: bool) -> Tier:
-        if is_resident:
-            return "device"
-        return "host" if digest in self._host else "disk"
-
-    def _state(self, named: NamedVersions, resident: frozenset[str], loading: frozenset[str]) -> AdapterState:
-        record = named.current
-        return AdapterState(
-            record.name,
-            self._num_bytes(record),
-            self._tier(record.digest, is_resident=record.digest in resident),
-            is_loading=record.digest in loading,
-            is_pinned=named.is_pinned,
-        )
-
-    def _to_bring(self, digest: str) -> Callable[[], None] | None:
-        """What is to be done, and may take long, before a digest can be loaded."""
-        if digest in self._host or self._store.is_here(digest):
-            return None
-
-        def bring() -> None:
-            stages = self._brought[digest] = Stages()
-            try:
-                stages.time("fetch", lambda: self._names.bring(digest))
-            except BaseException:
-                self._usage.load_failed(digest)
-                raise
-
-        return bring
-
-    def _load(self, digest: str) -> AdapterWeights:
-        stages = self._brought.pop(digest, None) or Stages()
-        try:
-            weights = self._host.find(digest) or self._read(digest, stages)
-            pause()
-            prepared = stages.time("prepare", lambda: self._prepare(weights))
-        except BaseException:
-            self._usage.load_failed(digest)
-            raise
-        self._usage.loaded(digest, stages.seconds)
-        return prepared
-
-    def _read(self, digest: str, stages: Stages) -> AdapterWeights:
-        """The files are hashed again beside the load, and what was loaded counts only if they are what they were."""
-        verified = self._verifier.submit(self._store.verify, digest)
-        try:
-            weights = stages.time("read", lambda: self._built(digest))
-        finally:
-            stages.time("verify", verified.result)
-        return self._host.keep(weights)
-
-    def _built(self, digest: str) -> AdapterWeights:
-        paths = self._store.blob_paths(digest)
-        host = torch.device("cpu")
-        return load_weights(
-            digest, paths.config, paths.weights, self._layers, self._dtype, host, self._placement, self._fits
-        )
-
     def _remove(self, name: str, version: int | None) -> Removal:
         """Within a change that is made."""
         removal = self._lease_counts.add(self._names.remove(name, version))
         if name not in self._names.index:
             self._lease_counts.forget(name)
-            self._last_failure.pop(name, None)
+            self._cards.forget_failure(name)
         self._cleaner.submit(self._finish_removals)
         return removal
 
     def _know_others_changes(self, touched: Touched, gone: set[VersionRecord]) -> None:
         """What another server has removed goes as if it had been removed here. Needs `Names.changes`."""
         for name in touched.names:
-            self._last_failure.pop(name, None)
+            self._cards.forget_failure(name)
             if name not in self._names.index:
                 self._lease_counts.forget(name)
                 continue
