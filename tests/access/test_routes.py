@@ -15,6 +15,7 @@ from raw_http import connected, read_answer, request
 from serving import Running, serving, settings
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.access.key_file import create_key, revoke_key
+from swaplora_server.cluster.front.tries import ASKING
 from swaplora_server.http import evaluations, mixtures, operations, pooling, routes
 from swaplora_server.http.auth import check_declared
 from swaplora_server.http.foreign import lora_adapters
@@ -192,3 +193,10 @@ def test_a_route_that_does_not_say_whom_it_is_for_is_refused() -> None:
     router.get("/open")(lambda: None)
     with pytest.raises(RuntimeError, match=r"/open.* does not say whom it is for"):
         check_declared(router.routes)
+
+
+def test_what_may_be_asked_of_another_replica_again_is_what_keys_to_generate_are_for() -> None:
+    """All but what sets scales or begins and ends evaluations, and a trace, for those who look for a fault."""
+    for_all = {route.path for route in ROUTES if route.method == "POST" and GENERATE in route.scopes}
+    has_effect = {"/lora-adapters", "/v1/evaluations", "/v1/evaluations/{evaluation_id}/cancel"}
+    assert for_all - has_effect - {"/v1/mixtures/{name}/trace"} == ASKING

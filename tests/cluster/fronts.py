@@ -12,8 +12,8 @@ from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.cluster.affinity import RouteKey
 from swaplora_server.cluster.engines import ReplicaLostError
 from swaplora_server.cluster.exchange import Answer, Exchanges, Forwarded, whole_answer
+from swaplora_server.cluster.front.ingress import Ingress
 from swaplora_server.cluster.gathered import labelled
-from swaplora_server.cluster.ingress import Ingress
 from swaplora_server.config import Settings
 from swaplora_server.http.transport.protocol import HttpConfig
 

@@ -59,6 +59,19 @@ def test_every_replica_is_ranked_once_whatever_is_known_of_them(replicas: list[s
     assert sorted(affinity.rank(key, 0.0)) == sorted(replicas)
 
 
+@few
+@given(replica_names, st.data())
+def test_those_that_a_request_was_given_to_come_last(replicas: list[str], data: st.DataObject) -> None:
+    """And the others as they would, whether they are ready or not."""
+    affinity = router(replicas)
+    for name in data.draw(st.lists(st.sampled_from(replicas), unique=True)):
+        affinity.told(name, ReplicaState(frozenset({"a"}), 0, 64, data.draw(st.booleans())), 0.0)
+    tried = data.draw(st.lists(st.sampled_from(replicas), unique=True))
+    ranked = affinity.rank(adapter("a"), 0.0)
+    again = affinity.rank(RouteKey(("a",), tried=tried), 0.0)
+    assert again == [*(n for n in ranked if n not in tried), *(n for n in ranked if n in tried)]
+
+
 def test_nobody_is_ranked_where_nobody_is() -> None:
     assert [router([]).rank(key, 0.0) for key in (BASE, adapter("a"), RouteKey((), "s"))] == [[], [], []]
 

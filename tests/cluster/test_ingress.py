@@ -16,7 +16,7 @@ from fronts import Front, front_of
 from serving import BASE, Running, serving, settings
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.access.key_file import create_key
-from swaplora_server.cluster.ingress import PART_BYTES
+from swaplora_server.cluster.front.bodies import PART_BYTES
 from swaplora_server.config import Settings
 from swaplora_server.http.app import create_app
 from swaplora_server.http.transport.body_memory import BodyMemory

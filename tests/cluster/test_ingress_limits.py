@@ -6,140 +6,28 @@ import json
 import signal
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from starlette.types import Message, Receive
+from starlette.types import Message
 
+from scripted import EVENTS, JSON, KEY, MIB, Asked, Scripted, answer, ask, front
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.access.key_file import create_key
 from swaplora_server.access.key_ring import KeyRing
-from swaplora_server.cluster import ingress as ingress_module
 from swaplora_server.cluster.affinity import RouteKey
-from swaplora_server.cluster.engines import ReplicaLostError
 from swaplora_server.cluster.exchange import WANTS_BODY, Answer, Exchange, Forwarded
+from swaplora_server.cluster.front import bodies as bodies_module
+from swaplora_server.cluster.front import passage as passage_module
+from swaplora_server.cluster.front.bodies import PART_BYTES, next_part
+from swaplora_server.cluster.front.ingress import Ingress
+from swaplora_server.cluster.front.route_key import ANYWHERE, key_of_body
 from swaplora_server.cluster.gathered import missing
-from swaplora_server.cluster.ingress import PART_BYTES, Ingress, _next_part
-from swaplora_server.cluster.route_key import ANYWHERE, key_of_body
 from swaplora_server.config import Settings
 from swaplora_server.http.transport.body_memory import BodyMemory
 from swaplora_server.serve import _Server
-
-KEY = [(b"authorization", b"Bearer k")]
-JSON = [*KEY, (b"content-type", b"application/json")]
-_MIB = 1 << 20
-
-
-EVENTS: list[Message] = [
-    {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]},
-    {"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True},
-]
-
-
-def answer(status: int, body: bytes = b"", content_type: bytes = b"application/json") -> list[Message]:
-    start = {"type": "http.response.start", "status": status, "headers": [(b"content-type", content_type)]}
-    return [start, {"type": "http.response.body", "body": body, "more_body": False}]
-
-
-@dataclass
-class Scripted:
-    """Replicas that say what a test has them say."""
-
-    messages: list[Message] = field(default_factory=lambda: answer(200))
-    answers: list[Answer | Exception | float] = field(default_factory=list)  # a number: seconds of waiting
-    streamed: list[Forwarded] = field(default_factory=list)
-    asked: list[Forwarded] = field(default_factory=list)
-    is_closed: bool = False
-    hangs: bool = False  # after its messages
-    is_lost: bool = False  # likewise
-    has_ended: bool = False  # by itself
-
-    async def stream(self, _key: RouteKey, request: Forwarded) -> AsyncGenerator[list[Message]]:
-        self.streamed.append(request)
-        yield []
-        for message in self.messages:
-            yield [dict(message)]
-        if self.hangs:
-            await asyncio.Event().wait()
-        if self.is_lost:
-            raise ReplicaLostError("a fault of the test")
-        for _ in range(5):  # as one that is told of its end by others
-            await asyncio.sleep(0)
-        self.has_ended = True
-
-    async def feed(self, exchange_id: str, body: bytes, *, is_last: bool) -> None:
-        raise ReplicaLostError(f"nobody has {exchange_id}, {len(body)}, {is_last}")
-
-    async def ask_all(self, request: Forwarded) -> AsyncGenerator[Answer]:
-        self.asked.append(request)
-        try:
-            for each in self.answers:
-                if isinstance(each, Exception):
-                    raise each
-                if isinstance(each, float):
-                    await asyncio.sleep(each)
-                else:
-                    yield each
-        finally:
-            self.is_closed = True
-
-
-@dataclass
-class Asked:
-    """A request, and what came of it."""
-
-    sent: list[Message] = field(default_factory=list)
-    num_read: int = 0
-
-    @property
-    def status(self) -> Any:
-        return self.sent[0]["status"]
-
-    @property
-    def code(self) -> Any:
-        return json.loads(b"".join(message.get("body", b"") for message in self.sent))["error"]["code"]
-
-
-def front(engines: Scripted, **fields: Any) -> Ingress:
-    return Ingress(Settings(api_key=("k",), **fields), engines, KeyRing(["k"], None))
-
-
-async def ask(
-    app: Ingress,
-    method: str,
-    path: str,
-    body: bytes = b"",
-    headers: Any = (),
-    gone: asyncio.Event | None = None,
-    on_sent: Callable[[Message], None] = lambda _message: None,
-    receive: Receive | None = None,
-) -> Asked:
-    asked = Asked()
-    messages = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive_whole() -> Message:
-        if messages and gone is None:
-            asked.num_read += len(body)
-            return messages.pop()
-        await (gone or asyncio.Event()).wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Message) -> None:
-        asked.sent.append(message)
-        on_sent(message)
-
-    length = [(b"content-length", str(len(body)).encode())] if body else []
-    scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
-        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": [*length, *headers],
-        "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2),
-    }  # fmt: skip
-    await asyncio.wait_for(app(scope, receive or receive_whole, send), 60)
-    return asked
-
 
 OF_ALL = [
     ("GET", "/health"),
@@ -155,14 +43,14 @@ OF_ALL = [
 @pytest.mark.parametrize(("method", "path"), OF_ALL)
 def test_a_body_is_not_copied_to_all(method: str, path: str) -> None:
     engines = Scripted(answers=[Answer("r0", 200, [], b'{"data": [], "has_more": false}')])
-    asyncio.run(ask(front(engines), method, path, b"x" * _MIB, KEY))
+    asyncio.run(ask(front(engines), method, path, b"x" * MIB, KEY))
     assert {(len(request.body), request.is_whole) for request in engines.asked} == {(0, True)}
 
 
 @pytest.mark.parametrize(("method", "path"), OF_ALL)
 def test_without_a_key_all_are_asked_only_what_is_public(method: str, path: str) -> None:
     engines = Scripted(messages=answer(401), answers=[Answer("r0", 200, [], b"")])
-    found = asyncio.run(ask(front(engines), method, path, b"x" * _MIB))
+    found = asyncio.run(ask(front(engines), method, path, b"x" * MIB))
     is_public = path in ("/health", "/health/ready", "/ping")
     assert (len(engines.asked), len(engines.streamed), found.status) == ((1, 0, 200) if is_public else (0, 1, 401))
     assert all(not request.body for request in engines.streamed)
@@ -172,13 +60,13 @@ def test_json_of_too_many_parts_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -
     def never(_raw: bytes) -> None:
         raise AssertionError("it is parsed")
 
-    monkeypatch.setattr("swaplora_server.cluster.route_key.from_json", never)
-    assert key_of_body(b'{"model":"m","x":[' + b"[]," * _MIB + b"1]}", "", "base") == ANYWHERE
+    monkeypatch.setattr("swaplora_server.cluster.front.route_key.from_json", never)
+    assert key_of_body(b'{"model":"m","x":[' + b"[]," * MIB + b"1]}", "", "base") == ANYWHERE
 
 
 def test_what_is_decoded_is_counted_and_few_are_parsed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     engines, seen, running, most = Scripted(), [], [0], [0]
-    app = front(engines, max_body_bytes=8 * _MIB, body_memory_bytes=40 * _MIB)  # half for one tenant
+    app = front(engines, max_body_bytes=8 * MIB, body_memory_bytes=40 * MIB)  # half for one tenant
 
     def slow(raw: bytes, **_: Any) -> RouteKey:
         running[0] += 1
@@ -188,8 +76,8 @@ def test_what_is_decoded_is_counted_and_few_are_parsed_at_once(monkeypatch: pyte
         running[0] -= 1
         return ANYWHERE
 
-    monkeypatch.setattr(ingress_module, "key_of_body", slow)
-    bomb = gzip.compress(b'{"model":"' + b"a" * (6 * _MIB) + b'"}')
+    monkeypatch.setattr(bodies_module, "key_of_body", slow)
+    bomb = gzip.compress(b'{"model":"' + b"a" * (6 * MIB) + b'"}')
 
     async def all_of_them() -> list[Asked]:
         headers = [*JSON, (b"content-encoding", b"gzip")]
@@ -197,14 +85,14 @@ def test_what_is_decoded_is_counted_and_few_are_parsed_at_once(monkeypatch: pyte
 
     assert {found.status for found in asyncio.run(all_of_them())} == {200}
     assert 0 < len(seen) <= 3  # as many as there is memory for; the others go anywhere
-    assert all(decoded <= used <= 20 * _MIB for decoded, used in seen)
+    assert all(decoded <= used <= 20 * MIB for decoded, used in seen)
     assert most[0] <= 2
     assert app._bodies.used_bytes == 0  # noqa: SLF001
 
 
 def test_json_that_is_too_large_by_its_length_is_not_read() -> None:
     engines = Scripted(messages=answer(413))
-    found = asyncio.run(ask(front(engines, max_body_bytes=1 << 16), "POST", "/v1/completions", b" " * _MIB, JSON))
+    found = asyncio.run(ask(front(engines, max_body_bytes=1 << 16), "POST", "/v1/completions", b" " * MIB, JSON))
     assert (found.status, found.num_read) == (413, 0)
     assert [(request.body, request.is_whole) for request in engines.streamed] == [(b"", False)]
 
@@ -259,7 +147,7 @@ def test_what_there_is_no_memory_for_is_not_read_and_no_tenant_has_all_of_it(tmp
     one, other = (create_key(file, tenant, (KeyScope.GENERATE,), None)[0] for tenant in ("default", "acme"))
     reader, _ = create_key(file, "acme", (KeyScope.METRICS,), None)
     engines = Scripted(messages=answer(429))
-    own = Settings(key_file=file, max_body_bytes=4 * _MIB, body_memory_bytes=4 * _MIB)
+    own = Settings(key_file=file, max_body_bytes=4 * MIB, body_memory_bytes=4 * MIB)
     app = Ingress(own, engines, KeyRing([], file))
 
     def of(key: str) -> Any:
@@ -272,16 +160,16 @@ def test_what_there_is_no_memory_for_is_not_read_and_no_tenant_has_all_of_it(tmp
             if has_read.is_set():
                 await goes_on.wait()
             has_read.set()
-            return {"type": "http.request", "body": b" " * (3 * _MIB // 2), "more_body": True}
+            return {"type": "http.request", "body": b" " * (3 * MIB // 2), "more_body": True}
 
         slow = asyncio.ensure_future(ask(app, "POST", "/v1/completions", b"x", of(one), receive=receive))
         await has_read.wait()
-        await ask(app, "POST", "/v1/completions", b"x" * _MIB, of(other))
-        assert [(len(request.body), request.is_whole) for request in engines.streamed] == [(_MIB, True)]
+        await ask(app, "POST", "/v1/completions", b"x" * MIB, of(other))
+        assert [(len(request.body), request.is_whole) for request in engines.streamed] == [(MIB, True)]
         goes_on.set()
         await slow
-        assert [(len(request.body), request.is_whole) for request in engines.streamed[1:]] == [(3 * _MIB, False)]
-        found = await ask(app, "POST", "/v1/completions", b"x" * _MIB, of(reader))
+        assert [(len(request.body), request.is_whole) for request in engines.streamed[1:]] == [(3 * MIB, False)]
+        found = await ask(app, "POST", "/v1/completions", b"x" * MIB, of(reader))
         assert (found.num_read, engines.streamed[-1].body) == (0, b"")
 
     asyncio.run(go())
@@ -300,14 +188,14 @@ async def test_what_comes_slowly_is_passed_on_and_not_kept() -> None:
         body = parts.pop(0)
         return {"type": "http.request", "body": body, "more_body": bool(parts)}
 
-    assert await _next_part(receive, account) == (b"ab", False)
-    assert await _next_part(receive, account) == (b"late" + b"c" * PART_BYTES, False)
+    assert await next_part(receive, account) == (b"ab", False)
+    assert await next_part(receive, account) == (b"late" + b"c" * PART_BYTES, False)
     assert memory.used_bytes == account.num_bytes == PART_BYTES + 6
     account.close()
     full = memory.account()
     full.add(4 * PART_BYTES)
-    assert await _next_part(receive, account) == (b"d" * PART_BYTES, False)  # it is here, and goes on all the same
-    assert await _next_part(receive, account) == (b"e", True)
+    assert await next_part(receive, account) == (b"d" * PART_BYTES, False)  # it is here, and goes on all the same
+    assert await next_part(receive, account) == (b"e", True)
 
 
 async def test_who_has_gone_is_told_nothing_more() -> None:
@@ -377,7 +265,7 @@ def test_behind_the_last_event_comes_none_whatever_becomes_of_the_replica(last: 
 
 def test_a_stream_of_a_replica_that_hangs_ends_by_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream has at least a ping every so often, so that one without any is known by it."""
-    monkeypatch.setattr(ingress_module, "_SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(passage_module, "SILENT_SECONDS", 0.05)
     found = asyncio.run(ask(front(Scripted(EVENTS, hangs=True)), "POST", "/v1/completions", b"{}", JSON))
     assert b"engine_failed" in found.sent[-1]["body"]
 

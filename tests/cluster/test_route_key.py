@@ -2,7 +2,7 @@
 
 from pydantic_core import to_json
 
-from swaplora_server.cluster.route_key import key_of_body, key_of_path
+from swaplora_server.cluster.front.route_key import key_of_body, key_of_path
 
 
 def test_a_name_that_no_adapter_can_have_is_not_remembered() -> None:

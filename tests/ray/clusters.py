@@ -19,7 +19,7 @@ from server_process import free_port
 from serving import listening
 from swaplora_server.cluster.build import application_of, engines, key_ring
 from swaplora_server.cluster.exchange import Answer, Forwarded
-from swaplora_server.cluster.ingress import Ingress
+from swaplora_server.cluster.front.ingress import Ingress
 from swaplora_server.cluster.ray_engines import RayEngines
 from swaplora_server.config import Settings
 from swaplora_server.http.transport.protocol import HttpConfig

@@ -22,7 +22,7 @@ from serving import BASE, Running, Streamed, stream_chat
 from sixteen_adapters import TOLERANCE, error_against
 from streams import LONG, NAMES, NUM_ADAPTERS, Streams, asking, chat, expected
 from swaplora_server.cluster.build import application_of, engines
-from swaplora_server.cluster.ingress import PART_BYTES
+from swaplora_server.cluster.front.bodies import PART_BYTES
 from swaplora_server.config import Settings
 
 _OWN = re.compile(rb'([a-z]+[-_])[0-9a-f]{32}|("(?:created|created_at|completed_at)":)[0-9.e+]+')
@@ -192,13 +192,21 @@ def test_a_new_release_comes_while_the_old_one_ends(
 def test_a_killed_replica_ends_its_streams_with_an_error(
     front: Front, right: dict[str, list[int]], adapters: list[Path]
 ) -> None:
-    """And no others; none has an answer that is not its own. What it was judging is judged by who comes after it."""
+    """And no others; none has an answer that is not its own. What had no answer yet is answered by the other one.
+
+    What it was judging is judged by who comes after it.
+    """
     judging = a_gate_judges(front, adapters)
-    streams = Streams(front.url)
+    num_had = requests_had(front)
+    wholes, streams = Wholes(front.url), Streams(front.url)
+    while requests_had(front) < num_had + 2 * NUM_ADAPTERS:
+        pass
     victims = [each for each in list_named_actors(all_namespaces=True) if "swaplora-base#Engine#" in each["name"]]
     assert len(victims) == 2
     victim = next(each for each in victims if each["name"].endswith(judging.replica))
     ray.kill(ray.get_actor(victim["name"], namespace=victim["namespace"]))
+    assert [(name, by, ids[:LONG]) for name, by, ids in wholes.ended()] == [(name, name, right[name]) for name in NAMES]
+    assert sum(values(front, "swaplora_retried_requests_total")) >= 1
     ended = streams.ended()
     lost = [(name, ids) for name, ids, errors in ended if errors]
     assert {code for _, _, errors in ended for code in errors} == {"engine_failed"}
@@ -215,6 +223,31 @@ def test_a_killed_replica_ends_its_streams_with_an_error(
     assert versions[-1]["standing"] == "passed"
     assert front.client.get("/v1/adapters/gated").json()["version"] == 2
     assert front.client.get(f"/v1/evaluations/{judging.evaluation}").json()["state"] == "interrupted"
+
+
+def requests_had(front: Front) -> float:
+    """How many have found their adapter, of all there were, by all replicas."""
+    return sum(values(front, r'swaplora_adapter_(hits|misses)_total{.*adapter="s\d"'))
+
+
+class Wholes:
+    """A request for a whole answer of each adapter, which is longer than any stream."""
+
+    def __init__(self, url: str) -> None:
+        self._pool = ThreadPoolExecutor(NUM_ADAPTERS)
+        self._results = [self._pool.submit(self._one, url, name) for name in NAMES]
+
+    def ended(self) -> list[tuple[str, str, list[int]]]:
+        """Of each the adapter that was asked, the one that answered, and its token ids."""
+        with self._pool:
+            return [result.result() for result in self._results]
+
+    def _one(self, url: str, name: str) -> tuple[str, str, list[int]]:
+        body = chat(name, max_tokens=480, ignore_eos=True, return_token_ids=True)
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=300)
+        assert answer.status_code == 200, answer.text
+        by = answer.headers["x-swaplora-adapter"].removesuffix("@1")
+        return name, by, answer.json()["choices"][0]["token_ids"]
 
 
 class Judging(NamedTuple):
@@ -252,6 +285,10 @@ def _deploy(config: Settings, deployment: Any) -> None:
 
 def _abandoned(front: Front) -> float:
     """How many requests ended because their client went, of both replicas."""
+    return sum(values(front, 'swaplora_generations_total{.*outcome="abandoned"'))
+
+
+def values(front: Front, series: str) -> list[float]:
+    """Of each replica's."""
     lines = front.client.get("/metrics").text.splitlines()
-    mine = [line for line in lines if re.match('swaplora_generations_total{.*outcome="abandoned"', line)]
-    return sum(float(line.split()[-1]) for line in mine)
+    return [float(line.split()[-1]) for line in lines if re.match(series, line)]

@@ -165,6 +165,15 @@ async def test_one_that_is_not_ready_is_asked_last_whatever_it_has() -> None:
     assert await chosen(router, adapter("x")) == "a"
 
 
+async def test_the_same_request_goes_to_the_next_each_time() -> None:
+    """By rank, and to the first again when all have had it."""
+    router = router_of(map(replica, "abc"))
+    key = adapter("x")
+    order = await ranked(router, key)
+    assert [await chosen(router, key) for _ in range(3)] == key.tried == order
+    assert await ranked(router, adapter("x")) == order
+
+
 async def test_a_dead_replica_is_not_ranked() -> None:
     router = router_of(map(replica, "abc"))
     home = (await ranked(router, adapter("x")))[0]

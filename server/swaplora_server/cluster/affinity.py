@@ -40,6 +40,7 @@ class RouteKey:
 
     adapters: tuple[str, ...] = ()  # stored names, `acme~sql`; none for the base
     session: str = ""  # a digest of how the prompt begins, or of the cache salt
+    tried: list[str] = field(default_factory=list, compare=False)  # replicas that it was given to, which come last
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +112,13 @@ class Affinity:
             replica.in_flight = max(0, replica.in_flight - 1)
 
     def rank(self, key: RouteKey, now: float) -> list[str]:
-        """All replicas, the best first; those that say they are not ready come last, whatever they have."""
+        """All replicas, the best first.
+
+        Whatever they have, those that say they are not ready come behind the others, and those to which this very
+        request was given before come last.
+        """
         ranked = self._ranked(key, now)
-        return sorted(ranked, key=lambda name: not self._replicas[name].state.is_ready)
+        return sorted(ranked, key=lambda name: (name in key.tried, not self._replicas[name].state.is_ready))
 
     def _ranked(self, key: RouteKey, now: float) -> list[str]:
         loads = _Loads(self._replicas.values())

@@ -17,7 +17,7 @@ from ray.serve.exceptions import RayServeException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from swaplora_server.access.key_ring import KeyRing
-from swaplora_server.cluster.ingress import Ingress
+from swaplora_server.cluster.front.ingress import Ingress
 from swaplora_server.cluster.ray_engines import RayEngines
 from swaplora_server.cluster.replica import EngineReplica
 from swaplora_server.config import Settings

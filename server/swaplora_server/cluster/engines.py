@@ -19,6 +19,7 @@ class Engines(Protocol):
     def stream(self, key: RouteKey, request: Forwarded) -> AsyncGenerator[list[Message]]:
         """What the replica that is chosen by `key` sends; first an empty list, when the request is there.
 
+        Who is chosen is added to `key.tried`: with the same key the next one is asked.
         Closing it is the client's going. Raises ReplicaLostError.
         """
         ...

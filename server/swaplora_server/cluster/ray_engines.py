@@ -31,19 +31,20 @@ class RayEngines:
 
     async def stream(self, key: RouteKey, request: Forwarded) -> AsyncGenerator[list[Message]]:
         """See `Engines.stream`."""
-        response = self._streaming.remote(key, request)
+        response, exchange_id = self._streaming.remote(key, request), request.exchange_id
+        del request  # with a body that the front may want to keep no longer
         has_ended = False
         try:
             async for messages in response:
                 if messages and messages[0]["type"] == REPLICA:
-                    self._actors[request.exchange_id] = messages.pop(0)["actor"]
+                    self._actors[exchange_id] = messages.pop(0)["actor"]
                 yield messages
             has_ended = True
         except (RayError, RayServeException) as error:
             has_ended = True
             raise ReplicaLostError(type(error).__name__) from error
         finally:
-            self._actors.pop(request.exchange_id, None)
+            self._actors.pop(exchange_id, None)
             if not has_ended:
                 response.cancel()
 

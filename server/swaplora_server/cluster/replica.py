@@ -61,8 +61,10 @@ class EngineReplica:
         self._lifespan = LifespanOn(Config(app, lifespan="on", log_config=None))
         await self._lifespan.startup()
 
-    async def stream(self, _key: RouteKey, request: Forwarded) -> AsyncGenerator[list[Message]]:
+    async def stream(self, key: RouteKey, request: Forwarded) -> AsyncGenerator[list[Message]]:
         """See `Engines.stream`. Who brings the rest of the body hears first which actor has the request."""
+        if len(getattr(key, "tried", ())) > 1:  # a front of the release before does not say
+            self._service.metrics.count_retried()
         messages = self._exchanges.stream(request)
         try:
             if not request.is_whole:

@@ -58,7 +58,9 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray is not 
         """
         for pending in self._pending_requests_to_fulfill:
             if pending.metadata is request_metadata and not pending.future.done():
-                self._affinity.routed(_key_of(pending), replica.replica_id.unique_id, time.monotonic())
+                name, key = replica.replica_id.unique_id, _key_of(pending)
+                self._affinity.routed(key, name, time.monotonic())
+                key.tried.append(name)
                 self._routed[replica.replica_id, pending.metadata.internal_request_id] += 1
                 self._record_queue_wait_time(pending)
                 pending.future.set_result(replica)

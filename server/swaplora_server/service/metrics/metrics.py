@@ -59,6 +59,11 @@ class Metrics:
             "Requests that went on with what was known, since the shared store did not answer",
             registry=self.registry,
         )
+        self._retried = Counter(
+            "swaplora_retried_requests",
+            "Requests that another replica was given before, and did not answer",
+            registry=self.registry,
+        )
         self._prompt_tokens = Counter("swaplora_prompt_tokens", "Prompt tokens", registry=self.registry)
         self._generated_tokens = Counter("swaplora_generated_tokens", "Generated tokens", registry=self.registry)
         self._queued = self._histogram("queue_time", "From the request until its prompt was begun", _TO_FIRST)
@@ -80,6 +85,10 @@ class Metrics:
     def count_unseen(self) -> None:
         """A request may not have seen what other servers have acknowledged."""
         self._unseen.inc()
+
+    def count_retried(self) -> None:
+        """A request comes from a replica that was lost, or not well."""
+        self._retried.inc()
 
     def observe_pooling(self, record: PoolingRecord) -> None:
         """One request for what is read of its inputs is over."""
