@@ -80,7 +80,8 @@ class Server:
         self.restart()
 
     def restart(self) -> None:
-        self.log, self.snapshots = Log(self, "s"), Snapshots(self, "s")
+        self.log = Log(self, "s")
+        self.snapshots = Snapshots(self, "s", self.log)
         self.compaction = Compaction(self.log, self.snapshots)
 
     # the store, call by call
@@ -128,7 +129,7 @@ class Server:
             try:
                 entries, is_all = self.log.after(self.position, 3)
             except TrimmedError:
-                snapshot = self.snapshots.newest()
+                snapshot = self.snapshots.choose().newest
                 assert snapshot.revision > self.position.revision
                 aliases = [name for kind, name in self.state if kind == "alias"]
                 entries = snapshot.since(self.position.revision, aliases)

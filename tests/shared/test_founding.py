@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 from botocore.awsrequest import AWSResponse
 
 from replicas import Disturbed, facts, put, registry, replicas, see, store_of, unreachable
-from swaplora_adapters.errors import StoreUnreachableError
+from swaplora_adapters.errors import StoreChangedError, StoreUnreachableError
 from swaplora_adapters.files.disk import StoreError
 from swaplora_adapters.registry.registry import Registry
+from swaplora_adapters.store.shared import trying
 from swaplora_adapters.store.shared.address import open_objects
 from swaplora_adapters.store.shared.bucket import BucketObjects
 from swaplora_adapters.store.shared.history import compaction, segments
@@ -205,12 +207,15 @@ def test_a_backup_that_lacks_the_note_of_a_cut_is_what_its_snapshot_says(
     """All but the log was copied before the cut, the log after it."""
     shared, backup = tmp_path / "shared", tmp_path / "backup"
     with replicas(tmp_path, [open_objects(str(shared))]) as (one,):
-        for number in range(4 + is_changed):
+        for number in range(4):
             put(one, f"n{number}", files[number])
         store_of(one).tidy()
-        copied(shared, backup, "store.json", "base.json", "snapshots", "trimmed", "blobs")
+        copied(shared, backup, "store.json", "base.json", "snapshots", "trimmed")
+        for number in range(4 + is_changed):
+            put(one, f"n{number + is_changed}", files[(number + 2) % 6])
         cut(one)
-        copied(shared, backup, "log")
+        copied(shared, backup, "log", "blobs")
+        assert min(each.name for each in backup.glob("*/log/*")).endswith("5")
         known = facts(one)
     for folder in ("data0", "data0", "data1", "new"):  # also one that was there before, and after its restart
         of = registry(tmp_path / folder, open_objects(str(backup)))
@@ -234,33 +239,147 @@ def test_a_listing_that_passes_over_some_loses_no_note_and_starts_no_alarm(files
     with replicas(tmp_path / "away", objects[1:]) as (away,):
         put(away, "sql", files[0])
     with replicas(tmp_path, objects[:1]) as (one,):
-        for number in range(4):
-            put(one, "tales", files[number])
-        cut(one)
+        for number in range(9):
+            put(one, "tales", files[number % 5])
+            if number > 4:
+                cut(one)
         objects[0].under = of  # type: ignore[method-assign]
         store_of(one)._compaction._trimmed_to = 0  # noqa: SLF001
         cut(one)
-        assert not [each for each in of("") if "/log/" in each.key and not each.key.endswith("0005")]
+        assert [int(each.key[-4:]) for each in of("") if "/log/" in each.key] == [*range(5, 11)]
         with replicas(tmp_path / "away", objects[1:]) as (away,):
             see(away)
             assert facts(away) == facts(one)
 
 
+def snapshots(shared: Path) -> list[Path]:
+    return sorted(shared.glob("*/snapshots/*"))
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
 @pytest.mark.usefixtures("by_hand")
-def test_nothing_is_removed_for_a_snapshot_that_cannot_be_read(
-    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_away", [False, True])
+@pytest.mark.parametrize("num_left", [1, 2])
+def test_a_server_begins_at_the_snapshot_before_a_damaged_one_and_says_so(
+    files: list[Path], tmp_path: Path, num_left: int, is_away: bool
 ) -> None:
-    """And what nothing refers to is swept all the same."""
+    """However far the log was cut; also one that was away since before it was."""
+    objects, other = open_objects(str(tmp_path / "shared")), "away" if is_away else "new"
+    with replicas(tmp_path, [objects]) as (one,):
+        if is_away:
+            with replicas(tmp_path / "away", [objects]) as (away,):
+                put(away, "sql", files[0])
+        for number in range(4 * num_left + 1):
+            put(one, f"n{number}", files[0])
+            cut(one)
+        assert len(snapshots(tmp_path / "shared")) == num_left
+        newest = snapshots(tmp_path / "shared")[-1]
+        damage(newest)
+        with replicas(tmp_path / other, [objects]) as (begun,):
+            assert facts(begun) == facts(one)
+            assert [newest.name in note for note in store_of(begun).notes] == [True]
+        assert put(one, "late", files[1]).record.version == 1
+        if num_left == 2:
+            damage(snapshots(tmp_path / "shared")[0])
+            with pytest.raises(StoreUnreachableError, match=f"{newest.name} in the shared store is damaged.*backup"):
+                registry(tmp_path / "newer", objects)
+
+
+@pytest.mark.usefixtures("by_hand")
+@pytest.mark.parametrize("is_old", [False, True])
+def test_nothing_is_removed_for_a_snapshot_that_cannot_be_read(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_old: bool
+) -> None:
+    """It is made anew of the log, which is told; and what nothing refers to is swept all the same."""
     objects, told = open_objects(str(tmp_path / "shared")), list[bool]()
     with replicas(tmp_path, [objects]) as (one,):
         for number in range(5):
             put(one, "sql", files[number])
         store_of(one).tidy()
-        [snapshot] = tmp_path.glob("shared/*/snapshots/*")
-        snapshot.write_bytes(snapshot.read_bytes()[:-5])
+        [snapshot] = snapshots(tmp_path / "shared")
+        if is_old:  # as an earlier release calls it
+            snapshot = snapshot.rename(snapshot.with_name(snapshot.name.partition("-")[0]))
+        content = snapshot.read_bytes()
+        damage(snapshot)
         monkeypatch.setattr(store_of(one), "_sweep_at", 0.0)
         monkeypatch.setattr(store_of(one), "sweep", lambda: told.append(True))
-        with pytest.raises(StoreUnreachableError, match="damaged"):
+        with pytest.raises(StoreUnreachableError, match=f"{snapshot.name} in the shared store is damaged"):
             cut(one)
         assert told == [True]
         assert len([each for each in objects.under("") if "/log/" in each.key]) == 5
+        [made] = snapshots(tmp_path / "shared")
+        assert made.read_bytes() == content
+        with replicas(tmp_path / "new", [objects]) as (new,):
+            assert facts(new) == facts(one)
+
+
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        (b"", "Expecting value"),
+        (b"\xff", "codec"),
+        (b"[]", "no JSON object"),
+        (b"{}", "it lacks 'name'"),
+        (b"[" * 100_000, "recursion"),
+        (b'{"name": 1}', "another type"),
+        (b'{"format": "1"}', "another type"),
+    ],
+)
+def test_a_damaged_base_of_all_is_refused_by_its_name(tmp_path: Path, content: bytes, wrong: str) -> None:
+    objects = open_objects(str(tmp_path / "shared"))
+    registry(tmp_path / "data0", objects).close()
+    [said_at] = (tmp_path / "shared").glob("*/base.json")
+    whole = said_at.read_bytes()
+    said_at.write_bytes(content)
+    with pytest.raises(StoreError, match=rf"base\.json in the shared store.*damaged \(.*{wrong}.*stop all servers"):
+        registry(tmp_path / "data0", objects)
+    said_at.write_bytes(whole)
+    registry(tmp_path / "data0", objects).close()
+
+
+def rewritten(path: Path, found: int) -> None:
+    """As a release with this format writes it."""
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()[:-1] or [path.read_bytes()]]
+    lines[0]["format"] = found
+    content = b"\n".join(json.dumps(line).encode() for line in lines)
+    path.write_bytes(content if path.suffix else b"%b\n%b\n" % (content, sha256(content).hexdigest().encode()))
+
+
+@pytest.mark.parametrize("what", ["store.json", "base.json", "log/*1", "snapshots/*", "trimmed/*"])
+@pytest.mark.usefixtures("by_hand")
+def test_a_server_reads_its_own_format_and_the_one_before_it(files: list[Path], tmp_path: Path, what: str) -> None:
+    """And has the store say that it was there; a later and an earlier one are refused, whatever object is of it."""
+    objects, shared = open_objects(str(tmp_path / "shared")), tmp_path / "shared"
+    with replicas(tmp_path, [objects]) as (one,):
+        for number in range(9):
+            put(one, f"n{number}", files[number % 5])
+            if what != "log/*1":
+                cut(one)
+        known = facts(one)
+    path = max(shared.glob(what if what == "store.json" else f"*/{what}"))
+    for found, told in ((trying.FORMAT + 1, "newer release: start that one"), (trying.FORMAT - 2, "too old a release")):
+        rewritten(path, found)
+        with pytest.raises(StoreError, match=told) as refused:
+            registry(tmp_path / "new", objects)
+        assert path.name in str(refused.value) or "trimmed" in what or "log" in what
+    rewritten(path, trying.FORMAT - 1)
+    with replicas(tmp_path / "newer", [objects]) as (new,):
+        assert facts(new) == known
+        put(new, "late", files[0])
+    assert json.loads((shared / "store.json").read_bytes())["format"] == trying.FORMAT
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_a_server_that_finds_a_change_of_a_newer_release_gives_no_old_answer(files: list[Path], tmp_path: Path) -> None:
+    with replicas(tmp_path, [open_objects(str(tmp_path / "shared"))] * 2) as (one, other):
+        with other.names.changes:
+            put(one, "sql", files[0])
+            [path] = (tmp_path / "shared").glob("*/log/*")
+            rewritten(path, trying.FORMAT + 1)
+        with pytest.raises(StoreChangedError, match="newer release"):
+            see(other)
+        with pytest.raises(StoreChangedError, match="newer release"):
+            put(other, "tales", files[1])

@@ -1,7 +1,7 @@
 """Objects in a bucket of an S3-compatible store that knows conditional writes (`If-None-Match: *`)."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,9 +10,9 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from swaplora_adapters.errors import StorageFullError, StoreUnreachableError
 from swaplora_adapters.files.disk import StoreError, raising_storage_errors
 from swaplora_adapters.store.shared.objects import Listed
+from swaplora_adapters.store.shared.trying import telling
 
 CONNECT_SECONDS = 2.0
 ANSWER_SECONDS = 3.0  # of what is small
@@ -111,15 +111,13 @@ def _code(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
-@contextmanager
-def _told() -> Iterator[None]:
-    """The texts of these errors hold endpoints, and are not passed on."""
-    try:
-        yield
-    except (StorageFullError, StoreUnreachableError):
-        raise
-    except ClientError as error:
+def _told() -> AbstractContextManager[None]:
+    """The texts of these errors, which have no root in common, hold endpoints."""
+
+    def told(error: Exception) -> str:
+        if not isinstance(error, ClientError):
+            return f"the shared store does not answer ({type(error).__name__})"
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        raise StoreUnreachableError(f"the shared store answered HTTP {status} ({_code(error)[:64]!a})") from None
-    except Exception as error:  # noqa: BLE001 - urllib3's, botocore's and boto3's have no root in common
-        raise StoreUnreachableError(f"the shared store does not answer ({type(error).__name__})") from None
+        return f"the shared store answered HTTP {status} ({_code(error)[:64]!a})"
+
+    return telling(Exception, told)

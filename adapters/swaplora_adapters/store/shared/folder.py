@@ -5,12 +5,12 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from swaplora_adapters.errors import StorageFullError, StoreUnreachableError
 from swaplora_adapters.files.disk import StoreError, raising_storage_errors, sync_folder
 from swaplora_adapters.store.shared.objects import Listed
+from swaplora_adapters.store.shared.trying import telling
 
 _STAGING = "staging"  # below the folder
 _SWEPT_AFTER = 24 * 3600.0  # seconds: what was not written to for so long there, a crash has left
@@ -136,11 +136,6 @@ class FolderObjects:
             sync_folder(folder.parent)
 
 
-@contextmanager
-def _told() -> Iterator[None]:
-    try:
-        yield
-    except (StorageFullError, StoreUnreachableError):
-        raise
-    except OSError as error:
-        raise StoreUnreachableError(f"the shared store cannot be used: {error.strerror}; try again") from error
+def _told() -> AbstractContextManager[None]:
+    """The texts of these errors hold paths."""
+    return telling(OSError, lambda error: f"the shared store cannot be used: {error.strerror}; try again")

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 from swaplora_adapters.files.disk import StoreError, raising_storage_errors, sync_folder
 from swaplora_adapters.store.shared.base import Base, agree_on_base
 from swaplora_adapters.store.shared.objects import Objects
-from swaplora_adapters.store.shared.trying import tried
+from swaplora_adapters.store.shared.trying import FORMAT, check_format, tried
 from swaplora_adapters.store.staging import Writer
 
-FORMAT = 1
 _KEY = "store.json"
 
 
@@ -86,6 +85,7 @@ def found_or_join(objects: Objects, path: Path, base: Base, known: int, publish:
     if mark is None or mark.is_founding:
         mark = Mark(store_id, secrets.token_hex(8))
         mark.write(path)
+    _raise_format(objects, path.parent)
     return mark
 
 
@@ -124,14 +124,26 @@ def _found(objects: Objects) -> str | None:
     told = _told(content)
     if content is None or told is None:
         return None
-    if told["format"] > FORMAT:
-        raise StoreError("the shared store was made by a newer release: start that one")
+    check_format(told["format"], _KEY)
     if tried(lambda: objects.create(_KEY, content)):
         raise StoreError(
             "the shared store has let an object be made over the one that was there: it does not know conditional "
             "writes (If-None-Match: *), without which changes would be lost"
         )
     return str(told["id"])
+
+
+def _raise_format(objects: Objects, folder: Path) -> None:
+    """Have a store that an earlier release made say that servers of this one write there: no earlier one starts."""
+    told = _told(tried(lambda: objects.get(_KEY)))
+    if told is not None and told["format"] < FORMAT:
+        staged = folder / f"shared.{secrets.token_hex(4)}"
+        with raising_storage_errors():
+            try:
+                staged.write_text(json.dumps(told | {"format": FORMAT}))
+                tried(lambda: objects.put(_KEY, staged))
+            finally:
+                staged.unlink(missing_ok=True)
 
 
 def _told(content: bytes | None) -> dict[str, Any] | None:

@@ -92,22 +92,22 @@ class SharedStore(Store):
 
         def publish(store_id: str) -> None:
             self._send_all(SharedFiles(self._objects, store_id))
-            Snapshots(self._objects, store_id).put(self._founding(known))
+            Snapshots(self._objects, store_id, Log(self._objects, store_id)).put(self._founding(known))
 
         mark = found_or_join(self._objects, folders.shared, self._base, known, publish)
         store_id = mark.store_id
         self._log, self._files = Log(self._heard, store_id), SharedFiles(self._objects, store_id)
-        self._snapshots = Snapshots(self._objects, store_id)
+        self._snapshots = Snapshots(self._objects, store_id, self._log)
         self._compaction = Compaction(self._log, self._snapshots)
         self.extras = Extras(self._objects, store_id, mark.server_id)
         position = Position(*(self._catalogue.position() or (0, None)))
         opened = SharedJournal(self._catalogue, self._names, self._aliases, self._blobs, position, self._log)
-        self._begin(opened, Position(revision, recovery.told_at(revision, CHANGE)))
+        recovery.notes += self._begin(opened, Position(revision, recovery.told_at(revision, CHANGE)))
         self._places = self._catalogue.places()
         return opened
 
-    def _begin(self, journal: SharedJournal, newest: Position) -> None:
-        """Take over what was changed before this server began, or while it was away.
+    def _begin(self, journal: SharedJournal, newest: Position) -> list[str]:
+        """Take over what was changed before this server began, or while it was away; what is wrong with snapshots.
 
         `newest` is the last change that is known here of anything: some before it may not be, after a crash.
         """
@@ -115,20 +115,27 @@ class SharedStore(Store):
         for known in (newest, journal.position):
             with suppress(TrimmedError):
                 self._check(known)
-        if self._snapshots.last_revision() > journal.revision:
-            journal.adopt(self._leap(journal.revision))
-        elif journal.revision < founded_at(self._objects):
-            raise StoreUnreachableError("the shared store has lost its snapshots: bring them back from a backup")
+        last, complaints = self._snapshots.last().revision, list[str]()
+        if last > journal.revision:
+            snapshot, complaints = (chosen := self._snapshots.choose()).newest, [*chosen.complaints]
+            if snapshot.revision > journal.revision:
+                journal.adopt(self._since(snapshot, journal.revision))
+        if journal.revision < founded_at(self._objects):
+            raise _lost(complaints)
         is_all = False
         while not is_all:
             try:
                 entries, is_all = self._after(journal.position)
             except StoreChangedError as error:
-                raise StoreError(
-                    "the newest snapshot of the shared store is not of its log: bring back both from one backup"
-                ) from error
+                raise StoreError(str(error)) from error
             if entries:
                 journal.adopt(entries)
+        if (
+            journal.revision < last
+        ):  # else those that were passed over are of another history, or all of them is in the log
+            told = "; ".join(complaints)
+            raise StoreError(f"{told}; the log ends before its change {last}: bring back both from one backup")
+        return [f"{complaint}: the one before it and the log took its place" for complaint in complaints]
 
     def _check(self, known: Position) -> None:
         try:
@@ -192,9 +199,12 @@ class SharedStore(Store):
 
     def _leap(self, revision: int) -> Sequence[Entry]:
         """What the newest snapshot has beyond this change, as changes."""
-        snapshot = self._snapshots.newest()
+        snapshot, complaints = (chosen := self._snapshots.choose()).newest, chosen.complaints
         if snapshot.revision <= revision:
-            raise StoreUnreachableError("the shared store has lost its snapshots: bring them back from a backup")
+            raise _lost(complaints)
+        return self._since(snapshot, revision)
+
+    def _since(self, snapshot: Snapshot, revision: int) -> Sequence[Entry]:
         with self._mutex:
             aliases = [*self._catalogue.alias_revisions()]
         return snapshot.since(revision, aliases)
@@ -331,3 +341,9 @@ class SharedStore(Store):
             raise NotSentError
         self._catalogue.put_blob(digest, *self._blobs.staged_sizes(staging), self._sent[staging].place)
         return False
+
+
+def _lost(complaints: Sequence[str]) -> StoreUnreachableError:
+    """That there is no snapshot of what is no more in the log."""
+    told = "; ".join(complaints) or "the shared store has lost its snapshots"
+    return StoreUnreachableError(f"{told}, and the changes before it are not in the log: bring it back from a backup")

@@ -1,17 +1,33 @@
-"""What is common to all that is kept in a shared store: calls are tried again, and objects carry a checksum."""
+"""What is common to all that is kept in a shared store: how it fails, calls tried again, objects with a checksum."""
 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from swaplora_adapters.errors import StoreUnreachableError
+from swaplora_adapters.errors import StorageFullError, StoreUnreachableError
 from swaplora_adapters.files.disk import StoreError
 
-FORMAT = 1
+FORMAT = 2  # that is written; what is of the one before is read as well
 PAUSES = (0.05, 0.2)  # seconds between tries, one more than these
 T = TypeVar("T")
+
+
+class DamagedError(StoreUnreachableError):
+    """It was read, and is not what was written."""
+
+
+@contextmanager
+def telling(kind: type[Exception], told: Callable[[Any], str]) -> Iterator[None]:
+    """Have errors of a `kind` be StoreUnreachableError, in the words of `told` alone; a full disk here is none."""
+    try:
+        yield
+    except (StorageFullError, StoreUnreachableError):
+        raise
+    except kind as error:
+        raise StoreUnreachableError(told(error)) from None
 
 
 def tried(job: Callable[[], T]) -> T:
@@ -31,11 +47,18 @@ def encoded(*lines: Mapping[str, Any]) -> bytes:
 
 
 def decoded(raw: bytes, what: str) -> list[dict[str, Any]]:
-    """StoreUnreachableError for what is damaged, StoreError for what a newer release has written."""
+    """Raises DamagedError, and StoreError for what another release has written."""
     content, _, checksum = raw.removesuffix(b"\n").rpartition(b"\n")
     if checksum != hashlib.sha256(content).hexdigest().encode():
-        raise StoreUnreachableError(f"{what} in the shared store is damaged: bring it back from a backup")
+        raise DamagedError(f"{what} in the shared store is damaged: bring it back from a backup")
     lines = [json.loads(line) for line in content.split(b"\n")]
-    if lines[0]["format"] > FORMAT:
-        raise StoreError(f"{what} in the shared store was written by a newer release: start that one")
+    check_format(lines[0]["format"], what)
     return lines
+
+
+def check_format(found: int, what: str) -> None:
+    """StoreError where this release does not read it."""
+    if found > FORMAT:
+        raise StoreError(f"{what} in the shared store was written by a newer release: start that one")
+    if found < FORMAT - 1:
+        raise StoreError(f"{what} in the shared store was written by too old a release: start one between them first")

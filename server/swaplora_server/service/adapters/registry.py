@@ -44,7 +44,7 @@ def open_registry(settings: Settings, base: BaseModel, sources: Sources, listene
             prepare=base.prepared,
             host=open_host_tier(host_budget(settings.host_adapter_bytes, base.device.type)),
             listener=listener,
-            report=_report_unseen,
+            report=_report_shared,
         )
     except BaseException:
         store.close()
@@ -72,8 +72,8 @@ def _shared_base(name: str, base: BaseModel) -> Base:
     return Base(name, dtype, *base.fingerprint, read_by)
 
 
-def _report_unseen(error: Exception) -> None:
-    _log.error("what other servers change is not seen", reason=_reason(error))
+def _report_shared(error: Exception) -> None:
+    _log.error("the shared store is not as it should be", reason=_reason(error))
 
 
 def _reason(error: Exception) -> str:

@@ -1,8 +1,10 @@
-"""The log kept short: a snapshot after each segment, and after a while no segment that a snapshot has."""
+"""The log kept short: a snapshot after each segment, and after a while no segment that the last two of them have."""
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 
+from swaplora_adapters.errors import StoreUnreachableError
 from swaplora_adapters.store.shared.history.entry import Entry
 from swaplora_adapters.store.shared.history.log import Log, TrimmedError
 from swaplora_adapters.store.shared.history.segments import end_of, segment_of
@@ -24,36 +26,45 @@ class Compaction:
     def run(self, revision: int) -> None:
         """What is due when this is the last change that is known.
 
-        Raises StoreUnreachableError, and StoreChangedError where log and snapshot are not of one history.
+        Raises StoreUnreachableError, also where a snapshot was found to be unfit once that was made good.
         """
-        end = end_of(segment_of(revision + 1) - 1)
+        end, complaints = end_of(segment_of(revision + 1) - 1), list[str]()
         if end > self._snapshot_at:
-            self._snapshot_at = self._snapshots.last_revision()  # another server's, as a rule
+            self._snapshot_at = self._snapshots.last().revision  # another server's, as a rule
             if end > self._snapshot_at:
-                self._make(end)
+                complaints += self._make(end)
         if self._found is None and self._snapshot_at > self._trimmed_to:
             self._found = self._snapshot_at, time.monotonic()
         if self._found is not None and time.monotonic() - self._found[1] > GRACE_SECONDS:
             snapshot_at, self._found = self._found[0], None
-            snapshot = self._snapshots.newest()  # read, since for what is removed there is nothing else
-            if snapshot.revision >= snapshot_at:
-                with suppress(TrimmedError):
-                    self._log.check(snapshot.position)
-                self._log.trim(snapshot_at)
+            chosen = self._snapshots.choose(2)  # read, since for what is removed there is nothing else
+            newest, before = chosen.snapshots
+            if newest.revision >= snapshot_at:
+                self._log.trim(min(before.revision, snapshot_at))
                 self._trimmed_to = snapshot_at
+            else:
+                self._make(end)
+            complaints += chosen.complaints
+        if complaints:
+            raise StoreUnreachableError(f"{'; '.join(complaints)}: the one before it and the log took its place")
 
-    def _make(self, end: int) -> None:
-        """A snapshot after the change `end`, of the one before and the log: nothing is held meanwhile."""
-        before = self._snapshots.newest()
+    def _make(self, end: int) -> Sequence[str]:
+        """A snapshot after the change `end`, of the one before and the log: nothing is held meanwhile.
+
+        What is wrong with those that it could not be made of.
+        """
+        chosen = self._snapshots.choose()
+        before = chosen.newest
         entries, last = list[Entry](), before.position
         with suppress(TrimmedError):  # a newer one is there
             for revision in range(before.revision + 1, end + 1):
                 entry = self._log.read(revision)
                 if entry is None or not self._log.is_next(entry, last):
-                    return
+                    return chosen.complaints
                 entries.append(entry)
                 last = entry.position
             if entries and not self._log.is_trimmed(before.revision + 1):  # a newer one is there, and it was removed
                 self._log.check(last)
-                self._snapshots.put(before.replayed(entries))
+                self._snapshots.put(before.replayed(entries), before)
                 self._snapshot_at = end
+        return chosen.complaints

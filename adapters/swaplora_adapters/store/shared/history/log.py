@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from swaplora_adapters.errors import StoreChangedError, StoreUnreachableError
+from swaplora_adapters.files.disk import StoreError
 from swaplora_adapters.store.shared.history.entry import Entry, Position
 from swaplora_adapters.store.shared.history.moment import Moment
 from swaplora_adapters.store.shared.history.segments import Segments, end_of, segment_of
@@ -77,9 +78,11 @@ class Log:
         made = tried(lambda: content if self._objects.create(key, content) else self._objects.get(key))
         if made != content:
             with suppress(TrimmedError):
-                if made is not None and not self.is_next(_read(made, entry.revision), entry.before):
+                if made is not None and not self.is_next(found := _read(made, entry.revision), entry.before):
                     raise StoreUnreachableError(
-                        f"{key} in the shared store is a change of another history: if it stays, remove that object"
+                        f"{key} in the shared store is a change of another history: it follows change {found.after}, "
+                        f"and the one before it is {entry.after}. Perhaps a server of a store that was brought back "
+                        "was killed as it made it. If it stays, stop all servers, and remove that object"
                     )
             return False
         try:
@@ -175,5 +178,9 @@ class Log:
 
 
 def _read(content: bytes, revision: int) -> Entry:
-    [told] = decoded(content, f"change {revision}")
+    """Raises DamagedError, and StoreChangedError for another release's, of which nothing is known here."""
+    try:
+        [told] = decoded(content, f"change {revision}")
+    except StoreError as error:
+        raise StoreChangedError(str(error)) from None
     return Entry(told["revision"], told["kind"], told["name"], told["facts"], told["id"], told.get("after"))

@@ -14,7 +14,8 @@ def take_stock(log: Log, snapshots: Snapshots, known: int) -> None:
     StoreUnreachableError.
     """
     revisions = log.revisions()  # before the snapshots: of what was removed by then there is one
-    begins_at = snapshots.last_revision()
+    newest = snapshots.last()
+    begins_at = newest.revision
     later = [revision for revision in revisions if revision > max(begins_at, known)]
     for expected, revision in zip(count(max(begins_at, known) + 1), later, strict=False):
         if revision != expected:  # which a listing may have passed over that was made beside changes
@@ -24,8 +25,8 @@ def take_stock(log: Log, snapshots: Snapshots, known: int) -> None:
                     "backup whose objects were copied in the documented order"
                 )
             break
-    is_cut = begins_at > 0 and all(revision > begins_at for revision in revisions) and log.read(begins_at) is None
+    is_cut = newest.id is not None and all(each > begins_at for each in revisions) and log.read(begins_at) is None
     if is_cut and not log.is_trimmed(begins_at):
-        snapshot = snapshots.newest()
-        if snapshot.revision == begins_at and snapshot.id is not None:
-            log.note_trimmed(snapshot.position)
+        following = log.read(begins_at + 1)
+        if following is None or following.follows(newest):
+            log.note_trimmed(newest)
