@@ -14,44 +14,54 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is for L
 
 KERNELS = "swaplora_server.kernels.cuda.attention_kernels"
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
-SIZES = [("float32", 64), ("float32", 128), ("float16", 128), ("bfloat16", 64), ("bfloat16", 128), ("bfloat16", 256)]
+SIZES = [size for size in product(POINTERS, (16, 32, 64, 128, 256)) if size != ("float32", 256)]  # of the tables
 PLACES = {"blocks": "*i64", "query_row": "i64", "query_head": "i64"}
 LAYER = {"window": "i32", "unit": "fp32", "squash": "fp32", "softcap": "fp32"}
 SUMS = {"sums": "*fp32", "largest": "*fp32", "totals": "*fp32"}
 MAX_REGISTERS = 32 << 10  # of a program: two at once on each processor
 
 
-def attending(kernel: str, dtype: str, size: int) -> Form:
-    """With all that a layer can ask for."""
+Name = tuple[str, str, int]
+
+
+def attending(kernel: str, dtype: str, size: int, *, has_softcap: bool) -> Form:
+    """With all else that a layer can ask for."""
     shape, pointer = shape_of(dtype, size, size), POINTERS[dtype]
     tensors = {"query": pointer, "keys": pointer, "values": pointer}
     own = {"out": pointer, "sinks": "*fp32", "tiles": "*i64"} if kernel == "prefill" else {**SUMS, "counts": "*i64"}
     own |= {} if kernel == "prefill" else {"items": "*i64"}
-    constants = {"HAS_SOFTCAP": 1, "KV_HEADS": 2, "GROUP": 4, "HEAD_DIM": size, "VALUE_DIM": size, "BLOCK_SIZE": 16}
+    constants = {"KV_HEADS": 2, "GROUP": 4, "HEAD_DIM": size, "VALUE_DIM": size, "BLOCK_SIZE": 16}
     constants |= {"QUERIES": shape.queries, "KEYS": shape.keys, "DIMS": padded(size), "VALUES": shape.values}
-    constants |= {"HAS_SINKS": 1} if kernel == "prefill" else {}
+    constants |= {"HAS_SOFTCAP": int(has_softcap)} | ({"HAS_SINKS": 1} if kernel == "prefill" else {})
     aligned = [name for name in ("query", "keys", "values", "out", *SUMS) if name in tensors | own]
     types = {**tensors, **own, **PLACES, **LAYER}
     return Form(f"{KERNELS}:attention_{kernel}", types, constants, shape.num_warps, shape.num_stages, aligned)
 
 
-def others() -> dict[tuple[str, str, int], Form]:
-    fold = {**SUMS, "out": "*bf16", "sinks": "*fp32", "decodes": "*i64", "window": "i32", "unit": "fp32"}
-    constants = {"HAS_SINKS": 1, "HEADS": 8, "VALUE_DIM": 128, "DIMS": 128, "AHEAD": AHEAD}
-    write = dict.fromkeys(("key", "value", "keys", "values"), "*bf16") | {"slots": "*i64"}
-    write |= dict.fromkeys(("key_row", "key_head", "value_row", "value_head"), "i64")
-    sizes = {"KV_HEADS": 2, "HEAD_DIM": 128, "VALUE_DIM": 128, "DIMS": 128}
-    return {
-        ("fold", "bfloat16", 128): Form(f"{KERNELS}:attention_fold", fold, constants, 1, 3),
-        ("write", "bfloat16", 128): Form(f"{KERNELS}:attention_write", write, sizes, 1, 3),
-    }
+def folding(dtype: str, size: int) -> Form:
+    types = {**SUMS, "out": POINTERS[dtype], "sinks": "*fp32", "decodes": "*i64", "window": "i32", "unit": "fp32"}
+    constants = {"HAS_SINKS": 1, "HEADS": 8, "VALUE_DIM": size, "DIMS": padded(size), "AHEAD": AHEAD}
+    return Form(f"{KERNELS}:attention_fold", types, constants, 1, 3)
+
+
+def writing(dtype: str, size: int) -> Form:
+    types = dict.fromkeys(("key", "value", "keys", "values"), POINTERS[dtype]) | {"slots": "*i64"}
+    types |= dict.fromkeys(("key_row", "key_head", "value_row", "value_head"), "i64")
+    constants = {"KV_HEADS": 2, "HEAD_DIM": size, "VALUE_DIM": size, "DIMS": padded(size)}
+    return Form(f"{KERNELS}:attention_write", types, constants, 1, 3)
+
+
+FORMS: dict[Name, Form] = {
+    (f"{softcap}{kernel}", *size): attending(kernel, *size, has_softcap=bool(softcap))
+    for kernel, softcap, size in product(("prefill", "decode"), ("", "capped "), SIZES)
+}
+FORMS |= {("fold", *size): folding(*size) for size in SIZES}
+FORMS |= {("write", *size): writing(*size) for size in SIZES}
 
 
 @cache
-def compiled_for(card: int) -> dict[tuple[str, str, int], Compiled]:
-    forms = {(kernel, *size): attending(kernel, *size) for kernel, size in product(("prefill", "decode"), SIZES)}
-    forms |= others()
-    return dict(zip(forms, compile_ahead(list(forms.values()), card), strict=True))
+def compiled_for(card: int) -> dict[Name, Compiled]:
+    return dict(zip(FORMS, compile_ahead(list(FORMS.values()), card), strict=True))
 
 
 @pytest.mark.parametrize("card", CARDS)

@@ -32,5 +32,5 @@ def shape_of(dtype: str, head_dim: int, value_dim: int) -> Shape:
         raise HeadSizeError(f"attention heads of {max(head_dim, value_dim)} in {dtype} are larger than {largest}")
     values = min(64, padded(value_dim))
     if dtype == "float32":
-        return Shape(32 if padded(head_dim) <= 64 else 16, 32, values, 4, 1)
-    return Shape(64, 64 if padded(head_dim) <= 128 else 32, values, 4, 2)
+        return Shape(32 if padded(head_dim) == 64 else 16, 32, values, 4, 1)
+    return Shape(64, 64 if padded(head_dim) <= 128 else 32, values, 4, 3 if padded(head_dim) == 64 else 2)
