@@ -2,6 +2,7 @@
 
 import sys
 from functools import cache
+from itertools import product
 
 import pytest
 
@@ -16,15 +17,15 @@ KERNELS = "swaplora_server.kernels.cuda.rows"
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 MAX_REGISTERS = 32 << 10  # of a program: two at once on each processor
 LARGEST = 16384  # of half precision
-NORMS = [("float32", LARGEST // 2), ("float16", 4096), ("bfloat16", 64), ("bfloat16", 4096), ("bfloat16", LARGEST)]
-HEADS = [("float32", 128), ("float16", 64), ("bfloat16", 128), ("bfloat16", 256)]
+WIDTHS = [1 << power for power in range(6, 15)]
+NORMS = [size for size in product(POINTERS, WIDTHS) if size != ("float32", LARGEST)]
+HEADS = [*product(POINTERS, (64, 128, 256))]
 Name = tuple[str, str, int]
 
 
-def norm(dtype: str, width: int) -> Form:
+def norm(dtype: str, width: int, *, has_delta: bool) -> Form:
     tensors = dict.fromkeys(("hidden", "delta", "weight", "summed", "out"), POINTERS[dtype])
-    block = 1 << (width - 1).bit_length()
-    constants = {"HAS_DELTA": 1, "WIDTH": width, "BLOCK": block}
+    constants = {"HAS_DELTA": int(has_delta), "WIDTH": width, "BLOCK": width}
     types = {**tensors, "first": "i32", "eps": "fp32"}
     return Form(f"{KERNELS}:add_norm_kernel", types, constants, norm_warps(width), 3, list(tensors), fuses=False)
 
@@ -47,10 +48,11 @@ def silu(dtype: str, width: int) -> Form:
 
 @cache
 def compiled_for(card: int) -> dict[Name, Compiled]:
-    forms: dict[Name, Form] = {("norm", dtype, width): norm(dtype, width) for dtype, width in NORMS}
+    forms: dict[Name, Form] = {("norm", *size): norm(*size, has_delta=True) for size in NORMS}
+    forms |= {("first norm", *size): norm(*size, has_delta=False) for size in NORMS}
     forms |= {("rope", *size): rope(*size, is_normed=False) for size in HEADS}
     forms |= {("normed rope", *size): rope(*size, is_normed=True) for size in HEADS}
-    forms |= {("silu", dtype, 14336): silu(dtype, 14336) for dtype in ("float32", "bfloat16")}
+    forms |= {("silu", dtype, 14336): silu(dtype, 14336) for dtype in POINTERS}
     return dict(zip(forms, compile_ahead(list(forms.values()), card), strict=True))
 
 

@@ -217,7 +217,7 @@ class Heads(NamedTuple):
 
 def norm_warps(width: int) -> int:
     """So that each thread has at most 32 features of a row."""
-    warps: int = triton.next_power_of_2(width) // 512
+    warps: int = triton.next_power_of_2(width) // 1024
     return max(1, min(16, warps))
 
 
