@@ -14,7 +14,6 @@ from functools import partial
 from types import FrameType
 
 import structlog
-import uvicorn
 from rich.console import Console
 from starlette.types import ASGIApp
 from uvicorn.loops.auto import auto_loop_factory
@@ -31,6 +30,7 @@ from swaplora_server.http.app import create_app
 from swaplora_server.http.transport.body_memory import BodyMemory
 from swaplora_server.http.transport.connections import num_allowed
 from swaplora_server.http.transport.protocol import HttpConfig
+from swaplora_server.http.transport.server import HttpServer
 from swaplora_server.log_lines import configure_logging
 from swaplora_server.service.offload import in_own_thread
 from swaplora_server.service.service import Service
@@ -130,16 +130,15 @@ async def _serve(service: Service, listener: socket.socket) -> bool:
     return service.has_ended
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's server, which on a first signal lets requests end and on a second does not."""
+class _Server(HttpServer):
+    """A server which on a first signal lets requests end and on a second does not."""
 
     def __init__(
         self, app: ASGIApp, settings: Settings, begin_to_drain: Callable[[], None], end_all: Callable[[], object]
     ) -> None:
         """`begin_to_drain` is called at the first signal; `end_all` tells all requests of the app when time is up."""
         grace_seconds = int(settings.drain_seconds) + _LAST_BYTES_SECONDS + 1
-        self._http = HttpConfig(app, settings, grace_seconds)
-        super().__init__(self._http)
+        super().__init__(HttpConfig(app, settings, grace_seconds))
         self._drain_seconds = settings.drain_seconds
         self._begin_to_drain = begin_to_drain
         self._end_all = end_all

@@ -1,6 +1,7 @@
 """A real server on a free port of this machine, in a thread of the test's process, and what tests ask of it."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 
 from repository import ROOT
 from swaplora_server.config import Settings
@@ -18,6 +18,7 @@ from swaplora_server.http.app import create_app
 from swaplora_server.http.transport.body_memory import BodyMemory
 from swaplora_server.http.transport.connections import Connections
 from swaplora_server.http.transport.protocol import HttpConfig
+from swaplora_server.http.transport.server import HttpServer
 from swaplora_server.service.service import Service
 
 BASE = "base"
@@ -83,14 +84,14 @@ def settings(base: Path, data_dir: Path, **fields: Any) -> Settings:
 @contextmanager
 def listening(http: HttpConfig) -> Iterator[str]:
     """Serve an app on a free port, whose address this gives, until the block ends."""
-    http.port = 0
-    server = uvicorn.Server(http)
-    thread = threading.Thread(target=server.run)
+    server = HttpServer(http)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     while not server.started:
         time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()

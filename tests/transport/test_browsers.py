@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from raw_http import connected, read_to_end, request
 from serving import BASE, Running, serving, settings
 from swaplora_server.http.transport.browsers import EXPOSED_HEADERS, is_own_host
-from swaplora_server.http.transport.protocol import MAX_HEAD_BYTES
+from swaplora_server.http.transport.heads import MAX_HEAD_BYTES
 
 EVIL = "https://evil.example"
 LISTED = "https://app.example"

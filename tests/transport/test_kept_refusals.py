@@ -19,6 +19,7 @@ from swaplora_adapters.files.naming import DEFAULT_TENANT
 from swaplora_server.access.caller import ANYBODY
 from swaplora_server.http.overload import kept_refusals, refusal_log
 from swaplora_server.http.overload.asking_again import AskingAgain
+from swaplora_server.http.overload.kept_refusals import KeptRefusals
 from swaplora_server.http.overload.refusal_log import RefusalLog
 from swaplora_server.http.transport import protocol
 from swaplora_server.http.transport.body import SMALL_BYTES
@@ -41,6 +42,7 @@ ROUTES: dict[str, dict[str, Any]] = {
     "/invocations": WANTED,
 }
 KEYS = ("acme", "beta", "slow")
+NAMING = "X-Amzn-SageMaker-Adapter-Identifier"
 
 
 class Clock:
@@ -130,7 +132,8 @@ def one_line_full(server: Running, wanted: str, tenant: str = "acme", peer: str 
 
 
 def as_key(key: str, path: str = ASK, body: Any = None, **options: str) -> bytes:
-    return request(path, ROUTES.get(path) if body is None else body, Authorization=f"Bearer sk-{key}", **options)
+    content = ROUTES.get(path) if body is None else body
+    return request(path, content, **({"Authorization": f"Bearer sk-{key}"} | options))
 
 
 def answer(server: Running, sent: bytes) -> tuple[list[bytes], bytes]:
@@ -393,11 +396,54 @@ def test_one_that_asks_first_behind_another_is_told_at_once(keyed: Running, is_f
     assert told.startswith(b"HTTP/1.1 429" if is_full else b"HTTP/1.1 100")
 
 
-def test_a_request_whose_header_says_who_answers_is_the_app_s(keyed: Running, app: list[str]) -> None:
-    named = as_key("acme", "/invocations", X_Amzn_SageMaker_Adapter_Identifier="sql")
+def test_a_request_whose_header_says_who_answers_is_the_app_s_where_that_decides(
+    keyed: Running, app: list[str]
+) -> None:
+    plain, named = (as_key("acme", "/invocations", **{NAMING: name} if name else {}) for name in ("", "sql"))
     with full(keyed):
         assert [status(keyed, named) for _ in range(2)] == [429, 429]
-    assert app == ["/invocations"] * 2
+        assert len(app) == 1
+    with one_line_full(keyed, "sql"):
+        assert [status(keyed, named) for _ in range(2)] == [429, 429]
+        assert len(app) == 3
+    with one_line_full(keyed, BASE):
+        assert [status(keyed, plain) for _ in range(2)] == [429, 429]
+        assert status(keyed, named) == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        (f"{ASK}?x=1", {}),
+        ("/v1/%63ompletions", {}),
+        (ASK, {"Host": "10.0.0.1:8000"}),
+        (ASK, {"Host": "elsewhere.example", "Origin": "http://elsewhere.example"}),
+        (ASK, {"Content-Type": "application/vnd.mine+json; x=1"}),
+        (ASK, {"Content-Encoding": "identity"}),
+        (ASK, {"X-Api-Key": "sk-nobody"}),
+        (ASK, {"Cookie": "a=b", "User-Agent": "mine"}),
+        (ASK, {"Authorization": "bearer  sk-acme "}),
+        (ASK, {"Sec-Fetch-Site": "same-origin"}),
+    ],
+)
+def test_what_makes_no_difference_is_not_looked_at(
+    keyed: Running, app: list[str], path: str, headers: dict[str, str]
+) -> None:
+    origin = {name: "http://acme" for name in headers if name == "Origin"}  # an answer to a page has a header more
+    host = {"Host": "acme"} if origin else {}
+    with full(keyed):
+        by_app = answer(keyed, as_key("acme", **origin, **host))
+        num_asked = len(app)
+        assert answer(keyed, as_key("acme", path, WANTED, **headers)) == by_app
+    assert by_app[0][0].split()[1] == b"429"
+    assert len(app) == num_asked
+
+
+def test_where_there_are_no_keys_none_is_looked_at(open_to_all: Running, app: list[str]) -> None:
+    with full(open_to_all, "", BASE, "127.0.0.1"):
+        for key in ("a", "b", "c"):
+            assert status(open_to_all, as_key(key)) == 429
+    assert app == [ASK]
 
 
 def test_fields_that_are_null_name_nobody(keyed: Running, app: list[str]) -> None:
@@ -414,7 +460,7 @@ def test_who_a_client_says_he_asks_for_is_believed_neither_here_nor_by_the_app(
     with one_line_full(open_to_all, BASE, "", "127.0.0.1"):
         assert status(open_to_all, request(ASK, WANTED)) == 429
         assert status(open_to_all, proxied) == 429
-        assert status(open_to_all, request(f"{ASK}?by=app", WANTED, X_Forwarded_For="203.0.113.7")) == 429
+        assert status(open_to_all, request("/invocations", WANTED, X_Forwarded_For="203.0.113.7")) == 429
     assert len(app) == 2
     with one_line_full(open_to_all, BASE, "", "203.0.113.7"):
         assert status(open_to_all, proxied) == 200
@@ -425,10 +471,11 @@ def test_what_follows_the_answer_is_read_slowly(keyed: Running, monkeypatch: pyt
     """Here not before an hour has passed."""
     monkeypatch.setattr(protocol, "LEFT_SECONDS", 3600)
     with full(keyed):
-        if is_kept:
-            assert status(keyed, as_key("acme")) == 429
+        assert status(keyed, as_key("acme")) == 429
+        if not is_kept:
+            monkeypatch.setattr(KeptRefusals, "find", lambda _kept, _scope: None)
         with connected(keyed.url) as connection:
-            connection.sendall(as_key("acme", ASK if is_kept else f"{ASK}?by=app", Content_Length=str(1 << 40)))
+            connection.sendall(as_key("acme", Content_Length=str(1 << 40)))
             assert read_answer(connection)[0] == 429
             connection.settimeout(1)
             with pytest.raises(TimeoutError):
@@ -471,14 +518,16 @@ def test_bodies_that_do_not_say_plainly_who_is_to_answer_are_the_app_s(
 
 def test_what_is_kept_is_bounded(keyed: Running, app: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept_refusals, "MAX_KEPT", 2)
-    paths = [f"{ASK}?x={number}" for number in range(3)]
-    with full(keyed):
-        for path in (*paths, *paths[1:], paths[0]):
-            assert status(keyed, as_key("acme", path, WANTED)) == 429
-        assert len(app) == 4
-        for _ in range(2):
-            assert status(keyed, as_key("acme", f"{ASK}?{'x' * kept_refusals.MAX_KIND_BYTES}", WANTED)) == 429
-    assert len(app) == 6
+
+    def num_by_app(*names: str) -> int:
+        del app[:]
+        for name in names:
+            assert status(keyed, as_key("slow", f"/v1/adapters/{name}", b"", method="GET")) == 429
+        return len(app)
+
+    assert status(keyed, as_key("slow", "/v1/models", b"", method="GET")) == 200
+    assert num_by_app("a", "b", "c", "b", "c", "a") == 4
+    assert num_by_app(*["x" * kept_refusals.MAX_KIND_CHARS] * 2) == 2
 
 
 # That it decides as the app does.

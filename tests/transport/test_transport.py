@@ -11,7 +11,8 @@ import pytest
 from raw_http import connected, read_answer, read_to_end, request
 from serving import BASE, Running, settings
 from swaplora_server.engine.scheduling.batch import Batch
-from swaplora_server.http.transport.protocol import MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED
+from swaplora_server.http.transport.heads import MAX_HEAD_BYTES, MAX_HEADERS
+from swaplora_server.http.transport.protocol import MAX_PIPELINED
 
 WANTED = {"model": BASE, "prompt": [1], "max_tokens": 1}
 CONTENT = json.dumps(WANTED).encode()

@@ -36,7 +36,7 @@ from swaplora_server.http.auth import given_key
 from swaplora_server.http.dependencies import request_id
 from swaplora_server.http.errors import error_response
 from swaplora_server.http.transport.body_memory import BodyAccount
-from swaplora_server.http.transport.browsers import early_headers
+from swaplora_server.http.transport.browsers import Pages
 from swaplora_server.http.transport.request_id import RequestIdMiddleware
 from swaplora_server.service.errors import RequestError
 
@@ -57,7 +57,7 @@ class Ingress:
         self._engines = engines
         self._keys = keys
         self._bodies = Bodies(settings)
-        self._early_headers = early_headers(settings)
+        self._pages = Pages(settings)
         self._is_draining = False
         self._ending = asyncio.Event()
         self._app = RequestIdMiddleware(self._answer)
@@ -183,7 +183,7 @@ class Ingress:
             return
         if not answering.has_begun:
             origin = Headers(scope=scope).get("origin")
-            await error_response(error, self._early_headers(origin))(scope, receive, answering)
+            await error_response(error, self._pages.early_headers(origin))(scope, receive, answering)
         elif answering.is_event_stream:
             path = scope["path"].removeprefix(self._settings.root_path)
             body = b"" if answering.has_said_all else last_event(path, error, answering.num_events)

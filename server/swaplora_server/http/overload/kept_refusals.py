@@ -3,30 +3,40 @@
 from collections import OrderedDict
 from collections.abc import Iterable
 from http import HTTPStatus
+from typing import NamedTuple
 
 from starlette.types import Message, Scope
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
+from swaplora_server.config import Settings
+from swaplora_server.http.auth import given_key
 from swaplora_server.http.overload.asking_again import AskingAgain
 from swaplora_server.http.overload.refusal_log import RefusalLog
-from swaplora_server.http.transport.body import SMALL_BYTES
+from swaplora_server.http.transport.body import SMALL_BYTES, is_json
+from swaplora_server.http.transport.browsers import Pages
 from swaplora_server.http.transport.request_id import request_id_of
 from swaplora_server.service.errors import RefusedBy, RequestError
 
 MAX_KEPT = 1024  # kinds of requests
 MAX_ANSWERS = 64  # of one kind: they differ in when to try again
-MAX_KIND_BYTES = 2048
-Headers = Iterable[tuple[bytes, bytes]]
-Answer = tuple[bytes, bytes]  # lines of headers, and the body
-_NAMING_HEADER = b"x-amzn-sagemaker-adapter-identifier"  # says who answers instead of the body
-# what the app looks at before it refuses, beside the path; all else may differ between requests that are alike
-_LOOKED_AT = frozenset(
-    {
-        *(b"authorization", b"x-api-key", b"host", b"origin", b"sec-fetch-site", b"sec-fetch-dest"),
-        *(b"content-type", b"content-encoding"),
-        *(_NAMING_HEADER, b"x-amzn-sagemaker-session-id"),
-    }
-)
+MAX_KIND_CHARS = 2048
+Header = tuple[bytes, bytes]
+_NAMING_HEADER = "x-amzn-sagemaker-adapter-identifier"  # says who answers instead of the body
 _OF_ITS_OWN = frozenset({b"x-request-id", b"connection"})  # of an answer: for that request, on that connection
+
+
+class Refusal(NamedTuple):
+    """An answer with 429."""
+
+    lines: bytes  # of its headers
+    body: bytes
+
+    def whole(self, default_headers: Iterable[Header], *, is_last: bool) -> bytes:
+        """All of it; the connection ends with it if it is the last."""
+        lines = [STATUS_LINE[HTTPStatus.TOO_MANY_REQUESTS], *map(header_line, default_headers), self.lines]
+        if is_last:
+            lines.append(header_line((b"connection", b"close")))
+        return b"".join([*lines, b"\r\n", self.body])
 
 
 class Kept:
@@ -35,22 +45,22 @@ class Kept:
     def __init__(self, asking: AskingAgain, log: RefusalLog) -> None:
         self.asking = asking
         self.by = RefusedBy.KEY  # the most that was looked at
-        self._answers: dict[tuple[str, str], Answer] = {}
+        self._answers: dict[tuple[str, str], Refusal] = {}
         self._log = log
 
-    def add(self, error: RequestError, by: RefusedBy, headers: Headers, body: bytes) -> None:
+    def add(self, error: RequestError, by: RefusedBy, headers: Iterable[Header], body: bytes) -> None:
         """How the app answers with `error`."""
         self.by = max(self.by, by)
         if len(self._answers) >= MAX_ANSWERS:
             self._answers.clear()
         lines = b"".join(header_line(header) for header in headers if header[0].lower() not in _OF_ITS_OWN)
-        self._answers[error.code, error.message] = (lines, body)
+        self._answers[error.code, error.message] = Refusal(lines, body)
 
     def looks_at(self, num_bytes: int) -> bool:
         """Whether a body of so many bytes may decide."""
         return self.by is RefusedBy.NAMED and num_bytes <= SMALL_BYTES
 
-    def answer(self, scope: Scope, body: bytes | bytearray | None) -> Answer | None:
+    def answer(self, scope: Scope, body: bytes | bytearray | None) -> Refusal | None:
         """What the app would answer a request like these with now, which is counted as answered.
 
         None where it may do otherwise.
@@ -63,9 +73,20 @@ class Kept:
             return None
         self.asking.count(error, HTTPStatus.TOO_MANY_REQUESTS)
         self._log.add(scope["method"], self.asking.route, self.asking.caller, error.code)
-        lines, content = found
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        return lines + header_line((b"x-request-id", request_id_of(given.decode("latin-1")).encode())), content
+        named = header_line((b"x-request-id", request_id_of(given.decode("latin-1")).encode()))
+        return found._replace(lines=found.lines + named)
+
+
+class _Kind(NamedTuple):
+    """The same of two requests that the app takes for the same until it looks at their bodies."""
+
+    method: str
+    path: str
+    key: str | None
+    page: str
+    is_json: bool  # or does not say
+    has_name: bool  # of who is to answer, among its headers
 
 
 class KeptRefusals:
@@ -74,25 +95,30 @@ class KeptRefusals:
     What is kept is how to say it. Whether it is so is asked anew for each request: nobody is refused by what was.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Settings, pages: Pages) -> None:
+        self._has_keys = settings.has_keys
+        self._pages = pages
         self._log = RefusalLog()
-        self._kept: OrderedDict[tuple[bytes, ...], Kept] = OrderedDict()  # the one that was refused last at its end
+        self._kept: OrderedDict[_Kind, Kept] = OrderedDict()  # the one that was refused last at its end
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def find(self, scope: Scope) -> Kept | None:
         """How requests like this one were refused, if they were."""
-        return self._kept.get(_kind(scope)) if self._kept else None
+        kind = self._kind(scope) if self._kept else None
+        return None if kind is None else self._kept.get(kind)
 
     def keep(self, scope: Scope, start: Message, body: bytes) -> None:
         """The app has answered a request with 429: from now on those like it may be."""
         state = scope["state"]
         asking, error = state.get("asking_again"), state.get("refused")
-        kind = _kind(scope)
         if not isinstance(asking, AskingAgain) or not isinstance(error, RequestError) or error.by is None:
             return
-        if scope["method"] == "HEAD" or sum(map(len, kind)) > MAX_KIND_BYTES or _NAMING_HEADER in kind:
+        kind = self._kind(scope)
+        if kind is None or kind.method == "HEAD" or (kind.has_name and error.by is RefusedBy.NAMED):
+            return
+        if len(kind.path) + len(kind.key or "") + len(kind.page) > MAX_KIND_CHARS:
             return
         kept = self._kept.get(kind)
         if kept is None or kept.asking.caller is not asking.caller:
@@ -102,13 +128,18 @@ class KeptRefusals:
         while len(self._kept) > MAX_KEPT:
             self._kept.popitem(last=False)
 
+    def _kind(self, scope: Scope) -> _Kind | None:
+        """None for what is refused to pages."""
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(scope["headers"])}
+        page = self._pages.kind(scope["method"], headers)
+        if page is None:
+            return None
+        content_type = headers.get("content-type", "")
+        says_json = not content_type or is_json(content_type)
+        key = given_key(headers) if self._has_keys else None
+        return _Kind(scope["method"], scope["path"], key, page, says_json, _NAMING_HEADER in headers)
 
-def header_line(header: tuple[bytes, bytes]) -> bytes:
+
+def header_line(header: Header) -> bytes:
     """As it stands in a head."""
     return b"%b: %b\r\n" % header
-
-
-def _kind(scope: Scope) -> tuple[bytes, ...]:
-    """The same of two requests that the app takes for the same until it looks at their bodies."""
-    looked_at = (part for header in scope["headers"] if header[0] in _LOOKED_AT for part in header)
-    return scope["method"].encode(), scope["raw_path"], scope["query_string"], *looked_at

@@ -1,7 +1,6 @@
 """uvicorn's HTTP/1.1 protocol with the bounds that it lacks: on heads, bodies, unread answers, and their time."""
 
 import asyncio
-import re
 import socket
 import uuid
 from collections.abc import Mapping
@@ -12,24 +11,22 @@ from typing import Any, NamedTuple, cast
 import httptools
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from swaplora_server.config import Settings
 from swaplora_server.http.errors import error_response
-from swaplora_server.http.overload.kept_refusals import Kept, KeptRefusals, header_line
-from swaplora_server.http.transport.browsers import early_headers
+from swaplora_server.http.overload.kept_refusals import Kept, KeptRefusals, Refusal, header_line
+from swaplora_server.http.transport.browsers import Pages
 from swaplora_server.http.transport.connections import Connections, Pace
+from swaplora_server.http.transport.heads import MAX_HEAD_BYTES, check_head, joined, too_large
 from swaplora_server.service.errors import RequestError
 
-MAX_HEAD_BYTES = 64 << 10
-MAX_HEADERS = 256
 MAX_PIPELINED = 64  # requests behind the one that is being answered
 LEFT_BYTES = 256 << 10  # of a body whose request is answered: no more are read at once
 LEFT_SECONDS = 0.05  # between two such
 _UNSENT_BYTES = 128 << 10  # that the system may hold of what a client does not read
 _UPGRADE_HEADERS = (b"connection", b"upgrade", b"http2-settings")
-_END_OF_AUTHORITY = re.compile(rb"[/?#]")
 _NOT_HTTP = RequestError("invalid_request", "the request is not well-formed HTTP/1.1")
 
 
@@ -50,8 +47,8 @@ class HttpConfig(uvicorn.Config):
         )
         self.settings = settings
         self.connections = Connections(settings)
-        self.early_headers = early_headers(settings)
-        self.kept_refusals = KeptRefusals()
+        self.pages = Pages(settings)
+        self.kept_refusals = KeptRefusals(settings, self.pages)
 
 
 class _Undecided(NamedTuple):
@@ -75,7 +72,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         settings = config.settings
         self._connections = config.connections
-        self._early_headers = config.early_headers
+        self._pages = config.pages
         self._kept_refusals = config.kept_refusals
         self._max_unread_bytes = settings.max_unread_bytes
         self._sending = Pace(settings.min_bytes_per_second, settings.stall_seconds)
@@ -114,7 +111,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._refuse(told if isinstance(told, RequestError) else _NOT_HTTP)
             return
         if self._num_unseen_bytes > MAX_HEAD_BYTES:
-            self._refuse(_too_large(f"{MAX_HEAD_BYTES} bytes"))
+            self._refuse(too_large(f"{MAX_HEAD_BYTES} bytes"))
         elif self._undecided is not None:
             self._decide(self._undecided)
 
@@ -162,7 +159,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._is_head_due = False
         if self.transport.is_closing():  # the client was told that there would be no further answer
             return
-        self._check_head()
+        check_head(self.url, self.headers, self.parser.get_http_version())
         self._is_body_due = True
         self._num_body_bytes = 0
         self._sending.reset()
@@ -205,26 +202,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.flow.pause_reading()
             self.loop.call_later(LEFT_SECONDS, self.flow.resume_reading)
 
-    def _check_head(self) -> None:
-        """Raise RequestError for a head that is too large, or that others on the way might understand otherwise."""
-        num_bytes = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if num_bytes > MAX_HEAD_BYTES:
-            raise _too_large(f"{MAX_HEAD_BYTES} bytes")
-        if len(self.headers) > MAX_HEADERS:
-            raise _too_large(f"{MAX_HEADERS} headers")
-        version, coding = self.parser.get_http_version(), self._header(b"transfer-encoding")
-        if coding and (coding.lower() != b"chunked" or version == "1.0"):
-            raise RequestError("invalid_request", "Transfer-Encoding can only be chunked, and only in HTTP/1.1")
-        num_hosts = sum(name == b"host" for name, _ in self.headers)
-        if num_hosts > 1 or (num_hosts == 0 and version != "1.0"):
-            raise RequestError("invalid_request", "a request has one Host header")
-        _, is_absolute, rest = self.url.partition(b"://")
-        if is_absolute and not self.url.startswith(b"/"):
-            authority = _END_OF_AUTHORITY.split(rest, maxsplit=1)[0]
-            self.headers[:] = [header for header in self.headers if header[0] != b"host"] + [(b"host", authority)]
-
     def _header(self, name: bytes) -> bytes:
-        return b",".join(value for found, value in self.headers or () if found == name)
+        return joined(self.headers or [], name)
 
     # What is answered.
 
@@ -254,16 +233,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if answer is None:
             self._have_answered(cycle, app)
         else:
-            self._answer_refused(cycle, *answer)
+            self._answer_refused(cycle, answer)
 
-    def _answer_refused(self, cycle: RequestResponseCycle, lines: bytes, body: bytes) -> None:
+    def _answer_refused(self, cycle: RequestResponseCycle, answer: Refusal) -> None:
         """Answer 429, as the app would: the connection goes on if the whole request is here."""
-        parts = [STATUS_LINE[HTTPStatus.TOO_MANY_REQUESTS], *map(header_line, self.server_state.default_headers), lines]
-        if cycle.more_body or not cycle.keep_alive:
-            parts.append(header_line((b"connection", b"close")))
+        is_last = cycle.more_body or not cycle.keep_alive
         self._is_streaming = False
-        self._num_written_bytes += len(body)
-        self.transport.write(b"".join([*parts, b"\r\n", body]))
+        self._num_written_bytes += len(answer.body)
+        self.transport.write(answer.whole(self.server_state.default_headers, is_last=is_last))
         cycle.response_started = cycle.response_complete = True
         if not cycle.keep_alive and not cycle.more_body:
             self.transport.close()
@@ -362,7 +339,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return
         self._end_running()
         origin = self._header(b"origin").decode("latin-1")
-        self.transport.write(_whole_answer(error, self._early_headers(origin)))
+        self.transport.write(_whole_answer(error, self._pages.early_headers(origin)))
         self.transport.close()
 
     def _end_running(self) -> None:
@@ -374,10 +351,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
 def _scope(cycle: RequestResponseCycle) -> Scope:
     return cast(Scope, cycle.scope)
-
-
-def _too_large(limit: str) -> RequestError:
-    return RequestError("headers_too_large", f"the request's line and headers are more than {limit}")
 
 
 def _whole_answer(error: RequestError, headers: Mapping[str, str]) -> bytes:
