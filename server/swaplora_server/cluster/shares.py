@@ -5,6 +5,7 @@ import math
 _SECONDS = 60.0  # a request counts for 1/e of a new one after so long
 _MOST_NAMES = 32_768
 _GROWN = 1e9  # when counts are written anew in units of now
+_FORGOTTEN = 30 * _SECONDS  # what counted then is worth nothing, and weights would overflow some time after
 
 
 class Shares:
@@ -29,12 +30,13 @@ class Shares:
 
     def of(self, name: str, now: float) -> float:
         """Between 0 and 1: of what was counted a standard deviation less, so that one request is no share yet."""
-        counted = self._counts.get(name, 0.0) / self._weight(now)
-        return max(0.0, counted - math.sqrt(counted)) * self._weight(now) / self._total if counted else 0.0
+        weight = self._weight(now)
+        counted = self._counts.get(name, 0.0) / weight
+        return max(0.0, counted - math.sqrt(counted)) * weight / self._total if counted else 0.0
 
     def _weight(self, now: float) -> float:
-        if self._since is None:
-            self._since = now
+        if self._since is None or now - self._since > _FORGOTTEN:
+            self._counts, self._total, self._since = {}, 0.0, now
         return math.exp((now - self._since) / _SECONDS)
 
     def _rewrite(self, now: float) -> None:
