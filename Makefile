@@ -44,8 +44,8 @@ check: $(VENV)/.dev ## lint, format check, types, who imports whom, Dockerfile, 
 	$(BIN)/hadolint Dockerfile deploy/ray/Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
 
-isolation: $(VENV)/.dev ## the proof that no request is answered with another's weights
-	$(TOOL) tools/isolation.py $(ARGS)
+isolation: $(VENV)/.dev ## the proof that no request is answered with another's weights (ARGS="--servers 2" for several)
+	$(TOOL) tools/proving/isolation.py $(ARGS)
 
 fuzz: $(VENV)/.dev ## what the API makes of requests of every shape (ARGS="--cases 50000 --seed 1" for many, about an hour)
 	$(TOOL) tools/fuzz_api.py $(ARGS)
@@ -94,7 +94,7 @@ dashboard-picture: $(VENV)/.dev ## draw the dashboard's panels as Prometheus ans
 
 # the path is set, so that it runs from the tree alone where the packages are there and this one is not installed
 gpu-check: $(VENV)/.dev ## check what a GPU serves, and measure it against its floors (ARGS=--dry: a small form on the CPU)
-	PYTHONPATH=tools:server:adapters:tests/support:tests/kinds $(BIN)/python tools/gpu_check.py $(ARGS)
+	PYTHONPATH=tools:tools/proving:server:adapters:tests/support:tests/kinds $(BIN)/python tools/gpu_check.py $(ARGS)
 
 demo-adapters: $(VENV)/.dev ## train the demo adapters again, into build/demo, and the classifiers (about half an hour on two cores)
 	$(BIN)/python demo/make_data.py build/demo

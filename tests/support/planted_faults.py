@@ -10,15 +10,22 @@ import pytest
 import torch
 
 from swaplora_adapters.registry import registry
+from swaplora_adapters.registry.index import Index
 from swaplora_adapters.registry.residency.claims import Claim
 from swaplora_adapters.registry.residency.residency import Residency
+from swaplora_adapters.store.records import Alias
+from swaplora_adapters.store.shared.files import SharedFiles
+from swaplora_adapters.store.shared.store import SharedStore
+from swaplora_adapters.store.staging import Staging
 from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.served import AdapterWeights
 from swaplora_server.base.adapter_proof import AdapterProof
-from swaplora_server.engine import step
+from swaplora_server.engine import request, step
+from swaplora_server.engine.block_keys import root_key
 from swaplora_server.engine.request import AdapterUse, Request
 from swaplora_server.kernels.step import Segments
 from swaplora_server.service.adapter_mix import AdapterMix
+from swaplora_server.service.service import Service
 
 NUM_SLOTS = 3
 
@@ -79,11 +86,66 @@ def neighbours_weights(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(step, "_segments", shifted)
 
 
+def prefixes_of_all(patch: pytest.MonkeyPatch) -> None:
+    """Keys and values are known by their tokens alone: what another version has computed is found."""
+    patch.setattr(request, "root_key", lambda adapters, salt: root_key([("", scale) for _, scale in adapters], salt))
+
+
+def alias_unmoved(patch: pytest.MonkeyPatch) -> None:
+    """Wherever an alias was looked up once it goes on with what it stood for then."""
+    find: Callable[..., Alias | None] = vars(Index)["_find"]
+    kept: dict[tuple[int, str], Alias] = {}
+
+    def remembered(self: Index, name: str, *, is_mixture: bool) -> Alias | None:
+        found = find(self, name, is_mixture=is_mixture)
+        return found if found is None or is_mixture else kept.setdefault((id(self), name), found)
+
+    patch.setattr(Index, "_find", remembered)
+
+
+def looks_skipped(patch: pytest.MonkeyPatch) -> None:
+    """All servers but the first go on with what they know, and hear of others' changes when they make one."""
+    see = Service.see_others_changes
+    first: list[Service] = []
+
+    async def skipped(self: Service) -> bool:
+        first[:] = first or [self]
+        return await see(self) if self is first[0] else True
+
+    patch.setattr(Service, "see_others_changes", skipped)
+    patch.setattr("swaplora_adapters.registry.changes.LOOK_SECONDS", 3600.0)
+
+
+def fetched_otherwise(patch: pytest.MonkeyPatch) -> None:
+    """What is fetched from a shared store is always the files of the adapter that was fetched first."""
+    fetch = SharedFiles.fetch
+    first: list[tuple[str, str]] = []
+
+    def otherwise(self: SharedFiles, digest: str, place: str, staging: Staging) -> None:
+        first[:] = first or [(digest, place)]
+        fetch(self, *first[0], staging)
+
+    patch.setattr(SharedFiles, "fetch", otherwise)
+
+
+def fetched_otherwise_unchecked(patch: pytest.MonkeyPatch) -> None:
+    """The same, and nobody looks whether the digest is theirs."""
+    fetched_otherwise(patch)
+    patch.setattr(SharedStore, "verify", lambda _self, _digest: None)
+
+
 FAULTS: Mapping[str, Callable[[pytest.MonkeyPatch], None]] = {
     "name": keyed_by_name,
     "name-unchecked": keyed_by_name_unchecked,
     "freed": freed_in_use,
     "neighbour": neighbours_weights,
+    "prefix": prefixes_of_all,
+    "alias": alias_unmoved,
+}
+FAULTS_OF_SEVERAL: Mapping[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "look": looks_skipped,
+    "fetch": fetched_otherwise,
+    "fetch-unchecked": fetched_otherwise_unchecked,
 }
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import isolation
+import isolation_proof
 import kinds_table
 import peft_kinds
 import tiny
@@ -150,7 +151,7 @@ def _settings(card: Card, base: Path, data_dir: Path, **fields: Any) -> Settings
 
 def isolate(report: Report, card: Card, scratch: Path) -> dict[str, Any]:
     """The proof that no request is answered with another's weights, under uploads, replaces, deletes and evictions."""
-    workload = isolation.Workload(3, 2, 24) if card.is_dry else isolation.Workload(100, 30, 300)
+    workload = isolation_proof.Workload(3, 2, 24, 8) if card.is_dry else isolation_proof.Workload(100, 30, 300)
     with patch.object(isolation, "settings", partial(_settings, card)):
         found = isolation.prove(workload)
     for problem in found.problems:

@@ -1,7 +1,8 @@
 """What a run of the proof of isolation did, and what it found."""
 
 import weakref
-from collections.abc import Callable, MutableMapping
+from collections import Counter
+from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,8 @@ class Report:
     replaces: int = 0
     loads: int = 0
     freed: int = 0
-    answers: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)  # of what was asked, → answers compared
+    changes: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     ties: int = 0
     closest: float = float("inf")
@@ -29,13 +31,25 @@ class Report:
     problems: list[str] = field(default_factory=list)
     log: list[MutableMapping[str, Any]] = field(default_factory=list)  # what the server said meanwhile
 
+    @property
+    def answers(self) -> int:
+        """How many were compared."""
+        return self.kinds.total()
+
+    def note_margins(self, margins: Iterable[float], tie: float) -> None:
+        """By how much each token of a control was likelier than the next one."""
+        for margin in margins:
+            self.closest = min(self.closest, margin)
+            self.ties += margin <= tie
+
     def table(self) -> Table:
         table = Table("isolation", "", show_header=False)
-        table.add_row("swaps: requests to others, uploads, replaces, deletes", str(self.swaps))
+        table.add_row("swaps: requests to others, changes, requests after them", str(self.swaps))
         table.add_row("replaces of one name under sixteen streams", str(self.replaces))
+        table.add_row("changes", _told(self.changes))
         table.add_row("loads into memory", str(self.loads))
         table.add_row("of them freed again", str(self.freed))
-        table.add_row("answers compared", str(self.answers))
+        table.add_row("answers compared", _told(self.kinds))
         table.add_row("tokens compared", str(self.tokens))
         table.add_row("refused for want of memory, and not compared", str(self.refused))
         table.add_row("ties in the controls (second token as likely)", f"{self.ties}, closest {self.closest:.1e}")
@@ -58,3 +72,8 @@ class Report:
 
     def _count_freed(self) -> None:
         self.freed += 1
+
+
+def _told(counts: Counter[str]) -> str:
+    """All together, and each."""
+    return "\n".join([str(counts.total()), *(f"{count} {kind}" for kind, count in counts.most_common())])
