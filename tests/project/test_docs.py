@@ -233,7 +233,7 @@ def _defined(file: Path) -> frozenset[str]:
 @cache
 def _flags() -> frozenset[str]:
     """Of all commands of `swaplora` and of the programs in tools."""
-    programs = "".join(file.read_text() for file in (ROOT / "tools").glob("*.py"))
+    programs = "".join(file.read_text() for file in (ROOT / "tools").rglob("*.py"))
     params = [param for _, command in _commands(get_command(app), "swaplora") for param in command.params]
     options = {option for param in params for option in (*param.opts, *param.secondary_opts)}
     return frozenset(options).union(re.findall(r'add_argument\("(--[\w-]+)"', programs))
