@@ -119,11 +119,7 @@ def main() -> None:
     parser.add_argument("--swaps", type=int, default=size(200, 10_000), help="how often to swap under long streams")
     parser.add_argument("--replaces", type=int, default=size(50, 1000), help="how often to replace one name")
     parser.add_argument("--servers", type=int, default=1, help="how many, on one shared store")
-    parser.add_argument(
-        "--fault",
-        choices=[*FAULTS, *FAULTS_OF_SEVERAL],
-        help=f"a fault to plant first; the last {len(FAULTS_OF_SEVERAL)} are of several servers",
-    )
+    parser.add_argument("--fault", choices=[*FAULTS, *FAULTS_OF_SEVERAL], help="a fault to plant first")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     transformers.logging.disable_progress_bar()
