@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from swaplora_adapters.registry import registry
+from swaplora_adapters.registry import loader
 from swaplora_adapters.registry.index import Index
 from swaplora_adapters.registry.residency.claims import Claim
 from swaplora_adapters.registry.residency.residency import Residency
@@ -67,7 +67,7 @@ def freed_in_use(patch: pytest.MonkeyPatch) -> None:
         return _overwritten(slots[next(turns)], weights)
 
     patch.setattr(Residency, "retain", too_early)
-    patch.setattr(registry, "load_weights", reusing)
+    patch.setattr(loader, "load_weights", reusing)
 
 
 def unproven(patch: pytest.MonkeyPatch) -> None:

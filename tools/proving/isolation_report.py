@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.table import Table
 
-from swaplora_adapters.registry import registry
+from swaplora_adapters.registry import loader
 from swaplora_adapters.weights.served import AdapterWeights
 
 
@@ -59,7 +59,7 @@ class Report:
 
     def count_loads(self, patch: pytest.MonkeyPatch) -> None:
         """Watch every adapter that comes into memory, and that it goes."""
-        load: Callable[..., AdapterWeights] = vars(registry)["load_weights"]
+        load: Callable[..., AdapterWeights] = vars(loader)["load_weights"]
 
         def counted(*arguments: Any) -> AdapterWeights:
             weights = load(*arguments)
@@ -68,7 +68,7 @@ class Report:
             weakref.finalize(tensor, self._count_freed).atexit = False
             return weights
 
-        patch.setattr(registry, "load_weights", counted)
+        patch.setattr(loader, "load_weights", counted)
 
     def _count_freed(self) -> None:
         self.freed += 1
