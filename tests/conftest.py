@@ -19,7 +19,9 @@ import torch
 import transformers
 
 import tiny
+from forked import Forked
 from serving import Running, serving, settings
+from swaplora_adapters.derive import process
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduling.batch import Batch, Sampled
 
@@ -47,6 +49,14 @@ def pytest_collection_finish() -> None:
 
 def pytest_sessionfinish() -> None:
     gc.unfreeze()  # libraries that count their objects at the end are to find none
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_derivations() -> Iterator[None]:
+    """What computes for a server of this process is forked, but for the tests of how it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "Popen", Forked)
+        yield
 
 
 @pytest.fixture(scope="session")

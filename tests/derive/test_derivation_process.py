@@ -29,6 +29,12 @@ GUARD_SECONDS = 600
 BOUNDED = "import torch; from swaplora_adapters.derive.process import bound_this_process; bound_this_process({}, {}); "
 
 
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Derivations are started as users' are."""
+    monkeypatch.setattr(process, "Popen", subprocess.Popen)
+
+
 def compose(folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
     """A job's arguments."""
     out.mkdir(exist_ok=True)
@@ -49,6 +55,7 @@ def test_memory_and_processor_time_are_bounded() -> None:
     assert run_bounded(256 << 20, 1, "exec('while True: pass')") == -signal.SIGXCPU
 
 
+@pytest.mark.usefixtures("started")
 def test_a_job_that_fails_says_why_and_the_next_one_runs(tmp_path: Path) -> None:
     folder, derivations = write_adapter(tmp_path / "a"), DerivationProcess()
     with pytest.raises(AdapterTooLargeError, match="is larger than 10 bytes"):
@@ -93,6 +100,7 @@ def test_a_stop_ends_the_job_that_runs_and_begins_no_other(tmp_path: Path) -> No
         derivations.run("compose", compose(folder, tmp_path / "never"))
 
 
+@pytest.mark.usefixtures("started")
 def test_what_a_library_prints_is_no_part_of_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text("import os\nprint('noise', flush=True)\nos.write(1, b'noise')\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -106,6 +114,7 @@ def test_the_server_and_a_sum_do_without_peft() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.usefixtures("started")
 def test_a_process_that_cannot_be_started_is_an_error_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

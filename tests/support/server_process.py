@@ -1,21 +1,17 @@
 """`swaplora serve` in a process of its own: as a user starts it, or forked from one that has imported what it needs."""
 
 import contextlib
-import functools
-import json
-import os
-import select
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 
+from forked import Forked
 from repository import ROOT
 
 SMALL = ("--dtype", "fp32", "--kv-cache-bytes", "4MiB")
@@ -54,10 +50,10 @@ def starting(base: str, data_dir: Path, *flags: str) -> Iterator[tuple[subproces
 
 
 @contextlib.contextmanager
-def forked(base: Path, data_dir: Path, *flags: str) -> Iterator[tuple["Forked", httpx.Client]]:
+def forked(base: Path, data_dir: Path, *flags: str) -> Iterator[tuple[Forked, httpx.Client]]:
     """Like `process`, without the seconds that imports take. What an import reads in the environment is as it was."""
     with free_port() as port:
-        server = Forked(["serve", *_arguments(str(base), data_dir), *flags, "--port", str(port)])
+        server = forked_program("serve", *_arguments(str(base), data_dir), *flags, "--port", str(port))
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
                 wait_ready(server, client)
@@ -69,95 +65,20 @@ def forked(base: Path, data_dir: Path, *flags: str) -> Iterator[tuple["Forked", 
 
 def refused(base: Path, data_dir: Path, *flags: str) -> str:
     """What `swaplora serve` tells when it ends at once, as it must, with status 1."""
-    with tempfile.NamedTemporaryFile("r") as told:
-        assert Forked(["serve", *_arguments(str(base), data_dir), *flags], told.name).wait() == 1
+    with tempfile.NamedTemporaryFile("r+") as told:
+        assert forked_program("serve", *_arguments(str(base), data_dir), *flags, told=told.fileno()).wait() == 1
+        told.seek(0)
         return told.read()
+
+
+def forked_program(*arguments: str, told: int = subprocess.DEVNULL) -> Forked:
+    """`swaplora ARGUMENTS`. What it writes to stderr goes into the file `told`."""
+    command = [sys.executable, "-m", "swaplora_server", *arguments]
+    return Forked(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=told)
 
 
 def _arguments(base: str, data_dir: Path) -> list[str]:
     return [base, "--data-dir", str(data_dir), "--cache-dir", str(ROOT / ".cache")]
-
-
-# For each message it forks a process that forks the server, says its number on the socket that came, and waits for it.
-_TEMPLATE = """
-import contextlib, gc, json, os, socket, sys
-gc.disable()
-import transformers.models.llama.modeling_llama
-from swaplora_server import cli, serve
-gc.freeze()  # a collector that goes through it would have each server copy it
-gc.enable()
-
-control = socket.socket(fileno=int(sys.argv[1]))
-while (message := socket.recv_fds(control, 1 << 20, 1))[0]:
-    if not os.fork():
-        break
-    os.close(message[1][0])
-else:
-    with contextlib.suppress(ChildProcessError):
-        while True:
-            os.wait()
-    sys.exit()
-control.close()
-answers = socket.socket(fileno=message[1][0])
-if pid := os.fork():
-    answers.send(b"%d" % pid)
-    answers.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-    os._exit(0)
-answers.close()
-sys.argv[1:], environment, told = json.loads(message[0])
-for descriptor, path in enumerate((os.devnull, os.devnull, told)):
-    os.dup2(os.open(path, os.O_RDWR), descriptor)
-os.environ.clear()
-os.environ.update(environment)
-cli.main()
-"""
-
-
-@functools.cache
-def _template() -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
-    """One for all servers of this process; it ends with this process, which closes the socket."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        command = [sys.executable, "-c", _TEMPLATE, str(theirs.fileno())]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        return ours, subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
-
-
-class Forked:
-    """A process that is no child of this one, with what `subprocess.Popen` has for those that are.
-
-    What it writes to stderr goes into the file `told`, which is there.
-    """
-
-    def __init__(self, arguments: Sequence[str], told: str = os.devnull) -> None:
-        self._answers, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            message = json.dumps([arguments, dict(os.environ), told]).encode()
-            socket.send_fds(_template()[0], [message], [theirs.fileno()])
-        self.pid = int(self._answers.recv(100))
-        self._status: int | None = None
-
-    def poll(self) -> int | None:
-        return self._ended(0)
-
-    def wait(self, timeout: float | None = None) -> int:
-        status = self._ended(timeout)
-        assert status is not None, f"runs on after {timeout} s"
-        return status
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            with contextlib.suppress(ProcessLookupError):  # it has ended, and its number is still on the way
-                os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-    def _ended(self, timeout: float | None) -> int | None:
-        if self._status is None and select.select([self._answers], [], [], timeout)[0]:
-            self._status = int(self._answers.recv(100))
-            self._answers.close()
-        return self._status
 
 
 def wait_ready(server: "subprocess.Popen[bytes] | Forked", client: httpx.Client) -> None:

@@ -18,7 +18,7 @@ import lessons
 import tiny
 from fake_server import run_fake_server, swaplora
 from lessons import TEMPLATE, chat, letters, save_base, train, write
-from server_process import Forked
+from server_process import forked_program
 from swaplora_adapters.train import train as training
 from swaplora_adapters.train.data import Example
 from swaplora_adapters.train.encode import Encoder
@@ -106,7 +106,7 @@ def test_a_process_that_was_killed_is_gone_on_from(
     out, work = tmp_path / "letters", tmp_path / "letters.training"
     flags = ("--rank", "4", "--learning-rate", "0.01", "--epochs", "2", "--dropout", "0.1")
     while True:
-        process = Forked(["train", str(taught), str(data), "--out", str(out), *flags])
+        process = forked_program("train", str(taught), str(data), "--out", str(out), *flags)
         while not list(work.glob("checkpoint-*/trainer_state.json")) and process.poll() is None:
             time.sleep(0.005)
         process.kill()

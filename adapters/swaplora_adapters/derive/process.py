@@ -4,11 +4,11 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from subprocess import DEVNULL, PIPE, Popen
 from typing import IO, Any
 
 from swaplora_adapters.cancellation import Cancellation
@@ -36,7 +36,7 @@ class DerivationProcess:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._is_taken = False
-        self._running: subprocess.Popen[bytes] | None = None
+        self._running: Popen[bytes] | None = None
         self._is_stopped = False
 
     def run(self, job: str, arguments: Mapping[str, Any], cancellation: Cancellation | None = None) -> Any:
@@ -90,7 +90,7 @@ class DerivationProcess:
             self._changed.notify_all()
 
     @contextmanager
-    def _started(self) -> Iterator[tuple["subprocess.Popen[bytes]", IO[bytes]]]:
+    def _started(self) -> Iterator[tuple["Popen[bytes]", IO[bytes]]]:
         """The process, and where its answer comes from: what a library prints there is no part of that.
 
         Its own modules are those that this process has found; nothing of the current folder is imported.
@@ -110,17 +110,15 @@ class DerivationProcess:
                 process.communicate()  # closes the pipe, and waits for its end
                 self._running = None
 
-    def _start(
-        self, command: Sequence[str], environment: Mapping[str, str], write_end: int
-    ) -> "subprocess.Popen[bytes]":
+    def _start(self, command: Sequence[str], environment: Mapping[str, str], write_end: int) -> "Popen[bytes]":
         with self._changed:
             if self._is_stopped:
                 raise StoppingError()
             try:
-                self._running = subprocess.Popen(
+                self._running = Popen(
                     command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
+                    stdin=PIPE,
+                    stdout=DEVNULL,
                     env=environment,
                     pass_fds=[write_end],
                     start_new_session=True,
@@ -130,7 +128,7 @@ class DerivationProcess:
             return self._running
 
 
-def _exchange(process: "subprocess.Popen[bytes]", request: bytes, answers: IO[bytes]) -> bytes:
+def _exchange(process: "Popen[bytes]", request: bytes, answers: IO[bytes]) -> bytes:
     """The answer to `request`. The way to the worker stays open: that it closes tells it that this process is gone."""
     assert process.stdin is not None
     with suppress(BrokenPipeError):  # it has ended: its status says how
