@@ -20,10 +20,12 @@ import transformers
 
 import tiny
 from forked import Forked
+from kernel_variants import compile_once
 from serving import Running, serving, settings
 from swaplora_adapters.derive import process
 from swaplora_server.engine.runner import Runner
 from swaplora_server.engine.scheduling.batch import Batch, Sampled
+from swaplora_server.kernels.cpu import build
 
 collect_ignore = [] if find_spec("ray") else ["ray"]  # `make test-ray` installs it, and runs these
 MEMORY = Path("/dev/shm")
@@ -37,6 +39,7 @@ torch.set_num_threads(2)
 _console = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
 structlog.configure(processors=[*structlog.get_config()["processors"][:-1], _console])
 transformers.logging.disable_progress_bar()
+build._compile_one = compile_once  # noqa: SLF001
 gc.disable()  # what tests import stays: Python's collector need not go through it while they are collected, nor later
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM_BYTES:
     tempfile.tempdir = str(MEMORY)  # of tmp_path too; a disk's fsync is what most of these tests would wait for

@@ -51,11 +51,7 @@ def compile_ahead(forms: Sequence[Form], card: int) -> list[Compiled]:
 
     What is the same code, by the same compiler, as was compiled before is taken from triton's cache.
     """
-    settings = {
-        "TRITON_DEFAULT_FP_FUSION": "1",
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(KERNEL_CACHE / "triton"),
-    }
+    settings = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(KERNEL_CACHE / "triton")}
     with patch.dict(os.environ, settings):
         return [_compile(form, card) for form in forms]
 
@@ -68,9 +64,12 @@ def _compile(form: Form, card: int) -> Compiled:
     module, _, name = form.kernel.partition(":")
     kernel = getattr(importlib.import_module(module), name)
     signature = {name: form.types.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in form.aligned}
+    # in the form that a launch gives it, so that what is launched alike is the same entry of triton's cache
+    known: dict[str, list[list[str | int]]] = {name: [["tt.divisibility", 16]] for name in form.aligned}
+    known |= {name: [] for name in kernel.arg_names if name not in form.types}
+    attributes = {(at,): known[name] for at, name in enumerate(kernel.arg_names) if name in known}
     compiled = triton.compile(
-        ASTSource(kernel, signature, dict(form.constants), aligned),
+        ASTSource(kernel, signature, dict(form.constants), attributes),
         target=GPUTarget("cuda", card, 32),
         options={
             "num_warps": form.num_warps,

@@ -1,5 +1,8 @@
 """A row's logits are the same, bit for bit, alone and in any batch, however its prompt was cut."""
 
+from collections.abc import Callable
+from functools import cache
+
 import pytest
 import torch
 
@@ -33,6 +36,7 @@ BASES = {
     "gemma2 of odd widths": {"model_type": "gemma2", "sliding_window": 9, **ODD},
     "smollm3 of odd widths": {"model_type": "smollm3", "no_rope_layers": [1, 0], **ODD},
 }
+SEED = 1
 COUNTS = (1, 2, 7, 8, 16, 31, 32, 33)
 FEW = (2, 7, 33)
 # how many rows a step has is the kernels' matter, which are the same for all bases of a width and dtype
@@ -59,6 +63,12 @@ def adapters(base: BaseModel) -> list[AdapterWeights]:
     return plain + others
 
 
+@pytest.fixture(scope="module")
+def alone(base: BaseModel, adapters: list[AdapterWeights]) -> Callable[[int], list[torch.Tensor]]:
+    """The logits of a sequence, whoever it will be with."""
+    return cache(MixedBatch(base, adapters, max(COUNTS), SEED).alone)
+
+
 @pytest.mark.parametrize(
     ("base", "count"),
     [
@@ -70,12 +80,10 @@ def adapters(base: BaseModel) -> list[AdapterWeights]:
     indirect=["base"],
 )
 def test_logits_do_not_depend_on_the_rest_of_the_batch(
-    base: BaseModel, adapters: list[AdapterWeights], count: int
+    base: BaseModel, adapters: list[AdapterWeights], alone: Callable[[int], list[torch.Tensor]], count: int
 ) -> None:
-    batch = MixedBatch(base, adapters, count, seed=count)
-    together = batch.together()
+    together = MixedBatch(base, adapters, count, SEED).together()
     for number in range(count):
-        alone = batch.alone(number)
-        assert len(alone) == len(together[number]) == NUM_DECODED + 1
-        for position, (mine, theirs) in enumerate(zip(alone, together[number], strict=True)):
+        assert len(alone(number)) == len(together[number]) == NUM_DECODED + 1
+        for position, (mine, theirs) in enumerate(zip(alone(number), together[number], strict=True)):
             assert torch.equal(mine, theirs), f"sequence {number}, output {position}"

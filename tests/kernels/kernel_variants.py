@@ -1,4 +1,4 @@
-"""The kernels' own tests, in a process for which they are compiled otherwise, one variant after the other."""
+"""What is compiled for tests, once; and the kernels' own tests for other variants, one after the other in a process."""
 
 import hashlib
 import json
@@ -14,8 +14,7 @@ from swaplora_server.kernels.cpu import build
 Variant = dict[str, str]  # what the environment asks for: see `build.variant`
 # tests load the kernels where they are imported, which is done once for each variant; torch is imported once for all
 _RUN = """
-import json, kernel_variants, os, pytest, sys
-kernel_variants.build._compile_one = kernel_variants.compile_once
+import json, os, pytest, sys
 for variant, paths in json.loads(sys.argv[1]):
     os.environ.update(variant)
     for name in [name for name, module in sys.modules.items() if getattr(module, "__file__", None) in paths]:
@@ -31,8 +30,10 @@ def compile_once(compiler: str, flags: Sequence[str], folder: Path, source: Path
     command = [compiler, *flags, f"-I{build.CSRC}", "-E", str(source)]
     code = subprocess.run(command, check=True, capture_output=True).stdout
     others = [flag for flag in flags if not flag.startswith("-D")]
-    kept = KERNEL_CACHE / f"{hashlib.sha256(json.dumps([compiler, *others]).encode() + code).hexdigest()}.o"
+    key = json.dumps([compiler, *others, sorted(build.processor_instructions())]).encode() + code
+    kept = KERNEL_CACHE / f"{hashlib.sha256(key).hexdigest()}.o"
     if not kept.exists():
+        KERNEL_CACHE.mkdir(parents=True, exist_ok=True)
         os.replace(_compile_one(compiler, flags, folder, source), kept)
     return kept
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernel_variants import Variant, compile_once, run_tests
+from kernel_variants import Variant, run_tests
 from repository import KERNEL_CACHE
 from swaplora_adapters.weights.memory import HugePages
 from swaplora_adapters.weights.served import AdapterWeights, ModuleWeights
@@ -45,7 +45,6 @@ def form(lanes: int, order: str, plain: str) -> Variant:
 @pytest.mark.parametrize("order", ORDERS)
 def test_plain_code_gives_the_bits_of_the_instruction(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In either width. Where the processor has no instruction, all four are plain."""
-    monkeypatch.setattr(build, "_compile_one", compile_once)
     monkeypatch.setenv("SWAPLORA_KERNEL_ORDER", order)
     digests = set()
     for plain, lanes in product(("", "1"), (8, 16)):

@@ -32,12 +32,16 @@ class MixedBatch:
     """Sequences of one base, some with adapters, and what each row's logits are."""
 
     def __init__(self, base: BaseModel, adapters: list[AdapterWeights], count: int, seed: int) -> None:
-        rng = random.Random(seed)
-        self.rng = rng
+        """The first of more sequences are those of fewer."""
+        self.rng = random.Random(f"{seed} {count}")
         self.base = base
-        self.texts = [[rng.randrange(tiny.VOCAB_SIZE) for _ in range(rng.randint(4, 40))] for _ in range(count)]
+        self.texts: list[list[int]] = []
+        self.uses: list[tuple[AdapterUse, ...]] = []
         adapters = [base.prepared(weights) for weights in adapters]
-        self.uses = [_uses(rng, adapters) for _ in range(count)]
+        for number in range(count):
+            rng = random.Random(f"{seed} sequence {number}")
+            self.texts.append([rng.randrange(tiny.VOCAB_SIZE) for _ in range(rng.randint(4, 40))])
+            self.uses.append(_uses(rng, adapters))
 
     def alone(self, number: int) -> list[Tensor]:
         """The prompt in one step, then token by token."""
