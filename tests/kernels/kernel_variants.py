@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,8 @@ _compile_one = build._compile_one  # noqa: SLF001
 
 def compile_once(compiler: str, flags: Sequence[str], folder: Path, source: Path) -> Path:
     """For `build._compile_one`: most files are the same in several variants once the preprocessor has run."""
+    if not source.is_relative_to(build.CSRC):
+        return _compile_one(compiler, flags, folder, source)
     command = [compiler, *flags, f"-I{build.CSRC}", "-E", str(source)]
     code = subprocess.run(command, check=True, capture_output=True).stdout
     others = [flag for flag in flags if not flag.startswith("-D")]
@@ -34,7 +37,8 @@ def compile_once(compiler: str, flags: Sequence[str], folder: Path, source: Path
     kept = KERNEL_CACHE / f"{hashlib.sha256(key).hexdigest()}.o"
     if not kept.exists():
         KERNEL_CACHE.mkdir(parents=True, exist_ok=True)
-        os.replace(_compile_one(compiler, flags, folder, source), kept)
+        with tempfile.TemporaryDirectory(dir=KERNEL_CACHE) as beside:
+            os.replace(_compile_one(compiler, flags, Path(beside), source), kept)
     return kept
 
 
