@@ -10,7 +10,16 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swaplora_server.cluster.affinity import ALWAYS, BOUND, COLD, SETTLING_SECONDS, Affinity, ReplicaState, RouteKey
+from swaplora_server.cluster.affinity import (
+    ALWAYS,
+    BOUND,
+    COLD,
+    PINNED_SECONDS,
+    SETTLING_SECONDS,
+    Affinity,
+    ReplicaState,
+    RouteKey,
+)
 from swaplora_server.cluster.exchange import Forwarded
 
 NAMES = [f"acme~a{number}" for number in range(60)]
@@ -57,6 +66,34 @@ def test_every_replica_is_ranked_once_whatever_is_known_of_them(replicas: list[s
         tuple(data.draw(st.lists(st.sampled_from(NAMES[:5]), unique=True))), data.draw(st.sampled_from(["", "s"]))
     )
     assert sorted(affinity.rank(key, 0.0)) == sorted(replicas)
+
+
+def test_a_version_stays_where_it_was_sent_while_the_current_one_moves() -> None:
+    """Replicas tell of current versions alone."""
+    affinity = router("abc")
+    home = affinity.rank(adapter("sql"), 0.0)[0]
+    away = next(name for name in "abc" if name != home)
+    affinity.told(away, state("sql"), 0.0)
+    assert send(affinity, adapter("sql@1"), 1.0) == away  # as what its name says: it may be the current one
+    affinity.completed(away)
+    for second in range(2, 60):
+        affinity.told(away, state(), float(second))
+        affinity.told(home, state("sql"), float(second))
+    assert affinity.rank(adapter("sql"), 60.0)[0] == home
+    assert affinity.rank(adapter("sql@1"), 60.0)[0] == away
+    assert affinity.rank(adapter("sql@2"), 60.0)[0] == home
+    affinity.told(away, state(), 1 + PINNED_SECONDS)
+    assert affinity.rank(adapter("sql@1"), 1 + PINNED_SECONDS)[0] == home
+
+
+@few
+@given(replica_names, st.integers(), st.integers())
+def test_a_version_is_at_home_where_its_name_is(replicas: list[str], one: int, version: int) -> None:
+    affinity = router(replicas, one)
+    for name in NAMES:
+        pinned = adapter(f"{name}@{version}")
+        assert send(affinity, pinned) == affinity.rank(adapter(name), 0.0)[0]
+        affinity.completed(affinity.rank(pinned, 0.0)[0])
 
 
 @few

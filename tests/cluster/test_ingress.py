@@ -133,7 +133,7 @@ def test_who_is_to_answer_is_told_to_the_router(front: Front) -> None:
         return key
 
     assert keys("/v1/completions", **TEXT).adapters == ("a1",)
-    assert keys("/v1/completions", **{**TEXT, "model": "a1@1"}).adapters == ("a1",)
+    assert keys("/v1/completions", **{**TEXT, "model": "a1@1"}).adapters == ("a1@1",)
     assert keys("/v1/completions", **{**TEXT, "model": "base:a1"}).adapters == ("a1",)
     assert keys("/v1/completions", **{**TEXT, "model": BASE, "lora_path": "a0"}).adapters == ("a0",)
     mix = {**TEXT, "model": BASE, "adapters": [{"name": "a0"}, {"name": "a1", "scale": 0.5}]}
@@ -174,7 +174,7 @@ def test_whose_adapters_they_are_is_told_by_the_key(base: Path, adapters: list[P
             for tenant, model, stored in (
                 ("default", "sql", "sql"),
                 ("acme", "sql", "acme~sql"),
-                ("acme", "zeta~sql@3", "zeta~sql"),
+                ("acme", "zeta~sql@3", "zeta~sql@3"),
                 ("acme", "default~sql", "sql"),
             ):
                 assert ask(path, keys[tenant], model).status_code == 404

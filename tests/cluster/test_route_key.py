@@ -18,3 +18,10 @@ def test_what_is_named_beside_a_body_or_by_number_has_a_home_too() -> None:
     )
     assert key_of_body(raw, "default", "base").adapters == ("#3",)
     assert key_of_body(to_json({"model": "base", "prompt": "x"}), "acme", "base", "sql").adapters == ("acme~sql",)
+
+
+def test_a_version_is_told_apart_from_others_of_its_name() -> None:
+    digest = "sha256:0123456789abcdef"
+    named = ["sql@3", "base:sql@3", "sql", f"sql@{digest}", f"sql@{digest[:-4]}", "sql@", "sql@x", "sql:3", "sql@0"]
+    found = key_of_body(to_json({"model": "base", "lora_path": named, "prompt": "x"}), "acme", "base").adapters
+    assert found == ("acme~sql@3", "acme~sql", f"acme~sql@{digest[:-4]}")

@@ -15,11 +15,14 @@ stands that no replica may have much more to do than others (consistent hashing 
 Requests for several adapters go by the rarest, which the fewest replicas have in memory, then by how many of the others
 are there. Those for the base go to the less loaded of two. How a prompt begins, of which a replica may keep the
 beginning, decides among those that are equally good.
+
+A version that a request names is at home where its name is, and counts as in memory where this router has sent it in
+the last minutes: replicas tell of current versions alone. One that was sent nowhere is looked for by its name.
 """
 
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from swaplora_server.cluster.rendezvous import Rendezvous
@@ -31,6 +34,7 @@ HOT = 0.1  # of a replica's share of requests, from which on an adapter has one 
 COLD = 2  # requests in flight that a load into memory is worth
 EQUAL = 1  # requests above the mean load that make no difference
 SETTLING_SECONDS = 5.0  # from a request's routing until its adapter is in what its replica tells
+PINNED_SECONDS = 300.0  # the same of a version that a request names, which no replica tells
 _MOST_SENT = 4_096  # adapters that are remembered to have been sent to a replica
 
 
@@ -38,7 +42,7 @@ _MOST_SENT = 4_096  # adapters that are remembered to have been sent to a replic
 class RouteKey:
     """What a router needs to know of a request."""
 
-    adapters: tuple[str, ...] = ()  # stored names, `acme~sql`; none for the base
+    adapters: tuple[str, ...] = ()  # stored names, `acme~sql`, or of a version `acme~sql@3`; none for the base
     session: str = ""  # a digest of how the prompt begins, or of the cache salt
     tried: list[str] = field(default_factory=list, compare=False)  # replicas that it was given to, which come last
 
@@ -88,8 +92,7 @@ class Affinity:
         replica.state = state
         replica.others = max(0, state.ongoing - replica.peak)
         replica.peak = replica.in_flight
-        settled = at - SETTLING_SECONDS
-        replica.sent = {adapter: when for adapter, when in replica.sent.items() if when > settled}
+        replica.sent = {adapter: when for adapter, when in replica.sent.items() if when > at - _kept_seconds(adapter)}
 
     def routed(self, key: RouteKey, name: str, now: float) -> None:
         """A request is on its way to this replica: counts at once, until `completed`."""
@@ -123,14 +126,14 @@ class Affinity:
     def _ranked(self, key: RouteKey, now: float) -> list[str]:
         loads = _Loads(self._replicas.values())
         if key.adapters:
-            return self._by_adapter(key, loads, now)
+            return self._by_adapter(replace(key, adapters=tuple(map(self._known, key.adapters))), loads, now)
         if key.session:
             return self._by_session(key.session, loads)
         return self._by_load(loads)
 
     def _by_adapter(self, key: RouteKey, loads: "_Loads", now: float) -> list[str]:
         rarest = self._rarest(key.adapters)
-        order = self._homes.order(rarest)
+        order = self._homes.order(_name(rarest))
         num_homes = 1 + int(self._shares.of(rarest, now) * len(order) / HOT)
         is_home_warm = any(name in loads.below and self._replicas[name].has(rarest) for name in order[:num_homes])
         session = self._places(key.session) if num_homes > 1 else {}
@@ -153,6 +156,13 @@ class Affinity:
             return (3 if is_warm else 4), missing, 0, place
 
         return [name for _, name in sorted(zip(map(badness, order, range(len(order))), order, strict=True))]
+
+    def _known(self, adapter: str) -> str:
+        """A version that was sent nowhere may be the current one, or that may be needed next: it goes by its name."""
+        name = _name(adapter)
+        if name == adapter or any(replica.has(adapter) for replica in self._replicas.values()):
+            return adapter
+        return name
 
     def _rarest(self, adapters: Collection[str]) -> str:
         """The one that the fewest replicas have in memory."""
@@ -177,6 +187,15 @@ class Affinity:
         names = list(self._replicas)
         self._random.shuffle(names)
         return [*sorted(names[:2], key=loads.of.__getitem__), *sorted(names[2:], key=loads.of.__getitem__)]
+
+
+def _name(adapter: str) -> str:
+    """Of a version the name."""
+    return adapter.partition("@")[0]
+
+
+def _kept_seconds(adapter: str) -> float:
+    return SETTLING_SECONDS if _name(adapter) == adapter else PINNED_SECONDS
 
 
 class _Loads:

@@ -21,6 +21,7 @@ _MAX_DEPTH = 4
 _MAX_NUMBER = 12  # characters
 _PATH = re.compile(r"/v1/(?:adapters|aliases|mixtures|models)/(?P<name>[^/]+)")
 _VERSION = re.compile(r"[@:].*", re.DOTALL)
+_PINNED = re.compile(r"@(?:[1-9][0-9]{0,8}|sha256:[0-9a-f]{12})")  # of a digest the beginning that is always there
 _BEGIN = ("system", "instructions", "messages", "prompt", "input", "text", "inputs", "query")
 
 
@@ -68,10 +69,19 @@ def _numbered(body: Mapping[str, Any]) -> Iterator[str]:
 def _stored(names: list[str], tenant: str) -> tuple[str, ...]:
     naming = Naming("" if tenant == DEFAULT_TENANT else tenant)
     try:
-        stored = dict.fromkeys(naming.key(_VERSION.sub("", name)) for name in names)
+        stored = {name: naming.key(_VERSION.sub("", name)) for name in names}
     except AdapterNotFoundError:
         return ()
-    return tuple(name for name in stored if len(name) <= MAX_SAID_CHARS)  # routers remember them
+    found = [
+        key + _version(name) for name, key in stored.items() if len(key) <= MAX_SAID_CHARS
+    ]  # routers remember them
+    return tuple(dict.fromkeys(found))
+
+
+def _version(name: str) -> str:
+    """What pins a name to a version; `''` where nothing does."""
+    match = _PINNED.search(name)
+    return "" if match is None else match[0]
 
 
 def _session(body: Mapping[str, Any]) -> str:
