@@ -89,11 +89,10 @@ def test_a_version_stays_where_it_was_sent_while_the_current_one_moves() -> None
 @few
 @given(replica_names, st.integers(), st.integers())
 def test_a_version_is_at_home_where_its_name_is(replicas: list[str], one: int, version: int) -> None:
-    affinity = router(replicas, one)
-    for name in NAMES:
-        pinned = adapter(f"{name}@{version}")
-        assert send(affinity, pinned) == affinity.rank(adapter(name), 0.0)[0]
-        affinity.completed(affinity.rank(pinned, 0.0)[0])
+    for name in NAMES[:20]:
+        affinity = router(replicas, one)
+        home = affinity.rank(adapter(name), 0.0)[0]
+        assert [send(affinity, adapter(f"{name}@{version}")) for _ in range(1 + COLD)] == [home] * (1 + COLD)
 
 
 @few

@@ -13,6 +13,7 @@ import httpx
 import ray
 from ray import serve
 from ray.cluster_utils import Cluster
+from ray.util import list_named_actors
 
 from repository import ROOT
 from server_process import free_port
@@ -84,6 +85,12 @@ class Front:
         """Until so many replicas answer."""
         while len(self.ask_replicas("record_routing_stats")) != count:
             time.sleep(0.1)
+
+
+def actors(name: str) -> list[Any]:
+    """Ray's actors in whose names this is."""
+    named = [each for each in list_named_actors(all_namespaces=True) if name in each["name"]]
+    return [ray.get_actor(each["name"], namespace=each["namespace"]) for each in named]
 
 
 @contextmanager

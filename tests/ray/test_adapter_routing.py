@@ -16,6 +16,7 @@ import tiny
 from clusters import Front, Nodes, in_front
 from serving import settings
 
+pytestmark = pytest.mark.xdist_group("three")
 NUM_ADAPTERS, NUM_REPLICAS = 48, 3
 NUM_IN_MEMORY = 32  # of each replica
 NUM_BEFORE, NUM_REQUESTS = 300, 900

@@ -1,5 +1,7 @@
 """What is built for Ray Serve, and what of it goes with the front; nothing of it is started here."""
 
+import weakref
+from collections.abc import AsyncGenerator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,9 +10,13 @@ from unittest.mock import MagicMock, Mock
 
 import pytest
 from ray import serve as real_serve
+from starlette.types import Message
 
 from serving import settings
 from swaplora_server.cluster import build, replica
+from swaplora_server.cluster.affinity import RouteKey
+from swaplora_server.cluster.exchange import Forwarded
+from swaplora_server.cluster.ray_engines import RayEngines
 from swaplora_server.cluster.replica import EngineReplica
 
 
@@ -95,3 +101,26 @@ def test_each_application_counts_for_itself(monkeypatch: pytest.MonkeyPatch) -> 
         replica.common_meter(application)
     first, second = (call.kwargs["name"] for call in ray.remote.return_value.options.call_args_list)
     assert first != second
+
+
+async def test_a_request_that_was_sent_is_kept_nowhere() -> None:
+    """Or its body would be as long as its answer."""
+
+    async def answers() -> AsyncGenerator[list[Message]]:
+        yield []
+        yield [{"type": "http.response.start", "status": 200, "headers": []}]
+
+    def sent_to(_key: RouteKey, _request: Forwarded) -> MagicMock:
+        response = MagicMock()
+        response.__aiter__.side_effect = answers
+        return response
+
+    handle = Mock()
+    handle.options.return_value.remote = sent_to
+    request = Forwarded({}, b"a body", True, "one")
+    sent = weakref.ref(request)
+    messages = RayEngines(handle).stream(RouteKey(), request)
+    del request
+    assert await anext(messages) == []
+    assert sent() is None
+    await messages.aclose()

@@ -14,9 +14,8 @@ import httpx
 import pytest
 import ray
 from ray import serve
-from ray.util import list_named_actors
 
-from clusters import Front
+from clusters import Front, actors
 from oracle import Oracle
 from serving import BASE, Running, Streamed, stream_chat
 from sixteen_adapters import TOLERANCE, error_against
@@ -25,6 +24,7 @@ from swaplora_server.cluster.build import application_of, engines
 from swaplora_server.cluster.front.bodies import PART_BYTES
 from swaplora_server.config import Settings
 
+pytestmark = pytest.mark.xdist_group("front")
 _OWN = re.compile(rb'([a-z]+[-_])[0-9a-f]{32}|("(?:created|created_at|completed_at)":)[0-9.e+]+')
 _NEW = ("connection", "date", "x-request-id")
 
@@ -201,10 +201,9 @@ def test_a_killed_replica_ends_its_streams_with_an_error(
     wholes, streams = Wholes(front.url), Streams(front.url)
     while requests_had(front) < num_had + 2 * NUM_ADAPTERS:
         pass
-    victims = [each for each in list_named_actors(all_namespaces=True) if "swaplora-base#Engine#" in each["name"]]
-    assert len(victims) == 2
-    victim = next(each for each in victims if each["name"].endswith(judging.replica))
-    ray.kill(ray.get_actor(victim["name"], namespace=victim["namespace"]))
+    assert len(actors("swaplora-base#Engine#")) == 2
+    (victim,) = actors(f"swaplora-base#Engine#{judging.replica}")
+    ray.kill(victim)
     assert [(name, by, ids[:LONG]) for name, by, ids in wholes.ended()] == [(name, name, right[name]) for name in NAMES]
     assert sum(values(front, "swaplora_retried_requests_total")) >= 1
     ended = streams.ended()

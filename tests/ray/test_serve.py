@@ -15,10 +15,9 @@ import ray
 import yaml
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
-from ray.util import list_named_actors
 
 import tiny
-from clusters import Nodes
+from clusters import Nodes, actors
 from repository import ROOT
 from server_process import SMALL, process
 from serving import BASE, settings
@@ -27,6 +26,7 @@ from swaplora_server.access.key_file import create_key
 from swaplora_server.cluster.build import app
 from swaplora_server.config import Settings
 
+pytestmark = pytest.mark.xdist_group("three")
 _SERIES = re.compile(r'swaplora_adapter_(hits|misses)_total\{replica="(\w+)",adapter="(at\d)"\} (\d+)')
 TEXT = {"model": BASE, "prompt": "hello", "max_tokens": 6, "temperature": 0}
 
@@ -104,11 +104,9 @@ def metrics(client: httpx.Client) -> str:
     return re.sub(r"(\d)\.0$", r"\1", told, flags=re.MULTILINE)
 
 
-def running_at(actors: str) -> list[int]:
+def running_at(name: str) -> list[int]:
     """How many requests each of these Ray actors has."""
-    named = [each for each in list_named_actors(all_namespaces=True) if actors in each["name"]]
-    handles = [ray.get_actor(each["name"], namespace=each["namespace"]) for each in named]
-    return [ray.get(handle.get_num_ongoing_requests.remote()) for handle in handles]
+    return [ray.get(actor.get_num_ongoing_requests.remote()) for actor in actors(name)]
 
 
 def put(client: httpx.Client, name: str, adapter: Path) -> None:

@@ -2,17 +2,24 @@
 
 import json
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import ray
 
 import tiny
-from clusters import Front
+from clusters import Front, actors
 from oracle import Oracle
+from swaplora_adapters.store.shared.files import SharedFiles
 from swaplora_server.cluster.exchange import Answer
+from swaplora_server.cluster.rendezvous import Rendezvous
 
+pytestmark = pytest.mark.xdist_group("front")
 PROMPT = [11, 12, 13, 14]
 NUM_VERSIONS = 6
 TIE = 1e-4
@@ -98,3 +105,40 @@ def test_a_replaced_adapter_is_never_heard_again(front: Front, base: Path, tmp_p
     for version, ids in heard:
         right = [number for number, oracle in oracles.items() if oracle.is_greedy(PROMPT, [*ids], TIE)]
         assert right == [version]
+
+
+def test_who_asks_a_replica_that_is_lost_while_it_fetches_is_answered_by_the_other(
+    front: Front, base: Path, tmp_path: Path
+) -> None:
+    """By the adapter that was asked and no other, and so is whoever asks after that. The last test: one is left."""
+    homes = Rendezvous()
+    homes.set_members(answer.replica for answer in front.of_each("GET", "/v1/models"))
+    other, victim = homes.order("")
+    name = next(name for number in count() if homes.order(name := f"f{number}")[0] == other)
+    alias = next(alias for number in count() if homes.order(alias := f"to{number}")[0] == victim)
+    folder = tiny.save_adapter(tmp_path / "adapter", base, seed=77)
+    put(front, name, folder)
+    assert front.client.put(f"/v1/aliases/{alias}", json={"target": name}).status_code in (200, 201)
+    has_begun = tmp_path / "begun"
+
+    def hold_fetches(_actor: Any, path: str) -> None:
+        def fetch(*_: Any) -> None:
+            Path(path).touch()
+            threading.Event().wait()
+
+        SharedFiles.fetch = fetch  # type: ignore[method-assign]
+
+    (actor,) = actors(f"#Engine#{victim}")
+    ray.get(actor.__ray_call__.remote(hold_fetches, str(has_begun)))
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(front.client.post, "/v1/completions", json=body_of(alias))
+        while not has_begun.exists():
+            assert not asked.done(), asked.result().text
+            time.sleep(0.05)
+        ray.kill(actor)
+        answers = [asked.result(), *(front.client.post("/v1/completions", json=body_of(alias)) for _ in range(2))]
+    oracle = Oracle(base, folder)
+    for answer in answers:
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["x-swaplora-adapter"] == f"{name}@1"
+        assert oracle.is_greedy(PROMPT, token_ids(answer.content), TIE)
