@@ -32,11 +32,9 @@ serve-encoder: $(VENV)/.runtime ## serve the embedded encoder and the demo class
 test: $(VENV)/.dev ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/ray $(ARGS)
 
-# Two processes with a cluster each: replicas start one after the other, on one processor, and half of the time is that.
-# Tests that share replicas are a group.
 .PHONY: test-ray
 test-ray: $(VENV)/.ray ## install Ray, and run the tests of replicas on it (some minutes)
-	$(BIN)/python -m pytest tests/ray --numprocesses 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest tests/ray $(ARGS)
 
 check: $(VENV)/.dev ## lint, format check, types, who imports whom, Dockerfile, compose file
 	$(BIN)/ruff check .

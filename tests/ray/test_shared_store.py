@@ -126,7 +126,7 @@ def test_who_asks_a_replica_that_is_lost_while_it_fetches_is_answered_by_the_oth
             Path(path).touch()
             threading.Event().wait()
 
-        SharedFiles.fetch = fetch  # type: ignore[method-assign]
+        SharedFiles.fetch = fetch  # type: ignore[method-assign, assignment]
 
     (actor,) = actors(f"#Engine#{victim}")
     ray.get(actor.__ray_call__.remote(hold_fetches, str(has_begun)))
