@@ -3,8 +3,10 @@
 import gc
 import os
 import shutil
+import ssl
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,6 +41,8 @@ torch.set_num_threads(2)
 _console = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
 structlog.configure(processors=[*structlog.get_config()["processors"][:-1], _console])
 transformers.logging.disable_progress_bar()
+# every client of httpx reads all certificates, whatever it asks
+ssl.create_default_context = cache(ssl.create_default_context)  # type: ignore[assignment]  # its arguments are
 build._compile_one = compile_once  # noqa: SLF001
 gc.disable()  # what tests import stays: Python's collector need not go through it while they are collected, nor later
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM_BYTES:

@@ -1,27 +1,36 @@
 """A real server on a free port of this machine, in a thread of the test's process, and what tests ask of it."""
 
 import json
+import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import httpx
+import torch
 
 from repository import ROOT
+from swaplora_server.base.base_model import BaseModel
+from swaplora_server.base.loading import load_chosen_base
 from swaplora_server.config import Settings
 from swaplora_server.http.app import create_app
 from swaplora_server.http.transport.body_memory import BodyMemory
 from swaplora_server.http.transport.connections import Connections
 from swaplora_server.http.transport.protocol import HttpConfig
 from swaplora_server.http.transport.server import HttpServer
+from swaplora_server.service import service as service_module
 from swaplora_server.service.service import Service
 
 BASE = "base"
+NUM_AT_REST = 3
+# bases that a server of this process has loaded and proven, and left at rest; the next one of the same goes on with it
+_at_rest: list[tuple[Hashable, BaseModel]] = []
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,17 @@ def listening(http: HttpConfig) -> Iterator[str]:
 def serving(config: Settings) -> Iterator[Running]:
     """Start, yield, stop. Every test leaves the server at rest, which is checked here."""
     service = Service(config)
-    service.start(lambda _message: None)
+    made_of = _made_of(config)
+
+    def lent(config: Settings, report: Callable[[str], None]) -> BaseModel:
+        at_rest = next((entry for entry in _at_rest if entry[0] == made_of), None)
+        if at_rest is None:
+            return load_chosen_base(config, report)
+        _at_rest.remove(at_rest)
+        return at_rest[1]
+
+    with patch.object(service_module, "load_chosen_base", lent):
+        service.start(lambda _message: None)
     bodies = BodyMemory(config.body_memory_bytes)
     http = HttpConfig(create_app(service, bodies), config)
     try:
@@ -111,6 +130,16 @@ def serving(config: Settings) -> Iterator[Running]:
             running.wait_idle()
     finally:
         service.stop()
+    _at_rest.append((made_of, service.base))
+    del _at_rest[:-NUM_AT_REST]
+
+
+def _made_of(config: Settings) -> Hashable:
+    """What a base depends on."""
+    files = tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in Path(config.base).glob("*"))
+    kernels = tuple(os.environ.get(f"SWAPLORA_KERNEL_{name}") for name in ("LANES", "ORDER", "PLAIN"))
+    fields = config.base, config.device, config.dtype, config.quantization, config.kernels, config.cache_dir
+    return fields, files, kernels, torch.get_num_threads()
 
 
 @dataclass
