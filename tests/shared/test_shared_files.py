@@ -1,6 +1,6 @@
 """Adapters' files in the shared store and copies of them: mended, bounded, and let go of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,12 @@ from swaplora_adapters.errors import (
     InvalidAdapterNameError,
     PreconditionFailedError,
     QuotaExceededError,
+    StorageFullError,
 )
 from swaplora_adapters.files.naming import WEIGHTS_FILE
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.registry.tenant import Room, TenantRegistry
+from swaplora_adapters.store.blobs import Blobs
 from swaplora_adapters.store.conditions import Conditions, NameState
 from swaplora_adapters.store.records import Target
 from swaplora_adapters.store.shared import files as shared_files
@@ -129,3 +131,92 @@ def test_what_nothing_refers_to_is_swept_by_a_server_that_is_restarted_meanwhile
     assert swept(3600.0) == 0
     assert swept(-1.0) == 2
     assert swept(-1.0) == 0
+
+
+class Disk:
+    """One server's, with room for so many adapters; what it lacks it finds out as it writes, or before."""
+
+    def __init__(self, folder: Path, room: int, objects: Disturbed) -> None:
+        self.blobs, self.room = folder / "blobs", room
+        objects.before = self._called
+
+    @property
+    def digests(self) -> set[str]:
+        return {f"sha256:{path.name}" for path in self.blobs.iterdir()}
+
+    def _called(self, call: str, _key: str) -> None:
+        if call == "fetch" and len(self.digests) >= self.room:
+            raise StorageFullError("no room is left")
+
+
+def evict(of: Registry) -> None:
+    residency = of._residency  # noqa: SLF001
+    for digest in residency.digests()[0]:
+        residency.drop(digest)
+
+
+@pytest.fixture
+def full(
+    objects: list[Disturbed], files: list[Path], tmp_path: Path
+) -> Iterator[tuple[list[Registry], list[str], Disk]]:
+    """Two servers, the digests of six adapters that the first was sent, and the second one's disk, with room for 2."""
+    with replicas(tmp_path, objects) as (one, other):
+        digests = [put(one, f"a{number}", files[number]).record.digest for number in range(6)]
+        see(other)
+        yield [one, other], digests, Disk(tmp_path / "data1", 2, objects[1])
+
+
+def test_copies_that_nobody_uses_make_room_for_others(full: tuple[list[Registry], list[str], Disk]) -> None:
+    """Those that were used least recently; a server with less room than the store serves all of it."""
+    (_, other), digests, disk = full
+    for number in (0, 1, 2, 1, 3):
+        assert weights_of(other, f"a{number}") == digests[number]
+        evict(other)
+    assert disk.digests == {digests[1], digests[3]}
+    for number in range(6):
+        assert weights_of(other, f"a{number}") == digests[number]
+        evict(other)
+    other.check_integrity()
+
+
+def test_what_is_used_or_cannot_be_had_again_is_kept_though_another_finds_no_room(
+    full: tuple[list[Registry], list[str], Disk], tmp_path: Path
+) -> None:
+    """Leased, pinned, being read; and what the shared store has lost, or has damaged."""
+    (one, other), digests, disk = full
+    for number in (0, 1):
+        weights_of(other, f"a{number}")
+    evict(other)
+
+    def refused() -> None:
+        with pytest.raises(StorageFullError, match=r"no room.*in use, or the last ones"):
+            other.names.copies.bring(digests[2])
+        assert disk.digests == {digests[0], digests[1]}
+
+    lease = other.lease("a0")
+    with other.names.copies.held(digests[1]):
+        refused()
+    [gone] = (tmp_path / "shared").glob(f"*/blobs/{digests[1].removeprefix('sha256:')}/*/{WEIGHTS_FILE}")
+    content = gone.read_bytes()
+    gone.unlink()
+    refused()
+    gone.write_bytes(content)
+    (gone.parent / "damaged").write_bytes(b"1")
+    refused()
+    (gone.parent / "damaged").unlink()
+    one.change("a1", is_pinned=True)
+    see(other)
+    refused()
+    lease.release()
+    assert weights_of(other, "a2") == digests[2]
+    assert disk.digests == {digests[1], digests[2]}
+
+
+def test_a_disk_is_not_filled_in_vain(
+    full: tuple[list[Registry], list[str], Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (_, other), digests, disk = full
+    monkeypatch.setattr(Blobs, "free_bytes", lambda _: 0)
+    with pytest.raises(StorageFullError, match=r"no room for the [1-9]\d+ bytes"):
+        other.names.copies.bring(digests[0])
+    assert not disk.digests

@@ -82,6 +82,7 @@ class LeaseCounts:
         self._by_name: Counter[str] = Counter()
         self._by_digest: Counter[str] = Counter()
         self._last_used: dict[str, float] = {}
+        self.used: dict[str, float] = {}  # digest → when it was last leased, in seconds since the epoch
         self._removals: list[Removal] = []
         self._kept: Counter[tuple[str, int]] = Counter()
 
@@ -102,13 +103,17 @@ class LeaseCounts:
         """Count one lease more. Needs `lock`."""
         self._by_name[record.name] += 1
         self._by_digest[record.digest] += 1
-        self._last_used[record.name] = time.time()
+        self._last_used[record.name] = self.used[record.digest] = time.time()
 
     def give_back(self, record: VersionRecord) -> bool:
         """Count one lease less; whether a removal may have waited for it. Needs `lock`."""
         _count_down(self._by_name, record.name)
         _count_down(self._by_digest, record.digest)
         return any(record.digest in removal.digests for removal in self._removals)
+
+    def digests(self) -> set[str]:
+        """Of all that is leased. Needs `lock`."""
+        return set(self._by_digest)
 
     def num_in_flight(self, name: str) -> int:
         return self._by_name[name]
@@ -139,6 +144,8 @@ class LeaseCounts:
         with self.lock:
             waiting, self._removals = self._removals, []
             for removal in waiting:
+                for digest in removal.digests & gone:
+                    self.used.pop(digest, None)
                 removal.digests -= gone
                 if removal.digests:
                     self._removals.append(removal)

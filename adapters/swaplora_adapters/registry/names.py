@@ -19,6 +19,7 @@ from swaplora_adapters.errors import (
 from swaplora_adapters.files.disk import raising_storage_errors
 from swaplora_adapters.files.naming import tenant_of, validate_name
 from swaplora_adapters.registry.changes import Changes
+from swaplora_adapters.registry.copies import Copies
 from swaplora_adapters.registry.index import Index, NamedVersions
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions, NameState
 from swaplora_adapters.store.records import (
@@ -61,15 +62,18 @@ class Names:
         keep_versions: int,
         on_adopted: Callable[[Touched, set[VersionRecord]], None],
         reading: AbstractContextManager[object],
+        wanted: Callable[[], AbstractContextManager[Mapping[str, float]]],
     ) -> None:
         """`on_adopted` hears what other servers have changed, and which versions are gone by that.
 
-        Whoever binds names holds `reading`, and sees all that others have changed, or nothing of it.
+        What is `wanted` stays here: see `Copies`. Whoever binds names holds `reading`, and sees all that others have
+        changed, or nothing of it.
 
         Raises InvalidAdapterNameError if something stored is called as the base is.
         """
         self.index = Index()
         self.changes = Changes(store, self._adopt)
+        self.copies = Copies(store, self.changes, wanted)
         self._on_adopted = on_adopted
         self._reading = reading
         self._store = store
@@ -221,12 +225,6 @@ class Names:
         self._refresh(name)
         return removed
 
-    def bring(self, digest: str) -> None:
-        """Have the files of a digest lie here. Raises what `Store.bring` and `Changes.check_known` do."""
-        if not self._store.is_here(digest):
-            self.changes.check_known()
-            self._store.bring(digest)
-
     def link_files(self, reference: str, folder: Path) -> VersionRecord:
         """Give a version's files a second place in `folder`, made on the store's disk, where no delete reaches them.
 
@@ -234,13 +232,13 @@ class Names:
         AdapterFailedError and StorageFullError.
         """
         record = self.index.resolve_name(reference)
-        self.bring(record.digest)
-        self._store.verify(record.digest)
-        with self.changes, raising_storage_errors():
-            self.index.resolve_name(f"{record.name}@{record.version}")  # which may be deleted by now
-            folder.mkdir()
-            for path in self._store.blob_paths(record.digest):
-                os.link(path, folder / path.name)
+        with self.copies.held(record.digest):
+            self._store.verify(record.digest)
+            with self.changes, raising_storage_errors():
+                self.index.resolve_name(f"{record.name}@{record.version}")  # which may be deleted by now
+                folder.mkdir()
+                for path in self._store.blob_paths(record.digest):
+                    os.link(path, folder / path.name)
         return record
 
     def put_alias(self, alias: str, targets: Sequence[Target], canary: Canary | None = None) -> Alias:

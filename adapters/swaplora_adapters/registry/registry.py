@@ -4,7 +4,7 @@ Replace and delete act on names at once, and on versions when the last lease on 
 memory: `Names.changes` serialises what touches the disk, and the lock that leases take is never held across it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -105,12 +105,13 @@ class Registry:
             keep_versions=keep_versions,
             on_adopted=self._know_others_changes,
             reading=self._lease_counts.lock,
+            wanted=self._wanted,
         )
         self._usage = UsageByName(Unheard() if listener is None else listener)
         self._host = HostTier(0) if host is None else host
         self._loader = AdapterLoader(
             store,
-            self._names.bring,
+            self._names.copies.bring,
             self._host,
             self._usage,
             layers=layers,
@@ -504,6 +505,15 @@ class Registry:
             self._lease_counts.add(list(gone))
             self._cleaner.submit(self._finish_removals)
         self._residency.pin(self._pinned())
+
+    @contextmanager
+    def _wanted(self) -> Iterator[Mapping[str, float]]:
+        """See `Copies`: what is leased, in memory, on its way there, or pinned stays. Nothing is leased meanwhile."""
+        pinned = {named.current.digest for named in self._names.index.all() if named.is_pinned}
+        with self._lease_counts.lock:
+            resident, awaited = self._residency.digests()
+            stay = resident | awaited | pinned | self._lease_counts.digests()
+            yield self._lease_counts.used | dict.fromkeys(stay, float("inf"))
 
     def _finish_removals(self) -> None:
         """The cleaner's job: free what was removed and is held by nobody any more, and tell who waits for it."""

@@ -2,7 +2,8 @@
 
 import os
 import secrets
-from collections.abc import Collection, Sequence
+import shutil
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +48,15 @@ class Blobs:
         """Of all that lie here."""
         return [f"sha256:{path.name}" for path in self._blobs.iterdir() if is_hex(path.name)]
 
+    def came_at(self) -> dict[str, float]:
+        """Digest → when its files came, in seconds since the epoch."""
+        digests = self.digests()
+        return {digest: self._folder(digest).lstat().st_mtime for digest in digests if self.has(digest)}
+
+    def free_bytes(self) -> int:
+        """Of the disk."""
+        return shutil.disk_usage(self._staging).free
+
     def is_empty(self) -> bool:
         """Whether there is no blob at all."""
         return next(self._blobs.iterdir(), None) is None
@@ -79,15 +89,27 @@ class Blobs:
         return sizes[0], sizes[1]
 
     def discard(self, digest: str) -> None:
-        """Remove a blob, if there: out of the way in one step, then gone.
+        """Remove a blob, if there: out of the way in one step, then gone."""
+        self.take_out(digest)()
+
+    def take_out(self, digest: str) -> Callable[[], int]:
+        """Have a blob, if there, be here no more, in one step; what is returned frees its room, and says how much.
 
         What a crash leaves in staging, or a failing disk anywhere, is swept at the next start.
         """
+        doomed = self._staging / secrets.token_hex(16)
+
+        def free() -> int:
+            freed = 0
+            with suppress(OSError):
+                freed = sum(path.lstat().st_size for path in doomed.iterdir())
+                remove(doomed)
+            return freed
+
         if self.has(digest):
-            doomed = self._staging / secrets.token_hex(16)
             with suppress(OSError):
                 self._folder(digest).rename(doomed)
-                remove(doomed)
+        return free
 
     def quarantine(self, digest: str) -> None:
         """Set a blob aside, if there; on a failing disk it stays where it is."""

@@ -178,6 +178,11 @@ class Catalogue:
         """Digest, config bytes, weights bytes and failure of every blob."""
         return self._query("SELECT digest, config_bytes, weights_bytes, failure FROM blobs")
 
+    def num_bytes(self, digest: str) -> int:
+        """Of a blob's files; 0 for one that is not known."""
+        found = self._query("SELECT config_bytes + weights_bytes FROM blobs WHERE digest = ?", digest)
+        return sum(each for (each,) in found)
+
     def position(self) -> tuple[int, str | None] | None:
         """The last change of a shared store up to which all are known, with its id; None if that was never noted."""
         return next(iter(self._query("SELECT revision, change FROM position")), None)

@@ -14,7 +14,7 @@ lost: it is made anew from the manifests.
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -120,6 +120,22 @@ class Store:
 
     def bring(self, digest: str) -> None:
         """Have the files of a digest lie here. Raises StoreUnreachableError, StorageFullError, AdapterFailedError."""
+
+    def lacking_bytes(self, _digest: str) -> int:
+        """What the disk lacks for that."""
+        return 0
+
+    def copies(self) -> Mapping[str, float]:
+        """Of files that lie elsewhere, too, if they are not lost: digest → since when, in seconds since the epoch."""
+        return {}
+
+    def is_elsewhere(self, _digest: str) -> bool:
+        """Whether what lies here can be had again. Raises StoreUnreachableError."""
+        return False
+
+    def take_out(self, digest: str) -> Callable[[], int]:
+        """Have a copy be here no more, at once; what is returned frees its room, and says how many bytes."""
+        return self._blobs.take_out(digest)
 
     def tidy(self) -> None:
         """What is to be done now and then, and may take long."""

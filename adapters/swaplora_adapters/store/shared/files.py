@@ -61,6 +61,12 @@ class SharedFiles:
         with suppress(StoreUnreachableError):
             self._objects.create(self._key(digest, place, _DAMAGED), b"1")
 
+    def has(self, digest: str, place: str) -> bool:
+        """Whether both files lie there, and nobody has found them damaged."""
+        prefix = self._key(digest, place, "")
+        found = {each.key.removeprefix(prefix) for each in tried(lambda: self._objects.under(prefix))}
+        return {CONFIG_FILE, WEIGHTS_FILE} <= found and _DAMAGED not in found
+
     def is_damaged(self, digest: str, place: str) -> bool:
         """Whether a server has found them so."""
         return tried(lambda: self._objects.get(self._key(digest, place, _DAMAGED))) is not None

@@ -6,7 +6,7 @@ when they are first wanted, so that those which are not here are not missing.
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -276,11 +276,27 @@ class SharedStore(Store):
             place = self._places.get(digest)
             if self.is_here(digest) or place is None:
                 return  # what reads them says that they are missing
+            if self.lacking_bytes(digest) > 0:  # rather than fill the disk in vain
+                raise StorageFullError(f"the disk has no room for the {self._num_bytes(digest)} bytes of its files")
             with self.stage() as staging:
                 self._files.fetch(digest, place, staging)
                 with self._files_here:
                     self._blobs.place(staging, digest)
             self._fresh.add(digest)
+
+    def lacking_bytes(self, digest: str) -> int:
+        return self._num_bytes(digest) - self._blobs.free_bytes()
+
+    def _num_bytes(self, digest: str) -> int:
+        with self._mutex:
+            return self._catalogue.num_bytes(digest)
+
+    def copies(self) -> Mapping[str, float]:
+        return {digest: came_at for digest, came_at in self._blobs.came_at().items() if self.is_here(digest)}
+
+    def is_elsewhere(self, digest: str) -> bool:
+        place = self._places.get(digest)
+        return place is not None and self._files.has(digest, place)
 
     def verify(self, digest: str) -> None:
         complaint = self._blobs.digest_complaint(digest)
