@@ -20,6 +20,8 @@ from swaplora_adapters.store.shared import trying
 from swaplora_adapters.store.shared.address import open_objects
 from swaplora_adapters.store.shared.bucket import BucketObjects
 from swaplora_adapters.store.shared.history import compaction, segments
+from swaplora_adapters.store.shared.history.log import Log
+from swaplora_adapters.store.shared.history.snapshots import EMPTY, Snapshots
 from swaplora_adapters.store.shared.objects import Listed
 from test_catalogue import local, weights_of
 
@@ -383,3 +385,11 @@ def test_a_server_that_finds_a_change_of_a_newer_release_gives_no_old_answer(fil
             see(other)
         with pytest.raises(StoreChangedError, match="newer release"):
             put(other, "tales", files[1])
+
+
+def test_a_snapshot_is_not_kept_out_by_one_of_another_history(tmp_path: Path) -> None:
+    objects = open_objects(str(tmp_path / "shared"))
+    made = Snapshots(objects, "s", Log(objects, "s"))
+    for change in ("b", "a"):
+        made.put(EMPTY._replace(revision=4, id=change))
+        assert made.last() == (4, change)

@@ -1,9 +1,10 @@
 """What waits for the shared store, or for a disk, holds up nothing else; what is checked holds at the end."""
 
 import asyncio
+import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from swaplora_adapters.store.conditions import Conditions
 from swaplora_adapters.store.records import Target
 from swaplora_adapters.store.shared import extras
 from swaplora_adapters.store.shared.address import open_objects
-from swaplora_adapters.store.shared.objects import Listed
+from swaplora_adapters.store.shared.objects import Listed, Objects
 from swaplora_server.evaluation.gate import Gate, GateTask
 from swaplora_server.evaluation.task import parse_task
 from swaplora_server.http.routes import control
@@ -311,15 +312,121 @@ def test_an_upload_that_is_refused_leaves_nothing_in_the_store(
         assert blobs() == before
 
 
+def tasks_of(objects: Objects) -> list[str]:
+    return [each.key for each in objects.under("") if "/tasks/" in each.key]
+
+
+TASK = parse_task('{"prompt": "a", "answer": "b"}\n')
+GATE = Gate(task=GateTask(digest=TASK.digest, num_items=1), min_score=0.5, max_tokens=1, stop=[])
+
+
+@pytest.fixture
+def gated(
+    files: list[Path], tmp_path: Path, disturbed: list[Disturbed]
+) -> Iterator[tuple[list[Registry], list[Gates]]]:
+    """Two servers with adapters `sql` and `tales`."""
+    with replicas(tmp_path, disturbed) as both:
+        for number, name in enumerate(("sql", "tales")):
+            put(both[0], name, files[number])
+        see(both[1])
+        yield both, [Gates(TaskFiles(tmp_path / f"gates{n}", of.extras), of) for n, of in enumerate(both)]
+
+
+def is_had_by_a_new_server(folder: Path, of: Registry) -> bool:
+    task = TaskFiles(folder / secrets.token_hex(4), of.extras).read(TASK.digest)
+    return task.digest == TASK.digest
+
+
 def test_tasks_of_a_gate_that_is_refused_are_not_shared(
-    files: list[Path], tmp_path: Path, disturbed: list[Disturbed], monkeypatch: pytest.MonkeyPatch
+    gated: tuple[list[Registry], list[Gates]], disturbed: list[Disturbed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (one, _), (of, _) = gated
     monkeypatch.setattr(gates, "MAX_TENANT_BYTES", 1)
-    task = parse_task('{"prompt": "a", "answer": "b"}\n')
-    gate = Gate(task=GateTask(digest=task.digest, num_items=1), min_score=0.5, max_tokens=1, stop=[])
-    (tmp_path / "gates").mkdir()
-    with replicas(tmp_path, disturbed) as (one, _):
-        put(one, "sql", files[0])
-        with pytest.raises(RequestError, match="may have 1"):
-            asyncio.run(Gates(TaskFiles(tmp_path / "gates", one.extras), one).put(one, "sql", gate, [task]))
-        assert not [each.key for each in disturbed[0].under("") if "/tasks/" in each.key]
+    with pytest.raises(RequestError, match="may have 1"):
+        asyncio.run(of.put(one, "sql", GATE, [TASK]))
+    assert not tasks_of(disturbed[0])
+
+
+def test_tasks_that_no_gate_names_any_more_are_removed_with_the_last_that_did(
+    gated: tuple[list[Registry], list[Gates]],
+    disturbed: list[Disturbed],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where that went with its adapter, or the store was away then, or an earlier release has put it."""
+    (one, other), (of_one, of_other) = gated
+    asyncio.run(of_one.put(one, "sql", GATE, [TASK]))
+    see(other)
+    asyncio.run(of_other.put(other, "tales", GATE, [TASK]))
+    assert len(tasks_of(disturbed[0])) == 1
+    see(one)
+    asyncio.run(of_one.remove(one, "sql"))
+    assert is_had_by_a_new_server(tmp_path, one)
+    other.delete("tales")
+    asyncio.run(of_other.sweep())
+    assert not tasks_of(disturbed[0])
+    see(one)
+    asyncio.run(of_one.put(one, "sql", GATE, [TASK]))
+    [key] = tasks_of(disturbed[0])
+    disturbed[0].remove(key)
+    asyncio.run(of_one.put(one, "sql", GATE, [TASK]))  # which mends it
+    disturbed[0].before = lambda call, key: lose(call == "remove" and "/tasks/" in key)
+    asyncio.run(of_one.remove(one, "sql"))
+    disturbed[0].come_back()
+    [key] = tasks_of(disturbed[0])
+    asyncio.run(of_one.sweep())
+    assert not tasks_of(disturbed[0])
+    earlier = key.rpartition("/")[0] + ".jsonl"
+    disturbed[0].create(earlier, b"".join(f"{item.canonical}\n".encode() for item in TASK.items))
+    assert is_had_by_a_new_server(tmp_path, one)
+    assert one.extras is not None
+    one.extras.sweep_tasks((), one.revision)
+    assert tasks_of(disturbed[0]) == [earlier]
+    monkeypatch.setattr(extras, "_EARLIER_SECONDS", -1.0)
+    one.extras.sweep_tasks((), one.revision)
+    assert not tasks_of(disturbed[0])
+
+
+def lose(is_lost: bool) -> None:
+    if is_lost:
+        raise unreachable()
+
+
+@pytest.mark.parametrize("moment", ["swept", "outrun", "put"])
+def test_a_task_that_is_named_again_meanwhile_is_not_swept(
+    gated: tuple[list[Registry], list[Gates]], disturbed: list[Disturbed], tmp_path: Path, moment: str
+) -> None:
+    """One server lets go of the last gate as the other sets one of the same task, between any two steps of it.
+
+    The other does all of it between the listing of what is swept and its end; or the one as the other has found that
+    the task is named; or it sweeps as the other has put the task and not named it yet.
+    """
+    (one, other), (of_one, of_other) = gated
+    asyncio.run(of_one.put(one, "sql", GATE, [TASK]))
+    see(other)
+    if moment == "put":
+        asyncio.run(of_one.remove(one, "sql"))
+    steps: dict[str, tuple[str, Callable[[], None]]] = {
+        "swept": ("remove", lambda: asyncio.run(of_other.put(other, "tales", GATE, [TASK]))),
+        "outrun": ("create", lambda: asyncio.run(of_one.remove(one, "sql"))),
+        "put": ("create", of_one._sweep),  # noqa: SLF001
+    }
+    at, step = steps[moment]
+    done: list[str] = []
+
+    def meanwhile(call: str, key: str) -> None:
+        if call == at and not done and (LOG in key or at == "remove"):
+            done.append(key)
+            thread = threading.Thread(target=step)
+            thread.start()
+            thread.join()
+
+    disturbed[moment != "swept"].before = meanwhile
+    if moment == "swept":
+        asyncio.run(of_one.remove(one, "sql"))
+    else:
+        asyncio.run(of_other.put(other, "tales", GATE, [TASK]))
+    assert len(done) == 1
+    assert [each.current.name for each in other.names.index.gated()] == ["tales"]
+    assert is_had_by_a_new_server(tmp_path, other)
+    assert len(tasks_of(disturbed[0])) == 1

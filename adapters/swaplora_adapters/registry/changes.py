@@ -119,6 +119,11 @@ class Changes:
                 raise StorageFailedError("what others have changed cannot be taken over")
 
     @property
+    def seen(self) -> int:
+        """The last change up to which memory knows all."""
+        return self._seen
+
+    @property
     def is_hanging(self) -> bool:
         """Whether the store says nothing at all: who waits for it may never come back."""
         asked_at = self._store.asked_at

@@ -6,7 +6,7 @@
     <id>/snapshots/<revision>-<id>     all that was kept of every name and alias after a change
     <id>/trimmed/<segment>             which changes were made that are not in the log any more
     <id>/blobs/<digest>/<place>/...    an adapter's two files; a place is written once, and referred to by versions
-    <id>/tasks/<digest>                a task that a gate names
+    <id>/tasks/<digest>/<revision>     a task that a gate names, put for a change
     <id>/claims/<what>/<number>        which server judges a candidate: the last one says
 
 The only thing that must be atomic is that an object is made if there is none of its name: who makes the next object of

@@ -1,10 +1,19 @@
-"""What servers share besides adapters: small files by digest, and who of them does what is to be done once."""
+"""What servers share besides adapters: small files by digest, and who of them does what is to be done once.
 
+    <id>/tasks/<digest>/<revision>     a task, put for that change, by which a gate names it
+
+Earlier releases put them at <id>/tasks/<digest>.jsonl.
+"""
+
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
-from swaplora_adapters.store.shared.objects import Objects
+from swaplora_adapters.store.shared.objects import Listed, Objects
 from swaplora_adapters.store.shared.trying import tried
 
+_EARLIER = ".jsonl"
+_EARLIER_SECONDS = 24 * 3600.0  # that one of an earlier release may be on its way in
 CLAIM_SECONDS = 300.0  # after which who has claimed something claims it anew, and after twice that has perhaps gone
 
 
@@ -17,14 +26,36 @@ class Extras:
         self._tasks, self._claims = f"{store_id}/tasks/", f"{store_id}/claims/"
         self._self = server_id.encode()
 
-    def put_task(self, name: str, path: Path) -> None:
-        """Durable when this returns; never removed."""
-        tried(lambda: self._objects.put(self._tasks + name, path))
+    def put_task(self, digest: str, content: bytes, revision: int) -> None:
+        """For the change with this revision, which is yet to be made; durable when this returns. `digest` is in hex."""
+        tried(lambda: self._objects.create(f"{self._tasks}{digest}/{revision:020d}", content))
 
-    def fetch_task(self, name: str, path: Path) -> bool:
+    def fetch_task(self, digest: str, path: Path) -> bool:
         """Whether it is there. Raises StorageFullError."""
-        path.unlink(missing_ok=True)
-        return tried(lambda: self._objects.fetch(self._tasks + name, path))
+
+        def fetch(key: str) -> bool:
+            path.unlink(missing_ok=True)
+            return self._objects.fetch(key, path)
+
+        return any(tried(partial(fetch, each.key)) for each in self._of_task(digest))
+
+    def has_task(self, digest: str) -> bool:
+        return bool(self._of_task(digest))
+
+    def sweep_tasks(self, named: Collection[str], revision: int) -> None:
+        """Remove those that no gate names after the change `revision`, or a later one: `named` are digests in hex.
+
+        What was put for a change up to that one was put in vain, or is named no more: whoever names it again, with a
+        change after it, puts it anew for that one. So nothing is removed that a change yet to be made relies on.
+        """
+        for each in tried(lambda: self._objects.under(self._tasks)):
+            digest, _, put_for = each.key.removeprefix(self._tasks).partition("/")
+            is_over = int(put_for) <= revision if put_for else each.age > _EARLIER_SECONDS
+            if is_over and digest.removesuffix(_EARLIER) not in named:
+                self._objects.remove(each.key)
+
+    def _of_task(self, digest: str) -> list[Listed]:
+        return tried(lambda: self._objects.under(self._tasks + digest))
 
     def claim(self, name: str) -> bool:
         """Whether it is this server that is to do what is called so, for `CLAIM_SECONDS` from now at least.

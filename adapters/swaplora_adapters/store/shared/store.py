@@ -99,7 +99,7 @@ class SharedStore(Store):
         self._log, self._files = Log(self._heard, store_id), SharedFiles(self._objects, store_id)
         self._snapshots = Snapshots(self._objects, store_id, self._log)
         self._compaction = Compaction(self._log, self._snapshots)
-        self.extras = Extras(self._objects, store_id, mark.server_id)
+        self.extras = Extras(self._heard, store_id, mark.server_id)
         position = Position(*(self._catalogue.position() or (0, None)))
         opened = SharedJournal(self._catalogue, self._names, self._aliases, self._blobs, position, self._log)
         recovery.notes += self._begin(opened, Position(revision, recovery.told_at(revision, CHANGE)))

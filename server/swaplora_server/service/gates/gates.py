@@ -1,9 +1,11 @@
 """Gates of a server's adapters: set and removed, with the tasks that they name."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from functools import partial
 
+from swaplora_adapters.errors import StorageFailedError, StorageFullError
 from swaplora_adapters.registry.index import NamedVersions
 from swaplora_adapters.registry.registry import Registry
 from swaplora_server.evaluation.gate import Gate
@@ -24,6 +26,7 @@ class Gates:
         self.files = files
         self._registry = registry
         self._changes = asyncio.Lock()  # or a task could be swept before its gate is there
+        self._swept: Collection[str | None] = ()  # all gates that there were at the last sweep
         self._sweep()
 
     async def put(self, registry: Registry, name: str, gate: Gate, tasks: Sequence[Task]) -> None:
@@ -41,11 +44,8 @@ class Gates:
                 for task in tasks:
                     await asyncio.to_thread(self.files.put, task)
                 await asyncio.to_thread(self._check_room, registry, name, tasks)  # brings here what is not here
-                registry.names.changes.check_known()
-                for task in tasks:  # only now: what is shared stays
-                    await asyncio.to_thread(self.files.share, task)
-                check = partial(self._check_room, registry, name, tasks)
-                await asyncio.to_thread(registry.set_gate, name, gate.model_dump_json(), check)
+                share = partial(self._share, registry, name, tasks)
+                await asyncio.to_thread(registry.set_gate, name, gate.model_dump_json(), share)
             finally:
                 await asyncio.to_thread(self._sweep)
 
@@ -55,6 +55,19 @@ class Gates:
             gate_of(registry, name)
             await asyncio.to_thread(registry.set_gate, name, None)
             await asyncio.to_thread(self._sweep)
+
+    async def sweep(self) -> None:
+        """Remove what no gate names any more, whichever server was told, and whatever went with the last one."""
+        if self._swept != self._gates():
+            async with self._changes:
+                await asyncio.to_thread(self._sweep)
+
+    def _share(self, registry: Registry, name: str, tasks: Sequence[Task]) -> None:
+        """Within the change by which they are named: what no gate names then another server may be removing."""
+        self._check_room(registry, name, tasks)
+        named = self._named()
+        for task in tasks:
+            self.files.share(task, self._registry.revision + 1, is_named=task.digest in named)
 
     def _check_room(self, registry: Registry, name: str, tasks: Sequence[Task]) -> None:
         """Raise RequestError where these and those of the tenant's other gates are too much, or too many."""
@@ -66,8 +79,20 @@ class Gates:
             raise RequestError("quota_exceeded", f"{message}: remove a gate, or name smaller tasks")
 
     def _sweep(self) -> None:
-        gated = self._registry.names.index.gated()
-        self.files.sweep({task.digest for named in gated for task in read_gate(named).tasks})
+        """What cannot be done at this moment is done later."""
+        changes = self._registry.names.changes
+        seen = changes.seen  # before what is named, which is so after that change or a later one
+        gates = self._gates()
+        with suppress(StorageFailedError, StorageFullError):
+            changes.check_known()
+            self.files.sweep(self._named(), seen)
+            self._swept = gates
+
+    def _gates(self) -> Collection[str | None]:
+        return {named.gate for named in self._registry.names.index.gated()}
+
+    def _named(self) -> set[str]:
+        return {task.digest for named in self._registry.names.index.gated() for task in read_gate(named).tasks}
 
 
 def _check_number(registry: Registry, name: str) -> None:

@@ -104,6 +104,7 @@ class _Judges:
                 if self._service.is_ready and self._service.generates:
                     try:
                         self._look()
+                        await self._service.gates.sweep()
                     except Exception as error:  # noqa: BLE001 - or no candidate would be judged any more
                         _log.exception("looking for candidates failed", error=repr(error))
                 await asyncio.sleep(LOOK_SECONDS)

@@ -12,6 +12,8 @@ from swaplora_adapters.store.shared.extras import Extras
 from swaplora_adapters.store.staging import Writer
 from swaplora_server.evaluation.task import MAX_TASK_BYTES, Task, TaskError, parse_task
 
+_PARTIAL = ".part"  # on its way in
+
 
 class TaskFiles:
     """What lies in one folder. Any thread may ask."""
@@ -21,13 +23,15 @@ class TaskFiles:
         if folder.is_symlink():
             raise StoreError(f"{folder} is a link, and nothing in a data directory may be one")
         folder.mkdir(mode=0o700, exist_ok=True)
+        for partial in folder.glob(f"*{_PARTIAL}"):  # a crash has left it
+            partial.unlink()
         self._folder = folder
         self._extras = extras
 
     def put(self, task: Task) -> None:
         """Keep it, durable when this returns. Raises StorageFullError and StorageFailedError."""
         content = "".join(f"{item.canonical}\n" for item in task.items).encode()
-        partial = self._folder / f"{secrets.token_hex(8)}.part"
+        partial = self._folder / f"{secrets.token_hex(8)}{_PARTIAL}"
         with raising_storage_errors():
             try:
                 with Writer(partial, len(content)) as writer:
@@ -37,10 +41,15 @@ class TaskFiles:
                 partial.unlink(missing_ok=True)
             sync_folder(self._folder)
 
-    def share(self, task: Task) -> None:
-        """Have all servers know one that is kept here. Raises StoreUnreachableError."""
+    def share(self, task: Task, revision: int, *, is_named: bool) -> None:
+        """Have all servers know one that is kept here, for the change with this revision, in which it is named.
+
+        One that `is_named` before that change is there, unless it was lost. Raises StoreUnreachableError.
+        """
         if self._extras is not None:
-            self._extras.put_task(self._path(task.digest).name, self._path(task.digest))
+            path = self._path(task.digest)
+            if not (is_named and self._extras.has_task(path.stem)):
+                self._extras.put_task(path.stem, path.read_bytes(), revision)
 
     def read(self, digest: str) -> Task:
         """Raises TaskError for what is not there, or is another by now, and StoreUnreachableError."""
@@ -61,20 +70,26 @@ class TaskFiles:
         with raising_storage_errors():
             return sum(path.stat().st_size for path in map(self._path, digests) if path.exists())
 
-    def sweep(self, wanted: Collection[str]) -> None:
-        """Remove all but the tasks with these digests."""
-        names = {self._path(digest).name for digest in wanted}
+    def sweep(self, wanted: Collection[str], revision: int) -> None:
+        """Remove all but the tasks with these digests, which are those that gates name after that change or later.
+
+        Raises StoreUnreachableError.
+        """
+        paths = [self._path(digest) for digest in wanted]
+        names = {path.name for path in paths}
         with raising_storage_errors():
             for path in self._folder.iterdir():
-                if path.name not in names:
+                if path.name not in names and path.suffix != _PARTIAL:
                     path.unlink(missing_ok=True)
+        if self._extras is not None:
+            self._extras.sweep_tasks({path.stem for path in paths}, revision)
 
     def _bring(self, digest: str) -> None:
         """Have what was put on another server lie here as well."""
         path = self._path(digest)
         if self._extras is not None and not path.exists():
-            partial = self._folder / f"{secrets.token_hex(8)}.part"
-            if self._extras.fetch_task(path.name, partial):
+            partial = self._folder / f"{secrets.token_hex(8)}{_PARTIAL}"
+            if self._extras.fetch_task(path.stem, partial):
                 partial.replace(path)
 
     def _path(self, digest: str) -> Path:
