@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from raw_http import connected, read_answer, read_to_end, request
+from raw_http import connected, read_answer, request
 from serving import BASE, Running, serving, settings
 from swaplora_server.http.overload.first_requests import FirstRequests
 from swaplora_server.http.transport import lingering, server
@@ -65,9 +66,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 def told(running: Running, sent: bytes) -> bytes:
+    """All until the server closes; ConnectionResetError if it cuts the connection."""
     with connected(running.url) as connection:
         connection.sendall(sent)
-        return read_to_end(connection)
+        return b"".join(iter(partial(connection.recv, 1 << 16), b""))
 
 
 def told_later(running: Running, sent: bytes) -> tuple[int, bytes]:
@@ -268,7 +270,9 @@ def test_where_no_file_is_left_it_is_tried_again_after_a_while(monkeypatch: pyte
             await asyncio.sleep(0)
         acceptor.close()
 
+    began = time.monotonic()
     asyncio.run(accept())
+    assert time.monotonic() - began >= 0.02
     assert accepted == [listener.connection]
     assert 3 <= listener.num_asked <= 4
     listener.close()

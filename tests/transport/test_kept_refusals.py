@@ -17,7 +17,7 @@ from raw_http import connected, read_answer, read_to_end, request
 from serving import BASE, Running, serving, settings
 from swaplora_adapters.files.naming import DEFAULT_TENANT
 from swaplora_server.access.caller import ANYBODY
-from swaplora_server.http.overload import kept_refusals, refusal_log
+from swaplora_server.http.overload import asking_again, kept_refusals, refusal_log
 from swaplora_server.http.overload.asking_again import AskingAgain
 from swaplora_server.http.overload.kept_refusals import KeptRefusals
 from swaplora_server.http.overload.refusal_log import RefusalLog
@@ -444,6 +444,25 @@ def test_where_there_are_no_keys_none_is_looked_at(open_to_all: Running, app: li
         for key in ("a", "b", "c"):
             assert status(open_to_all, as_key(key)) == 429
     assert app == [ASK]
+
+
+def test_a_body_is_read_where_it_decides(keyed: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[bytes] = []
+
+    def noted(body: bytes) -> Any:
+        read.append(body)
+        return json.loads(body)
+
+    with one_line_full(keyed, BASE):
+        assert status(keyed, as_key("acme")) == 429
+    monkeypatch.setattr(asking_again, "from_json", noted)
+    with one_line_full(keyed, BASE):
+        assert status(keyed, as_key("acme")) == 429
+    assert len(read) == 1
+    with full(keyed):
+        assert status(keyed, as_key("acme")) == 429
+    assert status(keyed, as_key("acme")) == 200
+    assert len(read) == 1
 
 
 def test_fields_that_are_null_name_nobody(keyed: Running, app: list[str]) -> None:

@@ -157,6 +157,12 @@ class Admissions:
                 counts[sharer.tenant] += self._num_held[sharer]
         return dict(counts)
 
+    @property
+    def has_room_for_all(self) -> bool:
+        """Whether one more is let in, whoever asks and whatever for."""
+        with self._lock:
+            return self.num_sequences < self._num_good()
+
     def check_room(self, tenant: str = "", peer: str = "", wanted: str | None = None) -> None:
         """Raise RequestError where no request of the tenant for `wanted` has room; None is whatever it is for."""
         with self._lock:

@@ -44,11 +44,10 @@ class AskingAgain:
         service = TenantService(self.service, self.caller, "", peer)
         try:
             service.meter.counts.check(self.caller.limited, is_change=self.is_change)
-            if by >= RefusedBy.NAMED and body is not None and (wanted := _wanted(service, body)) is not None:
-                service.check_serving()
-                service.admissions.check_room(service.tenant, service.peer, wanted)  # there is none for anything else
-            elif by >= RefusedBy.TENANT:
+            if by >= RefusedBy.TENANT:
                 service.check_room()
+            if by >= RefusedBy.NAMED and body is not None and not service.admissions.has_room_for_all:
+                _check_named(service, body)
         except LimitReachedError as error:
             return limit_error(error)
         except RequestError as error:
@@ -63,6 +62,13 @@ class AskingAgain:
             with suppress(LimitReachedError):
                 self.service.meter.counts.begin(self.caller.limited, is_change=self.is_change)()
         self.service.metrics.count_request(self.route, status)
+
+
+def _check_named(service: Service, body: bytes | bytearray) -> None:
+    """Raise RequestError where the caller's tenant has no place for what `body` plainly names."""
+    if (wanted := _wanted(service, body)) is not None:
+        service.check_serving()
+        service.admissions.check_room(service.tenant, service.peer, wanted)
 
 
 def _wanted(service: Service, body: bytes | bytearray) -> str | None:
