@@ -144,6 +144,13 @@ def test_so_is_one_with_another_behind_it(crowded: Running, made: list[object]) 
     assert len(made) == 1
 
 
+def test_two_are_not_taken_for_one(crowded: Running) -> None:
+    begin, end = ASK[:3], ASK[3:]
+    with full(crowded), connected(crowded.url) as connection:
+        connection.sendall(request(begin, WANTED) + request(end, WANTED))
+        assert [read_answer(connection)[0] for _ in range(2)] == [404, 404]
+
+
 def test_and_one_that_is_large(crowded: Running) -> None:
     with full(crowded):
         large = request(ASK, WANTED | {"user": "x" * MAX_HEAD_BYTES}, Connection="close")
@@ -235,14 +242,14 @@ class Listener:
     def setsockopt(self, *_option: int) -> None:
         pass
 
-    def accept(self) -> tuple[socket.socket, tuple[str, int]]:
+    def accept(self) -> tuple[socket.socket, tuple[str, int, int, int]]:
         self.num_asked += 1
         if self.num_asked < 3:
             raise OSError(errno.EMFILE, "Too many open files")
         if not self.ours.recv(1):
             raise BlockingIOError
         self.ours.setblocking(False)
-        return self.connection, ("127.0.0.1", 1)
+        return self.connection, ("::1", 1, 0, 0)
 
     def close(self) -> None:
         for one in (self.ours, self._theirs, self.client, self.connection):
@@ -255,7 +262,8 @@ def test_where_no_file_is_left_it_is_tried_again_after_a_while(monkeypatch: pyte
     accepted: list[socket.socket] = []
 
     class First:
-        def refuse(self, connection: socket.socket, _address: object) -> bool:
+        def refuse(self, connection: socket.socket, address: tuple[str, int]) -> bool:
+            assert address == ("::1", 1)
             accepted.append(connection)
             return True
 

@@ -239,6 +239,14 @@ def test_a_key_that_is_revoked_is_told_so(keyed: Running, key_file: Path) -> Non
         assert status(keyed, as_key("acme")) == 401
 
 
+def test_what_one_key_has_reached_is_no_other_s(keyed: Running, app: list[str]) -> None:
+    statuses = [status(keyed, as_key(key, "/v1/models", b"", method="GET")) for key in ("slow", "slow", "slow")]
+    assert statuses == [200, 429, 429]
+    assert status(keyed, as_key("acme", "/v1/models", b"", method="GET")) == 200
+    assert status(keyed, as_key("nobody", "/v1/models", b"", method="GET")) == 401
+    assert len(app) == 4
+
+
 def test_a_limit_that_is_changed_holds_at_once(keyed: Running, key_file: Path) -> None:
     sent = as_key("slow", "/v1/models", b"", method="GET")
     assert [status(keyed, sent) for _ in range(3)] == [200, 429, 429]

@@ -81,7 +81,7 @@ class Acceptor:
                     self._loop.remove_reader(self._listener)
                     self._loop.call_later(_FULL_SECONDS, self._listen)
                 return
-            if not self._first.refuse(connection, address):
+            if not self._first.refuse(connection, address[:2]):  # of IPv6 there is more
                 task = self._loop.create_task(self._loop.connect_accepted_socket(self._protocol, connection))
                 self._handed_on.add(task)
                 task.add_done_callback(self._handed_on.discard)
