@@ -32,6 +32,7 @@ serve-encoder: $(VENV)/.runtime ## serve the embedded encoder and the demo class
 test: $(VENV)/.dev ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/ray $(ARGS)
 
+# with ARGS="--numprocesses 2 --dist loadgroup" two clusters beside each other: tests that share replicas are a group
 .PHONY: test-ray
 test-ray: $(VENV)/.ray ## install Ray, and run the tests of replicas on it (some minutes)
 	$(BIN)/python -m pytest tests/ray $(ARGS)

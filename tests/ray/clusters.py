@@ -2,15 +2,18 @@
 
 import json
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import ray
+from filelock import FileLock
 from ray import serve
 from ray.cluster_utils import Cluster
 from ray.util import list_named_actors
@@ -26,6 +29,7 @@ from swaplora_server.config import Settings
 from swaplora_server.http.transport.protocol import HttpConfig
 
 _STORE_BYTES = 150 << 20
+_STARTING = Path(tempfile.gettempdir()) / "ray-nodes-start.lock"  # one after the other: a node that is late fails
 _PATHS = [str(ROOT / folder) for folder in ("server", "adapters", "tests/support", "tests/ray")]
 
 
@@ -44,10 +48,11 @@ def ray_nodes(count: int, cpus: int) -> Iterator[Nodes]:
     # of those that Ray starts; a test's own process has them from pytest
     os.environ["PYTHONPATH"] = os.pathsep.join([*_PATHS, os.environ.get("PYTHONPATH", "")])
     node = {"num_cpus": cpus, "object_store_memory": _STORE_BYTES, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=node)
-    try:
+    with FileLock(_STARTING):
+        cluster = Cluster(initialize_head=True, head_node_args=node)
         for _ in range(count - 1):
             cluster.add_node(num_cpus=cpus, object_store_memory=_STORE_BYTES)
+    try:
         ray.init(address=cluster.address, log_to_driver=bool(os.environ.get("SHOW_RAY")), configure_logging=False)
         with free_port() as port:
             serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})

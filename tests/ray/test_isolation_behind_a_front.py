@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from clusters import Front
@@ -10,6 +11,7 @@ from isolation import make_adapters, prove_of
 from isolation_proof import Workload
 from isolation_report import Report
 
+pytestmark = pytest.mark.xdist_group("front")
 WORKLOAD = Workload(num_swaps=30, num_replaces=10, length=100, short=12, num_adapters=5)
 FIRST_SEED = 50  # of those that leave the controls without a tie
 _UNSEEN = re.compile(r"swaplora_shared_store_unseen_requests_total\S* ([\d.]+)")
