@@ -260,6 +260,10 @@ def test_an_administrator_makes_and_revokes_keys(
         broken = client.post("/v1/keys", json={}, headers=own)
         assert (broken.status_code, broken.json()["error"]["code"]) == (507, "storage_failed")
         assert str(tmp_path) not in broken.text
+        file.unlink()
+        away = client.post("/v1/keys", json={}, headers=own)
+        assert (away.status_code, away.json()["error"]["code"]) == (507, "storage_failed")
+        assert not file.exists()  # or the next look at it would shut out who has another key
     told = [json.loads(line) for line in noted.read_text().splitlines()]
     assert [(line["key"], line["change"], line["name"]) for line in told] == [
         ("setting-1", "key.create", key_id),

@@ -99,9 +99,14 @@ def read_keys(path: Path) -> KeyFile:
 
 
 def create_key(
-    path: Path, tenant: str, scopes: tuple[KeyScope, ...], expires: datetime | None = None
+    path: Path,
+    tenant: str,
+    scopes: tuple[KeyScope, ...],
+    expires: datetime | None = None,
+    *,
+    must_exist: bool = False,
 ) -> tuple[str, StoredKey]:
-    """Make a key and add it to the file, which is made if need be. The key itself is kept nowhere.
+    """Make a key and add it to the file, which is made if need be, unless it `must_exist`. The key is kept nowhere.
 
     Raises KeyFileError.
     """
@@ -109,14 +114,14 @@ def create_key(
     stored = StoredKey(
         id=f"key-{secrets.token_hex(6)}", tenant=tenant, scopes=scopes, expires=expires, sha256=digest_of(key)
     )
-    with _changing(path) as change:
+    with _changing(path, must_exist=must_exist) as change:
         change(lambda keys: (*keys, stored))
     return key, stored
 
 
 def revoke_key(path: Path, key_id: str) -> None:
     """Take a key out of the file. Raises KeyFileError; UnknownKeyError for one that is not there."""
-    with _changing(path) as change:
+    with _changing(path, must_exist=True) as change:
         if all(key.id != key_id for key in read_keys(path).keys):
             raise UnknownKeyError(path, key_id)
         change(lambda keys: tuple(key for key in keys if key.id != key_id))
@@ -126,12 +131,12 @@ Change = Callable[[tuple[StoredKey, ...]], tuple[StoredKey, ...]]
 
 
 @contextmanager
-def _changing(path: Path) -> Iterator[Callable[[Change], None]]:
+def _changing(path: Path, *, must_exist: bool) -> Iterator[Callable[[Change], None]]:
     """What replaces the keys, while nobody else does. A file that cannot be read is not written over."""
     real = Path(os.path.realpath(path))
 
     def change(to: Change) -> None:
-        found = read_keys(path) if path.exists() else KeyFile()
+        found = read_keys(path) if must_exist or path.exists() else KeyFile()
         _replace(real, KeyFile(keys=to(found.keys), tenants=found.tenants))
 
     try:

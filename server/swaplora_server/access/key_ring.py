@@ -118,8 +118,11 @@ class KeyRing:
         return read_keys(self._path).keys
 
     def create(self, tenant: str, scopes: tuple[KeyScope, ...], expires: datetime | None) -> tuple[str, StoredKey]:
-        """See `create_key`: one that is known at once. Raises FileNotFoundError as well."""
-        created = create_key(self._path, tenant, scopes, expires)
+        """See `create_key`: one that is known at once. Raises FileNotFoundError as well.
+
+        A file that was there at the start and is away is not made anew: with this key alone, it would shut out all others.
+        """
+        created = create_key(self._path, tenant, scopes, expires, must_exist=True)
         self.refresh()
         return created
 
