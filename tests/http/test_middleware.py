@@ -12,8 +12,8 @@ import pytest
 
 from serving import BASE, Running, serving, settings
 from swaplora_server.config_values import ROUTES_BEGIN
+from swaplora_server.http.dependencies import ADAPTER_HEADER
 from swaplora_server.http.refusals import UNSERVED
-from swaplora_server.http.routes.invocations import ADAPTER_HEADER
 
 BODY = {"model": BASE, "prompt": "hi", "max_tokens": 1, "temperature": 0}
 CHAT = {"model": BASE, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1, "temperature": 0}
@@ -191,11 +191,27 @@ def test_sagemakers_header_names_the_adapter(loaded: Running) -> None:
     answer = invoke(BASE, "tuned")
     assert (answer.headers["x-swaplora-adapter"], answer.json()["model"]) == ("tuned@1", "tuned")
     assert invoke("tuned", "tuned").headers["x-swaplora-adapter"] == "tuned@1"
-    assert "x-swaplora-adapter" not in invoke(BASE, "").headers
+    empty = invoke(BASE, "")
+    assert (empty.status_code, empty.json()["error"]["param"]) == (400, ADAPTER_HEADER)
     assert invoke(BASE, "nobody").status_code == 404
     assert invoke(BASE, "x" * 600).json()["error"]["code"] == "model_not_found"
     refused = invoke("tuned", "other")
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "model")
+    headers = {ADAPTER_HEADER: "tuned"}
+    for body in (BODY, CHAT):
+        alone = {key: value for key, value in body.items() if key != "model"}
+        answer = loaded.client.post("/invocations", json=alone, headers=headers)
+        assert (answer.headers["x-swaplora-adapter"], answer.json()["model"]) == ("tuned@1", "tuned")
+
+
+@pytest.mark.parametrize("adapter", ["tuned", ""])
+def test_sagemakers_header_is_refused_where_nobody_reads_it(loaded: Running, adapter: str) -> None:
+    """Or the base would answer."""
+    headers = {ADAPTER_HEADER: adapter}
+    for path, body in (("/v1/completions", BODY), ("/v1/chat/completions", CHAT)):
+        error = loaded.client.post(path, json=body, headers=headers).json()["error"]
+        assert (error["code"], error["param"]) == ("unsupported_field", ADAPTER_HEADER)
+    assert loaded.client.get("/v1/models", headers=headers).status_code == 400
 
 
 def test_sagemakers_ping_is_readiness(server: Running) -> None:

@@ -120,7 +120,7 @@ class KeyRing:
     def create(self, tenant: str, scopes: tuple[KeyScope, ...], expires: datetime | None) -> tuple[str, StoredKey]:
         """See `create_key`: one that is known at once. Raises FileNotFoundError as well.
 
-        A file that was there at the start and is away is not made anew: with this key alone, it would shut out all others.
+        A file that is away is not made anew: with this key alone in it, it would shut out all others.
         """
         created = create_key(self._path, tenant, scopes, expires, must_exist=True)
         self.refresh()

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from swaplora_adapters.errors import AdapterError
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import authorise, check_declared, is_public, needs
-from swaplora_server.http.dependencies import note_trace
+from swaplora_server.http.dependencies import note_trace, refuse_adapter_header
 from swaplora_server.http.described import REFUSED, with_keys
 from swaplora_server.http.errors import on_client_gone, on_defect, on_http_error, on_invalid_parameter, on_request_error
 from swaplora_server.http.evaluations import gates
@@ -68,7 +68,7 @@ def create_app(service: Service, bodies: BodyMemory) -> RequestIdMiddleware:
     app = FastAPI(
         title="swaplora",
         lifespan=lambda _app: judged(service),
-        dependencies=[Depends(note_trace), Depends(authorise)],
+        dependencies=[Depends(note_trace), Depends(authorise), Depends(refuse_adapter_header)],
         telemetry=_telemetry(service, root_path),
         exception_handlers=_HANDLERS,
         openapi_url=None,

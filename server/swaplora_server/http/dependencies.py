@@ -11,6 +11,9 @@ from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
 from swaplora_server.service.tenant import TenantService
 
+ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"  # says who answers, at INVOCATIONS alone
+INVOCATIONS = "/invocations"
+
 
 async def _service(request: Request) -> Service:
     """With the caller's adapters alone, where there is a caller; public routes look at none."""
@@ -39,6 +42,13 @@ async def note_trace() -> None:
     span = trace.get_current_span().get_span_context()
     if span.is_valid:
         structlog.contextvars.bind_contextvars(trace_id=trace.format_trace_id(span.trace_id))
+
+
+async def refuse_adapter_header(request: Request) -> None:
+    """A dependency of every route. Raises RequestError where nobody reads SageMaker's header that says who answers."""
+    if ADAPTER_HEADER in request.headers and request.scope["route"].path != INVOCATIONS:
+        message = f"{ADAPTER_HEADER} names an adapter at {INVOCATIONS} alone: name it in the request here"
+        raise RequestError("unsupported_field", message, ADAPTER_HEADER)
 
 
 async def refuse_unknown_parameters(request: Request) -> None:

@@ -59,7 +59,7 @@ def _by_token_ids(value: object) -> object:
         raise PydanticCustomError("logit_bias", f"may name {MAX_BIASES} tokens")
     for name in value:
         if not (name.isascii() and name.isdigit() and len(name) <= MAX_ID_DIGITS):
-            raise PydanticCustomError("logit_bias", 'must be an object of token ids, such as {{"42": -100}}')
+            raise PydanticCustomError("logit_bias", 'must be an object of token ids, such as {"42": -100}')
     return {int(name): bias for name, bias in value.items()}
 
 

@@ -13,7 +13,7 @@ from swaplora_server.access.caller import Caller, KeyScope
 from swaplora_server.cluster.affinity import RouteKey
 from swaplora_server.cluster.front.route_key import ANYWHERE, key_of_body
 from swaplora_server.config import Settings
-from swaplora_server.http.routes.invocations import ADAPTER_HEADER
+from swaplora_server.http.dependencies import ADAPTER_HEADER
 from swaplora_server.http.transport.body import is_json
 from swaplora_server.http.transport.body_memory import BodyAccount, BodyMemory
 from swaplora_server.http.transport.encoding import body_chunks

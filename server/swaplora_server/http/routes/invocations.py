@@ -8,9 +8,9 @@ from starlette.responses import Response
 
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.http.auth import needs
-from swaplora_server.http.dependencies import Serving
+from swaplora_server.http.dependencies import ADAPTER_HEADER, Serving
 from swaplora_server.http.described import GENERATED
-from swaplora_server.http.foreign.fields import MAX_MODEL_CHARACTERS
+from swaplora_server.http.foreign.fields import MAX_MODEL_CHARACTERS, ModelName
 from swaplora_server.http.routes.chat import answer_chat
 from swaplora_server.http.routes.completions import answer_completion
 from swaplora_server.http.transport.body import body_schema, json_body
@@ -20,7 +20,6 @@ from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
 
 router = APIRouter()
-ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
 SESSION_HEADER = "X-Amzn-SageMaker-Session-Id"
 _CHAT, _COMPLETION = f"{BRANCH}chat", f"{BRANCH}completion"
 
@@ -31,10 +30,22 @@ def _kind(value: object) -> str | None:
     return _CHAT if "messages" in value else _COMPLETION
 
 
+class InvokedChat(ChatBody):
+    """A chat whose adapter the header may name."""
+
+    model: ModelName = ""
+
+
+class InvokedCompletion(CompletionBody):
+    """A completion whose adapter the header may name."""
+
+    model: ModelName = ""
+
+
 class InvocationBody(
     RootModel[
         Annotated[
-            Annotated[ChatBody, Tag(_CHAT)] | Annotated[CompletionBody, Tag(_COMPLETION)],
+            Annotated[InvokedChat, Tag(_CHAT)] | Annotated[InvokedCompletion, Tag(_COMPLETION)],
             Discriminator(_kind, "body", "give either messages, for a chat, or prompt, for a text; no session is kept"),
         ]
     ],
@@ -62,10 +73,17 @@ async def invoke(
 
 
 def _named(service: Service, body: GenerationBody, adapter: str | None) -> GenerationBody:
-    """The body with the header's adapter as its model, where it names the base. Raises RequestError for two names."""
-    if not adapter or adapter == body.model:
+    """The body with the header's adapter as its model, where that is the base or not there.
+
+    Raises RequestError for two names, for none, and for a header that is there and names nobody.
+    """
+    if adapter is None:
+        if not body.model:
+            raise RequestError("invalid_request", f"model: name it here, or an adapter in {ADAPTER_HEADER}", "model")
         return body
-    if not service.is_base(body.model):
+    if not adapter:
+        raise RequestError("invalid_request", f"{ADAPTER_HEADER} is empty: leave it out for the base", ADAPTER_HEADER)
+    if body.model and adapter != body.model and not service.is_base(body.model):
         message = f"{ADAPTER_HEADER} and model name different adapters; with the header, model is the base's id"
         raise RequestError("invalid_request", message, "model")
     if len(adapter) > MAX_MODEL_CHARACTERS:
