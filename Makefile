@@ -69,6 +69,10 @@ bench-encoders: $(VENV)/.dev ## measure an encoder's vectors beside sentence-tra
 bench-overload: $(VENV)/.dev ## measure a server that is asked for more than it can do, and who pays for a flood
 	$(TOOL) tools/bench_overload.py $(ARGS)
 
+.PHONY: bench-shared
+bench-shared: $(VENV)/.dev ## measure what a shared store costs, and two servers on it beside one (ARGS=--ray for replicas too)
+	$(TOOL) tools/bench_shared.py $(ARGS)
+
 bench-extract: $(VENV)/.dev ## measure how much of a full fine-tune adapters of each rank keep (half an hour)
 	PYTHONPATH=tests/support:demo $(BIN)/python tools/loop/bench_extract.py $(ARGS)
 

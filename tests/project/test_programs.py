@@ -13,7 +13,7 @@ from repository import ROOT
 
 OTHERS = re.findall(r"^TOOL := PYTHONPATH=(\S+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[0]
 # audit.py runs beside a test; fuzz.py imports what it needs when it knows what for
-TOOLS = ("bench", "bench_encoders", "bench_life", "fuzz_api", "kinds_table", "refused_list")
+TOOLS = ("bench", "bench_encoders", "bench_life", "bench_shared", "fuzz_api", "kinds_table", "refused_list")
 DEMO = ("cards", "evaluate", "make_data", "task", "tasks", "train_classifiers")
 NOT_INSTALLED = [ROOT / folder for folder in ("tests", "tools", "demo")]
 
