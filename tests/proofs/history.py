@@ -7,7 +7,23 @@ are searched, as by Wing and Gong (Testing and Verifying Concurrent Objects, 199
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, TypeVar
+
+S = TypeVar("S")
+
+
+class Happened(Protocol[S]):
+    """One operation on a thing of state `S`. One whose answer nobody heard happened within its times or not at all."""
+
+    @property
+    def start(self) -> float: ...
+    @property
+    def end(self) -> float: ...
+    @property
+    def is_heard(self) -> bool: ...
+
+    def applied_to(self, state: S) -> S | None:
+        """The state afterwards, or None when `state` does not explain the answer."""
 
 
 class State(NamedTuple):
@@ -68,7 +84,7 @@ class Operation:
         return state
 
 
-def final_states(operations: Sequence[Operation], initial: Iterable[State]) -> frozenset[State]:
+def final_states(operations: Sequence[Happened[S]], initial: Iterable[S]) -> frozenset[S]:
     """Every state that some order of `operations` can end in; none when no order explains all the answers."""
     earlier = [_mask(other.end < one.start for other in operations) for one in operations]
     heard = _mask(one.is_heard for one in operations)
