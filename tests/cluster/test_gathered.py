@@ -1,5 +1,6 @@
 """Two replicas of their own state, asked as one."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic_core import from_json, to_json
 
 from fronts import Front, front_of
+from metering import Remote
 from serving import BASE, Running, serving, settings
+from swaplora_server.access.key_file import digest_of
+from swaplora_server.access.key_ring import KeyRing
 from swaplora_server.cluster.exchange import Answer
-from swaplora_server.cluster.gathered import gathered_as, is_page, labelled
+from swaplora_server.cluster.gathered import gathered_as, is_page, labelled, missing
+from swaplora_server.cluster.meter import CommonMeter, SharedMeter
 from swaplora_server.http.app import create_app
 from swaplora_server.http.transport.body_memory import BodyMemory
 
@@ -92,6 +97,46 @@ def test_metrics_are_each_replicas(two: tuple[Running, Running], front: Front) -
     assert found["vllm:request_prompt_tokens"] == "histogram"
 
 
+def test_what_all_are_asked_counts_once(
+    two: tuple[Running, Running], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key whose limits have room for one request gets all of what they have to say."""
+    file, key = tmp_path / "keys.yaml", "sk-few"
+    own = {"id": "few", "sha256": digest_of(key), "limits": {"requests_per_minute": 5}}
+    file.write_bytes(to_json({"keys": [{**own, "scopes": ["metrics:read", "adapters:read", "generate"]}]}))
+    meter = Remote(CommonMeter())
+    for name, running in zip("ab", two, strict=True):
+        monkeypatch.setattr(running.service, "keys", KeyRing([], file))
+        monkeypatch.setattr(running.service, "meter", SharedMeter(name, lambda: meter))
+    apps = [create_app(running.service, BodyMemory(1 << 20)) for running in two]
+    with front_of(two[0].service.settings.model_copy(update={"key_file": file}), *apps) as front:
+        front.client.headers["authorization"] = f"Bearer {key}"
+        assert front.client.get("/v1/evaluations").json()["data"] == []
+        assert front.client.get("/v1/evaluations?limit=5.0").json()["has_more"] is False
+        assert {'replica="r0"', 'replica="r1"'} == set(re.findall('replica="r."', front.client.get("/metrics").text))
+        asked = [front.client.get("/v1/adapters/nobody").status_code for _ in range(3)]
+        assert asked == [404, 404, 429]
+        assert front.client.get("/metrics").status_code == 429
+        assert front.client.get("/v1/evaluations").status_code == 429
+
+
+def test_a_list_without_one_of_them_is_none() -> None:
+    """And metrics of those that can answer are; but a limit is a limit."""
+    body = to_json({"object": "list", "data": [], "has_more": False})
+    good, limited = Answer("a", 200, [(b"content-type", b"application/json")], body), Answer("b", 429, [], b"limited")
+
+    def found(path: str, *answers: Answer) -> int:
+        how = gathered_as("GET", path)
+        assert how is not None
+        scope = {"type": "http", "query_string": b"limit=3", "headers": []}
+        assert not is_page([*answers], scope, how)
+        return how([*answers], scope).status
+
+    lists, metrics = "/v1/evaluations", "/metrics"
+    assert [found(lists, good, missing()), found(lists, good, limited)] == [503, 429]
+    assert [found(metrics, good, missing()), found(metrics, good, limited)] == [200, 429]
+
+
 def test_metrics_are_put_together_as_they_are() -> None:
     """Every sample of every replica once, with its label, whatever stands in a label or in a description."""
     answers, wanted = [], set()
@@ -133,7 +178,7 @@ def test_a_list_goes_on_where_it_ended() -> None:
 
     def listed(query: str) -> tuple[list[str], bool]:
         scope = {"type": "http", "query_string": query.encode(), "headers": []}
-        assert is_page(scope, how)
+        assert is_page(answers, scope, how) == bool(query)
         told = from_json(how(answers, scope).body)
         return [one["id"] for one in told["data"]], told["has_more"]
 

@@ -1,8 +1,7 @@
 """What replicas count together is counted once, and what a lost one had begun ends with it."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Generator
-from contextvars import ContextVar
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,50 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metering import FAULT, Clock, Remote
 from swaplora_server.access.limits import WINDOW_SECONDS, LimitReachedError, Limits
 from swaplora_server.cluster.meter import SILENT_SECONDS, CommonMeter, SharedMeter
-
-FAULT = ContextVar[str]("FAULT")  # of the actor's, for one of many requests
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Remote:
-    """An actor's handle, whose calls are made here, in turn; or fail."""
-
-    def __init__(self, meter: CommonMeter) -> None:
-        self._meter = meter
-        self.fault = ""  # gone; late: does what it is told, and fails to say so; silent: does it, and says nothing
-        self.num_calls = 0
-
-    def __getattr__(self, method: str) -> Any:
-        return Call(self, getattr(self._meter, method))
-
-
-class Call:
-    def __init__(self, remote: Remote, method: Any) -> None:
-        self._remote, self._method = remote, method
-
-    def remote(self, *args: Any) -> "Call":
-        self._remote.num_calls += 1
-        self._fault = FAULT.get(self._remote.fault)
-        self._told = None if self._fault == "gone" else self._method(*args)
-        return self
-
-    def __await__(self) -> Generator[Any, None, Any]:
-        return self._answer().__await__()
-
-    async def _answer(self) -> Any:
-        if self._fault == "silent":
-            await asyncio.Event().wait()
-        if self._fault:
-            raise ConnectionError(self._fault)
-        return self._told
 
 
 @pytest.fixture
@@ -92,6 +50,28 @@ async def test_what_ends_is_counted_out_once(two: list[SharedMeter]) -> None:
     await two[1].begin(limited, is_change=False)
     with pytest.raises(LimitReachedError):
         await two[0].begin(limited, is_change=False)
+
+
+async def test_what_many_replicas_are_asked_at_once_counts_once(two: list[SharedMeter], clock: Clock) -> None:
+    """It is let in by all or by none, and runs until the last of them has ended it."""
+    limited = {"key": Limits(concurrent_requests=1, requests_per_minute=2)}
+
+    async def begin(counted_as: str) -> list[Callable[[], None]]:
+        return [await meter.begin(limited, is_change=False, counted_as=counted_as) for meter in two]
+
+    ends = await begin("first")
+    ends[0]()
+    with pytest.raises(LimitReachedError, match="1 requests at once"):
+        await begin("second")
+    ends[1]()
+    with pytest.raises(LimitReachedError, match="1 requests at once"):  # and so says who is asked later
+        await two[1].begin(limited, is_change=False, counted_as="second")
+    for end in await begin("third"):
+        end()
+    with pytest.raises(LimitReachedError, match="2 requests a minute"):
+        await begin("fourth")
+    clock.now += WINDOW_SECONDS
+    await begin("fourth")
 
 
 async def test_tokens_that_are_not_used_go_back(two: list[SharedMeter]) -> None:

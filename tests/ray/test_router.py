@@ -7,10 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
+import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve.request_router import PendingRequest
+from structlog.testing import capture_logs
 
-from swaplora_server.cluster.affinity import COLD, RouteKey
+from swaplora_server.cluster.affinity import COLD, Affinity, RouteKey
 from swaplora_server.cluster.router import AdapterAffinityRouter
 
 DEPLOYMENT = DeploymentID(name="Engine", app_name="swaplora")
@@ -70,6 +72,17 @@ async def test_all_replicas_are_ranked_and_the_first_two_one_by_one() -> None:
     assert [len(rank) for rank in ranks] == [1, 1, 4]
     assert sorted(await ranked(router, adapter("x"))) == list("abcdef")
     assert request.routing_context.should_backoff
+
+
+async def test_no_request_is_lost_where_nobody_can_tell_who_is_to_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray drops it when this raises, and whoever asks waits in vain."""
+    for method in ("rank", "routed"):
+        monkeypatch.setattr(Affinity, method, Mock(side_effect=OverflowError("a fault of the test")))
+        router = router_of(map(replica, "abc"))
+        with capture_logs() as said:
+            found = {await asyncio.wait_for(chosen(router, adapter("x")), 10) for _ in range(40)}
+        assert len(said) == 1
+        assert found == {"a", "b", "c"} or method == "routed"
 
 
 async def test_what_replicas_tell_decides() -> None:

@@ -184,8 +184,10 @@ class OwnMeter:
     def __init__(self) -> None:
         self.counts = Meter()
 
-    async def begin(self, limited: dict[str, Limits], *, is_change: bool) -> Callable[[], None]:
-        """See `Meter.begin`."""
+    async def begin(
+        self, limited: dict[str, Limits], *, is_change: bool, counted_as: str | None = None
+    ) -> Callable[[], None]:
+        """See `Meter.begin`. What several servers are asked as one is counted once, by this name; here there is one."""
         return self.counts.begin(limited, is_change=is_change)
 
     async def reserve(self, limited: dict[str, Limits], num_tokens: int) -> Reservation:

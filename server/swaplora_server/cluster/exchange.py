@@ -1,6 +1,7 @@
 """A request as it goes from the ingress to a replica, and what the replica's app makes of it."""
 
 import asyncio
+import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
@@ -8,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from starlette.types import ASGIApp, Message, Scope
+
+from swaplora_server.http.auth import COUNTED_AS
 
 WANTS_BODY = "swaplora.wants_body"  # a message beside ASGI's: the app reads, and nothing of the body is here
 _PASSED_ON = (
@@ -45,11 +48,15 @@ class Answer(NamedTuple):
 
 
 def scope_to_send(scope: Scope, request_id: str) -> dict[str, Any]:
-    """What of a scope a replica needs: plain data. The request keeps the id that it has here."""
+    """What of a scope a replica needs: plain data. The request keeps the id that it has here.
+
+    Limits count it once, however many replicas are asked: for that it has a name that no client gives.
+    """
     headers = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
     return {
         **{name: scope[name] for name in _PASSED_ON if name in scope},
         "headers": [*headers, (b"x-request-id", request_id.encode())],
+        COUNTED_AS: uuid.uuid4().hex,
     }
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 
+from pydantic import TypeAdapter
 from pydantic_core import from_json, to_json
 from starlette.datastructures import QueryParams
 from starlette.types import Scope
@@ -13,6 +14,7 @@ from swaplora_server.http.errors import error_body
 Gathered = Callable[[list[Answer], Scope], Answer]
 ALL_OF_A_LIST = b"limit=1000"  # as many as one asks for at most
 _DEFAULT_LIMIT = 100
+_NUMBER = TypeAdapter(int)  # as a replica reads it
 _BY_ID = re.compile(r"/v1/evaluations/[^/]+(/cancel)?")
 _EOF = b"# EOF\n"  # of OpenMetrics
 _FAMILY = re.compile(rb"(?P<name>\S+).*\n(?:#.*\n)*")  # behind `# HELP `
@@ -55,31 +57,42 @@ def _best(answers: list[Answer], _scope: Scope) -> Answer:
     return min(answers, key=lambda answer: (answer.status == 404, answer.status))
 
 
-def is_page(scope: Scope, how: Gathered) -> bool:
-    """Whether a part of a list is asked for, which is found in the lists of all, each whole."""
-    return how is _lists
+def is_page(answers: list[Answer], scope: Scope, how: Gathered) -> bool:
+    """Whether these are parts of lists, and what is asked for is found in the lists of all, each whole."""
+    good = [answer for answer in answers if answer.status == 200]
+    if how is not _lists or not good or _refusal(answers) is not None:
+        return False
+    asked = QueryParams(scope["query_string"])
+    return "limit" in asked or "after" in asked or any(from_json(answer.body)["has_more"] for answer in good)
+
+
+def _refusal(answers: list[Answer]) -> Answer | None:
+    """Of a replica without which a list would be short, and not say so: a 404 says that a page begins elsewhere."""
+    refusals = [answer for answer in answers if answer.status not in (200, 404)]
+    return max(refusals, key=lambda answer: answer.status, default=None)
 
 
 def _lists(answers: list[Answer], scope: Scope) -> Answer:
     """Of evaluations, the newest of all first."""
     good = [answer for answer in answers if answer.status == 200]
-    if not good:
-        return _best(answers, scope)
+    if (refusal := _refusal(answers)) is not None or not good:
+        return refusal or _best(answers, scope)
     lists = [from_json(answer.body) for answer in good]
     data = sorted((one for each in lists for one in each["data"]), key=lambda one: one["created"], reverse=True)
     asked = QueryParams(scope["query_string"])
     places = [place for place, one in enumerate(data, start=1) if one["id"] == asked.get("after")]
-    begin, limit = places[0] if places else 0, int(asked.get("limit", _DEFAULT_LIMIT))
+    begin, limit = places[0] if places else 0, _NUMBER.validate_python(asked.get("limit", _DEFAULT_LIMIT))
     has_more = begin + limit < len(data) or any(each["has_more"] for each in lists)
     whole = {**lists[0], "data": data[begin : begin + limit], "has_more": has_more}
     return _with_body(good[0], to_json(whole), b"application/json")
 
 
 def _metrics(answers: list[Answer], scope: Scope) -> Answer:
-    """Every replica's, as each has labelled them; a sum is PromQL's `sum without (replica)`."""
+    """Every replica's that answers, as each has labelled them; a sum is PromQL's `sum without (replica)`."""
     good = [answer for answer in answers if answer.status == 200]
-    if not good:
-        return _best(answers, scope)
+    limited = [answer for answer in answers if answer.status == 429]
+    if limited or not good:
+        return _best(limited or answers, scope)
     families: dict[bytes, list[bytes]] = {}  # by name: what is said of it, and the samples of each replica
     for answer in good:
         for told in answer.body.removesuffix(_EOF).strip(b"\n").removeprefix(b"# HELP ").split(b"\n# HELP "):

@@ -25,31 +25,58 @@ class Reached(NamedTuple):
     retry_seconds: int | None
 
 
+class _Counted:
+    """One that a client asked: counted once, however many replicas have it, and until none has."""
+
+    def __init__(self, at: float, reached: Reached | None, end: Callable[[], None]) -> None:
+        self.at = at
+        self.reached = reached
+        self.num_running = 0
+        self._end = end
+
+    def ended(self) -> None:
+        """By one replica."""
+        self.num_running -= 1
+        if not self.num_running:
+            self._end()
+
+
 class CommonMeter:
     """The counts. One caller at a time."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._meter = Meter(clock)
-        self._begun: dict[str, tuple[str, Callable[[], None]]] = {}  # with the replica that is to end it
+        self._begun: dict[str, tuple[str, _Counted]] = {}  # with the replica that is to end it
+        self._counted: dict[str, _Counted] = {}  # lately, by what it is counted as; the oldest first
         self._reserved: dict[str, tuple[str, Reservation]] = {}
         self._seen: dict[str, float] = {}
 
-    def begin(self, replica: str, request: str, limited: dict[str, Limits], is_change: bool) -> Reached | None:
-        """See `Meter.begin`."""
+    def begin(
+        self, replica: str, request: str, limited: dict[str, Limits], is_change: bool, counted_as: str | None = None
+    ) -> Reached | None:
+        """See `Meter.begin`. What was counted lately as the same is let in or refused as it was then."""
         self.alive(replica)
         self._forget_lost()
+        counted = self._counted.get(counted_as or request) or self._count(limited, is_change)
+        self._counted[counted_as or request] = counted
+        if counted.reached is None:
+            counted.num_running += 1
+            self._begun[request] = replica, counted
+        return counted.reached
+
+    def _count(self, limited: dict[str, Limits], is_change: bool) -> _Counted:
+        now = self._clock()
         try:
-            self._begun[request] = replica, self._meter.begin(limited, is_change=is_change)
+            return _Counted(now, None, self._meter.begin(limited, is_change=is_change))
         except LimitReachedError as error:
-            return Reached(str(error), error.retry_seconds)
-        return None
+            return _Counted(now, Reached(str(error), error.retry_seconds), lambda: None)
 
     def end(self, request: str) -> None:
         """Count it out."""
-        _, end = self._begun.pop(request, ("", None))
-        if end is not None:
-            end()
+        _, counted = self._begun.pop(request, ("", None))
+        if counted is not None:
+            counted.ended()
 
     def reserve(self, replica: str, tokens: str, limited: dict[str, Limits], num_tokens: int) -> Reached | None:
         """See `Meter.reserve`."""
@@ -73,6 +100,8 @@ class CommonMeter:
     def _forget_lost(self) -> None:
         """End what replicas had begun that are gone; what they had reserved counts as used."""
         earliest = self._clock() - SILENT_SECONDS
+        while self._counted and next(iter(self._counted.values())).at < earliest:
+            del self._counted[next(iter(self._counted))]
         for lost in [replica for replica, seen in self._seen.items() if seen < earliest]:
             del self._seen[lost]
             for request in [request for request, (replica, _) in self._begun.items() if replica == lost]:
@@ -103,14 +132,16 @@ class SharedMeter(OwnMeter):
         with suppress(LimitReachedError):
             await self._ask("alive", self._replica, seconds=START_SECONDS)
 
-    async def begin(self, limited: dict[str, Limits], *, is_change: bool) -> Callable[[], None]:
-        """See `Meter.begin`."""
+    async def begin(
+        self, limited: dict[str, Limits], *, is_change: bool, counted_as: str | None = None
+    ) -> Callable[[], None]:
+        """See `OwnMeter.begin`."""
         own = _counted(limited)
         if not own:
             return await super().begin(limited, is_change=is_change)
         request = uuid.uuid4().hex
         end = partial(self._tell, "end", request)
-        await self._ask("begin", self._replica, request, own, is_change, undo=end)
+        await self._ask("begin", self._replica, request, own, is_change, counted_as, undo=end)
         return _Once(end)
 
     async def reserve(self, limited: dict[str, Limits], num_tokens: int) -> Reservation:

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from random import Random
 from typing import Any
 
+import structlog
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from swaplora_server.cluster.affinity import Affinity, ReplicaState, RouteKey
 
 _FIRST = 2  # that are tried one by one, before Ray chooses the least busy of all others
+_log = structlog.get_logger(__name__)
 
 
 class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray is not there where this is checked
@@ -26,7 +28,9 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray is not 
 
     def initialize_state(self) -> None:
         """It has no settings."""
-        self._affinity = Affinity(Random())
+        self._random = Random()
+        self._affinity = Affinity(self._random)
+        self._has_failed = False
         self._stats: dict[ReplicaID, Mapping[str, Any]] = {}
         self._routed: Counter[tuple[ReplicaID, str]] = Counter()  # by replica and Ray's internal id: what it has
 
@@ -47,7 +51,11 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray is not 
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # or Ray asks again without a pause if all are full
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        names = self._affinity.rank(_key_of(pending_request), time.monotonic())
+        try:
+            names = self._affinity.rank(_key_of(pending_request), time.monotonic())
+        except Exception:  # noqa: BLE001 - Ray drops the requests for which this raises
+            self._fails()
+            names = self._random.sample(list(by_name), len(by_name))
         ranked = [by_name[name] for name in names if name in by_name]
         return [*([replica] for replica in ranked[:_FIRST]), ranked[_FIRST:]]
 
@@ -59,7 +67,10 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray is not 
         for pending in self._pending_requests_to_fulfill:
             if pending.metadata is request_metadata and not pending.future.done():
                 name, key = replica.replica_id.unique_id, _key_of(pending)
-                self._affinity.routed(key, name, time.monotonic())
+                try:
+                    self._affinity.routed(key, name, time.monotonic())
+                except Exception:  # noqa: BLE001 - as above
+                    self._fails()
                 key.tried.append(name)
                 self._routed[replica.replica_id, pending.metadata.internal_request_id] += 1
                 self._record_queue_wait_time(pending)
@@ -78,6 +89,12 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray is not 
             if future.done() and not future.cancelled() and future.exception() is None:
                 self.on_request_completed(future.result().replica_id, pending_request.metadata.internal_request_id)
             raise
+
+    def _fails(self) -> None:
+        """Say so, once: it would be said of each request."""
+        if not self._has_failed:
+            self._has_failed = True
+            _log.exception("requests are routed at random: who is to have them cannot be told")
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """What Ray calls once for each request that it sent, also when the replica refused it or died.

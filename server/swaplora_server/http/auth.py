@@ -16,6 +16,7 @@ from swaplora_server.service.service import Service
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 COUNT_OUT = "swaplora.count_out"  # of a request's scope: what counts it out
+COUNTED_AS = "swaplora.counted_as"  # likewise: the same in all replicas that have to do with it
 _needed: dict[Callable[..., Any], frozenset[KeyScope] | None] = {}  # None: no key
 
 
@@ -69,7 +70,7 @@ async def authorise(request: Request) -> AsyncIterator[None]:
     is_change = scopes == {KeyScope.WRITE}
     request.state.asking_again = AskingAgain(service, request.scope["route"].path, key, caller, is_change)
     try:
-        end = await service.meter.begin(caller.limited, is_change=is_change)
+        end = await service.meter.begin(caller.limited, is_change=is_change, counted_as=request.scope.get(COUNTED_AS))
     except LimitReachedError as error:
         raise limit_error(error) from error
     request.scope[COUNT_OUT] = end

@@ -142,7 +142,7 @@ class Ingress:
         gone = asyncio.ensure_future(until_gone(receive))
         try:
             answers = await self._asked(request, gone, is_one_enough=is_of_one(how))
-            if is_page(scope, how) and any(answer.status == 200 for answer in answers):
+            if is_page(answers, scope, how):
                 whole_lists = {**request.scope, "query_string": ALL_OF_A_LIST}
                 answers = await self._asked(replace(request, scope=whole_lists), gone, is_one_enough=False)
         finally:
