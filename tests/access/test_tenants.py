@@ -355,8 +355,8 @@ def test_whatever_is_said_leads_to_a_tenant_or_nowhere(tenant: str, before: str,
 OPERATORS = {
     Registry: {"check_integrity", "close", "host_bytes", "memory_budget", "pins_not_kept", "resident_bytes", "states"}
     | {"extras", "judge", "revision", "seen", "step_back", "stop"},
-    Names: {"change", "origin", "outdated", "publish", "put_alias", "remove", "remove_alias", "set_origin", "state"}
-    | {"has_read", "is_news", "set_read"}
+    Names: {"change", "origin", "outdated", "publish", "put_alias", "remove", "remove_alias", "state"}
+    | {"check_is_news", "has_read", "set_read"}
     | {"is_due", "judge", "may_follow", "set_gate", "successor", "was_used", "check_is_not_base", "put_mixture"}
     | {"bring", "remove_mixture", "step_back"},
     Index: {"aliases_that_need", "digests", "names_of", "num_aliases", "put", "put_alias", "remove", "remove_alias"},

@@ -10,7 +10,7 @@ import torch
 
 import adapter_files
 from changer import BASE
-from replicas import Disturbed, facts, put, registry, replicas, see
+from replicas import Disturbed, facts, put, registry, replicas, see, store_of
 from swaplora_adapters.errors import (
     AdapterBusyError,
     AdapterNotFoundError,
@@ -24,7 +24,7 @@ from swaplora_adapters.registry.names import Judgement
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.store.conditions import Conditions
-from swaplora_adapters.store.records import Mixing, Target
+from swaplora_adapters.store.records import Alias, Mixing, Target
 from swaplora_adapters.store.shared.address import open_objects
 from swaplora_adapters.store.shared.history import segments
 from swaplora_adapters.store.shared.store import open_store
@@ -107,7 +107,7 @@ def test_a_new_server_makes_itself_of_the_log_and_goes_on_where_it_was(
         known = facts(other)
     with replicas(tmp_path, [objects]) as (one,):  # with the data directory of before
         one.delete_alias("gone")
-        one.names.set_origin("a0", "hf://org/a0")
+        taken_in = put(one, "a0", files[5], conditions=Conditions(if_news=True)).record
         one._store.tidy()  # noqa: SLF001
         put(one, "late", files[0])
         expected = facts(one)
@@ -115,7 +115,7 @@ def test_a_new_server_makes_itself_of_the_log_and_goes_on_where_it_was(
         fresh = registry(tmp_path / "fresh", objects)
         try:
             assert facts(fresh) == expected
-            assert fresh.names.origin("a0") == "hf://org/a0"
+            assert fresh.names.origin("a0") == taken_in.digest
             assert fresh.revision == one.revision
             assert weights_of(fresh, "late") == weights_of(one, "late")
         finally:
@@ -268,3 +268,28 @@ def test_a_quota_holds_for_all_servers_together(files: list[Path], tmp_path: Pat
         for of in opened:
             see(of)
             assert len(of.names.index.all()) == 4
+
+
+@pytest.mark.parametrize("has_namesake", [False, True])
+def test_an_alias_that_is_called_as_an_adapter_is_or_was_stays_in_a_copy_that_begins_again(
+    files: list[Path], tmp_path: Path, has_namesake: bool
+) -> None:
+    """The log says who is called what: a server that was restarted is to know no less than the others."""
+    objects = open_objects(str(tmp_path / "shared"))
+    with replicas(tmp_path, [objects, objects]) as (one, other):
+        put(one, "sql", files[0])
+        put(one, "prod", files[1])
+        one.delete("prod")
+        if has_namesake:  # as an earlier release has made it
+            put(one, "prod", files[2])
+            one.names.changes.make(lambda: store_of(one).put_alias(Alias("prod", (Target("sql", 1),))))
+        else:
+            one.put_alias("prod", [Target("sql", 1)])
+        see(other)
+        known = facts(other)
+    with replicas(tmp_path, [objects, objects]) as opened:
+        assert [facts(of) for of in opened] == [known, known]
+        assert not any(store_of(of).notes for of in opened)
+        if not has_namesake:
+            with pytest.raises(InvalidAdapterNameError, match="prod is an alias"):
+                put(opened[1], "prod", files[3])

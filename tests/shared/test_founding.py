@@ -116,6 +116,32 @@ def test_a_data_directory_whose_store_was_not_made_can_be_used_alone(
         local(tmp_path / "data0")
 
 
+def test_what_nobody_knows_in_a_directory_of_which_no_store_was_made_yet_is_set_aside(
+    files: list[Path], tmp_path: Path
+) -> None:
+    """It is no copy: nobody else has these files."""
+    alone = local(tmp_path / "data0")
+    digests = [put(alone, name, files[number]).record.digest for number, name in enumerate(("sql", "tales"))]
+    alone.close()
+    objects = Disturbed(open_objects(str(tmp_path / "shared")))
+
+    def refuse(call: str, _key: str) -> None:
+        if call in {"put", "create"}:
+            raise unreachable()
+
+    objects.before = refuse
+    for breaks in (False, True):
+        if breaks:  # a bad disk, after the first start
+            (tmp_path / "data0/catalogue.sqlite3").unlink()
+            (tmp_path / "data0/names/sql").write_bytes(b"damaged")
+        with pytest.raises(StoreUnreachableError):
+            registry(tmp_path / "data0", objects)
+    objects.come_back()
+    with replicas(tmp_path, [objects]) as (one,):
+        assert [*facts(one)] == ["tales"]
+    assert (tmp_path / "data0/quarantine" / digests[0].removeprefix("sha256:")).exists()
+
+
 def test_a_directory_that_was_used_alone_since_is_no_copy_of_the_store_that_was_made_all_the_same(
     files: list[Path], tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from swaplora_adapters.store.conditions import Conditions, NameState
 from swaplora_adapters.store.records import Target
 from swaplora_adapters.store.shared import files as shared_files
 from swaplora_adapters.store.shared.address import open_objects
+from swaplora_adapters.store.shared.history.moment import Moment
 from swaplora_adapters.store.shared.objects import Listed
 from test_catalogue import weights_of
 
@@ -220,3 +221,30 @@ def test_a_disk_is_not_filled_in_vain(
     with pytest.raises(StorageFullError, match=r"no room for the [1-9]\d+ bytes"):
         other.names.copies.bring(digests[0])
     assert not disk.digests
+
+
+@pytest.mark.parametrize("counts", ["awake", "wall"])
+def test_what_was_sent_half_a_day_before_its_version_is_made_is_sent_again(
+    objects: list[Disturbed], files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: str
+) -> None:
+    """By either clock: others may have swept it while this machine slept, and one of its clocks did not go on."""
+    now, slept, sent = Moment.now, [0.0], list[str]()
+
+    def later(_cls: type[Moment]) -> Moment:
+        found = now()
+        return found._replace(**{counts: getattr(found, counts) + slept[0]})
+
+    def sleep(call: str, key: str) -> None:
+        if call == "put" and WEIGHTS_FILE in key:
+            sent.append(key)
+            slept[0] = shared_files.SWEPT_AFTER / 2 + 1
+
+    monkeypatch.setattr(Moment, "now", classmethod(later))
+    objects[0].after = sleep
+    with replicas(tmp_path, objects) as (one, other):
+        digest = put(one, "sql", files[0]).record.digest
+        first, second = sent
+        objects[1].remove(first)  # as another server's sweep does
+        see(other)
+        assert weights_of(other, "sql") == digest
+        assert first != second

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from adapter_files import write_adapter
-from replicas import put, registry, see
+from replicas import Disturbed, put, registry, see, unreachable
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.sources.watcher import FolderWatcher, put_folder
@@ -48,8 +48,8 @@ class Server:
 
     def _begin(self) -> Registry:
         sources = Sources(allowed=(), folder=self.folder, max_weights_bytes=1 << 30)
-        objects = open_objects(str(self._root / "shared"))
-        opened = registry(self._root / f"data{self._number}-{self._num_dirs}", objects, sources=sources)
+        self.objects = Disturbed(open_objects(str(self._root / "shared")))
+        opened = registry(self._root / f"data{self._number}-{self._num_dirs}", self.objects, sources=sources)
         self._watcher = FolderWatcher(opened, self.folder, _fail)
         return opened
 
@@ -109,7 +109,7 @@ def test_the_same_files_with_other_times_are_taken_in_once(
 
     for server in servers:
         server.fill(files[0])
-    assert look() == 2  # the version, and what it was of
+    assert look() == 1
     put(servers[0].registry, "sql", files[1])
     uploaded = current(servers[1])
     for is_new in (False, True):
@@ -130,7 +130,7 @@ def test_in_a_rolling_change_of_the_folder_the_newer_one_stays(servers: Sequence
     scan(servers)
     old = current(servers[0])
     servers[1].fill(files[1])
-    assert scan(servers) == 2
+    assert scan(servers) == 1
     new = current(servers[0])
     assert new == (2, current(servers[1])[1]) != old
     servers[0].begin_again(is_new=True)  # yet with the old folder
@@ -151,7 +151,7 @@ def test_a_folder_that_is_as_it_was_before_is_taken_in_again(servers: Sequence[S
     assert current(servers[0])[0] == 2
     servers[1].fill(files[0])
     servers[1].begin_again()
-    assert scan(servers) == 2
+    assert scan(servers) == 1
     back = current(servers[1])
     assert back[0] == 3
     servers[0].fill(files[0])
@@ -163,6 +163,62 @@ def test_a_folder_that_is_as_it_was_before_is_taken_in_again(servers: Sequence[S
     servers[0].fill(files[3])
     assert scan(servers) == 0
     assert current(servers[0]) == newest
+
+
+@pytest.mark.parametrize("is_made", [False, True])
+def test_a_folder_whose_version_came_to_the_store_or_not_undoes_no_upload(
+    servers: Sequence[Server], files: list[Path], is_made: bool
+) -> None:
+    """The store fails as a version of the folder is made, or after it: that it was taken in is of the same change."""
+    for server in servers:
+        server.fill(files[0])
+    scan(servers)
+    for server in servers:
+        server.fill(files[1])
+
+    def fail(call: str, key: str) -> None:
+        if call == "create" and "/log/" in key:
+            made.append(key)
+            if len(made) > is_made:
+                raise unreachable()
+
+    made = list[str]()
+    servers[0].objects.before = fail
+    if is_made:
+        servers[0].scan()  # a second change would fail
+    else:
+        with pytest.raises(AssertionError):
+            servers[0].scan()
+        assert scan(servers[1:]) == 1
+    servers[0].objects.come_back()
+    assert current(servers[1])[0] == 2
+    put(servers[1].registry, "sql", files[2])
+    uploaded = current(servers[1])
+    assert scan(servers) == 0
+    assert current(servers[0]) == uploaded
+
+
+def test_a_folder_that_is_looked_at_while_another_server_takes_it_in_undoes_no_upload(
+    servers: Sequence[Server], files: list[Path]
+) -> None:
+    """After each change of the store's an upload is acknowledged, and the other server looks."""
+    for server in servers:
+        server.fill(files[0])
+    scan(servers)
+    for server in servers:
+        server.fill(files[1])
+    uploaded: list[tuple[int, str]] = []
+
+    def meanwhile(call: str, key: str) -> None:
+        if call == "create" and "/log/" in key and not uploaded:
+            put(servers[1].registry, "sql", files[2])
+            uploaded.append(current(servers[1]))
+            servers[1].scan()
+
+    servers[0].objects.after = meanwhile
+    servers[0].scan()
+    assert scan(servers) == 0
+    assert [current(server) for server in servers] == uploaded * 2
 
 
 def test_only_the_last_of_what_was_taken_in_are_remembered(servers: Sequence[Server], tmp_path: Path) -> None:

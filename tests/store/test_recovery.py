@@ -42,7 +42,7 @@ def fill(store: Store) -> None:
     store.discard_unreferenced(removed.digest)
     for name in ("json", "gone", "Gone"):
         publish(store, name, b"one")
-    store.set_origin("json", "a folder")
+    publish(store, "json", b"one", origin="a folder")
     publish(store, "gated", b"one")
     store.set_gate("gated", "a gate")
     for version, standing in ((2, Standing.PASSED), (3, Standing.FAILED), (4, None)):
@@ -53,7 +53,7 @@ def fill(store: Store) -> None:
     store.put_alias(Alias("canary", (Target("sql", 90), Target("json@1", 10))))
     store.put_alias(Alias("old", (Target("json", 1),)))
     store.put_alias(Alias("org/sql", (Target("sql", 1),)))
-    store.set_origin("gone", "a folder")
+    publish(store, "gone", b"one", origin="a folder")
     store.delete("gone")
     store.remove_alias("old")
 
@@ -542,4 +542,25 @@ def test_a_mixture_that_is_called_as_an_adapter_is_set_aside(data_dir: Path, los
     store.close()
     store = Store(data_dir)
     assert (store.aliases(), store.notes) == ([], [])
+    store.close()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_alias_that_is_called_as_an_adapter_was_stays(data_dir: Path, lost: bool) -> None:
+    """Which may be made once that is deleted; and the version numbers of the adapter go on when the alias is gone."""
+    store = Store(data_dir)
+    publish(store, "sql", b"one")
+    publish(store, "prod", b"two")
+    store.delete("prod")
+    alias = Alias("prod", (Target("sql", 1),))
+    store.put_alias(alias)
+    store.close()
+    if lost:
+        for path in data_dir.glob(f"{CATALOGUE}*"):
+            path.unlink()
+    store = Store(data_dir)
+    assert (store.aliases(), store.names()) == ([alias], ["sql"])
+    assert lost or not store.notes
+    store.remove_alias("prod")
+    assert publish(store, "prod", b"two").record.version == 2
     store.close()

@@ -61,6 +61,7 @@ def publish(
     config: bytes = config_bytes(),
     *,
     source: str = "upload",
+    origin: str | None = None,
     **conditions: Any,
 ) -> Published:
     """Publish weights of any bytes at all: the store does not look into them."""
@@ -68,7 +69,8 @@ def publish(
         fill(staging, config, weights)
         digest = digest_of(parse_spec(config_bytes()).canonical, staging.weights_path)
         details = Details(digest, 4, ("q_proj", "v_proj"), "base", 32, ("a warning",))
-        return store.publish(name, staging, details, source=source, conditions=Conditions(**conditions))
+        made = Conditions(**conditions)
+        return store.publish(name, staging, details, source=source, conditions=made, origin=origin)
 
 
 def raising(error: Exception) -> Callable[..., None]:
@@ -223,7 +225,7 @@ def test_pins_shares_origins_and_aliases_survive_a_restart(data_dir: Path) -> No
     for name in ("sql", "json"):
         publish(store, name, b"one")
     store.change("sql", is_pinned=True, shared_with=["acme"])
-    store.set_origin("sql", "a folder")
+    assert not publish(store, "sql", b"one", origin="a folder").is_new
     canary = Alias("canary", (Target("sql", 90), Target("json@1", 10)))
     store.put_alias(Alias("canary", (Target("sql", 1),)))
     store.put_alias(canary)

@@ -21,7 +21,7 @@ from swaplora_adapters.files.naming import tenant_of, validate_name
 from swaplora_adapters.registry.changes import Changes
 from swaplora_adapters.registry.copies import Copies
 from swaplora_adapters.registry.index import Index, NamedVersions
-from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions, NameState
+from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions, NameState, TakenInError
 from swaplora_adapters.store.records import (
     Alias,
     Canary,
@@ -130,10 +130,13 @@ class Names:
     ) -> Published:
         """See `Store.publish`. Within a change that is made."""
         self.check_is_free(name)
-        published = self._store.publish(name, staging, details, source=source, conditions=conditions)
+        origin = self._origin_after(name, details.digest) if conditions.if_news else None
+        published = self._store.publish(name, staging, details, source=source, conditions=conditions, origin=origin)
         for affected in {name, *self.index.names_of(details.digest)}:  # damaged files are whole again for all
             self._refresh(affected)
         self._origins.setdefault(name, None)  # only now: who finds a name used expects it in the index
+        if origin is not None:
+            self._origins[name] = origin
         return published
 
     def outdated(self, name: str) -> list[VersionRecord]:
@@ -323,17 +326,6 @@ class Names:
         """What the name was taken in from by itself, on any server: the last digests, the newest last."""
         return self._origins.get(name)
 
-    def set_origin(self, name: str, digest: str) -> None:
-        """Note what a name in use was taken in from."""
-
-        def note() -> None:
-            noted = [each for each in self._noted(name) if each != digest]
-            origin = " ".join([*noted, digest][-_NOTED:])
-            self._store.set_origin(name, origin)
-            self._origins[name] = origin
-
-        self.changes.make(note)
-
     def has_read(self, name: str, origin: str) -> bool:
         """Whether it was this that was last read of the name's folder here; earlier releases noted it as the origin."""
         return origin in (self._origins.get(name), self._folders.get(name, (None, None))[0])
@@ -343,8 +335,8 @@ class Names:
         self._store.put_folder(name, origin, digest)
         self._folders[name] = origin, digest
 
-    def is_news(self, name: str, digest: str) -> bool:
-        """Whether what was read of the name's folder here is to be taken in.
+    def check_is_news(self, name: str, digest: str) -> None:
+        """Raise TakenInError unless what was read of the name's folder here is to be taken in.
 
         Not what was the last here already, nor what another server has taken in after that: its folder is ahead of
         this one. With nothing read here before, nothing that any has taken in.
@@ -353,7 +345,13 @@ class Names:
         _, last = self._folders.get(name, ("", ""))
         if last in noted:
             noted = noted[noted.index(last) :]
-        return digest not in noted
+        if digest in noted:
+            raise TakenInError(name, digest)
+
+    def _origin_after(self, name: str, digest: str) -> str:
+        """The origin of a name once this was taken in."""
+        noted = [each for each in self._noted(name) if each != digest]
+        return " ".join([*noted, digest][-_NOTED:])
 
     def _noted(self, name: str) -> list[str]:
         return (self._origins.get(name) or "").split()

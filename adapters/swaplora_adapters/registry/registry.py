@@ -409,6 +409,8 @@ class Registry:
             self._names.check_is_free(name)
             named = self._names.index.get(name) if name in self._names.index else None
             conditions.check(name, self._names.was_used(name), None if named is None else named.current)
+            if conditions.if_news:
+                self._names.check_is_news(name, details.digest)
             if named is not None and named.is_pinned and named.gate is None:
                 self._check_pins(name, details.digest, nbytes)
 

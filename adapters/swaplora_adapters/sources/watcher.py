@@ -4,7 +4,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +16,11 @@ from swaplora_adapters.errors import (
 )
 from swaplora_adapters.files.naming import CONFIG_FILE, validate_name
 from swaplora_adapters.priority import lower_priority
-from swaplora_adapters.registry.registry import Admit, Registry
+from swaplora_adapters.registry.card import PutResult
+from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.folder import ReplacedMeanwhileError, fetch_from_folder, origin_of
 from swaplora_adapters.sources.uri import FolderUri
-from swaplora_adapters.store.conditions import Conditions, NameState
+from swaplora_adapters.store.conditions import Conditions, NameState, TakenInError
 
 _ANY_SIZE = 1 << 62  # which only memory limits
 
@@ -36,27 +36,18 @@ def put_folder(registry: Registry, name: str, folder: Path) -> None:
         return
     with registry.stage() as staging:
         fetch_from_folder(FolderUri(os.path.abspath(folder)), Path("/"), staging, _ANY_SIZE)
-        put = partial(registry.put, name, staging, source=f"folder:{folder.name}")
-        _take_in(registry, name, origin, lambda admit: put(admit=admit))
+        conditions = Conditions(if_news=True)
+        put = partial(registry.put, name, staging, source=f"folder:{folder.name}", conditions=conditions)
+        _take_in(registry, name, origin, put)
 
 
-class _KnownError(PreconditionFailedError):
-    """It was taken in before."""
-
-
-def _take_in(registry: Registry, name: str, origin: str, put: Callable[[Admit], object]) -> None:
+def _take_in(registry: Registry, name: str, origin: str, put: Callable[[], PutResult]) -> None:
     """Make what `put` publishes the current version, unless it was taken in before, here or by another server."""
-    names, digests = registry.names, list[str]()
-
-    def admit(_name: str, digest: str, _num_bytes: int) -> None:
-        digests.append(digest)
-        if not names.is_news(name, digest):
-            raise _KnownError(f"{name} was taken in before")
-
-    with suppress(_KnownError):
-        put(admit)
-        names.set_origin(name, digests[-1])
-    names.set_read(name, origin, digests[-1])
+    try:
+        digest = put().record.digest
+    except TakenInError as error:
+        digest = error.digest
+    registry.names.set_read(name, origin, digest)
 
 
 class FolderWatcher:
@@ -94,8 +85,9 @@ class FolderWatcher:
         """
         self._registry.names.check_adapter_name(name)
         origin = origin_of(self._folder / name)
-        put = partial(self._registry.put_source, name, f"file:{name}", conditions=Conditions(if_unchanged_since=since))
-        _take_in(self._registry, name, origin, lambda admit: put(admit=admit))
+        conditions = Conditions(if_unchanged_since=since, if_news=True)
+        put = partial(self._registry.put_source, name, f"file:{name}", conditions=conditions)
+        _take_in(self._registry, name, origin, put)
 
     def start(self, interval: float) -> None:
         """Scan every `interval` seconds, until `stop`."""

@@ -14,6 +14,14 @@ class NameState(NamedTuple):
     version: int | None  # the current one, if there is any
 
 
+class TakenInError(PreconditionFailedError):
+    """What was read of a name's folder is no news."""
+
+    def __init__(self, name: str, digest: str) -> None:
+        super().__init__(f"{name} was taken in before")
+        self.digest = digest
+
+
 @dataclass(frozen=True, slots=True)
 class Conditions:
     """Without any of them whatever the name stands for is replaced."""
@@ -21,6 +29,7 @@ class Conditions:
     if_match: str | None = None  # the digest of the current version, or "*" for any
     if_none_match: bool = False  # the name is unused
     if_unchanged_since: NameState | None = None
+    if_news: bool = False  # its digest was not taken in before, which is noted with the version
 
     def check(self, name: str, was_used: bool, current: VersionRecord | None) -> None:
         """Raise PreconditionFailedError if one of them does not hold for the name as it is now."""

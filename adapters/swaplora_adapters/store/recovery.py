@@ -47,8 +47,11 @@ class Recovery:
         sync_folder(path.parent)
         return catalogue
 
-    def agree(self, catalogue: Catalogue) -> int:
-        """Bring the catalogue and the manifests to say the same; the last revision of any name or alias."""
+    def agree(self, catalogue: Catalogue, *, is_copy: bool = False) -> int:
+        """Bring the catalogue and the manifests to say the same; the last revision of any name or alias.
+
+        Who is called what in a data directory that `is_copy` of a shared store is for that to say.
+        """
         self._folders.make_manifest_folders()
         self._set_damaged_aside()
         names = _Difference(catalogue.revisions(), self._described_names)
@@ -64,7 +67,7 @@ class Recovery:
                 catalogue.forget_unreferenced()
             told = f"{len(names.news)} names and {len(aliases.news)} aliases"
             self.notes.append(f"the catalogue was brought up to date from the files beside it: {told}")
-        untold = set(aliases.untold) - self._set_namesakes_aside(catalogue)
+        untold = set(aliases.untold) - (set() if is_copy else self._set_namesakes_aside(catalogue))
         self._write(self._names, {name: catalogue.manifest_of_name(name) for name in names.untold})
         self._write(self._aliases, {alias: catalogue.manifest_of_alias(alias) for alias in untold})
         return max(names.last_revision, aliases.last_revision)
@@ -108,7 +111,7 @@ class Recovery:
 
     def _set_namesakes_aside(self, catalogue: Catalogue) -> set[str]:
         """Mixtures that are called as an adapter is, which an earlier release made that knows no mixtures."""
-        found = catalogue.alias_revisions().keys() & catalogue.revisions().keys()
+        found = catalogue.alias_revisions().keys() & set(catalogue.names())
         for name in sorted(found):
             path, told = self._aliases.path(name), ""
             if path.exists():

@@ -158,12 +158,14 @@ class Store:
         *,
         source: str = "upload",
         conditions: Conditions = UNCONDITIONAL,
+        origin: str | None = None,
     ) -> Published:
         """Make the staged files the current version of `name`, or a candidate where that has a gate; then durable.
 
         A new version is made only if the current one has another digest, also where an older one has the same, and the
         newest is no candidate with these bytes. The current one's put again hold back for good what waits to follow it.
-        Files are shared by digest, and files that are there and sound are not touched. Raises PreconditionFailedError
+        With an `origin`, what `name` was taken in from is noted with that, also where there is no new version. Files
+        are shared by digest, and files that are there and sound are not touched. Raises PreconditionFailedError
         if one of the `conditions` does not hold, InvalidAdapterNameError, InvalidAdapterError if a file is missing, and
         StorageFullError; then the store is as before. After StorageFailedError, too, but the next start may find the
         change made.
@@ -180,7 +182,10 @@ class Store:
                     is_new = stored is None
                     if is_new:
                         self._catalogue.add_version(name, details, source)
-                    if is_new or (stored == previous and self._catalogue.put_back(name)) or is_mended:
+                    is_told = (stored == previous and self._catalogue.put_back(name)) or is_mended
+                    if origin is not None:
+                        self._catalogue.set_origin(name, origin)
+                    if is_new or is_told or origin is not None:
                         self._journal.write_name(name)
                     is_committing = True
             except BaseException as error:
@@ -293,12 +298,6 @@ class Store:
         """What each name was last taken in from by itself, for all that were ever used, the deleted ones too."""
         with self._mutex:
             return self._catalogue.origins(name)
-
-    def set_origin(self, name: str, origin: str) -> None:
-        """Note what `name` was taken in from; StorageFullError."""
-        with self._mutex, self._journal.change():
-            self._catalogue.set_origin(name, origin)
-            self._journal.write_name(name)
 
     def folders(self) -> dict[str, tuple[str, str]]:
         """Name → what its folder here was known by when it was last read, and the digest of what was read."""

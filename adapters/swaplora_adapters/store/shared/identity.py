@@ -89,6 +89,12 @@ def found_or_join(objects: Objects, path: Path, base: Base, known: int, publish:
     return mark
 
 
+def is_copy_of_one(path: Path) -> bool:
+    """Whether a directory with the mark at `path` is the copy of a store, not what one is to be made of; StoreError."""
+    mark = Mark.read(path)
+    return mark is not None and not mark.is_founding
+
+
 def share_no_more(path: Path) -> bool:
     """Take away the mark of a store that was perhaps not made; whether there was one. StoreError for a copy's.
 

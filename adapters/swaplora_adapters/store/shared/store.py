@@ -34,9 +34,10 @@ from swaplora_adapters.store.shared.heard import HeardObjects
 from swaplora_adapters.store.shared.history.compaction import Compaction
 from swaplora_adapters.store.shared.history.entry import CHANGE, Entry, Position
 from swaplora_adapters.store.shared.history.log import Log, TrimmedError
+from swaplora_adapters.store.shared.history.moment import Moment
 from swaplora_adapters.store.shared.history.restored import take_stock
 from swaplora_adapters.store.shared.history.snapshots import Snapshot, Snapshots
-from swaplora_adapters.store.shared.identity import found_or_join, founded_at
+from swaplora_adapters.store.shared.identity import found_or_join, founded_at, is_copy_of_one
 from swaplora_adapters.store.shared.journal import SharedJournal
 from swaplora_adapters.store.shared.objects import Objects
 from swaplora_adapters.store.staging import Staging
@@ -49,7 +50,7 @@ _AT_ONCE = 64  # changes that are taken over together
 
 class _Sent(NamedTuple):
     place: str
-    at: float  # when its first byte went, on the monotonic clock
+    at: Moment  # when its first byte went
 
 
 def open_store(data_dir: Path, address: str | None, base: Base) -> Store:
@@ -82,9 +83,9 @@ class SharedStore(Store):
         super().__init__(data_dir)
 
     def _open(self, folders: DataDir, recovery: Recovery) -> SharedJournal:
-        is_copy = folders.shared.exists()
+        is_copy = is_copy_of_one(folders.shared)
         self._noted = folders.unreferenced
-        revision = recovery.agree(self._catalogue)
+        revision = recovery.agree(self._catalogue, is_copy=is_copy)
         recovery.sweep(self._catalogue, is_copy=is_copy)
         is_filled = bool(self._catalogue.revisions() or self._catalogue.alias_revisions())
 
@@ -239,9 +240,10 @@ class SharedStore(Store):
         *,
         source: str = "upload",
         conditions: Conditions = UNCONDITIONAL,
+        origin: str | None = None,
     ) -> Published:
         with self._mutex:
-            published = super().publish(name, staging, details, source=source, conditions=conditions)
+            published = super().publish(name, staging, details, source=source, conditions=conditions, origin=origin)
             self._places |= self._catalogue.places(details.digest)
         if staging in self._mended:
             self._files.forget_damage(details.digest, self._mended[staging])
@@ -251,7 +253,7 @@ class SharedStore(Store):
         return published
 
     def send(self, staging: Staging, digest: str) -> None:
-        began = time.monotonic()
+        began = Moment.now()
         self._blobs.staged_sizes(staging)
         place = self._files.send(digest, staging.config_path, staging.weights_path)
         self._sent[staging] = _Sent(place, began)
@@ -353,9 +355,10 @@ class SharedStore(Store):
         """Let versions refer to where the files lie; they are moved once the change is made."""
         if self._catalogue.places(digest):
             return staging in self._mended
-        if staging not in self._sent or time.monotonic() - self._sent[staging].at > SWEPT_AFTER / 2:
+        sent = self._sent.get(staging)
+        if sent is None or sent.at.seconds_to(Moment.now()) > SWEPT_AFTER / 2:
             raise NotSentError
-        self._catalogue.put_blob(digest, *self._blobs.staged_sizes(staging), self._sent[staging].place)
+        self._catalogue.put_blob(digest, *self._blobs.staged_sizes(staging), sent.place)
         return False
 
 
