@@ -158,6 +158,26 @@ def test_nobody_is_asked_when_there_is_no_time() -> None:
     assert len(engines.streamed) == 1
 
 
+@pytest.mark.parametrize("fault", ["", "hangs"])
+@pytest.mark.parametrize("messages", [[], EVENTS])
+def test_the_time_is_over_wherever_it_passes(fault: str, messages: list[Message]) -> None:
+    """Whatever the replica that has the request still counts, or where none takes it; asking again is in vain."""
+
+    class Silent(Failing):
+        async def stream(self, key: RouteKey, request: Forwarded) -> AsyncGenerator[list[Message]]:
+            async for sent in super().stream(key, request):
+                yield sent
+            await asyncio.Event().wait()
+
+    engines = Silent(messages, faults=[fault] * MAX_TRIES)
+    found = asked(engines, headers=[*JSON, (b"x-request-timeout", b"0.05")])
+    if messages and not fault:
+        assert b"deadline_exceeded" in found.sent[-1]["body"]
+    else:
+        assert (found.status, found.code) == (504, "deadline_exceeded")
+        assert (b"x-should-retry", b"false") in found.sent[0]["headers"]
+
+
 def test_who_goes_is_not_asked_for_again() -> None:
     async def go() -> Failing:
         engines, gone = Failing(faults=["unreached", "hangs"]), asyncio.Event()

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Scope
 
 from swaplora_server.http.auth import COUNTED_AS
 
+MAX_UNHEARD = 15  # times that fronts are looked at, in which one that lives is heard
 WANTS_BODY = "swaplora.wants_body"  # a message beside ASGI's: the app reads, and nothing of the body is here
 _PASSED_ON = (
     "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers",
@@ -23,13 +24,15 @@ _PASSED_ON = (
 class Forwarded:
     """A request: its ASGI scope, what is here of its body, and whether that is all of it.
 
-    With `exchange_id` those who bring the rest of the body say which request they mean.
+    With `exchange_id` those who bring the rest of the body say which request they mean. `front` is the one that passes
+    it on, where that says from then on that it lives.
     """
 
     scope: dict[str, Any]
     body: bytes
     is_whole: bool
     exchange_id: str
+    front: str = ""
 
 
 class Answer(NamedTuple):
@@ -64,6 +67,7 @@ class Exchange:
     """One request within an app. Belongs to the event loop."""
 
     def __init__(self, app: ASGIApp, request: Forwarded) -> None:
+        self.front = request.front
         self._app = app
         self._scope = dict(request.scope)
         self._parts: deque[Message] = deque()
@@ -98,9 +102,13 @@ class Exchange:
                     self._has_sent.set()
             running.result()
         finally:
-            self._is_gone = True
-            self._more.set()
+            self.leave()
             await asyncio.wait({running})
+
+    def leave(self) -> None:
+        """The client goes, or whoever passes on what it asks."""
+        self._is_gone = True
+        self._more.set()
 
     async def _receive(self) -> Message:
         while not self._parts and not self._is_gone:
@@ -123,6 +131,7 @@ class Exchanges:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._running: dict[str, Exchange] = {}
+        self._unheard: dict[str, int] = {}  # by front: how often it was looked at since it was heard
 
     async def stream(self, request: Forwarded) -> AsyncGenerator[list[Message]]:
         """See `Exchange.messages`; the first list is empty, and says that the request is here."""
@@ -142,9 +151,25 @@ class Exchanges:
             exchange.feed(body, is_last=is_last)
         return exchange is not None
 
+    def hear(self, front: str) -> None:
+        """It lives."""
+        self._unheard[front] = 0
+
+    def look_at_fronts(self) -> None:
+        """End what those have here that have gone and not said so. To be called every now and then.
+
+        That counts, and not a clock: while this process stands still it hears nobody.
+        """
+        fronts = {exchange.front for exchange in self._running.values() if exchange.front}
+        self._unheard = {front: self._unheard.get(front, 0) + 1 for front in fronts}
+        for exchange in self._running.values():
+            if self._unheard.get(exchange.front, 0) > MAX_UNHEARD:
+                exchange.leave()
+
     @contextmanager
     def _begun(self, request: Forwarded) -> Iterator[Exchange]:
         exchange = self._running[request.exchange_id] = Exchange(self._app, request)
+        self.hear(request.front)
         try:
             yield exchange
         finally:

@@ -1,7 +1,9 @@
 """The replicas, as the handle of a Ray Serve deployment reaches them."""
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -16,6 +18,7 @@ from swaplora_server.cluster.gathered import missing
 from swaplora_server.cluster.replica import REPLICA, take_part
 
 ALL_SECONDS = 5.0  # that the replicas have to answer what all of them are asked: half of what Prometheus waits
+_ALIVE_SECONDS = 3.0  # after which the replicas hear again that this front lives
 _FEED_SECONDS = 30.0  # that a replica has to take the next of a body
 _log = structlog.get_logger(__name__)
 
@@ -27,13 +30,19 @@ class RayEngines:
         """`handle` is a DeploymentHandle of `EngineReplica`."""
         self._handle = handle
         self._actors: dict[str, Any] = {}  # by exchange: whose body comes in parts
+        self._name = uuid.uuid4().hex
+        self._num_streams = 0
+        self._telling: asyncio.Task[None] | None = None
         self._streaming = handle.options(stream=True, method_name="stream")
 
     async def stream(self, key: RouteKey, request: Forwarded) -> AsyncGenerator[list[Message]]:
         """See `Engines.stream`."""
-        response, exchange_id = self._streaming.remote(key, request), request.exchange_id
+        response, exchange_id = self._streaming.remote(key, replace(request, front=self._name)), request.exchange_id
         del request  # with a body that the front may want to keep no longer
         has_ended = False
+        self._num_streams += 1
+        if self._telling is None or self._telling.done():
+            self._telling = asyncio.ensure_future(self._tell_alive())
         try:
             async for messages in response:
                 if messages and messages[0]["type"] == REPLICA:
@@ -44,9 +53,19 @@ class RayEngines:
             has_ended = True
             raise ReplicaLostError(type(error).__name__) from error
         finally:
+            self._num_streams -= 1
             self._actors.pop(exchange_id, None)
             if not has_ended:
                 response.cancel()
+
+    async def _tell_alive(self) -> None:
+        """As long as anything is under way: a replica ends what a front has there that is not heard any more."""
+        while self._num_streams:
+            await asyncio.sleep(_ALIVE_SECONDS)
+            try:
+                await self._handle.broadcast("hear", self._name)._fetch_replica_results_async()  # noqa: SLF001
+            except Exception as error:  # noqa: BLE001 - it is said again
+                _log.warning("the replicas cannot be told that this front lives", reason=type(error).__name__)
 
     async def feed(self, exchange_id: str, body: bytes, *, is_last: bool) -> None:
         """See `Engines.feed`. Its actor is called itself: Ray Serve knows none that ends."""

@@ -30,6 +30,7 @@ from swaplora_server.service.service import Service
 
 MAX_ON_A_NODE = 64
 REPLICA = "swaplora.replica"  # a message beside ASGI's: the actor that has the request
+_LOOK_SECONDS = 1.0
 _HANDOVER_SECONDS = 60.0  # beyond the time to drain, that a replica before this one may take to leave its folder
 _here: list["EngineReplica"] = []  # the one of this process
 _log = structlog.get_logger(__name__)
@@ -60,6 +61,7 @@ class EngineReplica:
         _here.append(self)
         self._lifespan = LifespanOn(Config(app, lifespan="on", log_config=None))
         await self._lifespan.startup()
+        self._looking = asyncio.ensure_future(self._look_at_fronts())
 
     async def stream(self, key: RouteKey, request: Forwarded) -> AsyncGenerator[list[Message]]:
         """See `Engines.stream`. Who brings the rest of the body hears first which actor has the request."""
@@ -78,6 +80,15 @@ class EngineReplica:
     def feed(self, exchange_id: str, body: bytes, *, is_last: bool) -> None:
         """See `Engines.feed`; of any thread."""
         self._loop.call_soon_threadsafe(partial(self._exchanges.feed, exchange_id, body, is_last=is_last))
+
+    async def hear(self, front: str) -> None:
+        """A front that has something under way here, or elsewhere, lives."""
+        self._exchanges.hear(front)
+
+    async def _look_at_fronts(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            self._exchanges.look_at_fronts()
 
     async def answer(self, request: Forwarded) -> Answer:
         """See `Engines.ask_all`."""
@@ -112,6 +123,7 @@ class EngineReplica:
     async def __del__(self) -> None:
         """What Ray Serve calls when no request runs any more."""
         if "_lifespan" in vars(self):
+            self._looking.cancel()
             await self._lifespan.shutdown()
             await in_own_thread(self._service.stop)
             self._lock.release()

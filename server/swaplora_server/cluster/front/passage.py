@@ -1,6 +1,7 @@
 """A request on its way to a replica, or to the next one, and its answer on the way back."""
 
 import asyncio
+import math
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -15,7 +16,8 @@ from swaplora_server.cluster.engines import Engines, ReplicaLostError
 from swaplora_server.cluster.exchange import WANTS_BODY, Answer, Forwarded
 from swaplora_server.cluster.front.answering import Answering, cancelled
 from swaplora_server.cluster.front.bodies import next_part, until_gone
-from swaplora_server.cluster.front.tries import Tries, may_repeat
+from swaplora_server.cluster.front.tries import ASKING, Tries, may_repeat
+from swaplora_server.engine.request import OVERDUE, OVERDUE_CODE
 from swaplora_server.http.sse import PING_SECONDS
 from swaplora_server.http.tasks import TIMEOUT_HEADER
 from swaplora_server.http.transport.body_memory import BodyAccount
@@ -25,6 +27,8 @@ SILENT_SECONDS = 3 * PING_SECONDS  # of a stream's replica, after which it hangs
 STOPPING = RequestError("draining", "the server is shutting down")
 NONE = RequestError("not_ready", "no replica can take the request yet; GET /health/ready says when one can")
 _END_SECONDS = 1.0  # that a replica may take to end once all is said
+_LATE_SECONDS = 1.0  # in which a replica says itself that the time is over, which it began to count later
+_OVERDUE = RequestError(OVERDUE_CODE, OVERDUE)
 _UNWELL = 503  # of all that a replica may answer, what another may not
 _TIMEOUT = TIMEOUT_HEADER.lower().encode()
 Gone = asyncio.Task[tuple[bytes, bool]]  # which ends when the client goes, if there is nothing more to come of it
@@ -68,6 +72,7 @@ class Passage:
         self._may_repeat = may_repeat(request.scope["method"], path) or self._is_nothing_without_body
         self._elsewhere = elsewhere
         self._tries = Tries(request.scope)
+        self._is_timed = request.scope["method"] == "POST" and path in ASKING
         self._is_had = False  # by the replica that is asked now
         self._incoming: Gone | None = None
 
@@ -83,7 +88,8 @@ class Passage:
                     reason = f"it answers {_UNWELL}"
                 except TimeoutError as error:
                     if not self._has_another():
-                        raise NONE from error
+                        is_overdue = self._is_timed and self._tries.seconds_left <= 0
+                        raise (_OVERDUE if is_overdue else NONE) from error
                     reason = "it does not take the request"
                 except ReplicaLostError as error:
                     if not self._has_another():
@@ -121,7 +127,7 @@ class Passage:
                     await self._wait(upcoming, ending)
                     if upcoming.done():
                         if (sent := upcoming.result()) is None:
-                            return
+                            raise ReplicaLostError("it ends, and its answer is not whole")
                         await self._pass_on(sent)
                         upcoming = asyncio.ensure_future(anext(messages, None))
                     if ending.done():
@@ -134,11 +140,16 @@ class Passage:
                 await cancelled(upcoming)
 
     async def _wait(self, *futures: asyncio.Future[Any]) -> None:
+        seconds = SILENT_SECONDS if self._answering.is_event_stream else math.inf
+        if self._is_timed:
+            seconds = min(seconds, self._tries.seconds_left + _LATE_SECONDS)
         done, _ = await asyncio.wait(
             set(filter(None, (*futures, self._incoming))),
             return_when=asyncio.FIRST_COMPLETED,
-            timeout=SILENT_SECONDS if self._answering.is_event_stream else None,
+            timeout=None if seconds == math.inf else max(0.0, seconds),
         )
+        if self._is_timed and self._tries.seconds_left <= -_LATE_SECONDS:
+            raise _OVERDUE
         if not done:
             raise ReplicaLostError("it says nothing any more")
 
