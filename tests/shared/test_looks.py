@@ -3,21 +3,28 @@
 import shutil
 import threading
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
 from changer import BASE, publish
-from replicas import Disturbed, facts, put, registry, replicas, see, store_of
-from swaplora_adapters.errors import AdapterError, StoppingError, StoreChangedError, StoreUnreachableError
+from replicas import Disturbed, facts, put, registry, replicas, see, see_at_last, store_of
+from swaplora_adapters.errors import (
+    AdapterError,
+    StoppingError,
+    StorageFailedError,
+    StoreChangedError,
+    StoreUnreachableError,
+)
 from swaplora_adapters.files.disk import StoreError
 from swaplora_adapters.registry import changes as registry_changes
 from swaplora_adapters.registry.changes import Changes
 from swaplora_adapters.store.records import Alias, Target
+from swaplora_adapters.store.shared import heard
 from swaplora_adapters.store.shared.address import open_objects
+from swaplora_adapters.store.shared.history import compaction, segments
 from swaplora_adapters.store.shared.history import log as shared_log
-from swaplora_adapters.store.shared.history import segments
 from swaplora_adapters.store.shared.history.entry import Position
 from swaplora_adapters.store.shared.store import SharedStore
 from swaplora_adapters.store.shared.trying import decoded, encoded
@@ -144,6 +151,56 @@ def test_while_the_store_hangs_changes_are_refused_and_the_server_can_be_closed(
     assert of.revision == before
 
 
+@pytest.mark.parametrize("call", ["under", "get"])
+@pytest.mark.parametrize("long_seconds", [0.0, 3600.0])
+def test_a_store_that_hangs_as_a_snapshot_is_read_is_found_to(
+    files: list[Path],
+    tmp_path: Path,
+    disturbed: list[Disturbed],
+    monkeypatch: pytest.MonkeyPatch,
+    long_seconds: float,
+    call: str,
+) -> None:
+    """By a server that slept since before the log was cut. Large ones are waited for longer than what is small."""
+    monkeypatch.setattr(segments, "SEGMENT", 2)
+    monkeypatch.setattr(registry_changes, "TIDY_SECONDS", 3600.0)
+    monkeypatch.setattr(registry_changes, "HANGING_SECONDS", 0.2)
+    monkeypatch.setattr(heard, "LONG_SECONDS", long_seconds)
+    has_begun, is_over = threading.Event(), threading.Event()
+
+    def hang(each: str, key: str) -> None:
+        if each == call and "/snapshots/" in key:
+            has_begun.set()
+            is_over.wait(HANG_SECONDS)
+
+    with replicas(tmp_path, disturbed) as (one, other), ExitStack() as stack:
+        with other.names.changes:  # it sleeps
+            monkeypatch.setattr(compaction, "GRACE_SECONDS", -1.0)
+            for number in range(9):
+                put(one, f"a{number}", files[number % 5])
+                store_of(one).tidy()
+                store_of(one).tidy()
+            monkeypatch.setattr(shared_log, "TRUST_SECONDS", -1.0)
+            disturbed[1].before = hang
+            stack.callback(is_over.set)
+        other.seen()
+        assert has_begun.wait(HANG_SECONDS)
+        if long_seconds:
+            assert not other.names.changes.is_hanging
+        else:
+            deadline = time.monotonic() + HANG_SECONDS / 2
+            while not other.names.changes.is_hanging:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            with pytest.raises(StoreUnreachableError, match="does not answer"):
+                put(other, "late", files[0])
+            with pytest.raises(StoreUnreachableError):
+                other.seen().result(0)
+        is_over.set()
+        see_at_last(other)
+        assert facts(other) == facts(one)
+
+
 def test_what_is_heard_after_the_end_is_not_taken_over(tmp_path: Path, disturbed: list[Disturbed]) -> None:
     """By then the directory may be another process's."""
     one, other = (SharedStore(tmp_path / f"data{number}", each, BASE) for number, each in enumerate(disturbed))
@@ -155,6 +212,32 @@ def test_what_is_heard_after_the_end_is_not_taken_over(tmp_path: Path, disturbed
         with pytest.raises(StoppingError):
             other.catch_up(entries)
         assert not [*(tmp_path / "data1" / "names").iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (StoreError("a snapshot was written by a newer release"), "a snapshot was written by a newer release"),
+        (KeyError("names"), "KeyError"),
+    ],
+)
+def test_whoever_asks_while_nobody_knows_what_is_wrong_is_told_that_the_store_is(
+    files: list[Path], tmp_path: Path, disturbed: list[Disturbed], error: Exception, told: str
+) -> None:
+    """As for all else that is wrong with it, so that no request fails by what nobody foresaw; the report says more."""
+    reported = list[Exception]()
+
+    def fail(_call: str, key: str) -> None:
+        if "/log/" in key:
+            raise error
+
+    with replicas(tmp_path, disturbed, report=reported.append) as (_, other):
+        disturbed[1].before = fail
+        asked = other.seen()
+        with pytest.raises(StoreChangedError if isinstance(error, StoreError) else StorageFailedError, match=told):
+            asked.result(HANG_SECONDS)
+        assert told in str(reported[0])
+        disturbed[1].come_back()
 
 
 class Restored:

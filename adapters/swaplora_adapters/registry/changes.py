@@ -10,12 +10,14 @@ from types import TracebackType
 from typing import TypeVar
 
 from swaplora_adapters.errors import (
+    AdapterError,
     StoppingError,
     StorageFailedError,
     StorageFullError,
     StoreChangedError,
     StoreUnreachableError,
 )
+from swaplora_adapters.files.disk import StoreError
 from swaplora_adapters.store.journal import OutrunError
 from swaplora_adapters.store.records import Touched
 from swaplora_adapters.store.shared.history.entry import Entry
@@ -43,7 +45,7 @@ class Changes:
         self._is_making = False
         self._is_closed = False
         self._seen = store.revision  # memory knows all changes up to this one
-        self.failure: Exception | None = None  # that others' changes could not be known for some time
+        self.failure: AdapterError | None = None  # that others' changes could not be known for some time
 
     def __enter__(self) -> None:
         """Raises what `check_known` does, where whoever holds it waits for the store."""
@@ -217,14 +219,18 @@ class Looks:
         for future in waiting:
             future.set_result(None)
 
-    def _looked(self) -> Exception | None:
+    def _looked(self) -> AdapterError | None:
         try:
             self._changes.look()
-        except Exception as error:  # noqa: BLE001 - the thread's boundary: whoever waits must be told
+        except AdapterError as error:
             return error
+        except StoreError as error:  # what is there is of a newer release, or damaged
+            return StoreChangedError(str(error))
+        except Exception as error:  # noqa: BLE001 - the thread's boundary: whoever waits must be told
+            return StorageFailedError(type(error).__name__)
         return None
 
-    def _note(self, failure: Exception | None, began: float) -> None:
+    def _note(self, failure: AdapterError | None, began: float) -> None:
         """Of the look that began then. What is reported is the first failure of a row of them."""
         if failure is None:
             self._failing_since = self._changes.failure = None

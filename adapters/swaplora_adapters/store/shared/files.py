@@ -91,7 +91,8 @@ class SharedFiles:
         """All that lie in no place of these, (digest, place), and were found so long ago too; how many.
 
         Until then they may be on their way in, or be fetched for a request of before the last version was deleted. What
-        was found, and when, outlasts a restart in the file `noted`; a clock that was set is not believed alone.
+        was found, and when, outlasts a restart in the file `noted`. Both are by this server's clock: one that is set a
+        day forward has what an earlier sweep has found be removed, and nothing else.
         """
         kept, now = {self._key(digest, place, "") for digest, place in referenced}, time.time()
         found = _found(noted)

@@ -72,7 +72,7 @@ class SharedStore(Store):
     def __init__(self, data_dir: Path, objects: Objects, base: Base) -> None:
         """Raises StoreError, also where directory or base are not this store's, and StoreUnreachableError."""
         self._objects, self._base = objects, base
-        self._heard = HeardObjects(objects)
+        self._heard, self._heard_large = HeardObjects(objects), HeardObjects(objects, are_large=True)
         self._sent: WeakKeyDictionary[Staging, _Sent] = WeakKeyDictionary()
         self._mended: WeakKeyDictionary[Staging, str] = WeakKeyDictionary()  # the place that its files were sent to
         self._files_here = threading.Lock()  # held while files are moved in or out
@@ -98,7 +98,7 @@ class SharedStore(Store):
         mark = found_or_join(self._objects, folders.shared, self._base, known, publish)
         store_id = mark.store_id
         self._log, self._files = Log(self._heard, store_id), SharedFiles(self._objects, store_id)
-        self._snapshots = Snapshots(self._objects, store_id, self._log)
+        self._snapshots = Snapshots(self._heard_large, store_id, self._log)
         self._compaction = Compaction(self._log, self._snapshots)
         self.extras = Extras(self._heard, store_id, mark.server_id)
         position = Position(*(self._catalogue.position() or (0, None)))
@@ -176,11 +176,12 @@ class SharedStore(Store):
 
     @property
     def asked_at(self) -> float | None:
-        return self._heard.asked_at
+        asked_at = (self._heard.asked_at, self._heard_large.asked_at)
+        return min((at for at in asked_at if at is not None), default=None)
 
     @property
     def heard_at(self) -> float:
-        return self._heard.heard_at
+        return max(self._heard.heard_at, self._heard_large.heard_at)
 
     def unread(self, revision: int) -> tuple[Sequence[Entry], bool]:
         """Raises StoreChangedError as well."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import structlog
 
 from swaplora_adapters.errors import AdapterError
+from swaplora_adapters.files.disk import StoreError
 from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.registry.usage import UsageListener
 from swaplora_adapters.sources.source import Sources
@@ -78,6 +79,6 @@ def _report_shared(error: Exception) -> None:
 
 def _reason(error: Exception) -> str:
     """Of errors that are not ours no more than the system's own words: the rest may hold paths."""
-    if isinstance(error, AdapterError):
+    if isinstance(error, AdapterError | StoreError):
         return str(error)
     return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
