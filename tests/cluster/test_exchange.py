@@ -38,7 +38,8 @@ async def test_what_a_front_has_under_way_ends_with_it() -> None:
     await asyncio.sleep(0)
     assert read == []
     exchanges.look_at_fronts()
-    assert [sent async for sent in killed] == []
+    async with asyncio.timeout(60):
+        assert [sent async for sent in killed] == []
     assert read == ["http.disconnect"]
     for front in ("living", ""):
         assert exchanges.feed(f"of {front}", b"the rest", is_last=True)
@@ -54,6 +55,11 @@ async def test_a_front_that_begins_again_is_heard() -> None:
         messages = await begun(exchanges, "front")
         for _ in range(MAX_UNHEARD):
             exchanges.look_at_fronts()
+        assert exchanges.is_unheard("front")
+        exchanges.hear("front")
+        assert not exchanges.is_unheard("front")
         assert exchanges.feed("of front", b"the rest", is_last=True)
         assert [len(sent) async for sent in messages] == [1]
+        exchanges.look_at_fronts()
     assert read == ["http.request"] * 2
+    assert not exchanges.is_unheard("")

@@ -132,6 +132,7 @@ class Exchanges:
         self._app = app
         self._running: dict[str, Exchange] = {}
         self._unheard: dict[str, int] = {}  # by front: how often it was looked at since it was heard
+        self._heard: set[str] = set()  # of them those that said so themselves
 
     async def stream(self, request: Forwarded) -> AsyncGenerator[list[Message]]:
         """See `Exchange.messages`; the first list is empty, and says that the request is here."""
@@ -154,6 +155,11 @@ class Exchanges:
     def hear(self, front: str) -> None:
         """It lives."""
         self._unheard[front] = 0
+        self._heard.add(front)
+
+    def is_unheard(self, front: str) -> bool:
+        """Whether it says that it lives, and has not said so since it has something here."""
+        return bool(front) and front not in self._heard
 
     def look_at_fronts(self) -> None:
         """End what those have here that have gone and not said so. To be called every now and then.
@@ -162,6 +168,7 @@ class Exchanges:
         """
         fronts = {exchange.front for exchange in self._running.values() if exchange.front}
         self._unheard = {front: self._unheard.get(front, 0) + 1 for front in fronts}
+        self._heard &= fronts
         for exchange in self._running.values():
             if self._unheard.get(exchange.front, 0) > MAX_UNHEARD:
                 exchange.leave()
@@ -169,7 +176,7 @@ class Exchanges:
     @contextmanager
     def _begun(self, request: Forwarded) -> Iterator[Exchange]:
         exchange = self._running[request.exchange_id] = Exchange(self._app, request)
-        self.hear(request.front)
+        self._unheard[request.front] = 0
         try:
             yield exchange
         finally:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import structlog
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 from ray.serve.exceptions import RayServeException
 from starlette.types import Message
 
@@ -15,7 +15,7 @@ from swaplora_server.cluster.affinity import RouteKey
 from swaplora_server.cluster.engines import ReplicaLostError
 from swaplora_server.cluster.exchange import Answer, Forwarded
 from swaplora_server.cluster.gathered import missing
-from swaplora_server.cluster.replica import REPLICA, take_part
+from swaplora_server.cluster.replica import REPLICA, hear_front, take_part
 
 ALL_SECONDS = 5.0  # that the replicas have to answer what all of them are asked: half of what Prometheus waits
 _ALIVE_SECONDS = 3.0  # after which the replicas hear again that this front lives
@@ -32,6 +32,7 @@ class RayEngines:
         self._actors: dict[str, Any] = {}  # by exchange: whose body comes in parts
         self._name = uuid.uuid4().hex
         self._num_streams = 0
+        self._replicas: dict[str, Any] = {}  # actors that have had a request, also those that end, by id
         self._telling: asyncio.Task[None] | None = None
         self._streaming = handle.options(stream=True, method_name="stream")
 
@@ -46,7 +47,8 @@ class RayEngines:
         try:
             async for messages in response:
                 if messages and messages[0]["type"] == REPLICA:
-                    self._actors[exchange_id] = messages.pop(0)["actor"]
+                    actor = self._actors[exchange_id] = messages.pop(0)["actor"]
+                    self._replicas[actor._actor_id.hex()] = actor  # noqa: SLF001
                 yield messages
             has_ended = True
         except (RayError, RayServeException) as error:
@@ -62,10 +64,15 @@ class RayEngines:
         """As long as anything is under way: a replica ends what a front has there that is not heard any more."""
         while self._num_streams:
             await asyncio.sleep(_ALIVE_SECONDS)
-            try:
-                await self._handle.broadcast("hear", self._name)._fetch_replica_results_async()  # noqa: SLF001
-            except Exception as error:  # noqa: BLE001 - it is said again
-                _log.warning("the replicas cannot be told that this front lives", reason=type(error).__name__)
+            await asyncio.gather(*(self._tell(*each) for each in self._replicas.items()))
+
+    async def _tell(self, replica: str, actor: Any) -> None:
+        try:
+            await asyncio.wait_for(actor.__ray_call__.remote(hear_front, self._name), _ALIVE_SECONDS)
+        except ActorDiedError:
+            del self._replicas[replica]
+        except Exception as error:  # noqa: BLE001 - it is said again
+            _log.warning("a replica cannot be told that this front lives", reason=type(error).__name__)
 
     async def feed(self, exchange_id: str, body: bytes, *, is_last: bool) -> None:
         """See `Engines.feed`. Its actor is called itself: Ray Serve knows none that ends."""

@@ -64,12 +64,16 @@ class EngineReplica:
         self._looking = asyncio.ensure_future(self._look_at_fronts())
 
     async def stream(self, key: RouteKey, request: Forwarded) -> AsyncGenerator[list[Message]]:
-        """See `Engines.stream`. Who brings the rest of the body hears first which actor has the request."""
+        """See `Engines.stream`. Who brings the rest of the body hears first which actor has the request.
+
+        So does a front that does not say yet that it lives: it is to tell the actor itself, as Ray Serve knows none
+        that ends.
+        """
         if len(getattr(key, "tried", ())) > 1:  # a front of the release before does not say
             self._service.metrics.count_retried()
         messages = self._exchanges.stream(request)
         try:
-            if not request.is_whole:
+            if not request.is_whole or self._exchanges.is_unheard(request.front):
                 await anext(messages)
                 yield [{"type": REPLICA, "actor": ray.get_runtime_context().current_actor}]
             async for sent in messages:
@@ -81,9 +85,9 @@ class EngineReplica:
         """See `Engines.feed`; of any thread."""
         self._loop.call_soon_threadsafe(partial(self._exchanges.feed, exchange_id, body, is_last=is_last))
 
-    async def hear(self, front: str) -> None:
-        """A front that has something under way here, or elsewhere, lives."""
-        self._exchanges.hear(front)
+    def hear(self, front: str) -> None:
+        """A front that has something under way lives; of any thread."""
+        self._loop.call_soon_threadsafe(self._exchanges.hear, front)
 
     async def _look_at_fronts(self) -> None:
         while True:
@@ -132,6 +136,11 @@ class EngineReplica:
 def take_part(_actor: Any, exchange_id: str, body: bytes, is_last: bool) -> None:
     """Called within a replica's actor: the next of a body. A request that has ended needs none."""
     _here[0].feed(exchange_id, body, is_last=is_last)
+
+
+def hear_front(_actor: Any, front: str) -> None:
+    """Called within a replica's actor: a front lives."""
+    _here[0].hear(front)
 
 
 def _report(step: str) -> None:
