@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -25,8 +26,22 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
 def test_list_shows_targets_as_set_takes_them(server: FakeServer) -> None:
     server.answer("GET", "/v1/aliases", {"object": "list", "data": [PROD, SPLIT]})
     rows = [line.split() for line in swaplora("aliases", "list").output.splitlines()]
-    assert rows == [["alias", "targets"], ["prod", "sql@2"], ["ab", "sql@2=90", "sql@3=10"]]
+    assert rows == [["alias", "targets", "canary"], ["prod", "sql@2", "-"], ["ab", "sql@2=90", "sql@3=10", "-"]]
     assert json.loads(swaplora("aliases", "list", "--json").output) == [PROD, SPLIT]
+
+
+@pytest.mark.parametrize(
+    ("stepped", "shown"),
+    [
+        ({"stepped_back": None, "reason": None}, "sql@3"),
+        ({"stepped_back": 5.0, "reason": "9 of 20"}, "sql@3 stepped back: 9 of 20"),
+    ],
+)
+def test_list_shows_a_canary_and_why_it_stepped_back(server: FakeServer, stepped: dict[str, Any], shown: str) -> None:
+    canary = {"target": "sql@3", "max_error_rate": 0.05} | stepped
+    server.answer("GET", "/v1/aliases", {"object": "list", "data": [SPLIT | {"canary": canary}]})
+    row = swaplora("aliases", "list").output.splitlines()[1]
+    assert row.split() == ["ab", "sql@2=90", "sql@3=10", *shown.split()]
 
 
 @pytest.mark.parametrize(

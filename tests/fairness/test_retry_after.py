@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from swaplora_server.config import Settings
 from swaplora_server.end_rate import MAX_RETRY_SECONDS, MIN_RETRY_SECONDS, EndRate
 from swaplora_server.http.transport import body_memory
 from swaplora_server.http.transport.body_memory import BodyMemory
-from swaplora_server.service.adapters import derivations as derivations_module
 from swaplora_server.service.adapters import ingest as ingest_module
+from swaplora_server.service.adapters import tenant_jobs as jobs_module
 from swaplora_server.service.adapters.derivations import MAX_JOBS, Derivations
 from swaplora_server.service.adapters.ingest import MAX_FETCHES, Ingest
+from swaplora_server.service.adapters.tenant_jobs import UNKNOWN_SECONDS, TenantJobs
 from swaplora_server.service.errors import RequestError
 
 
@@ -24,7 +26,7 @@ from swaplora_server.service.errors import RequestError
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, for whoever asks how fast things end."""
     clock = [1000.0]
-    for module in (body_memory, derivations_module, ingest_module):
+    for module in (body_memory, jobs_module, ingest_module):
         monkeypatch.setattr(module, "EndRate", lambda seconds=30.0: EndRate(lambda: clock[0], seconds))
     return clock
 
@@ -106,7 +108,7 @@ def test_who_would_fetch_too_much_is_told_when_one_of_the_others_will_have_ended
         told = asyncio.run(refused_when_full(lambda: ingest.fetch("a", "hf://b"), registry, MAX_FETCHES, now))
     finally:
         ingest.stop()
-    assert told == (ingest_module.UNKNOWN_SECONDS, 14)  # three in forty seconds
+    assert told == (UNKNOWN_SECONDS, 14)  # three in forty seconds
 
 
 def test_who_would_derive_too_much_is_told_when_one_of_the_others_will_have_ended(now: list[float]) -> None:
@@ -117,7 +119,38 @@ def test_who_would_derive_too_much_is_told_when_one_of_the_others_will_have_ende
         return registry.put_source()
 
     try:
-        told = asyncio.run(refused_when_full(lambda: derivations.make(job), registry, MAX_JOBS, now))
+        told = asyncio.run(refused_when_full(lambda: derivations.makes.do("", job), registry, MAX_JOBS, now))
     finally:
         derivations.stop()
-    assert told == (derivations_module.UNKNOWN_SECONDS, 14)
+    assert told == (UNKNOWN_SECONDS, 14)
+
+
+def test_a_tenant_that_has_as_many_jobs_as_it_may_keeps_no_other_from_its_own() -> None:
+    jobs = TenantJobs("test-jobs", most=2)
+    has_begun, may_go_on = threading.Event(), threading.Event()
+    done: list[str] = []
+
+    def job(name: str, _cancellation: Cancellation) -> None:
+        has_begun.set()
+        assert may_go_on.wait(60)
+        done.append(name)
+
+    async def ask() -> None:
+        first = asyncio.ensure_future(jobs.do("acme", partial(job, "acme 1")))
+        await asyncio.to_thread(has_begun.wait, 60)
+        waiting = [
+            asyncio.ensure_future(jobs.do(tenant, partial(job, name)))
+            for tenant, name in (("acme", "acme 2"), ("zeta", "zeta 1"), ("zeta", "zeta 2"))
+        ]
+        await asyncio.sleep(0)
+        for tenant in ("acme", "zeta"):
+            with pytest.raises(RequestError, match="2 others of this kind"):
+                await jobs.do(tenant, partial(job, "too many"))
+        may_go_on.set()
+        await asyncio.gather(first, *waiting)
+
+    try:
+        asyncio.run(ask())
+    finally:
+        jobs.stop()
+    assert done == ["acme 1", "acme 2", "zeta 1", "zeta 2"]

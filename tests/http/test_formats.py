@@ -310,7 +310,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (
         {"response_format": {"type": "json_object"}, "regex": "a"},
         "regex",
-        "response_format.schema and regex exclude each other",
+        "response_format and regex exclude each other",
     ),
     ({"guided_regex": "(a"}, "guided_regex", "unclosed group"),
     ({"guided_regex": "(?=a)b"}, "guided_regex", "look-around"),

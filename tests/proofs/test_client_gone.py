@@ -19,7 +19,6 @@ from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.sources import resolver
 from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.store.staging import Staging
-from swaplora_server.service.adapters import derivations as derivations_module
 
 PATIENCE_SECONDS = 120
 SCALED = [{"name": "a0", "scale": 2}]
@@ -88,11 +87,11 @@ def test_inspections_are_bounded_and_hold_up_no_merge(
     stocked: Running, hanging: HeldDerivations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hanging.let_go("compose")
-    monkeypatch.setattr(derivations_module, "MAX_JOBS", 2)
+    monkeypatch.setattr(stocked.service.derivations.counts, "most", 2)
     inspect = "/v1/adapters/a{}/inspect?intruders=true"
     with ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(stocked.client.get, inspect.format(n), timeout=GUARD_SECONDS) for n in range(2)]
-        wait_until(lambda: stocked.service.derivations.num_counts == 2, "the inspections have not come")
+        wait_until(lambda: stocked.service.derivations.counts.num_jobs == 2, "the inspections have not come")
         refused = stocked.client.get(inspect.format(2))
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
         assert "retry-after" in refused.headers
@@ -108,10 +107,10 @@ def test_abandoned_inspections_are_dropped(stocked: Running, hanging: HeldDeriva
     with asking(stocked, "GET", "/v1/adapters/a0/inspect?intruders=true"):
         hanging.wait_for_begun(1)
         with asking(stocked, "GET", "/v1/adapters/a1/inspect?intruders=true"):
-            wait_until(lambda: derivations.num_counts == 2, "the second has not come")
-        wait_until(lambda: derivations.num_counts == 1, "the second waits on")
+            wait_until(lambda: derivations.counts.num_jobs == 2, "the second has not come")
+        wait_until(lambda: derivations.counts.num_jobs == 1, "the second waits on")
     hanging.wait_for_end()
-    wait_until(lambda: not derivations.num_counts and is_at_rest(stocked), "the first is counted still")
+    wait_until(lambda: not derivations.counts.num_jobs and is_at_rest(stocked), "the first is counted still")
     assert hanging.num_begun == 1
 
 

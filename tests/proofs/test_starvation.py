@@ -19,7 +19,8 @@ from serving import BASE, Running, serving, settings
 from swaplora_adapters.registry.card import PutResult
 from swaplora_server.http.transport.body import MAX_SMALL_BODY_BYTES, SMALL_BYTES
 from swaplora_server.service import prompts as tokenizing
-from swaplora_server.service.service import MAX_INSPECTIONS, NUM_INSPECTORS, NUM_UPLOAD_THREADS
+from swaplora_server.service.adapters.derivations import MAX_INSPECTIONS
+from swaplora_server.service.service import NUM_UPLOAD_THREADS
 
 GUARD_SECONDS = 60
 MANY = 40  # more than any number of processors gives the event loop's own pool
@@ -200,16 +201,15 @@ def test_while_adapters_are_inspected_everything_else_is_answered(
         return {"modules": [], "warnings": []}
 
     monkeypatch.setattr("swaplora_server.http.routes.inspection._inspect", held_inspect)
-    inspections = small.service.inspections
     with ThreadPoolExecutor(MANY) as clients, set_at_end(may_go_on):
         answers = [clients.submit(small.client.get, "/v1/adapters/x/inspect") for _ in range(MANY)]
-        wait_for(lambda: sum(answer.done() for answer in answers) == MANY - NUM_INSPECTORS - MAX_INSPECTIONS)
-        assert (inspections.num_running, inspections.num_waiting) == (NUM_INSPECTORS, MAX_INSPECTIONS)
+        wait_for(lambda: sum(answer.done() for answer in answers) == MANY - MAX_INSPECTIONS)
+        assert small.service.derivations.inspections.num_jobs == MAX_INSPECTIONS
         check_others_are_answered(small)
         assert small.put("z", adapters[1]).status_code == 201
         may_go_on.set()
         statuses = Counter(answer.result().status_code for answer in answers)
-    assert statuses == {200: NUM_INSPECTORS + MAX_INSPECTIONS, 429: MANY - NUM_INSPECTORS - MAX_INSPECTIONS}
+    assert statuses == {200: MAX_INSPECTIONS, 429: MANY - MAX_INSPECTIONS}
     small.client.delete("/v1/adapters/z")
 
 

@@ -185,7 +185,9 @@ def test_who_finds_no_room_in_time_is_told_how_long_it_waited(open_server: Open)
     assert ask(server, {"model": "t1", "prompt": PROMPT}).status_code == 200
 
 
-def test_a_term_that_cannot_be_loaded_is_named_and_frees_the_others(open_server: Open) -> None:
+def test_a_term_that_cannot_be_loaded_is_named_and_frees_the_others(
+    open_server: Open, folders: dict[str, Path]
+) -> None:
     server = open_server(2)
     digest = server.client.get("/v1/adapters/t1").json()["digest"]
     (weights,) = server.service.settings.data_dir.rglob(f"{digest.removeprefix('sha256:')}/adapter_model.safetensors")
@@ -193,6 +195,23 @@ def test_a_term_that_cannot_be_loaded_is_named_and_frees_the_others(open_server:
     refused = ask(server, sum_of("t0", "t1"))
     error = refused.json()["error"]
     assert (refused.status_code, error["code"], error["param"]) == (409, "adapter_failed", "adapters[1].name")
+    reason = "t1@1: its stored files no longer have the digest that they were stored with"
+    assert reason in error["message"]
+    assert (
+        server.client.put("/v1/aliases/split", json={"targets": [{"target": "t1@1", "weight": 1}]}).status_code == 200
+    )
+    client = server.client
+    assert server.put("t1", folders["t2"]).status_code == 200
+    for answer in (
+        client.get("/v1/models/t1@1"),
+        client.patch("/v1/adapters/t1", json={"current": 1}),
+        client.post("/v1/merged", json={"name": "new", "from": [{"name": "t1@1"}]}),
+        ask(server, {"model": "split", "prompt": PROMPT}),
+    ):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "adapter_failed")
+        assert reason in answer.json()["error"]["message"]
+    assert client.get("/v1/models/t1").status_code == 200
+    assert server.client.get("/v1/adapters/t1").json()["version"] == 2
     assert ask(server, sum_of("t2", "t3")).status_code == 200
     assert ask(server, {"model": "t0", "prompt": PROMPT}).status_code == 200
     assert [in_flight(server, name) for name in NAMES] == [0] * 5

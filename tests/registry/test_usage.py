@@ -33,7 +33,7 @@ class Told:
         assert all(seconds >= 0 for seconds in stages.values())
         self.calls.append(("loaded", name, *stages))
 
-    def load_failed(self, name: str) -> None:
+    def load_failed(self, name: str, error: BaseException) -> None:
         self.calls.append(("failed", name))
 
     def evicted(self, name: str) -> None:

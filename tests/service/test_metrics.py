@@ -249,7 +249,7 @@ def test_each_adapter_has_its_own_counts_and_those_of_a_sum_each_count_it_whole(
     metrics.adapters.looked_up(["law"], were_there=True)
     metrics.adapters.looked_up(["law", "tax"], were_there=False)
     metrics.adapters.loaded("tax", {"read": 0.5, "prepare": 0.25})
-    metrics.adapters.load_failed("tax")
+    metrics.adapters.load_failed("tax", ValueError())
     metrics.adapters.evicted("tax")
     found = read(metrics)
     law, tax = of_adapter(found, "law"), of_adapter(found, "tax")
@@ -272,7 +272,7 @@ def use(metrics: Metrics, name: str) -> None:
     """All that can happen to an adapter."""
     metrics.adapters.looked_up([name], were_there=False)
     metrics.adapters.loaded(name, {"read": 1, "verify": 1, "prepare": 1})
-    metrics.adapters.load_failed(name)
+    metrics.adapters.load_failed(name, ValueError())
     for outcome in Outcome:
         metrics.observe(record_of(name, outcome=outcome))
     metrics.adapters.evicted(name)

@@ -23,7 +23,7 @@ from swaplora_adapters.sources.source import Sources
 from swaplora_adapters.sources.watcher import FolderWatcher
 from swaplora_adapters.store.staging import Staging
 from swaplora_server.base.proof import UnsupportedModelError
-from swaplora_server.service.adapters.ingest import UNKNOWN_SECONDS
+from swaplora_server.service.adapters.tenant_jobs import UNKNOWN_SECONDS
 from swaplora_server.service.service import Service
 
 __all__ = ["gate"]

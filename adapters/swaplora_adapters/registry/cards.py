@@ -43,9 +43,7 @@ class Cards:
 
     def of(self, named: NamedVersions) -> Card:
         record = named.current
-        state, reason = self._residency.state(record.digest)
-        if record.failure is not None:
-            state, reason = "failed", record.failure
+        state, reason = self._state_of(record)
         return Card(
             record,
             named.versions,
@@ -59,6 +57,14 @@ class Cards:
             named.shared_with,
             named.gate is not None,
         )
+
+    def failure(self, record: VersionRecord) -> str | None:
+        """Why nobody can be answered by it, as far as that is known."""
+        state, reason = self._state_of(record)
+        return reason if state == "failed" else None
+
+    def _state_of(self, record: VersionRecord) -> tuple[str, str | None]:
+        return self._residency.state(record.digest) if record.failure is None else ("failed", record.failure)
 
     def states(self) -> list[AdapterState]:
         """Where each name's current version is, and how much it takes, in order of name."""

@@ -55,8 +55,8 @@ class AdapterLoader:
             stages = self._fetched[digest] = Stages()
             try:
                 stages.time("fetch", lambda: self._fetch(digest))
-            except BaseException:
-                self._usage.load_failed(digest)
+            except BaseException as error:
+                self._usage.load_failed(digest, error)
                 raise
 
         return bring
@@ -68,8 +68,8 @@ class AdapterLoader:
             weights = self._host.find(digest) or self._read(digest, stages)
             pause()
             prepared = stages.time("prepare", lambda: self._prepare(weights))
-        except BaseException:
-            self._usage.load_failed(digest)
+        except BaseException as error:
+            self._usage.load_failed(digest, error)
             raise
         self._usage.loaded(digest, stages.seconds)
         return prepared

@@ -11,6 +11,7 @@ from typing import Any
 
 from swaplora_adapters.errors import (
     AdapterBusyError,
+    AdapterFailedError,
     AdapterNotFoundError,
     GateFailedError,
     InvalidAdapterNameError,
@@ -221,9 +222,9 @@ class Names:
         doomed = {record.version for record in self.index.get(name).versions} if version is None else {version}
         aliases = self.index.aliases_that_need(name, doomed)
         if aliases:
-            raise AdapterBusyError(
-                f"{', '.join(aliases)} leads there: point the alias elsewhere, or delete it, or the mixture, first"
-            )
+            kinds = ("mixture" if self.index.is_mixture(alias) else "alias" for alias in aliases)
+            told = ", ".join(f"the {kind} {alias}" for kind, alias in zip(kinds, aliases, strict=True))
+            raise AdapterBusyError(f"{told} leads there: point it elsewhere, or delete it, first")
         removed = self._store.delete(name, version)
         self._refresh(name)
         return removed
@@ -235,13 +236,16 @@ class Names:
         AdapterFailedError and StorageFullError.
         """
         record = self.index.resolve_name(reference)
-        with self.copies.held(record.digest):
-            self._store.verify(record.digest)
-            with self.changes, raising_storage_errors():
-                self.index.resolve_name(f"{record.name}@{record.version}")  # which may be deleted by now
-                folder.mkdir()
-                for path in self._store.blob_paths(record.digest):
-                    os.link(path, folder / path.name)
+        try:
+            with self.copies.held(record.digest):
+                self._store.verify(record.digest)
+                with self.changes, raising_storage_errors():
+                    self.index.resolve_name(f"{record.name}@{record.version}")  # which may be deleted by now
+                    folder.mkdir()
+                    for path in self._store.blob_paths(record.digest):
+                        os.link(path, folder / path.name)
+        except AdapterFailedError as error:
+            raise AdapterFailedError(f"{record.name}@{record.version}: {error}") from error
         return record
 
     def put_alias(self, alias: str, targets: Sequence[Target], canary: Canary | None = None) -> Alias:

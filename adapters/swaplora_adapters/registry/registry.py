@@ -16,9 +16,11 @@ import torch
 from swaplora_adapters.cancellation import Cancellation
 from swaplora_adapters.errors import (
     AdapterError,
+    AdapterFailedError,
     AdapterNotFoundError,
     MemoryFullError,
     PreconditionFailedError,
+    QuotaExceededError,
     StorageFailedError,
     StorageFullError,
 )
@@ -30,6 +32,7 @@ from swaplora_adapters.registry.changes import Looks
 from swaplora_adapters.registry.leases import Lease, LeaseCounts, Removal, RequestLeases
 from swaplora_adapters.registry.loader import AdapterLoader
 from swaplora_adapters.registry.names import Judgement, Names
+from swaplora_adapters.registry.pin_limits import Pin, PinLimits
 from swaplora_adapters.registry.residency.host_tier import HostTier
 from swaplora_adapters.registry.residency.residency import Residency, show
 from swaplora_adapters.registry.usage import Unheard, UsageByName, UsageListener
@@ -83,6 +86,7 @@ class Registry:
         host: HostTier | None = None,
         listener: UsageListener | None = None,
         report: Callable[[Exception], None] = show,
+        pinned_bytes: Callable[[str], int | None] = lambda _tenant: None,
     ) -> None:
         """`layers` are the base's that adapters may change; weights are kept in `dtype`.
 
@@ -90,7 +94,8 @@ class Registry:
         made for another one is taken with a warning. `placement` lays the factors of linears into memory, and `prepare`
         makes of an adapter's weights what is served, the same on their device with `tables` filled in: both on the
         thread that loads. `host` keeps adapters as they were before `prepare`, if there is one. `listener` is told what
-        becomes of adapters in memory, and `report` why what other servers change is not known here.
+        becomes of adapters in memory, and `report` why what other servers change is not known here. `pinned_bytes` is
+        what a tenant may pin, see `PinLimits`.
         """
         self._store = store
         self._sources = sources
@@ -98,6 +103,7 @@ class Registry:
         self._dtype = dtype
         self._placement = placement
         self._base_model = base_model
+        self._pin_limits = PinLimits(memory_budget, pinned_bytes)
         self._lease_counts = LeaseCounts()
         self._names = Names(
             store,
@@ -158,6 +164,11 @@ class Registry:
         """To look at; what is changed is changed here."""
         return self._names
 
+    def check_whole(self, record: VersionRecord) -> None:
+        """Raise AdapterFailedError for a version that is known to be damaged."""
+        if (reason := self._cards.failure(record)) is not None:
+            raise AdapterFailedError(f"{record.name}@{record.version}: {reason}")
+
     def lease(self, reference: str, client: str | None = None) -> Lease:
         """Bind `reference` to a version now. This takes no memory: see `lease_weights`.
 
@@ -206,8 +217,8 @@ class Registry:
 
         `make` makes them first, or makes them into others; `admit` is asked when they are known. Raises what these do,
         InvalidAdapterError with every reason, AdapterTooLargeError, PreconditionFailedError, StorageFullError, and
-        MemoryFullError for a pinned name whose new version does not fit beside the others. The old version then serves
-        on, and its card says why.
+        for a pinned name MemoryFullError or QuotaExceededError if its new version may not be pinned beside the others.
+        The old version then serves on, and its card says why.
         """
         with self._told_on_the_card(name):
             return self._put(name, staging, source, conditions, make, admit)
@@ -245,12 +256,15 @@ class Registry:
     ) -> Card:
         """Roll `name` to one of its versions, keep it in memory or no longer, share it with others, or all at once.
 
-        Raises AdapterNotFoundError, VersionNotFoundError, MemoryFullError when all that is pinned would not fit, and
-        GateFailedError for a version that has not passed, unless it `is_forced`.
+        Raises AdapterNotFoundError, VersionNotFoundError, MemoryFullError when all that is pinned would not fit,
+        QuotaExceededError for more than the tenant may pin, AdapterFailedError for a version that is known to be
+        damaged, and GateFailedError for one that has not passed, unless it `is_forced`.
         """
 
         def change() -> Card:
             record = self._names.index.resolve_name(name if current is None else f"{name}@{current}")
+            if current is not None:
+                self.check_whole(record)
             if self._names.index.get(name).is_pinned if is_pinned is None else is_pinned:
                 self._check_pins(name, record.digest, self._num_bytes(record))
             named = self._names.change(
@@ -278,7 +292,7 @@ class Registry:
             if is_current and self._names.index.get(name).is_pinned:
                 try:
                     self._check_pins(name, record.digest, self._num_bytes(record))
-                except MemoryFullError as error:
+                except (MemoryFullError, QuotaExceededError) as error:
                     is_current, verdict = False, {**found.verdict, "reason": f"it has passed, but is pinned: {error}"}
                     found = replace(found, verdict=verdict)
             self._names.judge(name, found, is_current=is_current)
@@ -297,8 +311,8 @@ class Registry:
     def delete(self, name: str, version: int | None = None) -> Removal:
         """Remove a name, or one version of it, for new requests now; running ones end on what they hold.
 
-        Raises AdapterNotFoundError, VersionNotFoundError, AdapterBusyError, and MemoryFullError for a pinned name whose
-        next version would not fit.
+        Raises AdapterNotFoundError, VersionNotFoundError, AdapterBusyError, and for a pinned name MemoryFullError or
+        QuotaExceededError if its next version may not be pinned.
         """
 
         def delete() -> Removal:
@@ -475,9 +489,14 @@ class Registry:
         return {record.digest: self._num_bytes(record) for record in pinned}
 
     def _check_pins(self, name: str, digest: str, nbytes: int) -> None:
-        """Raise MemoryFullError if what is pinned would not fit with this as the current version of `name`."""
-        others = (n.current for n in self._names.index.all() if n.is_pinned and n.current.name != name)
-        self._residency.check_pins({r.digest: self._num_bytes(r) for r in others} | {digest: nbytes})
+        """Raise what forbids that what is pinned stays so with this as the current version of `name`.
+
+        MemoryFullError where all of it would not fit, QuotaExceededError for more than its tenant may pin.
+        """
+        others = [n.current for n in self._names.index.all() if n.is_pinned and n.current.name != name]
+        pins = [Pin(record.name, record.digest, self._num_bytes(record)) for record in others]
+        self._pin_limits.check(Pin(name, digest, nbytes), pins)
+        self._residency.check_pins({pin.digest: pin.nbytes for pin in pins} | {digest: nbytes})
 
     def _give_back(self, lease: Lease) -> None:
         """Called by a lease, once, on the thread its request ended on; what touches the disk is the cleaner's."""

@@ -75,6 +75,9 @@ class TenantRegistry(Registry):
     def names(self) -> TenantNames:
         return self._tenant_names
 
+    def check_whole(self, record: VersionRecord) -> None:
+        self._registry.check_whole(record)
+
     def lease(self, reference: str, client: str | None = None) -> Lease:
         """Its record has the name that the tenant knows."""
         return self.lease_found(lambda: self._tenant_names.index.find(reference, client))

@@ -18,7 +18,7 @@ class UsageListener(Protocol):
     def loaded(self, name: str, stages: dict[str, float]) -> None:
         """One was brought into memory; stage → seconds that this took."""
 
-    def load_failed(self, name: str) -> None:
+    def load_failed(self, name: str, error: BaseException) -> None:
         """One could not be brought into memory."""
 
     def evicted(self, name: str) -> None:
@@ -32,7 +32,7 @@ class Unheard:
 
     def loaded(self, name: str, stages: dict[str, float]) -> None: ...
 
-    def load_failed(self, name: str) -> None: ...
+    def load_failed(self, name: str, error: BaseException) -> None: ...
 
     def evicted(self, name: str) -> None: ...
 
@@ -59,9 +59,9 @@ class UsageByName:
         if (name := self._names.get(digest)) is not None:
             self._listener.loaded(name, stages)
 
-    def load_failed(self, digest: str) -> None:
+    def load_failed(self, digest: str, error: BaseException) -> None:
         if (name := self._names.get(digest)) is not None:
-            self._listener.load_failed(name)
+            self._listener.load_failed(name, error)
 
     def evicted(self, digest: str) -> None:
         if (name := self._names.get(digest)) is not None:

@@ -33,13 +33,18 @@ class Workers:
         self._threads: list[threading.Thread] = []
         self._waiting: OrderedDict[Hashable, deque[_Job]] = OrderedDict()  # by owner; whose turn it is comes first
         self._changed = threading.Condition()
-        self._open: set[Future[Any]] = set()
+        self._open: dict[Future[Any], Hashable] = {}  # with its owner
         self._is_stopped = False
 
     @property
     def num_jobs(self) -> int:
         """Waiting and running."""
         return len(self._open)
+
+    def num_jobs_of(self, owner: Hashable) -> int:
+        """An owner's, waiting and running."""
+        with self._changed:
+            return sum(other == owner for other in self._open.values())
 
     def num_waiting_of(self, owner: Hashable) -> int:
         with self._changed:
@@ -65,7 +70,7 @@ class Workers:
                 if not self._threads:
                     future.set_exception(error)
                     return future
-            self._open.add(future)
+            self._open[future] = owner
             self._waiting.setdefault(owner, deque()).append(_Job(job, future))
             self._changed.notify()
         if cancellation is not None:
@@ -76,7 +81,7 @@ class Workers:
         """Fail what waits and what runs, at once; what runs ends unheard."""
         with self._changed:
             self._is_stopped = True
-            failed, self._open = self._open, set()
+            failed, self._open = self._open, {}
             self._waiting.clear()
             self._changed.notify_all()
         for future in failed:
@@ -134,12 +139,12 @@ class Workers:
             jobs.remove(job)
             if not jobs:
                 del self._waiting[owner]
-            self._open.discard(future)
+            self._open.pop(future, None)
         future.set_exception(WorkCancelledError())
 
     def _is_awaited(self, future: Future[Any]) -> bool:
         """Whether `stop` has not answered it yet; only one of the two does."""
         with self._changed:
             is_awaited = future in self._open
-            self._open.discard(future)
+            self._open.pop(future, None)
             return is_awaited

@@ -32,6 +32,7 @@ class TenantLimits(Limits):
 
     adapters: Count | None = None
     adapter_bytes: Count | None = None  # of the files of all versions
+    pinned_bytes: Count | None = None  # of memory; None is a part of what tenants may pin together
 
 
 NO_LIMITS = TenantLimits()

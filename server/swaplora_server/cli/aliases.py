@@ -21,9 +21,9 @@ def list_aliases(url: Url = LOCAL, api_key: Key = None, as_json: AsJson = False)
     if as_json:
         show_json(aliases)
         return
-    table = Table("alias", "targets", box=None)
+    table = Table("alias", "targets", "canary", box=None)
     for alias in aliases:
-        table.add_row(cell(alias["alias"]), cell(_targets(alias)))
+        table.add_row(cell(alias["alias"]), cell(_targets(alias)), cell(_canary(alias)))
     show_table(table)
 
 
@@ -72,6 +72,15 @@ def _targets(alias: Mapping[str, Any]) -> str:
     if len(targets) == 1:
         return str(targets[0]["target"])
     return " ".join(f"{target['target']}={target['weight']}" for target in targets)
+
+
+def _canary(alias: Mapping[str, Any]) -> str:
+    """Which version it is, and whether it still gets requests."""
+    canary = alias.get("canary")
+    if canary is None:
+        return "-"
+    target, since = canary["target"], canary.get("stepped_back")
+    return str(target) if since is None else f"{target} stepped back: {canary['reason']}"
 
 
 def delete_alias(alias: Alias, url: Url = LOCAL, api_key: Key = None) -> None:

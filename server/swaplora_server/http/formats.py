@@ -92,10 +92,10 @@ class ResponseFormat(ClosedModel):
             case "text":
                 return None
             case "json_object":
-                return schema_source("response_format.schema", ANY_OBJECT if self.schema_ is None else self.schema_)
+                return _schema_source("response_format", "schema", self.schema_)
             case "json_schema":
                 schema = self.json_schema.schema_ if self.json_schema else None
-                return schema_source("response_format.json_schema.schema", ANY_OBJECT if schema is None else schema)
+                return _schema_source("response_format", "json_schema.schema", schema)
             case "structural_tag":
                 parts = [f'"{name}":{value}' for name, value in self._tag_parts().items() if value is not None]
                 return GrammarSource(GrammarKind.STRUCTURAL_TAG, f"{{{','.join(parts)}}}", "response_format")
@@ -197,3 +197,8 @@ class FormatBody(WireModel):
 def schema_source(param: str, text: str) -> GrammarSource:
     """What keeps to a JSON schema, given as text in the field `param`."""
     return GrammarSource(GrammarKind.JSON_SCHEMA, text, param)
+
+
+def _schema_source(param: str, below: str, text: str | None) -> GrammarSource:
+    """The same of a field that lies `below` another, which stands for any object where it is not there."""
+    return schema_source(param, ANY_OBJECT) if text is None else schema_source(f"{param}.{below}", text)

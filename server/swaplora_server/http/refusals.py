@@ -49,6 +49,7 @@ ANYWHERE: dict[str, Refusal] = {
     "length_penalty": _ONE,
     "use_beam_search": _OFF,
     "bad_words": _EMPTY,
+    "guided_whitespace_pattern": Refusal(("",), "white space in JSON is bounded here"),
     "stop_regex": Refusal(("", []), "stop takes plain strings"),
     "truncate_prompt_tokens": Refusal(instead="send a prompt that fits"),
     "detokenize": Refusal((True,), "return_token_ids gives the ids beside the text"),

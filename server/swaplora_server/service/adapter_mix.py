@@ -7,6 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 from swaplora_adapters.errors import (
+    AdapterError,
     AdapterFailedError,
     AdapterNotFoundError,
     AdapterTooLargeError,
@@ -90,7 +91,7 @@ class AdapterMix:
             weights = await result_of(self.request_leases.weights)
         except (AdapterFailedError, AdapterTooLargeError, MemoryFullError) as error:
             self.tell(error.code)
-            raise RequestError(error.code, str(error), self._param_at_fault()) from error
+            raise RequestError(error.code, self._told(error), self._param_at_fault()) from error
         digests = [record.digest for record in self.records]
         uses = tuple(
             AdapterUse(weights[digest], scale, digest) for digest, scale in zip(digests, self.scales, strict=True)
@@ -111,6 +112,11 @@ class AdapterMix:
             message = f"{record.name}@{record.version} cannot be in a mixture: {error}"
             raise RequestError("invalid_request", message, self.params[error.number]) from error
         return tuple(replace(use, route=Route(router, number)) for number, use in enumerate(uses))
+
+    def _told(self, error: AdapterError) -> str:
+        """With the version that is at fault, if it is one: of a split, a mixture or a sum nobody knows it otherwise."""
+        at_fault = self.request_leases.at_fault
+        return str(error) if at_fault is None else f"{at_fault.record.name}@{at_fault.record.version}: {error}"
 
     def _param_at_fault(self) -> str:
         """The field of the one that cannot be had, or of all of them."""

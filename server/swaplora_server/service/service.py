@@ -56,8 +56,6 @@ from swaplora_server.service.wakeups import Wakeups, result_of
 _JOIN_SECONDS = 3.0
 NUM_UPLOAD_THREADS = 4  # each writes what has come of one upload, or checks a whole one
 NUM_CHANGE_THREADS = 4  # changes are made one at a time, and may wait for the shared store
-NUM_INSPECTORS = 1
-MAX_INSPECTIONS = 16  # waiting
 # settings that decide what lies in a step together, and with what it is computed
 ANSWERS_DEPEND_ON = (
     "quantization",
@@ -108,7 +106,6 @@ class Service:
         # the loop's own threads are for what is short: lists, metrics
         self.offload = Offload(settings.tokenizer_threads, settings.max_waiting, "tokenize")
         self.gil_turns = GilTurns()
-        self.inspections = Offload(NUM_INSPECTORS, MAX_INSPECTIONS, "inspect", begin=lower_priority)
         self.upload_threads = ThreadPoolExecutor(NUM_UPLOAD_THREADS, "upload", initializer=lower_priority)
         self._change_threads = ThreadPoolExecutor(NUM_CHANGE_THREADS, "change")
         self._recorded: RecordedSteps | None = None
@@ -196,7 +193,13 @@ class Service:
             self._sources = Sources(
                 allowed=settings.allow_source, folder=settings.adapter_dir, max_weights_bytes=settings.max_adapter_bytes
             )
-            self._registry = open_registry(settings, self.base, self._sources, self.metrics.adapters)
+            self._registry = open_registry(
+                settings,
+                self.base,
+                self._sources,
+                self.metrics.adapters,
+                pinned_bytes=lambda tenant: self.keys.tenant_limits(tenant).pinned_bytes,
+            )
             opened.callback(self._registry.close)
             self.evaluations = Evaluations(settings.data_dir / "evaluations")
             kept = settings.data_dir / "canaries.json"

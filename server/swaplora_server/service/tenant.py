@@ -62,7 +62,7 @@ class TenantService(Service):
     @property
     def ingest(self) -> Ingest | TenantIngest:
         """The adapter folder and what is found by being asked for are the default tenant's."""
-        return TenantIngest(self._ingest, self.registry, is_default=not self._tenant)
+        return TenantIngest(self._ingest, self.registry, self._tenant)
 
     def _note(self, change: Change) -> None:
         self.audit.write(

@@ -107,7 +107,9 @@ async def _receive(
         put = partial(registry.put, name, staging, source="upload", conditions=conditions)
         if make is None:
             return await asyncio.get_running_loop().run_in_executor(service.upload_threads, put)
-        making = service.derivations.make(lambda cancellation: put(make=partial(make, cancellation)))
+        making = service.derivations.makes.do(
+            service.tenant, lambda cancellation: put(make=partial(make, cancellation))
+        )
         return await until_disconnect(request.receive, making)
 
 

@@ -69,7 +69,7 @@ async def compose_adapter(
     service.registry.names.check_adapter_name(body.name)
     chosen = _chosen(service, body.ingredients)
     compose = partial(_compose, service, body.name, chosen, recipe, body.materialise)
-    put = await until_disconnect(request.receive, service.derivations.make(compose))
+    put = await until_disconnect(request.receive, service.derivations.makes.do(service.tenant, compose))
     return JSONResponse(put_body(service, put), 201 if put.is_first else 200)
 
 

@@ -1,10 +1,10 @@
 """GET /v1/adapters/{name}/inspect: what an adapter does to each module, in numbers."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request
 
@@ -20,6 +20,7 @@ from swaplora_server.service.adapters.derivations import Count, Counts, Derivati
 from swaplora_server.service.service import Service
 from swaplora_server.service.wakeups import result_of
 
+T = TypeVar("T")
 router = APIRouter(dependencies=[Depends(refuse_unknown_parameters)])
 
 
@@ -44,11 +45,12 @@ async def inspect_adapter(
 
 async def _inspection(service: Service, name: str, against: str | None, *, intruders: bool) -> dict[str, Any]:
     async with _loaded(service, name, *([] if against is None else [against])) as [(record, weights), *others]:
-        found = await service.inspections.do(1, partial(_inspect, weights, service.derivations))
+        found = await _done(service, partial(_inspect, weights, service.derivations))
         for other in others:
             found |= await _compare(service, weights, *other, found["modules"])
     if intruders:
-        counts = await service.derivations.count_intruders(record.digest, partial(_in_a_folder, service, record))
+        count = partial(_in_a_folder, service, record)
+        counts = await service.derivations.count_intruders(service.tenant, record.digest, count)
         found["modules"] = [module | {"intruders": counts[module["module"]]} for module in found["modules"]]
     named = {"object": "adapter.inspection", "name": record.name, "version": record.version, "digest": record.digest}
     return named | found | {"warnings": [*record.warnings, *found["warnings"]]}
@@ -73,6 +75,11 @@ async def _loaded(service: Service, *names: str) -> AsyncIterator[list[tuple[Ver
         request_leases.release()
 
 
+async def _done(service: Service, job: Callable[[], T]) -> T:
+    """What `job` returns, when it is the tenant's turn."""
+    return await service.derivations.inspections.do(service.tenant, lambda _cancellation: job())
+
+
 def _inspect(weights: AdapterWeights, derivations: Derivations) -> dict[str, Any]:
     modules = inspect_weights(weights)
     norms = {m.module: derivations.base_files.norm(m.module, derivations.shapes[m.module]) for m in modules}
@@ -92,7 +99,7 @@ async def _compare(
     other: AdapterWeights,
     modules: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    likeness = await service.inspections.do(1, partial(compare_weights, weights, other))
+    likeness = await _done(service, partial(compare_weights, weights, other))
     named = {"name": record.name, "version": record.version, "digest": record.digest, "cosine": likeness.overall}
     return {
         "against": named,

@@ -37,9 +37,12 @@ async def list_models(service: Serving) -> dict[str, Any]:
 @router.get("/v1/models/{model:path}")
 @needs(KeyScope.GENERATE, KeyScope.READ)
 async def get_model(service: Serving, model: str) -> dict[str, Any]:
-    """One model, by any name that a request may call it."""
+    """One model, by any name that a request may call it; an adapter that is known to be damaged is 409 as for these."""
     service.check_serving()
-    return _model(service, model)
+    found, reference = _model(service, model), service.reference(model)
+    with suppress(AdapterNotFoundError):  # it is the base, an alias or a mixture
+        service.registry.check_whole(service.registry.names.index.resolve_name(reference))
+    return found
 
 
 def check_model(service: Service, model: str | None) -> None:

@@ -21,17 +21,15 @@ from swaplora_adapters.registry.registry import Registry
 from swaplora_adapters.sources.resolver import Resolver
 from swaplora_adapters.sources.uri import FOLDER
 from swaplora_adapters.sources.watcher import FolderWatcher
-from swaplora_adapters.sources.workers import Workers
 from swaplora_adapters.store.conditions import UNCONDITIONAL, Conditions, NameState
 from swaplora_adapters.store.staging import Staging
 from swaplora_server.end_rate import EndRate
+from swaplora_server.service.adapters.tenant_jobs import RATE_SECONDS, UNKNOWN_SECONDS, TenantJobs
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.wakeups import result_of
 
 NUM_FETCHERS = 4
-MAX_FETCHES = 16  # waiting and running
-RATE_SECONDS = 600.0  # as long as a fetch may take
-UNKNOWN_SECONDS = 5  # until it is worth asking again, where none has ended lately
+MAX_FETCHES = 16  # of one tenant, waiting and running
 _JOIN_SECONDS = 3.0
 # As the registry's Make, but it ends when it is cancelled.
 CancellableMake = Callable[[Cancellation, Staging], str]
@@ -51,8 +49,8 @@ class Ingest:
         self._registry = registry
         self._folder = None if folder is None else FolderWatcher(registry, folder, report)
         self._resolver = Resolver(self._take_in, has_folder=folder is not None, template=template)
-        self._fetchers = Workers(NUM_FETCHERS, "adapter-fetch")
-        self._fetched, self._looked = EndRate(seconds=RATE_SECONDS), EndRate(seconds=RATE_SECONDS)
+        self._fetchers = TenantJobs("adapter-fetch", num_threads=NUM_FETCHERS, most=MAX_FETCHES)
+        self._looked = EndRate(seconds=RATE_SECONDS)
 
     def start(self, interval: float) -> None:
         """Look into the folder now, and every `interval` seconds from now on unless that is 0."""
@@ -84,13 +82,12 @@ class Ingest:
         conditions: Conditions = UNCONDITIONAL,
         make: CancellableMake | None = None,
         registry: Registry | None = None,
+        tenant: str = "",
     ) -> PutResult:
         """See `Registry.put_source`, of `registry` if it is another; whoever is cancelled takes the fetch with it.
 
-        Raises RequestError when more would wait than is good.
+        Raises RequestError for one more than the tenant may have.
         """
-        if self._fetchers.num_jobs >= MAX_FETCHES:
-            raise _refusal(f"{MAX_FETCHES} adapters are being fetched", self._fetched)
         cancellation = Cancellation()
         put = partial(
             (registry or self._registry).put_source,
@@ -100,8 +97,7 @@ class Ingest:
             make=None if make is None else partial(make, cancellation),
             cancellation=cancellation,
         )
-        fetch = self._fetchers.submit(put, cancellation=cancellation)
-        fetch.add_done_callback(lambda _fetch: self._fetched.note())
+        fetch = self._fetchers.submit(tenant, put, cancellation)
         try:
             return await result_of(fetch)
         finally:
@@ -128,7 +124,9 @@ class Ingest:
                 finally:
                     look.cancellation.leave()
             except OverloadedError as error:
-                raise _refusal("too many other adapters are being looked for", self._looked) from error
+                seconds = self._looked.retry_seconds(1, UNKNOWN_SECONDS)
+                message = f"too many other adapters are being looked for; try again in {seconds} s"
+                raise RequestError("overloaded", message, retry_seconds=seconds) from error
             except InvalidAdapterNameError:
                 return False
             except InvalidAdapterError as error:
@@ -150,28 +148,23 @@ class Ingest:
 class TenantIngest:
     """What comes for a tenant without an upload. The adapter folder, and what is looked for, is the default one's."""
 
-    def __init__(self, ingest: Ingest, registry: Registry, *, is_default: bool) -> None:
-        """`registry` is the tenant's."""
+    def __init__(self, ingest: Ingest, registry: Registry, tenant: str) -> None:
+        """`registry` is the tenant's; `tenant` is "" for the default one."""
         self._ingest = ingest
         self._registry = registry
-        self._is_default = is_default
+        self._tenant = tenant
 
     async def fetch(
         self, name: str, uri: str, *, conditions: Conditions = UNCONDITIONAL, make: CancellableMake | None = None
     ) -> PutResult:
         """See `Ingest.fetch`. Raises SourceNotAllowedError for the adapter folder, which is the default tenant's."""
-        if uri.startswith(FOLDER) and not self._is_default:
+        if uri.startswith(FOLDER) and self._tenant:
             raise SourceNotAllowedError(
                 "the adapter folder is the default tenant's; upload the files, or name a source"
             )
-        return await self._ingest.fetch(name, uri, conditions=conditions, make=make, registry=self._registry)
+        fetch = partial(self._ingest.fetch, conditions=conditions, make=make, registry=self._registry)
+        return await fetch(name, uri, tenant=self._tenant)
 
     async def resolve(self, reference: str, peer: str) -> bool:
         """See `Ingest.resolve`: looked for by the default tenant alone."""
-        return self._is_default and await self._ingest.resolve(reference, peer)
-
-
-def _refusal(why: str, ends: EndRate) -> RequestError:
-    """It is worth asking again when one of them has ended."""
-    seconds = ends.retry_seconds(1, UNKNOWN_SECONDS)
-    return RequestError("overloaded", f"{why}; try again in {seconds} s", retry_seconds=seconds)
+        return not self._tenant and await self._ingest.resolve(reference, peer)

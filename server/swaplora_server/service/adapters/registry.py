@@ -1,6 +1,6 @@
 """The registry of adapters as the settings open it, and what the log has of adapters that cannot be taken in."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import structlog
@@ -21,8 +21,16 @@ from swaplora_server.service.adapters.host_tier import host_budget, open_host_ti
 _log = structlog.get_logger(__name__)
 
 
-def open_registry(settings: Settings, base: BaseModel, sources: Sources, listener: UsageListener) -> Registry:
+def open_registry(
+    settings: Settings,
+    base: BaseModel,
+    sources: Sources,
+    listener: UsageListener,
+    pinned_bytes: Callable[[str], int | None],
+) -> Registry:
     """Of the adapters in the data directory, for this base; `listener` is told what becomes of them in memory.
+
+    `pinned_bytes` is what a tenant may pin, None where nobody has said it.
 
     Raises AdapterError, UnsupportedModelError and OSError; nothing stays open then.
     """
@@ -46,6 +54,7 @@ def open_registry(settings: Settings, base: BaseModel, sources: Sources, listene
             host=open_host_tier(host_budget(settings.host_adapter_bytes, base.device.type)),
             listener=listener,
             report=_report_shared,
+            pinned_bytes=pinned_bytes,
         )
     except BaseException:
         store.close()

@@ -3,15 +3,18 @@
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
 from prometheus_client.core import GaugeMetricFamily
 
+from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.registry.card import AdapterState, Tier
 from swaplora_server.service.metrics.records import GenerationRecord, Outcome, PoolingRecord, Record
 
 MAX_LABELLED = 64  # adapters; each is about 60 series
 OTHER = "other"
 TIERS: tuple[Tier, ...] = ("device", "host", "disk")
+_log = structlog.get_logger(__name__)
 _TO_FIRST = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _PER_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1)
 
@@ -113,8 +116,10 @@ class AdapterMetrics:
             for stage, seconds in stages.items():
                 self._loading.labels(label, stage).observe(seconds)
 
-    def load_failed(self, name: str) -> None:
-        """See `UsageListener`."""
+    def load_failed(self, name: str, error: BaseException) -> None:
+        """See `UsageListener`. Logged as well, since a disk that rots is told by nothing else."""
+        reason = str(error) if isinstance(error, AdapterError) else type(error).__name__
+        _log.warning("an adapter cannot be loaded", adapter=name, reason=reason)
         self._count(self._load_failures, [name])
 
     def evicted(self, name: str) -> None:
