@@ -55,9 +55,9 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.02)
 
 
-def noted(calls: list[str], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+def noted(calls: list[tuple[str, object]], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     def note(*arguments: Any) -> Any:
-        calls.append(name)
+        calls.append((name, arguments[0]))
         return method(*arguments)
 
     return note
@@ -118,15 +118,20 @@ def test_equal_inspections_share_one_run_that_lasts_as_long_as_one_waits(
     stocked: Running, hanging: HeldDerivations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = "/v1/adapters/a0/inspect?intruders=true"
-    calls: list[str] = []
+    calls: list[tuple[str, object]] = []
+
+    def of_shared() -> list[str]:
+        shared = [cancellation for name, cancellation in calls if name == "join"]
+        return [name for name, cancellation in calls if cancellation in shared]
+
     for name in ("join", "leave"):
         monkeypatch.setattr(Cancellation, name, noted(calls, name, getattr(Cancellation, name)))
     with ThreadPoolExecutor(2) as pool:
         with asking(stocked, "GET", path):
             hanging.wait_for_begun(1)
             answers = [pool.submit(stocked.client.get, path, timeout=GUARD_SECONDS) for _ in range(2)]
-            wait_until(lambda: calls == ["join", "join"], "the others have not come")
-        wait_until(lambda: calls == ["join", "join", "leave"], "the first is waited for still")
+            wait_until(lambda: of_shared() == ["join", "join"], "the others have not come")
+        wait_until(lambda: of_shared() == ["join", "join", "leave"], "the first is waited for still")
         hanging.let_go()
         first, second = (answer.result(GUARD_SECONDS) for answer in answers)
     assert first.status_code == 200
