@@ -52,7 +52,8 @@ OF_A_BASE = {
 
 def test_the_dry_form_runs_every_section_and_finds_nothing_wrong(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
-    paths = [str(ROOT / name) for name in ("tools", "server", "adapters", "tests/support", "tests/kinds")]
+    folders = ("tools", "tools/proving", "server", "adapters", "tests/support", "tests/kinds")
+    paths = [str(ROOT / name) for name in folders]
     ended = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "gpu_check.py"), "--dry", "--out", str(out)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},

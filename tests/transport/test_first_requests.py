@@ -302,8 +302,9 @@ def test_few_linger_and_not_long(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [is_open(one) for one in ours] == [False, True, True]
         if check is not None:
             check(left, ours)
-        while any(map(is_open, ours)):
-            await asyncio.sleep(0)
+        async with asyncio.timeout(30):
+            while any(map(is_open, ours)):
+                await asyncio.sleep(0)
         for _, other in pairs:
             other.close()
 
