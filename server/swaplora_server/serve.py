@@ -58,9 +58,8 @@ def run(settings: Settings) -> None:
     except (KeyFileError, AuditLogError, TracingError) as error:
         raise StartError(str(error)) from error
     with _listen(settings) as listener, asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
-        has_ended = runner.run(_serve(service, listener))
-    if not has_ended:
-        _leave()
+        if not runner.run(_serve(service, listener)):
+            _leave()  # the runner's own end would wait for the loop's threads
 
 
 def _run_in_front(settings: Settings) -> None:

@@ -354,7 +354,7 @@ def test_whatever_is_said_leads_to_a_tenant_or_nowhere(tenant: str, before: str,
 
 OPERATORS = {
     Registry: {"check_integrity", "close", "host_bytes", "memory_budget", "pins_not_kept", "resident_bytes", "states"}
-    | {"extras", "judge", "revision", "seen", "step_back", "stop"},
+    | {"extras", "judge", "revision", "seen", "step_back", "stop", "waits_for_store"},
     Names: {"change", "origin", "outdated", "publish", "put_alias", "remove", "remove_alias", "state"}
     | {"check_is_news", "has_read", "set_read"}
     | {"is_due", "judge", "may_follow", "set_gate", "successor", "was_used", "check_is_not_base", "put_mixture"}

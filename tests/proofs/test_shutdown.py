@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import signal
 import socket
 import threading
@@ -151,6 +152,32 @@ def test_what_outlives_the_time_to_drain_is_told_so(base: Path, adapters: list[P
         for status, told in ((answer.status_code, answer.json()), half.answer()):
             assert (status, told["error"]["code"]) == (503, "draining")
         assert server.wait(GUARD_SECONDS) == 0
+
+
+def test_what_hangs_with_the_shared_store_holds_up_no_end(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    """A fetch, and a gate: who opens a pipe waits for somebody at its other end."""
+    shared, data = tmp_path / "shared", tmp_path / "data"
+    shared.mkdir()
+    flags = (*SMALL, *FOR_EVER, "--drain-seconds", "0.2", "--shared-store", str(shared))
+    with forked(base, data, *flags) as (server, client), ThreadPoolExecutor(2) as pool:
+        put_two(client, *adapters[:2])
+        gate = {"task": [{"prompt": "a", "answer": "b"}], "min_score": 0.5}
+        assert client.put("/v1/adapters/held/gate", json=gate).status_code == 200
+        for stored in (*shared.glob(f"*/blobs/*/*/{WEIGHTS_FILE}"), *shared.glob("*/tasks/*/*")):
+            stored.unlink()
+            os.mkfifo(stored)
+        for copy in (*(data / "blobs").glob(f"*/{WEIGHTS_FILE}"), *(data / "gates").iterdir()):
+            copy.unlink()
+        fetched = Asking(client, pool).answer({"model": "wanted", "prompt": PROMPT})
+        until_waiting(client)
+        gate["task"] = [{"prompt": "c", "answer": "d"}]  # beside which the other's is counted
+        waiting = pool.submit(client.put, "/v1/adapters/wanted/gate", json=gate)
+        while not [*(data / "gates").glob("*.jsonl")]:
+            time.sleep(0.01)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(GUARD_SECONDS) == 0
+        for answer in (fetched, waiting):
+            assert isinstance(answer.exception(), httpx.TransportError) or answer.result().status_code == 503
 
 
 def test_a_signal_ends_a_start_that_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

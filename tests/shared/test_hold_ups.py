@@ -333,8 +333,9 @@ def gated(
 
 
 def is_had_by_a_new_server(folder: Path, of: Registry) -> bool:
-    task = TaskFiles(folder / secrets.token_hex(4), of.extras).read(TASK.digest)
-    return task.digest == TASK.digest
+    tasks = TaskFiles(folder / secrets.token_hex(4), of.extras)
+    tasks.bring(TASK.digest)
+    return tasks.read(TASK.digest).digest == TASK.digest
 
 
 def test_tasks_of_a_gate_that_is_refused_are_not_shared(

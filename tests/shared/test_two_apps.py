@@ -1,11 +1,14 @@
 """Two whole servers on one shared store: what one has acknowledged, the other answers with."""
 
+import asyncio
 import re
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from threading import Semaphore
 from typing import Any
 
 import httpx
@@ -17,14 +20,15 @@ from buckets import make_bucket
 from gating import current, gated, judged, promote
 from replicas import Disturbed
 from serving import Running, serving, settings
-from swaplora_adapters.errors import StorageFullError
+from swaplora_adapters.errors import StorageFullError, StoreUnreachableError
 from swaplora_adapters.files.disk import StoreError
+from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
 from swaplora_adapters.store.shared import store as shared_store
 from swaplora_adapters.store.shared.address import open_objects
 from swaplora_adapters.store.shared.history import log as shared_log
 from swaplora_server.access.caller import Caller
 from swaplora_server.service.gates import judging
-from swaplora_server.service.service import SEEN_SECONDS, Service
+from swaplora_server.service.service import NUM_CHANGE_THREADS, NUM_UPLOAD_THREADS, SEEN_SECONDS, Service
 
 FOLDER = pytest.mark.parametrize("kind", ["folder"], indirect=True)  # where what is stored makes no difference
 PROMPT = [97, 31, 200, 5, 66, 142]
@@ -309,6 +313,72 @@ def test_while_the_store_hangs_lists_and_metrics_are_answered_however_many_chang
         is_over.set()
         for thread in threads:
             thread.join()
+
+
+@FOLDER
+def test_what_hangs_with_the_store_is_waited_for_by_nobody_else(
+    servers: tuple[Running, Running], disturbed: list[Disturbed], adapters: list[Path], base: Path, tmp_path: Path
+) -> None:
+    """Uploads and judges on all threads for them, and a gate; what comes then, or waits for a turn, is refused."""
+    one, other = servers
+    gated(one, "hung", adapters[3])  # the task of which the other does not have
+    one.put("unguarded", adapters[0])
+    answer(other, "unguarded")
+    new = tiny.save_adapter(tmp_path / "new", base, seed=99, rank=3)
+    is_over, put, told = threading.Event(), Semaphore(0), list[int]()
+
+    def hang(call: str, _key: str) -> None:
+        if call == "put":
+            put.release()
+        is_over.wait(60)
+
+    def ask(method: str, path: str, **body: Any) -> None:
+        with httpx.Client(base_url=other.url, timeout=60) as client:
+            told.append(client.request(method, path, **body).status_code)
+
+    def begun(*arguments: Any, **body: Any) -> threading.Thread:
+        thread = threading.Thread(target=ask, args=arguments, kwargs=body)
+        thread.start()
+        return thread
+
+    service = other.service
+    gate = {"task": [{"prompt": "a", "answer": "b"}], "min_score": 0.5}
+    disturbed[1].before = lambda call, key: hang(call, key) if call in ("put", "fetch") else None
+    threads = [
+        begun("PUT", f"/v1/adapters/new-{number}", files=files_of(new)) for number in range(NUM_UPLOAD_THREADS + 1)
+    ]
+    try:
+        for _ in range(NUM_UPLOAD_THREADS):
+            assert put.acquire(timeout=20)
+        threads.append(begun("PUT", "/v1/adapters/unguarded/gate", json=gate))
+        while not gate_waits(service):
+            time.sleep(0.01)
+        assert not told
+        disturbed[1].before = hang
+        while not told:  # the one that waited for its turn
+            time.sleep(0.01)
+        due = [judging.Due(f"t{number}~x", 2, "d", "g", 1) for number in range(NUM_CHANGE_THREADS)]
+        for each in due:
+            with pytest.raises(StoreUnreachableError):
+                asyncio.run(service.change(partial(judging._is_ours, service, each)))  # noqa: SLF001
+        ask("PUT", "/v1/adapters/late", files=files_of(new))
+        ask("PUT", "/v1/adapters/unguarded/gate", json=gate)
+        ask("DELETE", "/v1/adapters/hung/gate")
+        ask("PUT", "/v1/aliases/late", json={"target": "unguarded"})
+        assert told == [503] * 5
+        assert not service.has_ended
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {"config": (folder / CONFIG_FILE).read_bytes(), "weights": (folder / WEIGHTS_FILE).read_bytes()}
+
+
+def gate_waits(service: Service) -> bool:
+    return service.gates._changes.locked()  # noqa: SLF001
 
 
 @FOLDER

@@ -150,6 +150,11 @@ class Registry:
         return self._store.extras
 
     @property
+    def waits_for_store(self) -> bool:
+        """Whether somebody waits for what is shared, who may wait for long."""
+        return self._store.is_awaited
+
+    @property
     def revision(self) -> int:
         """Of the last change that is known here."""
         return self._store.revision

@@ -93,6 +93,11 @@ class Store:
         return None
 
     @property
+    def is_awaited(self) -> bool:
+        """Whether any call of what is shared waits for its answer, be it short or of files."""
+        return False
+
+    @property
     def heard_at(self) -> float:
         """When such a call was last answered."""
         return 0.0

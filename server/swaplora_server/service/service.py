@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from contextvars import copy_context
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -33,6 +32,7 @@ from swaplora_server.service.adapters.host_tier import host_budget
 from swaplora_server.service.adapters.ingest import Ingest, TenantIngest
 from swaplora_server.service.adapters.registry import open_registry, put_folders, report_ingest
 from swaplora_server.service.admission import Admissions
+from swaplora_server.service.changers import Changers
 from swaplora_server.service.chat_template import ChatTemplate
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.evaluations.evaluations import Evaluations
@@ -54,7 +54,7 @@ from swaplora_server.service.tracing.tracing import Tracing
 from swaplora_server.service.wakeups import Wakeups, result_of
 
 _JOIN_SECONDS = 3.0
-NUM_UPLOAD_THREADS = 4  # each writes what has come of one upload, or checks a whole one
+NUM_UPLOAD_THREADS = 4  # each writes what has come of one upload; as many others take whole ones in
 NUM_CHANGE_THREADS = 4  # changes are made one at a time, and may wait for the shared store
 # settings that decide what lies in a step together, and with what it is computed
 ANSWERS_DEPEND_ON = (
@@ -107,7 +107,8 @@ class Service:
         self.offload = Offload(settings.tokenizer_threads, settings.max_waiting, "tokenize")
         self.gil_turns = GilTurns()
         self.upload_threads = ThreadPoolExecutor(NUM_UPLOAD_THREADS, "upload", initializer=lower_priority)
-        self._change_threads = ThreadPoolExecutor(NUM_CHANGE_THREADS, "change")
+        self._takers_in = Changers(NUM_UPLOAD_THREADS, "take-in", lower_priority)
+        self._changers = Changers(NUM_CHANGE_THREADS, "change")
         self._recorded: RecordedSteps | None = None
         self._is_ready = threading.Event()
         self._lock = threading.Lock()
@@ -169,7 +170,8 @@ class Service:
         """After `stop`: whether nothing is left that would have to be waited for."""
         if not self._is_ready.is_set():
             return True
-        return self.engine.has_ended and not self._registry.names.changes.is_hanging
+        is_changing = self._takers_in.num_running or self._changers.num_running
+        return self.engine.has_ended and not (is_changing or self._registry.waits_for_store)
 
     @cached_property
     def wakeups(self) -> Wakeups:
@@ -201,6 +203,8 @@ class Service:
                 pinned_bytes=lambda tenant: self.keys.tenant_limits(tenant).pinned_bytes,
             )
             opened.callback(self._registry.close)
+            opened.callback(self._takers_in.join, _JOIN_SECONDS)
+            opened.callback(self._changers.join, _JOIN_SECONDS)
             self.evaluations = Evaluations(settings.data_dir / "evaluations")
             kept = settings.data_dir / "canaries.json"
             self.canaries = Canaries(self._registry, self.audit, self.metrics.count_step_back, kept)
@@ -241,9 +245,12 @@ class Service:
                 self._opened.close()
 
     async def change(self, job: Callable[[], Result]) -> Result:
-        """What `job` returns or raises, which changes names, and may wait for the shared store."""
-        in_context = partial(copy_context().run, job)
-        return await asyncio.get_running_loop().run_in_executor(self._change_threads, in_context)
+        """What `job` returns or raises, which changes names, and may wait for the shared store; see `Changers.do`."""
+        return await self._changers.do(self._registry.names.changes, job)
+
+    async def take_in(self, job: Callable[[], Result]) -> Result:
+        """The same for one that checks an upload and sends its files, beside which names can be changed."""
+        return await self._takers_in.do(self._registry.names.changes, job)
 
     async def see_others_changes(self) -> bool:
         """Wait until all is known that any server has acknowledged by now, a moment at most; whether it is.

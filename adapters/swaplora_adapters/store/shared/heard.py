@@ -18,12 +18,18 @@ class HeardObjects:
         """Objects that `are_large` are waited for as lists are."""
         self._objects, self._are_large = objects, are_large
         self._asked: dict[object, float] = {}  # by call that waits: since when it is late, on the monotonic clock
+        self._others = set[object]()  # calls that wait, and may take as long as they will
         self.heard_at = 0.0  # when the last one was answered
 
     @property
     def asked_at(self) -> float | None:
         """Since when the one waits that waits longest, but for the time that it may well take."""
         return min([*self._asked.values()], default=None)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether any call waits."""
+        return bool(self._asked or self._others)
 
     def get(self, key: str) -> bytes | None:
         return self._heard(lambda: self._objects.get(key), LONG_SECONDS if self._are_large else 0.0)
@@ -32,16 +38,16 @@ class HeardObjects:
         return self._heard(lambda: self._objects.create(key, content), LONG_SECONDS if self._are_large else 0.0)
 
     def put(self, key: str, path: Path) -> None:
-        self._objects.put(key, path)
+        self._awaited(lambda: self._objects.put(key, path))
 
     def fetch(self, key: str, path: Path) -> bool:
-        return self._objects.fetch(key, path)
+        return self._awaited(lambda: self._objects.fetch(key, path))
 
     def under(self, prefix: str) -> list[Listed]:
         return self._heard(lambda: self._objects.under(prefix), LONG_SECONDS)
 
     def remove(self, key: str) -> None:
-        self._objects.remove(key)
+        self._awaited(lambda: self._objects.remove(key))
 
     def _heard(self, call: Callable[[], T], seconds: float) -> T:
         this = object()
@@ -52,3 +58,11 @@ class HeardObjects:
             return answer
         finally:
             del self._asked[this]
+
+    def _awaited(self, call: Callable[[], T]) -> T:
+        this = object()
+        self._others.add(this)
+        try:
+            return call()
+        finally:
+            self._others.discard(this)

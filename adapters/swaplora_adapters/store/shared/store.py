@@ -73,6 +73,7 @@ class SharedStore(Store):
         """Raises StoreError, also where directory or base are not this store's, and StoreUnreachableError."""
         self._objects, self._base = objects, base
         self._heard, self._heard_large = HeardObjects(objects), HeardObjects(objects, are_large=True)
+        self._heard_files = HeardObjects(objects)  # that a call of these waits says nothing of the store
         self._sent: WeakKeyDictionary[Staging, _Sent] = WeakKeyDictionary()
         self._mended: WeakKeyDictionary[Staging, str] = WeakKeyDictionary()  # the place that its files were sent to
         self._files_here = threading.Lock()  # held while files are moved in or out
@@ -97,7 +98,7 @@ class SharedStore(Store):
 
         mark = found_or_join(self._objects, folders.shared, self._base, known, publish)
         store_id = mark.store_id
-        self._log, self._files = Log(self._heard, store_id), SharedFiles(self._objects, store_id)
+        self._log, self._files = Log(self._heard, store_id), SharedFiles(self._heard_files, store_id)
         self._snapshots = Snapshots(self._heard_large, store_id, self._log)
         self._compaction = Compaction(self._log, self._snapshots)
         self.extras = Extras(self._heard, store_id, mark.server_id)
@@ -178,6 +179,10 @@ class SharedStore(Store):
     def asked_at(self) -> float | None:
         asked_at = (self._heard.asked_at, self._heard_large.asked_at)
         return min((at for at in asked_at if at is not None), default=None)
+
+    @property
+    def is_awaited(self) -> bool:
+        return any(each.is_awaited for each in (self._heard, self._heard_large, self._heard_files))
 
     @property
     def heard_at(self) -> float:

@@ -92,6 +92,7 @@ async def put_adapter(
         raise RequestError("invalid_request", "convert_energy needs convert=svd", "convert_energy")
     conditions = Conditions(if_match=wanted, if_none_match=if_none_match is not None)
     make = None if convert is None else partial(service.derivations.deriver.convert, convert_energy or DEFAULT_ENERGY)
+    service.registry.names.changes.check_known()  # rather than receive in vain
     take_in = _fetch if is_json(request.headers.get("content-type", "")) else _receive
     put = await take_in(request, service, name, conditions, make)
     return JSONResponse(put_body(service, put), 201 if put.is_first else 200)
@@ -106,7 +107,7 @@ async def _receive(
         await receive_files(request, staging, service.settings.max_adapter_bytes, service.upload_threads)
         put = partial(registry.put, name, staging, source="upload", conditions=conditions)
         if make is None:
-            return await asyncio.get_running_loop().run_in_executor(service.upload_threads, put)
+            return await service.take_in(put)
         making = service.derivations.makes.do(
             service.tenant, lambda cancellation: put(make=partial(make, cancellation))
         )

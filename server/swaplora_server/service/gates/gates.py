@@ -1,11 +1,12 @@
 """Gates of a server's adapters: set and removed, with the tasks that they name."""
 
 import asyncio
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 from swaplora_adapters.errors import StorageFailedError, StorageFullError
+from swaplora_adapters.registry.changes import HOLD_SECONDS
 from swaplora_adapters.registry.index import NamedVersions
 from swaplora_adapters.registry.registry import Registry
 from swaplora_server.evaluation.gate import Gate
@@ -37,7 +38,7 @@ class Gates:
         if registry.names.index.is_mixture(name):
             message = f"{name[:128]} is a mixture, which has no versions: put the gate on its members"
             raise RequestError("invalid_request", message)
-        async with self._changes:
+        async with self._held():
             registry.names.check_is_own(name)
             _check_number(registry, name)
             try:
@@ -51,7 +52,7 @@ class Gates:
 
     async def remove(self, registry: Registry, name: str) -> None:
         """Let each new version be current at once. Raises RequestError where there is no gate, and AdapterError."""
-        async with self._changes:
+        async with self._held():
             gate_of(registry, name)
             await asyncio.to_thread(registry.set_gate, name, None)
             await asyncio.to_thread(self._sweep)
@@ -59,8 +60,23 @@ class Gates:
     async def sweep(self) -> None:
         """Remove what no gate names any more, whichever server was told, and whatever went with the last one."""
         if self._swept != self._gates():
-            async with self._changes:
-                await asyncio.to_thread(self._sweep)
+            with suppress(StorageFailedError, StorageFullError):
+                async with self._held():
+                    await asyncio.to_thread(self._sweep)
+
+    @asynccontextmanager
+    async def _held(self) -> AsyncIterator[None]:
+        """With no other change of gates meanwhile. Raises what `Changes.check_known` does, rather than wait in vain."""
+        while True:
+            self._registry.names.changes.check_known()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HOLD_SECONDS):
+                    await self._changes.acquire()
+                break
+        try:
+            yield
+        finally:
+            self._changes.release()
 
     def _share(self, registry: Registry, name: str, tasks: Sequence[Task]) -> None:
         """Within the change by which they are named: what no gate names then another server may be removing."""

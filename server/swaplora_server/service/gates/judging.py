@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import structlog
 
-from swaplora_adapters.errors import AdapterError, StoreUnreachableError
+from swaplora_adapters.errors import AdapterError
 from swaplora_adapters.files.naming import DEFAULT_TENANT, tenant_of
 from swaplora_adapters.registry.index import NamedVersions
 from swaplora_adapters.registry.names import Judgement
@@ -36,6 +36,7 @@ KEY_ID = "gate"  # in the audit log, in place of a key
 LOOK_SECONDS = 0.5
 AGAIN_SECONDS = 30.0  # after what went wrong on the way to a judgement, and twice as long each time
 MAX_AGAIN_SECONDS = 3600.0
+WRITE_SECONDS = 3.0  # that an end waits for what is judged and not written: then it is judged anew
 # an evaluation that ended so says something of its task or of what was asked; all else is the server's
 _VERDICTS = frozenset(
     {
@@ -114,7 +115,7 @@ class _Judges:
                 if due not in self._found:
                     run.cancel()
             if writing := {run for due, run in runs if due in self._found}:
-                await asyncio.wait(writing)
+                await asyncio.wait(writing, timeout=WRITE_SECONDS)
 
     def _look(self) -> None:
         gated, now = self._service.registry.names.index.gated(), time.monotonic()
@@ -157,7 +158,8 @@ class _Judges:
                 self._found[due] = found  # from here on nobody cancels this, and a full disk has the write alone again
             await self._service.change(partial(_note, self._service, caller, due, self._found[due]))
             del self._found[due]
-            await self._service.change(partial(_let_go, self._service, due))
+            with suppress(AdapterError):  # it is judged all the same
+                await self._service.change(partial(_let_go, self._service, due))
         except _EndedError:
             return
         except (RequestError, AdapterError, _NotYetError) as error:
@@ -188,8 +190,7 @@ def _is_ours(service: Service, due: Due) -> bool:
 def _let_go(service: Service, due: Due) -> None:
     """It is judged."""
     if (extras := service.registry.extras) is not None:
-        with suppress(StoreUnreachableError):
-            extras.let_go(_claimed(due))
+        extras.let_go(_claimed(due))
 
 
 def _claimed(due: Due) -> str:
@@ -203,7 +204,7 @@ async def _held(service: Service, due: Due) -> AsyncIterator[None]:
     async def hold() -> None:
         while True:
             await asyncio.sleep(CLAIM_SECONDS)
-            with suppress(StoreUnreachableError):
+            with suppress(AdapterError):  # it is asked again
                 await service.change(partial(_is_ours, service, due))
 
     holding = asyncio.create_task(hold())
@@ -284,6 +285,7 @@ async def _asked(service: Service, due: Due, gate: Gate, wanted: GateTask, versi
 async def _task(service: Service, wanted: GateTask) -> Task:
     read = partial(service.gil_turns.do, partial(service.gates.files.read, wanted.digest))
     try:
+        await service.change(partial(service.gates.files.bring, wanted.digest))  # which may wait for long
         return await service.offload.do(MAX_TASK_BYTES, read)
     except TaskError as error:
         raise _CannotJudgeError(f"{error}: set the gate again") from error

@@ -52,8 +52,7 @@ class TaskFiles:
                 self._extras.put_task(path.stem, path.read_bytes(), revision)
 
     def read(self, digest: str) -> Task:
-        """Raises TaskError for what is not there, or is another by now, and StoreUnreachableError."""
-        self._bring(digest)
+        """Of what is here. Raises TaskError for what is not, or is another by now."""
         try:
             with self._path(digest).open("rb") as file:
                 task = parse_task(file.read(MAX_TASK_BYTES + 1).decode())
@@ -66,7 +65,7 @@ class TaskFiles:
     def num_bytes(self, digests: Collection[str]) -> int:
         """Of these, as far as they are there. Raises StorageFailedError."""
         for digest in digests:
-            self._bring(digest)
+            self.bring(digest)
         with raising_storage_errors():
             return sum(path.stat().st_size for path in map(self._path, digests) if path.exists())
 
@@ -84,8 +83,8 @@ class TaskFiles:
         if self._extras is not None:
             self._extras.sweep_tasks({path.stem for path in paths}, revision)
 
-    def _bring(self, digest: str) -> None:
-        """Have what was put on another server lie here as well."""
+    def bring(self, digest: str) -> None:
+        """Have what was put on another server lie here as well. Raises StoreUnreachableError and StorageFullError."""
         path = self._path(digest)
         if self._extras is not None and not path.exists():
             partial = self._folder / f"{secrets.token_hex(8)}{_PARTIAL}"
