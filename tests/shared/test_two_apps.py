@@ -279,6 +279,10 @@ def test_a_gate_that_one_server_was_told_of_is_judged_by_one_of_them(
     gated(one, "guarded-there", adapters[4])  # the task of which is to be had from the shared store
     one.put("guarded-there", adapters[5])
     assert judged(one, "guarded-there", 2)["verdict"]["bars"]
+    for copy in (data_dir / "gates").iterdir():
+        copy.write_bytes(b"")  # as a crash may leave it
+    one.put("guarded-there", adapters[3])
+    assert judged(one, "guarded-there", 3)["verdict"]["bars"]
 
 
 @FOLDER

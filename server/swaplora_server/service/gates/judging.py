@@ -283,10 +283,15 @@ async def _asked(service: Service, due: Due, gate: Gate, wanted: GateTask, versi
 
 
 async def _task(service: Service, wanted: GateTask) -> Task:
-    read = partial(service.gil_turns.do, partial(service.gates.files.read, wanted.digest))
+    files = service.gates.files
+    read = partial(service.gil_turns.do, partial(files.read, wanted.digest))
     try:
-        await service.change(partial(service.gates.files.bring, wanted.digest))  # which may wait for long
-        return await service.offload.do(MAX_TASK_BYTES, read)
+        await service.change(partial(files.bring, wanted.digest))  # which may wait for long
+        try:
+            return await service.offload.do(MAX_TASK_BYTES, read)
+        except TaskError:  # the copy here is damaged, and perhaps no other
+            await service.change(partial(files.bring_anew, wanted.digest))
+            return await service.offload.do(MAX_TASK_BYTES, read)
     except TaskError as error:
         raise _CannotJudgeError(f"{error}: set the gate again") from error
 

@@ -3,6 +3,7 @@
 gates/<sha256 of the task>.jsonl
 """
 
+import os
 import secrets
 from collections.abc import Collection
 from pathlib import Path
@@ -84,11 +85,17 @@ class TaskFiles:
             self._extras.sweep_tasks({path.stem for path in paths}, revision)
 
     def bring(self, digest: str) -> None:
-        """Have what was put on another server lie here as well. Raises StoreUnreachableError and StorageFullError."""
-        path = self._path(digest)
-        if self._extras is not None and not path.exists():
-            partial = self._folder / f"{secrets.token_hex(8)}{_PARTIAL}"
-            if self._extras.fetch_task(path.stem, partial):
+        """Have what was put on another server lie here as well. Raises StorageFullError and StorageFailedError."""
+        if not self._path(digest).exists():
+            self.bring_anew(digest)
+
+    def bring_anew(self, digest: str) -> None:
+        """The same in place of what lies here, which is damaged, if others have it."""
+        path, partial = self._path(digest), self._folder / f"{secrets.token_hex(8)}{_PARTIAL}"
+        if self._extras is not None and self._extras.fetch_task(path.stem, partial):
+            with raising_storage_errors():
+                with partial.open("rb") as file:
+                    os.fsync(file.fileno())
                 partial.replace(path)
 
     def _path(self, digest: str) -> Path:
