@@ -348,6 +348,26 @@ def test_tasks_of_a_gate_that_is_refused_are_not_shared(
     assert not tasks_of(disturbed[0])
 
 
+def test_tasks_of_gates_that_were_there_before_the_store_are_shared_at_the_next_start(
+    gated: tuple[list[Registry], list[Gates]], disturbed: list[Disturbed], tmp_path: Path
+) -> None:
+    (one, other), (of, _) = gated
+    asyncio.run(of.put(one, "sql", GATE, [TASK]))
+    [key] = tasks_of(disturbed[0])
+    disturbed[0].remove(key)
+    [file] = (tmp_path / "gates0").iterdir()
+    content = file.read_bytes()
+    file.unlink()
+    for here in (None, b"", content):
+        if here is not None:
+            file.write_bytes(here)
+        Gates(TaskFiles(tmp_path / "gates0", one.extras), one)
+        assert bool(tasks_of(disturbed[0])) == (here == content)
+    assert is_had_by_a_new_server(tmp_path, other)
+    Gates(TaskFiles(tmp_path / "gates0", one.extras), one)
+    assert len(tasks_of(disturbed[0])) == 1
+
+
 def test_tasks_that_no_gate_names_any_more_are_removed_with_the_last_that_did(
     gated: tuple[list[Registry], list[Gates]],
     disturbed: list[Disturbed],

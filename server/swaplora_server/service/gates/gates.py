@@ -28,6 +28,9 @@ class Gates:
         self._registry = registry
         self._changes = asyncio.Lock()  # or a task could be swept before its gate is there
         self._swept: Collection[str | None] = ()  # all gates that there were at the last sweep
+        for digest in self._named():  # of gates that were set before there was a shared store
+            with suppress(OSError, StorageFailedError, StorageFullError):  # those that are here
+                files.share(digest, registry.revision + 1, is_named=True)
         self._sweep()
 
     async def put(self, registry: Registry, name: str, gate: Gate, tasks: Sequence[Task]) -> None:
@@ -83,7 +86,7 @@ class Gates:
         self._check_room(registry, name, tasks)
         named = self._named()
         for task in tasks:
-            self.files.share(task, self._registry.revision + 1, is_named=task.digest in named)
+            self.files.share(task.digest, self._registry.revision + 1, is_named=task.digest in named)
 
     def _check_room(self, registry: Registry, name: str, tasks: Sequence[Task]) -> None:
         """Raise RequestError where these and those of the tenant's other gates are too much, or too many."""

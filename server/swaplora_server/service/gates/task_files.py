@@ -3,11 +3,13 @@
 gates/<sha256 of the task>.jsonl
 """
 
+import hashlib
 import os
 import secrets
 from collections.abc import Collection
 from pathlib import Path
 
+from swaplora_adapters.errors import StorageFailedError
 from swaplora_adapters.files.disk import StoreError, raising_storage_errors, sync_folder
 from swaplora_adapters.store.shared.extras import Extras
 from swaplora_adapters.store.staging import Writer
@@ -42,15 +44,19 @@ class TaskFiles:
                 partial.unlink(missing_ok=True)
             sync_folder(self._folder)
 
-    def share(self, task: Task, revision: int, *, is_named: bool) -> None:
+    def share(self, digest: str, revision: int, *, is_named: bool) -> None:
         """Have all servers know one that is kept here, for the change with this revision, in which it is named.
 
-        One that `is_named` before that change is there, unless it was lost. Raises StoreUnreachableError.
+        One that `is_named` before that change is there, unless it was lost. Raises StorageFailedError.
         """
         if self._extras is not None:
-            path = self._path(task.digest)
+            path = self._path(digest)
             if not (is_named and self._extras.has_task(path.stem)):
-                self._extras.put_task(path.stem, path.read_bytes(), revision)
+                with raising_storage_errors():
+                    content = path.read_bytes()
+                if hashlib.sha256(content).hexdigest() != path.stem:
+                    raise StorageFailedError(f"the file of the task {digest} is damaged: set the gate again")
+                self._extras.put_task(path.stem, content, revision)
 
     def read(self, digest: str) -> Task:
         """Of what is here. Raises TaskError for what is not, or is another by now."""
