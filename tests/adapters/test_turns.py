@@ -1,6 +1,7 @@
 """Loads and checks of adapters wait while a step runs, have a turn behind it, and come to an end all the same."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -206,7 +207,7 @@ def test_each_part_of_an_upload_and_of_a_load_has_pauses(
     monkeypatch.setattr(priority, "_LEAST_WORK_SECONDS", 0.0)
 
     def waited(_turns: Turns, share: float) -> bool:
-        names.append(threading.current_thread().name.rpartition("_")[0])
+        names.append(re.sub(r"[_-]\d+$", "", threading.current_thread().name))
         shares.add((names[-1], share))
         return True
 
@@ -217,8 +218,8 @@ def test_each_part_of_an_upload_and_of_a_load_has_pauses(
         names.clear()
         assert len(server.token_ids("b", [1, 2, 3], 1)) == 1
     num_tensors = 2 * 2 * 7
-    assert {*of_upload} == {"upload"}
+    assert {*of_upload} == {"upload", "take-in"}
     assert len(of_upload) >= num_tensors + 4  # the body's parts, the header, the fit, the digest
     assert names.count("adapter-load") == num_tensors + 3
     assert names.count("adapter-verify") >= 1
-    assert shares == {("upload", 1 / 8), ("adapter-load", 1 / 4), ("adapter-verify", 1 / 4)}
+    assert shares == {("upload", 1 / 8), ("take-in", 1 / 8), ("adapter-load", 1 / 4), ("adapter-verify", 1 / 4)}

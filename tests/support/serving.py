@@ -16,6 +16,7 @@ import httpx
 import torch
 
 from repository import ROOT
+from swaplora_server.base import loading
 from swaplora_server.base.base_model import BaseModel
 from swaplora_server.base.loading import load_chosen_base
 from swaplora_server.config import Settings
@@ -139,7 +140,8 @@ def _made_of(config: Settings) -> Hashable:
     files = tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in Path(config.base).glob("*"))
     kernels = tuple(os.environ.get(f"SWAPLORA_KERNEL_{name}") for name in ("LANES", "ORDER", "PLAIN"))
     fields = config.base, config.device, config.dtype, config.quantization, config.kernels, config.cache_dir
-    return fields, files, kernels, torch.get_num_threads()
+    patched = loading.pick_backend, load_chosen_base  # by tests of what is loaded
+    return fields, files, kernels, torch.get_num_threads(), patched
 
 
 @dataclass
