@@ -65,8 +65,8 @@ def test_what_tenants_pin_leaves_half_of_the_memory(crowd: Crowd) -> None:
         status, message = crowd.pin(tenant, name)
         assert (status, message) == (
             429,
-            f"tenants may have pinned together {2 * crowd.nbytes} bytes, and this would make it {3 * crowd.nbytes}: "
-            "unpin one",
+            f"tenants may have pinned together {2 * crowd.nbytes} bytes, and this would be more: "
+            "unpin one, or have the operator set pinned_bytes for this tenant",
         )
     assert crowd.become("zeta").generate("z", PROMPT).status_code == 200
     assert crowd.become("default").put("own", crowd.folders[4]).status_code == 201
@@ -81,7 +81,7 @@ def test_limits_say_what_a_tenant_may_pin(crowd: Crowd, base: Path, tmp_path: Pa
     assert crowd.pin("acme", "p0")[0] == 200
     assert crowd.pin("acme", "p1") == (
         429,
-        f"this tenant may have pinned {crowd.nbytes} bytes, and this would make it {2 * crowd.nbytes}: unpin one",
+        f"this tenant may have pinned {crowd.nbytes} bytes, and this would be more: unpin one",
     )
     assert crowd.pin("default", "p1")[0] == 429
     larger = tiny.save_adapter(tmp_path / "larger", base, seed=70, rank=9)
@@ -90,6 +90,13 @@ def test_limits_say_what_a_tenant_may_pin(crowd: Crowd, base: Path, tmp_path: Pa
     assert crowd.server.generate("p0", PROMPT).headers["x-swaplora-adapter"] == "p0@1"
     crowd.limit(acme={"pinned_bytes": 3 * crowd.nbytes})
     assert crowd.pin("acme", "p1")[0] == 200
+
+    crowd.limit(acme={"pinned_bytes": 1})  # of more than it may have by now, what makes nothing larger may be
+    assert crowd.become("acme").put("p0", crowd.folders[2]).status_code == 200
+    changes: list[dict[str, Any]] = [{"shared_with": ["zeta"]}, {"shared_with": []}, {"current": 1}]
+    for change in changes:
+        assert crowd.become("acme").client.patch("/v1/adapters/p0", json=change).status_code == 200
+    assert crowd.become("acme").put("p0", larger).status_code == 429
 
 
 def test_who_has_as_many_jobs_as_it_may_is_refused_alone(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:

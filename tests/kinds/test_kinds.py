@@ -19,7 +19,7 @@ from kinds_table import INVOCATION, Made, make_all
 from planted_faults import neighbours_weights, unproven
 from serving import BASE, Running, Streamed, serving, settings, stream_chat
 from swaplora_adapters.files.naming import CONFIG_FILE, WEIGHTS_FILE
-from swaplora_adapters.registry import registry
+from swaplora_adapters.registry import loader
 from swaplora_adapters.weights import linears
 from swaplora_adapters.weights.load import load_weights
 from swaplora_adapters.weights.served import AdapterWeights
@@ -146,7 +146,7 @@ async def test_kinds_that_are_evicted_and_loaded_again_say_the_same(
         loads.append(digest)
         return load_weights(digest, *arguments)
 
-    monkeypatch.setattr(registry, "load_weights", counted)
+    monkeypatch.setattr(loader, "load_weights", counted)
     with serving(settings(llama.base, tmp_path, adapter_memory_bytes=240_000)) as small:
         llama.upload(small)
         for _ in range(2):

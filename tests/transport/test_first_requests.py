@@ -256,6 +256,58 @@ class Listener:
             one.close()
 
 
+class Told(BoundedHttpProtocol):
+    """A protocol that does nothing but say when it is to end."""
+
+    def __init__(self) -> None:
+        self.has_ended = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        pass
+
+    def data_received(self, data: bytes) -> None:
+        pass
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        self.has_ended.set()
+
+
+def test_who_was_accepted_as_the_server_began_to_end_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what cannot be looked at is handed on as all else."""
+    monkeypatch.setattr(server, "_LATE_SECONDS", 0.01)
+    made: list[Told] = []
+
+    class First:
+        def refuse(self, *_new: object) -> bool:
+            raise ValueError("planted")
+
+        def close(self) -> None:
+            pass
+
+    def protocol() -> Told:
+        made.append(Told())
+        return made[-1]
+
+    async def accept() -> None:
+        first: Any = First()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            acceptor = Acceptor(listener, first, protocol)
+            with socket.create_connection(listener.getsockname()) as client:
+                client.sendall(FIRST)
+                while not acceptor._handed_on:  # noqa: SLF001 - in the same turn of the loop as it is accepted
+                    acceptor._accept()  # noqa: SLF001
+                acceptor.close()
+                async with asyncio.timeout(30):
+                    while not made:
+                        await asyncio.sleep(0)
+                    await made[0].has_ended.wait()
+
+    asyncio.run(accept())
+
+
 def test_where_no_file_is_left_it_is_tried_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "_FULL_SECONDS", 0.01)
     listener = Listener()
@@ -273,7 +325,7 @@ def test_where_no_file_is_left_it_is_tried_again_after_a_while(monkeypatch: pyte
     async def accept() -> None:
         first: Any = First()
         taking: Any = listener
-        acceptor = Acceptor(taking, first, asyncio.Protocol)
+        acceptor = Acceptor(taking, first, Told)
         while not accepted:
             await asyncio.sleep(0)
         acceptor.close()

@@ -25,22 +25,32 @@ class PinLimits:
         self._budget = budget
         self._pinned_bytes = pinned_bytes
 
-    def check(self, pin: Pin, others: Iterable[Pin]) -> None:
-        """Raise QuotaExceededError unless the owner of `pin` may have it beside all `others`.
+    def check(self, pin: Pin, others: Iterable[Pin], now: Pin | None) -> None:
+        """Raise QuotaExceededError unless the owner of `pin` may have it beside all `others`, in the place of `now`.
 
         Of whom nothing is said may pin as long as all tenants together leave half of the memory: so whatever needs no
-        more than that always comes in.
+        more than that always comes in. What makes nothing larger may be, however much there is already.
         """
-        tenant, pins = tenant_of(pin.name), (pin, *others)
+        tenant, others = tenant_of(pin.name), list(others)
         most = self._pinned_bytes(tenant or DEFAULT_TENANT)
         if most is not None:
-            own = [one for one in pins if tenant_of(one.name) == tenant]
-            self._check(own, most, "this tenant may have pinned")
+            own = [one for one in others if tenant_of(one.name) == tenant]
+            if _is_too_much(pin, own, now, most):
+                raise QuotaExceededError(f"this tenant may have pinned {most} bytes, and this would be more: unpin one")
         elif tenant:
-            of_tenants = [one for one in pins if tenant_of(one.name)]
-            self._check(of_tenants, self._budget // SHARE_OF_TENANTS, "tenants may have pinned together")
+            of_tenants, most = [one for one in others if tenant_of(one.name)], self._budget // SHARE_OF_TENANTS
+            if _is_too_much(pin, of_tenants, now, most):
+                raise QuotaExceededError(
+                    f"tenants may have pinned together {most} bytes, and this would be more: "
+                    "unpin one, or have the operator set pinned_bytes for this tenant"
+                )
 
-    def _check(self, pins: Iterable[Pin], most: int, who_may: str) -> None:
-        total = sum({pin.digest: pin.nbytes for pin in pins}.values())
-        if total > most:
-            raise QuotaExceededError(f"{who_may} {most} bytes, and this would make it {total}: unpin one")
+
+def _is_too_much(pin: Pin, others: list[Pin], now: Pin | None, most: int) -> bool:
+    before = _total([*others, now] if now else others)
+    return _total([*others, pin]) > max(most, before)
+
+
+def _total(pins: Iterable[Pin]) -> int:
+    """Of one digest once, whoever has it."""
+    return sum({pin.digest: pin.nbytes for pin in pins}.values())

@@ -270,7 +270,8 @@ class Registry:
             record = self._names.index.resolve_name(name if current is None else f"{name}@{current}")
             if current is not None:
                 self.check_whole(record)
-            if self._names.index.get(name).is_pinned if is_pinned is None else is_pinned:
+            stays_pinned = current is not None and self._names.index.get(name).is_pinned
+            if stays_pinned if is_pinned is None else is_pinned:
                 self._check_pins(name, record.digest, self._num_bytes(record))
             named = self._names.change(
                 name, current=current, is_pinned=is_pinned, shared_with=shared_with, is_forced=is_forced
@@ -498,10 +499,11 @@ class Registry:
 
         MemoryFullError where all of it would not fit, QuotaExceededError for more than its tenant may pin.
         """
-        others = [n.current for n in self._names.index.all() if n.is_pinned and n.current.name != name]
-        pins = [Pin(record.name, record.digest, self._num_bytes(record)) for record in others]
-        self._pin_limits.check(Pin(name, digest, nbytes), pins)
-        self._residency.check_pins({pin.digest: pin.nbytes for pin in pins} | {digest: nbytes})
+        pinned = [named.current for named in self._names.index.all() if named.is_pinned]
+        pins = {record.name: Pin(record.name, record.digest, self._num_bytes(record)) for record in pinned}
+        now = pins.pop(name, None)
+        self._pin_limits.check(Pin(name, digest, nbytes), pins.values(), now)
+        self._residency.check_pins({pin.digest: pin.nbytes for pin in pins.values()} | {digest: nbytes})
 
     def _give_back(self, lease: Lease) -> None:
         """Called by a lease, once, on the thread its request ended on; what touches the disk is the cleaner's."""

@@ -33,6 +33,6 @@ class RefusalLog:
         self._counts[_Refused(method, route, caller.tenant, caller.key_id, error)] += 1
 
     def _write(self) -> None:
-        for refused, count in self._counts.items():
+        counts, self._counts = self._counts, Counter()
+        for refused, count in counts.items():
             _log.info("requests refused", **refused._asdict(), count=count)
-        self._counts.clear()

@@ -1,10 +1,10 @@
 """uvicorn's server, on connections that it accepts itself: some are answered before anything is made of them."""
 
 import asyncio
-import errno
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import structlog
@@ -16,8 +16,8 @@ from swaplora_server.http.transport.protocol import BoundedHttpProtocol, HttpCon
 
 _MOST_AT_ONCE = 64  # connections, before all else on the event loop has its turn
 _SILENT_SECONDS = 1  # that a connection on which nothing has come is left to the system
-_FULL_SECONDS = 0.1  # until the next try, where there was no room for another
-_IS_FULL = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_FULL_SECONDS = 1.0  # until the next try, where there was no room for another
+_LATE_SECONDS = 0.5  # for the request on a connection that was accepted as the server began to end
 _log = structlog.get_logger(__name__)
 
 
@@ -45,27 +45,28 @@ class Acceptor:
     """Accepts connections on a socket, in an asyncio server's place. Lives on the event loop."""
 
     def __init__(
-        self, listener: socket.socket, first: FirstRequests, protocol: Callable[[], asyncio.BaseProtocol]
+        self, listener: socket.socket, first: FirstRequests, protocol: Callable[[], BoundedHttpProtocol]
     ) -> None:
         self._listener = listener
         self._first = first
         self._protocol = protocol
         self._loop = asyncio.get_running_loop()
-        self._handed_on: set[asyncio.Task[object]] = set()
+        self._handed_on: set[asyncio.Task[tuple[asyncio.Transport, BoundedHttpProtocol]]] = set()
         self._is_closed = False
         listener.setblocking(False)
         if hasattr(socket, "TCP_DEFER_ACCEPT"):  # what comes with a request on it is looked at once
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, _SILENT_SECONDS)
+            with suppress(OSError):  # where a sandbox does not know it
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, _SILENT_SECONDS)
         self._listen()
 
     def close(self) -> None:
         """Accept no more."""
         self._is_closed = True
         self._loop.remove_reader(self._listener)
-        self._first.close()
 
     async def wait_closed(self) -> None:
-        """Nothing is left to wait for."""
+        """Called when all connections have ended: those that were answered here have had their time as well."""
+        self._first.close()
 
     def _listen(self) -> None:
         if not self._is_closed:
@@ -75,13 +76,27 @@ class Acceptor:
         for _ in range(_MOST_AT_ONCE):
             try:
                 connection, address = self._listener.accept()
-            except OSError as error:
-                if error.errno in _IS_FULL:
-                    _log.warning("no connection can be accepted", reason=error.strerror)
-                    self._loop.remove_reader(self._listener)
-                    self._loop.call_later(_FULL_SECONDS, self._listen)
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            if not self._first.refuse(connection, address[:2]):  # of IPv6 there is more
+            except OSError as error:
+                _log.warning("no connection can be accepted", reason=error.strerror)
+                self._loop.remove_reader(self._listener)
+                self._loop.call_later(_FULL_SECONDS, self._listen)
+                return
+            if not self._is_refused(connection, address[:2]):  # of IPv6 there is more
                 task = self._loop.create_task(self._loop.connect_accepted_socket(self._protocol, connection))
                 self._handed_on.add(task)
-                task.add_done_callback(self._handed_on.discard)
+                task.add_done_callback(self._forget)
+
+    def _is_refused(self, connection: socket.socket, address: tuple[str, int]) -> bool:
+        try:
+            return self._first.refuse(connection, address)
+        except Exception:  # noqa: BLE001 - or the connection would be lost without an answer
+            _log.exception("a first request could not be looked at")  # and is answered as all others are
+            return False
+
+    def _forget(self, task: "asyncio.Task[tuple[asyncio.Transport, BoundedHttpProtocol]]") -> None:
+        self._handed_on.discard(task)
+        if self._is_closed and not task.cancelled() and task.exception() is None:
+            # uvicorn has told its connections to end, and did not know this one
+            self._loop.call_later(_LATE_SECONDS, task.result()[1].shutdown)

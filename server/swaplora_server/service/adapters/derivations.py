@@ -42,7 +42,7 @@ class Derivations:
         self.makes = TenantJobs("derive-make", most=MAX_JOBS)
         self.counts = TenantJobs("derive-count", most=MAX_JOBS)  # of intruders
         self.inspections = TenantJobs("inspect", most=MAX_INSPECTIONS)
-        self._shared: dict[str, _Shared] = {}
+        self._shared: dict[tuple[str, str], _Shared] = {}  # by tenant and digest
 
     @property
     def base_source(self) -> str:
@@ -57,19 +57,20 @@ class Derivations:
     async def count_intruders(self, tenant: str, digest: str, in_a_folder: Callable[[Count], Counts]) -> Counts:
         """By module: `in_a_folder` calls what it is given with a folder that holds the adapter, and returns the same.
 
-        All who ask about one digest share one run. Raises RequestError for one more than the tenant may have.
+        All of a tenant who ask about one digest share one run. Raises RequestError for one more than it may have.
         """
-        shared = self._shared.get(digest)
+        key = tenant, digest
+        shared = self._shared.get(key)
         if shared is None or shared.future.done() or not shared.cancellation.join():
             cancellation = Cancellation()
             count = partial(in_a_folder, partial(self._count, cancellation))
-            shared = self._shared[digest] = _Shared(self.counts.submit(tenant, count, cancellation), cancellation)
+            shared = self._shared[key] = _Shared(self.counts.submit(tenant, count, cancellation), cancellation)
         try:
             return await result_of(shared.future)
         finally:
             shared.cancellation.leave()
-            if shared.cancellation.is_cancelled and self._shared.get(digest) is shared:
-                del self._shared[digest]
+            if shared.cancellation.is_cancelled and self._shared.get(key) is shared:
+                del self._shared[key]
 
     def stop(self) -> None:
         """Fail all who wait, end the processes, and wait a moment for what their jobs still do."""
