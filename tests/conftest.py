@@ -41,8 +41,8 @@ torch.set_num_threads(2)
 _console = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
 structlog.configure(processors=[*structlog.get_config()["processors"][:-1], _console])
 transformers.logging.disable_progress_bar()
-# every client of httpx reads all certificates, whatever it asks
-ssl.create_default_context = cache(ssl.create_default_context)  # type: ignore[assignment]  # its arguments are
+# every client of httpx reads all certificates, whatever it asks; the arguments are hashable
+ssl.create_default_context = cache(ssl.create_default_context)  # type: ignore[assignment]
 build._compile_one = compile_once  # noqa: SLF001
 gc.disable()  # what tests import stays: Python's collector need not go through it while they are collected, nor later
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM_BYTES:
