@@ -21,12 +21,12 @@ class Remote:
     """An actor's handle, whose calls are made here, in turn; or fail."""
 
     def __init__(self, meter: CommonMeter) -> None:
-        self._meter = meter
+        self.meter = meter
         self.fault = ""  # gone; late: does what it is told, and fails to say so; silent: does it, and says nothing
         self.num_calls = 0
 
     def __getattr__(self, method: str) -> Any:
-        return Call(self, getattr(self._meter, method))
+        return Call(self, getattr(self.meter, method))
 
 
 class Call:

@@ -74,6 +74,41 @@ async def test_what_many_replicas_are_asked_at_once_counts_once(two: list[Shared
     await begin("fourth")
 
 
+async def test_what_is_asked_again_runs_as_any_other(two: list[SharedMeter]) -> None:
+    """One replica has answered that it is not well, the next one is asked: nothing more of the minute's is taken."""
+    limited = {"key": Limits(concurrent_requests=1, requests_per_minute=2)}
+    (await two[0].begin(limited, is_change=False, counted_as="first"))()
+    (await two[0].begin(limited, is_change=False, counted_as="second"))()
+    end = await two[1].begin(limited, is_change=False, counted_as="first")
+    with pytest.raises(LimitReachedError, match="1 requests at once"):
+        await two[1].begin(limited, is_change=False, counted_as="second")
+    end()
+    with pytest.raises(LimitReachedError, match="2 requests a minute"):
+        await two[1].begin(limited, is_change=False)
+
+
+@pytest.mark.parametrize("is_ended", [False, True])
+async def test_what_has_run_for_long_is_asked_again_as_the_same(
+    two: list[SharedMeter], remote: Remote, clock: Clock, is_ended: bool
+) -> None:
+    """It is known as long as it runs, and for a while after that; then nothing is kept of it."""
+    limited = {"key": Limits(concurrent_requests=1, requests_per_minute=1)}
+    end = await two[0].begin(limited, is_change=False, counted_as="first")
+    for _ in range(3):
+        clock.now += SILENT_SECONDS / 2
+        for meter in two:
+            meter.tell_alive()
+    if is_ended:
+        end()
+    clock.now += SILENT_SECONDS / 4
+    again = await two[1].begin(limited, is_change=False, counted_as="first")
+    end()
+    again()
+    clock.now += 2 * SILENT_SECONDS
+    await two[1].begin(limited, is_change=False, counted_as="second")
+    assert list(remote.meter._counted) == ["second"]  # noqa: SLF001
+
+
 async def test_tokens_that_are_not_used_go_back(two: list[SharedMeter]) -> None:
     limited = {"key": Limits(tokens_per_minute=100)}
     (await two[0].reserve(limited, 90)).settle(10)

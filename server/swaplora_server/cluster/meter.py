@@ -28,8 +28,7 @@ class Reached(NamedTuple):
 class _Counted:
     """One that a client asked: counted once, however many replicas have it, and until none has."""
 
-    def __init__(self, at: float, reached: Reached | None, end: Callable[[], None]) -> None:
-        self.at = at
+    def __init__(self, reached: Reached | None, end: Callable[[], None]) -> None:
         self.reached = reached
         self.num_running = 0
         self._end = end
@@ -47,36 +46,49 @@ class CommonMeter:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._meter = Meter(clock)
-        self._begun: dict[str, tuple[str, _Counted]] = {}  # with the replica that is to end it
-        self._counted: dict[str, _Counted] = {}  # lately, by what it is counted as; the oldest first
+        self._begun: dict[str, tuple[str, str]] = {}  # the replica that is to end it, and what it is counted as
+        self._counted: dict[str, _Counted] = {}  # what runs, and lately did
+        self._over: dict[str, float] = {}  # what of that no replica has, by when that came about; the first one first
         self._reserved: dict[str, tuple[str, Reservation]] = {}
         self._seen: dict[str, float] = {}
 
     def begin(
         self, replica: str, request: str, limited: dict[str, Limits], is_change: bool, counted_as: str | None = None
     ) -> Reached | None:
-        """See `Meter.begin`. What was counted lately as the same is let in or refused as it was then."""
+        """See `Meter.begin`. What was counted lately as the same is let in or refused as it was then.
+
+        Where no replica has it any more it is asked again: it takes nothing of the minute's, and runs at once as any.
+        """
         self.alive(replica)
         self._forget_lost()
-        counted = self._counted.get(counted_as or request) or self._count(limited, is_change)
-        self._counted[counted_as or request] = counted
+        name = counted_as or request
+        counted = self._counted.get(name)
+        if counted is None:
+            counted = self._count(limited, is_change)
+        elif counted.reached is None and not counted.num_running:
+            counted = self._count(_at_once(limited), is_change)
+        self._counted[name] = counted
+        self._over.pop(name, None)
         if counted.reached is None:
             counted.num_running += 1
-            self._begun[request] = replica, counted
+            self._begun[request] = replica, name
+        else:
+            self._over[name] = self._clock()
         return counted.reached
 
     def _count(self, limited: dict[str, Limits], is_change: bool) -> _Counted:
-        now = self._clock()
         try:
-            return _Counted(now, None, self._meter.begin(limited, is_change=is_change))
+            return _Counted(None, self._meter.begin(limited, is_change=is_change))
         except LimitReachedError as error:
-            return _Counted(now, Reached(str(error), error.retry_seconds), lambda: None)
+            return _Counted(Reached(str(error), error.retry_seconds), lambda: None)
 
     def end(self, request: str) -> None:
         """Count it out."""
-        _, counted = self._begun.pop(request, ("", None))
-        if counted is not None:
-            counted.ended()
+        _, name = self._begun.pop(request, ("", None))
+        if name is not None:
+            self._counted[name].ended()
+            if not self._counted[name].num_running:
+                self._over[name] = self._clock()
 
     def reserve(self, replica: str, tokens: str, limited: dict[str, Limits], num_tokens: int) -> Reached | None:
         """See `Meter.reserve`."""
@@ -100,8 +112,9 @@ class CommonMeter:
     def _forget_lost(self) -> None:
         """End what replicas had begun that are gone; what they had reserved counts as used."""
         earliest = self._clock() - SILENT_SECONDS
-        while self._counted and next(iter(self._counted.values())).at < earliest:
-            del self._counted[next(iter(self._counted))]
+        while self._over and next(iter(self._over.values())) < earliest:
+            name = next(iter(self._over))
+            del self._over[name], self._counted[name]
         for lost in [replica for replica, seen in self._seen.items() if seen < earliest]:
             del self._seen[lost]
             for request in [request for request, (replica, _) in self._begun.items() if replica == lost]:
@@ -216,3 +229,8 @@ def _counted(limited: dict[str, Limits]) -> dict[str, Limits]:
         return any(getattr(limits, kind) is not None for kind in _AT_ONCE)
 
     return {whose: limits for whose, limits in limited.items() if is_counted(limits)}
+
+
+def _at_once(limited: dict[str, Limits]) -> dict[str, Limits]:
+    """The limits on concurrency alone."""
+    return {whose: Limits(concurrent_requests=limits.concurrent_requests) for whose, limits in limited.items()}
