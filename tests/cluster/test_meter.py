@@ -118,6 +118,22 @@ async def test_tokens_that_are_not_used_go_back(two: list[SharedMeter]) -> None:
     assert reached.value.retry_seconds is None
 
 
+async def test_tokens_of_what_is_asked_again_are_taken_once(two: list[SharedMeter], remote: Remote) -> None:
+    """The first replica is lost with what it held; what it says of that after all changes nothing."""
+    limited = {"key": Limits(tokens_per_minute=100)}
+    first = [await two[0].reserve(limited, 30, "first") for _ in range(2)]  # of one request, side by side
+    again = [await two[1].reserve(limited, 30, "first") for _ in range(2)]
+    for reservation in first:
+        reservation.settle(0)
+    with pytest.raises(LimitReachedError):
+        await two[0].reserve(limited, 41, "second")
+    await two[0].reserve(limited, 40, "second")
+    for reservation in again:
+        reservation.settle(0)
+    assert len(remote.meter._reserved) == 1  # noqa: SLF001
+    await two[0].reserve(limited, 60)
+
+
 async def test_what_a_lost_replica_had_begun_ends(two: list[SharedMeter], clock: Clock) -> None:
     """And not what one has begun that is only silent for a while, or long at work."""
     limited = {"key": Limits(concurrent_requests=2)}

@@ -191,8 +191,8 @@ class OwnMeter:
         """See `Meter.begin`. What several servers are asked as one is counted once, by this name; here there is one."""
         return self.counts.begin(limited, is_change=is_change)
 
-    async def reserve(self, limited: dict[str, Limits], num_tokens: int) -> Reservation:
-        """See `Meter.reserve`."""
+    async def reserve(self, limited: dict[str, Limits], num_tokens: int, counted_as: str | None = None) -> Reservation:
+        """See `Meter.reserve`, and `begin` for the name."""
         return self.counts.reserve(limited, num_tokens)
 
 

@@ -40,6 +40,12 @@ class _Counted:
             self._end()
 
 
+class _Reserved(NamedTuple):
+    replica: str
+    counted_as: str | None
+    reservation: Reservation
+
+
 class CommonMeter:
     """The counts. One caller at a time."""
 
@@ -49,7 +55,7 @@ class CommonMeter:
         self._begun: dict[str, tuple[str, str]] = {}  # the replica that is to end it, and what it is counted as
         self._counted: dict[str, _Counted] = {}  # what runs, and lately did
         self._over: dict[str, float] = {}  # what of that no replica has, by when that came about; the first one first
-        self._reserved: dict[str, tuple[str, Reservation]] = {}
+        self._reserved: dict[str, _Reserved] = {}
         self._seen: dict[str, float] = {}
 
     def begin(
@@ -90,20 +96,30 @@ class CommonMeter:
             if not self._counted[name].num_running:
                 self._over[name] = self._clock()
 
-    def reserve(self, replica: str, tokens: str, limited: dict[str, Limits], num_tokens: int) -> Reached | None:
-        """See `Meter.reserve`."""
+    def reserve(
+        self, replica: str, tokens: str, limited: dict[str, Limits], num_tokens: int, counted_as: str | None = None
+    ) -> Reached | None:
+        """See `Meter.reserve`. Takes over what another replica holds for the same."""
         self.alive(replica)
+        if counted_as is not None:
+            self._let_go(replica, counted_as)
         try:
-            self._reserved[tokens] = replica, self._meter.reserve(limited, num_tokens)
+            self._reserved[tokens] = _Reserved(replica, counted_as, self._meter.reserve(limited, num_tokens))
         except LimitReachedError as error:
             return Reached(str(error), error.retry_seconds)
         return None
 
+    def _let_go(self, replica: str, counted_as: str) -> None:
+        """One for one: a replica may reserve several times for a request."""
+        for tokens, held in self._reserved.items():
+            if held.counted_as == counted_as and held.replica != replica:
+                return self.settle(tokens, 0)
+
     def settle(self, tokens: str, used: int) -> None:
         """See `Reservation.settle`."""
-        _, reservation = self._reserved.pop(tokens, ("", None))
-        if reservation is not None:
-            reservation.settle(used)
+        held = self._reserved.pop(tokens, None)
+        if held is not None:
+            held.reservation.settle(used)
 
     def alive(self, replica: str) -> None:
         """A replica is there, and what it began runs on."""
@@ -119,7 +135,7 @@ class CommonMeter:
             del self._seen[lost]
             for request in [request for request, (replica, _) in self._begun.items() if replica == lost]:
                 self.end(request)
-            self._reserved = {tokens: held for tokens, held in self._reserved.items() if held[0] != lost}
+            self._reserved = {tokens: held for tokens, held in self._reserved.items() if held.replica != lost}
 
 
 class SharedMeter(OwnMeter):
@@ -157,14 +173,14 @@ class SharedMeter(OwnMeter):
         await self._ask("begin", self._replica, request, own, is_change, counted_as, undo=end)
         return _Once(end)
 
-    async def reserve(self, limited: dict[str, Limits], num_tokens: int) -> Reservation:
-        """See `Meter.reserve`."""
+    async def reserve(self, limited: dict[str, Limits], num_tokens: int, counted_as: str | None = None) -> Reservation:
+        """See `OwnMeter.reserve`."""
         own = {whose: limits for whose, limits in limited.items() if limits.tokens_per_minute is not None}
         if not own:
             return await super().reserve(limited, num_tokens)
         tokens = uuid.uuid4().hex
         settle = partial(self._tell, "settle", tokens)
-        await self._ask("reserve", self._replica, tokens, own, num_tokens, undo=partial(settle, 0))
+        await self._ask("reserve", self._replica, tokens, own, num_tokens, counted_as, undo=partial(settle, 0))
         return Reservation(num_tokens, settle)
 
     def tell_alive(self) -> None:

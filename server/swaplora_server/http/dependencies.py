@@ -7,6 +7,7 @@ from fastapi import Depends, Request
 from opentelemetry import trace
 
 from swaplora_server.access.caller import Caller
+from swaplora_server.http.auth import COUNTED_AS
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.service import Service
 from swaplora_server.service.tenant import TenantService
@@ -19,7 +20,9 @@ async def _service(request: Request) -> Service:
     """With the caller's adapters alone, where there is a caller; public routes look at none."""
     service: Service = request.app.state.service
     caller: Caller | None = getattr(request.state, "caller", None)
-    return service if caller is None else TenantService(service, caller, request_id(), peer_of(request))
+    if caller is None:
+        return service
+    return TenantService(service, caller, request_id(), peer_of(request), request.scope.get(COUNTED_AS))
 
 
 def peer_of(request: Request) -> str:

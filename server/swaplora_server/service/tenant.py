@@ -14,12 +14,24 @@ from swaplora_server.service.service import Service
 class TenantService(Service):
     """What a route works with. The changes that are asked of it are the caller's, in the audit log too."""
 
-    __slots__ = ("_caller", "_peer", "_request_id", "_tenant")  # the rest is shared, what comes to be later too
+    __slots__ = (
+        "_caller",
+        "_counted_as",
+        "_peer",
+        "_request_id",
+        "_tenant",
+    )  # the rest is shared, what comes to be later too
 
-    def __init__(self, whole: Service, caller: Caller, request_id: str, peer: str = "") -> None:
-        """`request_id` is that of the request, as its answer and the log have it; `peer` the address it came from."""
+    def __init__(
+        self, whole: Service, caller: Caller, request_id: str, peer: str = "", counted_as: str | None = None
+    ) -> None:
+        """`request_id` is that of the request, as its answer and the log have it; `peer` the address it came from.
+
+        `counted_as` is what it is called in the limits of several servers, see `OwnMeter.begin`.
+        """
         self.__dict__ = whole.__dict__
         self._caller = caller
+        self._counted_as = counted_as
         self._request_id = request_id
         self._peer = peer if caller is ANYBODY else ""
         self._tenant = "" if caller.tenant == DEFAULT_TENANT else caller.tenant
@@ -42,7 +54,7 @@ class TenantService(Service):
     async def reserve_tokens(self, num_tokens: int, param: str) -> Reservation:
         """See `Service.reserve_tokens`."""
         try:
-            return await self.meter.reserve(self._caller.limited, num_tokens)
+            return await self.meter.reserve(self._caller.limited, num_tokens, self._counted_as)
         except LimitReachedError as error:
             if error.retry_seconds is None:
                 raise RequestError("invalid_request", f"{error}: ask for fewer", param) from error
