@@ -5,6 +5,7 @@ import gc
 import tracemalloc
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,6 +177,21 @@ def test_the_time_is_over_wherever_it_passes(fault: str, messages: list[Message]
     else:
         assert (found.status, found.code) == (504, "deadline_exceeded")
         assert (b"x-should-retry", b"false") in found.sent[0]["headers"]
+
+
+def test_what_was_made_in_time_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slowly the client takes what was before it."""
+    now = [0.0]
+    monkeypatch.setattr(tries, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    end = {"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False}
+
+    def take(message: Message) -> None:
+        if message.get("more_body"):
+            now[0] = 60.0
+
+    engines = Scripted([*EVENTS, end])
+    found = asked(engines, headers=[*JSON, (b"x-request-timeout", b"50")], on_sent=take)
+    assert found.sent[-1]["body"] == end["body"]
 
 
 def test_who_goes_is_not_asked_for_again() -> None:

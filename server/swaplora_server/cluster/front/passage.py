@@ -139,16 +139,17 @@ class Passage:
             finally:
                 await cancelled(upcoming)
 
-    async def _wait(self, *futures: asyncio.Future[Any]) -> None:
+    async def _wait(self, upcoming: asyncio.Future[Any], ending: asyncio.Future[Any]) -> None:
+        """What is here was made in time, however late the client takes what was before it."""
         seconds = SILENT_SECONDS if self._answering.is_event_stream else math.inf
         if self._is_timed:
             seconds = min(seconds, self._tries.seconds_left + _LATE_SECONDS)
         done, _ = await asyncio.wait(
-            set(filter(None, (*futures, self._incoming))),
+            set(filter(None, (upcoming, ending, self._incoming))),
             return_when=asyncio.FIRST_COMPLETED,
             timeout=None if seconds == math.inf else max(0.0, seconds),
         )
-        if self._is_timed and self._tries.seconds_left <= -_LATE_SECONDS:
+        if self._is_timed and not upcoming.done() and self._tries.seconds_left <= -_LATE_SECONDS:
             raise _OVERDUE
         if not done:
             raise ReplicaLostError("it says nothing any more")
