@@ -4,15 +4,21 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.requests import Request
 
 from metering import FAULT, Clock, Remote
+from swaplora_server.access.caller import Caller
 from swaplora_server.access.limits import WINDOW_SECONDS, LimitReachedError, Limits
-from swaplora_server.cluster.meter import SILENT_SECONDS, CommonMeter, SharedMeter
+from swaplora_server.cluster.meter import INTERFACE, SILENT_SECONDS, CommonMeter, SharedMeter
+from swaplora_server.http.auth import COUNTED_AS
+from swaplora_server.http.dependencies import _service
 
 
 @pytest.fixture
@@ -224,6 +230,30 @@ async def test_one_that_is_prepared_has_been_asked(two: list[SharedMeter], remot
     clock.now += 1
     await two[0].prepare()
     assert remote.num_calls == 2
+
+
+def test_the_actor_is_told_what_its_interface_says() -> None:
+    """Where this is to be changed, INTERFACE is too."""
+    told = {name: [*signature(of).parameters][1:] for name, of in vars(CommonMeter).items() if name[0] != "_"}
+    assert (INTERFACE, told) == (
+        2,
+        {
+            "begin": ["replica", "request", "limited", "is_change", "counted_as"],
+            "end": ["request"],
+            "reserve": ["replica", "tokens", "limited", "num_tokens", "counted_as"],
+            "settle": ["tokens", "used"],
+            "alive": ["replica"],
+        },
+    )
+
+
+async def test_what_is_generated_for_a_request_is_reserved_by_its_name(two: list[SharedMeter]) -> None:
+    caller = Caller("few", "default", frozenset(), limits=Limits(tokens_per_minute=100))
+    for meter in two:
+        whole: Any = SimpleNamespace(meter=meter)
+        app = SimpleNamespace(state=SimpleNamespace(service=whole))
+        request = Request({"type": "http", "app": app, "state": {"caller": caller}, COUNTED_AS: "first"})
+        await (await _service(request)).reserve_tokens(60, "prompt")
 
 
 MOST, MOST_TOKENS = 3, 20

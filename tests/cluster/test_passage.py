@@ -153,6 +153,13 @@ def test_the_next_one_has_the_time_that_is_left() -> None:
     assert 0 < float(second) < 50
 
 
+@pytest.mark.parametrize("told", [b"soon", b"0", b"-1", b"nan", b"inf", b"86400.1"])
+def test_a_time_that_is_none_is_for_the_next_one_to_refuse_too(told: bytes) -> None:
+    engines = Failing(faults=["lost"])
+    asked(engines, headers=[*JSON, (b"x-request-timeout", told)])
+    assert [dict(request.scope["headers"])[b"x-request-timeout"] for request in engines.streamed] == [told] * 2
+
+
 def test_nobody_is_asked_when_there_is_no_time() -> None:
     engines = Late(faults=["lost"])
     assert asked(engines, headers=[*JSON, (b"x-request-timeout", b"0.05")]).code == "engine_failed"

@@ -16,6 +16,7 @@ from serving import settings
 from swaplora_server.cluster import build, replica
 from swaplora_server.cluster.affinity import RouteKey
 from swaplora_server.cluster.exchange import Forwarded
+from swaplora_server.cluster.meter import INTERFACE
 from swaplora_server.cluster.ray_engines import RayEngines
 from swaplora_server.cluster.replica import EngineReplica
 
@@ -94,13 +95,15 @@ def test_rays_proxies_want_keys(base: Path, tmp_path: Path) -> None:
     assert built._bound_deployment.num_replicas == 2  # noqa: SLF001  # so that one may go
 
 
-def test_each_application_counts_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_application_and_interface_counts_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = Mock()
     monkeypatch.setattr(replica, "ray", ray)
     for application in ("swaplora-one", "swaplora-two"):
         replica.common_meter(application)
-    first, second = (call.kwargs["name"] for call in ray.remote.return_value.options.call_args_list)
-    assert first != second
+    monkeypatch.setattr(replica, "INTERFACE", INTERFACE + 1)
+    replica.common_meter("swaplora-two")
+    names = [call.kwargs["name"] for call in ray.remote.return_value.options.call_args_list]
+    assert len(set(names)) == 3
 
 
 async def test_a_request_that_was_sent_is_kept_nowhere() -> None:

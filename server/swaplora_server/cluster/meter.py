@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from swaplora_server.access.limits import LimitReachedError, Limits, Meter, OwnMeter, Reservation
 
+INTERFACE = 2  # of CommonMeter: one more with each change of what it can be told, or answers
 SILENT_SECONDS = 30.0  # after which a replica counts as gone, and what it had begun as ended
 START_SECONDS = 10.0  # that the actor may take to be there, while nobody is served yet
 _ASK_SECONDS = 1.0  # that a request waits for it

@@ -20,7 +20,7 @@ from swaplora_adapters.registry.index import parse_reference
 from swaplora_server.cluster.affinity import RouteKey
 from swaplora_server.cluster.exchange import Answer, Exchanges, Forwarded, whole_answer
 from swaplora_server.cluster.gathered import labelled
-from swaplora_server.cluster.meter import CommonMeter, SharedMeter
+from swaplora_server.cluster.meter import INTERFACE, CommonMeter, SharedMeter
 from swaplora_server.config import Settings
 from swaplora_server.http.app import create_app
 from swaplora_server.http.transport.body_memory import BodyMemory
@@ -148,9 +148,12 @@ def _report(step: str) -> None:
 
 
 def common_meter(application: str) -> Any:
-    """The one that counts for all replicas of an application and a release: whoever asks first makes it."""
+    """The one that counts for all replicas of an application and a release: whoever asks first makes it.
+
+    It outlives them: those that speak with it in another way have another.
+    """
     actor = ray.remote(CommonMeter).options(
-        name=f"meter-{application}-{version('swaplora')}",
+        name=f"meter-{application}-{version('swaplora')}-{INTERFACE}",
         namespace="swaplora",
         get_if_exists=True,
         lifetime="detached",

@@ -28,6 +28,7 @@ STOPPING = RequestError("draining", "the server is shutting down")
 NONE = RequestError("not_ready", "no replica can take the request yet; GET /health/ready says when one can")
 _END_SECONDS = 1.0  # that a replica may take to end once all is said
 _LATE_SECONDS = 1.0  # in which a replica says itself that the time is over, which it began to count later
+_LEAST_SECONDS = 0.001  # that a replica is given: none at all it would call malformed
 _OVERDUE = RequestError(OVERDUE_CODE, OVERDUE)
 _UNWELL = 503  # of all that a replica may answer, what another may not
 _TIMEOUT = TIMEOUT_HEADER.lower().encode()
@@ -110,12 +111,18 @@ class Passage:
         return not self._answering.has_begun and self._may_repeat and self._tries.has_another(was_had=self._is_had)
 
     def _prepare(self) -> None:
-        """The request as the next one gets it: with an id of its own, and the time that is left."""
+        """The request as the next one gets it: with an id of its own, and the time that is left.
+
+        A time that is none stays what it is: the next one refuses it as well.
+        """
         self._tries.count(was_had=self._is_had)
         self._is_had = False
         scope, seconds = self._request.scope, self._tries.seconds_left
-        headers = [(name, b"%.3f" % seconds if name == _TIMEOUT else value) for name, value in scope["headers"]]
-        self._request = replace(self._request, scope={**scope, "headers": headers}, exchange_id=uuid.uuid4().hex)
+        if seconds < math.inf:
+            left = b"%.3f" % max(seconds, _LEAST_SECONDS)
+            headers = [(name, left if name == _TIMEOUT else value) for name, value in scope["headers"]]
+            scope = {**scope, "headers": headers}
+        self._request = replace(self._request, scope=scope, exchange_id=uuid.uuid4().hex)
 
     async def _try(self, ending: asyncio.Future[Any]) -> None:
         """Pass on what is asked and what is answered, each as the other side takes it."""

@@ -6,7 +6,7 @@ import time
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from swaplora_server.http.tasks import TIMEOUT_HEADER
+from swaplora_server.http.tasks import MAX_TIMEOUT_SECONDS, TIMEOUT_HEADER
 
 MAX_TRIES = 3
 _MAX_HAD = 1  # tries of which a replica had the request, and failed: what brings one down is not shown to all of them
@@ -68,4 +68,4 @@ def _told_seconds(scope: Scope) -> float:
         told = float(Headers(scope=scope).get(TIMEOUT_HEADER, math.inf))
     except ValueError:
         return math.inf
-    return told if told > 0 else math.inf
+    return told if 0 < told <= MAX_TIMEOUT_SECONDS else math.inf
