@@ -172,7 +172,7 @@ class Names:
         self._refresh(name)
         return self.index.get(name)
 
-    def set_gate(self, name: str, gate: str | None, check: Callable[[], None]) -> NamedVersions:
+    def set_gate(self, name: str, gate: str | None, check: Callable[[], object]) -> NamedVersions:
         """Have new versions of `name` wait for a judgement, or no longer. Raises AdapterNotFoundError.
 
         And what `check` does, which is asked of what there is when the change is made.

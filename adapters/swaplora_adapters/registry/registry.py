@@ -281,7 +281,7 @@ class Registry:
 
         return self._names.changes.make(change)
 
-    def set_gate(self, name: str, gate: str | None, check: Callable[[], None] = lambda: None) -> Card:
+    def set_gate(self, name: str, gate: str | None, check: Callable[[], object] = lambda: None) -> Card:
         """See `Names.set_gate`."""
         return self._cards.of(self._names.set_gate(name, gate, check))
 

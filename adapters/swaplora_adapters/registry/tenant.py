@@ -160,7 +160,7 @@ class TenantRegistry(Registry):
             change.came_to(card.record)
             return self._naming.card(card)
 
-    def set_gate(self, name: str, gate: str | None, check: Callable[[], None] = lambda: None) -> Card:
+    def set_gate(self, name: str, gate: str | None, check: Callable[[], object] = lambda: None) -> Card:
         with self._changing("gate.delete" if gate is None else "gate.put", name):
             return self._naming.card(self._registry.set_gate(self._own(name), gate, check))
 

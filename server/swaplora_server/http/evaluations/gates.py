@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 
+from swaplora_adapters.registry.card import Card
 from swaplora_server.access.caller import KeyScope
 from swaplora_server.evaluation.gate import Gate, GateTask, MustKeep
 from swaplora_server.evaluation.task import Task, TaskError, parse_task
@@ -46,8 +47,8 @@ async def put_gate(
         max_tokens=body.max_tokens,
         stop=body.stop,
     )
-    await service.gates.put(service.registry, name, gate, [task] if kept is None else [task, kept])
-    return _told(service, name)
+    card = await service.gates.put(service.registry, name, gate, [task] if kept is None else [task, kept])
+    return _told(name, gate, card)
 
 
 @router.get("/v1/adapters/{name}/gate", responses=answers(_GATE, 200))
@@ -55,7 +56,7 @@ async def put_gate(
 async def get_gate(service: Serving, name: str) -> dict[str, Any]:
     """What it asks for, and what each version has shown."""
     service.check_serving()
-    return _told(service, name)
+    return _told(name, gate_of(service.registry, name), service.registry.card(name))
 
 
 @router.delete("/v1/adapters/{name}/gate", responses=answers(object_of(object=TEXT, name=TEXT), 200))
@@ -83,8 +84,6 @@ def _bounded(given: TaskText) -> Task:
     return task
 
 
-def _told(service: Service, name: str) -> dict[str, Any]:
-    gate = gate_of(service.registry, name)
-    card = service.registry.card(name)
+def _told(name: str, gate: Gate, card: Card) -> dict[str, Any]:
     told = {"object": "gate", "name": name, **gate.told(), "current": card.record.version}
     return told | {"versions": judged_versions(card)}

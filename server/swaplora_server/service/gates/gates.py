@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 from swaplora_adapters.errors import StorageFailedError, StorageFullError
+from swaplora_adapters.registry.card import Card
 from swaplora_adapters.registry.changes import HOLD_SECONDS
 from swaplora_adapters.registry.index import NamedVersions
 from swaplora_adapters.registry.registry import Registry
@@ -33,8 +34,8 @@ class Gates:
                 files.share(digest, registry.revision + 1, is_named=True)
         self._sweep()
 
-    async def put(self, registry: Registry, name: str, gate: Gate, tasks: Sequence[Task]) -> None:
-        """Have new versions of `name`, of a tenant's `registry`, judged by this; durable when it returns.
+    async def put(self, registry: Registry, name: str, gate: Gate, tasks: Sequence[Task]) -> Card:
+        """Have new versions of `name`, of a tenant's `registry`, judged by this; durable when it returns what there is.
 
         Raises RequestError for one more than a tenant may have and for a mixture, and AdapterError.
         """
@@ -49,15 +50,15 @@ class Gates:
                     await asyncio.to_thread(self.files.put, task)
                 await asyncio.to_thread(self._check_room, registry, name, tasks)  # brings here what is not here
                 share = partial(self._share, registry, name, tasks)
-                await asyncio.to_thread(registry.set_gate, name, gate.model_dump_json(), share)
+                return await asyncio.to_thread(registry.set_gate, name, gate.model_dump_json(), share)
             finally:
                 await asyncio.to_thread(self._sweep)
 
     async def remove(self, registry: Registry, name: str) -> None:
         """Let each new version be current at once. Raises RequestError where there is no gate, and AdapterError."""
         async with self._held():
-            gate_of(registry, name)
-            await asyncio.to_thread(registry.set_gate, name, None)
+            there_is_one = partial(gate_of, registry, name)  # when it is removed: another server may be quicker
+            await asyncio.to_thread(registry.set_gate, name, None, there_is_one)
             await asyncio.to_thread(self._sweep)
 
     async def sweep(self) -> None:
