@@ -427,7 +427,7 @@ def test_a_task_that_is_named_again_meanwhile_is_not_swept(
     see(other)
     if moment == "put":
         asyncio.run(of_one.remove(one, "sql"))
-    steps: dict[str, tuple[str, Callable[[], None]]] = {
+    steps: dict[str, tuple[str, Callable[[], object]]] = {
         "swept": ("remove", lambda: asyncio.run(of_other.put(other, "tales", GATE, [TASK]))),
         "outrun": ("create", lambda: asyncio.run(of_one.remove(one, "sql"))),
         "put": ("create", of_one._sweep),  # noqa: SLF001
