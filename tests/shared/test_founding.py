@@ -32,6 +32,18 @@ def in_bucket(address: str) -> BucketObjects:
     return objects
 
 
+def read_only(address: str) -> Disturbed:
+    """A store in which nothing can be made."""
+    objects = Disturbed(open_objects(address))
+
+    def refuse(call: str, _key: str) -> None:
+        if call in {"put", "create"}:
+            raise unreachable()
+
+    objects.before = refuse
+    return objects
+
+
 def test_a_large_file_is_taken_by_a_bucket_that_refuses_every_third_call(bucket: str, tmp_path: Path) -> None:
     objects, calls = in_bucket(bucket), itertools.count(1)
     path = tmp_path / "weights"
@@ -94,13 +106,7 @@ def test_a_data_directory_whose_store_was_not_made_can_be_used_alone(
         alone = local(tmp_path / "data0")
         put(alone, "sql", files[0])
         alone.close()
-    objects = Disturbed(open_objects(str(tmp_path / "shared")))
-
-    def refuse(call: str, _key: str) -> None:
-        if call in {"put", "create"}:
-            raise unreachable()
-
-    objects.before = refuse
+    objects = read_only(str(tmp_path / "shared"))
     with pytest.raises(StoreUnreachableError):
         registry(tmp_path / "data0", objects)
     objects.come_back()
@@ -123,13 +129,7 @@ def test_what_nobody_knows_in_a_directory_of_which_no_store_was_made_yet_is_set_
     alone = local(tmp_path / "data0")
     digests = [put(alone, name, files[number]).record.digest for number, name in enumerate(("sql", "tales"))]
     alone.close()
-    objects = Disturbed(open_objects(str(tmp_path / "shared")))
-
-    def refuse(call: str, _key: str) -> None:
-        if call in {"put", "create"}:
-            raise unreachable()
-
-    objects.before = refuse
+    objects = read_only(str(tmp_path / "shared"))
     for breaks in (False, True):
         if breaks:  # a bad disk, after the first start
             (tmp_path / "data0/catalogue.sqlite3").unlink()

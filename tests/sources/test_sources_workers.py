@@ -170,3 +170,22 @@ def test_a_job_that_panics_costs_no_place(gate: threading.Event) -> None:
     assert one.submit(lambda: 42).result(GUARD_SECONDS) == 42
     one.stop()
     one.join(time.monotonic() + GUARD_SECONDS)
+
+
+def test_one_owner_leaves_a_thread_to_the_others(gate: threading.Event) -> None:
+    workers = Workers(3, "test-shares", most_of_one=2)
+    begun: list[str] = []
+
+    def job(owner: str) -> bool:
+        begun.append(owner)
+        return gate.wait(GUARD_SECONDS)
+
+    greedy = [workers.submit(partial(job, "greedy"), owner="greedy") for _ in range(5)]
+    while len(begun) < 2:
+        time.sleep(0.01)
+    assert workers.submit(lambda: 7, owner="other").result(GUARD_SECONDS) == 7
+    assert begun == ["greedy"] * 2
+    gate.set()
+    assert all(one.result(GUARD_SECONDS) for one in greedy)
+    workers.stop()
+    workers.join(time.monotonic() + GUARD_SECONDS)

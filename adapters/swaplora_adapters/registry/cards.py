@@ -69,11 +69,10 @@ class Cards:
     def states(self) -> list[AdapterState]:
         """Where each name's current version is, and how much it takes, in order of name."""
         resident, loading = self._residency.digests()
-        return [self._state(named.current, named, resident, loading) for named in self._names.index.all()]
+        return [self._state(named, resident, loading) for named in self._names.index.all()]
 
-    def _state(
-        self, record: VersionRecord, named: NamedVersions, resident: frozenset[str], loading: frozenset[str]
-    ) -> AdapterState:
+    def _state(self, named: NamedVersions, resident: frozenset[str], loading: frozenset[str]) -> AdapterState:
+        record = named.current
         return AdapterState(
             record.name,
             self._num_bytes(record),

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from functools import partial
@@ -27,13 +27,16 @@ class Workers:
     are not: one that hears nothing from a host holds up no exit.
     """
 
-    def __init__(self, num_threads: int, name: str) -> None:
+    def __init__(self, num_threads: int, name: str, *, most_of_one: int | None = None) -> None:
+        """Of one owner's no more than `most_of_one` run at once, if that is said."""
         self._num_threads = num_threads
+        self._most_of_one = num_threads if most_of_one is None else most_of_one
         self._name = name
         self._threads: list[threading.Thread] = []
         self._waiting: OrderedDict[Hashable, deque[_Job]] = OrderedDict()  # by owner; whose turn it is comes first
         self._changed = threading.Condition()
         self._open: dict[Future[Any], Hashable] = {}  # with its owner
+        self._running: Counter[Hashable] = Counter()  # by owner
         self._is_stopped = False
 
     @property
@@ -101,20 +104,34 @@ class Workers:
 
     def _work(self) -> None:
         lower_priority()
-        while (job := self._next()) is not None:
+        while (taken := self._next()) is not None:
+            owner, job = taken
             self._do(job)
+            with self._changed:
+                self._running[owner] -= 1
+                self._running += Counter()  # forgets who has none
+                self._changed.notify_all()
 
-    def _next(self) -> _Job | None:
-        """The next owner's first; None when it is over."""
+    def _next(self) -> tuple[Hashable, _Job] | None:
+        """The first one of the owner whose turn it is; None when it is over."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._is_stopped)
-            if self._is_stopped:
-                return None
-            owner, jobs = self._waiting.popitem(last=False)
-            job = jobs.popleft()
-            if jobs:
-                self._waiting[owner] = jobs
-            return job
+            while not self._is_stopped:
+                if (taken := self._take()) is not None:
+                    return taken
+                self._changed.wait()
+            return None
+
+    def _take(self) -> tuple[Hashable, _Job] | None:
+        """None where all who wait have as many running as they may. Needs the lock."""
+        for owner, jobs in self._waiting.items():
+            if self._running[owner] < self._most_of_one:
+                job = jobs.popleft()
+                del self._waiting[owner]
+                if jobs:
+                    self._waiting[owner] = jobs
+                self._running[owner] += 1
+                return owner, job
+        return None
 
     def _do(self, job: _Job) -> None:
         try:

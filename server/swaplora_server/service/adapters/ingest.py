@@ -28,7 +28,7 @@ from swaplora_server.service.adapters.tenant_jobs import RATE_SECONDS, UNKNOWN_S
 from swaplora_server.service.errors import RequestError
 from swaplora_server.service.wakeups import result_of
 
-NUM_FETCHERS = 4
+NUM_FETCHERS = 5  # of which one tenant has four at most
 MAX_FETCHES = 16  # of one tenant, waiting and running
 _JOIN_SECONDS = 3.0
 # As the registry's Make, but it ends when it is cancelled.

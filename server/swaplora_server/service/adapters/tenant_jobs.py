@@ -19,13 +19,14 @@ T = TypeVar("T")
 class TenantJobs:
     """Jobs of one kind. However many one tenant has, another's next one is begun after one of each tenant.
 
-    Belongs to the event loop. `stop` and `join`, which any thread may call, are those of `Workers`.
+    Of several threads one is left to the others, however long those of one tenant take. Belongs to the event loop.
+    `stop` and `join`, which any thread may call, are those of `Workers`.
     """
 
     def __init__(self, name: str, *, num_threads: int = 1, most: int) -> None:
         """`most` of one tenant, waiting and running; `name` is the threads'."""
         self.most = most
-        self._workers = Workers(num_threads, name)
+        self._workers = Workers(num_threads, name, most_of_one=max(1, num_threads - 1))
         self._ends = EndRate(seconds=RATE_SECONDS)
         self.stop, self.join = self._workers.stop, self._workers.join
 
